@@ -1,0 +1,78 @@
+"""Every error a person can cause or meet, in one tree.
+
+    LightX2VError
+    ├── BadRequest          one video that cannot be made as asked (size, frames, prompt, image ...)
+    ├── ConfigError         a preset, flag or machine that cannot work together
+    ├── CheckpointError     a model file that is missing, broken or of another model
+    │   └── LoraError       a LoRA that does not fit
+    ├── DownloadError       a file that could not be fetched
+    ├── OutputError         a result that could not be written
+    ├── OutOfMemory         the device or the host ran out of memory
+    ├── NumericsError       NaN or infinity where numbers should be
+    ├── Busy                the queue is full or the engine is changing
+    └── Cancelled           somebody asked to stop
+
+A message says what is wrong, what was got, what was expected and what to do next. `str(error)` is fit for
+a page or an HTTP answer: it never holds a traceback, and names files by their last parts only (`short_path`).
+"""
+
+from __future__ import annotations
+
+from pathlib import PurePath
+
+
+class LightX2VError(Exception):
+    """Base class. `exit_code` is what a command line returns, `status` what an HTTP server answers."""
+
+    exit_code = 1
+    status = 500
+
+
+class BadRequest(LightX2VError):
+    exit_code = 2
+    status = 422
+
+
+class ConfigError(LightX2VError):
+    exit_code = 2
+    status = 422
+
+
+class CheckpointError(LightX2VError):
+    pass
+
+
+class LoraError(CheckpointError):
+    status = 422
+
+
+class DownloadError(LightX2VError):
+    status = 502
+
+
+class OutputError(LightX2VError):
+    status = 507
+
+
+class OutOfMemory(LightX2VError):
+    status = 507
+
+
+class NumericsError(LightX2VError):
+    pass
+
+
+class Busy(LightX2VError):
+    status = 429
+
+
+class Cancelled(LightX2VError):
+    exit_code = 130
+    status = 409
+
+
+def short_path(path: str | PurePath, parts: int = 2) -> str:
+    """The last `parts` components of a path: enough to recognise a file, too little to map a server."""
+    pure = PurePath(path)
+    tail = pure.parts[-parts:]
+    return str(PurePath(*tail)) if len(pure.parts) <= parts else "…/" + "/".join(tail)
