@@ -11,9 +11,9 @@ import resource
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from .errors import Cancelled
@@ -26,7 +26,7 @@ STAGES = ("download", "load", "text", "image", "denoise", "decode", "write")
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Progress:
-    """One event. `step` of `total` inside `stage` is done; `seconds` since the run began; `eta` seconds left in the run.
+    """One event. `step` of `total` inside `stage` is done; `seconds` since the run began; `eta` seconds are left of it.
 
     `expert` is "high" or "low" while denoising. `vram_peak` is in bytes, None without CUDA. `preview` returns a small
     uint8 (H, W, 3) picture of the latents when called; it costs nothing until somebody calls it.
@@ -69,3 +69,237 @@ def peak_rss() -> int:
     """Largest resident memory of this process so far, in bytes."""
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else peak * 1024
+
+
+class FanOut:
+    """Passes an event to several callbacks. One that raises is reported once and not called again; the run goes on."""
+
+    def __init__(self, callbacks: Sequence[OnProgress]) -> None:
+        self._callbacks = list(callbacks)
+
+    def __call__(self, event: Progress) -> None:
+        for callback in list(self._callbacks):
+            try:
+                callback(event)
+            except Exception:  # a broken listener must not cost somebody an hour of GPU time
+                self._callbacks.remove(callback)
+                log.warning("A progress callback failed and is not called again; the run goes on.", exc_info=True)
+
+
+LOG_NAMES = {
+    "download": "Download models",
+    "load": "Load models",
+    "text": "Run Text Encoder",
+    "image": "Run VAE Encoder",
+    "denoise": "Run DiT",
+    "decode": "Run VAE Decoder",
+    "write": "Save video",
+}
+"""LightX2V's names of the stages in its logs. Its "Run DiT" also holds decoding and saving; ours is the loop alone."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StepTime:
+    """One denoising step: which expert ran and how long it took, loading not counted."""
+
+    expert: str | None
+    seconds: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Peak:
+    """CUDA memory in bytes: `allocated` by tensors, `reserved` by torch's cache."""
+
+    allocated: int
+    reserved: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Timings:
+    """What a run took. The stages' seconds never overlap: with the unmeasured rest they add up to `total`."""
+
+    seconds: dict[str, float]
+    steps: tuple[StepTime, ...]
+    total: float
+    peak_vram: dict[str, Peak] | None
+    peak_rss: int
+
+    @property
+    def experts(self) -> dict[str, float]:
+        """Seconds of denoising per expert."""
+        sums: dict[str, float] = {}
+        for step in self.steps:
+            if step.expert is not None:
+                sums[step.expert] = sums.get(step.expert, 0.0) + step.seconds
+        return sums
+
+    @property
+    def peak_vram_overall(self) -> Peak | None:
+        """The largest of the stages' peaks."""
+        return _highest(self.peak_vram.values()) if self.peak_vram else None
+
+    def to_json(self) -> dict[str, Any]:
+        return asdict(self) | {"steps": [asdict(step) for step in self.steps], "experts": self.experts}
+
+
+class Meter:
+    """Times the stages of one run, reads the memory peaks and sends progress events.
+
+    Stages may follow each other, repeat and nest; a nested stage's time and memory are its own and not also the outer
+    one's, so writing frames while decoding counts as writing. On CUDA the device is synchronised where a stage or
+    a denoising step ends, else the clock would time the launches. `expected` holds seconds of stages as far as they
+    are known from earlier runs, so that the time left while denoising includes the decoding to come.
+
+    One thread drives a meter. The callback runs in that thread and is dropped when it raises.
+    """
+
+    def __init__(
+        self,
+        device: object = "cpu",
+        on_progress: OnProgress | None = None,
+        *,
+        expected: Mapping[str, float] | None = None,
+    ) -> None:
+        self._cuda = _cuda(device)
+        self._device = device
+        self._send = FanOut([on_progress] if on_progress else [])
+        self._expected = dict(expected or {})
+        self._stack: list[str] = []
+        self._seconds: dict[str, float] = {}
+        self._logged: dict[str, float] = {}
+        self._peaks: dict[str, Peak] = {}
+        self._steps: list[StepTime] = []
+        self._denoised = 0.0
+        self._pace: dict[str, tuple[int, float]] = {}
+        self._timings: Timings | None = None
+        self._started = self._tick = time.perf_counter()
+
+    @contextmanager
+    def stage(self, name: str) -> Iterator[None]:
+        """Everything inside counts as stage `name`, one of STAGES."""
+        if name not in STAGES:
+            raise ValueError(f"Unknown stage {name!r}; the stages are {', '.join(STAGES)}.")
+        self._charge()
+        self._stack.append(name)
+        self._seconds.setdefault(name, 0.0)
+        try:
+            yield
+        except BaseException:
+            self._charge(synchronize=False)  # the device may be what failed
+            self._stack.pop()
+            raise
+        self._charge()
+        self._stack.pop()
+        if not self._stack:
+            self._log_stages()
+
+    def emit(
+        self,
+        stage: str,
+        step: int = 0,
+        total: int = 0,
+        expert: str | None = None,
+        *,
+        message: str = "",
+        preview: Callable[[], Any] | None = None,
+    ) -> None:
+        """Sends one event. Call it where a step ends, with the number of steps done; that is what times the steps."""
+        self._charge(synchronize=stage == "denoise" and step > 0)
+        if stage == "denoise" and step > 0:
+            done = self._seconds.get("denoise", 0.0)
+            self._steps.append(StepTime(expert=expert, seconds=done - self._denoised))
+            self._denoised = done
+        overall = _highest(self._peaks.values()) if self._cuda else None
+        self._send(
+            Progress(
+                stage=stage,
+                step=step,
+                total=total,
+                expert=expert,
+                seconds=self._tick - self._started,
+                eta=self._eta(stage, step, total),
+                vram_peak=overall.allocated if overall else None,
+                message=message,
+                preview=preview,
+            )
+        )
+
+    def report(self) -> Timings:
+        """Ends the measurement; the first call logs the run's total, later calls return the same."""
+        if self._timings is None:
+            self._charge()
+            self._timings = Timings(
+                seconds={name: self._seconds[name] for name in STAGES if name in self._seconds},
+                steps=tuple(self._steps),
+                total=self._tick - self._started,
+                peak_vram={name: self._peaks[name] for name in STAGES if name in self._peaks} if self._cuda else None,
+                peak_rss=peak_rss(),
+            )
+            _log_cost("RUN pipeline", self._timings.total, self._timings.peak_vram_overall)
+        return self._timings
+
+    def _charge(self, *, synchronize: bool = True) -> None:
+        """Gives the time and the memory peak since the last call to the stage that was running."""
+        if self._cuda and synchronize:
+            self._cuda.synchronize(self._device)
+        now = time.perf_counter()
+        if self._stack:
+            name = self._stack[-1]
+            self._seconds[name] += now - self._tick
+            if self._cuda:
+                peak = Peak(
+                    allocated=self._cuda.max_memory_allocated(self._device),
+                    reserved=self._cuda.max_memory_reserved(self._device),
+                )
+                self._peaks[name] = _highest([peak, self._peaks.get(name, peak)])
+        if self._cuda:
+            self._cuda.reset_peak_memory_stats(self._device)
+        self._tick = now
+
+    def _eta(self, stage: str, step: int, total: int) -> float | None:
+        """Seconds left: this stage at its pace since its first step ended (that one warms up), then later stages."""
+        if not 0 < step <= total:
+            return None
+        now = self._seconds.get(stage, 0.0)
+        first_step, first_now = self._pace.get(stage, (step, now))
+        if step <= first_step:  # the stage's first step, or it began again
+            self._pace[stage] = (step, now)
+            pace = now / step
+        else:
+            pace = (now - first_now) / (step - first_step)
+        later = STAGES[STAGES.index(stage) + 1 :]
+        return pace * (total - step) + sum(self._expected.get(name, 0.0) for name in later)
+
+    def _log_stages(self) -> None:
+        for name in STAGES:
+            seconds = self._seconds.get(name, 0.0)
+            new = seconds - self._logged.get(name, 0.0)
+            if new > 0:
+                _log_cost(LOG_NAMES[name], new, self._peaks.get(name))
+                self._logged[name] = seconds
+
+
+@contextmanager
+def cost(name: str) -> Iterator[None]:
+    """Logs in LightX2V's format how long the block took; a command line wraps all it does in cost("Total Cost")."""
+    started = time.perf_counter()
+    yield
+    _log_cost(name, time.perf_counter() - started, None)
+
+
+def _log_cost(name: str, seconds: float, peak: Peak | None) -> None:
+    memory = f", peak {peak.allocated / 2**30:.2f} GiB ({peak.reserved / 2**30:.2f} GiB reserved)" if peak else ""
+    log.info("%s cost %.6f seconds%s", name, seconds, memory)
+
+
+def _highest(peaks: Iterable[Peak]) -> Peak | None:
+    found = list(peaks)
+    if not found:
+        return None
+    return Peak(allocated=max(p.allocated for p in found), reserved=max(p.reserved for p in found))
+
+
+def _cuda(device: object) -> Any:
+    """torch.cuda where `device` is a CUDA device, else None. Never imports torch: whoever has such a device did."""
+    torch = sys.modules.get("torch")
+    return torch.cuda if torch is not None and str(device).startswith("cuda") else None
