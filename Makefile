@@ -1,0 +1,47 @@
+# Everything on a fresh machine with Python 3.11 or newer:  make app | make demo | make test
+# On Linux without a GPU, TORCH_INDEX=https://download.pytorch.org/whl/cpu avoids the large CUDA packages.
+
+PYTHON ?= python3
+TORCH_INDEX ?=
+BIN := .venv/bin
+PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt $(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX))
+PROMPT ?= a red ball rolls left over green grass at night
+
+.PHONY: app demo test check format screenshots clean
+
+app: .venv/.app  ## the page on http://127.0.0.1:7860 (ARGS="--share", "--port 8080", ...)
+	$(BIN)/python app.py $(ARGS)
+
+demo: .venv/.app  ## one small video without a browser; prints its path
+	$(BIN)/python -m lightx2v.infer --preset demo_t2v_distill_lora --prompt "$(PROMPT)" $(ARGS)
+
+test: check  ## static checks, then every test
+	$(BIN)/python -m pytest $(ARGS)
+
+check: .venv/.dev  ## format, lint and types
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/pyright
+
+format: .venv/.dev
+	$(BIN)/ruff format .
+	$(BIN)/ruff check --fix .
+
+screenshots: .venv/.dev  ## pictures of the page's main states, into assets/screenshots
+	$(BIN)/python scripts/screenshots.py
+
+clean:
+	rm -rf .venv outputs
+
+.venv/.python:
+	$(PYTHON) -c "import sys; sys.exit(sys.version_info < (3, 11) and 'Python 3.11 or newer is needed, this is ' + sys.version)"
+	$(PYTHON) -m venv .venv
+	touch $@
+
+.venv/.app: .venv/.python requirements.txt constraints.txt
+	$(PIP) -r requirements.txt
+	touch $@
+
+.venv/.dev: .venv/.app requirements-dev.txt
+	$(PIP) -r requirements-dev.txt
+	touch $@

@@ -1,0 +1,95 @@
+"""Rules about the source text itself: what is never written, and which versions are the least we accept."""
+
+from __future__ import annotations
+
+import ast
+import re
+from pathlib import Path
+
+from packaging.requirements import Requirement
+from packaging.version import Version
+
+ROOT = Path(__file__).parents[1]
+SOURCES = [p for folder in ("lightx2v", "app") for p in sorted((ROOT / folder).rglob("*.py"))] + [ROOT / "app.py"]
+
+FORBIDDEN_CALLS = {"eval", "exec", "pickle.load", "pickle.loads", "marshal.loads", "os.system"}
+HTTP_CALLS = re.compile(r"^(requests|httpx|urllib\.request)\.(get|post|put|head|request|urlopen|Client|AsyncClient)$")
+
+
+def calls(path: Path) -> list[tuple[str, ast.Call]]:
+    tree = ast.parse(path.read_text())
+    return [(ast.unparse(node.func), node) for node in ast.walk(tree) if isinstance(node, ast.Call)]
+
+
+def test_no_code_from_data() -> None:
+    found = [(p.name, name) for p in SOURCES for name, _ in calls(p) if name in FORBIDDEN_CALLS]
+    assert not found, found
+
+
+def test_pickles_are_read_in_one_place_only() -> None:
+    users = {p.relative_to(ROOT).as_posix() for p in SOURCES for name, _ in calls(p) if name == "torch.load"}
+    assert len(users) <= 1 and all(user.startswith("lightx2v/weights/") for user in users), users
+
+
+def test_no_shell_no_unverified_tls() -> None:
+    bad = {"shell": True, "verify": False, "share": True, "trust_remote_code": True}
+    found = [
+        (p.name, name, keyword.arg)
+        for p in SOURCES
+        for name, node in calls(p)
+        for keyword in node.keywords
+        if keyword.arg in bad and isinstance(keyword.value, ast.Constant) and keyword.value.value is bad[keyword.arg]
+    ]
+    assert not found, found
+
+
+def test_http_is_fetched_by_the_two_guarded_files_only() -> None:
+    allowed = {"lightx2v/hub.py", "lightx2v/fetch.py"}
+    users = {p.relative_to(ROOT).as_posix() for p in SOURCES for name, _ in calls(p) if HTTP_CALLS.match(name)}
+    assert users <= allowed, users - allowed
+
+
+def test_nothing_listens_on_every_address_by_default() -> None:
+    found = [
+        p.name
+        for p in SOURCES
+        if re.search(r"default\s*=\s*[\"']0\.0\.0\.0|host[^=\n]*=\s*[\"']0\.0\.0\.0", p.read_text())
+    ]
+    assert not found, found
+
+
+def test_broad_except_only_where_a_run_must_not_take_the_process_down() -> None:
+    allowed = {"lightx2v/jobs.py", "lightx2v/server.py", "lightx2v/progress.py"}
+    found: list[str] = []
+    for path in SOURCES:
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.ExceptHandler) and (node.type is None or ast.unparse(node.type) == "Exception"):
+                found.append(path.relative_to(ROOT).as_posix())
+    assert set(found) <= allowed, set(found) - allowed
+
+
+def test_no_print_outside_command_lines() -> None:
+    allowed = {"infer.py", "convert.py", "download.py", "server.py", "app.py"}
+    found = [p.name for p in SOURCES for name, _ in calls(p) if name == "print" and p.name not in allowed]
+    assert not found, found
+
+
+def test_floors_keep_known_holes_out() -> None:
+    floors = {"torch": "2.10", "gradio": "6.25", "safetensors": "0.5", "pillow": "12", "huggingface_hub": "1.16"}
+    lines = [line for line in (ROOT / "requirements.txt").read_text().splitlines() if line and line[0] not in "#-"]
+    asked = {r.name: r.specifier for r in map(Requirement, lines)}
+    tested = [line for line in (ROOT / "constraints.txt").read_text().splitlines() if line and line[0] != "#"]
+    pinned = {r.name.lower().replace("_", "-"): r.specifier for r in map(Requirement, tested)}
+    for name, floor in floors.items():
+        just_below = Version(floor + ".dev0")
+        assert just_below not in asked[name], f"{name} accepts versions under {floor}"
+    for name, specifier in asked.items():
+        (pin,) = pinned[name.lower().replace("_", "-")]
+        assert pin.operator == "==" and pin.version in specifier, f"{name}: the tested {pin} is outside {specifier}"
+
+
+def test_nothing_of_one_machine_is_named() -> None:
+    private = re.compile(r"(?<![\w./])/(?:root|home/(?!user\b)\w+|work|tmp/bash)\b")
+    texts = [p for p in ROOT.rglob("*.py") if ".venv" not in p.parts] + sorted(ROOT.glob("*.md"))
+    found = [p.relative_to(ROOT).as_posix() for p in texts if p != Path(__file__) and private.search(p.read_text())]
+    assert not found, found
