@@ -209,7 +209,7 @@ class Meter:
             done = self._seconds.get("denoise", 0.0)
             self._steps.append(StepTime(expert=expert, seconds=done - self._denoised))
             self._denoised = done
-        overall = _highest(self._peaks.values()) if self._cuda else None
+        overall = _highest(self._peaks.values()) if self._peaks else None
         self._send(
             Progress(
                 stage=stage,
@@ -292,10 +292,8 @@ def _log_cost(name: str, seconds: float, peak: Peak | None) -> None:
     log.info("%s cost %.6f seconds%s", name, seconds, memory)
 
 
-def _highest(peaks: Iterable[Peak]) -> Peak | None:
+def _highest(peaks: Iterable[Peak]) -> Peak:
     found = list(peaks)
-    if not found:
-        return None
     return Peak(allocated=max(p.allocated for p in found), reserved=max(p.reserved for p in found))
 
 
