@@ -1,0 +1,331 @@
+"""One video: what to show, how large, how long, by which sampler. Frozen, checked when made, never loads anything.
+
+`Request` holds every setting that can change from one video to the next. Whatever is wrong with it is a BadRequest
+that names the nearest value that would do. `to_json` and `from_json` are exact inverses over plain JSON types.
+"""
+
+from __future__ import annotations
+
+import difflib
+import math
+import operator
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, fields
+from typing import Any, Literal, NoReturn, Self
+
+from .errors import BadRequest
+
+Task = Literal["t2v", "i2v", "flf2v"]
+Expert = Literal["high", "low"]
+
+TASKS: tuple[Task, ...] = ("t2v", "i2v", "flf2v")
+EXPERTS: tuple[Expert, ...] = ("high", "low")
+RESIZE_MODES = ("fixed_shape",)
+"""Size rules for an input image besides None. None keeps the image's shape at the area of height x width; "fixed_shape"
+makes the video exactly height x width, whatever the shape of the image."""
+
+LATENT_CHANNELS = 16
+MIN_SIDE, MAX_SIDE = 32, 4096
+MAX_FRAMES = 1001
+MAX_TOKENS = 262_144
+"""About 3.5 times the official largest video (1280x720, 81 frames: 75 600 tokens). A preset may set a lower ceiling."""
+MAX_PROMPT = 10_000
+MAX_SEED = 2**63 - 1
+
+DEFAULT_NEGATIVE_PROMPT = (
+    "色调艳丽，过曝，静态，细节模糊不清，字幕，风格，作品，画作，画面，静止，整体发灰，最差质量，低质量，JPEG压缩残留，丑陋的，残缺的，"
+    "多余的手指，画得不好的手部，画得不好的脸部，畸形的，毁容的，形态畸形的肢体，手指融合，静止不动的画面，杂乱的背景，三条腿，背景人很多，倒着走"
+)
+"""The official `sample_neg_prompt` of Wan2.2: what an empty negative prompt means while guidance is on."""
+
+_LORA_NAMES = {"high": "high_noise_model", "low": "low_noise_model"}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LoraSpec:
+    """One LoRA file for one expert. In JSON, as in LightX2V: {"name": "high_noise_model", "path", "strength"}."""
+
+    expert: Expert
+    path: str
+    strength: float = 1.0
+
+    def __post_init__(self) -> None:
+        if self.expert not in EXPERTS:
+            _bad("LoRA name", self.expert, "high_noise_model or low_noise_model")
+        if not isinstance(self.path, str) or not self.path.strip() or "\0" in self.path:
+            _bad("LoRA path", self.path, "a file or a Hub name such as owner/repo/file.safetensors")
+        object.__setattr__(self, "strength", _real("LoRA strength", self.strength, -100.0, 100.0))
+
+    def to_json(self) -> dict[str, Any]:
+        return {"name": _LORA_NAMES[self.expert], "path": self.path, "strength": self.strength}
+
+    @classmethod
+    def from_json(cls, data: Any) -> Self:
+        if not isinstance(data, Mapping):
+            _bad("LoRA", data, 'an object such as {"name": "high_noise_model", "path": "…", "strength": 1.0}')
+        _refuse_unknown(data, ("name", "expert", "path", "strength"), "LoRA key")
+        if "path" not in data or ("name" in data) == ("expert" in data):
+            _bad("LoRA", dict(data), "a path, and a name (high_noise_model or low_noise_model)")
+        experts = {"high": "high", "low": "low", "high_noise_model": "high", "low_noise_model": "low"}
+        name = data.get("name", data.get("expert"))
+        expert: Any = experts.get(name, name) if isinstance(name, str) else name
+        return cls(expert=expert, path=data["path"], strength=data["strength"] if "strength" in data else cls.strength)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Request:
+    """One video.
+
+    `guidance` is (high-noise expert, low-noise expert); one number means both. With `denoising_step_list` the distilled
+    sampler runs: `steps` is then the length of the list and `boundary` is None, whatever was given. For i2v and flf2v,
+    height x width is an area and the image gives the shape, unless `resize_mode` says otherwise.
+    """
+
+    task: Task = "t2v"
+    prompt: str
+    negative_prompt: str = ""
+    image_path: str | None = None
+    last_frame_path: str | None = None
+    seed: int = 42
+    height: int = 480
+    width: int = 832
+    frames: int = 81
+    fps: float = 16.0
+    steps: int = 40
+    shift: float = 5.0
+    guidance: tuple[float, float] = (4.0, 3.0)
+    enable_cfg: bool = True
+    boundary: float | None = 0.875
+    denoising_step_list: tuple[int, ...] | None = None
+    boundary_step_index: int | None = None
+    resize_mode: str | None = None
+    loras: tuple[LoraSpec, ...] | None = None
+
+    def __post_init__(self) -> None:
+        put = lambda name, value: object.__setattr__(self, name, value)  # noqa: E731
+        if self.task not in TASKS:
+            _bad("task", self.task, "t2v, i2v or flf2v")
+        put("prompt", _text("prompt", self.prompt))
+        put("negative_prompt", _text("negative_prompt", self.negative_prompt))
+        if not self.prompt.strip():
+            _bad("prompt", self.prompt, "a description of the video; it is empty")
+        put("image_path", _path("image_path", self.image_path))
+        put("last_frame_path", _path("last_frame_path", self.last_frame_path))
+        self._check_images()
+        put("seed", _whole("seed", self.seed, -1, MAX_SEED))
+        put("height", _whole("height", self.height, MIN_SIDE, MAX_SIDE, step=16))
+        put("width", _whole("width", self.width, MIN_SIDE, MAX_SIDE, step=16))
+        put("frames", _whole("frames", self.frames, 1, MAX_FRAMES, step=4))
+        put("fps", _real("fps", self.fps, 1.0, 120.0))
+        put("shift", _real("shift", self.shift, 0.01, 100.0))
+        put("guidance", _pair("guidance", self.guidance))
+        put("enable_cfg", _flag("enable_cfg", self.enable_cfg))
+        self._check_sampler(put)
+        if self.resize_mode is not None and self.resize_mode not in RESIZE_MODES:
+            _bad("resize_mode", self.resize_mode, f"null or {' or '.join(RESIZE_MODES)}")
+        put("loras", _loras(self.loras))
+        if self.tokens > MAX_TOKENS:
+            self.check_tokens(MAX_TOKENS)
+
+    def _check_images(self) -> None:
+        if self.task == "t2v" and (self.image_path or self.last_frame_path):
+            raise BadRequest("Task t2v takes no image. Use task i2v for a first image, or leave the image out.")
+        if self.task != "t2v" and not self.image_path:
+            raise BadRequest(f"Task {self.task} needs image_path: the picture that the video starts from.")
+        if self.task == "flf2v" and not self.last_frame_path:
+            raise BadRequest("Task flf2v needs last_frame_path: the picture that the video ends with.")
+        if self.task == "i2v" and self.last_frame_path:
+            raise BadRequest("Task i2v takes no last_frame_path. Use task flf2v, or leave last_frame_path out.")
+
+    def _check_sampler(self, put: Any) -> None:
+        if self.denoising_step_list is None:
+            put("steps", _whole("steps", self.steps, 1, 200))
+            if self.boundary is None:
+                _bad("boundary", None, "a number from 0 to 1 (0.875 for t2v, 0.9 for i2v), or a denoising_step_list")
+            put("boundary", _real("boundary", self.boundary, 0.0, 1.0))
+            if self.boundary_step_index is not None:
+                _bad("boundary_step_index", self.boundary_step_index, "null without a denoising_step_list")
+            return
+        steps = check_step_list(self.denoising_step_list)
+        put("denoising_step_list", steps)
+        put("steps", len(steps))
+        put("boundary", None)
+        if self.boundary_step_index is None:
+            _bad(
+                "boundary_step_index",
+                None,
+                f"the step, 0 to {len(steps) - 1}, at which the low-noise expert takes over",
+            )
+        put("boundary_step_index", _whole("boundary_step_index", self.boundary_step_index, 0, len(steps) - 1))
+
+    def check_tokens(self, ceiling: int) -> None:
+        """Raises BadRequest, naming frames or an area that fit, if the video has more than `ceiling` tokens."""
+        if self.tokens <= ceiling:
+            return
+        per_frame = self.area // 256
+        latent_frames = ceiling // per_frame
+        fit = f"{4 * latent_frames - 3} frames at this size" if latent_frames else ""
+        side = max(MIN_SIDE, int(math.sqrt(ceiling / self.latent_shape[1])) * 16)
+        fit = " or ".join(filter(None, [fit, f"{side}x{side} at this length"]))
+        raise BadRequest(
+            f"{self.width}x{self.height} with {self.frames} frames is {self.tokens} tokens; the limit is {ceiling}. "
+            f"Nearest: {fit}."
+        )
+
+    @property
+    def distilled(self) -> bool:
+        """Whether the step list of a distilled model is run, instead of UniPC."""
+        return self.denoising_step_list is not None
+
+    @property
+    def area(self) -> int:
+        return self.height * self.width
+
+    @property
+    def latent_shape(self) -> tuple[int, int, int, int]:
+        """(C, T, h, w) at height x width. With an input image the size rule may give another h, w of that area."""
+        return LATENT_CHANNELS, (self.frames - 1) // 4 + 1, self.height // 8, self.width // 8
+
+    @property
+    def tokens(self) -> int:
+        """Patches of 1 x 2 x 2 latents: the length of the sequence that the experts see."""
+        _, t, h, w = self.latent_shape
+        return t * (h // 2) * (w // 2)
+
+    @property
+    def seconds(self) -> float:
+        """How long the video plays."""
+        return self.frames / self.fps
+
+    @property
+    def guided(self) -> tuple[bool, bool]:
+        """Whether the (high, low) expert needs a second, negative forward. Guidance 1 is v_u + 1 (v_c - v_u): none."""
+        return self.enable_cfg and self.guidance[0] != 1.0, self.enable_cfg and self.guidance[1] != 1.0
+
+    @property
+    def negative_text(self) -> str | None:
+        """The negative prompt to encode: None without guidance, the default for "", and nothing at all for " "."""
+        if not any(self.guided):
+            return None
+        return self.negative_prompt.strip() if self.negative_prompt else DEFAULT_NEGATIVE_PROMPT
+
+    def to_json(self) -> dict[str, Any]:
+        """Every field as plain JSON types. `from_json` gives an equal Request back."""
+        data: dict[str, Any] = {}
+        for field in fields(self):
+            value = getattr(self, field.name)
+            if field.name == "loras" and value is not None:
+                value = [lora.to_json() for lora in value]
+            data[field.name] = list(value) if isinstance(value, tuple) else value
+        return data
+
+    @classmethod
+    def from_json(cls, data: Any) -> Self:
+        """A Request from an object with the names of its fields. Anything unknown in it is an error."""
+        if not isinstance(data, Mapping):
+            _bad("request", data, "an object")
+        _refuse_unknown(data, [field.name for field in fields(cls)], "request key")
+        if "prompt" not in data:
+            raise BadRequest("The request has no prompt. Describe the video in the field prompt.")
+        return cls(**data)
+
+
+def check_step_list(value: Any) -> tuple[int, ...]:
+    """A distilled sampler's timesteps: whole numbers from 1000 down to 1, each smaller than the one before."""
+    if isinstance(value, str) or not isinstance(value, Sequence) or not 1 <= len(value) <= 200:
+        _bad("denoising_step_list", value, "a list of 1 to 200 timesteps such as [1000, 750, 500, 250]")
+    steps = tuple(_whole("denoising_step_list", step, 1, 1000) for step in value)
+    for before, after in zip(steps, steps[1:], strict=False):
+        if after >= before:
+            _bad("denoising_step_list", list(steps), "strictly decreasing", nearest=sorted(set(steps), reverse=True))
+    return steps
+
+
+def clean_text(text: str) -> str:
+    """`text` without NUL and without lone surrogates; a surrogate pair written as two characters becomes one."""
+    if text.isascii():
+        return text.replace("\0", "")
+    return text.replace("\0", "").encode("utf-16-le", "surrogatepass").decode("utf-16-le", "ignore")
+
+
+def _bad(name: str, got: Any, expected: str, *, nearest: Any = None) -> NoReturn:
+    shown = "a huge number" if isinstance(got, int) and got.bit_length() > 256 else repr(got)
+    shown = shown if len(shown) <= 80 else f"{shown[:60]}… ({len(shown)} characters)"
+    hint = "" if nearest is None else f" Nearest valid value: {nearest}."
+    raise BadRequest(f"{name} is {shown}; expected {expected}.{hint}")
+
+
+def _refuse_unknown(data: Mapping[Any, Any], known: Sequence[str], kind: str) -> None:
+    for key in data:
+        if key not in known:
+            close = difflib.get_close_matches(str(key)[:100], known, n=1, cutoff=0.0)
+            raise BadRequest(f"Unknown {kind} {str(key)[:100]!r}. The nearest known one is {close[0]!r}.")
+
+
+def _text(name: str, value: Any) -> str:
+    if not isinstance(value, str):
+        _bad(name, value, "text")
+    if len(value) > MAX_PROMPT:
+        raise BadRequest(
+            f"{name} has {len(value)} characters; the limit is {MAX_PROMPT}. (The model reads about 512 tokens.)"
+        )
+    return clean_text(value)
+
+
+def _path(name: str, value: Any) -> str | None:
+    if value is None or value == "":
+        return None
+    if not isinstance(value, str) or not value.strip() or "\0" in value:
+        _bad(name, value, "the path of a JPEG, PNG or WebP image")
+    return value
+
+
+def _flag(name: str, value: Any) -> bool:
+    if not isinstance(value, bool):
+        _bad(name, value, "true or false")
+    return value
+
+
+def _whole(name: str, value: Any, low: int, high: int, *, step: int = 1) -> int:
+    """An int from `low` to `high`, a multiple of `step` away from `low`. bool, float and text are no ints."""
+    try:
+        number = None if isinstance(value, bool) else operator.index(value)
+    except TypeError:
+        number = None
+    grid = {1: "", 4: " of the form 4n + 1", 16: " and a multiple of 16"}[step]
+    expected = f"a whole number from {low} to {high}{grid}"
+    if number is None:
+        nearest = _nearest(value, low, high, step) if isinstance(value, float) and math.isfinite(value) else None
+        _bad(name, value, expected, nearest=nearest)
+    if not low <= number <= high or (number - low) % step:
+        _bad(name, number, expected, nearest=_nearest(number, low, high, step))
+    return number
+
+
+def _nearest(value: float, low: int, high: int, step: int) -> int:
+    top = low + (high - low) // step * step
+    return top if value >= top else low if value <= low else low + round((value - low) / step) * step
+
+
+def _real(name: str, value: Any, low: float, high: float) -> float:
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or value != value:
+        _bad(name, value, f"a number from {low:g} to {high:g}")
+    if not low <= value <= high:
+        _bad(name, value, f"a number from {low:g} to {high:g}", nearest=f"{min(max(value, low), high):g}")
+    return float(value)
+
+
+def _pair(name: str, value: Any) -> tuple[float, float]:
+    if isinstance(value, (int, float)):
+        value = (value, value)
+    if isinstance(value, str) or not isinstance(value, Sequence) or len(value) != 2:
+        _bad(name, value, "one number, or two: [high-noise expert, low-noise expert]")
+    return _real(name, value[0], -100.0, 100.0), _real(name, value[1], -100.0, 100.0)
+
+
+def _loras(value: Any) -> tuple[LoraSpec, ...] | None:
+    if value is None:
+        return None
+    if isinstance(value, (str, Mapping)) or not isinstance(value, Sequence) or len(value) > 32:
+        _bad("loras", value, "null or a list of at most 32 LoRAs")
+    return tuple(lora if isinstance(lora, LoraSpec) else LoraSpec.from_json(lora) for lora in value)
