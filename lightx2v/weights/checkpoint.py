@@ -1,0 +1,194 @@
+"""One model's tensors, whatever they are stored in: a file, shards with or without an index, a folder split by block.
+
+    checkpoint = open_checkpoint(path)        names, shapes and dtypes; no tensor is read yet
+    checkpoint.tensor("head.head.weight")     one tensor
+    for name, tensor in checkpoint.tensors(): all of them, one at a time, in the order they lie on disk
+
+What a file is gets decided by its first bytes and never by its name: a pickle called `model.safetensors` is still a
+pickle. Each file is checked when the checkpoint is opened, so a broken download is found before anything is loaded.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Container, Iterator
+from pathlib import Path, PurePath
+
+import torch
+
+from ..errors import CheckpointError, short_path
+from .pth_file import PthFile
+from .safetensors_file import AGAIN, SafetensorsFile
+
+TensorFile = SafetensorsFile | PthFile
+
+PICKLES = (".pth", ".pt", ".bin")
+SHARD_OF = re.compile(r"(?P<stem>.*)-(?P<index>\d{5})-of-(?P<count>\d{5})(?P<suffix>\.\w+)", re.IGNORECASE)
+
+
+class Checkpoint:
+    """Tensors by name over one or several files. Made by `open_checkpoint`."""
+
+    def __init__(self, path: Path, files: list[TensorFile]) -> None:
+        self.path = path
+        self.files = files
+        self._home: dict[str, TensorFile] = {}
+        for file in files:
+            for name in file.entries:
+                if name in self._home:
+                    first = self._home[name].path.name
+                    raise CheckpointError(
+                        f"{short_path(path)}: tensor {name:.80} is in {first} and in {file.path.name}. "
+                        "Two models seem to share this folder; keep one, or name a file instead of the folder."
+                    )
+                self._home[name] = file
+        self.shapes = {name: file.entries[name].shape for name, file in self._home.items()}
+        self.dtypes = {name: file.entries[name].dtype for name, file in self._home.items()}
+        self.metadata = {key: value for file in files for key, value in file.metadata.items()}
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._home
+
+    def __len__(self) -> int:
+        return len(self._home)
+
+    @property
+    def nbytes(self) -> int:
+        return sum(entry.nbytes for file in self.files for entry in file.entries.values())
+
+    def file_of(self, name: str) -> Path:
+        return self._home[name].path
+
+    def tensor(self, name: str) -> torch.Tensor:
+        """One tensor in memory of its own, in the dtype it is stored in."""
+        return self._home[name].read(name)
+
+    def mapped(self, name: str) -> torch.Tensor:
+        """One tensor as a memory map: bytes are read when they are touched. Treat it as read-only."""
+        return self._home[name].mapped(name)
+
+    def tensors(self, names: Container[str] | None = None) -> Iterator[tuple[str, torch.Tensor]]:
+        """All tensors, or those in `names`, one at a time, in the order they lie on disk."""
+        for file in self.files:
+            for name, _ in sorted(file.entries.items(), key=lambda item: item[1].start):
+                if names is None or name in names:
+                    yield name, file.read(name)
+
+
+def open_checkpoint(path: str | Path) -> Checkpoint:
+    """A file or folder of tensors, checked. CheckpointError says what is wrong with it."""
+    path = Path(path)
+    if path.is_dir():
+        return _open_folder(path)
+    if not path.exists():
+        raise CheckpointError(f"{short_path(path)} does not exist. Check the path, or download the model.")
+    return Checkpoint(path, [open_file(path)])
+
+
+def open_file(path: Path) -> TensorFile:
+    """One file, by its first bytes."""
+    if not path.is_file():
+        raise CheckpointError(f"{short_path(path)} is not a file.")
+    try:
+        size = path.stat().st_size
+        with path.open("rb") as file:
+            head = file.read(512)
+    except OSError as error:
+        raise CheckpointError(f"{short_path(path)} cannot be read ({error.strerror}).") from None
+    name, text = short_path(path), head.lstrip(b"\xef\xbb\xbf \t\r\n").lower()
+    if size < 16 or not head.strip(b"\0"):
+        filled = "" if size < 16 else ", the first of them all zero"
+        raise CheckpointError(f"{name} is incomplete: got {size} bytes{filled}. {AGAIN}")
+    if head[8:9] == b"{":
+        return SafetensorsFile(path)
+    if text.startswith(b"version https://git-lfs"):
+        raise CheckpointError(
+            f"{name} is a git-lfs pointer, not the model. Run `git lfs pull` in its folder, or download the file again."
+        )
+    if text.startswith((b"<!doctype", b"<html", b"<?xml", b"<head", b"<error")):
+        raise CheckpointError(f"{name} is a web page, not a model: the download was answered with an error. {AGAIN}")
+    if head.startswith(b"GGUF"):
+        raise CheckpointError(f"{name} is a GGUF file; safetensors and PyTorch files are supported.")
+    if head.startswith(b"PK\x03\x04") or head.startswith(b"\x80"):
+        return PthFile(path)
+    raise CheckpointError(
+        f"{name} is neither a safetensors nor a PyTorch file (first bytes {head[:8].hex(' ')}). {AGAIN}"
+    )
+
+
+def _open_folder(folder: Path) -> Checkpoint:
+    indexes = sorted(path for path in folder.iterdir() if path.name.lower().endswith(".index.json"))
+    if len(indexes) > 1:
+        raise CheckpointError(
+            f"{short_path(folder)} has {len(indexes)} index files ({', '.join(path.name for path in indexes)}); "
+            "keep the one that belongs to the model."
+        )
+    if indexes:
+        return _open_indexed(folder, indexes[0])
+    paths = sorted(path for path in folder.iterdir() if path.suffix.lower() == ".safetensors")
+    if not paths:
+        paths = sorted(path for path in folder.iterdir() if path.suffix.lower() in PICKLES)
+    if not paths:
+        raise CheckpointError(f"{short_path(folder)} holds no model: expected *.safetensors, with or without an index.")
+    names = {path.name for path in paths}
+    _require_shards(folder, names, {other for name in names for other in _siblings(name)})
+    return Checkpoint(folder, [open_file(path) for path in paths])
+
+
+def _siblings(name: str) -> set[str]:
+    """All file names of the set that `model-00002-of-00006.safetensors` says it belongs to."""
+    match = SHARD_OF.fullmatch(name)
+    if not match or int(match["count"]) > 10_000:
+        return set()
+    return {
+        f"{match['stem']}-{index:05}-of-{match['count']}{match['suffix']}"
+        for index in range(1, int(match["count"]) + 1)
+    }
+
+
+def _require_shards(folder: Path, present: set[str], wanted: set[str]) -> None:
+    missing = sorted(wanted - present)
+    if missing:
+        raise CheckpointError(
+            f"{short_path(folder)} lacks {len(missing)} of {len(wanted)} files: {', '.join(missing[:20])}. "
+            "Download the folder again; files that are complete are kept."
+        )
+
+
+def _open_indexed(folder: Path, index: Path) -> Checkpoint:
+    """Shards that an index lists: all must be there, and hold what the index says."""
+    weight_map = _read_index(index)
+    names = sorted(set(weight_map.values()))
+    _require_shards(folder, {name for name in names if (folder / name).is_file()}, set(names))
+    files = []
+    for name in names:
+        listed = sum(file == name for file in weight_map.values())
+        try:
+            files.append(open_file(folder / name))
+        except CheckpointError as error:
+            raise CheckpointError(f"{error} ({index.name} says it holds {listed} tensors.)") from None
+    checkpoint = Checkpoint(folder, files)
+    for tensor, name in weight_map.items():
+        if tensor not in checkpoint or checkpoint.file_of(tensor).name != name:
+            raise CheckpointError(
+                f"{short_path(folder / name)} does not hold tensor {tensor:.80}, which {index.name} says it does. "
+                "Files of two versions seem mixed; download the folder again."
+            )
+    return checkpoint
+
+
+def _read_index(index: Path) -> dict[str, str]:
+    name = short_path(index)
+    try:
+        weight_map = json.loads(index.read_text("utf-8"))["weight_map"]
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
+        raise CheckpointError(f"{name} is damaged ({type(error).__name__}: {error!s:.100}). {AGAIN}") from None
+    if not isinstance(weight_map, dict) or not weight_map or not all(isinstance(v, str) for v in weight_map.values()):
+        raise CheckpointError(f"{name} is damaged: weight_map must map tensor names to file names. {AGAIN}")
+    outside = [
+        file for file in weight_map.values() if file != PurePath(file).name or "\\" in file or file in ("", "..")
+    ]
+    if outside:
+        raise CheckpointError(f"{name} names a file outside its folder: {outside[0]:.80}.")
+    return weight_map

@@ -1,0 +1,98 @@
+"""What other programs call the DiT's tensors, and what Wan calls them.
+
+Inside the project a tensor has the name that the official Wan checkpoints use. Files written by others add a prefix
+or use diffusers' names; which of these a file uses is decided from the names in it, never from the file's name.
+All functions are pure: names in, names out.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable
+
+from ..errors import CheckpointError
+
+PREFIXES = ("model.diffusion_model.", "diffusion_model.", "model.", "transformer.")
+"""Longest first, so that `model.diffusion_model.` is not taken for `model.`."""
+
+_OUTSIDE = (  # Wan, diffusers; outside the blocks
+    ("patch_embedding", "patch_embedding"),
+    ("text_embedding.0", "condition_embedder.text_embedder.linear_1"),
+    ("text_embedding.2", "condition_embedder.text_embedder.linear_2"),
+    ("time_embedding.0", "condition_embedder.time_embedder.linear_1"),
+    ("time_embedding.2", "condition_embedder.time_embedder.linear_2"),
+    ("time_projection.1", "condition_embedder.time_proj"),
+    ("head.head", "proj_out"),
+    ("head.modulation", "scale_shift_table"),
+)
+_BLOCK = (  # Wan, diffusers; after "blocks.<i>."
+    ("modulation", "scale_shift_table"),
+    ("norm3", "norm2"),  # the affine norm before cross-attention; diffusers' norm3 has no parameters
+    ("ffn.0", "ffn.net.0.proj"),
+    ("ffn.2", "ffn.net.2"),
+    *(
+        (f"{wan}.{leaf}", f"{diffusers}.{other}")
+        for wan, diffusers in (("self_attn", "attn1"), ("cross_attn", "attn2"))
+        for leaf, other in (
+            ("q", "to_q"),
+            ("k", "to_k"),
+            ("v", "to_v"),
+            ("o", "to_out.0"),
+            ("norm_q", "norm_q"),
+            ("norm_k", "norm_k"),
+        )
+    ),
+)
+_TO_WAN = ({theirs: ours for ours, theirs in _OUTSIDE}, {theirs: ours for ours, theirs in _BLOCK})
+_TO_DIFFUSERS = (dict(_OUTSIDE), dict(_BLOCK))
+_IN_BLOCK = re.compile(r"blocks\.(\d+)\.(.+)")
+_DIFFUSERS_ONLY = re.compile(r"condition_embedder\.|proj_out\.|scale_shift_table$|blocks\.\d+\.(attn[12]\.|ffn\.net\.)")
+
+
+def strip_prefix(name: str) -> str:
+    """`name` without the first of the known prefixes that it starts with."""
+    for prefix in PREFIXES:
+        if name.startswith(prefix):
+            return name.removeprefix(prefix)
+    return name
+
+
+def diffusers_to_wan(name: str) -> str:
+    """A diffusers DiT name (no prefix) as Wan calls it; a name it has no word for comes back as it is."""
+    return _rename(name, *_TO_WAN)
+
+
+def wan_to_diffusers(name: str) -> str:
+    """The inverse of `diffusers_to_wan`."""
+    return _rename(name, *_TO_DIFFUSERS)
+
+
+def is_diffusers(names: Iterable[str]) -> bool:
+    """Whether these names (no prefix) are diffusers'. One name is not enough to tell: both say `norm2` or `ffn`."""
+    return any(_DIFFUSERS_ONLY.match(name) for name in names)
+
+
+def wan_names(names: Iterable[str]) -> dict[str, str]:
+    """For every DiT tensor name of a file: Wan's name. Two names that become one are a CheckpointError."""
+    stripped = {name: strip_prefix(name) for name in names}
+    if is_diffusers(stripped.values()):
+        stripped = {name: diffusers_to_wan(bare) for name, bare in stripped.items()}
+    taken: dict[str, str] = {}
+    for name, ours in stripped.items():
+        if ours in taken:
+            raise CheckpointError(f"The file holds {ours} twice, as {taken[ours]} and as {name}. Keep one of them.")
+        taken[ours] = name
+    return stripped
+
+
+def _rename(name: str, outside: dict[str, str], block: dict[str, str]) -> str:
+    inside = _IN_BLOCK.fullmatch(name)
+    head, stem = (f"blocks.{inside[1]}.", inside[2]) if inside else ("", name)
+    table = block if inside else outside
+    # The longest known stem wins; what follows it (".weight", ".weight_scale", ".lora_A.weight") stays.
+    parts = stem.split(".")
+    for count in range(len(parts), 0, -1):
+        known = table.get(".".join(parts[:count]))
+        if known is not None:
+            return head + ".".join([known, *parts[count:]])
+    return name

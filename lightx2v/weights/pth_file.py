@@ -1,0 +1,102 @@
+"""One PyTorch file (`.pth`, `.pt`, `.bin`): a pickle, so it is opened with every guard that torch has.
+
+This is the only file in the project that calls torch.load: `weights_only=True`, on torch 2.10 or later (earlier
+versions can be made to run code or to corrupt memory by a crafted file, CVE-2025-32434 and CVE-2026-24747).
+"""
+
+from __future__ import annotations
+
+import pickle
+import re
+import zipfile
+from pathlib import Path
+
+import torch
+
+from ..errors import CheckpointError, short_path
+from .safetensors_file import AGAIN, Entry
+
+MIN_TORCH = (2, 10)
+REMAP_AFTER = 512 << 20
+MAX_PICKLE = 64 << 20
+
+
+class PthFile:
+    """The same face as SafetensorsFile over a flat dictionary of tensors, with or without a "state_dict" around it."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.metadata: dict[str, str] = {}
+        _require_safe_torch(path)
+        self._zip = zipfile.is_zipfile(path)
+        if self._zip:
+            _check_zip(path)
+        self._state = self._open()
+        self.entries = {name: _entry(path, name, tensor) for name, tensor in self._state.items()}
+        self._touched = 0
+
+    def read(self, name: str) -> torch.Tensor:
+        """The tensor in memory of its own. The map is renewed now and then: pages once read count as resident."""
+        self._touched += self.entries[name].nbytes
+        if self._zip and self._touched > REMAP_AFTER:
+            self._touched = self.entries[name].nbytes
+            self._state = {}
+            self._state = self._open()
+        return self._state[name].clone(memory_format=torch.contiguous_format)
+
+    def mapped(self, name: str) -> torch.Tensor:
+        """The tensor as a private memory map: nothing is read before it is touched. Treat it as read-only."""
+        return self._state[name]
+
+    def _open(self) -> dict[str, torch.Tensor]:
+        name = short_path(self.path)
+        try:
+            state = torch.load(self.path, map_location="cpu", weights_only=True, mmap=self._zip)
+        except pickle.UnpicklingError:
+            raise CheckpointError(
+                f"{name} was refused: it is a pickle that holds more than tensors and could run code when read. "
+                "Use a safetensors file of the same model."
+            ) from None
+        except (RuntimeError, ValueError, TypeError, KeyError, AttributeError, IndexError, EOFError, OSError) as error:
+            reason = str(error).splitlines()[0][:200] if str(error) else type(error).__name__
+            raise CheckpointError(f"{name} cannot be read as a PyTorch file ({reason}). {AGAIN}") from None
+        if isinstance(state, dict) and isinstance(state.get("state_dict"), dict):
+            state = state["state_dict"]
+        if not isinstance(state, dict) or not state:
+            raise CheckpointError(f"{name} holds a {type(state).__name__}, expected a dictionary of tensors.")
+        return state
+
+
+def _require_safe_torch(path: Path) -> None:
+    version = tuple(int(part) for part in re.findall(r"\d+", str(torch.__version__))[:2])
+    if version < MIN_TORCH:
+        raise CheckpointError(
+            f"{short_path(path)} is a PyTorch pickle and torch {torch.__version__} cannot read those safely: it needs "
+            "torch 2.10 or later (pip install --upgrade torch). Safetensors files load with any version."
+        )
+
+
+def _check_zip(path: Path) -> None:
+    """Refuses archives that would grow when read: torch stores its records as they are."""
+    try:
+        with zipfile.ZipFile(path) as archive:
+            records = archive.infolist()
+    except (zipfile.BadZipFile, OSError, NotImplementedError, ValueError) as error:
+        raise CheckpointError(f"{short_path(path)} is damaged: {error}. {AGAIN}") from None
+    if any(record.compress_type != zipfile.ZIP_STORED for record in records):
+        raise CheckpointError(f"{short_path(path)} was refused: its records are compressed, PyTorch writes them plain.")
+    if any(record.filename.endswith(".pkl") and record.file_size > MAX_PICKLE for record in records):
+        raise CheckpointError(f"{short_path(path)} was refused: its table of contents is over {MAX_PICKLE} bytes.")
+
+
+def _entry(path: Path, name: object, tensor: object) -> Entry:
+    if not isinstance(name, str) or not isinstance(tensor, torch.Tensor):
+        raise CheckpointError(
+            f"{short_path(path)} holds {name!r:.80}: {type(tensor).__name__}, expected only names with tensors."
+        )
+    if tensor.layout != torch.strided or tensor.is_quantized or tensor.is_meta:
+        raise CheckpointError(f"{short_path(path)}: {name:.80} is not a dense tensor.")
+    nbytes = tensor.numel() * tensor.element_size()
+    if nbytes > tensor.untyped_storage().nbytes():
+        raise CheckpointError(f"{short_path(path)}: {name:.80} claims {nbytes} bytes, more than are stored.")
+    return Entry(tensor.dtype, tuple(tensor.shape), -1, nbytes)

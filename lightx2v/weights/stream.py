@@ -1,0 +1,118 @@
+"""Tensors into a module, one at a time, all or nothing.
+
+The module is built on the meta device, so it takes no memory; each tensor is cast and moved as it comes, and the
+parameters are put in place only after the last one fitted. At no time is there more than the finished part plus one
+tensor, and a module is never seen half loaded.
+
+A stream is any iterable of (name, tensor), so reading, renaming, merging a LoRA and quantising are generators in a row.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+
+import torch
+from torch import nn
+
+from ..errors import CheckpointError
+
+TensorStream = Iterable[tuple[str, torch.Tensor]]
+DtypeOf = Callable[[str], torch.dtype]
+
+CASTABLE = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
+"""What a checkpoint may store an ordinary weight in. Everything else (float8, int8) must match the module exactly."""
+
+
+def stream_into(
+    module: nn.Module,
+    tensors: TensorStream,
+    *,
+    dtype_of: DtypeOf,
+    device: torch.device | str,
+    source_name: str,
+) -> None:
+    """Fills `module` (on the meta device) from `tensors`; one CheckpointError names all that does not fit.
+
+    Ordinary floats become `dtype_of(name)`; float8 and integer tensors keep their dtype and need a slot of that dtype.
+    """
+    slots = _slots(module)
+    shapes: dict[str, tuple[int, ...]] = {}
+    dtypes: dict[str, torch.dtype] = {}
+    placed: dict[str, torch.Tensor] = {}
+    fits = True
+    for name, tensor in tensors:
+        if name in shapes:
+            raise CheckpointError(f"{source_name}: tensor {name} came twice.")
+        shapes[name], dtypes[name] = tuple(tensor.shape), tensor.dtype
+        fits = fits and name in slots and not _misfit(slots[name], shapes[name], tensor.dtype)
+        if fits:
+            placed[name] = _place(tensor, slots[name], dtype_of(name), device)
+        else:
+            placed.clear()  # what follows is only looked at, for the message
+        del tensor  # before the next one is read
+    check_fit(module, shapes, dtypes, source_name=source_name)
+    for name, tensor in placed.items():
+        _assign(module, name, tensor)
+    stranded = [name for name, slot in (*module.named_parameters(), *module.named_buffers()) if slot.is_meta]
+    if stranded:
+        raise RuntimeError(f"{type(module).__name__} has buffers that no checkpoint fills: {stranded[:5]}")
+
+
+def check_fit(
+    module: nn.Module,
+    shapes: Mapping[str, tuple[int, ...]],
+    dtypes: Mapping[str, torch.dtype],
+    *,
+    source_name: str,
+) -> None:
+    """The comparison alone, from a checkpoint's headers: a wrong model is refused before its gigabytes are read."""
+    slots = _slots(module)
+    missing = [name for name in slots if name not in shapes]
+    unexpected = [name for name in shapes if name not in slots]
+    misfits = [
+        f"{name} {why}"
+        for name, slot in slots.items()
+        if name in shapes and (why := _misfit(slot, shapes[name], dtypes[name]))
+    ]
+    parts = [
+        f"{len(found)} {what}: {', '.join(found[:5])}{', …' if len(found) > 5 else ''}"
+        for what, found in (("missing", missing), ("unexpected", unexpected), ("not fitting", misfits))
+        if found
+    ]
+    if parts:
+        raise CheckpointError(
+            f"{source_name} does not fit {type(module).__name__} ({len(slots)} tensors expected, {len(shapes)} found). "
+            f"{'; '.join(parts)}. Is it a file of another model?"
+        )
+
+
+def _slots(module: nn.Module) -> dict[str, torch.Tensor]:
+    """What a state dict of the module holds: parameters and persistent buffers."""
+    return module.state_dict(keep_vars=True)
+
+
+def _misfit(slot: torch.Tensor, shape: tuple[int, ...], dtype: torch.dtype) -> str:
+    if shape != tuple(slot.shape):
+        return f"has shape {list(shape)}, expected {list(slot.shape)}"
+    castable = dtype in CASTABLE and slot.dtype in CASTABLE
+    if not castable and dtype != slot.dtype:
+        return f"has dtype {_name(dtype)}, expected {'a float' if slot.dtype in CASTABLE else _name(slot.dtype)}"
+    return ""
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+def _place(tensor: torch.Tensor, slot: torch.Tensor, dtype: torch.dtype, device: torch.device | str) -> torch.Tensor:
+    moved = tensor.to(device)  # first, so that an accelerator does the cast
+    return moved.to(dtype) if slot.dtype in CASTABLE else moved
+
+
+def _assign(module: nn.Module, name: str, tensor: torch.Tensor) -> None:
+    owner_name, _, leaf = name.rpartition(".")
+    owner = module.get_submodule(owner_name)
+    if leaf in owner._parameters:
+        owner._parameters[leaf] = nn.Parameter(tensor, requires_grad=False)
+    else:
+        owner._buffers[leaf] = tensor
