@@ -13,17 +13,17 @@ PACKAGE = ROOT / "lightx2v"
 # A module may import from its own layer's left only, or from a neighbour listed in the same set.
 LAYERS: list[set[str]] = [
     {"errors", "request", "progress"},
-    {"config", "presets", "hub", "media", "image", "estimate"},
-    {"attention", "parallel", "weights"},
+    {"attention"},  # below the configuration, which checks the backends' names
+    {"engine_config", "config", "presets", "hub", "media", "image", "framing", "estimate", "settings"},
+    {"parallel", "weights"},
     {"models", "sampling", "conditioning"},
     {"offload", "components", "planner"},
-    {"result", "pipeline"},
+    {"result", "engine", "run", "pipeline"},
     {"jobs"},
     {"infer", "server", "convert", "download"},
 ]
 FACES = LAYERS[-1]
 RANK = {name: rank for rank, layer in enumerate(LAYERS) for name in layer}
-STDLIB_ONLY = LAYERS[0] | {"config", "presets", "estimate"}
 
 
 def modules() -> list[Path]:

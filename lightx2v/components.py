@@ -1,0 +1,119 @@
+"""A model's parts, loaded: text encoder, experts and VAE, each from its files to a module on a device.
+
+The architecture comes from the files; devices and precisions from the configuration. Where the parts live while others
+run is decided in offload.py.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+
+from .attention import Choice
+from .engine_config import EngineConfig
+from .errors import CheckpointError, ConfigError, short_path
+from .models.dit import DiTConfig, WanDiT, parameter_dtype
+from .models.umt5 import TextEncoder
+from .models.vae import VAEConfig, WanVAE
+from .weights.checkpoint import open_checkpoint
+from .weights.locate import ModelFiles
+from .weights.naming import wan_names
+from .weights.stream import check_fit, stream_into
+
+Which = Literal["high", "low"]
+
+DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Precision:
+    """The device and the dtypes of matrix products: `compute` in the experts and the text encoder, `vae` in the VAE."""
+
+    device: torch.device
+    compute: torch.dtype
+    vae: torch.dtype
+
+    @classmethod
+    def of(cls, config: EngineConfig) -> Precision:
+        """What the configuration names; "auto" is the best device here, bf16 on a GPU and fp32 on a CPU."""
+        device = pick_device(config.device)
+        natural = torch.float32
+        if device.type == "cuda":
+            natural = torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float16
+        elif device.type == "mps":
+            natural = torch.float16
+        return cls(
+            device=device,
+            compute=DTYPES.get(config.dtype, natural),
+            vae=DTYPES.get(config.vae_dtype, torch.float32 if natural is torch.float16 else natural),
+        )
+
+
+def pick_device(name: str) -> torch.device:
+    """The device called `name`, which must exist here; "auto" is CUDA, else Apple's GPU, else the CPU."""
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+    device = torch.device(name)
+    if device.type == "cuda":
+        count = torch.cuda.device_count()
+        if (device.index or 0) >= count:
+            raise ConfigError(f'device is "{name}", but this machine has {count} CUDA devices. Use "auto" or "cpu".')
+        return torch.device("cuda", torch.cuda.current_device() if device.index is None else device.index)
+    if device.type == "mps" and not torch.backends.mps.is_available():
+        raise ConfigError('device is "mps", but this machine has none. Use "auto" or "cpu".')
+    return device
+
+
+def load_text_encoder(files: ModelFiles, config: EngineConfig, precision: Precision) -> TextEncoder:
+    return TextEncoder.load(
+        files.t5, files.tokenizer, dtype=precision.compute, device=precision.device, text_len=config.text_len
+    )
+
+
+def load_expert(
+    files: ModelFiles, which: Which, precision: Precision, self_attention: Choice, cross_attention: Choice
+) -> WanDiT:
+    """One expert. Its files are compared with the architecture before any tensor is read."""
+    path = files.high if which == "high" else files.low
+    checkpoint = open_checkpoint(path)
+    source = short_path(path)
+    names = wan_names(checkpoint.shapes)
+    shapes = {names[name]: shape for name, shape in checkpoint.shapes.items()}
+    dtypes = {names[name]: dtype for name, dtype in checkpoint.dtypes.items()}
+    dit_config = DiTConfig.from_checkpoint(files.architecture, shapes)
+    with torch.device("meta"):
+        dit = WanDiT(dit_config, self_attention=self_attention.fn, cross_attention=cross_attention.fn)
+    check_fit(dit, shapes, dtypes, source_name=source)
+    stream_into(
+        dit,
+        ((names[name], tensor) for name, tensor in checkpoint.tensors()),
+        dtype_of=lambda name: parameter_dtype(name, precision.compute),
+        device=precision.device,
+        source_name=source,
+    )
+    return dit.eval()
+
+
+def load_vae(files: ModelFiles, precision: Precision) -> WanVAE:
+    checkpoint = open_checkpoint(files.vae)
+    with torch.device("meta"):
+        vae = WanVAE(VAEConfig.from_shapes(checkpoint.shapes))
+    source = short_path(files.vae)
+    check_fit(vae, checkpoint.shapes, checkpoint.dtypes, source_name=source)
+    stream_into(
+        vae, checkpoint.tensors(), dtype_of=lambda _: precision.vae, device=precision.device, source_name=source
+    )
+    return vae.eval()
+
+
+def check_channels(dit: WanDiT, task: str, source: str) -> None:
+    """CheckpointError where an expert of the other task was loaded: they differ in their input channels."""
+    expected = 16 if task == "t2v" else 36
+    if dit.config.in_dim != expected:
+        kind = "text-to-video" if dit.config.in_dim == 16 else "image-to-video"
+        raise CheckpointError(
+            f"{source} has {dit.config.in_dim} input channels, so it is a model for {kind}; the task {task} needs "
+            f"{expected}. Use the model of the task, or the task of the model."
+        )

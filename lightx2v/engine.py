@@ -1,0 +1,114 @@
+"""A loaded engine: the model where it lives, the attention it uses, and why. Built once, read by every run."""
+
+from __future__ import annotations
+
+import gc
+import re
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+
+from .attention import Choice, resolve_attention
+from .components import Precision
+from .engine_config import EngineConfig
+from .errors import ConfigError, OutOfMemory
+from .models.preview import Preview
+from .offload import Placement, Resident
+from .progress import Meter, OnProgress
+from .weights.locate import locate
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Engine:
+    """What `EngineConfig` says, loaded. `preset` is the name that reports and files carry."""
+
+    config: EngineConfig
+    precision: Precision
+    placement: Placement
+    self_attention: Choice
+    cross_attention: Choice
+    preview: Preview
+    load_seconds: float
+    preset: str = ""
+
+
+def load_engine(config: EngineConfig, *, preset: str = "", on_progress: OnProgress | None = None) -> Engine:
+    """Loads the model. Raises ConfigError, CheckpointError or OutOfMemory; nothing stays behind then."""
+    require_implemented(config)
+    precision = Precision.of(config)
+    meter = Meter(precision.device, on_progress)
+    with meter.stage("load"):
+        meter.emit("load")
+        self_attention, cross_attention = (
+            resolve_attention(name, precision.device, precision.compute, strict=config.attention_strict)
+            for name in (config.self_attn_1_type, config.cross_attn_1_type)
+        )
+        files = locate(config)
+        with out_of_memory_means("while loading the model"):
+            placement = Resident(files, config, precision, self_attention, cross_attention)
+        preview = Preview.beside(files.vae)
+    return Engine(
+        config=config,
+        precision=precision,
+        placement=placement,
+        self_attention=self_attention,
+        cross_attention=cross_attention,
+        preview=preview,
+        load_seconds=meter.report().seconds["load"],
+        preset=preset,
+    )
+
+
+def require_implemented(config: EngineConfig) -> None:
+    """Raises ConfigError for what resolves but cannot run yet; nothing is silently ignored."""
+    wanted = {
+        "lora_configs": bool(config.lora_configs),
+        "build": config.build is not None,
+        "dit_quantized": config.dit_quantized,
+        "t5_quantized": config.t5_quantized,
+        "cpu_offload": config.cpu_offload is True,
+        "t5_cpu_offload": config.t5_cpu_offload is True,
+        "vae_cpu_offload": config.vae_cpu_offload is True,
+        "lazy_load": config.lazy_load,
+        "use_tiling_vae": config.use_tiling_vae is True,
+        "parallel": config.parallel is not None and config.parallel.world_size > 1,
+    }
+    missing = [name for name, asked in wanted.items() if asked]
+    if missing:
+        raise ConfigError(f"Not implemented yet: {', '.join(missing)}. Choose a base preset without offload.")
+
+
+@contextmanager
+def out_of_memory_means(when: str) -> Iterator[None]:
+    """Turns an allocator's error into OutOfMemory with advice, and lets go of what the failed call held.
+
+    The new error is raised outside of the `except` block: the old one's traceback keeps every tensor of the failed
+    step alive for as long as it is somebody's context.
+    """
+    failure: str | None = None
+    try:
+        yield
+    except (torch.OutOfMemoryError, MemoryError) as error:
+        failure = str(error)
+        error.with_traceback(None)
+    except RuntimeError as error:  # the CPU allocator has no type of its own
+        if not re.search(r"DefaultCPUAllocator|not enough memory|cannot allocate", str(error), re.IGNORECASE):
+            raise
+        failure = str(error)
+        error.with_traceback(None)
+    if failure is not None:
+        free_memory()
+        first_line = failure.strip().splitlines()[0][:200] if failure.strip() else "no details"
+        raise OutOfMemory(
+            f"Out of memory {when} ({first_line}). Make the video smaller or shorter, turn offload on, or take an FP8 preset."
+        )
+
+
+def free_memory() -> None:
+    """Gives unreachable tensors back to the device."""
+    gc.collect()
+    if "torch" in sys.modules and torch.cuda.is_available():
+        torch.cuda.empty_cache()

@@ -1,0 +1,261 @@
+"""The Python API: load a model, make videos.
+
+    pipe = LightX2VPipeline(model_path="Wan-AI/Wan2.2-T2V-A14B", model_cls="wan2.2_moe", task="t2v")
+    pipe.create_generator(config_json="presets/t2v_base.json")
+    pipe.generate(prompt="A cat surfs.", seed=42, save_result_path="cat.mp4")
+
+`create_generator` loads; `generate` runs and loads nothing. A run leaves no trace in the pipeline: the same request
+gives the same latents whatever ran before.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self
+
+import torch
+
+from .config import resolve
+from .engine import Engine, free_memory, load_engine, out_of_memory_means
+from .engine_config import EngineConfig
+from .errors import Busy, ConfigError
+from .progress import CancelToken, OnProgress
+from .request import LoraSpec, Request
+from .result import Result
+from .run import Run
+from .sampling import draw_seed
+
+
+class LightX2VPipeline:
+    """One loaded model. Not for two threads at once: a second `generate` while one runs is Busy."""
+
+    def __init__(
+        self,
+        model_path: str | Path = "",
+        model_cls: str = "wan2.2_moe",
+        task: str = "t2v",
+        *,
+        models_dir: str | Path | None = None,
+    ) -> None:
+        self._overrides: dict[str, Any] = {"model_path": str(model_path), "model_cls": model_cls, "task": task}
+        if models_dir is not None:
+            self._overrides["models_dir"] = str(models_dir)
+        self._defaults: dict[str, Any] = {}
+        self._engine: Engine | None = None
+        self._running = threading.Lock()
+
+    @classmethod
+    def from_config(cls, config: EngineConfig, *, preset: str = "", on_progress: OnProgress | None = None) -> Self:
+        """A loaded pipeline. `preset` is the name that reports and files carry."""
+        pipe = cls(config.model_path, config.model_cls, config.task)
+        pipe._engine = load_engine(config, preset=preset, on_progress=on_progress)
+        return pipe
+
+    # ---- what to load -------------------------------------------------------------------------------------------
+
+    def enable_offload(
+        self,
+        cpu_offload: bool = True,
+        *,
+        offload_granularity: str = "block",
+        text_encoder_offload: bool | str = "auto",
+        vae_offload: bool | str = "auto",
+        lazy_load: bool = False,
+    ) -> None:
+        """Keep weights in host memory: whole experts ("model") or block by block. Call before `create_generator`."""
+        self._before_loading("enable_offload")
+        self._overrides |= {
+            "cpu_offload": cpu_offload,
+            "offload_granularity": offload_granularity,
+            "t5_cpu_offload": text_encoder_offload,
+            "vae_cpu_offload": vae_offload,
+            "lazy_load": lazy_load,
+        }
+
+    def enable_quantize(
+        self,
+        dit_quantized: bool = False,
+        text_encoder_quantized: bool = False,
+        *,
+        high_noise_quantized_ckpt: str | None = None,
+        low_noise_quantized_ckpt: str | None = None,
+        text_encoder_quantized_ckpt: str | None = None,
+        quant_scheme: str = "fp8-sgl",
+        text_encoder_quant_scheme: str | None = None,
+    ) -> None:
+        """Load quantised experts or text encoder. Call before `create_generator`."""
+        self._before_loading("enable_quantize")
+        self._overrides |= {
+            "dit_quantized": dit_quantized,
+            "dit_quant_scheme": quant_scheme if dit_quantized else None,
+            "high_noise_quantized_ckpt": high_noise_quantized_ckpt,
+            "low_noise_quantized_ckpt": low_noise_quantized_ckpt,
+            "t5_quantized": text_encoder_quantized,
+            "t5_quant_scheme": (text_encoder_quant_scheme or quant_scheme) if text_encoder_quantized else None,
+            "t5_quantized_ckpt": text_encoder_quantized_ckpt,
+        }
+
+    def enable_lora(
+        self, lora_configs: Sequence[dict[str, Any] | LoraSpec], *, lora_dynamic_apply: bool = False
+    ) -> None:
+        """LoRAs per expert: {"name": "high_noise_model", "path": …, "strength": 1.0}. Call before `create_generator`."""
+        self._before_loading("enable_lora")
+        self._overrides |= {"lora_configs": list(lora_configs), "lora_dynamic_apply": lora_dynamic_apply}
+
+    def enable_parallel(self, cfg_p_size: int = 1, seq_p_size: int = 1, seq_p_attn_type: str = "ulysses") -> None:
+        """A mesh of processes started by torchrun. Call before `create_generator`."""
+        self._before_loading("enable_parallel")
+        self._overrides["parallel"] = {
+            "cfg_p_size": cfg_p_size,
+            "seq_p_size": seq_p_size,
+            "seq_p_attn_type": seq_p_attn_type,
+        }
+
+    def create_generator(
+        self,
+        config_json: str | Path | None = None,
+        *,
+        attn_mode: str | None = None,
+        infer_steps: int | None = None,
+        num_frames: int | None = None,
+        height: int | None = None,
+        width: int | None = None,
+        guidance_scale: float | Sequence[float] | None = None,
+        sample_shift: float | None = None,
+        fps: float | None = None,
+        boundary: float | None = None,
+        boundary_step_index: int | None = None,
+        denoising_step_list: Sequence[int] | None = None,
+        resize_mode: str | None = None,
+        dtype: str | None = None,
+    ) -> None:
+        """Resolves the configuration and loads the model. What is given here goes over what the JSON says."""
+        self._before_loading("create_generator")
+        given = {
+            "self_attn_1_type": attn_mode,
+            "cross_attn_1_type": attn_mode,
+            "steps": infer_steps,
+            "frames": num_frames,
+            "height": height,
+            "width": width,
+            "guidance": guidance_scale,
+            "shift": sample_shift,
+            "fps": fps,
+            "boundary": boundary,
+            "boundary_step_index": boundary_step_index,
+            "denoising_step_list": denoising_step_list,
+            "resize_mode": resize_mode,
+            "dtype": dtype,
+        }
+        overrides = self._overrides | {key: value for key, value in given.items() if value is not None}
+        resolved = resolve(config_json if config_json is not None else {}, overrides)
+        self._defaults = dict(resolved.request)
+        self._engine = load_engine(resolved.engine, preset=resolved.preset.name)
+
+    def _before_loading(self, name: str) -> None:
+        if self._engine is not None:
+            raise ConfigError(f"{name} comes before the model is loaded. Call close() first, or make a new pipeline.")
+
+    # ---- one video ----------------------------------------------------------------------------------------------
+
+    def generate(
+        self,
+        *,
+        prompt: str,
+        negative_prompt: str = "",
+        seed: int | None = None,
+        image_path: str | Path | None = None,
+        last_frame_path: str | Path | None = None,
+        save_result_path: str | Path | None = None,
+        return_result_tensor: bool = False,
+        return_latents: bool = False,
+        height: int | None = None,
+        width: int | None = None,
+        frames: int | None = None,
+        fps: float | None = None,
+        steps: int | None = None,
+        shift: float | None = None,
+        guidance: float | Sequence[float] | None = None,
+        boundary: float | None = None,
+        denoising_step_list: Sequence[int] | None = None,
+        boundary_step_index: int | None = None,
+        resize_mode: str | None = None,
+        on_progress: OnProgress | None = None,
+        cancel: CancelToken | None = None,
+    ) -> Result:
+        """One video. What is not given is what `create_generator` was told. An existing file is replaced."""
+        given = {
+            "seed": seed,
+            "image_path": None if image_path is None else str(image_path),
+            "last_frame_path": None if last_frame_path is None else str(last_frame_path),
+            "height": height,
+            "width": width,
+            "frames": frames,
+            "fps": fps,
+            "steps": steps,
+            "shift": shift,
+            "guidance": guidance,
+            "boundary": boundary,
+            "denoising_step_list": denoising_step_list,
+            "boundary_step_index": boundary_step_index,
+            "resize_mode": resize_mode,
+        }
+        fields = self._defaults | {key: value for key, value in given.items() if value is not None}
+        request = Request(prompt=prompt, negative_prompt=negative_prompt, **fields)
+        return self.run(
+            request,
+            save_result_path=save_result_path,
+            on_progress=on_progress,
+            cancel=cancel,
+            force=True,
+            return_frames=return_result_tensor,
+            return_latents=return_latents,
+        )
+
+    def run(
+        self,
+        request: Request,
+        *,
+        save_result_path: str | Path | None = None,
+        on_progress: OnProgress | None = None,
+        cancel: CancelToken | None = None,
+        metadata: bool = True,
+        force: bool = False,
+        return_frames: bool = False,
+        return_latents: bool = False,
+    ) -> Result:
+        """Runs one request. `metadata` writes the settings into the file; `force` replaces an existing one."""
+        engine = self._engine
+        if engine is None:
+            raise ConfigError("No model is loaded. Call create_generator() first.")
+        engine.config.check_request(request)
+        if request.loras is not None and request.loras != engine.config.lora_configs:
+            raise ConfigError("LoRAs that differ from the loaded ones are not implemented yet; load with these LoRAs.")
+        if not self._running.acquire(blocking=False):
+            raise Busy("This pipeline is already making a video. Wait for it, or load a second pipeline.")
+        try:
+            if request.seed == -1:
+                request = replace(request, seed=draw_seed())
+            size = f"at {request.width}x{request.height} with {request.frames} frames"
+            with torch.inference_mode(), out_of_memory_means(size):
+                run = Run(engine, request, on_progress, cancel)
+                return run.video(save_result_path, metadata, force, return_frames, return_latents)
+        finally:
+            self._running.release()
+
+    def close(self) -> None:
+        """Frees the model. The pipeline may then load another one."""
+        if self._engine is not None:
+            self._engine.placement.close()
+            self._engine = None
+            free_memory()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
+        self.close()

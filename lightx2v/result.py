@@ -1,0 +1,71 @@
+"""What a finished run gives back, and its report as plain JSON."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+from .engine_config import EngineConfig
+from .progress import Peak, Timings
+from .request import Request
+
+if TYPE_CHECKING:
+    import numpy as np
+    from torch import Tensor
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Result:
+    """One video. `frames` (uint8, T H W C) and `latents` (float32, C T h w, before the VAE) only when asked for.
+
+    `request` is what ran: its seed is the one that was drawn. `height` and `width` are the video's, which an input image
+    may have decided. `attention` says which backend ran and why.
+    """
+
+    path: str | None
+    frames: np.ndarray | None
+    latents: Tensor | None
+    request: Request
+    config: EngineConfig
+    height: int
+    width: int
+    device: str
+    attention: dict[str, str]
+    timings: Timings
+    text_tokens: dict[str, int]
+    preset: str = ""
+    file_bytes: int | None = None
+    warnings: tuple[str, ...] = field(default=())
+
+    @property
+    def seed(self) -> int:
+        return self.request.seed
+
+    @property
+    def peak_vram(self) -> dict[str, Peak] | None:
+        """Per stage, None without CUDA."""
+        return self.timings.peak_vram
+
+    @property
+    def peak_rss(self) -> int:
+        return self.timings.peak_rss
+
+    def report(self) -> dict[str, Any]:
+        """Everything but the pixels, as JSON types: what the page shows and the server answers."""
+        return {
+            "path": self.path,
+            "preset": self.preset,
+            "seed": self.seed,
+            "height": self.height,
+            "width": self.width,
+            "frames": self.request.frames,
+            "fps": self.request.fps,
+            "file_bytes": self.file_bytes,
+            "device": self.device,
+            "attention": self.attention,
+            "text_tokens": self.text_tokens,
+            "timings": self.timings.to_json(),
+            "warnings": list(self.warnings),
+            "request": self.request.to_json(),
+            "config": self.config.to_json(),
+        }

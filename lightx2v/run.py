@@ -1,0 +1,202 @@
+"""One run: the five arrows for one request, measured and cancellable, on an engine that is loaded.
+
+    prompt ─► text encoder ─► denoising (high-noise expert ► low-noise expert) ─► VAE ─► mp4
+    image  ─► VAE encoder  ──┘
+
+A Run holds all that belongs to the request, so nothing of it stays behind in the engine.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from .components import Which
+from .conditioning import encode_pictures, prepare_pictures
+from .engine import Engine
+from .image import load_image
+from .media import VideoWriter
+from .models.block import TextStates
+from .progress import CancelToken, Meter, OnProgress
+from .request import Request
+from .result import Result
+from .sampling import denoise, guided, initial_noise, solver_for, still_warning
+
+
+class Run:
+    """`video` does it all; it is called once."""
+
+    def __init__(
+        self,
+        engine: Engine,
+        request: Request,
+        on_progress: OnProgress | None = None,
+        cancel: CancelToken | None = None,
+    ) -> None:
+        self.engine, self.request, self.placement = engine, request, engine.placement
+        self.device = engine.precision.device
+        self.meter = Meter(self.device, on_progress)
+        self.cancel = cancel or CancelToken()
+        self.warnings: list[str] = []
+        self.tokens: dict[str, int] = {}
+
+    def video(
+        self, path: str | Path | None, metadata: bool, force: bool, return_frames: bool, return_latents: bool
+    ) -> Result:
+        contexts = self.encode_text()
+        condition = self.encode_images()
+        latents_CTHW = self.denoise(contexts, condition)
+        frames = self.decode(latents_CTHW, path, metadata, force, return_frames)
+        _, _, height, width = latents_CTHW.shape
+        return Result(
+            path=None if path is None else str(path),
+            frames=frames,
+            latents=latents_CTHW.cpu() if return_latents else None,
+            request=self.request,
+            config=self.engine.config,
+            height=height * 8,
+            width=width * 8,
+            device=device_name(self.device),
+            attention={
+                "self": self.engine.self_attention.name,
+                "cross": self.engine.cross_attention.name,
+                "reason": self.engine.self_attention.reason,
+            },
+            timings=self.meter.report(),
+            text_tokens=self.tokens,
+            preset=self.engine.preset,
+            file_bytes=None if path is None else Path(path).stat().st_size,
+            warnings=tuple(self.warnings),
+        )
+
+    def encode_text(self) -> list[Tensor]:
+        """The prompt's states (L, D), then the negative prompt's where guidance needs them."""
+        texts = {"prompt": self.request.prompt}
+        if self.request.negative_text is not None:
+            texts["negative_prompt"] = self.request.negative_text
+        contexts = []
+        with self.meter.stage("text"), self.placement.text() as encoder:
+            for name, text in texts.items():
+                self.cancel.check()
+                embedding = encoder.encode(text)
+                contexts.append(embedding.states_LD)
+                self.tokens[name] = embedding.tokens
+                if embedding.truncated:
+                    self.warnings.append(
+                        f"The {name.replace('_', ' ')} has {embedding.tokens} tokens; the model reads the first "
+                        f"{encoder.text_len}."
+                    )
+                self.meter.emit("text", len(contexts), len(texts))
+        return contexts
+
+    def encode_images(self) -> Tensor | None:
+        """The condition (20, T, h, w) of image-to-video; None for text-to-video."""
+        request = self.request
+        if request.task == "t2v" or request.image_path is None:
+            return None
+        with self.meter.stage("image"):
+            first = load_image(request.image_path)
+            last = load_image(request.last_frame_path) if request.last_frame_path else None
+            first_CHW, last_CHW = prepare_pictures(
+                first, last, height=request.height, width=request.width, mode=request.resize_mode
+            )
+            with self.placement.vae() as vae:
+                if last_CHW is not None:
+                    last_CHW = last_CHW.to(self.device)
+                condition = encode_pictures(vae, request.frames, first_CHW.to(self.device), last_CHW)
+            self.meter.emit("image", 1, 1)
+        return condition
+
+    def denoise(self, contexts: Sequence[Tensor], condition: Tensor | None) -> Tensor:
+        """Noise to latents (16, T, h, w)."""
+        request, meter = self.request, self.meter
+        height, width = condition.shape[-2:] if condition is not None else request.latent_shape[-2:]
+        channels, frames = request.latent_shape[:2]
+        noise = initial_noise((channels, frames, height, width), request.seed).to(self.device)
+        solver = solver_for(request)
+        schedule = solver.schedule
+        states: dict[Which, list[TextStates]] = {}
+        guides = dict(zip(("high", "low"), request.guided, strict=True))
+
+        def velocity(expert: Which, latents: Tensor, timestep: float, step: int) -> Tensor:
+            with self.placement.expert(expert) as dit:
+                if expert not in states:
+                    states.clear()  # the other expert's keys and values are not needed again
+                    used = contexts if guides[expert] else contexts[:1]
+                    states[expert] = [dit.encode_text(context) for context in used]
+                branches = dit(latents, timestep, states[expert], condition, self.cancel)
+            return guided(branches, expert, request.guidance)
+
+        def on_step(step: int, latents: Tensor, clean: Callable[[], Tensor]) -> None:
+            preview = lambda: self.engine.preview(clean())  # noqa: E731
+            meter.emit("denoise", step + 1, schedule.steps, schedule.experts[step], preview=preview)
+
+        with meter.stage("denoise"):
+            meter.emit("denoise", 0, schedule.steps, schedule.experts[0])
+            return denoise(
+                solver,
+                velocity,
+                noise,
+                on_step=on_step,
+                cancel=self.cancel,
+                backend=self.engine.self_attention.name,
+            )
+
+    def decode(
+        self, latents_CTHW: Tensor, path: str | Path | None, metadata: bool, force: bool, return_frames: bool
+    ) -> np.ndarray | None:
+        """Latents to frames, written while the VAE goes on. Returns the frames (T, H, W, C) when asked."""
+        request = self.request
+        _, chunks, height, width = latents_CTHW.shape
+        kept: list[np.ndarray] = []
+        seen: list[np.ndarray] = []
+        settings = self.settings() if metadata else None
+        writer = None
+        if path is not None:
+            writer = VideoWriter(
+                path, width=width * 8, height=height * 8, fps=request.fps, settings=settings, force=force
+            )
+        try:
+            with self.meter.stage("decode"), self.placement.vae() as vae:
+                for index, frames_CTHW in enumerate(vae.decode(latents_CTHW, cancel=self.cancel)):
+                    frames = to_uint8(frames_CTHW)
+                    if writer is not None:
+                        writer.write(frames)
+                    seen.append(frames[:: max(1, len(frames) - 1)])
+                    if return_frames:
+                        kept.append(frames)
+                    self.meter.emit("decode", index + 1, chunks)
+            if writer is not None:
+                with self.meter.stage("write"):
+                    writer.close()
+                    self.meter.emit("write", 1, 1)
+        except BaseException:
+            if writer is not None:
+                writer.abort()
+            raise
+        if request.frames > 1 and (warning := still_warning(frame for some in seen for frame in some)):
+            self.warnings.append(warning)
+        return np.concatenate(kept) if kept else None
+
+    def settings(self) -> dict[str, Any]:
+        """What goes into the file, enough to repeat the run."""
+        return {
+            "preset": self.engine.preset,
+            "engine": self.engine.config.to_json(),
+            "request": self.request.to_json(),
+        }
+
+
+def to_uint8(frames_CTHW: Tensor) -> np.ndarray:
+    """Frames in [-1, 1] to bytes (T, H, W, C), rounded to the nearest."""
+    levels = frames_CTHW.float().add(1).mul_(127.5).round_().clamp_(0, 255)
+    return levels.to(torch.uint8).permute(1, 2, 3, 0).contiguous().cpu().numpy()
+
+
+def device_name(device: torch.device) -> str:
+    return torch.cuda.getdevice_name(device) if device.type == "cuda" else device.type.upper()
