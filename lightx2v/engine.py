@@ -103,7 +103,8 @@ def out_of_memory_means(when: str) -> Iterator[None]:
         free_memory()
         first_line = failure.strip().splitlines()[0][:200] if failure.strip() else "no details"
         raise OutOfMemory(
-            f"Out of memory {when} ({first_line}). Make the video smaller or shorter, turn offload on, or take an FP8 preset."
+            f"Out of memory {when} ({first_line}). "
+            "Make the video smaller or shorter, turn offload on, or take an FP8 preset."
         )
 
 

@@ -102,7 +102,7 @@ class LightX2VPipeline:
     def enable_lora(
         self, lora_configs: Sequence[dict[str, Any] | LoraSpec], *, lora_dynamic_apply: bool = False
     ) -> None:
-        """LoRAs per expert: {"name": "high_noise_model", "path": …, "strength": 1.0}. Call before `create_generator`."""
+        """LoRAs per expert, as {"name": "high_noise_model", "path": …, "strength": 1.0}. Before `create_generator`."""
         self._before_loading("enable_lora")
         self._overrides |= {"lora_configs": list(lora_configs), "lora_dynamic_apply": lora_dynamic_apply}
 

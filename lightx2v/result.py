@@ -18,8 +18,8 @@ if TYPE_CHECKING:
 class Result:
     """One video. `frames` (uint8, T H W C) and `latents` (float32, C T h w, before the VAE) only when asked for.
 
-    `request` is what ran: its seed is the one that was drawn. `height` and `width` are the video's, which an input image
-    may have decided. `attention` says which backend ran and why.
+    `request` is what ran: its seed is the one that was drawn. `height` and `width` are the video's, which an input
+    image may have decided. `attention` says which backend ran and why.
     """
 
     path: str | None
