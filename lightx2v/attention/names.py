@@ -1,0 +1,41 @@
+"""The names of attention backends, without torch, so that presets can be checked before anything heavy is imported."""
+
+from __future__ import annotations
+
+import difflib
+
+from ..errors import ConfigError
+
+SUPPORTED = (
+    "auto",
+    "torch_sdpa",
+    "cudnn",
+    "flash_attn2",
+    "flash_attn3",
+    "flash_attn4",
+    "sage_attn2",
+    "sage_attn3",
+)
+
+NOT_SUPPORTED = frozenset(
+    """
+    nbhd_attn nbhd_attn_flashinfer radial_attn svg_attn svg2_attn draft_attn dynamic_sparse_attn general_sparse_attn
+    sparge_attn spas_sage_attn2 spas_sage_attn3 spas_flash_attn4 sol_attn rainfusion_attn flex_attn sla_attn
+    sage_attn2_k_int8_v_fp8 npu_flash_attn npu_attn mlu_sage_attn mlu_flash_attn intel_xpu_flash_attn
+    """.split()
+)
+"""LightX2V's other names: sparse, neighbourhood and vendor kernels. They change the result or need other hardware."""
+
+
+def check_attention_name(name: str, key: str = "attention") -> None:
+    """Raises ConfigError unless `name` is in SUPPORTED; `key` is the preset key the name came from."""
+    if name in SUPPORTED:
+        return
+    supported = ", ".join(SUPPORTED)
+    if name in NOT_SUPPORTED:
+        raise ConfigError(
+            f"{key}: {name!r} is one of LightX2V's kernels that is not supported here. Use one of: {supported}."
+        )
+    nearest = difflib.get_close_matches(str(name), SUPPORTED, n=1)
+    hint = f" Did you mean {nearest[0]!r}?" if nearest else ""
+    raise ConfigError(f"{key}: there is no attention backend called {name!r}.{hint} Use one of: {supported}.")

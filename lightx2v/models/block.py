@@ -1,0 +1,180 @@
+"""One block of the Wan DiT: self-attention over the video, cross-attention to the prompt, feed-forward.
+
+The residual stream and everything between the matrix products is float32, as in the official code; the products and
+both attentions run in the weights' dtype. Without gradients the residual stream is updated in place.
+
+Legend: B batch, L tokens, D width, N heads, H head dim, P = H/2 pairs, F feed-forward width.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ..attention.sdpa import sdpa, sdpa_repeated_last
+from .pointwise import add, add_gated, norm_modulate, norm_rotate, rms_norm
+
+Attention = Callable[[Tensor, Tensor, Tensor], Tensor]
+
+
+class TextStates:
+    """Prompts of one or more batch rows, as one expert's text embedding sees them.
+
+    `rows_BLD` ends with one row for the zero padding up to the model's text length when there is any, and `padding`
+    says how many rows that one stands for. With `keep` each block's keys and values are computed at the first step and
+    kept for the others. They belong to the weights that made them: encode again after changing weights.
+    """
+
+    def __init__(self, rows_BLD: Tensor, padding: int, *, keep: bool) -> None:
+        self.rows_BLD = rows_BLD
+        self.padding = padding
+        self.kept: dict[int, tuple[Tensor, Tensor]] | None = {} if keep else None
+
+    @property
+    def batch(self) -> int:
+        return self.rows_BLD.shape[0]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Pass:
+    """What all blocks share during one forward.
+
+    `groups` says which prompts the rows of each stream attend to. `modulation_B6D` has B = 1 when all rows share a
+    timestep. `chunk` bounds how many tokens go through the token-wise layers at once, None for all.
+    """
+
+    modulation_B6D: Tensor
+    rotations_L1P: Tensor
+    groups: tuple[tuple[TextStates, ...], ...]
+    self_attention: Attention
+    cross_attention: Attention
+    dtype: torch.dtype
+    chunk: int | None = None
+
+    def slices(self, tokens: int) -> list[slice]:
+        """The pieces in which token-wise layers run. Only in-place work can be cut, so gradients get one piece."""
+        if self.chunk is None or torch.is_grad_enabled():
+            return [slice(0, tokens)]
+        return [slice(start, min(start + self.chunk, tokens)) for start in range(0, tokens, self.chunk)]
+
+    def fan_out(self, streams: list[Tensor]) -> list[Tensor]:
+        """Copies the one stream all prompts shared so far to one row per prompt."""
+        rows = [sum(text.batch for text in group) for group in self.groups]
+        if [x_BLD.shape[0] for x_BLD in streams] == rows:
+            return streams
+        (shared,) = streams
+        return [shared.expand(count, -1, -1).clone() for count in rows]
+
+
+class QKVO(nn.Module):
+    """The four projections of an attention and the RMS norms of its queries and keys, over the width of all heads."""
+
+    def __init__(self, dim: int, num_heads: int, eps: float) -> None:
+        super().__init__()
+        self.num_heads, self.eps = num_heads, eps
+        self.q, self.k, self.v, self.o = (nn.Linear(dim, dim) for _ in range(4))
+        self.norm_q = nn.RMSNorm(dim, eps)
+        self.norm_k = nn.RMSNorm(dim, eps)
+
+    def split(self, x_BLD: Tensor) -> Tensor:
+        return x_BLD.unflatten(-1, (self.num_heads, -1))
+
+    def rotated(self, x_BLD: Tensor, rotations_L1P: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Queries, keys and values (B, L, N, H) of tokens with a position."""
+        q_BLNH = norm_rotate(self.q(x_BLD), self.norm_q.weight, self.eps, rotations_L1P)
+        k_BLNH = norm_rotate(self.k(x_BLD), self.norm_k.weight, self.eps, rotations_L1P)
+        return q_BLNH, k_BLNH, self.split(self.v(x_BLD))
+
+    def queries(self, x_BLD: Tensor) -> Tensor:
+        q_BLD = self.q(x_BLD)
+        return self.split(rms_norm(q_BLD, self.norm_q.weight, self.eps).to(q_BLD.dtype))
+
+    def keys_values(self, rows_BLD: Tensor) -> tuple[Tensor, Tensor]:
+        k_BLD = self.k(rows_BLD)
+        return self.split(rms_norm(k_BLD, self.norm_k.weight, self.eps).to(k_BLD.dtype)), self.split(self.v(rows_BLD))
+
+
+class Block(nn.Module):
+    def __init__(self, dim: int, ffn_dim: int, num_heads: int, eps: float) -> None:
+        super().__init__()
+        self.eps = eps
+        self.modulation = nn.Parameter(torch.randn(1, 6, dim) / dim**0.5)
+        self.self_attn = QKVO(dim, num_heads, eps)
+        self.norm3 = nn.LayerNorm(dim, eps)
+        self.cross_attn = QKVO(dim, num_heads, eps)
+        self.ffn = nn.Sequential(nn.Linear(dim, ffn_dim), nn.GELU("tanh"), nn.Linear(ffn_dim, dim))
+
+    def forward(self, streams: list[Tensor], index: int, shared: Pass) -> list[Tensor]:
+        """One visit for all streams: several prompts cost one trip of the weights. `index` names kept keys and values.
+
+        Until the first cross-attention all prompts see the same tokens, so the first block attends to itself once.
+        """
+        shift_a, scale_a, gate_a, shift_f, scale_f, gate_f = (self.modulation + shared.modulation_B6D).unbind(1)
+        streams = [self._attend(x_BLD, shift_a, scale_a, gate_a, shared) for x_BLD in streams]
+        streams = shared.fan_out(streams)
+        for n, group in enumerate(shared.groups):
+            keys = [self._keys_values(text, index) for text in group]
+            pieces = shared.slices(streams[n].shape[1])
+            for where in pieces:
+                part_BLD = streams[n][:, where]
+                part_BLD = add(part_BLD, self._read_text(part_BLD, keys, group, shared))
+                h_BLD = norm_modulate(part_BLD, shift_f, scale_f, self.eps, shared.dtype)
+                part_BLD = add_gated(part_BLD, self.ffn(h_BLD), gate_f)
+            if len(pieces) == 1:  # several pieces were written into the stream itself
+                streams[n] = part_BLD
+        return streams
+
+    def _attend(self, x_BLD: Tensor, shift_BD: Tensor, scale_BD: Tensor, gate_BD: Tensor, shared: Pass) -> Tensor:
+        """x + gate·SelfAttention(LayerNorm(x)·(1 + scale) + shift)."""
+        attn, pieces = self.self_attn, shared.slices(x_BLD.shape[1])
+
+        def project(where: slice) -> tuple[Tensor, Tensor, Tensor]:
+            h_BLD = norm_modulate(x_BLD[:, where], shift_BD, scale_BD, self.eps, shared.dtype)
+            return attn.rotated(h_BLD, shared.rotations_L1P[where])
+
+        if len(pieces) == 1:
+            q_BLNH, k_BLNH, v_BLNH = project(pieces[0])
+        else:
+            shape = (*x_BLD.shape[:2], attn.num_heads, x_BLD.shape[2] // attn.num_heads)
+            q_BLNH, k_BLNH, v_BLNH = (x_BLD.new_empty(shape, dtype=shared.dtype) for _ in range(3))
+            for where in pieces:
+                q_BLNH[:, where], k_BLNH[:, where], v_BLNH[:, where] = project(where)
+        out_BLD = shared.self_attention(q_BLNH, k_BLNH, v_BLNH).flatten(2)
+        del q_BLNH, k_BLNH, v_BLNH
+        for where in pieces:
+            part_BLD = add_gated(x_BLD[:, where], attn.o(out_BLD[:, where]), gate_BD)
+        return part_BLD if len(pieces) == 1 else x_BLD
+
+    def _keys_values(self, text: TextStates, index: int) -> tuple[Tensor, Tensor]:
+        if text.kept is None or torch.is_grad_enabled():
+            return self.cross_attn.keys_values(text.rows_BLD)
+        if index not in text.kept:
+            text.kept[index] = self.cross_attn.keys_values(text.rows_BLD)
+        return text.kept[index]
+
+    def _read_text(
+        self, x_BLD: Tensor, keys: list[tuple[Tensor, Tensor]], group: tuple[TextStates, ...], shared: Pass
+    ) -> Tensor:
+        """CrossAttention(LayerNorm(x)): the rows of each prompt attend to its keys."""
+        norm = self.norm3
+        q_BLNH = self.cross_attn.queries(
+            F.layer_norm(x_BLD, x_BLD.shape[-1:], norm.weight, norm.bias, self.eps).to(shared.dtype)
+        )
+        outs = [
+            attend_to_text(q, k_BLNH, v_BLNH, text.padding, shared.cross_attention)
+            for q, (k_BLNH, v_BLNH), text in zip(q_BLNH.split([t.batch for t in group]), keys, group, strict=True)
+        ]
+        return self.cross_attn.o((outs[0] if len(outs) == 1 else torch.cat(outs)).flatten(2))
+
+
+def attend_to_text(q_BLNH: Tensor, k_BLNH: Tensor, v_BLNH: Tensor, padding: int, attention: Attention) -> Tensor:
+    """Attention to a prompt whose last row stands for `padding` rows: the model attends to padding, without a mask."""
+    if padding > 1 and attention is sdpa and q_BLNH.device.type == "cpu":
+        return sdpa_repeated_last(q_BLNH, k_BLNH, v_BLNH, padding)
+    if padding > 1:
+        k_BLNH, v_BLNH = (torch.cat([t, t[:, -1:].expand(-1, padding - 1, -1, -1)], dim=1) for t in (k_BLNH, v_BLNH))
+    return attention(q_BLNH, k_BLNH, v_BLNH)

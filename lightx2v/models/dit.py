@@ -1,0 +1,277 @@
+"""The diffusion transformer of Wan2.2-A14B: noisy latents, a timestep and prompts in, one velocity per prompt out.
+
+Two of these are the model's experts, one for high and one for low noise. Parameter names are those of the official
+checkpoints. The width, depth and channels come from the checkpoint, so that any size of this architecture loads.
+
+Legend: B batch, C channels, T frames, H W latent height and width, L tokens, D width, P rotated pairs in a head.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ..attention.sdpa import sdpa
+from ..errors import CheckpointError
+from ..progress import CancelToken
+from .block import Attention, Block, Pass, TextStates
+from .pointwise import norm_modulate
+from .rope import RotaryTable
+
+PATCH = 2
+"""Height and width of a patch; in time a patch is one latent frame."""
+
+FLOAT32_PARTS = frozenset(
+    {"modulation", "norm_q", "norm_k", "norm3", "patch_embedding", "time_embedding", "time_projection", "head"}
+)
+"""Parameters with one of these in their name stay float32: they touch the residual stream or scale all of it.
+
+The patch embedding is one of them because in bf16 it would round the latents themselves, once per step.
+"""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DiTConfig:
+    """The architecture. Defaults are those of one text-to-video expert; image-to-video has 36 input channels."""
+
+    in_dim: int = 16
+    dim: int = 5120
+    ffn_dim: int = 13824
+    freq_dim: int = 256
+    text_dim: int = 4096
+    text_len: int = 512
+    out_dim: int = 16
+    num_heads: int = 40
+    num_layers: int = 40
+    eps: float = 1e-6
+
+    @property
+    def head_dim(self) -> int:
+        return self.dim // self.num_heads
+
+    @classmethod
+    def from_checkpoint(cls, config_json: Mapping[str, Any] | None, shapes: Mapping[str, tuple[int, ...]]) -> DiTConfig:
+        """The architecture that tensors of these shapes have; `config_json` adds what shapes cannot tell.
+
+        `config_json` may be in Wan's or in diffusers' words. Where it contradicts the tensors, it is not theirs.
+        """
+        try:
+            found = {
+                "in_dim": shapes["patch_embedding.weight"][1],
+                "dim": shapes["patch_embedding.weight"][0],
+                "ffn_dim": shapes["blocks.0.ffn.0.weight"][0],
+                "freq_dim": shapes["time_embedding.0.weight"][1],
+                "text_dim": shapes["text_embedding.0.weight"][1],
+                "out_dim": shapes["head.head.weight"][0] // PATCH**2,
+                "num_layers": 1 + max(int(name.split(".")[1]) for name in shapes if name.startswith("blocks.")),
+            }
+        except (KeyError, IndexError, ValueError) as missing:
+            raise CheckpointError(
+                f"These are not the weights of a Wan video model: no usable tensor {missing}. Expected tensors such as "
+                "patch_embedding.weight and blocks.0.ffn.0.weight; check that the path points at an expert's weights."
+            ) from None
+        told = _in_wan_words(config_json or {})
+        for key, value in found.items():
+            if key in told and told[key] != value:
+                raise CheckpointError(
+                    f"config.json says {key} is {told[key]}, the tensors say {value}. The two are not of one model: "
+                    "put the config.json that belongs to these weights beside them, or remove it."
+                )
+        heads = told.get("num_heads") or _heads_by_convention(found["dim"])
+        if found["dim"] % heads or found["dim"] // heads % 2:
+            raise CheckpointError(
+                f"A width of {found['dim']} cannot be split into {heads} heads of even size. "
+                "Correct num_heads in config.json."
+            )
+        more = {key: told[key] for key in ("text_len", "eps") if key in told}
+        return cls(**found, num_heads=heads, **more)
+
+
+def _in_wan_words(config: Mapping[str, Any]) -> dict[str, Any]:
+    words = {
+        "in_channels": "in_dim",
+        "out_channels": "out_dim",
+        "num_attention_heads": "num_heads",
+        "rope_max_seq_len": None,
+    }
+    told = {words.get(key, key): value for key, value in config.items() if value is not None}
+    if "attention_head_dim" in told and "num_heads" in told:
+        told.setdefault("dim", told["attention_head_dim"] * told["num_heads"])
+    return told
+
+
+def _heads_by_convention(dim: int) -> int:
+    """Every released Wan model has heads of 128."""
+    if dim % 128:
+        raise CheckpointError(
+            f"The number of heads cannot be told from a width of {dim}. "
+            "Put a config.json with num_heads beside the weights."
+        )
+    return dim // 128
+
+
+def parameter_dtype(name: str, compute: torch.dtype) -> torch.dtype:
+    """The dtype in which a parameter is kept when products are computed in `compute`."""
+    return torch.float32 if FLOAT32_PARTS.intersection(name.split(".")) else compute
+
+
+class Head(nn.Module):
+    def __init__(self, dim: int, out_features: int) -> None:
+        super().__init__()
+        self.head = nn.Linear(dim, out_features)
+        self.modulation = nn.Parameter(torch.randn(1, 2, dim) / dim**0.5)
+
+
+class WanDiT(nn.Module):
+    """`forward` is `embed`, the `blocks` and `finish`; offloading and parallelism wrap these from outside.
+
+    `self_attention` and `cross_attention` may be replaced at any time. `chunk` bounds how many tokens go through the
+    token-wise layers at once, for memory. Prompts of one forward share a batch up to `stack_tokens` tokens, which is
+    faster while tokens are few; beyond it they take turns in each block, which needs less memory.
+    """
+
+    def __init__(
+        self, config: DiTConfig, *, self_attention: Attention = sdpa, cross_attention: Attention = sdpa
+    ) -> None:
+        super().__init__()
+        self.config = config
+        self.self_attention = self_attention
+        self.cross_attention = cross_attention
+        self.chunk: int | None = None
+        self.stack_tokens = 4096
+        self.rotary = RotaryTable(config.head_dim)
+        dim = config.dim
+        self.patch_embedding = nn.Conv3d(config.in_dim, dim, (1, PATCH, PATCH), stride=(1, PATCH, PATCH))
+        self.text_embedding = nn.Sequential(nn.Linear(config.text_dim, dim), nn.GELU("tanh"), nn.Linear(dim, dim))
+        self.time_embedding = nn.Sequential(nn.Linear(config.freq_dim, dim), nn.SiLU(), nn.Linear(dim, dim))
+        self.time_projection = nn.Sequential(nn.SiLU(), nn.Linear(dim, 6 * dim))
+        self.blocks = nn.ModuleList(
+            Block(dim, config.ffn_dim, config.num_heads, config.eps) for _ in range(config.num_layers)
+        )
+        self.head = Head(dim, config.out_dim * PATCH**2)
+
+    @property
+    def compute_dtype(self) -> torch.dtype:
+        """The dtype of matrix products. Read from a layer that is never quantised."""
+        return self.text_embedding[0].bias.dtype
+
+    def cast(self, compute: torch.dtype) -> WanDiT:
+        """Casts every parameter to the dtype it is kept in when products are computed in `compute`."""
+        for name, parameter in self.named_parameters():
+            parameter.data = parameter.data.to(parameter_dtype(name, compute))
+        return self
+
+    def encode_text(self, context_LD: Tensor, *, keep: bool = True) -> TextStates:
+        """A prompt's encoder states, padding left out, as this expert attends to them.
+
+        `keep` keeps each block's keys and values of the prompt (200 kB per row in bf16 at full size) for later steps.
+        """
+        return self._encode(context_LD.unsqueeze(0), keep=keep)
+
+    def _encode(self, context_BLD: Tensor, *, keep: bool) -> TextStates:
+        padding = self.config.text_len - context_BLD.shape[1]
+        assert padding >= 0, f"{context_BLD.shape[1]} text rows, at most {self.config.text_len} expected"
+        # All rows of the zero padding become the same row, so one is enough here.
+        rows_BLD = F.pad(context_BLD.to(self.compute_dtype), (0, 0, 0, min(padding, 1)))
+        return TextStates(self.text_embedding(rows_BLD), padding, keep=keep)
+
+    def forward(
+        self,
+        latents_CTHW: Tensor,
+        timestep: float,
+        text: Sequence[TextStates],
+        condition_CTHW: Tensor | None = None,
+        cancel: CancelToken | None = None,
+    ) -> list[Tensor]:
+        """One float32 velocity (C, T, H, W) per prompt. `condition` joins the latents along C (image to video)."""
+        latents_BCTHW = latents_CTHW.unsqueeze(0)
+        condition_BCTHW = None if condition_CTHW is None else condition_CTHW.unsqueeze(0)
+        x_BLD, rotations_L1P = self.embed(latents_BCTHW, condition_BCTHW)
+        stack = x_BLD.shape[1] <= self.stack_tokens
+        groups = (tuple(text),) if stack else tuple((each,) for each in text)
+        timesteps_B = torch.tensor([timestep], dtype=torch.float64).to(x_BLD.device)
+        velocities = self._run(x_BLD, rotations_L1P, timesteps_B, groups, latents_BCTHW.shape, cancel)
+        return [row for velocity_BCTHW in velocities for row in velocity_BCTHW]
+
+    def forward_batch(
+        self,
+        latents_BCTHW: Tensor,
+        timesteps_B: Tensor,
+        context_BLD: Tensor,
+        condition_BCTHW: Tensor | None = None,
+    ) -> Tensor:
+        """Velocities (B, C, T, H, W) of different samples, each with its timestep and prompt, for training.
+
+        `context` holds encoder states with zero rows where a prompt is shorter than the longest one.
+        """
+        x_BLD, rotations_L1P = self.embed(latents_BCTHW, condition_BCTHW)
+        text = self._encode(context_BLD, keep=False)
+        (velocity_BCTHW,) = self._run(x_BLD, rotations_L1P, timesteps_B, ((text,),), latents_BCTHW.shape, None)
+        return velocity_BCTHW
+
+    def _run(
+        self,
+        x_BLD: Tensor,
+        rotations_L1P: Tensor,
+        timesteps_B: Tensor,
+        groups: tuple[tuple[TextStates, ...], ...],
+        shape: torch.Size,
+        cancel: CancelToken | None,
+    ) -> list[Tensor]:
+        time_BD, modulation_B6D = self.embed_time(timesteps_B)
+        shared = Pass(
+            modulation_B6D=modulation_B6D,
+            rotations_L1P=rotations_L1P,
+            groups=groups,
+            self_attention=self.self_attention,
+            cross_attention=self.cross_attention,
+            dtype=self.compute_dtype,
+            chunk=self.chunk,
+        )
+        streams = [x_BLD]
+        del x_BLD
+        for index, block in enumerate(self.blocks):
+            if cancel is not None:
+                cancel.check()
+            streams = block(streams, index, shared)
+        return [self.finish(stream_BLD, time_BD, shape) for stream_BLD in streams]
+
+    def embed(self, latents_BCTHW: Tensor, condition_BCTHW: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """Tokens (B, L, D) in (t, h, w) order, and their rotations (L, 1, P)."""
+        if condition_BCTHW is not None:
+            latents_BCTHW = torch.cat([latents_BCTHW, condition_BCTHW.to(latents_BCTHW.dtype)], dim=1)
+        _, channels, frames, height, width = latents_BCTHW.shape
+        assert channels == self.config.in_dim, f"{channels} input channels, the model has {self.config.in_dim}"
+        assert height % PATCH == 0 and width % PATCH == 0, f"latents of {height}x{width} are not whole patches"
+        grid = (frames, height // PATCH, width // PATCH)
+        # The convolution's kernel is its stride, so it is one product on the patches.
+        patches = latents_BCTHW.float().unflatten(4, (-1, PATCH)).unflatten(3, (-1, PATCH))
+        patches_BLK = patches.permute(0, 2, 3, 5, 1, 4, 6).flatten(4).flatten(1, 3)
+        with torch.autocast(latents_BCTHW.device.type, enabled=False):
+            x_BLD = F.linear(patches_BLK, self.patch_embedding.weight.flatten(1), self.patch_embedding.bias)
+        return x_BLD, self.rotary(grid, x_BLD.device)
+
+    def embed_time(self, timesteps_B: Tensor) -> tuple[Tensor, Tensor]:
+        """The time embedding (B, D) and the blocks' modulation (B, 6, D): once per sample, not once per token."""
+        half = self.config.freq_dim // 2
+        frequencies = 10000.0 ** (-torch.arange(half, dtype=torch.float64, device=timesteps_B.device) / half)
+        angles = timesteps_B.double().unsqueeze(1) * frequencies
+        waves = torch.cat([angles.cos(), angles.sin()], dim=1).float()
+        with torch.autocast(timesteps_B.device.type, enabled=False):
+            time_BD = self.time_embedding(waves)
+            return time_BD, self.time_projection(time_BD).unflatten(1, (6, -1))
+
+    def finish(self, x_BLD: Tensor, time_BD: Tensor, shape: torch.Size) -> Tensor:
+        """Tokens to velocity (B, C, T, H, W) float32; `shape` is that of the latents."""
+        frames, height, width = shape[2:]
+        shift_BD, scale_BD = (self.head.modulation + time_BD.unsqueeze(1)).unbind(1)
+        with torch.autocast(x_BLD.device.type, enabled=False):
+            patches_BLK = self.head.head(norm_modulate(x_BLD, shift_BD, scale_BD, self.config.eps, torch.float32))
+        patches = patches_BLK.unflatten(1, (frames, height // PATCH, width // PATCH))
+        patches = patches.unflatten(-1, (PATCH, PATCH, self.config.out_dim))
+        return patches.permute(0, 6, 1, 2, 4, 3, 5).flatten(5).flatten(3, 4)
