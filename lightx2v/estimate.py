@@ -1,0 +1,197 @@
+"""How long a video will take, before it is made: counted work over the rate measured on this machine.
+
+`count` is pure arithmetic from a Request and the sizes of the model. `Rates` keeps what earlier runs took in a small
+JSON file, by device and engine, and fits seconds = calls x (a + b x work) for each stage; so a size never run before is
+predicted from those that were, and every run corrects the next prediction. Without any run, a few GPUs have an
+assumed rate, and the prediction says that it is assumed.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import threading
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, Self
+
+from .request import Request
+
+log = logging.getLogger("lightx2v.estimate")
+
+Source = Literal["measured", "scaled", "assumed"]
+"""From this engine's runs, from another engine's on the same device, or from a table."""
+
+ASSUMED_FLOPS = (("H100", 640e12), ("H200", 640e12), ("H800", 640e12), ("A100", 220e12), ("RTX 4090", 150e12))
+"""Effective bf16 rate of a whole forward on devices with a known realistic figure."""
+
+KEPT = 12
+"""Samples kept per stage: enough sizes for the fit, few enough that an old driver's times fade."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DiTShape:
+    """The sizes that the work of one forward follows from. The defaults are A14B's."""
+
+    dim: int = 5120
+    ffn_dim: int = 13824
+    num_layers: int = 40
+    in_dim: int = 16
+    text_dim: int = 4096
+    text_len: int = 512
+
+    @classmethod
+    def of_model(cls, folder: Path | None) -> Self:
+        """From a model folder's config.json; A14B's sizes where there is none or it does not say."""
+        names = list(cls.__dataclass_fields__)
+        for place in ("high_noise_model", "low_noise_model", "."):
+            config = folder / place / "config.json" if folder else None
+            if config and config.is_file():
+                data = json.loads(config.read_text(encoding="utf-8"))
+                return cls(**{name: int(data[name]) for name in names if isinstance(data.get(name), int)})
+        return cls()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Work:
+    """What one run has to do: `calls` of a stage, each with `size` operations, by stage."""
+
+    calls: dict[str, int]
+    size: dict[str, float]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Prediction:
+    """Seconds by stage and in all. `source` is the weakest of what the parts rest on."""
+
+    stages: dict[str, float]
+    source: Source
+
+    @property
+    def seconds(self) -> float:
+        return sum(self.stages.values())
+
+
+def dit_flops(shape: DiTShape, tokens: int) -> float:
+    """Operations of one DiT forward with one text (a multiply-add is two)."""
+    d, text = shape.dim, shape.text_len
+    block = (
+        8.0 * tokens * d * d  # self-attention q, k, v, o
+        + 4.0 * tokens * tokens * d
+        + 4.0 * tokens * d * d + 4.0 * text * d * d  # cross-attention q, o and k, v
+        + 4.0 * tokens * text * d
+        + 4.0 * tokens * d * shape.ffn_dim
+    )  # fmt: skip
+    ends = 2.0 * tokens * d * 4 * (shape.in_dim + 16) + 2.0 * text * d * (shape.text_dim + d)
+    return shape.num_layers * block + ends
+
+
+def high_noise_steps(request: Request) -> int:
+    """How many of a run's steps the high-noise expert makes."""
+    if request.denoising_step_list is not None:
+        return min(request.boundary_step_index or 0, request.steps)
+    grid = (0.999 * (1 - k / request.steps) for k in range(request.steps))
+    sigmas = (request.shift * s / (1 + (request.shift - 1) * s) for s in grid)
+    return sum(int(1000 * sigma) >= (request.boundary or 0) * 1000 for sigma in sigmas)
+
+
+def count(request: Request, shape: DiTShape | None = None, size: tuple[int, int] | None = None) -> Work:
+    """The work of `request`. `size` is the video's (height, width) where an input picture changes it."""
+    height, width = size or (request.height, request.width)
+    tokens = request.latent_shape[1] * (height // 16) * (width // 16)
+    high = high_noise_steps(request)
+    guided_high, guided_low = request.guided
+    forwards = high * (1 + guided_high) + (request.steps - high) * (1 + guided_low)
+    pixels = float(height * width * request.frames)
+    calls = {"text": 1 + (request.negative_text is not None), "denoise": forwards, "decode": 1, "write": 1}
+    work = {"text": 1.0, "denoise": dit_flops(shape or DiTShape(), tokens), "decode": 8.5e6 * pixels, "write": pixels}
+    if request.task != "t2v":
+        # The grey tail of the condition clip is not recomputed once its encoding is constant: about 20 frames count.
+        calls["image"] = 1
+        work["image"] = 5.1e6 * height * width * min(request.frames, 21)
+    return Work(calls=calls, size=work)
+
+
+class Rates:
+    """What runs took on this machine, in one JSON file: device -> engine -> stage -> [[calls, size, seconds], …].
+
+    An engine is any text that names what was loaded and how. Safe to use from several threads of one process.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self._lock = threading.Lock()
+        self._data: dict[str, dict[str, dict[str, list[list[float]]]]] = self._read()
+
+    def record(self, device: str, engine: str, work: Work, seconds: Mapping[str, float]) -> None:
+        """Learns from one finished run: `seconds` by stage, as Timings has them; "load" counts where it happened."""
+        with self._lock:
+            stages = self._data.setdefault(device, {}).setdefault(engine, {})
+            for stage, took in seconds.items():
+                if took <= 0 or stage == "download" or (stage not in work.calls and stage != "load"):
+                    continue
+                calls, size = work.calls.get(stage, 1), work.size.get(stage, 1.0)
+                if calls:
+                    stages[stage] = [*stages.get(stage, []), [calls, size, took]][-KEPT:]
+            self._write()
+
+    def predict(self, device: str, engine: str, work: Work, *, loaded: bool) -> Prediction | None:
+        """Seconds that `work` will take, None where nothing is known. A loaded engine has no load stage."""
+        with self._lock:
+            engines = self._data.get(device, {})
+            own, others = engines.get(engine, {}), [e for name, e in engines.items() if name != engine]
+            stages: dict[str, float] = {}
+            sources: set[Source] = set()
+            wanted = dict(work.calls) if loaded else {"load": 1, **work.calls}
+            for stage, calls in wanted.items():
+                size = work.size.get(stage, 1.0)
+                if samples := own.get(stage):
+                    stages[stage], source = _fit(samples, calls, size), "measured"
+                elif borrowed := [s for e in others for s in e.get(stage, []) if stage != "load"]:
+                    stages[stage], source = _fit(borrowed, calls, size), "scaled"
+                else:
+                    rate = next((flops for name, flops in ASSUMED_FLOPS if name in device), None)
+                    if stage == "denoise" and rate is None:
+                        return None
+                    if rate is None or stage not in ("denoise", "decode", "image"):
+                        continue  # seconds at most, beside minutes of denoising
+                    # Convolutions reach about a third of what matrix products do.
+                    stages[stage], source = calls * size / (rate if stage == "denoise" else rate / 3), "assumed"
+                if stage == "denoise":
+                    sources.add(source)
+        return Prediction(stages=stages, source=min(sources, key=("assumed", "scaled", "measured").index))
+
+    def _read(self) -> dict[str, Any]:
+        try:
+            return json.loads(self._path.read_text(encoding="utf-8"))["devices"]
+        except FileNotFoundError:
+            return {}
+        except (OSError, ValueError, KeyError, TypeError):
+            log.warning("The measured times in %s cannot be read; measuring again.", self._path.name)
+            return {}
+
+    def _write(self) -> None:
+        new = self._path.with_suffix(".new")
+        try:
+            new.write_text(json.dumps({"version": 1, "devices": self._data}), encoding="utf-8")
+            os.replace(new, self._path)
+        except OSError as error:
+            log.warning("The measured times could not be kept: %s", error.strerror)
+
+
+def _fit(samples: Iterable[list[float]], calls: int, size: float) -> float:
+    """Seconds for `calls` of `size`, from t = calls (a + b size), a, b >= 0, least squares of the relative error."""
+    rows = [(c / t, c * s / t) for c, s, t in samples]
+    aa, bb = sum(x * x for x, _ in rows), sum(y * y for _, y in rows)
+    ab, a1, b1 = sum(x * y for x, y in rows), sum(x for x, _ in rows), sum(y for _, y in rows)
+    determinant = aa * bb - ab * ab
+    a, b = 0.0, b1 / bb  # one size only: time is proportional to the work
+    if determinant > 1e-9 * aa * bb:
+        a, b = (a1 * bb - b1 * ab) / determinant, (b1 * aa - a1 * ab) / determinant
+        if a < 0:
+            a, b = 0.0, b1 / bb
+        elif b < 0:
+            a, b = a1 / aa, 0.0
+    return calls * (a + b * size)

@@ -1,0 +1,103 @@
+"""Predicted seconds: the counting equals the published figures, and runs teach the prediction."""
+
+from __future__ import annotations
+
+import json
+import random
+from pathlib import Path
+
+import pytest
+
+from lightx2v.estimate import DiTShape, Rates, count, dit_flops, high_noise_steps
+from lightx2v.request import Request
+
+DEMO = DiTShape(dim=128, ffn_dim=512, num_layers=6, text_dim=64, text_len=32)
+
+
+def distilled(**changes: object) -> Request:
+    fields: dict[str, object] = {
+        "prompt": "x", "height": 96, "width": 96, "frames": 17, "enable_cfg": False, "boundary": None,
+        "denoising_step_list": (1000, 750, 500, 250), "boundary_step_index": 2,
+    }  # fmt: skip
+    return Request(**{**fields, **changes})  # type: ignore[arg-type]
+
+
+def simulated_seconds(request: Request, noise: random.Random) -> dict[str, float]:
+    """A machine with an overhead per call, and attention slower than the linear layers."""
+    work, tokens = count(request, DEMO), request.tokens
+    attention = 4.0 * tokens**2 * DEMO.dim * DEMO.num_layers
+    per_forward = 0.004 + (work.size["denoise"] - attention) / 40e9 + attention / 15e9
+    ideal = {
+        "text": 0.01,
+        "denoise": work.calls["denoise"] * per_forward,
+        "decode": 0.05 + work.size["decode"] / 30e12 * 8,
+        "write": 0.05 + work.size["write"] / 2e7,
+    }
+    return {stage: seconds * noise.uniform(0.96, 1.04) for stage, seconds in ideal.items()}
+
+
+@pytest.mark.parametrize(("tokens", "teraflops"), [(32_760, 1678), (75_600, 6523)])
+def test_one_a14b_forward_costs_what_the_counter_of_torch_says(tokens: int, teraflops: int) -> None:
+    assert dit_flops(DiTShape(), tokens) / 1e12 == pytest.approx(teraflops, rel=2e-3)
+
+
+def test_steps_of_the_two_experts_follow_the_schedule() -> None:
+    t2v = Request(prompt="x", steps=40, shift=12.0, boundary=0.875)
+    i2v = Request(prompt="x", task="i2v", image_path="a.png", steps=40, shift=5.0, boundary=0.9)
+    assert (high_noise_steps(t2v), high_noise_steps(i2v), high_noise_steps(distilled())) == (26, 15, 2)
+
+
+def test_guidance_doubles_the_forwards_only_of_the_guided_expert() -> None:
+    both = Request(prompt="x", steps=40, shift=12.0)
+    low_only = Request(prompt="x", steps=40, shift=12.0, guidance=(1.0, 3.0))
+    assert count(both).calls["denoise"] == 80
+    assert count(low_only).calls["denoise"] == 26 + 28
+    assert count(distilled()).calls["denoise"] == 4
+
+
+@pytest.mark.parametrize("unseen", [(160, 128, 33), (64, 64, 9), (128, 128, 17), (224, 224, 33)])
+def test_three_runs_predict_an_unseen_size_within_a_quarter(tmp_path: Path, unseen: tuple[int, int, int]) -> None:
+    noise = random.Random(5)
+    rates = Rates(tmp_path / "rates.json")
+    for side, frames in ((64, 17), (96, 17), (128, 33)):
+        run = distilled(height=side, width=side, frames=frames)
+        rates.record("cpu", "demo", count(run, DEMO), simulated_seconds(run, noise))
+    height, width, frames = unseen
+    target = distilled(height=height, width=width, frames=frames)
+    predicted = rates.predict("cpu", "demo", count(target, DEMO), loaded=True)
+    assert predicted is not None and predicted.source == "measured"
+    assert predicted.seconds == pytest.approx(sum(simulated_seconds(target, noise).values()), rel=0.25)
+
+
+def test_what_was_learnt_survives_a_restart_and_is_kept_per_device_and_engine(tmp_path: Path) -> None:
+    work = count(distilled(), DEMO)
+    Rates(tmp_path / "rates.json").record("cpu", "demo", work, {"denoise": 2.0, "decode": 1.0, "load": 5.0})
+    again = Rates(tmp_path / "rates.json")
+    warm, cold = (again.predict("cpu", "demo", work, loaded=loaded) for loaded in (True, False))
+    assert warm is not None and warm.seconds == pytest.approx(3.0)
+    assert cold is not None and cold.seconds == pytest.approx(8.0)
+    assert again.predict("other", "demo", work, loaded=True) is None
+    scaled = again.predict("cpu", "another engine", work, loaded=True)
+    assert scaled is not None and scaled.source == "scaled"
+
+
+def test_a_known_gpu_has_an_assumed_rate_before_its_first_run(tmp_path: Path) -> None:
+    base = Request(prompt="x", height=720, width=1280, shift=12.0)
+    predicted = Rates(tmp_path / "r.json").predict("NVIDIA H100 80GB HBM3", "base", count(base), loaded=True)
+    assert predicted is not None and predicted.source == "assumed"
+    assert 700 < predicted.seconds < 950
+
+
+def test_a_broken_file_of_rates_is_measured_anew(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    (tmp_path / "r.json").write_text("{not json")
+    rates = Rates(tmp_path / "r.json")
+    assert "cannot be read" in caplog.text
+    rates.record("cpu", "demo", count(distilled()), {"denoise": 1.0})
+    assert json.loads((tmp_path / "r.json").read_text())["devices"]["cpu"]["demo"]["denoise"]
+
+
+def test_sizes_come_from_the_checkpoint_and_else_are_a14b(tmp_path: Path) -> None:
+    (tmp_path / "high_noise_model").mkdir()
+    (tmp_path / "high_noise_model" / "config.json").write_text('{"dim": 128, "ffn_dim": 512, "num_layers": 6}')
+    assert DiTShape.of_model(tmp_path).dim == 128
+    assert DiTShape.of_model(tmp_path / "nothing") == DiTShape.of_model(None) == DiTShape()
