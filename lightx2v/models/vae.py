@@ -19,9 +19,7 @@ from torch import Tensor, nn
 
 from ..errors import CheckpointError
 from ..progress import CancelToken
-
-State = dict[nn.Module, Tensor]
-"""What the layers remember between two chunks of one clip: module -> its last input frames."""
+from .causal_conv import PAST, CausalConv3d, Stream
 
 # fmt: off
 LATENT_MEAN = (-0.7571, -0.7089, -0.9113, 0.1075, -0.1745, 0.9653, -0.1517, 1.5508,
@@ -94,31 +92,6 @@ class VAEConfig:
         )
 
 
-class CausalConv3d(nn.Conv3d):
-    """Convolution that sees the present and the past: `kernel - 1` frames before the first one are zero."""
-
-    def __init__(self, inputs: int, outputs: int, kernel: int) -> None:
-        super().__init__(inputs, outputs, kernel, padding=(0, kernel // 2, kernel // 2))
-
-    def forward(self, x_BCTHW: Tensor, state: State | None = None) -> Tensor:  # pyright: ignore[reportIncompatibleMethodOverride]
-        past = self.kernel_size[0] - 1
-        if past:
-            x_BCTHW = _with_past(self, x_BCTHW, past, state)
-        return super().forward(x_BCTHW)
-
-
-def _with_past(layer: nn.Module, x_BCTHW: Tensor, past: int, state: State | None) -> Tensor:
-    """`past` frames of the chunk before (zeros before the first) and x; remembers the last ones for the chunk after."""
-    before = None if state is None else state.get(layer)
-    if before is None:
-        joined = F.pad(x_BCTHW, (0, 0, 0, 0, past, 0))
-    else:
-        joined = torch.cat([before, x_BCTHW], dim=2)
-    if state is not None:
-        state[layer] = joined[:, :, -past:].clone()
-    return joined
-
-
 class RMSNorm(nn.Module):
     """x / |x| * sqrt(C) * gamma over the channels; the statistics are float32 whatever the module's dtype."""
 
@@ -130,6 +103,23 @@ class RMSNorm(nn.Module):
         scale = self.gamma.shape[0] ** 0.5
         return F.normalize(x.float(), dim=1).to(x.dtype) * (self.gamma * scale)
 
+    def into(self, out: Tensor, x: Tensor) -> None:
+        """The same for inference, written into `out` without temporaries of x's size."""
+        length = torch.linalg.vector_norm(x, dim=1, keepdim=True, dtype=torch.float32)
+        torch.div(x, length.clamp_min_(1e-12), out=out)
+        out.mul_(self.gamma * self.gamma.shape[0] ** 0.5)
+
+
+def _convolve(norm: RMSNorm, conv: CausalConv3d, x_BCTHW: Tensor, stream: Stream | None) -> Tensor:
+    """norm, SiLU, causal convolution."""
+    if stream is None:
+        return conv(F.silu(norm(x_BCTHW)))
+    joined = stream.room(conv, x_BCTHW)
+    active = joined[:, :, PAST:]
+    norm.into(active, x_BCTHW)
+    F.silu(active, inplace=True)
+    return conv.joined(joined, stream)
+
 
 class ResidualBlock(nn.Module):
     def __init__(self, inputs: int, outputs: int) -> None:
@@ -137,18 +127,27 @@ class ResidualBlock(nn.Module):
         self.residual = nn.ModuleDict(
             {
                 "0": RMSNorm(inputs, 3),
-                "2": CausalConv3d(inputs, outputs, 3),
+                "2": CausalConv3d(inputs, outputs),
                 "3": RMSNorm(outputs, 3),
-                "6": CausalConv3d(outputs, outputs, 3),
+                "6": CausalConv3d(outputs, outputs),
             }
         )
-        self.shortcut = CausalConv3d(inputs, outputs, 1) if inputs != outputs else nn.Identity()
+        self.shortcut = nn.Conv3d(inputs, outputs, 1) if inputs != outputs else nn.Identity()
 
-    def forward(self, x_BCTHW: Tensor, state: State | None = None) -> Tensor:
+    def forward(self, x_BCTHW: Tensor, stream: Stream | None = None) -> Tensor:
         residual = self.residual
-        h = residual["2"](F.silu(residual["0"](x_BCTHW)), state)
-        h = residual["6"](F.silu(residual["3"](h)), state)
-        return self.shortcut(x_BCTHW) + h
+        h_BCTHW = _convolve(residual["0"], residual["2"], x_BCTHW, stream)
+        h_BCTHW = _convolve(residual["3"], residual["6"], h_BCTHW, stream)
+        shortcut = self.shortcut(x_BCTHW)
+        return h_BCTHW + shortcut if stream is None else h_BCTHW.add_(shortcut)
+
+
+class Head(nn.ModuleDict):
+    def __init__(self, channels: int, outputs: int) -> None:
+        super().__init__({"0": RMSNorm(channels, 3), "2": CausalConv3d(channels, outputs)})
+
+    def forward(self, x_BCTHW: Tensor, stream: Stream | None = None) -> Tensor:
+        return _convolve(self["0"], self["2"], x_BCTHW, stream)
 
 
 class Attention(nn.Module):
@@ -160,12 +159,12 @@ class Attention(nn.Module):
         self.to_qkv = nn.Conv2d(channels, 3 * channels, 1)
         self.proj = nn.Conv2d(channels, channels, 1)
 
-    def forward(self, x_BCTHW: Tensor, state: State | None = None) -> Tensor:
+    def forward(self, x_BCTHW: Tensor, stream: Stream | None = None) -> Tensor:
         frames = _frames(x_BCTHW)
         _, channels, height, width = frames.shape
         q, k, v = self.to_qkv(self.norm(frames)).flatten(2).transpose(1, 2).chunk(3, dim=-1)
         out = F.scaled_dot_product_attention(q[:, None], k[:, None], v[:, None])[:, 0]
-        out = self.proj(out.transpose(1, 2).reshape(-1, channels, height, width))
+        out = self.proj(out.transpose(1, 2).unflatten(2, (height, width)))
         return x_BCTHW + _clip(out, x_BCTHW.shape[0])
 
 
@@ -185,14 +184,14 @@ class Downsample(nn.Module):
         self.resample = nn.ModuleDict({"1": nn.Conv2d(channels, channels, 3, stride=2)})
         self.time_conv = nn.Conv3d(channels, channels, (3, 1, 1), stride=(2, 1, 1)) if temporal else None
 
-    def forward(self, x_BCTHW: Tensor, state: State | None = None) -> Tensor:
+    def forward(self, x_BCTHW: Tensor, stream: Stream | None = None) -> Tensor:
         frames = F.pad(_frames(x_BCTHW), (0, 1, 0, 1))
         x_BCTHW = _clip(self.resample["1"](frames), x_BCTHW.shape[0])
         if self.time_conv is None:
             return x_BCTHW
-        before = None if state is None else state.get(self)
-        if state is not None:
-            state[self] = x_BCTHW[:, :, -1:].clone()
+        before = None if stream is None else stream.past.get(self)
+        if stream is not None:
+            stream.past[self] = x_BCTHW[:, :, -1:].clone(memory_format=torch.preserve_format)
         if before is not None:
             return self.time_conv(torch.cat([before, x_BCTHW], dim=2))
         if x_BCTHW.shape[2] == 1:
@@ -208,28 +207,28 @@ class Upsample(nn.Module):
         self.resample = nn.ModuleDict({"1": nn.Conv2d(channels, channels // 2, 3, padding=1)})
         self.time_conv = nn.Conv3d(channels, 2 * channels, (3, 1, 1)) if temporal else None
 
-    def forward(self, x_BCTHW: Tensor, state: State | None = None) -> Tensor:
+    def forward(self, x_BCTHW: Tensor, stream: Stream | None = None) -> Tensor:
         if self.time_conv is not None:
-            x_BCTHW = self._double_time(self.time_conv, x_BCTHW, state)
+            x_BCTHW = self._double_time(self.time_conv, x_BCTHW, stream)
         frames = F.interpolate(_frames(x_BCTHW), scale_factor=2, mode="nearest-exact")
         return _clip(self.resample["1"](frames), x_BCTHW.shape[0])
 
-    def _double_time(self, time_conv: nn.Conv3d, x_BCTHW: Tensor, state: State | None) -> Tensor:
-        first = None
-        if state is None or self not in state:  # the first frame of a clip passes through and is not remembered
+    def _double_time(self, time_conv: nn.Conv3d, x_BCTHW: Tensor, stream: Stream | None) -> Tensor:
+        """The first frame of a clip passes through, and for the frames after it the past is zero."""
+        first = x_BCTHW[:, :, :0]
+        if stream is None or self not in stream.past:
             first, x_BCTHW = x_BCTHW[:, :, :1], x_BCTHW[:, :, 1:]
-            if state is not None:
-                state[self] = first  # only a mark: "the first frame has been"
+            if stream is not None:
+                stream.past[self] = x_BCTHW[:, :, :0]  # a mark without data: the first frame has been
             if x_BCTHW.shape[2] == 0:
                 return first
-        pairs = time_conv(_with_past(time_conv, x_BCTHW, 2, state))
-        even, odd = pairs.chunk(2, dim=1)
-        doubled = torch.stack([even, odd], dim=3).flatten(2, 3)
-        return doubled if first is None else torch.cat([first, doubled], dim=2)
-
-
-def _head(channels: int, outputs: int) -> nn.ModuleDict:
-    return nn.ModuleDict({"0": RMSNorm(channels, 3), "2": CausalConv3d(channels, outputs, 3)})
+        if stream is None:
+            joined = F.pad(x_BCTHW, (0, 0, 0, 0, PAST, 0))
+        else:
+            joined = stream.join(time_conv, x_BCTHW)
+            stream.remember(time_conv, joined)
+        even, odd = time_conv(joined).chunk(2, dim=1)
+        return torch.cat([first, torch.stack([even, odd], dim=3).flatten(2, 3)], dim=2)
 
 
 def _middle(channels: int) -> nn.ModuleList:
@@ -240,7 +239,7 @@ class Encoder(nn.Module):
     def __init__(self, config: VAEConfig) -> None:
         super().__init__()
         width = config.dim
-        self.conv1 = CausalConv3d(3, width, 3)
+        self.conv1 = CausalConv3d(3, width)
         self.downsamples = nn.ModuleList()
         for stage, multiplier in enumerate(config.multipliers):
             for _ in range(config.res_blocks):
@@ -249,20 +248,18 @@ class Encoder(nn.Module):
             if stage < len(config.temporal_down):
                 self.downsamples.append(Downsample(width, config.temporal_down[stage]))
         self.middle = _middle(width)
-        self.head = _head(width, 2 * config.z_dim)
+        self.head = Head(width, 2 * config.z_dim)
 
-    def forward(self, x_BCTHW: Tensor, state: State | None = None) -> Tensor:
-        x_BCTHW = self.conv1(x_BCTHW, state)
-        for layer in (*self.downsamples, *self.middle):
-            x_BCTHW = layer(x_BCTHW, state)
-        return self.head["2"](F.silu(self.head["0"](x_BCTHW)), state)
+    def layers(self) -> list[nn.Module]:
+        """In the order in which a clip passes them; each is called with the clip and its stream."""
+        return [self.conv1, *self.downsamples, *self.middle, self.head]
 
 
 class Decoder(nn.Module):
     def __init__(self, config: VAEConfig) -> None:
         super().__init__()
         width = config.dim * config.multipliers[-1]
-        self.conv1 = CausalConv3d(config.z_dim, width, 3)
+        self.conv1 = CausalConv3d(config.z_dim, width)
         self.middle = _middle(width)
         self.upsamples = nn.ModuleList()
         for stage, multiplier in enumerate(reversed(config.multipliers)):
@@ -272,13 +269,18 @@ class Decoder(nn.Module):
             if stage < len(config.temporal_down):
                 self.upsamples.append(Upsample(width, config.temporal_down[-1 - stage]))
                 width //= 2
-        self.head = _head(width, 3)
+        self.head = Head(width, 3)
 
-    def forward(self, x_BCTHW: Tensor, state: State | None = None) -> Tensor:
-        x_BCTHW = self.conv1(x_BCTHW, state)
-        for layer in (*self.middle, *self.upsamples):
-            x_BCTHW = layer(x_BCTHW, state)
-        return self.head["2"](F.silu(self.head["0"](x_BCTHW)), state)
+    def layers(self) -> list[nn.Module]:
+        """In the order in which a clip passes them; each is called with the clip and its stream."""
+        return [self.conv1, *self.middle, *self.upsamples, self.head]
+
+
+def _run(layers: list[nn.Module], x_BCTHW: Tensor, stream: Stream | None = None) -> Tensor:
+    x_BCTHW = x_BCTHW.contiguous(memory_format=torch.channels_last_3d)
+    for layer in layers:
+        x_BCTHW = layer(x_BCTHW, stream)
+    return x_BCTHW
 
 
 class WanVAE(nn.Module):
@@ -292,32 +294,32 @@ class WanVAE(nn.Module):
 
     def encode_clip(self, video_BCTHW: Tensor) -> tuple[Tensor, Tensor]:
         """Mean and log variance of the normalised latents of whole clips in [-1, 1], 4n+1 frames; keeps gradients."""
-        return self._moments(self.encoder(video_BCTHW.to(self.conv1.weight.dtype)))
+        return self._moments(_run(self.encoder.layers(), video_BCTHW.to(self.conv1.weight.dtype)))
 
     def decode_clip(self, latents_BCTHW: Tensor) -> Tensor:
         """Whole clips from normalised latents, float32, not clamped; keeps gradients."""
-        return self.decoder(self._denormalise(latents_BCTHW)).float()
+        return _run(self.decoder.layers(), self._denormalise(latents_BCTHW)).float()
 
     @torch.no_grad()
     def encode(self, video_CTHW: Tensor, *, cancel: CancelToken | None = None) -> Tensor:
         """Normalised latents (the mean, not a sample) of a clip in [-1, 1] with 4n+1 frames: float32, CTHW."""
-        state: State = {}
+        stream = Stream()
         video_BCTHW = video_CTHW[None].to(self.conv1.weight.dtype)
         latents = []
         for chunk in _cut(video_BCTHW, self.config.temporal_stride):
             if cancel is not None:
                 cancel.check()
-            latents.append(self._moments(self.encoder(chunk, state))[0])
+            latents.append(self._moments(_run(self.encoder.layers(), chunk, stream))[0])
         return torch.cat(latents, dim=2)[0]
 
     @torch.no_grad()
     def decode(self, latents_CTHW: Tensor, *, cancel: CancelToken | None = None) -> Iterator[Tensor]:
         """Yields float32 frames CTHW in [-1, 1]: one for the first latent frame, then 4 for each."""
-        state: State = {}
+        stream = Stream()
         for chunk in self._denormalise(latents_CTHW[None]).split(1, dim=2):
             if cancel is not None:
                 cancel.check()
-            yield self.decoder(chunk, state)[0].float().clamp_(-1, 1)
+            yield _run(self.decoder.layers(), chunk, stream)[0].float().clamp_(-1, 1)
 
     def _moments(self, features_BCTHW: Tensor) -> tuple[Tensor, Tensor]:
         mean, log_variance = self.conv1(features_BCTHW).float().chunk(2, dim=1)

@@ -1,0 +1,124 @@
+"""Convolution that looks into the past only, and the memory it needs when a clip comes in chunks.
+
+`CausalConv3d` is the VAE's 3x3x3 convolution: the two frames before the first one are zero. A `Stream` holds, for one
+clip, the last two input frames of every layer, so that chunk after chunk gives what the whole clip gives.
+
+On a CPU in float32, a streamed chunk of 2 or 4 frames is computed by Winograd's short convolution along time: 4 or 6
+two-dimensional convolutions instead of 6 or 12. That halves the arithmetic of the VAE, and avoids conv3d, which is up
+to ten times slower than conv2d there when channels are few. The rounding error stays at 5e-6 of the output's maximum.
+
+Shapes: B batch, C channels, T frames, H height, W width. Streamed tensors have B = 1 and lie in memory as THWC
+(channels_last_3d), where a run of frames is one contiguous piece and a norm over channels is a norm over the last axis.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+PAST = 2
+"""Frames of the past that a kernel of three sees."""
+
+# Winograd F(frames, 3): output = A [(G kernel) * (B input)], points 0, 1, -1, (2, -2,) infinity.
+_INPUT = {
+    2: [[1, 0, -1, 0], [0, 1, 1, 0], [0, -1, 1, 0], [0, 1, 0, -1]],
+    4: [
+        [4, 0, -5, 0, 1, 0],
+        [0, -4, -4, 1, 1, 0],
+        [0, 4, -4, -1, 1, 0],
+        [0, -2, -1, 2, 1, 0],
+        [0, 2, -1, -2, 1, 0],
+        [0, 4, 0, -5, 0, 1],
+    ],
+}
+_KERNEL = {
+    2: [[1, 0, 0], [1 / 2, 1 / 2, 1 / 2], [1 / 2, -1 / 2, 1 / 2], [0, 0, 1]],
+    4: [
+        [1 / 4, 0, 0],
+        [-1 / 6, -1 / 6, -1 / 6],
+        [-1 / 6, 1 / 6, -1 / 6],
+        [1 / 24, 1 / 12, 1 / 6],
+        [1 / 24, -1 / 12, 1 / 6],
+        [0, 0, 1],
+    ],
+}
+_OUTPUT = {
+    2: [[1, 1, 1, 0], [0, 1, -1, -1]],
+    4: [[1, 1, 1, 1, 1, 0], [0, 1, -1, 2, -2, 0], [0, 1, 1, 4, 4, 0], [0, 1, -1, 8, -8, 1]],
+}
+
+
+class Stream:
+    """What the layers remember between the chunks of one clip. Made anew for each clip; inference only."""
+
+    def __init__(self) -> None:
+        self.past: dict[nn.Module, Tensor] = {}
+        self._kernels: dict[tuple[nn.Module, int], Tensor] = {}
+
+    def room(self, layer: nn.Module, x_BCTHW: Tensor) -> Tensor:
+        """An uninitialised chunk of x's shape with the two frames before it in front; fill [:, :, PAST:]."""
+        batch, channels, frames, height, width = x_BCTHW.shape
+        joined = x_BCTHW.new_empty(batch, frames + PAST, height, width, channels).permute(0, 4, 1, 2, 3)
+        if (before := self.past.get(layer)) is None:
+            joined[:, :, :PAST].zero_()
+        else:
+            joined[:, :, :PAST] = before
+        return joined
+
+    def join(self, layer: nn.Module, x_BCTHW: Tensor) -> Tensor:
+        """x with the two frames before it in front."""
+        joined = self.room(layer, x_BCTHW)
+        joined[:, :, PAST:] = x_BCTHW
+        return joined
+
+    def remember(self, layer: nn.Module, joined_BCTHW: Tensor) -> None:
+        """Keeps the last two frames; a copy, so that the rest of the chunk can be freed."""
+        self.past[layer] = joined_BCTHW[:, :, -PAST:].clone(memory_format=torch.preserve_format)
+
+    def kernels(self, conv: CausalConv3d, frames: int) -> Tensor:
+        """The two-dimensional kernels (n, C_out, C_in, 3, 3) for a chunk of this many frames, made once for a clip."""
+        key = (conv, frames)
+        if key not in self._kernels:
+            weight = conv.weight
+            transform = weight.new_tensor(_KERNEL[frames])
+            kernels = torch.einsum("nt,oithw->nohwi", transform, weight)
+            self._kernels[key] = kernels.permute(0, 1, 4, 2, 3)
+        return self._kernels[key]
+
+
+class CausalConv3d(nn.Conv3d):
+    def __init__(self, inputs: int, outputs: int) -> None:
+        super().__init__(inputs, outputs, 3, padding=(0, 1, 1))
+
+    def forward(  # pyright: ignore[reportIncompatibleMethodOverride]
+        self, x_BCTHW: Tensor, stream: Stream | None = None
+    ) -> Tensor:
+        if stream is None:
+            return super().forward(F.pad(x_BCTHW, (0, 0, 0, 0, PAST, 0)))
+        return self.joined(stream.join(self, x_BCTHW), stream)
+
+    def joined(self, joined_BCTHW: Tensor, stream: Stream) -> Tensor:
+        """The next chunk, already behind the two frames before it (`Stream.room`)."""
+        frames = joined_BCTHW.shape[2] - PAST
+        begins = self not in stream.past
+        stream.remember(self, joined_BCTHW)
+        if frames == 1 and begins:  # the past is zero: one third of the kernel is enough
+            return F.conv2d(joined_BCTHW[:, :, PAST], self.weight[:, :, -1], self.bias, padding=1)[:, :, None]
+        if frames in _KERNEL and joined_BCTHW.device.type == "cpu" and joined_BCTHW.dtype == torch.float32:
+            return self._winograd(joined_BCTHW, stream.kernels(self, frames))
+        return super().forward(joined_BCTHW)
+
+    def _winograd(self, joined_BCTHW: Tensor, kernels: Tensor) -> Tensor:
+        frames_THWC = joined_BCTHW[0].permute(1, 2, 3, 0)
+        n, height, width, _ = frames_THWC.shape
+        transform = kernels.new_tensor(_INPUT[n - PAST])
+        inputs = (transform @ frames_THWC.reshape(n, -1)).view(frames_THWC.shape).permute(0, 3, 1, 2)
+        # Component 1 enters every output frame once (second column of _OUTPUT), so it alone carries the bias.
+        outputs = [
+            F.conv2d(inputs[i : i + 1], kernel, self.bias if i == 1 else None, padding=1).permute(0, 2, 3, 1)
+            for i, kernel in enumerate(kernels)
+        ]
+        transform = kernels.new_tensor(_OUTPUT[n - PAST])
+        clip = transform @ torch.cat(outputs).view(n, -1)
+        return clip.view(1, n - PAST, height, width, -1).permute(0, 4, 1, 2, 3)
