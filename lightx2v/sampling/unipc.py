@@ -1,0 +1,118 @@
+"""UniPC of order 2 (B2(h), data prediction, corrector on every step): the base model's solver.
+
+Zhao et al. 2023, "UniPC: A Unified Predictor-Corrector Framework", algorithms 5 and 6; as in Wan2.2's
+FlowUniPCMultistepScheduler. With alpha = 1 - sigma, lambda = ln(alpha / sigma) and m = x0 as predicted at each step,
+every update is a weighted sum:
+
+    corrector   x_k      of  x_{k-1}, m_{k-1}, m_{k-2} and the new m_k
+    predictor   x_{k+1}  of  x_k, m_k, m_{k-1}
+
+So the weights are computed once, in double precision, and a step is a handful of multiply-adds in the latents' own
+precision (float32). The history goes on when the expert changes: both experts predict the same quantity.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from .schedule import Schedule
+
+
+class Weights(NamedTuple):
+    """Of one update from a step s to the next: its sample, x0 at s, x0 before s, x0 after s (corrector only)."""
+
+    sample: float
+    x0: float
+    older: float = 0.0
+    newer: float = 0.0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class UniPCState:
+    """What step `step` needs of the steps before it. Its tensors are never written to, so keeping them is safe."""
+
+    step: int = 0
+    sample: Tensor | None = None
+    x0: Tensor | None = None
+    older: Tensor | None = None
+
+
+class UniPC:
+    def __init__(self, schedule: Schedule) -> None:
+        self.schedule = schedule
+        self._predict, self._correct = solver_weights(schedule.sigmas)
+        self._state = UniPCState()
+
+    def step(self, velocity: Tensor, i: int, latents: Tensor) -> Tensor:
+        """Latents at sigmas[i + 1] from the model's answer to `latents` at sigmas[i]. Nothing changes if it fails."""
+        past = self._state
+        if i != past.step:
+            raise ValueError(f"step {i} was asked for, but the history leads to step {past.step}")
+        x0 = torch.sub(latents, velocity, alpha=self.schedule.sigmas[i])
+        sample = latents
+        if past.sample is not None and past.x0 is not None:
+            sample = _weighted(self._correct[i - 1], past.sample, past.x0, past.older, x0)
+        following = _weighted(self._predict[i], sample, x0, past.x0)
+        self._state = UniPCState(step=i + 1, sample=sample, x0=x0, older=past.x0)
+        return following
+
+    def state(self) -> UniPCState:
+        return self._state
+
+    def restore(self, state: UniPCState) -> None:
+        self._state = state
+
+
+def solver_weights(sigmas: tuple[float, ...]) -> tuple[list[Weights], list[Weights]]:
+    """Predictor and corrector weights of every update sigmas[k] -> sigmas[k + 1]; the last one is never corrected.
+
+    First order where there is no history (k = 0) and at the end, where lambda is infinite and x = x0.
+    """
+    last = len(sigmas) - 2
+    predict, correct = [], []
+    for k in range(last + 1):
+        here, there = sigmas[k], sigmas[k + 1]
+        h = _log_snr(there) - _log_snr(here)
+        e = math.expm1(-h)  # B2(h); -1 at the end
+        scale = (1 - there) * e
+        second_order = 0 < k < last
+        r = (_log_snr(sigmas[k - 1]) - _log_snr(here)) / h if second_order else math.nan
+
+        slope = 0.5 / r if second_order else 0.0
+        predict.append(_update(there / here, scale, slope, 0.0))
+        if k == last:
+            break
+        newer, slope = 0.5, 0.0
+        if second_order:
+            # Solve  rho0 + rho1 = b0,  r rho0 + rho1 = b1.
+            phi = e / -h - 1
+            b0, b1 = phi / e, 2 * (phi / -h - 0.5) / e
+            rho0 = (b1 - b0) / (r - 1)
+            newer, slope = b0 - rho0, rho0 / r
+        correct.append(_update(there / here, scale, slope, newer))
+    return predict, correct
+
+
+def _update(ratio: float, scale: float, slope: float, newer: float) -> Weights:
+    """ratio x - scale (m0 + slope (m_older - m0) + newer (m_newer - m0)), with its terms collected."""
+    return Weights(ratio, -scale * (1 - slope - newer), -scale * slope, -scale * newer)
+
+
+def _log_snr(sigma: float) -> float:
+    return math.inf if sigma == 0 else math.log1p(-sigma) - math.log(sigma)
+
+
+def _weighted(
+    weights: Weights, sample: Tensor, x0: Tensor, older: Tensor | None, newer: Tensor | None = None
+) -> Tensor:
+    total = (weights.sample * sample).add_(x0, alpha=weights.x0)
+    if older is not None:
+        total.add_(older, alpha=weights.older)
+    if newer is not None:
+        total.add_(newer, alpha=weights.newer)
+    return total
