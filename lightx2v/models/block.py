@@ -8,17 +8,14 @@ Legend: B batch, L tokens, D width, N heads, H head dim, P = H/2 pairs, F feed-f
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..attention.sdpa import sdpa, sdpa_repeated_last
+from ..attention.sdpa import Attention, sdpa, sdpa_repeated_last
 from .pointwise import add, add_gated, norm_modulate, norm_rotate, rms_norm
-
-Attention = Callable[[Tensor, Tensor, Tensor], Tensor]
 
 
 class TextStates:
@@ -118,14 +115,13 @@ class Block(nn.Module):
         streams = shared.fan_out(streams)
         for n, group in enumerate(shared.groups):
             keys = [self._keys_values(text, index) for text in group]
-            pieces = shared.slices(streams[n].shape[1])
-            for where in pieces:
+            parts = []
+            for where in shared.slices(streams[n].shape[1]):
                 part_BLD = streams[n][:, where]
                 part_BLD = add(part_BLD, self._read_text(part_BLD, keys, group, shared))
                 h_BLD = norm_modulate(part_BLD, shift_f, scale_f, self.eps, shared.dtype)
-                part_BLD = add_gated(part_BLD, self.ffn(h_BLD), gate_f)
-            if len(pieces) == 1:  # several pieces were written into the stream itself
-                streams[n] = part_BLD
+                parts.append(add_gated(part_BLD, self.ffn(h_BLD), gate_f))
+            streams[n] = _whole(streams[n], parts)
         return streams
 
     def _attend(self, x_BLD: Tensor, shift_BD: Tensor, scale_BD: Tensor, gate_BD: Tensor, shared: Pass) -> Tensor:
@@ -145,9 +141,7 @@ class Block(nn.Module):
                 q_BLNH[:, where], k_BLNH[:, where], v_BLNH[:, where] = project(where)
         out_BLD = shared.self_attention(q_BLNH, k_BLNH, v_BLNH).flatten(2)
         del q_BLNH, k_BLNH, v_BLNH
-        for where in pieces:
-            part_BLD = add_gated(x_BLD[:, where], attn.o(out_BLD[:, where]), gate_BD)
-        return part_BLD if len(pieces) == 1 else x_BLD
+        return _whole(x_BLD, [add_gated(x_BLD[:, where], attn.o(out_BLD[:, where]), gate_BD) for where in pieces])
 
     def _keys_values(self, text: TextStates, index: int) -> tuple[Tensor, Tensor]:
         if text.kept is None or torch.is_grad_enabled():
@@ -169,6 +163,11 @@ class Block(nn.Module):
             for q, (k_BLNH, v_BLNH), text in zip(q_BLNH.split([t.batch for t in group]), keys, group, strict=True)
         ]
         return self.cross_attn.o((outs[0] if len(outs) == 1 else torch.cat(outs)).flatten(2))
+
+
+def _whole(x_BLD: Tensor, parts: list[Tensor]) -> Tensor:
+    """What the parts make up: several of them were written into x itself."""
+    return parts[0] if len(parts) == 1 else x_BLD
 
 
 def attend_to_text(q_BLNH: Tensor, k_BLNH: Tensor, v_BLNH: Tensor, padding: int, attention: Attention) -> Tensor:

@@ -16,10 +16,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..attention.sdpa import sdpa
+from ..attention.sdpa import Attention, sdpa
 from ..errors import CheckpointError
 from ..progress import CancelToken
-from .block import Attention, Block, Pass, TextStates
+from .block import Block, Pass, TextStates
 from .pointwise import norm_modulate
 from .rope import RotaryTable
 
@@ -158,7 +158,9 @@ class WanDiT(nn.Module):
     @property
     def compute_dtype(self) -> torch.dtype:
         """The dtype of matrix products. Read from a layer that is never quantised."""
-        return self.text_embedding[0].bias.dtype
+        bias = self.text_embedding[0].bias
+        assert isinstance(bias, Tensor)
+        return bias.dtype
 
     def cast(self, compute: torch.dtype) -> WanDiT:
         """Casts every parameter to the dtype it is kept in when products are computed in `compute`."""
