@@ -1,0 +1,122 @@
+"""Pictures in and out: what a person uploads becomes a clean RGB image or a BadRequest, never a surprise.
+
+`load_image` decides by content, not by name, and only ever decodes JPEG, PNG and WebP. The size is checked from the
+header before a pixel is decoded, because 400 kB of PNG can hold 400 MB of picture.
+"""
+
+from __future__ import annotations
+
+import io
+import struct
+import zlib
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+from .errors import BadRequest, short_path
+
+FORMATS = ("JPEG", "PNG", "WEBP")
+MAX_BYTES = 20 * 2**20
+MAX_PIXELS = 64_000_000
+"""Above the 50 megapixels of phone cameras; at most 256 MB while an image with alpha is decoded."""
+MIN_SIDE = 16
+MAX_RATIO = 10
+
+_BROKEN = (OSError, ValueError, SyntaxError, EOFError, TypeError, IndexError, KeyError, OverflowError)
+_BROKEN += (struct.error, zlib.error, MemoryError)
+"""What Pillow's decoders raise on damaged files."""
+
+_ORIENTATION = 0x0112
+_TRANSPOSE = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+
+
+def load_image(source: str | Path | bytes, *, max_bytes: int = MAX_BYTES, max_pixels: int = MAX_PIXELS) -> Image.Image:
+    """The first frame of a JPEG, PNG or WebP as RGB: turned as its EXIF says, transparency on white, 16 bits scaled."""
+    data = source if isinstance(source, bytes) else _read(Path(source), max_bytes)
+    if len(data) > max_bytes:
+        raise BadRequest(f"The image is {len(data) / 2**20:.1f} MB; at most {max_bytes / 2**20:.0f} MB are taken.")
+    try:
+        image = Image.open(io.BytesIO(data), formats=FORMATS)
+    except Image.UnidentifiedImageError:
+        raise BadRequest("This file is not a picture we read: JPEG, PNG or WebP only.") from None
+    except (Image.DecompressionBombError, Image.DecompressionBombWarning):
+        raise BadRequest(f"The image has too many pixels; at most {max_pixels / 1e6:.0f} million are taken.") from None
+    except _BROKEN:
+        raise _broken() from None
+    _check_size(image.width, image.height, max_pixels)
+    try:
+        image.load()
+        return _to_rgb(_upright(image))
+    except _BROKEN:
+        raise _broken() from None
+
+
+def jpeg(picture: Image.Image | Any, *, max_side: int | None = None, quality: int = 85) -> bytes:
+    """A picture, or a uint8 (H, W, 3) array, as JPEG bytes, made smaller where a side is longer than `max_side`."""
+    image = picture if isinstance(picture, Image.Image) else Image.fromarray(np.asarray(picture))
+    if max_side is not None and max(image.size) > max_side:
+        image = image.copy()
+        image.thumbnail((max_side, max_side))
+    buffer = io.BytesIO()
+    image.save(buffer, "JPEG", quality=quality)
+    return buffer.getvalue()
+
+
+def _read(path: Path, max_bytes: int) -> bytes:
+    try:
+        if not path.is_file():  # a folder; or a pipe or a device, which could be read for ever
+            raise BadRequest(f"There is no image file {short_path(path)}.")
+        with path.open("rb") as file:
+            return file.read(max_bytes + 1)
+    except (OSError, ValueError) as error:  # ValueError: a NUL in the name
+        reason = getattr(error, "strerror", None) or "not a usable name"
+        raise BadRequest(f"The image {short_path(path)} cannot be read: {reason}.") from None
+
+
+def _check_size(width: int, height: int, max_pixels: int) -> None:
+    if width * height > max_pixels:
+        raise BadRequest(
+            f"The image is {width}x{height}, {width * height / 1e6:.0f} million pixels; "
+            f"at most {max_pixels / 1e6:.0f} million are taken. Make it smaller first."
+        )
+    if min(width, height) < MIN_SIDE:
+        raise BadRequest(f"The image is {width}x{height}; each side must have at least {MIN_SIDE} pixels.")
+    if max(width, height) > MAX_RATIO * min(width, height):
+        raise BadRequest(
+            f"The image is {width}x{height}; the long side may be at most {MAX_RATIO} times the short one."
+        )
+
+
+def _broken() -> BadRequest:
+    return BadRequest("The image is damaged or incomplete. Save it again as JPEG or PNG and try that.")
+
+
+def _upright(image: Image.Image) -> Image.Image:
+    try:
+        orientation = image.getexif().get(_ORIENTATION)
+    except _BROKEN:  # the picture is fine, its EXIF is not: show it as stored
+        return image
+    return image.transpose(_TRANSPOSE[orientation]) if orientation in _TRANSPOSE else image
+
+
+def _to_rgb(image: Image.Image) -> Image.Image:
+    if image.mode.startswith("I"):  # 16-bit grey; Pillow's own conversion clips at 255 instead of scaling
+        grey = np.asarray(image, dtype=np.float32) / 257
+        image = Image.fromarray(np.round(grey).clip(0, 255).astype(np.uint8))
+    if image.has_transparency_data:
+        image = image.convert("RGBA")
+        white = Image.new("RGBA", image.size, "white")
+        image = Image.alpha_composite(white, image)
+    image = image.convert("RGB")
+    image.info.clear()
+    return image

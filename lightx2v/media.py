@@ -1,0 +1,314 @@
+"""Frames to mp4 and back: streamed to ffmpeg, verified, renamed into place; the settings travel inside the file.
+
+    with VideoWriter("video.mp4", width, height, fps, settings={...}) as writer:
+        for frames in vae.decode(latents):
+            writer.write(frames)            # uint8 (T, H, W, 3); ffmpeg encodes while the next ones are decoded
+
+The file appears under its name only when the block ended without an error and the video was read back: right size,
+rate and number of frames. ffmpeg works in a folder of its own beside the target, under names we choose, so a target
+called `-vf.mp4` or `a%03d.mp4` means nothing to it, and what is left of a run that failed is one folder to remove.
+
+ffmpeg is only ever given files that we wrote; what an upload says about itself is read by mp4.py.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import math
+import os
+import select
+import shutil
+import signal
+import subprocess
+import tempfile
+import threading
+import time
+from collections import deque
+from fractions import Fraction
+from pathlib import Path
+from types import TracebackType
+from typing import IO, Any, Self
+
+import numpy as np
+from PIL import Image
+
+from .errors import BadRequest, OutputError, short_path
+from .mp4 import SETTINGS_KEY, VideoInfo, probe, read_settings
+from .progress import CancelToken
+
+__all__ = ["VideoInfo", "VideoWriter", "check_output_path", "ffmpeg", "probe", "read_frame", "read_settings"]
+
+WORK_PREFIX = ".lightx2v-"
+"""Name of the folder a writer works in; one that is left was left by a process that was killed."""
+STALL_SECONDS = 120.0
+"""ffmpeg takes a frame in milliseconds; one that takes none for this long hangs."""
+
+# CRF 18 cannot be told from the frames by eye (LightX2V uses 23, where flat gradients band). Four threads, as there:
+# x264's output depends on the number of threads, and the same frames should give the same file on every machine.
+# The colours are converted to BT.709, and tagged so, because players take untagged video for 601 or 709 by its size.
+ENCODER = (
+    *("-vf", "scale=in_range=pc:out_range=tv:out_color_matrix=bt709:flags=accurate_rnd+full_chroma_int+bicubic"),
+    *("-c:v", "libx264", "-preset", "medium", "-crf", "18", "-pix_fmt", "yuv420p", "-threads", "4"),
+    *("-color_range", "tv", "-colorspace", "bt709", "-color_primaries", "bt709", "-color_trc", "bt709"),
+    *("-movflags", "+faststart", "-f", "mp4"),
+)
+
+
+def check_output_path(path: str | Path, *, force: bool = False) -> Path:
+    """The absolute path a video may be written to, or an error before any work is done."""
+    name = os.fspath(path)
+    if not name or "\0" in name:
+        raise BadRequest("The output needs a file name without NUL characters.")
+    target = Path(name).absolute()
+    if len(os.fsencode(target.name)) > 255:
+        raise BadRequest(f"The output's name is {len(os.fsencode(target.name))} bytes long; at most 255 are possible.")
+    try:
+        if target.is_dir():
+            raise BadRequest(f"The output {short_path(target)} is a folder; give a file name such as video.mp4.")
+        if target.exists() and not force:
+            raise BadRequest(f"{short_path(target)} exists already. Choose another name, or force overwriting it.")
+        if not target.parent.is_dir():
+            raise OutputError(f"There is no folder {short_path(target.parent)} to write the video to. Create it first.")
+    except OSError as error:
+        raise OutputError(f"{short_path(target)} cannot be written: {error.strerror}.") from None
+    return target
+
+
+class VideoWriter:
+    """Writes uint8 frames as H.264 mp4. `write` as often as you like; leaving the `with` block makes the file appear.
+
+    Leaving it by an exception, or a set `cancel`, leaves nothing. Memory is bounded: `write` returns when ffmpeg
+    has taken the frames. `settings` is any JSON-able dict; None writes no metadata.
+    """
+
+    def __init__(
+        self,
+        path: str | Path,
+        width: int,
+        height: int,
+        fps: float,
+        settings: dict[str, Any] | None = None,
+        *,
+        force: bool = False,
+        cancel: CancelToken | None = None,
+    ) -> None:
+        if width % 2 or height % 2 or width <= 0 or height <= 0:
+            raise ValueError(f"yuv420p needs even sizes, got {width}x{height}")
+        self.path = check_output_path(path, force=force)
+        self.frames = 0
+        self._width, self._height = width, height
+        self._fps = Fraction(fps).limit_denominator(1001)
+        self._settings = settings
+        self._force = force
+        self._cancel = cancel or CancelToken()
+        self._folder: Path | None = None
+        self._process: subprocess.Popen[bytes] | None = None
+        self._stderr: deque[str] = deque(maxlen=20)
+        self._drain: threading.Thread | None = None
+
+    def __enter__(self) -> Self:
+        try:
+            self._folder = Path(tempfile.mkdtemp(prefix=WORK_PREFIX, dir=self.path.parent))
+            self._process = self._start(self._folder)
+        except OSError as error:
+            self._remove()
+            raise self._failed(error.strerror or str(error)) from None
+        except BaseException:
+            self._remove()
+            raise
+        self._drain = threading.Thread(target=self._read_stderr, daemon=True, name="ffmpeg-stderr")
+        self._drain.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        try:
+            if kind is None:
+                self._finish()
+        finally:
+            self._remove()
+
+    def write(self, frames: np.ndarray) -> None:
+        """Takes uint8 (T, H, W, 3) frames."""
+        if frames.dtype != np.uint8 or frames.ndim != 4 or frames.shape[1:] != (self._height, self._width, 3):
+            raise ValueError(f"expected uint8 (T, {self._height}, {self._width}, 3), got {frames.dtype} {frames.shape}")
+        self._feed(np.ascontiguousarray(frames).data.cast("B"))
+        self.frames += len(frames)
+
+    def _start(self, folder: Path) -> subprocess.Popen[bytes]:
+        command = [ffmpeg(), "-hide_banner", "-loglevel", "error", "-nostats", "-y"]
+        command += ["-f", "rawvideo", "-pix_fmt", "rgb24", "-video_size", f"{self._width}x{self._height}"]
+        command += ["-framerate", str(self._fps), "-i", "pipe:0"]
+        if self._settings is not None:  # a file, not an argument: prompts do not belong in the list of processes
+            (folder / "settings.txt").write_bytes(_ffmetadata(self._settings))
+            command += ["-f", "ffmetadata", "-i", "settings.txt", "-map_metadata", "1"]
+        command += ["-map", "0:v", *ENCODER, "video.mp4"]
+        process = subprocess.Popen(
+            command,
+            cwd=folder,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.PIPE,
+            start_new_session=True,  # Ctrl-C is ours to handle; ffmpeg would end the file early and call it good
+        )
+        os.set_blocking(_pipe(process.stdin).fileno(), False)
+        return process
+
+    def _feed(self, data: memoryview) -> None:
+        """Writes all of `data`, looking up ten times a second for a cancel and for an ffmpeg that hangs."""
+        if self._process is None:
+            raise ValueError("the writer is not open; use it in a `with` block")
+        pipe = _pipe(self._process.stdin).fileno()
+        deadline = time.monotonic() + STALL_SECONDS
+        while data:
+            self._cancel.check()
+            if not select.select([], [pipe], [], 0.1)[1]:
+                if time.monotonic() > deadline:
+                    raise self._failed(f"ffmpeg has taken no data for {STALL_SECONDS:.0f} seconds")
+                continue
+            try:
+                data = data[os.write(pipe, data) :]
+            except BrokenPipeError:
+                raise self._failed(self._verdict()) from None
+            except BlockingIOError:
+                continue
+            deadline = time.monotonic() + STALL_SECONDS
+
+    def _finish(self) -> None:
+        process, folder = self._process, self._folder
+        if process is None or folder is None:
+            raise ValueError("the writer is not open; use it in a `with` block")
+        _pipe(process.stdin).close()
+        deadline = time.monotonic() + STALL_SECONDS
+        while process.poll() is None:
+            self._cancel.check()
+            if time.monotonic() > deadline:
+                raise self._failed(f"ffmpeg did not finish within {STALL_SECONDS:.0f} seconds")
+            time.sleep(0.005)
+        if process.returncode:
+            raise self._failed(self._verdict())
+        self._verify(folder / "video.mp4")
+        self._cancel.check()
+        if not self._force:
+            check_output_path(self.path)
+        try:
+            os.replace(folder / "video.mp4", self.path)
+        except OSError as error:
+            raise self._failed(error.strerror or str(error)) from None
+
+    def _verify(self, file: Path) -> None:
+        """Reads the video back: what the boxes say, and how many frames really decode."""
+        import imageio_ffmpeg
+
+        if not self.frames:
+            raise self._failed("no frames were given")
+        try:
+            info = probe(file)
+            decoded, _ = imageio_ffmpeg.count_frames_and_secs(str(file))
+        except (BadRequest, RuntimeError, OSError, ValueError):
+            raise self._failed("ffmpeg left no readable video") from None
+        wanted = VideoInfo(width=self._width, height=self._height, frames=self.frames, fps=float(self._fps))
+        same_rate = math.isclose(info.fps, wanted.fps, rel_tol=1e-3)
+        if (info.width, info.height, info.frames) != (wanted.width, wanted.height, wanted.frames) or not same_rate:
+            raise self._failed(f"the video reads back as {info}, expected {wanted}")
+        if decoded != self.frames:
+            raise self._failed(f"{decoded} of {self.frames} frames can be read back")
+
+    def _read_stderr(self) -> None:
+        """Keeps the last lines; without a reader a talkative ffmpeg would stop at a full pipe."""
+        if self._process is not None:
+            for line in _pipe(self._process.stderr):
+                self._stderr.append(line[:500].decode(errors="replace").strip())
+
+    def _verdict(self) -> str:
+        """Why ffmpeg ended, in its own last words."""
+        if self._process is None:
+            return "ffmpeg is not running"
+        try:
+            code = self._process.wait(timeout=5)
+        except subprocess.TimeoutExpired:
+            return "ffmpeg closed its input"
+        if self._drain is not None:
+            self._drain.join(timeout=1)
+        how = f"was stopped by {signal.Signals(-code).name}" if code < 0 else f"ended with code {code}"
+        words = "; ".join(line.replace(str(self._folder), "…") for line in list(self._stderr)[-3:] if line)
+        return f"ffmpeg {how}" + (f" ({words})" if words else "")
+
+    def _failed(self, reason: str) -> OutputError:
+        return OutputError(f"{short_path(self.path)} could not be written: {reason}. {_free_space(self.path.parent)}")
+
+    def _remove(self) -> None:
+        """Ends ffmpeg and removes all it wrote, except a finished video that has moved out already."""
+        if self._process is not None:
+            if self._process.poll() is None:
+                self._process.kill()
+            self._process.wait()
+            if self._drain is not None:
+                self._drain.join(timeout=1)
+            for pipe in (self._process.stdin, self._process.stderr):
+                if pipe is not None:
+                    with contextlib.suppress(OSError):
+                        pipe.close()
+            self._process = None
+        if self._folder is not None:
+            shutil.rmtree(self._folder, ignore_errors=True)
+            self._folder = None
+
+
+def read_frame(path: str | Path, index: int = -1) -> Image.Image:
+    """One frame of a video we wrote, RGB; the last by default, to go on from there with image-to-video."""
+    info = probe(path)
+    index = index + info.frames if index < 0 else index
+    if not 0 <= index < info.frames:
+        raise BadRequest(f"{short_path(path)} has {info.frames} frames; there is no frame {index}.")
+    exact = "flags=bicubic+accurate_rnd+full_chroma_int+full_chroma_inp"  # without all four, greys come back 2 darker
+    pick = f"select=eq(n\\,{index}),scale=in_range=tv:out_range=pc:in_color_matrix=bt709:{exact}"
+    command = [ffmpeg(), "-hide_banner", "-v", "error", "-nostdin", "-protocol_whitelist", "file,pipe", "-f", "mov"]
+    command += ["-i", f"file:{Path(path).absolute()}", "-map", "0:v:0", "-vf", pick, "-frames:v", "1"]
+    command += ["-f", "rawvideo", "-pix_fmt", "rgb24", "pipe:1"]
+    try:
+        done = subprocess.run(command, capture_output=True, timeout=STALL_SECONDS, check=False)
+    except (OSError, subprocess.TimeoutExpired):
+        done = None
+    if done is None or done.returncode or len(done.stdout) != info.width * info.height * 3:
+        raise OutputError(f"Frame {index} of {short_path(path)} could not be read back.")
+    return Image.frombytes("RGB", (info.width, info.height), done.stdout)
+
+
+def ffmpeg() -> str:
+    """The ffmpeg program: IMAGEIO_FFMPEG_EXE if set, else the one that came with imageio-ffmpeg, else the system's."""
+    import imageio_ffmpeg
+
+    try:
+        name = imageio_ffmpeg.get_ffmpeg_exe()
+    except RuntimeError:
+        name = "ffmpeg"
+    found = shutil.which(name)
+    if found is None:
+        raise OutputError(
+            f"There is no ffmpeg to write the video with ({short_path(name)}). pip install imageio-ffmpeg."
+        )
+    return found
+
+
+def _ffmetadata(settings: dict[str, Any]) -> bytes:
+    """The settings as the file's comment, the one tag that every player shows and every copy keeps."""
+    text = json.dumps({SETTINGS_KEY: settings}, ensure_ascii=False, allow_nan=False, separators=(",", ":"))
+    text = text.encode(errors="backslashreplace").decode()  # half a surrogate pair has no UTF-8, but JSON can name it
+    escaped = "".join("\\" + c if c in "=;#\\\n" else c for c in text)
+    return f";FFMETADATA1\ncomment={escaped}\n".encode()
+
+
+def _free_space(folder: Path) -> str:
+    """For the message: a full disk is the usual reason."""
+    while not folder.exists():
+        folder = folder.parent
+    return f"{shutil.disk_usage(folder).free / 2**30:.2f} GiB are free there."
+
+
+def _pipe(pipe: IO[bytes] | None) -> IO[bytes]:
+    if pipe is None:
+        raise ValueError("opened without a pipe")
+    return pipe
