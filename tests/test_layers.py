@@ -14,7 +14,7 @@ PACKAGE = ROOT / "lightx2v"
 LAYERS: list[set[str]] = [
     {"errors", "request", "progress"},
     {"attention"},  # below the configuration, which checks the backends' names
-    {"engine_config", "config", "presets", "hub", "media", "image", "framing", "estimate", "settings"},
+    {"engine_config", "config", "presets", "hub", "media", "image", "mp4", "framing", "estimate", "settings"},
     {"parallel", "weights"},
     {"models", "sampling", "conditioning"},
     {"offload", "components", "planner"},
