@@ -14,15 +14,15 @@ from dataclasses import dataclass, fields
 from typing import Any, Literal, NoReturn, Self
 
 from .errors import BadRequest
+from .framing import RESIZE_MODES
 
 Task = Literal["t2v", "i2v", "flf2v"]
 Expert = Literal["high", "low"]
 
 TASKS: tuple[Task, ...] = ("t2v", "i2v", "flf2v")
 EXPERTS: tuple[Expert, ...] = ("high", "low")
-RESIZE_MODES = ("fixed_shape",)
-"""Size rules for an input image besides None. None keeps the image's shape at the area of height x width; "fixed_shape"
-makes the video exactly height x width, whatever the shape of the image."""
+OFFICIAL_BOUNDARY: dict[Task, float] = {"t2v": 0.875, "i2v": 0.9, "flf2v": 0.9}
+"""Of the base models: the high-noise expert runs at timesteps of 1000 x boundary and above."""
 
 LATENT_CHANNELS = 16
 MIN_SIDE, MAX_SIDE = 32, 4096
@@ -69,7 +69,7 @@ class LoraSpec:
         experts = {"high": "high", "low": "low", "high_noise_model": "high", "low_noise_model": "low"}
         name = data.get("name", data.get("expert"))
         expert: Any = experts.get(name, name) if isinstance(name, str) else name
-        return cls(expert=expert, path=data["path"], strength=data["strength"] if "strength" in data else cls.strength)
+        return cls(expert=expert, **{key: data[key] for key in ("path", "strength") if key in data})
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -77,8 +77,9 @@ class Request:
     """One video.
 
     `guidance` is (high-noise expert, low-noise expert); one number means both. With `denoising_step_list` the distilled
-    sampler runs: `steps` is then the length of the list and `boundary` is None, whatever was given. For i2v and flf2v,
-    height x width is an area and the image gives the shape, unless `resize_mode` says otherwise.
+    sampler runs: `steps` is then the length of the list and `boundary` is None, whatever was given. Without a list, a
+    `boundary` of None means the task's official one. For i2v and flf2v, height x width is an area and the image gives
+    the shape, unless `resize_mode` says otherwise (framing.py).
     """
 
     task: Task = "t2v"
@@ -95,7 +96,7 @@ class Request:
     shift: float = 5.0
     guidance: tuple[float, float] = (4.0, 3.0)
     enable_cfg: bool = True
-    boundary: float | None = 0.875
+    boundary: float | None = None
     denoising_step_list: tuple[int, ...] | None = None
     boundary_step_index: int | None = None
     resize_mode: str | None = None
@@ -122,7 +123,7 @@ class Request:
         put("enable_cfg", _flag("enable_cfg", self.enable_cfg))
         self._check_sampler(put)
         if self.resize_mode is not None and self.resize_mode not in RESIZE_MODES:
-            _bad("resize_mode", self.resize_mode, f"null or {' or '.join(RESIZE_MODES)}")
+            _bad("resize_mode", self.resize_mode, f"null, {', '.join(RESIZE_MODES[:-1])} or {RESIZE_MODES[-1]}")
         put("loras", _loras(self.loras))
         if self.tokens > MAX_TOKENS:
             self.check_tokens(MAX_TOKENS)
@@ -140,9 +141,8 @@ class Request:
     def _check_sampler(self, put: Any) -> None:
         if self.denoising_step_list is None:
             put("steps", _whole("steps", self.steps, 1, 200))
-            if self.boundary is None:
-                _bad("boundary", None, "a number from 0 to 1 (0.875 for t2v, 0.9 for i2v), or a denoising_step_list")
-            put("boundary", _real("boundary", self.boundary, 0.0, 1.0))
+            boundary = OFFICIAL_BOUNDARY[self.task] if self.boundary is None else self.boundary
+            put("boundary", _real("boundary", boundary, 0.0, 1.0))
             if self.boundary_step_index is not None:
                 _bad("boundary_step_index", self.boundary_step_index, "null without a denoising_step_list")
             return

@@ -1,0 +1,351 @@
+"""Presets: from a JSON file, a shipped name or a mapping to an EngineConfig and the settings of a Request.
+
+The only reader of JSON settings and of environment variables. Later wins: dataclass defaults, preset, overrides.
+Preset files are LightX2V's flat JSON, and its files load unchanged; ours have one more key, "preset", with a title, a
+summary and what it needs. Which keys there are is in `preset_keys.py`, what is valid in `engine_config.py` and
+`request.py`.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any, NoReturn
+
+from .engine_config import EngineConfig, ParallelConfig, hub_name, nearest, refuse_unknown
+from .errors import BadRequest, ConfigError, short_path
+from .preset_keys import PER_VIDEO, Keys, sort_keys
+from .request import Request
+
+__all__ = [
+    "PROJECT",
+    "EngineConfig",
+    "Environment",
+    "ParallelConfig",
+    "PresetInfo",
+    "Resolved",
+    "hub_name",
+    "list_presets",
+    "needed_files",
+    "read_json",
+    "resolve",
+]
+
+log = logging.getLogger("lightx2v.config")
+
+PROJECT = Path(__file__).resolve().parent.parent
+PRESETS = PROJECT / "presets"
+MAX_JSON_BYTES = 1 << 20
+VARIANTS = ("base", "distill_lora", "distill_merged", "distill_fp8")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Environment:
+    """The environment variables that this project reads. Libraries read theirs (HF_HOME, HF_TOKEN …) themselves."""
+
+    models_dir: str | None = None
+    output_dir: str | None = None
+    rank: int = 0
+    local_rank: int = 0
+    world_size: int | None = None
+    """Number of processes that torchrun started, None without it."""
+
+    @classmethod
+    def read(cls, variables: Mapping[str, str] | None = None) -> Environment:
+        """From `variables`, by default those of this process. An empty one counts as not set."""
+        variables = os.environ if variables is None else variables
+        names = {
+            "models_dir": "LIGHTX2V_MODELS_DIR",
+            "output_dir": "LIGHTX2V_OUTPUT_DIR",
+            "rank": "RANK",
+            "local_rank": "LOCAL_RANK",
+            "world_size": "WORLD_SIZE",
+        }
+        found: dict[str, Any] = {key: variables[name] for key, name in names.items() if variables.get(name)}
+        for key in ("rank", "local_rank", "world_size"):
+            if key in found:
+                if not found[key].isdecimal() or len(found[key]) > 6:
+                    raise ConfigError(
+                        f"The environment variable {names[key]} is {found[key]!r}; expected a whole number."
+                    )
+                found[key] = int(found[key])
+        return cls(**found)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PresetInfo:
+    """What a list of presets shows. `needs` are files and folders (ending in "/") on the Hub; `lightx2v` is the path of
+    LightX2V's own file with these settings; `gpus` how many processes it is for."""
+
+    name: str
+    title: str
+    summary: str = ""
+    task: str = "t2v"
+    variant: str = "base"
+    needs: tuple[str, ...] = ()
+    lightx2v: str | None = None
+    offload: bool = False
+    gpus: int = 1
+
+    @property
+    def demo(self) -> bool:
+        """Whether it runs the small model that comes with the project."""
+        return self.name.startswith("demo_")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Resolved:
+    """`request` has the fields of Request but what is shown: Request(prompt=…, image_path=…, **resolved.request).
+
+    `notes` tell what was accepted without having an effect.
+    """
+
+    preset: PresetInfo
+    engine: EngineConfig
+    request: dict[str, Any]
+    notes: tuple[str, ...] = ()
+
+
+def resolve(
+    preset: str | Path | Mapping[str, Any],
+    overrides: Mapping[str, Any] | None = None,
+    *,
+    environment: Environment | None = None,
+) -> Resolved:
+    """What a preset means, with `overrides` on top of it.
+
+    `preset` is the name of a shipped one, a JSON file, or an object like one. Override keys are the fields of Request
+    and EngineConfig or any key of a preset file. With an `environment`, its models_dir fills in and the processes that
+    torchrun started must fit. ConfigError where the preset or the mix is wrong, BadRequest where an override is.
+    """
+    overrides = overrides or {}
+    name, data, notes = _open(preset)
+    source = name or "settings"
+    about = data.pop("preset", {})
+    below, above = sort_keys(data, source), sort_keys(overrides, "override")
+    engine_values, request_values = below.engine | above.engine, below.request | above.request
+    _choose_sampler(source, engine_values, request_values, above)
+    if environment is not None and environment.models_dir and not engine_values.get("models_dir"):
+        engine_values["models_dir"] = environment.models_dir
+    try:
+        engine = EngineConfig(**engine_values)
+    except ConfigError as error:
+        message = str(error)
+        by_override = message.split(" ", 1)[0] in above.spelled
+        raise ConfigError(message if by_override else f"{source}: {message}") from None
+    request = _check_together(source, engine, request_values, below, above)
+    if environment is not None and environment.world_size is not None:
+        engine.check_world(environment.world_size, enable_cfg=any(request.guided))
+    info = _describe(name, about, engine, request, moved="model_path" in above.spelled)
+    notes = (*notes, *below.notes, *above.notes)
+    for note in notes:
+        log.info("%s", note)
+    kept = [field.name for field in fields(Request) if field.name not in PER_VIDEO]
+    return Resolved(preset=info, engine=engine, request={name: getattr(request, name) for name in kept}, notes=notes)
+
+
+def list_presets() -> list[PresetInfo]:
+    """Every shipped preset, the demo ones first, then by task and from the slowest variant to the fastest."""
+    found = [resolve(path.stem).preset for path in PRESETS.glob("*.json")]
+    order = lambda info: (not info.demo, info.gpus, info.offload, info.task != "t2v", VARIANTS.index(info.variant))  # noqa: E731
+    return sorted(found, key=lambda info: (order(info), info.name))
+
+
+def needed_files(engine: EngineConfig) -> list[str]:
+    """What has to be there to load `engine`: files and folders (ending in "/"), by Hub name or path, as they are given.
+
+    Named experts, built or not, spare the base model's: 114 GB. Only the architecture is still read from its folder.
+    """
+    files = []
+    named = []
+    for expert in ("high", "low"):
+        original = getattr(engine, f"{expert}_noise_original_ckpt")
+        quantized = getattr(engine, f"{expert}_noise_quantized_ckpt") if engine.dit_quantized else None
+        named.append(quantized or original)
+        files.append(named[-1] or f"{engine.model_path}/{expert}_noise_model/")
+    if all(named):
+        files.append(f"{engine.model_path}/high_noise_model/config.json")
+    kind = str(engine.t5_quant_scheme).partition("-")[0] if engine.t5_quantized and not engine.build else "bf16"
+    text_encoder = engine.t5_quantized_ckpt or engine.t5_original_ckpt
+    files += [
+        text_encoder or f"{engine.model_path}/models_t5_umt5-xxl-enc-{kind}.pth",
+        engine.t5_tokenizer_path or f"{engine.model_path}/google/umt5-xxl/",
+        engine.vae_path or f"{engine.model_path}/Wan2.1_VAE.pth",
+    ]
+    return list(dict.fromkeys(files + [lora.path for lora in engine.lora_configs]))
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """The object in a JSON file. ConfigError, naming the file and the line, for anything else or a key given twice."""
+    name = short_path(path)
+    try:
+        raw = path.read_bytes() if path.stat().st_size <= MAX_JSON_BYTES else None
+    except OSError as error:
+        raise ConfigError(f"{name} cannot be read: {error.strerror}. Check the path.") from None
+    if raw is None:
+        raise ConfigError(f"{name} is larger than {MAX_JSON_BYTES} bytes, so it is not a preset.")
+    try:
+        text = raw.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"{name} is not UTF-8 text (byte {error.start}). Save it as UTF-8.") from None
+
+    def pairs(items: list[tuple[str, Any]]) -> dict[str, Any]:
+        keys = [key for key, _ in items]
+        for key in keys:
+            if keys.count(key) > 1:
+                raise ConfigError(f"{name}: the key {key[:100]!r} is given twice. Keep one of them.")
+        return dict(items)
+
+    def constant(word: str) -> NoReturn:
+        raise ConfigError(f"{name}: {word} is not a JSON number.")
+
+    try:
+        data = json.loads(text, object_pairs_hook=pairs, parse_constant=constant)
+    except json.JSONDecodeError as error:
+        raise ConfigError(
+            f"{name} is not valid JSON: line {error.lineno}, column {error.colno}: {error.msg}."
+        ) from None
+    except RecursionError:
+        raise ConfigError(f"{name} is nested too deeply to be a preset.") from None
+    except ValueError:  # an integer of more digits than Python converts
+        raise ConfigError(f"{name}: a number in it is too long.") from None
+    if not isinstance(data, dict):
+        raise ConfigError(f"{name} holds a {type(data).__name__}; expected one object: {{…}}.")
+    return data
+
+
+def _open(preset: str | Path | Mapping[str, Any]) -> tuple[str, dict[str, Any], tuple[str, ...]]:
+    """(name, content, notes) of a preset in any of its forms. An object has no name."""
+    if isinstance(preset, Mapping):
+        return "", dict(preset), ()
+    if not isinstance(preset, (str, Path)) or not str(preset).strip() or "\0" in str(preset):
+        raise ConfigError(f"preset is {preset!r}; expected a name, a JSON file or an object.")
+    path = Path(preset).expanduser()
+    shipped = PRESETS / f"{preset}.json"
+    if isinstance(preset, str) and path.name == preset and shipped.is_file():
+        return preset, read_json(shipped), ()
+    if path.is_file():
+        return path.name, read_json(path), ()
+    if (same := _same_as(path)) is not None:
+        note = (
+            f"{short_path(path)} is not there; the preset {same.stem} has the settings of LightX2V's file of that name."
+        )
+        return same.stem, read_json(same), (note,)
+    names = sorted(item.stem for item in PRESETS.glob("*.json"))
+    raise ConfigError(
+        f"There is no preset and no file {short_path(path)}. {nearest(path.stem, names)} Presets: {', '.join(names)}."
+    )
+
+
+def _same_as(path: Path) -> Path | None:
+    """The shipped preset for a path that ends like one of LightX2V's own files, e.g. configs/wan22/wan_moe_t2v.json."""
+    if path.suffix != ".json" or "configs" not in path.parts:
+        return None
+    after = len(path.parts) - path.parts[::-1].index("configs") - 1
+    wanted = "/".join(path.parts[after:])
+    for candidate in sorted(PRESETS.glob("*.json")):
+        about = read_json(candidate).get("preset")
+        if isinstance(about, dict) and about.get("lightx2v") == wanted:
+            return candidate
+    return None
+
+
+def _choose_sampler(source: str, engine: dict[str, Any], request: dict[str, Any], above: Keys) -> None:
+    """The model class decides the sampler and must agree with the step list; either one gives the other."""
+    steps = request.get("denoising_step_list")
+    distilled = steps is not None
+    named = engine.get("model_cls")
+    if named is None:
+        engine["model_cls"] = "wan2.2_moe_distill" if distilled else "wan2.2_moe"
+    elif named == "wan2.2_moe_distill" and not distilled:
+        raise ConfigError(
+            f"{source}: model_cls is wan2.2_moe_distill, but there is no denoising_step_list. Choose a preset of a "
+            "distilled model, or use model_cls wan2.2_moe."
+        )
+    elif named == "wan2.2_moe" and distilled:
+        raise ConfigError(
+            f"{source}: model_cls is wan2.2_moe, but denoising_step_list is for distilled models. Use model_cls "
+            "wan2.2_moe_distill, or remove denoising_step_list and boundary_step_index."
+        )
+    if not distilled:
+        return
+    # As in LightX2V: a distilled model has guidance in its weights and runs without it unless it is asked for.
+    request.setdefault("enable_cfg", False)
+    if isinstance(steps, (list, tuple)) and above.request.get("steps", len(steps)) != len(steps):
+        raise BadRequest(
+            f"steps is {above.request['steps']!r}, but this is a distilled model that makes the {len(steps)} steps of "
+            "its denoising_step_list. Leave steps out, or change denoising_step_list."
+        )
+    if above.request.get("boundary") is not None:
+        raise BadRequest("boundary is for base models. A distilled one changes experts at boundary_step_index.")
+
+
+def _check_together(source: str, engine: EngineConfig, values: dict[str, Any], below: Keys, above: Keys) -> Request:
+    """A Request of these values and stand-ins for what is shown. Blames an override if there is one to blame."""
+    shown = {"i2v": ("image_path",), "flf2v": ("image_path", "last_frame_path")}
+    stand_in = dict.fromkeys(shown[engine.task] if engine.task in shown else (), "picture.png")
+    try:
+        request = Request(**{**values, "task": engine.task, "prompt": "prompt", **stand_in})
+        engine.check_request(request)
+        return request
+    except ConfigError as error:
+        raise ConfigError(f"{source}: {error}") from None
+    except BadRequest as error:
+        message = str(error)
+    name = message.split(" ", 1)[0]
+    if name in above.spelled:
+        raise BadRequest(_respelled(message, name, above))
+    if above.request and name not in below.spelled:
+        raise BadRequest(message)
+    raise ConfigError(f"{source}: {_respelled(message, name, below)}")
+
+
+def _respelled(message: str, name: str, keys: Keys) -> str:
+    """`message` about the field `name`, in the word that was used for it."""
+    return keys.spelled[name] + message.removeprefix(name) if name in keys.spelled else message
+
+
+def _describe(name: str, about: Any, engine: EngineConfig, request: Request, *, moved: bool) -> PresetInfo:
+    """`moved`: an override names another model, so the preset's own task no longer binds."""
+    where = f"{name}: preset"
+    if not isinstance(about, Mapping):
+        raise ConfigError(f"{where} is {str(about)[:80]!r}; expected an object with a title and a summary.")
+    refuse_unknown(about, [*_ABOUT], where)
+    for key, value in about.items():
+        if not isinstance(value, _ABOUT[key]):
+            expected = "a list" if key == "needs" else "text"
+            raise ConfigError(f"{where}.{key} is {str(value)[:80]!r}; expected {expected}.")
+    variant = about["variant"] if "variant" in about else _variant(engine, request)
+    if variant not in VARIANTS:
+        raise ConfigError(f"{where}.variant is {variant!r}; expected one of {', '.join(VARIANTS)}.")
+    if "task" in about and not moved and (about["task"] == "t2v") != (engine.task == "t2v"):
+        raise ConfigError(
+            f"The preset {name} is for {about['task']}, not for {engine.task}. Choose a preset for {engine.task}, or "
+            "give the model_path of a model for it."
+        )
+    return PresetInfo(
+        name=name.removesuffix(".json"),
+        title=about["title"] if "title" in about else name,
+        summary=about["summary"] if "summary" in about else "",
+        task=engine.task,
+        variant=variant,
+        needs=tuple(about["needs"]) if "needs" in about else (),
+        lightx2v=about["lightx2v"] if "lightx2v" in about else None,
+        offload=engine.cpu_offload is True,
+        gpus=engine.parallel.world_size if engine.parallel else 1,
+    )
+
+
+_ABOUT = {"title": str, "summary": str, "task": str, "variant": str, "needs": list, "lightx2v": str}
+
+
+def _variant(engine: EngineConfig, request: Request) -> str:
+    if not request.distilled:
+        return "base"
+    if engine.dit_quantized:
+        return "distill_fp8"
+    return "distill_lora" if engine.lora_configs and not engine.build else "distill_merged"

@@ -1,0 +1,175 @@
+"""The vocabulary of preset files: LightX2V's JSON keys, and which field of Request or EngineConfig each one fills.
+
+Every key that LightX2V reads for wan2.2_moe is in one of the tables below, so that nothing in a file is ever skipped in
+silence: it fills a field, or it is accepted because it cannot change the result, or it is an error.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields
+from typing import Any
+
+from .attention.names import check_attention_name
+from .engine_config import EngineConfig, nearest
+from .errors import ConfigError
+from .request import Request
+
+PER_VIDEO = frozenset({"prompt", "negative_prompt", "image_path", "last_frame_path"})
+"""Fields of Request that say what is shown. A preset file has none of them."""
+
+REQUEST_FIELDS = frozenset(item.name for item in fields(Request)) - PER_VIDEO
+ENGINE_FIELDS = frozenset(item.name for item in fields(EngineConfig))
+
+RENAMED = {
+    "infer_steps": "steps",
+    "target_video_length": "frames",
+    "num_frames": "frames",
+    "target_height": "height",
+    "target_width": "width",
+    "sample_shift": "shift",
+    "sample_guide_scale": "guidance",
+    "guidance_scale": "guidance",
+}
+"""LightX2V's names in JSON and Python for fields that have shorter names here."""
+
+INERT: dict[str, tuple[Any, ...]] = {
+    "feature_caching": ("NoCaching",),
+    "changing_resolution": (False,),
+    "do_mm_calib": (False,),
+    "dummy_model": (False,),
+    "max_area": (False,),
+    "patch_size": ([1, 2, 2],),
+    "t5_lazy_load": (False,),
+    "unload_modules": (False,),
+    "use_bfloat16": (True,),
+    "use_compile": (False,),
+    "use_image_encoder": (False,),
+    "use_lightvae": (False,),
+    "use_prompt_enhancer": (False,),
+    "use_tae": (False,),
+    "vae_name": ("Wan2.1_VAE.pth",),
+    "vae_stride": ([4, 8, 8],),
+    "video_frame_interpolation": (None, {}),
+    "video_super_resolution": (None, {}),
+    "weight_auto_quant": (False,),
+}
+"""Keys for what we do not have: only the values that ask for nothing are accepted."""
+
+WITHOUT_EFFECT = frozenset(
+    """
+    rope_type rope_chunk rope_chunk_size rms_norm_type layer_norm_type modulate_type tp_rms_norm_type
+    clean_cuda_cache empty_cache_min_free_gib empty_cache_min_reclaimable_gib num_disk_workers load_from_rank0
+    enable_reuse use_stream_vae clip_cpu_offload clip_quantized clip_quant_scheme cfg_parallel seq_parallel
+    teacache_thresh coefficients use_ret_steps magcache_K magcache_thresh magcache_retention_ratio magcache_ratios
+    magcache_calibration resolution_rate changing_resolution_steps need_scaled
+    """.split()
+)
+"""Keys that choose one of LightX2V's ways to the same result, or that belong to a switch in INERT: any value is
+accepted, with a note. (`enable_reuse` saves an encoding. `use_stream_vae`: the decoder always streams.)"""
+
+NOT_HERE = {
+    "dit_original_ckpt": "It is one model for both experts. Use {high,low}_noise_original_ckpt.",
+    "dit_quantized_ckpt": "It is one model for both experts. Use {high,low}_noise_quantized_ckpt.",
+    "vae_weight_dtype": "Use vae_dtype.",
+    "tae_path": "The VAE of the model decodes.",
+    **dict.fromkeys(
+        ("dim", "ffn_dim", "freq_dim", "in_dim", "out_dim", "num_heads", "num_layers", "eps", "model_type"),
+        "The architecture is read from the checkpoint.",
+    ),
+    **dict.fromkeys(
+        ("resolution", "bucket_shape", "fixed_area", "fixed_shape"),
+        "Use target_height, target_width and resize_mode.",
+    ),
+    "sub_servers": "Improve the prompt before you send it.",
+}
+"""Keys that LightX2V knows and that no value makes harmless, and what to do instead."""
+
+ADVICE = {
+    "feature_caching": "Fewer steps (a distilled preset) save more.",
+    "use_image_encoder": "Wan2.2-A14B has no image encoder.",
+    "use_tae": "The VAE of the model decodes.",
+    "use_lightvae": "The VAE of the model decodes.",
+    "t5_lazy_load": "Use lazy_load.",
+    "unload_modules": "Use cpu_offload or lazy_load.",
+    "vae_name": "Use vae_path.",
+    "use_bfloat16": "Use dtype.",
+}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Keys:
+    """What a flat object says, by field. `spelled` gives the key under which each field was found."""
+
+    engine: dict[str, Any] = field(default_factory=dict)
+    request: dict[str, Any] = field(default_factory=dict)
+    spelled: dict[str, str] = field(default_factory=dict)
+    notes: list[str] = field(default_factory=list)
+
+
+def sort_keys(data: Mapping[str, Any], where: str) -> Keys:
+    """Each key of `data` to its field. ConfigError, beginning with `where`, for a key that means nothing here."""
+    keys = Keys()
+    for key, value in data.items():
+        if key == "target_shape":
+            if not isinstance(value, (list, tuple)) or len(value) != 2:
+                raise ConfigError(f"{where}: target_shape is {value!r}; expected [height, width].")
+            _put(keys, key, "height", value[0], where)
+            _put(keys, key, "width", value[1], where)
+        elif key == "attn_mode":
+            _put(keys, key, "self_attn_1_type", value, where)
+            _put(keys, key, "cross_attn_1_type", value, where)
+        elif key in PER_VIDEO or key == "preset":
+            raise ConfigError(f"{where}: {key} cannot be set here; it belongs to the request, not to a preset.")
+        elif key in RENAMED or key in REQUEST_FIELDS or key in ENGINE_FIELDS:
+            _put(keys, key, RENAMED[key] if key in RENAMED else key, value, where)
+        else:
+            note = _without_field(key, value, where)
+            keys.notes.extend([note] if note else [])
+    return keys
+
+
+def _put(keys: Keys, key: str, name: str, value: Any, where: str) -> None:
+    if name in keys.spelled:
+        raise ConfigError(f"{where}: {keys.spelled[name]} and {key} both set {name}. Keep one of them.")
+    keys.spelled[name] = key
+    if name in REQUEST_FIELDS:
+        keys.request[name] = value
+    if name in ENGINE_FIELDS:
+        keys.engine[name] = value
+
+
+def _without_field(key: str, value: Any, where: str) -> str | None:
+    """A note on a key that fills no field, or None if there is nothing to say. ConfigError if it asks for something."""
+    if key == "cross_attn_2_type":
+        # In every file of the tutorial: the attention to CLIP image tokens, a layer that Wan2.2-A14B does not have.
+        if not isinstance(value, str):
+            raise ConfigError(f"{where}: {key} is {value!r}; expected the name of an attention backend.")
+        check_attention_name(value, f"{where}: {key}")
+        return None
+    if key in INERT:
+        if not any(value == inert and type(value) is type(inert) for inert in INERT[key]):
+            advice = f" {ADVICE[key]}" if key in ADVICE else ""
+            raise ConfigError(f"{where}: {key} = {str(value)[:60]!r} is not supported here. Remove the key.{advice}")
+        return None
+    if key in WITHOUT_EFFECT:
+        return f"{where}: {key} has no effect here; the result is the same without it."
+    if key in NOT_HERE:
+        raise ConfigError(f"{where}: {key} is not supported here. {NOT_HERE[key]}")
+    if key.endswith("_attn_setting"):
+        raise ConfigError(f"{where}: {key} is not supported here: it belongs to a sparse attention. Remove the key.")
+    raise ConfigError(f"{where}: unknown key {key[:100]!r}. {nearest(key, KNOWN)}")
+
+
+KNOWN = sorted(
+    {
+        *REQUEST_FIELDS,
+        *ENGINE_FIELDS,
+        *RENAMED,
+        *INERT,
+        *WITHOUT_EFFECT,
+        "cross_attn_2_type",
+        "target_shape",
+        "attn_mode",
+    }
+)
