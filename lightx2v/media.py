@@ -76,10 +76,11 @@ def check_output_path(path: str | Path, *, force: bool = False) -> Path:
 
 
 class VideoWriter:
-    """Writes uint8 frames as H.264 mp4. `write` as often as you like; leaving the `with` block makes the file appear.
+    """Writes uint8 frames as H.264 mp4: `write` as often as you like, then `close`, which makes the file appear.
 
-    Leaving it by an exception, or a set `cancel`, leaves nothing. Memory is bounded: `write` returns when ffmpeg
-    has taken the frames. `settings` is any JSON-able dict; None writes no metadata.
+    `abort` instead of `close` leaves nothing; as a context manager it does the right one of the two. A set `cancel`
+    ends a `write` or `close` within a tenth of a second. Memory is bounded: `write` returns when ffmpeg has taken
+    the frames. `settings` is any JSON-able dict; None writes no metadata.
     """
 
     def __init__(
@@ -102,33 +103,30 @@ class VideoWriter:
         self._settings = settings
         self._force = force
         self._cancel = cancel or CancelToken()
-        self._folder: Path | None = None
-        self._process: subprocess.Popen[bytes] | None = None
         self._stderr: deque[str] = deque(maxlen=20)
         self._drain: threading.Thread | None = None
-
-    def __enter__(self) -> Self:
+        self._process: subprocess.Popen[bytes] | None = None
+        self._folder: Path | None = None
         try:
             self._folder = Path(tempfile.mkdtemp(prefix=WORK_PREFIX, dir=self.path.parent))
             self._process = self._start(self._folder)
         except OSError as error:
-            self._remove()
+            self.abort()
             raise self._failed(error.strerror or str(error)) from None
         except BaseException:
-            self._remove()
+            self.abort()
             raise
         self._drain = threading.Thread(target=self._read_stderr, daemon=True, name="ffmpeg-stderr")
         self._drain.start()
+
+    def __enter__(self) -> Self:
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        try:
-            if kind is None:
-                self._finish()
-        finally:
-            self._remove()
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
+        if kind is None:
+            self.close()
+        else:
+            self.abort()
 
     def write(self, frames: np.ndarray) -> None:
         """Takes uint8 (T, H, W, 3) frames."""
@@ -136,6 +134,30 @@ class VideoWriter:
             raise ValueError(f"expected uint8 (T, {self._height}, {self._width}, 3), got {frames.dtype} {frames.shape}")
         self._feed(np.ascontiguousarray(frames).data.cast("B"))
         self.frames += len(frames)
+
+    def close(self) -> None:
+        """Ends the video, reads it back and gives it its name. On any error nothing is left."""
+        try:
+            self._finish()
+        finally:
+            self.abort()
+
+    def abort(self) -> None:
+        """Ends ffmpeg and removes all it wrote; a finished video has moved out already. Any number of times."""
+        if self._process is not None:
+            if self._process.poll() is None:
+                self._process.kill()
+            self._process.wait()
+            if self._drain is not None:
+                self._drain.join(timeout=1)
+            for pipe in (self._process.stdin, self._process.stderr):
+                if pipe is not None:
+                    with contextlib.suppress(OSError):
+                        pipe.close()
+            self._process = None
+        if self._folder is not None:
+            shutil.rmtree(self._folder, ignore_errors=True)
+            self._folder = None
 
     def _start(self, folder: Path) -> subprocess.Popen[bytes]:
         command = [ffmpeg(), "-hide_banner", "-loglevel", "error", "-nostats", "-y"]
@@ -159,12 +181,14 @@ class VideoWriter:
     def _feed(self, data: memoryview) -> None:
         """Writes all of `data`, looking up ten times a second for a cancel and for an ffmpeg that hangs."""
         if self._process is None:
-            raise ValueError("the writer is not open; use it in a `with` block")
+            raise ValueError("the writer is closed")
         pipe = _pipe(self._process.stdin).fileno()
+        ready = select.poll()
+        ready.register(pipe, select.POLLOUT)
         deadline = time.monotonic() + STALL_SECONDS
         while data:
             self._cancel.check()
-            if not select.select([], [pipe], [], 0.1)[1]:
+            if not ready.poll(100):
                 if time.monotonic() > deadline:
                     raise self._failed(f"ffmpeg has taken no data for {STALL_SECONDS:.0f} seconds")
                 continue
@@ -179,7 +203,7 @@ class VideoWriter:
     def _finish(self) -> None:
         process, folder = self._process, self._folder
         if process is None or folder is None:
-            raise ValueError("the writer is not open; use it in a `with` block")
+            raise ValueError("the writer is closed")
         _pipe(process.stdin).close()
         deadline = time.monotonic() + STALL_SECONDS
         while process.poll() is None:
@@ -238,23 +262,6 @@ class VideoWriter:
 
     def _failed(self, reason: str) -> OutputError:
         return OutputError(f"{short_path(self.path)} could not be written: {reason}. {_free_space(self.path.parent)}")
-
-    def _remove(self) -> None:
-        """Ends ffmpeg and removes all it wrote, except a finished video that has moved out already."""
-        if self._process is not None:
-            if self._process.poll() is None:
-                self._process.kill()
-            self._process.wait()
-            if self._drain is not None:
-                self._drain.join(timeout=1)
-            for pipe in (self._process.stdin, self._process.stderr):
-                if pipe is not None:
-                    with contextlib.suppress(OSError):
-                        pipe.close()
-            self._process = None
-        if self._folder is not None:
-            shutil.rmtree(self._folder, ignore_errors=True)
-            self._folder = None
 
 
 def read_frame(path: str | Path, index: int = -1) -> Image.Image:
