@@ -40,16 +40,17 @@ class RotaryTable:
 
     def __init__(self, head_dim: int) -> None:
         self.head_dim = head_dim
-        self._key: tuple[tuple[int, int, int], torch.device] | None = None
-        self._table: Tensor | None = None
+        self._kept: tuple[tuple[int, int, int], torch.device, Tensor] | None = None
 
     def __call__(self, grid: tuple[int, int, int], device: torch.device) -> Tensor:
-        if self._table is None or self._key != (grid, device):
-            # A table born under inference_mode could not be used in training later.
-            with torch.inference_mode(False):
-                self._table = rotations(grid, self.head_dim, device)
-            self._key = (grid, device)
-        return self._table
+        kept = self._kept
+        if kept is not None and kept[:2] == (grid, device):
+            return kept[2]
+        # A table born under inference_mode could not be used in training later.
+        with torch.inference_mode(False):
+            table = rotations(grid, self.head_dim, device)
+        self._kept = (grid, device, table)
+        return table
 
 
 def rotate(x_BLNH: Tensor, rotations_L1P: Tensor) -> Tensor:

@@ -1,0 +1,518 @@
+"""The DiT: equal to diffusers, equal to itself however it is cut, and fit for training."""
+
+from __future__ import annotations
+
+import threading
+from typing import Any
+
+import pytest
+import torch
+from diffusers import WanTransformer3DModel
+from torch import Tensor
+
+from lightx2v.attention.sdpa import sdpa
+from lightx2v.errors import Cancelled, CheckpointError
+from lightx2v.models import block as block_module
+from lightx2v.models.dit import DiTConfig, WanDiT, parameter_dtype
+from lightx2v.progress import CancelToken
+from lightx2v.weights.naming import wan_to_diffusers
+
+TINY = DiTConfig(dim=48, ffn_dim=80, freq_dim=32, text_dim=24, text_len=20, num_heads=2, num_layers=3)
+
+
+def make(config: DiTConfig = TINY, seed: int = 0, **attributes: Any) -> WanDiT:
+    """A model whose every parameter matters: biases, norms and modulation are random too."""
+    torch.manual_seed(seed)
+    dit = WanDiT(config).eval()
+    for parameter in dit.parameters():
+        if parameter.ndim == 1:
+            torch.nn.init.normal_(parameter, std=0.3)
+    for name, value in attributes.items():
+        setattr(dit, name, value)
+    return dit
+
+
+def diffusers_twin(dit: WanDiT) -> WanTransformer3DModel:
+    """diffusers' model on the same tensors."""
+    c = dit.config
+    with torch.device("meta"):
+        twin = WanTransformer3DModel(
+            num_attention_heads=c.num_heads,
+            attention_head_dim=c.head_dim,
+            in_channels=c.in_dim,
+            out_channels=c.out_dim,
+            text_dim=c.text_dim,
+            freq_dim=c.freq_dim,
+            ffn_dim=c.ffn_dim,
+            num_layers=c.num_layers,
+            eps=c.eps,
+        )
+    twin.load_state_dict({wan_to_diffusers(n): p for n, p in dit.state_dict().items()}, strict=True, assign=True)
+    twin.rope = type(twin.rope)(c.head_dim, (1, 2, 2), 1024)  # its tables are not in the state dict
+    return twin.eval()
+
+
+def pad(context_LD: Tensor, text_len: int = TINY.text_len) -> Tensor:
+    return torch.nn.functional.pad(context_LD, (0, 0, 0, text_len - context_LD.shape[0]))
+
+
+def relative(got: Tensor, expected: Tensor) -> float:
+    return ((got.double() - expected.double()).norm() / expected.double().norm()).item()
+
+
+def draw(*shape: int, seed: int = 1) -> Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+LATENTS = draw(16, 3, 8, 12)
+COND, UNCOND = draw(7, 24, seed=2), draw(3, 24, seed=3)
+
+
+# --- the same as diffusers ----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("timestep", [999.0, 937.5, 833.3333, 235.0, 0.0])
+@pytest.mark.parametrize("rows", [1, 7, 19, 20])
+def test_velocity_equals_diffusers(timestep: float, rows: int) -> None:
+    dit, context = make(), draw(rows, 24)
+    with torch.no_grad():
+        (got,) = dit(LATENTS, timestep, [dit.encode_text(context)])
+        expected = diffusers_twin(dit)(LATENTS[None], torch.tensor([timestep]), pad(context)[None]).sample[0]
+    assert got.dtype == torch.float32 and got.shape == (16, 3, 8, 12)
+    assert relative(got, expected) <= 1e-5
+
+
+@pytest.mark.parametrize(("dim", "heads"), [(48, 4), (40, 2), (64, 1), (128, 1)])
+@pytest.mark.parametrize("size", [(1, 2, 2), (2, 6, 4), (5, 2, 10)])
+def test_any_width_heads_and_size_equal_diffusers(dim: int, heads: int, size: tuple[int, int, int]) -> None:
+    config = DiTConfig(dim=dim, ffn_dim=60, freq_dim=32, text_dim=24, text_len=20, num_heads=heads, num_layers=2)
+    dit, latents = make(config), draw(16, *size)
+    with torch.no_grad():
+        (got,) = dit(latents, 500.0, [dit.encode_text(COND)])
+        expected = diffusers_twin(dit)(latents[None], torch.tensor([500.0]), pad(COND)[None]).sample[0]
+    assert relative(got, expected) <= 1e-5
+
+
+def test_a_condition_joins_the_latents_after_them() -> None:
+    config = DiTConfig(in_dim=36, dim=48, ffn_dim=80, freq_dim=32, text_dim=24, text_len=20, num_heads=2, num_layers=2)
+    dit, condition = make(config), draw(20, 3, 8, 12, seed=9)
+    with torch.no_grad():
+        (got,) = dit(LATENTS, 700.0, [dit.encode_text(COND)], condition)
+        joined = torch.cat([LATENTS, condition])[None]
+        expected = diffusers_twin(dit)(joined, torch.tensor([700.0]), pad(COND)[None]).sample[0]
+    assert got.shape == LATENTS.shape and relative(got, expected) <= 1e-5
+
+
+def test_one_block_of_full_width_equals_diffusers() -> None:
+    with torch.device("meta"):
+        dit = WanDiT(DiTConfig(num_layers=1))
+    noise = draw(99_991) * 0.02  # a prime length, so that no two rows repeat
+    for name, parameter in list(dit.named_parameters()):
+        count = parameter.numel()
+        values = noise.repeat(-(-count // noise.numel()))[:count].view(parameter.shape)
+        owner, _, leaf = name.rpartition(".")
+        is_norm = "norm" in owner and leaf == "weight"
+        setattr(dit.get_submodule(owner), leaf, torch.nn.Parameter(1 + values if is_norm else values, False))
+    latents, context = draw(16, 2, 4, 6), draw(5, 4096)
+    with torch.no_grad():
+        (got,) = dit(latents, 937.5, [dit.encode_text(context)])
+        expected = diffusers_twin(dit)(latents[None], torch.tensor([937.5]), pad(context, 512)[None]).sample[0]
+    assert relative(got, expected) <= 1e-5
+
+
+# --- names, sizes, dtypes -----------------------------------------------------------------------------------------
+
+
+def test_names_and_shapes_are_those_of_the_official_checkpoints() -> None:
+    with torch.device("meta"):
+        dit = WanDiT(DiTConfig(in_dim=36))
+    shapes = {name: tuple(tensor.shape) for name, tensor in dit.state_dict().items()}
+    attention = {f"{p}.weight": (5120, 5120) for p in "qkvo"} | {f"{p}.bias": (5120,) for p in "qkvo"}
+    attention |= {"norm_q.weight": (5120,), "norm_k.weight": (5120,)}
+    expected: dict[str, tuple[int, ...]] = {
+        "patch_embedding.weight": (5120, 36, 1, 2, 2),
+        "patch_embedding.bias": (5120,),
+        "text_embedding.0.weight": (5120, 4096),
+        "text_embedding.0.bias": (5120,),
+        "text_embedding.2.weight": (5120, 5120),
+        "text_embedding.2.bias": (5120,),
+        "time_embedding.0.weight": (5120, 256),
+        "time_embedding.0.bias": (5120,),
+        "time_embedding.2.weight": (5120, 5120),
+        "time_embedding.2.bias": (5120,),
+        "time_projection.1.weight": (30720, 5120),
+        "time_projection.1.bias": (30720,),
+        "head.head.weight": (64, 5120),
+        "head.head.bias": (64,),
+        "head.modulation": (1, 2, 5120),
+    }
+    for i in range(40):
+        expected[f"blocks.{i}.modulation"] = (1, 6, 5120)
+        for kind in ("self_attn", "cross_attn"):
+            expected |= {f"blocks.{i}.{kind}.{leaf}": shape for leaf, shape in attention.items()}
+        expected |= {f"blocks.{i}.norm3.weight": (5120,), f"blocks.{i}.norm3.bias": (5120,)}
+        expected |= {f"blocks.{i}.ffn.0.weight": (13824, 5120), f"blocks.{i}.ffn.0.bias": (13824,)}
+        expected |= {f"blocks.{i}.ffn.2.weight": (5120, 13824), f"blocks.{i}.ffn.2.bias": (5120,)}
+    assert shapes == expected and len(shapes) == 1095
+    assert sum(parameter.numel() for parameter in dit.parameters()) == 14_288_901_184
+
+
+def test_what_touches_the_residual_stream_stays_float32() -> None:
+    dit = make().cast(torch.bfloat16)
+    dtypes = {name: parameter.dtype for name, parameter in dit.named_parameters()}
+    assert dit.compute_dtype == torch.bfloat16
+    assert all(dtype == parameter_dtype(name, torch.bfloat16) for name, dtype in dtypes.items())
+    low = {name for name, dtype in dtypes.items() if dtype == torch.bfloat16}
+    products = [f"{a}.{p}" for a in ("self_attn", "cross_attn") for p in "qkvo"] + ["ffn.0", "ffn.2"]
+    layers = [f"blocks.{i}.{p}" for i in range(3) for p in products] + ["text_embedding.0", "text_embedding.2"]
+    assert low == {f"{layer}.{leaf}" for layer in layers for leaf in ("weight", "bias")}
+
+
+def shapes_of(dit: WanDiT) -> dict[str, tuple[int, ...]]:
+    return {name: tuple(tensor.shape) for name, tensor in dit.state_dict().items()}
+
+
+def test_the_architecture_comes_from_the_shapes() -> None:
+    assert DiTConfig.from_checkpoint({"num_heads": 2, "text_len": 20}, shapes_of(make())) == TINY
+    with torch.device("meta"):
+        full = shapes_of(WanDiT(DiTConfig(in_dim=36)))
+    assert DiTConfig.from_checkpoint(None, full) == DiTConfig(in_dim=36)  # heads of 128, as in every released model
+
+
+def test_diffusers_words_for_the_architecture_are_understood() -> None:
+    twin = diffusers_twin(make())
+    config = DiTConfig.from_checkpoint({**dict(twin.config), "text_len": 20}, shapes_of(make()))
+    assert config == TINY
+
+
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        ({"num_heads": 2, "dim": 5120}, "dim is 5120, the tensors say 48"),
+        ({"num_heads": 2, "in_channels": 36}, "in_dim is 36, the tensors say 16"),
+        ({"num_heads": 2, "num_layers": 40}, "num_layers is 40, the tensors say 3"),
+        ({"num_heads": 5}, "48 cannot be split into 5 heads"),
+        ({"num_heads": 16}, "heads of even size"),
+        ({}, "number of heads cannot be told from a width of 48"),
+    ],
+)
+def test_a_config_of_another_model_is_refused(config: dict[str, Any], message: str) -> None:
+    with pytest.raises(CheckpointError, match=message):
+        DiTConfig.from_checkpoint(config, shapes_of(make()))
+
+
+@pytest.mark.parametrize("shapes", [{}, {"conv1.weight": (3, 3)}, {"patch_embedding.weight": (48,)}])
+def test_tensors_of_something_else_are_refused(shapes: dict[str, tuple[int, ...]]) -> None:
+    with pytest.raises(CheckpointError, match="not the weights of a Wan video model"):
+        DiTConfig.from_checkpoint(None, shapes)
+
+
+# --- several prompts ----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("stack_tokens", [0, 10_000])
+@pytest.mark.parametrize("chunk", [None, 10])
+def test_prompts_together_equal_prompts_one_by_one(stack_tokens: int, chunk: int | None) -> None:
+    dit = make(stack_tokens=stack_tokens, chunk=chunk)
+    with torch.no_grad():
+        texts = [dit.encode_text(context) for context in (COND, UNCOND, draw(20, 24, seed=4))]
+        together = dit(LATENTS, 800.0, texts)
+        alone = [make()(LATENTS, 800.0, [text])[0] for text in texts]
+    assert len(together) == 3
+    for got, expected in zip(together, alone, strict=True):
+        assert relative(got, expected) <= 1e-5
+
+
+@pytest.mark.parametrize(("stack_tokens", "calls"), [(0, 1 + 2 * 2), (10_000, 3)])
+def test_each_block_is_visited_once_and_the_first_attends_to_itself_once(stack_tokens: int, calls: int) -> None:
+    attended: list[int] = []
+
+    def counted(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        attended.append(q.shape[0])
+        return sdpa(q, k, v)
+
+    dit = make(stack_tokens=stack_tokens, self_attention=counted)
+    visits: list[int] = []
+    for n, block in enumerate(dit.blocks):
+        block.register_forward_pre_hook(lambda *_, n=n: visits.append(n))
+    with torch.no_grad():
+        dit(LATENTS, 800.0, [dit.encode_text(COND), dit.encode_text(UNCOND)])
+    assert visits == [0, 1, 2]
+    assert len(attended) == calls and attended[0] == 1
+
+
+@pytest.mark.parametrize("chunk", [1, 7, 71, 72, 1000])
+def test_a_chunk_changes_memory_not_the_result(chunk: int) -> None:
+    dit = make()
+    with torch.no_grad():
+        texts = [dit.encode_text(COND), dit.encode_text(UNCOND)]
+        whole = dit(LATENTS, 800.0, texts)
+        dit.chunk = chunk
+        pieces = dit(LATENTS, 800.0, texts)
+    assert max(map(relative, pieces, whole)) <= 1e-5
+
+
+def test_a_chunk_bounds_the_tokens_in_a_layer() -> None:
+    dit, seen = make(chunk=10), []
+    dit.blocks[1].ffn[0].register_forward_pre_hook(lambda _, args: seen.append(args[0].shape[1]))
+    dit.blocks[1].self_attn.q.register_forward_pre_hook(lambda _, args: seen.append(args[0].shape[1]))
+    with torch.no_grad():
+        dit(LATENTS, 800.0, [dit.encode_text(COND)])
+    assert max(seen) == 10 and sum(seen) == 2 * 72
+
+
+# --- text ---------------------------------------------------------------------------------------------------------
+
+
+def count_keys(dit: WanDiT) -> list[int]:
+    rows: list[int] = []
+    for block in dit.blocks:
+        block.cross_attn.k.register_forward_pre_hook(lambda _, args: rows.append(args[0].shape[1]))
+    return rows
+
+
+def test_keys_and_values_of_a_prompt_are_computed_once() -> None:
+    dit = make()
+    rows = count_keys(dit)
+    with torch.no_grad():
+        kept, fresh = dit.encode_text(COND), dit.encode_text(COND, keep=False)
+        first = dit(LATENTS, 800.0, [kept])[0]
+        assert rows == [8, 8, 8]  # seven rows, and one for all the padding
+        assert torch.equal(dit(LATENTS, 800.0, [kept])[0], first)
+        assert rows == [8] * 3
+        assert torch.equal(dit(LATENTS, 800.0, [fresh])[0], first)
+        assert torch.equal(dit(LATENTS, 800.0, [fresh])[0], first)
+        assert rows == [8] * 9
+
+
+def test_encoding_again_after_a_change_of_weights_sees_the_change() -> None:
+    dit = make()
+    with torch.no_grad():
+        before = dit(LATENTS, 800.0, [dit.encode_text(COND)])[0]
+        dit.blocks[1].cross_attn.v.weight.add_(1.0)
+        after = dit(LATENTS, 800.0, [dit.encode_text(COND)])[0]
+        other = make()
+        other.load_state_dict(dit.state_dict())
+        assert torch.equal(after, other(LATENTS, 800.0, [other.encode_text(COND)])[0])
+    assert relative(after, before) > 1e-3
+
+
+def test_nothing_of_one_request_stays_for_the_next() -> None:
+    dit = make()
+    with torch.no_grad():
+        alone = dit(LATENTS, 800.0, [dit.encode_text(COND)])[0]
+        dit(draw(16, 2, 6, 4), 100.0, [dit.encode_text(UNCOND), dit.encode_text(COND)])
+        assert torch.equal(dit(LATENTS, 800.0, [dit.encode_text(COND)])[0], alone)
+
+
+@pytest.mark.parametrize("rows", [1, 7, 19, 20])
+def test_padding_is_attended_to_by_kernels_without_a_mask_too(rows: int) -> None:
+    lengths: list[int] = []
+
+    def kernel(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        lengths.append(k.shape[1])
+        return sdpa(q, k, v)
+
+    context = draw(rows, 24)
+    with torch.no_grad():
+        dit, other = make(), make(cross_attention=kernel)
+        expected = dit(LATENTS, 800.0, [dit.encode_text(context)])[0]
+        got = other(LATENTS, 800.0, [other.encode_text(context)])[0]
+    assert lengths == [TINY.text_len] * 3
+    assert relative(got, expected) <= 1e-5
+
+
+def test_inputs_are_left_as_they_were() -> None:
+    dit, latents, context = make(), LATENTS.clone(), COND.clone()
+    with torch.no_grad():
+        text = dit.encode_text(context)
+        rows = text.rows_BLD.clone()
+        dit(latents, 800.0, [text, text])
+    assert torch.equal(latents, LATENTS) and torch.equal(context, COND) and torch.equal(text.rows_BLD, rows)
+
+
+# --- precision, time, cancelling ----------------------------------------------------------------------------------
+
+
+def test_bf16_is_closer_to_float32_than_with_a_bf16_residual_stream(monkeypatch: pytest.MonkeyPatch) -> None:
+    config = DiTConfig(dim=96, ffn_dim=192, freq_dim=32, text_dim=24, text_len=20, num_heads=4, num_layers=8)
+    exact, ours = make(config), make(config).cast(torch.bfloat16)
+
+    def rounded(tensor: Tensor) -> Tensor:
+        return tensor.bfloat16().float()
+
+    def run(dit: WanDiT) -> Tensor:
+        with torch.no_grad():
+            return dit(LATENTS, 900.0, [dit.encode_text(COND)])[0]
+
+    expected, got = run(exact), run(ours)
+    norm_modulate = block_module.norm_modulate
+    monkeypatch.setattr(block_module, "add", lambda x, y: rounded(x + y))
+    monkeypatch.setattr(block_module, "add_gated", lambda x, y, gate: rounded(x + y * rounded(gate.unsqueeze(1))))
+    monkeypatch.setattr(
+        block_module,
+        "norm_modulate",
+        lambda x, shift, scale, *rest: norm_modulate(x, rounded(shift), rounded(scale), *rest),
+    )
+    lower = run(ours)
+    assert relative(got, expected) <= 2e-2
+    assert relative(got, expected) < 0.8 * relative(lower, expected)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_velocity_is_float32_in_every_compute_dtype(dtype: torch.dtype) -> None:
+    dit = make().cast(dtype)
+    seen: set[torch.dtype] = set()
+
+    def spy(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        seen.update((q.dtype, k.dtype, v.dtype))
+        return sdpa(q, k, v)
+
+    dit.self_attention = dit.cross_attention = spy
+    for chunk in (None, 10):
+        dit.chunk = chunk
+        with torch.no_grad():
+            (velocity,) = dit(LATENTS, 900.0, [dit.encode_text(COND)])
+        assert velocity.dtype == torch.float32 and velocity.isfinite().all()
+    assert seen == {dtype}
+
+
+def test_time_is_embedded_for_one_token() -> None:
+    dit, shapes = make(), []
+    for layer in (dit.time_embedding[0], dit.time_projection[1]):
+        layer.register_forward_pre_hook(lambda _, args: shapes.append(tuple(args[0].shape)))
+    with torch.no_grad():
+        dit(LATENTS, 900.0, [dit.encode_text(COND), dit.encode_text(UNCOND)])
+    assert shapes == [(1, 32), (1, 48)]
+
+
+def test_cancel_stops_between_blocks() -> None:
+    dit, token, visits = make(), CancelToken(), []
+    dit.blocks[1].register_forward_hook(lambda *_: token.cancel())
+    dit.blocks[2].register_forward_pre_hook(lambda *_: visits.append(2))
+    with torch.no_grad(), pytest.raises(Cancelled):
+        dit(LATENTS, 900.0, [dit.encode_text(COND)], cancel=token)
+    assert not visits
+
+
+def test_attention_may_be_wrapped_after_construction() -> None:
+    dit = make()
+    with torch.no_grad():
+        text = dit.encode_text(COND)
+        expected = dit(LATENTS, 900.0, [text])[0]
+        inner = dit.self_attention
+        dit.self_attention = (
+            lambda q, k, v: torch.cat(  # one head after the other, as on another rank
+                [inner(q[:, :, n : n + 1], k[:, :, n : n + 1], v[:, :, n : n + 1]) for n in range(q.shape[2])], dim=2
+            )
+        )
+        assert relative(dit(LATENTS, 900.0, [text])[0], expected) <= 1e-6
+
+
+def test_tokens_may_be_cut_and_joined_from_outside() -> None:
+    """What sequence parallelism does around `embed` and `finish`, here with the ranks as one batch of tokens."""
+    dit = make()
+    with torch.no_grad():
+        text = dit.encode_text(COND)
+        expected = dit(LATENTS, 900.0, [text])[0]
+        embed, finish, order = dit.embed, dit.finish, torch.arange(72).roll(31)
+
+        def cut(*args: Any) -> tuple[Tensor, Tensor]:
+            x_BLD, rotations = embed(*args)
+            return x_BLD[:, order], rotations[order]
+
+        dit.embed = cut
+        dit.finish = lambda x_BLD, *args: finish(x_BLD[:, order.argsort()], *args)
+        assert relative(dit(LATENTS, 900.0, [text])[0], expected) <= 1e-5
+
+
+# --- training -----------------------------------------------------------------------------------------------------
+
+
+def batch() -> tuple[Tensor, Tensor, Tensor]:
+    context = torch.stack([pad(COND, 9), pad(UNCOND, 9)])
+    return draw(2, 16, 3, 8, 12, seed=5), torch.tensor([900.0, 123.4]), context
+
+
+def test_a_batch_of_samples_equals_each_sample_alone() -> None:
+    dit, (latents, timesteps, context) = make(), batch()
+    got = dit.forward_batch(latents, timesteps, context)
+    assert got.shape == latents.shape and got.requires_grad
+    for n, prompt in enumerate((COND, UNCOND)):
+        with torch.no_grad():
+            (alone,) = dit(latents[n], timesteps[n].item(), [dit.encode_text(prompt)])
+        assert relative(got[n].detach(), alone) <= 1e-5
+    with torch.no_grad():
+        assert relative(dit.forward_batch(latents, timesteps, context), got.detach()) <= 1e-5
+
+
+def test_a_batch_takes_a_condition() -> None:
+    config = DiTConfig(in_dim=36, dim=48, ffn_dim=80, freq_dim=32, text_dim=24, text_len=20, num_heads=2, num_layers=1)
+    dit, (latents, timesteps, context) = make(config), batch()
+    condition = draw(2, 20, 3, 8, 12, seed=6)
+    with torch.no_grad():
+        got = dit.forward_batch(latents, timesteps, context, condition)
+        (alone,) = dit(latents[1], 123.4, [dit.encode_text(UNCOND)], condition[1])
+    assert relative(got[1], alone) <= 1e-5
+
+
+@pytest.mark.parametrize("chunk", [None, 10])
+def test_gradients_equal_diffusers_for_every_parameter(chunk: int | None) -> None:
+    dit, (latents, timesteps, context) = make(chunk=chunk), batch()
+    twin = diffusers_twin(make()).requires_grad_()
+    target = draw(*latents.shape, seed=7)
+    latents.requires_grad_()
+    (dit.forward_batch(latents, timesteps, context) - target).square().mean().backward()
+    ours = latents.grad
+    latents.grad = None
+    padded = torch.nn.functional.pad(context, (0, 0, 0, TINY.text_len - context.shape[1]))
+    (twin(latents, timesteps, padded).sample - target).square().mean().backward()
+    assert ours is not None and latents.grad is not None and relative(ours, latents.grad) <= 1e-5
+    theirs = dict(twin.named_parameters())
+    for name, parameter in dit.named_parameters():
+        got, expected = parameter.grad, theirs[wan_to_diffusers(name)].grad
+        assert got is not None and expected is not None
+        # A key's bias hardly matters to a softmax: its gradient is what is left when larger ones cancel.
+        assert relative(got, expected) <= (2e-4 if name.endswith(".k.bias") else 2e-5), name
+
+
+def test_training_after_inference_works_on_the_same_model() -> None:
+    dit, (latents, timesteps, context) = make(), batch()
+    with torch.inference_mode():
+        dit(latents[0], 900.0, [dit.encode_text(COND)])
+    dit.train().forward_batch(latents, timesteps, context).square().mean().backward()
+    assert all(parameter.grad is not None for parameter in dit.parameters())
+
+
+def test_autocast_keeps_the_islands_in_float32() -> None:
+    dit, (latents, timesteps, context) = make(), batch()
+    seen: dict[str, torch.dtype] = {}
+    for name in ("time_embedding.0", "time_projection.1", "head.head", "blocks.1.ffn.0", "blocks.0"):
+        dit.get_submodule(name).register_forward_hook(
+            lambda _, __, out, name=name: seen.update({name: (out[0] if isinstance(out, list) else out).dtype})
+        )
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        got = dit.forward_batch(latents, timesteps, context)
+    got.square().mean().backward()
+    assert seen.pop("blocks.1.ffn.0") == torch.bfloat16
+    assert set(seen.values()) == {torch.float32} and len(seen) == 4
+    assert relative(got.detach(), dit.forward_batch(latents, timesteps, context).detach()) <= 2e-2
+
+
+def test_two_threads_may_use_one_model() -> None:
+    dit = make()
+    with torch.no_grad():
+        expected = [dit(draw(16, n, 4, 4), 500.0, [dit.encode_text(COND)])[0] for n in (1, 2)]
+    results: dict[int, Tensor] = {}
+
+    def work(n: int) -> None:
+        with torch.no_grad():
+            for _ in range(5):
+                results[n] = dit(draw(16, n, 4, 4), 500.0, [dit.encode_text(COND)])[0]
+
+    threads = [threading.Thread(target=work, args=(n,)) for n in (1, 2)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert all(torch.equal(results[n], expected[n - 1]) for n in (1, 2))
