@@ -33,6 +33,7 @@ __all__ = [
     "needed_files",
     "read_json",
     "resolve",
+    "search_roots",
 ]
 
 log = logging.getLogger("lightx2v.config")
@@ -122,10 +123,12 @@ def resolve(
     and EngineConfig or any key of a preset file. With an `environment`, its models_dir fills in and the processes that
     torchrun started must fit. ConfigError where the preset or the mix is wrong, BadRequest where an override is.
     """
-    overrides = overrides or {}
+    overrides = {} if overrides is None else overrides
     name, data, notes = _open(preset)
     source = name or "settings"
     about = data.pop("preset", {})
+    # A script whose $model_path is not set passes an empty one, which is not meant to replace the preset's.
+    overrides = {key: value for key, value in overrides.items() if not (key == "model_path" and value == "")}
     below, above = sort_keys(data, source), sort_keys(overrides, "override")
     engine_values, request_values = below.engine | above.engine, below.request | above.request
     _choose_sampler(source, engine_values, request_values, above)
@@ -177,6 +180,12 @@ def needed_files(engine: EngineConfig) -> list[str]:
         engine.vae_path or f"{engine.model_path}/Wan2.1_VAE.pth",
     ]
     return list(dict.fromkeys(files + [lora.path for lora in engine.lora_configs]))
+
+
+def search_roots(engine: EngineConfig) -> list[Path]:
+    """Where a relative path of a configuration is looked for, in this order."""
+    given = [Path(engine.models_dir).expanduser()] if engine.models_dir else []
+    return [*given, Path.cwd(), PROJECT]
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -311,7 +320,7 @@ def _respelled(message: str, name: str, keys: Keys) -> str:
 
 def _describe(name: str, about: Any, engine: EngineConfig, request: Request, *, moved: bool) -> PresetInfo:
     """`moved`: an override names another model, so the preset's own task no longer binds."""
-    where = f"{name}: preset"
+    where = f"{name or 'settings'}: preset"
     if not isinstance(about, Mapping):
         raise ConfigError(f"{where} is {str(about)[:80]!r}; expected an object with a title and a summary.")
     refuse_unknown(about, [*_ABOUT], where)

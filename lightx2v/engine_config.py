@@ -232,15 +232,19 @@ class EngineConfig:
         if self.parallel is None or self.parallel.world_size == world_size:
             return
         wanted = self.parallel
-        layouts = [
-            f"cfg_p_size {cfg}, seq_p_size {world_size // cfg}"
-            for cfg in ((2, 1) if enable_cfg else (1,))
-            if world_size % cfg == 0 and heads % (world_size // cfg) == 0
-        ]
+        layouts = (
+            ["a preset for one GPU"]
+            if world_size == 1
+            else [
+                f"cfg_p_size {cfg}, seq_p_size {world_size // cfg}"
+                for cfg in ((2, 1) if enable_cfg else (1,))
+                if world_size % cfg == 0 and heads % (world_size // cfg) == 0
+            ]
+        )
         raise ConfigError(
             f"parallel asks for cfg_p_size {wanted.cfg_p_size} x seq_p_size {wanted.seq_p_size} = {wanted.world_size} "
             f"processes, but {world_size} {'was' if world_size == 1 else 'were'} started. Start it with "
-            f"torchrun --nproc_per_node={wanted.world_size}" + (f", or use {' or '.join(layouts)}." if layouts else ".")
+            f"torchrun --nproc_per_node={wanted.world_size}, or use {' or '.join(layouts) or 'another number'}."
         )
 
     def check_request(self, request: Request) -> None:

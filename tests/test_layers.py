@@ -12,9 +12,9 @@ PACKAGE = ROOT / "lightx2v"
 
 # A module may import from its own layer's left only, or from a neighbour listed in the same set.
 LAYERS: list[set[str]] = [
-    {"errors", "request", "progress"},
+    {"errors", "framing", "request", "progress", "terminal"},
     {"attention"},  # below the configuration, which checks the backends' names
-    {"engine_config", "config", "presets", "hub", "media", "image", "mp4", "framing", "estimate", "settings"},
+    {"engine_config", "preset_keys", "config", "hub", "media", "image", "mp4", "estimate", "settings"},
     {"parallel", "weights"},
     {"models", "sampling", "conditioning"},
     {"offload", "components", "planner"},

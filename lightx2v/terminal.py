@@ -1,0 +1,162 @@
+"""A command line's manners: a bar on a terminal, plain lines anywhere else, log lines between them, and clean ends.
+
+What is shown goes to standard error; standard output is for results.
+"""
+
+from __future__ import annotations
+
+import logging
+import shutil
+import signal
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from types import FrameType, TracebackType
+from typing import Any, Self, TextIO
+
+from .progress import CancelToken, Progress
+
+BAR = 24
+PLAIN_EVERY = 5.0
+"""Seconds between two plain lines within one stage: a log file should not fill with steps."""
+
+
+class ProgressLine:
+    """Draws progress events. Redrawn in place on a terminal; elsewhere a line for each stage and every few seconds."""
+
+    def __init__(self, stream: TextIO) -> None:
+        self._stream = stream
+        self._live = stream.isatty()
+        self._shown = ""
+        self._stage: tuple[str, str | None] | None = None
+        self._last = 0.0
+
+    def __call__(self, event: Progress) -> None:
+        line = describe(event)
+        if self._live:
+            columns = shutil.get_terminal_size().columns - 1
+            self.clear()
+            self._shown = line[:columns]
+            self._stream.write(self._shown)
+            self._stream.flush()
+            return
+        now = time.monotonic()
+        fresh = self._stage != (event.stage, event.expert)
+        done = 0 < event.total == event.step
+        if fresh or done or now - self._last >= PLAIN_EVERY:
+            self._stage, self._last = (event.stage, event.expert), now
+            self._stream.write(line + "\n")
+            self._stream.flush()
+
+    def clear(self) -> None:
+        """Takes the bar off the terminal, so that something else can be written."""
+        if self._shown:
+            self._stream.write("\r\x1b[K")
+            self._stream.flush()
+            self._shown = ""
+
+
+def describe(event: Progress) -> str:
+    """One event as a line: stage, bar, step n/m, time so far, time left, memory."""
+    name = f"{event.stage} {event.expert}" if event.expert else event.stage
+    parts = [f"{name:<13}"]
+    if event.total:
+        filled = BAR * event.step // event.total
+        parts.append(f"[{'#' * filled}{'.' * (BAR - filled)}] {event.step}/{event.total}")
+    parts.append(clock(event.seconds))
+    if event.eta is not None:
+        parts.append(f"{clock(event.eta)} left")
+    if event.vram_peak:
+        parts.append(f"{event.vram_peak / 2**30:.1f} GiB")
+    if event.message:
+        parts.append(one_line(event.message))
+    return "  ".join(parts)
+
+
+def clock(seconds: float) -> str:
+    """1:05, or 1:01:05 for more than an hour."""
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"
+
+
+def one_line(text: str) -> str:
+    """`text` with its control characters escaped: no prompt can forge a second log line or drive the terminal."""
+    return "".join(char if char.isprintable() else char.encode("unicode_escape").decode() for char in text)
+
+
+@contextmanager
+def logging_to(stream: TextIO, line: ProgressLine, level: int) -> Iterator[None]:
+    """Sends this package's log to `stream` while the block runs, each record on a line of its own above the bar."""
+    handler = _Handler(stream, line)
+    handler.setLevel(level)
+    logger = logging.getLogger("lightx2v")
+    before = logger.level
+    logger.addHandler(handler)
+    logger.setLevel(level)
+    try:
+        yield
+    finally:
+        line.clear()
+        logger.removeHandler(handler)
+        logger.setLevel(before)
+
+
+class _Handler(logging.StreamHandler[TextIO]):
+    def __init__(self, stream: TextIO, line: ProgressLine) -> None:
+        super().__init__(stream)
+        self._line = line
+        self.setFormatter(_Formatter("%(asctime)s %(levelname)-7s %(message)s", "%H:%M:%S"))
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self._line.clear()
+        super().emit(record)
+
+
+class _Formatter(logging.Formatter):
+    def formatMessage(self, record: logging.LogRecord) -> str:
+        record.message = one_line(record.message)
+        return super().formatMessage(record)
+
+
+class Interrupts:
+    """Ctrl-C and SIGTERM while the block runs. Inside `cancelling` the first one asks the run to stop, which cleans up
+    behind itself; anywhere else, and on the second one, it stops at once as a KeyboardInterrupt."""
+
+    def __init__(self) -> None:
+        self.token = CancelToken()
+        self._number = int(signal.SIGINT)
+        self._asked = self._patient = False
+        self._before: dict[signal.Signals, Any] = {}
+
+    @property
+    def exit_code(self) -> int:
+        """What a shell expects of a program that a signal ended: 130 or 143."""
+        return 128 + self._number
+
+    @contextmanager
+    def cancelling(self) -> Iterator[CancelToken]:
+        """While the block runs, the first signal only sets the token, which the block has to heed."""
+        self._patient = True
+        try:
+            yield self.token
+        finally:
+            self._patient = False
+
+    def __enter__(self) -> Self:
+        if threading.current_thread() is threading.main_thread():
+            for number in (signal.SIGINT, signal.SIGTERM):
+                self._before[number] = signal.signal(number, self._on_signal)
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+
+    def _on_signal(self, number: int, frame: FrameType | None) -> None:
+        self._number = number
+        self.token.cancel()
+        if self._asked or not self._patient:
+            raise KeyboardInterrupt
+        self._asked = True
