@@ -288,7 +288,7 @@ def train(
 
     step, layout = fastest(vae, batches.next(), compiled, say)
     plain = Reconstruction(vae)
-    optimizer = optimizers(vae, muon_rate, 1.2e-3)
+    optimizer = optimizers(vae, muon_rate, 4e-3)
     average = Average(vae, 0.998)
     memory_format = torch.channels_last_3d if layout else torch.contiguous_format
     report, keep = clock.every(30), clock.every(100)
@@ -349,7 +349,7 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", type=Path, default=Path("training/runs/vae"))
     parser.add_argument("--resume", type=Path, help="vae_resume.safetensors of an earlier run")
-    parser.add_argument("--muon-rate", type=float, default=8e-3)
+    parser.add_argument("--muon-rate", type=float, default=6e-3)
     parser.add_argument("--no-compile", action="store_true")
     args = parser.parse_args()
     train(

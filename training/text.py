@@ -1,0 +1,80 @@
+"""The demo's text side while it trains: a small UMT5 encoder, and the table of tokenised captions it reads.
+
+The stack is the engine's; here it works on padded batches and has its token table beside it. The rows of padding come
+out as zeros, as the DiT expects them.
+"""
+
+from __future__ import annotations
+
+import random
+
+import torch
+from torch import Tensor, nn
+
+from lightx2v.models.umt5 import UMT5Sizes, build_stack, wan_name
+
+from .captions import OFFICIAL_NEGATIVE, caption
+from .tokenizer import build_tokenizer
+from .world import ATTRIBUTES, COMBINATIONS, split_combination
+
+ROWS = 31  # tokens of the longest caption, and of Wan's negative prompt
+VARIANTS = 24  # captions of each combination
+PARTIAL = 0.35  # of them leave attributes out
+
+
+class Text(nn.Module):
+    """ids (B, L) -> states (B, L, D), zero where ids are padding."""
+
+    def __init__(self, vocab: int, width: int = 64, layers: int = 2) -> None:
+        super().__init__()
+        sizes = UMT5Sizes(vocab=vocab, width=width, heads=4, head_dim=16, ffn=128, layers=layers, buckets=32)
+        self.embedding = nn.Embedding(vocab, width)
+        self.stack = build_stack(sizes).to_empty(device="cpu")
+        for name, parameter in self.stack.named_parameters():
+            if parameter.dim() == 1:
+                nn.init.ones_(parameter)
+            else:
+                fan = parameter.shape[1] * (sizes.head_dim if ".q." in name else 1)
+                nn.init.normal_(parameter, std=0.3 if "relative" in name else fan**-0.5)
+
+    def forward(self, ids_BL: Tensor) -> Tensor:
+        mask_BL = ids_BL != 0
+        states = self.stack(inputs_embeds=self.embedding(ids_BL), attention_mask=mask_BL.long()).last_hidden_state
+        return states.float() * mask_BL.unsqueeze(-1)
+
+    def wan_state_dict(self) -> dict[str, Tensor]:
+        """The weights under the names of Wan's T5 file."""
+        named = {wan_name(f"encoder.{name}"): p.detach() for name, p in self.stack.named_parameters()}
+        return {wan_name("shared.weight"): self.embedding.weight.detach()} | named
+
+
+def tokenise(prompts: list[str], rows: int = ROWS) -> Tensor:
+    """ids (N, rows), zero-padded. A prompt that is longer loses its end."""
+    table = torch.zeros(len(prompts), rows, dtype=torch.long)
+    for i, encoding in enumerate(build_tokenizer().encode_batch(prompts)):
+        ids = encoding.ids if len(encoding.ids) <= rows else [*encoding.ids[: rows - 1], encoding.ids[-1]]
+        table[i, : len(ids)] = torch.tensor(ids)
+    return table
+
+
+class Captions:
+    """For any combination of attributes one of many captions, as ids on the device, now and then one for guidance."""
+
+    def __init__(self, device: torch.device, seed: int, variants: int = VARIANTS) -> None:
+        chance = random.Random(seed)
+        parts = split_combination(torch.arange(COMBINATIONS))
+        prompts = []
+        for i in range(COMBINATIONS):
+            words = {name: ATTRIBUTES[name][int(parts[name][i])] for name in ATTRIBUTES}
+            for variant in range(variants):
+                prompts.append(caption(words, chance, drop=0.35 if variant < PARTIAL * variants else 0.0))
+        self.table = tokenise(prompts).view(COMBINATIONS, variants, ROWS).to(device)
+        self.unconditional = tokenise(["", OFFICIAL_NEGATIVE]).to(device)
+
+    def draw(self, combination: Tensor, drop: float) -> Tensor:
+        """ids (B, ROWS). With probability `drop` an empty prompt or Wan's negative one, for guidance."""
+        device = self.table.device
+        count = len(combination)
+        ids = self.table[combination, torch.randint(self.table.shape[1], (count,), device=device)]
+        nothing = self.unconditional[(torch.rand(count, device=device) < 0.5).long()]
+        return torch.where((torch.rand(count, device=device) < drop)[:, None], nothing, ids)
