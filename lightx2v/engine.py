@@ -49,7 +49,8 @@ def load_engine(config: EngineConfig, *, preset: str = "", on_progress: OnProgre
         files = locate(config)
         with out_of_memory_means("while loading the model"):
             placement = Resident(files, config, precision, self_attention, cross_attention)
-        preview = Preview.beside(files.vae)
+        with torch.inference_mode(), placement.vae() as vae:
+            preview = Preview.for_vae(vae, files.vae)
     return Engine(
         config=config,
         precision=precision,

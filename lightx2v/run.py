@@ -159,7 +159,7 @@ class Run:
         writer = None
         if path is not None:
             writer = VideoWriter(
-                path, width=width * 8, height=height * 8, fps=request.fps, settings=settings, force=force
+                path, width * 8, height * 8, request.fps, settings, force=force, cancel=self.cancel
             )
         try:
             with self.meter.stage("decode"), self.placement.vae() as vae:
