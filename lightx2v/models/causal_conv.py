@@ -76,14 +76,20 @@ class Stream:
         """Keeps the last two frames; a copy, so that the rest of the chunk can be freed."""
         self.past[layer] = joined_BCTHW[:, :, -PAST:].clone(memory_format=torch.preserve_format)
 
+    def memory(self, layer: nn.Module) -> list[Tensor | None]:
+        """What the layer and the layers in it remember now."""
+        return [self.past.get(module) for module in layer.modules()]
+
     def kernels(self, conv: CausalConv3d, frames: int) -> Tensor:
         """The two-dimensional kernels (n, C_out, C_in, 3, 3) for a chunk of this many frames, made once for a clip."""
         key = (conv, frames)
         if key not in self._kernels:
             weight = conv.weight
-            transform = weight.new_tensor(_KERNEL[frames])
-            kernels = torch.einsum("nt,oithw->nohwi", transform, weight)
-            self._kernels[key] = kernels.permute(0, 1, 4, 2, 3)
+            if frames == 1:
+                self._kernels[key] = weight.transpose(1, 2).flatten(1, 2)[None]
+            else:
+                transform = weight.new_tensor(_KERNEL[frames])
+                self._kernels[key] = torch.einsum("nt,oithw->nohwi", transform, weight).permute(0, 1, 4, 2, 3)
         return self._kernels[key]
 
 
@@ -105,20 +111,24 @@ class CausalConv3d(nn.Conv3d):
         stream.remember(self, joined_BCTHW)
         if frames == 1 and begins:  # the past is zero: one third of the kernel is enough
             return F.conv2d(joined_BCTHW[:, :, PAST], self.weight[:, :, -1], self.bias, padding=1)[:, :, None]
-        if frames in _KERNEL and joined_BCTHW.device.type == "cpu" and joined_BCTHW.dtype == torch.float32:
-            return self._winograd(joined_BCTHW, stream.kernels(self, frames))
+        if frames in (1, 2, 4) and joined_BCTHW.device.type == "cpu" and joined_BCTHW.dtype == torch.float32:
+            frames_THWC = joined_BCTHW[0].permute(1, 2, 3, 0)
+            clip_THWC = self._short(frames_THWC, stream.kernels(self, frames))
+            return clip_THWC.permute(3, 0, 1, 2)[None]
         return super().forward(joined_BCTHW)
 
-    def _winograd(self, joined_BCTHW: Tensor, kernels: Tensor) -> Tensor:
-        frames_THWC = joined_BCTHW[0].permute(1, 2, 3, 0)
+    def _short(self, frames_THWC: Tensor, kernels: Tensor) -> Tensor:
+        """1, 2 or 4 frames out of the two before and themselves, by two-dimensional convolutions."""
         n, height, width, _ = frames_THWC.shape
+        if n == PAST + 1:  # one frame out: the three side by side as channels
+            stacked_BCHW = frames_THWC.permute(1, 2, 0, 3).flatten(2).permute(2, 0, 1)[None]
+            return F.conv2d(stacked_BCHW, kernels[0], self.bias, padding=1).permute(0, 2, 3, 1)
         transform = kernels.new_tensor(_INPUT[n - PAST])
-        inputs = (transform @ frames_THWC.reshape(n, -1)).view(frames_THWC.shape).permute(0, 3, 1, 2)
+        inputs_BCHW = (transform @ frames_THWC.reshape(n, -1)).view(frames_THWC.shape).permute(0, 3, 1, 2)
         # Component 1 enters every output frame once (second column of _OUTPUT), so it alone carries the bias.
         outputs = [
-            F.conv2d(inputs[i : i + 1], kernel, self.bias if i == 1 else None, padding=1).permute(0, 2, 3, 1)
+            F.conv2d(inputs_BCHW[i : i + 1], kernel, self.bias if i == 1 else None, padding=1).permute(0, 2, 3, 1)
             for i, kernel in enumerate(kernels)
         ]
         transform = kernels.new_tensor(_OUTPUT[n - PAST])
-        clip = transform @ torch.cat(outputs).view(n, -1)
-        return clip.view(1, n - PAST, height, width, -1).permute(0, 4, 1, 2, 3)
+        return (transform @ torch.cat(outputs).view(n, -1)).view(n - PAST, height, width, -1)
