@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .framing import Framing, frame_picture
+from .progress import CancelToken
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -28,7 +29,9 @@ if TYPE_CHECKING:
 class ConditionEncoder(Protocol):
     """The part of the VAE that is needed here."""
 
-    def encode_condition(self, frames: int, first_CHW: Tensor, last_CHW: Tensor | None = None) -> Tensor: ...
+    def encode_condition(
+        self, frames: int, first_CHW: Tensor, last_CHW: Tensor | None = None, *, cancel: CancelToken | None = None
+    ) -> Tensor: ...
 
 
 def prepare_pictures(
@@ -71,9 +74,16 @@ def frame_mask(frames: int, height: int, width: int, *, last: bool) -> Tensor:
     return mask
 
 
-def encode_pictures(vae: ConditionEncoder, frames: int, first_CHW: Tensor, last_CHW: Tensor | None = None) -> Tensor:
+def encode_pictures(
+    vae: ConditionEncoder,
+    frames: int,
+    first_CHW: Tensor,
+    last_CHW: Tensor | None = None,
+    *,
+    cancel: CancelToken | None = None,
+) -> Tensor:
     """The condition (20, T, h, w) float32: mask, then latents of a clip that is grey but for the given frames."""
-    latents_CTHW = vae.encode_condition(frames, first_CHW, last_CHW)
+    latents_CTHW = vae.encode_condition(frames, first_CHW, last_CHW, cancel=cancel)
     mask_CTHW = frame_mask(frames, *latents_CTHW.shape[-2:], last=last_CHW is not None)
     return torch.cat([mask_CTHW.to(latents_CTHW), latents_CTHW])
 

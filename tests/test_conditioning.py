@@ -6,8 +6,10 @@ import torch
 from PIL import Image
 
 from lightx2v.conditioning import encode_pictures, frame_mask, prepare_pictures, to_pixels
+from lightx2v.errors import Cancelled
 from lightx2v.framing import RESIZE_MODES, frame_picture
 from lightx2v.models.vae import VAEConfig, WanVAE
+from lightx2v.progress import CancelToken
 
 
 def picture(width: int, height: int, seed: int = 0) -> np.ndarray:
@@ -17,8 +19,10 @@ def picture(width: int, height: int, seed: int = 0) -> np.ndarray:
 class RecordingVAE:
     """Stands in for the VAE: answers with constant latents and keeps what it was given."""
 
-    def encode_condition(self, frames, first_CHW, last_CHW=None):
+    def encode_condition(self, frames, first_CHW, last_CHW=None, *, cancel=None):
         self.given = (frames, first_CHW, last_CHW)
+        if cancel is not None:
+            cancel.check()
         _, height, width = first_CHW.shape
         return torch.full((16, (frames - 1) // 4 + 1, height // 8, width // 8), 0.5)
 
@@ -152,6 +156,13 @@ def test_the_condition_is_mask_then_latents(last):
     assert bool((condition[4:] == 0.5).all())
     frames, given_first, given_last = vae.given
     assert frames == 17 and given_first is first and given_last is end
+
+
+def test_cancel_reaches_the_vae():
+    token = CancelToken()
+    token.cancel()
+    with pytest.raises(Cancelled):
+        encode_pictures(RecordingVAE(), 17, torch.zeros(3, 32, 48), cancel=token)
 
 
 @pytest.mark.parametrize("last", [False, True])
