@@ -108,7 +108,9 @@ class Run:
             with self.placement.vae() as vae:
                 if last_CHW is not None:
                     last_CHW = last_CHW.to(self.device)
-                condition = encode_pictures(vae, request.frames, first_CHW.to(self.device), last_CHW)
+                condition = encode_pictures(
+                    vae, request.frames, first_CHW.to(self.device), last_CHW, cancel=self.cancel
+                )
             self.meter.emit("image", 1, 1)
         return condition
 
@@ -158,9 +160,7 @@ class Run:
         settings = self.settings() if metadata else None
         writer = None
         if path is not None:
-            writer = VideoWriter(
-                path, width * 8, height * 8, request.fps, settings, force=force, cancel=self.cancel
-            )
+            writer = VideoWriter(path, width * 8, height * 8, request.fps, settings, force=force, cancel=self.cancel)
         try:
             with self.meter.stage("decode"), self.placement.vae() as vae:
                 for index, frames_CTHW in enumerate(vae.decode(latents_CTHW, cancel=self.cancel)):
@@ -199,4 +199,4 @@ def to_uint8(frames_CTHW: Tensor) -> np.ndarray:
 
 
 def device_name(device: torch.device) -> str:
-    return torch.cuda.getdevice_name(device) if device.type == "cuda" else device.type.upper()
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type.upper()

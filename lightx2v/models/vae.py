@@ -44,8 +44,9 @@ class WanVAE(nn.Module):
     @torch.no_grad()
     def encode(self, video_CTHW: Tensor, *, tiling: Tiling | None = None, cancel: CancelToken | None = None) -> Tensor:
         """Normalised latents (the mean, not a sample) of a clip in [-1, 1] with 4n+1 frames: float32, CTHW."""
-        first_CTHW, rest_CTHW = video_CTHW[:, :1], video_CTHW[:, 1:]
-        return self._encode([first_CTHW, *rest_CTHW.split(self.config.temporal_stride, dim=1)], tiling, cancel)
+        stride = self.config.temporal_stride
+        sizes = [1] + [stride] * ((video_CTHW.shape[1] - 1) // stride)
+        return self._encode(list(video_CTHW.split(sizes, dim=1)), tiling, cancel)
 
     @torch.no_grad()
     def encode_condition(
