@@ -35,7 +35,7 @@ QUANT_SCHEMES = (
 )
 """All fp8 names mean e4m3 with a scale per row or tensor, all int8 names int8 with a scale per row: the files decide.
 The part after the dash is LightX2V's kernel; here the best kernel that runs is chosen."""
-OTHER_SCHEMES = re.compile(r"(fp8|int8)-\w[\w-]*|nvfp4|mxfp\w[\w-]*|gguf-\w+")
+OTHER_SCHEMES = re.compile(r"(fp8|int8)-(b128-deepgemm|musa|intel-xpu|npu|tmo|mlu)|nvfp4|mxfp[468][\w-]*|gguf-\w+")
 """LightX2V's other formats and kernels: block-scaled, 4-bit, GGUF, other vendors."""
 A14B_HEADS = 40
 
@@ -311,7 +311,10 @@ def nearest(word: str, known: Sequence[str]) -> str:
 
 
 def _bad(key: str, got: Any, expected: str) -> NoReturn:
-    shown = repr(got)
+    try:
+        shown = repr(got)
+    except ValueError:  # more digits than Python converts
+        shown = "a huge number"
     raise ConfigError(f"{key} is {shown if len(shown) <= 80 else shown[:60] + '…'}; expected {expected}.")
 
 

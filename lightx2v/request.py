@@ -249,7 +249,10 @@ def clean_text(text: str) -> str:
 
 
 def _bad(name: str, got: Any, expected: str, *, nearest: Any = None) -> NoReturn:
-    shown = "a huge number" if isinstance(got, int) and got.bit_length() > 256 else repr(got)
+    try:
+        shown = repr(got)
+    except ValueError:  # more digits than Python converts
+        shown = "a huge number"
     shown = shown if len(shown) <= 80 else f"{shown[:60]}… ({len(shown)} characters)"
     hint = "" if nearest is None else f" Nearest valid value: {nearest}."
     raise BadRequest(f"{name} is {shown}; expected {expected}.{hint}")
