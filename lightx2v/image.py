@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from .errors import BadRequest, short_path
+from .errors import BadRequest, OutputError, short_path
 
 FORMATS = ("JPEG", "PNG", "WEBP")
 MAX_BYTES = 20 * 2**20
@@ -59,6 +59,20 @@ def load_image(source: str | Path | bytes, *, max_bytes: int = MAX_BYTES, max_pi
         return _to_rgb(_upright(image))
     except _BROKEN:
         raise _broken() from None
+
+
+def store_image(source: str | Path | bytes, stem: Path) -> Path:
+    """Checks a picture as `load_image` does and keeps its bytes as `stem` plus its own suffix."""
+    data = source if isinstance(source, bytes) else _read(Path(source), MAX_BYTES)
+    load_image(data)
+    suffix = ".png" if data.startswith(b"\x89PNG") else ".webp" if data.startswith(b"RIFF") else ".jpg"
+    target = stem.with_name(stem.name + suffix)
+    try:
+        target.write_bytes(data)
+    except OSError as error:
+        target.unlink(missing_ok=True)
+        raise OutputError(f"The image could not be stored as {short_path(target)}: {error.strerror}.") from None
+    return target
 
 
 def jpeg(picture: Image.Image | Any, *, max_side: int | None = None, quality: int = 85) -> bytes:

@@ -19,7 +19,7 @@ LAYERS: list[set[str]] = [
     {"models", "sampling", "conditioning"},
     {"offload", "components", "planner"},
     {"result", "engine", "run", "pipeline"},
-    {"jobs"},
+    {"engine_slot", "job_files", "job_store", "job_worker", "jobs"},
     {"infer", "server", "convert", "download"},
 ]
 FACES = LAYERS[-1]

@@ -1,0 +1,304 @@
+"""Jobs on disk: one SQLite file that survives reloads, restarts and crashes.
+
+`JobStore` knows rows and events and nothing of threads or engines; jobs.py holds the lock around every call. The
+file stays locked while it is open, so a second process on the same folder is refused instead of running jobs twice.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import sqlite3
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+from .engine_config import EngineConfig
+from .errors import BadRequest, ConfigError, LightX2VError, OutputError, short_path
+from .progress import Progress
+from .request import Request
+
+log = logging.getLogger("lightx2v.jobs")
+
+State = Literal["queued", "running", "succeeded", "failed", "cancelled", "interrupted"]
+STATES: tuple[State, ...] = ("queued", "running", "succeeded", "failed", "cancelled", "interrupted")
+OVER: frozenset[State] = frozenset(("succeeded", "failed", "cancelled", "interrupted"))
+"""The states that a job only leaves when somebody requeues it."""
+
+INTERRUPTED = {"type": "Interrupted", "message": "The program stopped while this job was running. Run it again."}
+
+_VERSION = 1
+_SCHEMA = """
+CREATE TABLE jobs (
+    number INTEGER PRIMARY KEY AUTOINCREMENT,
+    id TEXT NOT NULL UNIQUE,
+    client_id TEXT,
+    owner TEXT NOT NULL,
+    preset TEXT NOT NULL,
+    state TEXT NOT NULL,
+    place REAL,             -- order in the queue; NULL when not queued
+    config TEXT NOT NULL,   -- JSON, like request, result and error
+    request TEXT NOT NULL,
+    created REAL NOT NULL,
+    started REAL,
+    finished REAL,
+    result TEXT,
+    error TEXT,
+    UNIQUE (owner, client_id)
+);
+CREATE INDEX jobs_by_state ON jobs (state, place);
+CREATE INDEX jobs_by_owner ON jobs (owner, number);
+CREATE TABLE events (
+    job TEXT NOT NULL REFERENCES jobs (id) ON DELETE CASCADE,
+    id INTEGER NOT NULL,    -- 1, 2, 3 ... within the job
+    time REAL NOT NULL,
+    kind TEXT NOT NULL,
+    data TEXT NOT NULL,
+    PRIMARY KEY (job, id)
+) WITHOUT ROWID;
+"""
+
+
+class UnknownJob(BadRequest):
+    """There is no job of this id (any more)."""
+
+    status = 404
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class JobEvent:
+    """One entry in a job's log. `kind` is "state" (data: state, error) or "progress" (data: the fields of Progress)."""
+
+    id: int
+    time: float
+    kind: Literal["state", "progress"]
+    data: dict[str, Any]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Job:
+    """A job as it stood when it was asked for. Times are seconds since 1970.
+
+    `position` is 1 for the job that is next, None unless queued; `starts_in` seconds are until then as far as they can
+    be predicted. `cancelling`: somebody asked to stop and the engine has not come to it yet. `progress` and `preview`
+    (JPEG) exist while it runs, `result` (the engine's report) and `path` once it has succeeded.
+    """
+
+    id: str
+    state: State
+    owner: str
+    preset: str
+    client_id: str | None
+    config: EngineConfig
+    request: Request
+    created: float
+    started: float | None = None
+    finished: float | None = None
+    position: int | None = None
+    starts_in: float | None = None
+    cancelling: bool = False
+    progress: Progress | None = None
+    preview: bytes | None = field(default=None, repr=False)
+    result: dict[str, Any] | None = None
+    error: dict[str, str] | None = None
+    path: Path | None = None
+
+    @property
+    def over(self) -> bool:
+        return self.state in OVER
+
+
+class JobStore:
+    """The rows of one folder's jobs. Every method is one transaction; sqlite3.Error passes through."""
+
+    def __init__(self, file: Path) -> None:
+        self._file = file
+        try:
+            file.parent.mkdir(parents=True, exist_ok=True)
+            self._db = sqlite3.connect(file, timeout=1.0, isolation_level=None, check_same_thread=False)
+        except (OSError, sqlite3.Error) as error:
+            raise OutputError(
+                f"{short_path(file)} cannot be opened: {error}. Check the folder's permissions."
+            ) from None
+        try:
+            self._open()
+        except sqlite3.Error as error:
+            self._db.close()
+            if "locked" in str(error):
+                raise ConfigError(
+                    f"Another process is already using the jobs in {short_path(file.parent)}. "
+                    "Stop it first, or give this one another output folder."
+                ) from None
+            raise OutputError(
+                f"{short_path(file)} cannot be used: {error}. Free some disk space, or move the file away to start "
+                "with an empty history; the videos stay."
+            ) from None
+        except BaseException:
+            self._db.close()
+            raise
+
+    def _open(self) -> None:
+        self._db.row_factory = sqlite3.Row
+        for pragma in ("locking_mode=EXCLUSIVE", "journal_mode=WAL", "synchronous=NORMAL", "foreign_keys=ON"):
+            self._db.execute(f"PRAGMA {pragma}").fetchall()
+        with self.transaction():  # takes the lock, and keeps it
+            (version,) = self._db.execute("PRAGMA user_version").fetchone()
+            if version > _VERSION:
+                raise ConfigError(f"{short_path(self._file)} was written by a newer version. Update, or move it away.")
+            if version == 0:
+                for statement in _SCHEMA.split(";\n"):
+                    self._db.execute(statement)
+                self._db.execute(f"PRAGMA user_version={_VERSION}")
+
+    @contextmanager
+    def transaction(self) -> Iterator[None]:
+        """All or nothing. Inside another transaction it is part of that one."""
+        if self._db.in_transaction:
+            yield
+            return
+        self._db.execute("BEGIN IMMEDIATE")
+        try:
+            yield
+        except BaseException:
+            if self._db.in_transaction:  # a full disk has rolled back already
+                self._db.execute("ROLLBACK")
+            raise
+        self._db.execute("COMMIT")
+
+    def close(self) -> None:
+        self._db.close()
+
+    def add(
+        self,
+        id: str,
+        *,
+        config: EngineConfig,
+        request: Request,
+        owner: str,
+        preset: str,
+        client_id: str | None,
+        time: float,
+    ) -> None:
+        """A new job at the end of the queue."""
+        values = (id, client_id, owner, preset, _dump(config.to_json()), _dump(request.to_json()), time)
+        with self.transaction():
+            self._db.execute(
+                "INSERT INTO jobs (id, client_id, owner, preset, config, request, created, state, place)"
+                " VALUES (?, ?, ?, ?, ?, ?, ?, 'queued', (SELECT coalesce(max(place), 0) + 1 FROM jobs))",
+                values,
+            )
+            self.add_event(id, time, "state", {"state": "queued"})
+
+    def job(self, id: str) -> Job:
+        row = self._db.execute("SELECT * FROM jobs WHERE id = ?", (id,)).fetchone()
+        if row is None:
+            raise UnknownJob(f"There is no job {id[:40]!r}. It may have been deleted.")
+        return _job(row)
+
+    def find(self, owner: str, client_id: str) -> Job | None:
+        sql = "SELECT * FROM jobs WHERE owner = ? AND client_id = ?"
+        row = self._db.execute(sql, (owner, client_id)).fetchone()
+        return None if row is None else _job(row)
+
+    def jobs(self, owner: str | None, states: Iterable[State], limit: int) -> list[Job]:
+        """The newest first."""
+        sql = "SELECT * FROM jobs WHERE (? IS NULL OR owner = ?) AND instr(?, state) ORDER BY number DESC LIMIT ?"
+        return [_job(row) for row in self._db.execute(sql, (owner, owner, " ".join(states), limit))]
+
+    def queued(self) -> list[str]:
+        """Ids in the order in which they will run."""
+        return [id for (id,) in self._db.execute("SELECT id FROM jobs WHERE state = 'queued' ORDER BY place, number")]
+
+    def over(self) -> list[tuple[str, float]]:
+        """(id, when it ended) of the jobs that are over, the oldest first."""
+        sql = "SELECT id, coalesce(finished, created) AS ended FROM jobs WHERE instr(?, state) ORDER BY ended, number"
+        return [(row["id"], row["ended"]) for row in self._db.execute(sql, (" ".join(OVER),))]
+
+    def counts(self) -> dict[State, int]:
+        found = dict(self._db.execute("SELECT state, count(*) FROM jobs GROUP BY state").fetchall())
+        return {state: found.get(state, 0) for state in STATES}
+
+    def start(self, id: str, time: float) -> None:
+        with self.transaction():
+            self._db.execute("UPDATE jobs SET state = 'running', place = NULL, started = ? WHERE id = ?", (time, id))
+            self.add_event(id, time, "state", {"state": "running"})
+
+    def finish(
+        self,
+        id: str,
+        state: State,
+        time: float,
+        *,
+        result: dict[str, Any] | None = None,
+        error: dict[str, str] | None = None,
+    ) -> None:
+        values = (state, time, None if result is None else _dump(result), None if error is None else _dump(error), id)
+        with self.transaction():
+            self._db.execute(
+                "UPDATE jobs SET state = ?, place = NULL, finished = ?, result = ?, error = ? WHERE id = ?", values
+            )
+            self.add_event(id, time, "state", {"state": state, "error": error} if error else {"state": state})
+
+    def requeue(self, id: str, time: float) -> None:
+        """Back to the end of the queue, as if it had never run."""
+        with self.transaction():
+            self._db.execute(
+                "UPDATE jobs SET state = 'queued', started = NULL, finished = NULL, result = NULL, error = NULL,"
+                " place = (SELECT coalesce(max(place), 0) + 1 FROM jobs) WHERE id = ?",
+                (id,),
+            )
+            self.add_event(id, time, "state", {"state": "queued"})
+
+    def order(self, ids: Sequence[str]) -> None:
+        """Lets the queued jobs run in this order."""
+        with self.transaction():
+            self._db.executemany("UPDATE jobs SET place = ? WHERE id = ?", enumerate(ids, 1))
+
+    def set_request(self, id: str, request: Request) -> None:
+        self._db.execute("UPDATE jobs SET request = ? WHERE id = ?", (_dump(request.to_json()), id))
+
+    def remove(self, id: str) -> None:
+        self._db.execute("DELETE FROM jobs WHERE id = ?", (id,))
+
+    def add_event(self, id: str, time: float, kind: str, data: dict[str, Any]) -> None:
+        self._db.execute(
+            "INSERT INTO events (job, id, time, kind, data)"
+            " VALUES (?, (SELECT coalesce(max(id), 0) + 1 FROM events WHERE job = ?), ?, ?, ?)",
+            (id, id, time, kind, _dump(data)),
+        )
+
+    def events(self, id: str, after: int) -> list[JobEvent]:
+        sql = "SELECT id, time, kind, data FROM events WHERE job = ? AND id > ? ORDER BY id"
+        return [
+            JobEvent(id=row["id"], time=row["time"], kind=row["kind"], data=json.loads(row["data"]))
+            for row in self._db.execute(sql, (id, after))
+        ]
+
+    def recover(self, time: float) -> None:
+        """After a restart: what was running is interrupted; what this version cannot read any more is dropped."""
+        with self.transaction():
+            for row in self._db.execute("SELECT * FROM jobs").fetchall():
+                try:
+                    _job(row)
+                except (LightX2VError, ValueError, TypeError, KeyError) as error:
+                    log.warning("job %s is from another version and is dropped: %s", row["id"], error)
+                    self.remove(row["id"])
+                    continue
+                if row["state"] == "running":
+                    self.finish(row["id"], "interrupted", time, error=INTERRUPTED)
+
+
+def _job(row: sqlite3.Row) -> Job:
+    return Job(
+        **{key: row[key] for key in ("id", "state", "owner", "preset", "client_id", "created", "started", "finished")},
+        config=EngineConfig.from_json(json.loads(row["config"])),
+        request=Request.from_json(json.loads(row["request"])),
+        result=None if row["result"] is None else json.loads(row["result"]),
+        error=None if row["error"] is None else json.loads(row["error"]),
+    )
+
+
+def _dump(data: Any) -> str:
+    return json.dumps(data, separators=(",", ":"))
