@@ -189,7 +189,7 @@ def _output_path(options: argparse.Namespace, resolved: Resolved, request: Reque
         stamp = time.strftime("%Y%m%d-%H%M%S")
         name = f"{Path(resolved.preset.name).name or resolved.preset.task}_{request.seed}_{stamp}.mp4"
         path = Path(environment.output_dir or "outputs") / name
-    if path.exists() and not options.force:
+    if os.path.exists(path) and not options.force:  # False, unlike Path.exists, where the name is impossible
         raise BadRequest(f"{path} exists. Choose another --save_result_path, or add --force to replace it.")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)

@@ -1,0 +1,107 @@
+from __future__ import annotations
+
+import io
+import logging
+import os
+import signal
+
+import pytest
+
+from lightx2v.progress import Progress
+from lightx2v.terminal import Interrupts, ProgressLine, clock, describe, logging_to, one_line
+
+
+class Terminal(io.StringIO):
+    def isatty(self) -> bool:
+        return True
+
+
+def step(number: int, *, expert: str = "high", stage: str = "denoise") -> Progress:
+    return Progress(stage=stage, step=number, total=4, expert=expert, seconds=65.4, eta=3661, vram_peak=3 << 29)
+
+
+def test_an_event_says_stage_step_time_and_memory() -> None:
+    expected = "denoise high   [############............] 2/4  1:05  1:01:01 left  1.5 GiB"
+    assert describe(step(2)) == expected
+    assert describe(Progress(stage="load", seconds=2.0)) == "load           0:02"
+    assert describe(Progress(stage="download", message="a\nb")).endswith("a\\nb")
+
+
+@pytest.mark.parametrize(("seconds", "text"), [(0, "0:00"), (59.6, "1:00"), (3599, "59:59"), (3600, "1:00:00")])
+def test_times_read_like_a_clock(seconds: float, text: str) -> None:
+    assert clock(seconds) == text
+
+
+def test_a_terminal_gets_one_line_that_is_redrawn() -> None:
+    stream = Terminal()
+    line = ProgressLine(stream)
+    for number in range(1, 5):
+        line(step(number))
+    line.clear()
+    text = stream.getvalue()
+    assert "\n" not in text
+    assert text.count("\r\x1b[K") == 4
+    assert text.endswith("\r\x1b[K")
+
+
+def test_a_bar_is_never_wider_than_the_terminal(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", "20")
+    stream = Terminal()
+    ProgressLine(stream)(step(1))
+    assert len(stream.getvalue()) == 19
+
+
+def test_a_file_gets_a_plain_line_for_each_stage_and_no_control_characters() -> None:
+    stream = io.StringIO()
+    line = ProgressLine(stream)
+    for number in (0, 1, 2):
+        line(step(number))
+    for number in (3, 4):
+        line(step(number, expert="low"))
+    lines = stream.getvalue().splitlines()
+    assert [text.split()[1] for text in lines] == ["high", "low", "low"]
+    assert lines[-1].split()[3] == "4/4"
+    assert stream.getvalue().replace("\n", "").isprintable()
+
+
+def test_text_cannot_forge_lines_or_drive_the_terminal() -> None:
+    assert one_line("a\nERROR b\r\x1b[2J\x85\u2028猫 🐈") == "a\\nERROR b\\r\\x1b[2J\\x85\\u2028猫 🐈"
+
+
+def test_log_records_stand_on_one_line_above_the_bar() -> None:
+    stream = Terminal()
+    line = ProgressLine(stream)
+    logger = logging.getLogger("lightx2v.test")
+    with logging_to(stream, line, logging.INFO):
+        line(step(1))
+        logger.info("prompt %s", "a\n00:00:00 ERROR   forged")
+        logger.debug("too much")
+    logger.error("after")
+    shown = stream.getvalue().split("\r\x1b[K")[1]
+    assert shown.count("\n") == 1
+    assert shown.endswith("INFO    prompt a\\n00:00:00 ERROR   forged\n")
+    assert logging.getLogger("lightx2v").handlers == []
+
+
+def send(number: signal.Signals) -> None:
+    os.kill(os.getpid(), number)
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_the_first_signal_asks_a_run_to_stop_and_the_second_stops_it(number: signal.Signals, code: int) -> None:
+    before = signal.getsignal(number)
+    with Interrupts() as interrupts:
+        with interrupts.cancelling() as token:
+            assert not token.cancelled
+            send(number)
+            assert token.cancelled
+            with pytest.raises(KeyboardInterrupt):
+                send(number)
+        assert interrupts.exit_code == code
+    assert signal.getsignal(number) is before
+
+
+def test_a_signal_outside_of_a_run_stops_at_once() -> None:
+    with Interrupts() as interrupts, pytest.raises(KeyboardInterrupt):
+        send(signal.SIGTERM)
+    assert interrupts.token.cancelled
