@@ -5,9 +5,9 @@ from __future__ import annotations
 import gc
 import re
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import TypeVar
 
 import torch
 
@@ -19,6 +19,8 @@ from .models.preview import Preview
 from .offload import Placement, Resident
 from .progress import Meter, OnProgress
 from .weights.locate import locate
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -47,8 +49,9 @@ def load_engine(config: EngineConfig, *, preset: str = "", on_progress: OnProgre
             for name in (config.self_attn_1_type, config.cross_attn_1_type)
         )
         files = locate(config)
-        with out_of_memory_means("while loading the model"):
-            placement = Resident(files, config, precision, self_attention, cross_attention)
+        placement = within_memory(
+            lambda: Resident(files, config, precision, self_attention, cross_attention), "while loading the model"
+        )
         with torch.inference_mode(), placement.vae() as vae:
             preview = Preview.for_vae(vae, files.vae)
     return Engine(
@@ -82,31 +85,26 @@ def require_implemented(config: EngineConfig) -> None:
         raise ConfigError(f"Not implemented yet: {', '.join(missing)}. Choose a base preset without offload.")
 
 
-@contextmanager
-def out_of_memory_means(when: str) -> Iterator[None]:
-    """Turns an allocator's error into OutOfMemory with advice, and lets go of what the failed call held.
+def within_memory(call: Callable[[], T], when: str) -> T:
+    """`call()`, with an allocator's error turned into OutOfMemory with advice.
 
-    The new error is raised outside of the `except` block: the old one's traceback keeps every tensor of the failed
-    step alive for as long as it is somebody's context.
+    The new error is raised outside of the `except` block, where the old one is no longer its context: through that
+    one's traceback every tensor of the failed step would stay alive. A context manager could not do this.
     """
-    failure: str | None = None
     try:
-        yield
+        return call()
     except (torch.OutOfMemoryError, MemoryError) as error:
         failure = str(error)
-        error.with_traceback(None)
     except RuntimeError as error:  # the CPU allocator has no type of its own
         if not re.search(r"DefaultCPUAllocator|not enough memory|cannot allocate", str(error), re.IGNORECASE):
             raise
         failure = str(error)
-        error.with_traceback(None)
-    if failure is not None:
-        free_memory()
-        first_line = failure.strip().splitlines()[0][:200] if failure.strip() else "no details"
-        raise OutOfMemory(
-            f"Out of memory {when} ({first_line}). "
-            "Make the video smaller or shorter, turn offload on, or take an FP8 preset."
-        )
+    free_memory()
+    first_line = failure.strip().splitlines()[0][:200] if failure.strip() else "no details"
+    raise OutOfMemory(
+        f"Out of memory {when} ({first_line}). "
+        "Make the video smaller or shorter, turn offload on, or take an FP8 preset."
+    )
 
 
 def free_memory() -> None:

@@ -20,7 +20,7 @@ from typing import Any, Self
 import torch
 
 from .config import resolve
-from .engine import Engine, free_memory, load_engine, out_of_memory_means
+from .engine import Engine, free_memory, load_engine, within_memory
 from .engine_config import EngineConfig
 from .errors import Busy, ConfigError
 from .progress import CancelToken, OnProgress
@@ -241,9 +241,13 @@ class LightX2VPipeline:
             if request.seed == -1:
                 request = replace(request, seed=draw_seed())
             size = f"at {request.width}x{request.height} with {request.frames} frames"
-            with torch.inference_mode(), out_of_memory_means(size):
-                run = Run(engine, request, on_progress, cancel)
-                return run.video(save_result_path, metadata, force, return_frames, return_latents)
+            with torch.inference_mode():
+                return within_memory(
+                    lambda: Run(engine, request, on_progress, cancel).video(
+                        save_result_path, metadata, force, return_frames, return_latents
+                    ),
+                    size,
+                )
         finally:
             self._running.release()
 
