@@ -147,6 +147,8 @@ def _settings(options: argparse.Namespace, environment: Environment) -> tuple[Re
     else:
         raise ConfigError("Say what to run: --preset NAME or --config_json FILE. --list_presets shows the names.")
     given = {key: value for key, value in vars(options).items() if key in _OVERRIDES and value not in (None, "")}
+    if "guidance" in given and len(given["guidance"]) == 1:
+        given["guidance"] = given["guidance"][0]
     if options.strict_attention:
         given["attention_strict"] = True
     if options.target_shape:

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from conftest import TinyModels
 
 from lightx2v.config import PROJECT, EngineConfig
 from lightx2v.errors import Cancelled, CheckpointError, OutOfMemory
@@ -233,7 +234,7 @@ def test_an_existing_file_is_kept_unless_forced(infer: Infer, stage: Stage, tmp_
         (("--preset", "demo_t2v_base", "--prompt", "x", "--image_path", "a.png"), "takes no image"),
         (("--preset", "demo_i2v_base", "--prompt", "x"), "needs image_path"),
         (("--preset", "demo_t2v_base", "--prompt", "x", "--save_result_path", "."), "exists"),
-        (("--preset", "demo_t2v_base", "--prompt", "x", "--save_result_path", "a" * 300 + ".mp4"), "300"),
+        (("--preset", "demo_t2v_base", "--prompt", "x", "--save_result_path", "a" * 300 + ".mp4"), "304 bytes long"),
         (("--preset", "t2v_base_cfg_ulysses", "--prompt", "x"), "torchrun --nproc_per_node=8"),
         (("--preset", "demo_t2v_base", "--prompt", "x", "--promt", "y"), "unrecognized arguments"),
         (("--from", "none.mp4"), "There is no file"),
@@ -449,3 +450,14 @@ def test_what_nobody_foresaw_is_one_line_and_no_traceback(tmp_path: Path) -> Non
     assert ended.returncode == 1
     assert "error: unexpected TypeError: nobody foresaw\\x1b this" in ended.stderr
     assert "Traceback" not in ended.stderr
+
+
+# ---- the whole way
+
+
+def test_a_real_video_is_made_and_repeated_from_its_file(tiny: TinyModels, tmp_path: Path) -> None:
+    flags = ["--model_path", str(tiny.t2v), "--prompt", "a red ball", "--save_result_path", str(tmp_path / "a.mp4")]
+    small = ["--height", "32", "--width", "48", "--frames", "5", "--steps", "2", "--guidance", "1"]
+    assert main([*flags, *small]) == 0
+    assert main(["--from", str(tmp_path / "a.mp4"), "--save_result_path", str(tmp_path / "b.mp4")]) == 0
+    assert (tmp_path / "a.mp4").read_bytes() == (tmp_path / "b.mp4").read_bytes()
