@@ -25,7 +25,7 @@ from torch import nn
 
 from ..errors import CheckpointError, short_path
 from ..weights.checkpoint import Checkpoint, open_checkpoint
-from ..weights.stream import check_fit, stream_into
+from ..weights.stream import load_into
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
@@ -109,6 +109,8 @@ class TextEncoder(nn.Module):
         text_len: int = 512,
     ) -> TextEncoder:
         """From Wan's T5 file (or transformers' folder) and the tokenizer's folder."""
+        if dtype is torch.float16:  # UMT5's activations leave its range
+            dtype = torch.bfloat16
         if not isinstance(checkpoint, Checkpoint):
             checkpoint = open_checkpoint(checkpoint)
         source = short_path(checkpoint.path)
@@ -123,14 +125,7 @@ class TextEncoder(nn.Module):
         kept = {
             name: theirs for name, theirs in names.items() if theirs not in (EMBEDDING, "encoder.embed_tokens.weight")
         }
-        check_fit(
-            holder,
-            {theirs: checkpoint.shapes[name] for name, theirs in kept.items()},
-            {theirs: checkpoint.dtypes[name] for name, theirs in kept.items()},
-            source_name=source,
-        )
-        tensors = ((kept[name], tensor) for name, tensor in checkpoint.tensors(kept))
-        stream_into(holder, tensors, dtype_of=lambda _: dtype, device=device, source_name=source)
+        load_into(holder, checkpoint, names=kept, dtype_of=lambda _: dtype, device=device)
         table = next(name for name, theirs in names.items() if theirs == EMBEDDING)
         encoder = cls(stack, checkpoint.mapped(table), load_tokenizer(tokenizer), text_len=text_len)
         encoder.require_vocabulary(sizes.vocab, short_path(tokenizer))

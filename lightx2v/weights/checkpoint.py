@@ -1,7 +1,7 @@
 """One model's tensors, whatever they are stored in: a file, shards with or without an index, a folder split by block.
 
     checkpoint = open_checkpoint(path)        names, shapes and dtypes; no tensor is read yet
-    checkpoint.tensor("head.head.weight")     one tensor
+    checkpoint.tensor("head.head.weight")     one tensor, as it is stored
     for name, tensor in checkpoint.tensors(): all of them, one at a time, in the order they lie on disk
 
 What a file is gets decided by its first bytes and never by its name: a pickle called `model.safetensors` is still a
@@ -12,14 +12,14 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Container, Iterator
+from collections.abc import Callable, Container, Iterator
 from pathlib import Path, PurePath
 
 import torch
 
 from ..errors import CheckpointError, short_path
 from .pth_file import PthFile
-from .safetensors_file import AGAIN, SafetensorsFile
+from .safetensors_file import AGAIN, CHUNK, Entry, SafetensorsFile
 
 TensorFile = SafetensorsFile | PthFile
 
@@ -55,7 +55,11 @@ class Checkpoint:
 
     @property
     def nbytes(self) -> int:
-        return sum(entry.nbytes for file in self.files for entry in file.entries.values())
+        return sum(entry.nbytes for _, entry in self.entries())
+
+    def entries(self) -> Iterator[tuple[str, Entry]]:
+        """What the headers say of each tensor."""
+        return (item for file in self.files for item in file.entries.items())
 
     def file_of(self, name: str) -> Path:
         return self._home[name].path
@@ -68,12 +72,19 @@ class Checkpoint:
         """One tensor as a memory map: bytes are read when they are touched. Treat it as read-only."""
         return self._home[name].mapped(name)
 
-    def tensors(self, names: Container[str] | None = None) -> Iterator[tuple[str, torch.Tensor]]:
-        """All tensors, or those in `names`, one at a time, in the order they lie on disk."""
+    def tensors(
+        self, names: Container[str] | None = None, *, dtype_of: Callable[[str], torch.dtype] | None = None
+    ) -> Iterator[tuple[str, torch.Tensor]]:
+        """All tensors, or those in `names`, one at a time, in the order they lie on disk.
+
+        With `dtype_of` (the file's name of a tensor -> dtype) ordinary floats are cast while they are read, which
+        takes no memory for the dtype on disk. Without it they come as stored, e.g. to merge a LoRA before rounding.
+        """
+        staging = torch.empty(CHUNK, dtype=torch.uint8)
         for file in self.files:
             for name, _ in sorted(file.entries.items(), key=lambda item: item[1].start):
                 if names is None or name in names:
-                    yield name, file.read(name)
+                    yield name, file.read(name, dtype_of(name) if dtype_of else None, staging)
 
 
 def open_checkpoint(path: str | Path) -> Checkpoint:

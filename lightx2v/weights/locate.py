@@ -1,8 +1,9 @@
 """From an EngineConfig to the files of a model: both experts, text encoder, tokenizer, VAE, architecture.
 
 A folder in the official layout needs no more than its name; every part can also be named by itself. A relative path is
-looked for as it is, below `models_dir` and beside the model. All that is missing is named in one error, with the places
-that were looked at and what to do. Only local files: names on the Hub become folders before this (hub.py).
+looked for below `models_dir`, the working folder, the project, and in and beside the model. All that is missing is
+named in one error, with the places that were looked at and what to do. Only local files: names on the Hub become
+folders before this (hub.py).
 """
 
 from __future__ import annotations
@@ -16,12 +17,15 @@ from typing import TYPE_CHECKING, Any
 from ..errors import CheckpointError, short_path
 
 if TYPE_CHECKING:
-    from ..config import EngineConfig
+    from ..engine_config import EngineConfig
 
 VAE_NAME = "Wan2.1_VAE.pth"
 T5_NAME = "models_t5_umt5-xxl-enc-{}.pth"
 SHARED_FOLDERS = ("distill_int8", "distill_fp8", "distill_models", "int8", "fp8", "original", "")
 """Where below the model folder LightX2V looks for T5 and VAE, in its order."""
+
+PROJECT = Path(__file__).parents[2]
+"""The demo model's presets say `assets/demo/...` wherever the program is started from."""
 
 ARCHITECTURE_FOLDERS = (
     "",
@@ -69,9 +73,7 @@ class _Search:
         self.config = config
         self.missing: list[str] = []
         self.model = self._resolve(config.model_path, beside_model=False)
-        if self.model is None or not self.model.is_dir():
-            where = self.model or config.model_path or "(not set)"
-            self.missing.append(f"model_path {short_path(where)} is not a folder here.")
+        if self.model is not None and not self.model.is_dir():
             self.model = None
 
     def expert(self, which: str) -> Path | None:
@@ -112,14 +114,15 @@ class _Search:
             path = path / inside if (path / inside).exists() else None
         if path is None:
             places = ", ".join(short_path(place) for place in self._places(value)) or "nowhere"
-            self.missing.append(f"{part}: {key} is {value}; looked for {places}.")
+            self.missing.append(f"{part}: {key} is {short_path(value, 3)}; looked for {places}.")
         return path
 
     def _in_model(self, part: str, places: Iterable[str], exists: Any) -> Path | None:
         """The first of these places below the model folder."""
-        if self.model is None:
-            return None  # said already, once
         places = list(places)
+        if self.model is None:
+            self.missing.append(f"{part}: there is no folder {short_path(self.config.model_path, 3)} (model_path).")
+            return None
         for place in places:
             if exists(self.model / place):
                 return self.model / place
@@ -131,11 +134,11 @@ class _Search:
         return next((place for place in places if place.exists()), None)
 
     def _places(self, value: str, *, beside_model: bool = True) -> list[Path]:
-        """Where a path of the configuration may be: as it is, below models_dir, in or beside the model folder."""
+        """Where a path of the configuration may be, in the order in which it is looked for."""
         path = Path(value).expanduser()
         if path.is_absolute():
             return [path]
-        roots = [Path.cwd()]
+        roots = [Path.cwd(), PROJECT]
         if self.config.models_dir:
             roots.insert(0, Path(self.config.models_dir).expanduser())
         if beside_model and self.model is not None:

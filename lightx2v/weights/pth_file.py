@@ -8,13 +8,14 @@ from __future__ import annotations
 
 import pickle
 import re
+import warnings
 import zipfile
 from pathlib import Path
 
 import torch
 
 from ..errors import CheckpointError, short_path
-from .safetensors_file import AGAIN, Entry
+from .safetensors_file import AGAIN, Entry, cast_target
 
 MIN_TORCH = (2, 10)
 REMAP_AFTER = 512 << 20
@@ -27,22 +28,36 @@ class PthFile:
     def __init__(self, path: Path) -> None:
         self.path = path
         self.metadata: dict[str, str] = {}
+        if path.suffix.lower() == ".safetensors":  # torch.load, too, would believe the name
+            raise CheckpointError(
+                f"{short_path(path)} was refused: its name says safetensors, its content is a PyTorch pickle. "
+                "If you know where it is from, rename it to .pth."
+            )
         _require_safe_torch(path)
         self._zip = zipfile.is_zipfile(path)
         if self._zip:
             _check_zip(path)
+        elif _starts_as_zip(path):
+            raise CheckpointError(
+                f"{short_path(path)} is incomplete: got {path.stat().st_size} bytes, its end is missing. {AGAIN}"
+            )
         self._state = self._open()
         self.entries = {name: _entry(path, name, tensor) for name, tensor in self._state.items()}
         self._touched = 0
 
-    def read(self, name: str) -> torch.Tensor:
-        """The tensor in memory of its own. The map is renewed now and then: pages once read count as resident."""
+    def read(self, name: str, dtype: torch.dtype | None = None, staging: torch.Tensor | None = None) -> torch.Tensor:
+        """The tensor in memory of its own; an ordinary float is cast to `dtype` on the way.
+
+        The map is renewed now and then, because pages once read count as resident memory.
+        """
         self._touched += self.entries[name].nbytes
         if self._zip and self._touched > REMAP_AFTER:
             self._touched = self.entries[name].nbytes
             self._state = {}
             self._state = self._open()
-        return self._state[name].clone(memory_format=torch.contiguous_format)
+        tensor = self._state[name]
+        result = torch.empty(tensor.shape, dtype=cast_target(tensor.dtype, dtype))
+        return result.copy_(tensor)
 
     def mapped(self, name: str) -> torch.Tensor:
         """The tensor as a private memory map: nothing is read before it is touched. Treat it as read-only."""
@@ -51,7 +66,9 @@ class PthFile:
     def _open(self) -> dict[str, torch.Tensor]:
         name = short_path(self.path)
         try:
-            state = torch.load(self.path, map_location="cpu", weights_only=True, mmap=self._zip)
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # of an unusual pickle protocol; what comes of it is checked below
+                state = torch.load(self.path, map_location="cpu", weights_only=True, mmap=self._zip)
         except pickle.UnpicklingError:
             raise CheckpointError(
                 f"{name} was refused: it is a pickle that holds more than tensors and could run code when read. "
@@ -74,6 +91,11 @@ def _require_safe_torch(path: Path) -> None:
             f"{short_path(path)} is a PyTorch pickle and torch {torch.__version__} cannot read those safely: it needs "
             "torch 2.10 or later (pip install --upgrade torch). Safetensors files load with any version."
         )
+
+
+def _starts_as_zip(path: Path) -> bool:
+    with path.open("rb") as file:
+        return file.read(2) == b"PK"
 
 
 def _check_zip(path: Path) -> None:

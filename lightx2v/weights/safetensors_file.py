@@ -5,7 +5,8 @@ claims is checked against the file's size before a tensor is read, so that a sho
 tensors over the same bytes end in a CheckpointError and not in a crash or in wrong numbers.
 
 Tensors are read with plain reads into memory of their own. A memory map would be simpler, but its pages count as
-resident memory until the map is closed: loading a 57 GB expert that way shows 57 GB (benchmarks/load_rss.py).
+resident memory until the map is closed, and a tensor that is read whole before it is cast needs both copies at once:
+benchmarks/load_rss.py measures all three ways.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ import json
 import math
 import struct
 from dataclasses import dataclass
+from io import FileIO
 from pathlib import Path
 
 import torch
@@ -43,6 +45,13 @@ MAX_HEADER = 16 << 20
 """A 14-billion-parameter expert's header has 150 kB; more than this is no header."""
 
 MAX_DIMS = 16
+
+FLOATS = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
+"""What an ordinary weight may be stored in and cast between. Everything else (float8, int8) keeps its dtype."""
+
+CHUNK = 4 << 20
+"""Bytes read at once when a tensor is cast while it is read: small enough to stay in a processor's cache."""
+
 AGAIN = "Delete the file and download it again."
 
 
@@ -63,24 +72,34 @@ class SafetensorsFile:
         self.path = path
         self.entries, self.metadata = read_header(path)
 
-    def read(self, name: str) -> torch.Tensor:
-        """The tensor in memory of its own."""
+    def read(self, name: str, dtype: torch.dtype | None = None, staging: torch.Tensor | None = None) -> torch.Tensor:
+        """The tensor in memory of its own; an ordinary float is cast to `dtype` chunk by chunk on the way.
+
+        `staging` is CHUNK bytes to do that in; whoever reads many tensors brings one for all.
+        """
         entry = self.entries[name]
-        tensor = torch.empty(entry.shape, dtype=entry.dtype)
-        if entry.nbytes:
-            target = memoryview(tensor.view(-1).view(torch.uint8).numpy())
-            with self.path.open("rb", buffering=0) as file:
-                file.seek(entry.start)
-                done = 0
-                while done < entry.nbytes:  # one read returns 2 GiB at most
-                    got = file.readinto(target[done:])
-                    if not got:
-                        raise CheckpointError(
-                            f"{short_path(self.path)} became shorter while {name} was read: got {done} of "
-                            f"{entry.nbytes} bytes. {AGAIN}"
-                        )
-                    done += got
-        return tensor
+        target = cast_target(entry.dtype, dtype)
+        result = torch.empty(entry.shape, dtype=target)
+        flat = result.view(-1)
+        with self.path.open("rb", buffering=0) as file:
+            file.seek(entry.start)
+            if target == entry.dtype:
+                self._fill(file, flat, name)
+                return result
+            chunk = (staging if staging is not None else torch.empty(CHUNK, dtype=torch.uint8)).view(entry.dtype)
+            for part in flat.split(len(chunk)):
+                self._fill(file, chunk[: len(part)], name)
+                part.copy_(chunk[: len(part)])
+        return result
+
+    def _fill(self, file: FileIO, flat: torch.Tensor, name: str) -> None:
+        target = flat.view(torch.uint8).numpy().data
+        done = 0
+        while done < len(target):  # one read returns 2 GiB at most
+            got = file.readinto(target[done:])
+            if not got:
+                raise CheckpointError(f"{short_path(self.path)} became shorter while {name} was read. {AGAIN}")
+            done += got
 
     def mapped(self, name: str) -> torch.Tensor:
         """The tensor as a private memory map: nothing is read before it is touched. Treat it as read-only."""
@@ -92,6 +111,11 @@ class SafetensorsFile:
         if data.data_ptr() % entry.dtype.itemsize:
             data = data.clone()
         return data.view(entry.dtype).view(entry.shape)
+
+
+def cast_target(stored: torch.dtype, wanted: torch.dtype | None) -> torch.dtype:
+    """The dtype in which a tensor leaves its file."""
+    return wanted if wanted in FLOATS and stored in FLOATS else stored
 
 
 def read_header(path: Path) -> tuple[dict[str, Entry], dict[str, str]]:

@@ -14,13 +14,37 @@ from collections.abc import Callable, Iterable, Mapping
 import torch
 from torch import nn
 
-from ..errors import CheckpointError
+from ..errors import CheckpointError, short_path
+from .checkpoint import Checkpoint
+from .safetensors_file import FLOATS
 
 TensorStream = Iterable[tuple[str, torch.Tensor]]
 DtypeOf = Callable[[str], torch.dtype]
 
-CASTABLE = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
-"""What a checkpoint may store an ordinary weight in. Everything else (float8, int8) must match the module exactly."""
+
+def load_into(
+    module: nn.Module,
+    checkpoint: Checkpoint,
+    *,
+    dtype_of: DtypeOf,
+    device: torch.device | str,
+    names: Mapping[str, str] | None = None,
+) -> None:
+    """A checkpoint as it is into `module` (on the meta device): compared by its headers, then read.
+
+    `names` maps the file's names to the module's and leaves out what it does not hold.
+    """
+    names = names if names is not None else {name: name for name in checkpoint.shapes}
+    source = short_path(checkpoint.path)
+    check_fit(
+        module,
+        {ours: checkpoint.shapes[name] for name, ours in names.items()},
+        {ours: checkpoint.dtypes[name] for name, ours in names.items()},
+        source_name=source,
+    )
+    tensors = checkpoint.tensors(names, dtype_of=lambda name: dtype_of(names[name]))
+    renamed = ((names[name], tensor) for name, tensor in tensors)
+    stream_into(module, renamed, dtype_of=dtype_of, device=device, source_name=source)
 
 
 def stream_into(
@@ -94,9 +118,9 @@ def _slots(module: nn.Module) -> dict[str, torch.Tensor]:
 def _misfit(slot: torch.Tensor, shape: tuple[int, ...], dtype: torch.dtype) -> str:
     if shape != tuple(slot.shape):
         return f"has shape {list(shape)}, expected {list(slot.shape)}"
-    castable = dtype in CASTABLE and slot.dtype in CASTABLE
+    castable = dtype in FLOATS and slot.dtype in FLOATS
     if not castable and dtype != slot.dtype:
-        return f"has dtype {_name(dtype)}, expected {'a float' if slot.dtype in CASTABLE else _name(slot.dtype)}"
+        return f"has dtype {_name(dtype)}, expected {'a float' if slot.dtype in FLOATS else _name(slot.dtype)}"
     return ""
 
 
@@ -106,7 +130,7 @@ def _name(dtype: torch.dtype) -> str:
 
 def _place(tensor: torch.Tensor, slot: torch.Tensor, dtype: torch.dtype, device: torch.device | str) -> torch.Tensor:
     moved = tensor.to(device)  # first, so that an accelerator does the cast
-    return moved.to(dtype) if slot.dtype in CASTABLE else moved
+    return moved.to(dtype) if slot.dtype in FLOATS else moved
 
 
 def _assign(module: nn.Module, name: str, tensor: torch.Tensor) -> None:

@@ -1,0 +1,80 @@
+"""Do two files make a pair of experts for this task? Asked from their headers and a few small tensors, before loading.
+
+Wan2.2 has one expert for high and one for low noise, of the same shapes. A model of the other task, the same expert
+given twice, or the two the wrong way round would all run without complaint and make bad videos.
+"""
+
+from __future__ import annotations
+
+import re
+from pathlib import PurePath
+
+import torch
+
+from ..errors import CheckpointError, short_path
+from .checkpoint import Checkpoint
+from .naming import wan_names
+
+INPUT_CHANNELS = {"t2v": 16, "i2v": 36, "flf2v": 36}
+"""Noisy latent 16; with an image its latent 16 and a mask of 4 are added."""
+
+KIND = {16: "text-to-video", 36: "image-to-video"}
+SMALL = 64 << 10
+SAMPLES = 12
+
+
+def check_experts(high: Checkpoint, low: Checkpoint, task: str) -> tuple[str, ...]:
+    """Warnings about a probable mix-up; CheckpointError where the pair cannot be right."""
+    for which, checkpoint in (("high", high), ("low", low)):
+        _check_task(checkpoint, which, task)
+    if _same(high, low):
+        raise CheckpointError(
+            f"The high-noise and the low-noise expert are the same: {short_path(high.path)} and {short_path(low.path)} "
+            "hold equal weights. Give each expert its own file."
+        )
+    return tuple(
+        f"The {which}-noise expert is loaded from {short_path(checkpoint.path)}, which by its name is the "
+        f"{other}-noise one. If the two are swapped, the video will be bad."
+        for which, other, checkpoint in (("high", "low", high), ("low", "high", low))
+        if _says(checkpoint) == other
+    )
+
+
+def _check_task(checkpoint: Checkpoint, which: str, task: str) -> None:
+    names = {ours: name for name, ours in wan_names(checkpoint.shapes).items()}
+    patch = names.get("patch_embedding.weight")
+    if patch is None or len(checkpoint.shapes[patch]) != 5:
+        return  # no Wan video model at all: DiTConfig.from_checkpoint says so, with what is missing
+    got, expected = checkpoint.shapes[patch][1], INPUT_CHANNELS[task]
+    if got != expected:
+        raise CheckpointError(
+            f"The {which}-noise expert {short_path(checkpoint.path)} has {got} input channels "
+            f"({KIND.get(got, 'another model')}); task {task} needs {expected} ({KIND[expected]}). "
+            "Use the model of this task, or the task of this model."
+        )
+
+
+def _same(high: Checkpoint, low: Checkpoint) -> bool:
+    """Equal content in a dozen small tensors, spread over the model. Two trained experts differ in every one."""
+    if high.path.resolve() == low.path.resolve():
+        return True
+    if high.shapes != low.shapes or high.dtypes != low.dtypes:
+        return False
+    small = sorted(name for name, entry in high.entries() if 0 < entry.nbytes <= SMALL)
+    sample = small[:: max(1, len(small) // SAMPLES)]
+    return bool(sample) and all(_bytes_equal(high.tensor(name), low.tensor(name)) for name in sample)
+
+
+def _bytes_equal(a: torch.Tensor, b: torch.Tensor) -> bool:
+    return torch.equal(a.reshape(-1).view(torch.uint8), b.reshape(-1).view(torch.uint8))
+
+
+def _says(checkpoint: Checkpoint) -> str | None:
+    """ "high" or "low" if the file's or folder's name says one of them and not both, else what its metadata says."""
+    said = _noise_level(PurePath(checkpoint.path).name)
+    return said or _noise_level(" ".join(checkpoint.metadata.values()))
+
+
+def _noise_level(text: str) -> str | None:
+    found = set(re.findall(r"(?<![a-z])(high|low)[_\- ]?noise", text.lower()))
+    return found.pop() if len(found) == 1 else None

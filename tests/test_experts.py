@@ -1,0 +1,74 @@
+"""Two files that cannot be the two experts of a task are told apart before they are loaded."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+import pytest
+from conftest import TinyModels
+from safetensors.torch import load_file, save_file
+
+from lightx2v.errors import CheckpointError
+from lightx2v.weights.checkpoint import open_checkpoint
+from lightx2v.weights.experts import check_experts
+from lightx2v.weights.naming import wan_to_diffusers
+
+
+def check(high: Path, low: Path, task: str) -> tuple[str, ...]:
+    return check_experts(open_checkpoint(high), open_checkpoint(low), task)
+
+
+def merged(folder: Path, path: Path, prefix: str = "", **metadata: str) -> Path:
+    tensors = {name: t for shard in sorted(folder.glob("*.safetensors")) for name, t in load_file(shard).items()}
+    save_file({prefix + name: tensor for name, tensor in tensors.items()}, path, metadata=metadata or None)
+    return path
+
+
+@pytest.mark.parametrize("task", ["t2v", "i2v", "flf2v"])
+def test_the_right_pair_has_nothing_said_of_it(tiny: TinyModels, task: str) -> None:
+    model = tiny.t2v if task == "t2v" else tiny.i2v
+    assert check(model / "high_noise_model", model / "low_noise_model", task) == ()
+
+
+def test_weights_of_the_other_task_are_refused(tiny: TinyModels) -> None:
+    with pytest.raises(CheckpointError, match=r"16 input channels \(text-to-video\); task i2v needs 36"):
+        check(tiny.t2v / "high_noise_model", tiny.i2v / "low_noise_model", "i2v")
+    with pytest.raises(CheckpointError, match=r"low-noise.*36 input channels \(image-to-video\); task t2v needs 16"):
+        check(tiny.t2v / "high_noise_model", tiny.i2v / "low_noise_model", "t2v")
+
+
+def test_the_task_is_told_in_other_dialects_too(tiny: TinyModels, tmp_path: Path) -> None:
+    prefixed = merged(tiny.t2v / "high_noise_model", tmp_path / "a.safetensors", "model.diffusion_model.")
+    tensors = load_file(prefixed)
+    names = {name: wan_to_diffusers(name.removeprefix("model.diffusion_model.")) for name in tensors}
+    save_file({names[name]: tensor for name, tensor in tensors.items()}, tmp_path / "b.safetensors")
+    for path in (prefixed, tmp_path / "b.safetensors"):
+        with pytest.raises(CheckpointError, match="16 input channels"):
+            check(path, tiny.t2v / "low_noise_model", "i2v")
+
+
+def test_one_expert_given_twice_is_refused(tiny: TinyModels, tmp_path: Path) -> None:
+    high = tiny.t2v / "high_noise_model"
+    shutil.copytree(high, tmp_path / "low_noise_model")
+    for low in (high, tmp_path / "low_noise_model"):
+        with pytest.raises(CheckpointError, match="are the same"):
+            check(high, low, "t2v")
+
+
+def test_swapped_experts_are_warned_of_by_their_names(tiny: TinyModels, tmp_path: Path) -> None:
+    high, low = tiny.t2v / "high_noise_model", tiny.t2v / "low_noise_model"
+    warnings = check(low, high, "t2v")
+    assert len(warnings) == 2
+    assert "high-noise expert is loaded from" in warnings[0] and "is the low-noise one" in warnings[0]
+    released = merged(low, tmp_path / "wan2.2_t2v_A14b_low_noise_lightx2v_4step.safetensors")
+    plain = merged(high, tmp_path / "plain.safetensors")
+    assert len(check(released, plain, "t2v")) == 1
+    assert check(plain, released, "t2v") == ()
+
+
+def test_metadata_tells_where_the_name_does_not(tiny: TinyModels, tmp_path: Path) -> None:
+    a = merged(tiny.t2v / "high_noise_model", tmp_path / "a.safetensors", title="Wan2.2 high noise")
+    b = merged(tiny.t2v / "low_noise_model", tmp_path / "b.safetensors", title="Wan2.2 low_noise expert")
+    assert check(a, b, "t2v") == ()
+    assert len(check(b, a, "t2v")) == 2
