@@ -65,7 +65,7 @@ def describe(event: Progress) -> str:
         filled = BAR * event.step // event.total
         parts.append(f"[{'#' * filled}{'.' * (BAR - filled)}] {event.step}/{event.total}")
     parts.append(clock(event.seconds))
-    if event.eta is not None:
+    if event.eta is not None and round(event.eta) > 0:
         parts.append(f"{clock(event.eta)} left")
     if event.vram_peak:
         parts.append(f"{event.vram_peak / 2**30:.1f} GiB")
