@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..attention.sdpa import Attention, sdpa, sdpa_repeated_last
-from .pointwise import add, add_gated, norm_modulate, norm_rotate, rms_norm
+from .pointwise import add, add_gated, gelu, norm_modulate, norm_rotate, rms_norm
 
 
 class TextStates:
@@ -95,6 +95,11 @@ class QKVO(nn.Module):
         return self.split(rms_norm(k_BLD, self.norm_k.weight, self.eps).to(k_BLD.dtype)), self.split(self.v(rows_BLD))
 
 
+class Gelu(nn.Module):
+    def forward(self, x_BLF: Tensor) -> Tensor:
+        return gelu(x_BLF)
+
+
 class Block(nn.Module):
     def __init__(self, dim: int, ffn_dim: int, num_heads: int, eps: float) -> None:
         super().__init__()
@@ -103,7 +108,7 @@ class Block(nn.Module):
         self.self_attn = QKVO(dim, num_heads, eps)
         self.norm3 = nn.LayerNorm(dim, eps)
         self.cross_attn = QKVO(dim, num_heads, eps)
-        self.ffn = nn.Sequential(nn.Linear(dim, ffn_dim), nn.GELU("tanh"), nn.Linear(ffn_dim, dim))
+        self.ffn = nn.Sequential(nn.Linear(dim, ffn_dim), Gelu(), nn.Linear(ffn_dim, dim))
 
     def forward(self, streams: list[Tensor], index: int, shared: Pass) -> list[Tensor]:
         """One visit for all streams: several prompts cost one trip of the weights. `index` names kept keys and values.
