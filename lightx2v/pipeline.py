@@ -19,7 +19,7 @@ from typing import Any, Self
 
 import torch
 
-from .config import resolve
+from .config import Environment, resolve
 from .engine import Engine, free_memory, load_engine, within_memory
 from .engine_config import EngineConfig
 from .errors import Busy, ConfigError
@@ -152,7 +152,8 @@ class LightX2VPipeline:
             "dtype": dtype,
         }
         overrides = self._overrides | {key: value for key, value in given.items() if value is not None}
-        resolved = resolve(config_json if config_json is not None else {}, overrides)
+        preset = config_json if config_json is not None else {}
+        resolved = resolve(preset, overrides, environment=Environment.read())
         self._defaults = dict(resolved.request)
         self._engine = load_engine(resolved.engine, preset=resolved.preset.name)
 
