@@ -291,10 +291,10 @@ def train(
     optimizer = optimizers(vae, muon_rate, 4e-3)
     average = Average(vae, 0.998)
     memory_format = torch.channels_last_3d if layout else torch.contiguous_format
-    report, keep = clock.every(30), clock.every(100)
     squared = torch.zeros((), device=device)
     seen = 0
     clock.restart()
+    report, keep = clock.every(30), clock.every(100)
     say(f"training for {clock.seconds / 60:.2f} minutes, batch {batch}")
 
     def finish(final: bool) -> dict[str, float]:
