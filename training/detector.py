@@ -8,6 +8,7 @@ Works on batches (B clips, T frames, H height, W width) on any device.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import lru_cache
 
 import torch
 import torch.nn.functional as F
@@ -140,6 +141,7 @@ def _overlaps(mask: Tensor, boxes: _Boxes, frame: Tensor) -> Tensor:
     return both / either.clamp(min=1)
 
 
+@lru_cache(maxsize=1)
 def _outlines() -> Tensor:
     """Each kind's outline stretched to its bounding box: kinds x GRID x GRID bool."""
     axis = (torch.arange(600) + 0.5) / 200 - 1.5
