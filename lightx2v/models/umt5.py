@@ -177,6 +177,13 @@ def wan_name(name: str) -> str:
     return {theirs: ours for ours, theirs in _OUTSIDE}.get(name, name)
 
 
+def preload() -> None:
+    """Imports what `load` needs. transformers takes seconds to import: a program that has the time calls this early."""
+    import ftfy  # noqa: F401
+    import tokenizers  # noqa: F401
+    import transformers.models.umt5.modeling_umt5  # noqa: F401
+
+
 def build_stack(sizes: UMT5Sizes) -> UMT5Stack:
     """The encoder without weights, on the meta device. The token table is looked up outside of it."""
     from transformers.models.umt5.configuration_umt5 import UMT5Config

@@ -60,8 +60,11 @@ class PthFile:
         return result.copy_(tensor)
 
     def mapped(self, name: str) -> torch.Tensor:
-        """The tensor as a private memory map: nothing is read before it is touched. Treat it as read-only."""
-        return self._state[name]
+        """The tensor as a private memory map: nothing is read before it is touched. Treat it as read-only.
+
+        The map is a new one, so that keeping it keeps none of the pages that `read` has touched.
+        """
+        return self._open()[name]
 
     def _open(self) -> dict[str, torch.Tensor]:
         name = short_path(self.path)
