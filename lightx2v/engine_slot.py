@@ -96,12 +96,13 @@ class EngineSlot:
         # Text, not exc_info: a log record that is kept somewhere would keep the step's tensors through the traceback.
         log.error("job %s failed\n%s", id, "".join(traceback.format_exception(failure)))
         error, fatal = explain(failure, id), device_is_lost(failure)
-        sound = isinstance(failure, LightX2VError) or is_out_of_memory(failure)
+        starved, known = is_out_of_memory(failure), isinstance(failure, LightX2VError)
         release(failure)
         failure = None
-        if not sound:  # nobody knows what a bug left behind in the engine; the next job gets a fresh one
+        if starved:
+            free_memory()
+        elif not known:  # nobody knows what a bug left behind in the engine; the next job gets a fresh one
             self.close()
-        free_memory()
         return Outcome(error=error, fatal=fatal)
 
     def close(self) -> None:

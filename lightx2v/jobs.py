@@ -233,6 +233,8 @@ class JobManager:
 
     def purge(self) -> list[str]:
         """Deletes what `ttl` and `size_cap` say, the oldest first; returns the ids. The worker calls it by itself."""
+        if self._ttl is None and self._size_cap is None:
+            return []
         with self._session() as store:
             over = store.over()
             doomed = [id for id, ended in over if self._ttl is not None and ended < self._clock() - self._ttl]
@@ -314,7 +316,10 @@ class JobManager:
         ahead = self._remaining(store)
         for position, id in enumerate(store.queued(), 1):
             queue[id] = (position, ahead)
-            ahead = self._add(ahead, store.job(id))
+            if ahead is not None and self._predict is not None:
+                job = store.job(id)
+                seconds = self._predict(job.config, job.request)
+                ahead = None if seconds is None else ahead + seconds
         return queue
 
     def _remaining(self, store: JobStore) -> float | None:
@@ -323,17 +328,11 @@ class JobManager:
         if self._worker.running is None:
             return 0.0
         progress = self._worker.running.progress
-        if progress is not None and progress.eta is not None:
+        if progress is not None and progress.eta is not None and progress.stage in ("denoise", "decode", "write"):
             return progress.eta
         job = store.job(self._worker.running.id)
         whole = self._predict(job.config, job.request)
         return None if whole is None else max(0.0, whole - (self._clock() - (job.started or 0.0)))
-
-    def _add(self, ahead: float | None, job: Job) -> float | None:
-        if ahead is None or self._predict is None:
-            return None
-        seconds = self._predict(job.config, job.request)
-        return None if seconds is None else ahead + seconds
 
     def _complete(self, job: Job, queue: dict[str, tuple[int, float | None]] | None = None) -> Job:
         """Adds what is not in the store: place in the queue, progress, the video's path."""
