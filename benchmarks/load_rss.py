@@ -1,6 +1,6 @@
 """Peak memory and time of loading fp32 shards as bf16, in a fresh process each, every loaded page touched.
 
-    python benchmarks/load_rss.py --gib 2 --tensor_mib 256
+    PYTHONPATH=. python benchmarks/load_rss.py --gib 2 --tensor_mib 256
 
 Makes a folder of shards of that size (page cache warm), then loads it three ways: ours (`load_into`), the way of a
 state dict (`safetensors.load_file` of every shard, then cast), and `safe_open` one tensor at a time. The bound for ours
