@@ -6,9 +6,10 @@
 
 The outputs are compared first. The models then run A B A B, so that a busy machine slows both; each pair gives one
 ratio of times, and the median of the ratios and their quartiles are the result. The processor time is given too: other
-programs disturb it least. The last line is JSON. Text is encoded
-outside the clock for us and inside for diffusers, whose forward does it each time; so it is in practice: our pipeline
-encodes a prompt once, then runs every step with it. `--encode` puts it, and the keys and values made from it, inside.
+programs disturb it least. The last line is JSON.
+
+A pipeline encodes a prompt once and then runs every step with it, so encoding is outside our clock; diffusers' forward
+has it inside each time. `--encode` puts ours inside too, with the keys and values made from it.
 """
 
 from __future__ import annotations

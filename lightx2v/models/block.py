@@ -59,12 +59,13 @@ class Pass:
         return [slice(start, min(start + self.chunk, tokens)) for start in range(0, tokens, self.chunk)]
 
     def fan_out(self, streams: list[Tensor]) -> list[Tensor]:
-        """Copies the one stream all prompts shared so far to one row per prompt."""
+        """Copies the one stream all prompts shared so far to one row per prompt; the first may keep the original."""
         rows = [sum(text.batch for text in group) for group in self.groups]
         if [x_BLD.shape[0] for x_BLD in streams] == rows:
             return streams
         (shared,) = streams
-        return [shared.expand(count, -1, -1).clone() for count in rows]
+        keep = shared.shape[0] == rows[0]
+        return [shared if keep and n == 0 else shared.expand(count, -1, -1).clone() for n, count in enumerate(rows)]
 
 
 class QKVO(nn.Module):
