@@ -13,13 +13,16 @@ import subprocess
 import sys
 import threading
 import time
+import weakref
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
+from conftest import TinyModels
 from fake_engine import Garage, Script, tiny_mp4
 from PIL import Image
 
@@ -28,8 +31,9 @@ from lightx2v.engine_config import EngineConfig
 from lightx2v.engine_slot import explain, release
 from lightx2v.errors import BadRequest, Busy, Cancelled, ConfigError, OutOfMemory, OutputError
 from lightx2v.job_store import OVER, STATES
-from lightx2v.jobs import Job, JobManager, UnknownJob
-from lightx2v.media import read_settings
+from lightx2v.jobs import Engine, Job, JobManager, UnknownJob
+from lightx2v.media import probe, read_settings
+from lightx2v.progress import CancelToken, OnProgress
 from lightx2v.request import Request
 
 TESTS = Path(__file__).parent
@@ -847,6 +851,67 @@ def test_a_full_disk_under_the_database_delays_and_loses_nothing(
         manager._store._db.execute("PRAGMA max_page_count = 1000000")
     assert done(manager, held).state == "succeeded"
     assert done(manager, manager.submit(CONFIG, ask())).state == "succeeded"
+
+
+# ---- the real engine ----------------------------------------------------------------------------------------------
+
+
+def test_the_real_engine_survives_out_of_memory_and_cancel_and_repeats_itself_exactly(
+    open_manager: Callable[..., JobManager],
+    tiny: TinyModels,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    import torch
+
+    from lightx2v.config import resolve
+    from lightx2v.models.dit import WanDiT
+    from lightx2v.pipeline import LightX2VPipeline
+
+    def open_pipeline(config: EngineConfig, *, preset: str, on_progress: OnProgress, cancel: CancelToken) -> Engine:
+        return LightX2VPipeline.from_config(config, preset=preset, on_progress=on_progress)
+
+    manager = open_manager(garage=open_pipeline)
+    size = {"height": 32, "width": 48, "frames": 5}
+    resolved = resolve({"model_path": str(tiny.t2v), "device": "cpu"}, size | {"steps": 4})
+    request = Request(prompt="a red ball", **resolved.request)
+    first = done(manager, manager.submit(resolved.engine, request, preset="tiny"))
+    assert first.state == "succeeded" and first.path is not None, first.error
+    assert probe(first.path).frames == 5 and "goes on without previews" not in caplog.text
+    assert first.result is not None and len(first.result["timings"]["steps"]) == 4
+
+    forward, calls, started = WanDiT.forward, [0], threading.Event()
+    refs: list[weakref.ref[torch.Tensor]] = []
+
+    def failing(self: WanDiT, *args: Any, **options: Any) -> Any:
+        velocity = forward(self, *args, **options)
+        refs.append(weakref.ref(velocity[0]))
+        calls[0] += 1
+        if calls[0] == 2:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 9.00 GiB.")
+        return velocity
+
+    monkeypatch.setattr(WanDiT, "forward", failing)
+    starved = done(manager, manager.submit(resolved.engine, request))
+    assert starved.state == "failed" and starved.error is not None and starved.error["type"] == "OutOfMemory"
+    assert [ref for ref in refs if ref() is not None] == []
+
+    def slow(self: WanDiT, *args: Any, **options: Any) -> Any:
+        started.set()
+        time.sleep(0.02)
+        return forward(self, *args, **options)
+
+    monkeypatch.setattr(WanDiT, "forward", slow)
+    long = manager.submit(resolved.engine, replace(request, steps=200))
+    assert started.wait(TIMEOUT)
+    asked = time.monotonic()
+    manager.cancel(long.id)
+    assert done(manager, long).state == "cancelled" and time.monotonic() - asked < 2
+
+    monkeypatch.setattr(WanDiT, "forward", forward)
+    again = done(manager, manager.submit(resolved.engine, request, preset="tiny"))
+    assert again.path is not None and again.path.read_bytes() == first.path.read_bytes()
+    assert sorted(file.suffix for file in manager.folder.iterdir() if file.suffix == ".mp4") == [".mp4", ".mp4"]
 
 
 # ---- all together -------------------------------------------------------------------------------------------------
