@@ -1,0 +1,131 @@
+"""The page on your own machine, or on a Space:  python app.py [--share] [--host ADDRESS] [--port N]
+
+Without flags it listens on 127.0.0.1 only and asks nobody for a password. With --share, or on an address that others
+reach, it prints a user and a password made up for this start; --public is the only way without one.
+"""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from app.exposure import Exposure, add_flags, decide
+from lightx2v.errors import LightX2VError
+
+if TYPE_CHECKING:
+    from app.studio import Studio
+
+log = logging.getLogger("lightx2v.page")
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Starts the page and serves it until Ctrl+C. Returns the exit code."""
+    logging.basicConfig(level=logging.INFO, format="%(message)s")
+    logging.getLogger("httpx").setLevel(logging.WARNING)
+    parser = argparse.ArgumentParser(prog="app.py", description="LightX2V Studio: videos from text and images.")
+    add_flags(parser)
+    parser.add_argument("--preset", default="", help="the preset that is chosen at first")
+    parser.add_argument(
+        "--output_dir", default=os.environ.get("LIGHTX2V_OUTPUT_DIR", "outputs"), help="where runs are kept"
+    )
+    parser.add_argument("--open", action="store_true", help="open the page in the browser")
+    parser.add_argument("--mcp", action="store_true", help="also serve the tools over MCP (needs gradio[mcp])")
+    args = parser.parse_args(arguments)
+    try:
+        exposure = decide(args, os.environ)
+        prepare_environment(Path(args.output_dir))
+        from app.studio import Studio
+
+        studio = Studio(open_engine, Path(args.output_dir), exposure, default_preset=args.preset)
+    except LightX2VError as error:
+        print(error, file=sys.stderr)
+        return error.exit_code
+    demo = launch(studio, open_browser=args.open, mcp=args.mcp)
+    announce(demo, exposure)
+    try:
+        demo.block_thread()
+    finally:
+        studio.close()
+    return 0
+
+
+def open_engine(config: Any, *, preset: str, on_progress: Any, cancel: Any) -> Any:
+    """Loads the model. Only here is torch imported, and only when the first job runs."""
+    from lightx2v.pipeline import LightX2VPipeline
+
+    return LightX2VPipeline.from_config(config, preset=preset, on_progress=on_progress)
+
+
+def prepare_environment(output: Path) -> None:
+    """Settings that gradio reads when it is imported: nothing is sent home, and uploads stay in our own folder."""
+    uploads = output.absolute() / "uploads"
+    uploads.mkdir(parents=True, exist_ok=True)
+    os.environ["GRADIO_TEMP_DIR"] = str(uploads)
+    os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"
+    # The self-check of the server's start goes to loopback; a proxy would swallow it.
+    for name in ("NO_PROXY", "no_proxy"):
+        known = [host for host in os.environ.get(name, "").split(",") if host]
+        os.environ[name] = ",".join(dict.fromkeys([*known, "localhost", "127.0.0.1"]))
+
+
+def launch(studio: Studio, *, open_browser: bool = False, mcp: bool = False, **more: Any) -> Any:
+    """Serves the page in the background; returns gradio's Blocks with `local_url` and `share_url`."""
+    from starlette.middleware import Middleware
+
+    from app.guard import Guard
+    from app.page import ASSETS, build_page, head, theme
+    from app.served import routes
+
+    exposure = studio.exposure
+    origins: set[str] = set()
+    demo = build_page(studio)
+    demo.launch(
+        server_name=exposure.host,
+        server_port=exposure.port,
+        share=exposure.share,
+        auth=exposure.auth,
+        auth_message="LightX2V Studio",
+        inbrowser=open_browser,
+        prevent_thread_lock=True,
+        quiet=True,
+        show_error=False,
+        max_file_size=exposure.limits.upload,
+        footer_links=["api"],
+        run_history=False,
+        ssr_mode=False,
+        mcp_server=mcp,
+        theme=theme(),
+        css_paths=[ASSETS / "studio.css"],
+        head=head(),
+        app_kwargs={"routes": routes(studio), "middleware": [Middleware(Guard, exposure=exposure, origins=origins)]},
+        **more,
+    )
+    if demo.share_url:
+        origins.add(demo.share_url.partition("://")[2].strip("/").lower())
+    return demo
+
+
+def announce(demo: Any, exposure: Exposure) -> None:
+    """Where the page is and how to get in; a share link that could not be made is said to be one."""
+    print(f"LightX2V Studio is on {demo.local_url}")
+    if exposure.share:
+        if demo.share_url:
+            print(f"Shared on {demo.share_url}")
+        else:
+            print(
+                "There is no share link: gradio's tunnel could not be opened. Check that this machine reaches "
+                "api.gradio.app and that nothing stops the program frpc. The page itself runs on this machine."
+            )
+    if exposure.auth:
+        print(f"User {exposure.user}, password {exposure.password}")
+    elif exposure.open_to_others and not exposure.hosted:
+        print("Anybody who knows the address can use it.")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

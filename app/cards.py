@@ -1,0 +1,93 @@
+"""Cards of runs: the strip of past ones, and the queue."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from lightx2v.jobs import Job
+
+from . import numbers
+from .html import esc, icon_button, tag
+from .report import peak_vram
+from .strings import Words
+
+
+def history(words: Words, jobs: Sequence[Job], current: str, compared: Sequence[str]) -> str:
+    """Past runs, newest first. A card restores its run; the small buttons compare and delete."""
+    hint = tag("span", esc(words("drop_hint")), class_="quiet")
+    head = tag("header", tag("h2", esc(words("history"))) + hint)
+    if not jobs:
+        return tag("section", head + tag("p", esc(words("history_empty")), class_="quiet empty"), class_="card history")
+    cards = "".join(_card(words, job, current=job.id == current, compared=job.id in compared) for job in jobs)
+    strip = tag("ul", cards, class_="strip", tabindex=0, aria_label=words("history"))
+    return tag("section", head + strip, class_="card history")
+
+
+def queue(words: Words, jobs: Sequence[Job], editing: str) -> str:
+    """Runs to come, in order, when there is more than the one that runs. An empty text else."""
+    waiting = [job for job in jobs if job.state == "queued"]
+    running = [job for job in jobs if job.state == "running"]
+    if not waiting or len(waiting) + len(running) < 2:
+        return ""
+    rows = [_running(words, job) for job in running]
+    for place, job in enumerate(waiting):
+        rows.append(_waiting(words, job, place, len(waiting), editing=job.id == editing))
+    head = tag(
+        "header", tag("h2", esc(words("queue"))) + tag("span", esc(words("n_waiting", n=len(waiting))), class_="quiet")
+    )
+    return tag("section", head + tag("ol", "".join(rows), class_="queue"), class_="card", aria_label=words("queue"))
+
+
+def _card(words: Words, job: Job, *, current: bool, compared: bool) -> str:
+    prompt = job.request.prompt
+    done = job.state == "succeeded"
+    picture = (
+        tag("img", src=f"studio/{job.id}/poster.jpg", alt="", loading="lazy")
+        if done
+        else tag("span", esc(words("state_" + job.state)), class_="nopicture")
+    )
+    texts = tag("span", esc(prompt), class_="prompt") + tag("span", esc(_summary(words, job)), class_="quiet")
+    open_name = words("restore_run", prompt=prompt[:80])
+    main = tag(
+        "button", picture + texts, type="button", class_="open", data_act="restore", data_id=job.id,
+        aria_label=open_name, title=prompt[:300], aria_current="true" if current else None,
+    )  # fmt: skip
+    tools = icon_button("trash", "delete", words("delete_run", prompt=prompt[:40]), id=job.id)
+    if done:
+        name = words("compare_run", prompt=prompt[:40])
+        tools = icon_button("compare", "compare", name, id=job.id) + tools
+    classes = " ".join(filter(None, ["run", "current" if current else "", "compared" if compared else ""]))
+    return tag("li", main + tag("span", tools, class_="tools"), class_=classes)
+
+
+def _summary(words: Words, job: Job) -> str:
+    name = words.preset(job.preset)
+    if job.state != "succeeded" or not job.result:
+        return f"{name} · {words('state_' + job.state)}"
+    timings = job.result["timings"]
+    vram = peak_vram(timings)
+    return " · ".join(filter(None, [name, numbers.seconds(timings["total"]), numbers.memory(vram[0]) if vram else ""]))
+
+
+def _running(words: Words, job: Job) -> str:
+    stop = icon_button("close", "stop", words("stop"), id=job.id)
+    return _row(words, job, "▸", tag("span", esc(words("state_running")), class_="quiet") + stop, "running")
+
+
+def _waiting(words: Words, job: Job, place: int, count: int, *, editing: bool) -> str:
+    what = job.request.prompt[:40]
+    tools = [
+        icon_button("up", "up", words("move_up", prompt=what), disabled=place == 0, id=job.id),
+        icon_button("down", "down", words("move_down", prompt=what), disabled=place == count - 1, id=job.id),
+        icon_button("edit", "edit", words("edit_run", prompt=what), id=job.id),
+        icon_button("close", "cancel", words("cancel_run", prompt=what), id=job.id),
+    ]
+    return _row(words, job, str(place + 1), "".join(tools), "editing" if editing else "")
+
+
+def _row(words: Words, job: Job, number: str, tools: str, class_: str) -> str:
+    request = job.request
+    facts = f"{words.preset(job.preset)} · {request.width} × {request.height} · {words('n_frames', n=request.frames)}"
+    texts = tag("span", esc(request.prompt), class_="prompt") + tag("span", esc(facts), class_="quiet")
+    number = tag("span", number, class_="place", aria_hidden="true")
+    return tag("li", number + tag("span", texts, class_="text") + tag("span", tools, class_="tools"), class_=class_)

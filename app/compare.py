@@ -1,0 +1,129 @@
+"""Two runs side by side, what differs between them, and the times and memory measured on this machine."""
+
+from __future__ import annotations
+
+import statistics
+from collections import defaultdict
+from collections.abc import Sequence
+from typing import Any
+
+from lightx2v.jobs import Job
+
+from . import numbers
+from .html import button, esc, tag
+from .report import peak_vram, step_seconds
+from .strings import Words
+
+SHOWN_ALWAYS = ("prompt", "seed")
+NOT_COMPARED = ("image_path", "last_frame_path", "task")
+
+
+def compare(words: Words, jobs: Sequence[Job]) -> str:
+    """The tab's upper part for none, one or two chosen runs."""
+    if len(jobs) < 2:
+        text = words("compare_one") if jobs else words("compare_empty")
+        return tag("section", tag("p", esc(text), class_="quiet empty"), class_="card")
+    left, right = jobs[:2]
+    videos = "".join(_video(words, job, side) for job, side in ((left, "A"), (right, "B")))
+    play = button("▶", "play", kind="icon", name=words("play_both"))
+    seek = tag("input", type="range", min=0, max=1000, value=0, class_="seek", aria_label=words("seek_both"))
+    actions = button(words("swap"), "swap") + button(words("clear"), "clear")
+    controls = tag("div", play + seek + actions, class_="row controls")
+    return tag(
+        "section", tag("div", videos, class_="pair") + controls + _table(words, left, right), class_="card compare"
+    )
+
+
+def benchmark(words: Words, jobs: Sequence[Job]) -> str:
+    """One row for each preset, size and offload that ran to its end; the tutorial's table from this machine's runs."""
+    groups: dict[tuple[str, str, str, str], list[Job]] = defaultdict(list)
+    for job in jobs:
+        if job.state == "succeeded" and job.result:
+            request, result = job.request, job.result
+            size = f"{result.get('width', request.width)} × {result.get('height', request.height)} × {request.frames}"
+            offload = {True: "on", False: "off"}.get(job.config.cpu_offload, "auto")  # type: ignore[call-overload]
+            groups[(words.preset(job.preset), size, words("offload_" + offload), str(result.get("device", "")))].append(
+                job
+            )
+    head = tag("header", tag("h2", esc(words("benchmark"))) + tag("span", esc(words("benchmark_hint")), class_="quiet"))
+    if not groups:
+        return tag("section", head + tag("p", esc(words("benchmark_empty")), class_="quiet empty"), class_="card")
+    names = (
+        "preset",
+        "size",
+        "offload",
+        "device",
+        "total",
+        "a_step_short",
+        "phase_decode",
+        "peak_vram",
+        "peak_ram",
+        "runs",
+    )
+    top = tag("tr", "".join(tag("th", esc(words(name)), scope="col") for name in names))
+    rows = sorted(((_measured(group), key, len(group)) for key, group in groups.items()), key=lambda row: row[1])
+    body = "".join(
+        tag("tr", tag("th", esc(key[0]), scope="row") + "".join(tag("td", esc(c)) for c in (*key[1:], *values, runs)))
+        for values, key, runs in rows
+    )
+    table = tag("table", tag("thead", top) + tag("tbody", body))
+    return tag("section", head + tag("div", table, class_="scroll", tabindex=0), class_="card benchmark")
+
+
+def settings_of(job: Job) -> dict[str, str]:
+    """What may differ between two runs, as text."""
+    data: dict[str, Any] = job.request.to_json()
+    data["seed"] = (job.result or {}).get("seed", job.request.seed)
+    shown = {"preset": job.preset, "cpu_offload": job.config.cpu_offload}
+    shown |= {name: value for name, value in data.items() if name not in NOT_COMPARED}
+    shown["loras"] = [
+        f"{lora.expert} {lora.path.rsplit('/', 1)[-1]} × {lora.strength:g}" for lora in job.config.lora_configs
+    ]
+    return {name: _plain(value) for name, value in shown.items()}
+
+
+def _video(words: Words, job: Job, side: str) -> str:
+    video = tag(
+        "video", "", src=f"studio/{job.id}/video.mp4", loop=True, muted=True, playsinline=True, preload="auto",
+        aria_label=f"{side}: {job.request.prompt[:120]}",
+    )  # fmt: skip
+    timings = (job.result or {})["timings"]
+    vram = peak_vram(timings)
+    facts = [words.preset(job.preset), numbers.seconds(timings["total"]), numbers.memory(vram[0]) if vram else ""]
+    caption = tag("strong", side) + tag("span", esc(" · ".join(filter(None, facts))), class_="quiet")
+    return tag("figure", tag("div", video, class_="stage") + tag("figcaption", caption))
+
+
+def _table(words: Words, left: Job, right: Job) -> str:
+    a, b = settings_of(left), settings_of(right)
+    rows = []
+    for name in a:
+        differs = a[name] != b[name]
+        if differs or name in SHOWN_ALWAYS:
+            cells = tag("th", esc(name), scope="row") + tag("td", esc(a[name])) + tag("td", esc(b[name]))
+            rows.append(tag("tr", cells, class_="differs" if differs else None))
+    note = "" if any("differs" in row for row in rows) else tag("p", esc(words("same_settings")), class_="quiet")
+    top = tag("tr", "".join(tag("th", esc(name), scope="col") for name in (words("setting"), "A", "B")))
+    return tag("table", tag("thead", top) + tag("tbody", "".join(rows)), class_="diff") + note
+
+
+def _measured(jobs: Sequence[Job]) -> list[str]:
+    timings = [(job.result or {})["timings"] for job in jobs]
+    steps = [s for s in map(step_seconds, timings) if s is not None]
+    decode = [t["seconds"].get("decode", 0.0) for t in timings]
+    vram = [peak[0] for peak in map(peak_vram, timings) if peak]
+    return [
+        numbers.seconds(statistics.median(t["total"] for t in timings)),
+        numbers.seconds(statistics.median(steps)) if steps else "–",
+        numbers.seconds(statistics.median(decode)),
+        numbers.memory(max(vram)) if vram else "–",
+        numbers.memory(max(t["peak_rss"] for t in timings)),
+    ]
+
+
+def _plain(value: object) -> str:
+    if isinstance(value, list):
+        return ", ".join(map(_plain, value)) or "–"
+    if isinstance(value, float):
+        return f"{value:g}"
+    return "–" if value in (None, "") else str(value)

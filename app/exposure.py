@@ -1,0 +1,133 @@
+"""Who can reach the page, and what follows from it: address, password, limits, what is hidden.
+
+On this machine alone (the default) everything is open. Whoever lets others in, by `--share` or an address that is not
+loopback, gets a password made up for the occasion, unless `--public` says that everybody is welcome. On a hosted page
+(Hugging Face Spaces) everybody is. Pages that others reach have limits, and hide files and paths.
+"""
+
+from __future__ import annotations
+
+import argparse
+import ipaddress
+import secrets
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+
+from lightx2v.errors import BadRequest, ConfigError
+from lightx2v.request import MAX_FRAMES, MAX_PROMPT, MAX_SIDE, Request
+
+MEGABYTE = 1_000_000
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Limits:
+    """What one visitor may ask for. The defaults are the engine's own."""
+
+    prompt: int = MAX_PROMPT
+    area: int = MAX_SIDE * MAX_SIDE
+    frames: int = MAX_FRAMES
+    steps: int = 200
+    queue: int = 50
+    batch: int = 20
+    """Jobs that one click may queue."""
+    upload: int = 200 * MEGABYTE
+
+    def check(self, request: Request) -> None:
+        """Raises BadRequest, naming the limit, for a request beyond what this page allows."""
+        for name, got, limit in (
+            ("prompt", len(request.prompt), self.prompt),
+            ("negative_prompt", len(request.negative_prompt), self.prompt),
+        ):
+            if got > limit:
+                raise BadRequest(f"{name} has {got} characters; this page allows {limit}. Shorten it.")
+        for name, got, limit in (("frames", request.frames, self.frames), ("steps", request.steps, self.steps)):
+            if got > limit:
+                raise BadRequest(f"{name} is {got}; this page allows {limit}. Ask for {limit} or fewer.")
+        if request.area > self.area:
+            raise BadRequest(
+                f"The size {request.width}x{request.height} is {request.area} pixels; this page allows {self.area}. "
+                "Choose a smaller size."
+            )
+
+
+PUBLIC_LIMITS = Limits(
+    prompt=2000, area=1280 * 720, frames=81, steps=50, queue=10, batch=4, upload=32 * MEGABYTE
+)  # fmt: skip
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Exposure:
+    """`open_to_others` anybody but this machine's user may come; `hosted` on Spaces; `password` what they must know."""
+
+    host: str | None = "127.0.0.1"
+    port: int | None = None
+    share: bool = False
+    open_to_others: bool = False
+    hosted: bool = False
+    zerogpu: bool = False
+    user: str = ""
+    password: str = field(default="", repr=False)
+    limits: Limits = Limits()
+    hosts: frozenset[str] | None = None
+    """Host headers that are answered, None for any. On loopback it keeps other sites out (DNS rebinding)."""
+
+    @property
+    def auth(self) -> tuple[str, str] | None:
+        return (self.user, self.password) if self.password else None
+
+    @property
+    def shows_paths(self) -> bool:
+        """Whether LoRA paths, model files and the offload choice are on the page."""
+        return not self.open_to_others
+
+
+def add_flags(parser: argparse.ArgumentParser) -> None:
+    """The flags of the command line that `decide` reads."""
+    parser.add_argument("--host", default="127.0.0.1", help="address to listen on (default: this machine only)")
+    parser.add_argument("--port", type=int, help="port (default: the first free one from 7860)")
+    parser.add_argument("--share", action="store_true", help="make a public link; prints it with a user and password")
+    parser.add_argument("--public", action="store_true", help="let others in without a password")
+    parser.add_argument(
+        "--auth", metavar="USER:PASSWORD", help="ask for this user and password instead of a made-up one"
+    )
+    parser.add_argument(
+        "--allow_host",
+        action="append",
+        default=[],
+        metavar="NAME",
+        help="also answer to this host name (behind a proxy)",
+    )
+
+
+def decide(args: argparse.Namespace, variables: Mapping[str, str]) -> Exposure:
+    """The exposure that flags and environment ask for; ConfigError where they contradict each other."""
+    if variables.get("SPACE_ID"):
+        zerogpu = variables.get("SPACES_ZERO_GPU", "").lower() in ("1", "true", "t")
+        return Exposure(host=None, open_to_others=True, hosted=True, zerogpu=zerogpu, limits=PUBLIC_LIMITS)
+    if args.public and args.auth:
+        raise ConfigError("--public means without a password, and --auth gives one. Use one of them.")
+    here = is_loopback(args.host)
+    exposure = Exposure(host=args.host, port=args.port, share=args.share)
+    if args.auth:
+        user, colon, password = args.auth.partition(":")
+        if not (user and colon and password):
+            raise ConfigError("--auth is USER:PASSWORD, both not empty, with a colon between them.")
+        exposure = replace(exposure, user=user, password=password)
+    if here and not args.share:
+        if args.public:
+            raise ConfigError("--public lets others in, but nobody can reach 127.0.0.1. Add --share or --host.")
+        names = {"127.0.0.1", "localhost", "[::1]", "::1", args.host.lower(), *(h.lower() for h in args.allow_host)}
+        return replace(exposure, hosts=frozenset(names))
+    exposure = replace(exposure, open_to_others=True, limits=PUBLIC_LIMITS)
+    if not args.public and not exposure.password:
+        exposure = replace(exposure, user="studio", password=secrets.token_urlsafe(12))
+    return exposure
+
+
+def is_loopback(host: str) -> bool:
+    if host.lower() == "localhost":
+        return True
+    try:
+        return ipaddress.ip_address(host.strip("[]")).is_loopback
+    except ValueError:
+        return False

@@ -1,0 +1,59 @@
+"""Small pieces of HTML. Whatever a person or a file says goes through `esc`, here and in every module that uses it."""
+
+from __future__ import annotations
+
+from html import escape
+
+
+def esc(value: object) -> str:
+    """Text for HTML, in content and in attributes."""
+    return escape(str(value), quote=True)
+
+
+def tag(name: str, content: str = "", /, **attributes: object) -> str:
+    """An element around `content`, which is HTML already. `class_` and `data_act` lose and change their underscores.
+
+    An attribute that is None or False is left out, True has no value; all others are escaped here.
+    """
+    parts = [name]
+    for key, value in attributes.items():
+        key = key.rstrip("_").replace("_", "-")
+        if value is True:
+            parts.append(key)
+        elif value is not None and value is not False:
+            parts.append(f'{key}="{esc(value)}"')
+    opening = " ".join(parts)
+    return f"<{opening}>" if name in ("img", "input", "br", "source") else f"<{opening}>{content}</{name}>"
+
+
+def button(label: str, act: str, *, kind: str = "", name: str | None = None, **data: object) -> str:
+    """A button that the page's script reports with its data-* values. `name` is what a screen reader says."""
+    values = {f"data_{key}": value for key, value in data.items()}
+    classes = f"btn {kind}".strip()
+    return tag("button", esc(label), type="button", class_=classes, data_act=act, aria_label=name, title=name, **values)
+
+
+def icon_button(icon: str, act: str, name: str, *, disabled: bool = False, **data: object) -> str:
+    """A button that shows one of ICONS and says `name`."""
+    values = {f"data_{key}": value for key, value in data.items()}
+    return tag(
+        "button", ICONS[icon], type="button", class_="btn icon", data_act=act, aria_label=name, title=name,
+        disabled=disabled, **values,
+    )  # fmt: skip
+
+
+def _icon(path: str) -> str:
+    return (
+        '<svg viewBox="0 0 16 16" width="16" height="16" fill="none" stroke="currentColor" stroke-width="1.5" '
+        f'stroke-linecap="round" stroke-linejoin="round" aria-hidden="true"><path d="{path}"/></svg>'
+    )
+
+
+ICONS = {
+    "up": _icon("M8 13V3M4 7l4-4 4 4"),
+    "down": _icon("M8 3v10M4 9l4 4 4-4"),
+    "edit": _icon("M3 13l.7-2.9L10.8 3 13 5.2 5.9 12.3z"),
+    "close": _icon("M4 4l8 8M12 4l-8 8"),
+    "compare": _icon("M2.5 3.5h5v9h-5zM8.5 3.5h5v9h-5z"),
+    "trash": _icon("M3 4.5h10M6 4.5V3h4v1.5M4.5 4.5l.5 8.5h6l.5-8.5"),
+}

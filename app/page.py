@@ -1,0 +1,180 @@
+"""The page: layout and wiring. What the parts look like is in assets/studio.css, what they do in `handlers.py`."""
+
+from __future__ import annotations
+
+import secrets
+from pathlib import Path
+
+import gradio as gr
+
+from lightx2v.config import PROJECT
+
+from .handlers import Handlers
+from .inputs import JS_ACT, Inputs, build_inputs
+from .strings import Words
+from .studio import Studio, settings_of
+from .views import Outputs
+
+ASSETS = PROJECT / "assets"
+JS_WATCH = JS_ACT + " studio.watched(element); watch('value', () => studio.watched(element));"
+JS_COMPARE = JS_ACT + " studio.inStep(element);"
+STORAGE = "lightx2v-studio"
+PRIVATE = {"queue": False, "show_progress": "hidden", "api_visibility": "private"}
+"""Of every event: it answers at once and beside the queue, and is no part of the public interface."""
+
+
+def build_page(studio: Studio) -> gr.Blocks:
+    """The whole page for one studio. Launching it is `app.py`'s."""
+    words = Words("en")
+    resolved = settings_of(studio.default_preset)
+    with gr.Blocks(title=words("title"), analytics_enabled=False, fill_width=True, delete_cache=(3600, 86400)) as page:
+        session = gr.BrowserState({}, storage_key=STORAGE, secret=_storage_secret(studio.folder))
+        seen = gr.State({})
+        timer = gr.Timer(1.0)
+        top = gr.HTML(elem_id="top", js_on_load=JS_ACT)
+        with gr.Tabs(elem_id="tabs"):
+            with gr.Tab(words("tab_create"), id="create"), gr.Row(elem_id="create"):
+                with gr.Column(scale=5, min_width=340, elem_id="left"):
+                    inputs = build_inputs(words, resolved, studio.exposure)
+                with gr.Column(scale=7, min_width=340, elem_id="right"):
+                    with gr.Column(elem_id="theatre"):
+                        stage = gr.HTML(elem_id="stage", js_on_load=JS_WATCH)
+                        status = gr.HTML(elem_id="status", js_on_load=JS_WATCH)
+                    report = gr.HTML(elem_id="report", js_on_load=JS_ACT)
+                    queue = gr.HTML(elem_id="queue", js_on_load=JS_ACT)
+                    history = gr.HTML(elem_id="history", js_on_load=JS_ACT)
+                    restore = gr.UploadButton(
+                        words("restore_file"), file_types=[".mp4"], type="filepath", size="sm", elem_id="restore"
+                    )
+            with gr.Tab(words("tab_compare"), id="compare", render_children=True):
+                compared = gr.HTML(elem_id="compared", js_on_load=JS_COMPARE)
+                benchmark = gr.HTML(elem_id="benchmark", js_on_load=JS_ACT)
+        outputs = Outputs(
+            top=top, stage=stage, status=status, report=report, queue=queue, history=history, compare=compared,
+            benchmark=benchmark,
+        )  # fmt: skip
+        handlers = Handlers(studio, inputs, outputs, session, seen, timer, restore)
+        _wire(page, handlers, inputs, outputs)
+    return page
+
+
+def _wire(page: gr.Blocks, handlers: Handlers, inputs: Inputs, outputs: Outputs) -> None:
+    state = {handlers.session, handlers.seen}
+    fields = set(inputs.fields.values())
+    right = set(vars(outputs).values())
+    column = {
+        *fields, inputs.preset, inputs.examples, inputs.generate, inputs.cost, inputs.crop, inputs.i2v_only,
+        inputs.base_only, inputs.distilled_only, inputs.advanced, inputs.add_lora, *inputs.lora_rows,
+    }  # fmt: skip
+    column |= {inputs.files, inputs.files_box} - {None}
+    everything = column | right | state | {handlers.timer}
+    read = state | fields
+
+    page.load(handlers.opened, inputs=state, outputs=everything, **PRIVATE)
+    handlers.timer.tick(
+        handlers.tick, inputs=state | {inputs.fields["preset"]}, outputs=everything, trigger_mode="once", **PRIVATE
+    )
+    inputs.generate.click(handlers.generate, inputs=read, outputs=everything, **PRIVATE)
+    for component in (inputs.examples, inputs.files, *right):
+        if component is not None:
+            component.act(handlers.act, inputs=read, outputs=everything, **PRIVATE)
+    handlers.restore.upload(handlers.restored, inputs=read | {handlers.restore}, outputs=everything, **PRIVATE)
+
+    inputs.preset.pick(handlers.picked, inputs=read, outputs=column, **PRIVATE)
+    named = inputs.fields
+    named["task"].input(handlers.task_changed, inputs=read, outputs=column, **PRIVATE)
+    gr.on([named["size"].input, named["shape"].input], handlers.size_chosen, inputs=read, outputs=column, **PRIVATE)
+    named["length"].input(handlers.length_chosen, inputs=read, outputs=column, **PRIVATE)
+    typed = [named["height"].input, named["width"].input]
+    gr.on(typed, handlers.size_typed, inputs=read, outputs=column, trigger_mode="always_last", **PRIVATE)
+    costly = ("frames", "fps", "videos", "steps", "enable_cfg", "guidance_high", "guidance_low", "boundary", "shift")
+    costly += ("denoising_step_list", "boundary_step_index", "per_line", "offload", "attention", "negative_prompt")
+    changes = [named[name].input for name in costly] + [named["image_path"].change, named["last_frame_path"].change]
+    gr.on(changes, handlers.edited, inputs=read, outputs=column, trigger_mode="always_last", **PRIVATE)
+    paths = [component for name, component in named.items() if name.startswith("lora_") and name.endswith("_high")]
+    blurred = [path.blur for path in paths if hasattr(path, "blur")]
+    gr.on(blurred, handlers.paired, inputs=read, outputs=column, **PRIVATE)
+    inputs.add_lora.click(handlers.lora_added, inputs=read, outputs=column, **PRIVATE)
+
+
+def head() -> str:
+    """The page's script, inline: it has to be there before the first component is mounted."""
+    return f"<script>{(ASSETS / 'studio.js').read_text(encoding='utf-8')}</script>"
+
+
+def theme() -> gr.themes.Base:
+    """System fonts, one accent colour; everything else is in the style sheet's variables."""
+    fonts = ["Inter", "system-ui", "-apple-system", "Segoe UI", "Roboto", "Noto Sans CJK SC", "sans-serif"]
+    mono = ["ui-monospace", "SF Mono", "Menlo", "Consolas", "DejaVu Sans Mono", "monospace"]
+    base = gr.themes.Base(primary_hue="indigo", neutral_hue="zinc", font=fonts, font_mono=mono)
+    paint: dict[str, str] = {}
+    for name, (light, dark) in _COLOURS.items():
+        paint |= {name: light, f"{name}_dark": dark}
+    return base.set(**paint, **_MEASURES)
+
+
+_COLOURS = {
+    "body_background_fill": ("#f6f7f9", "#101216"),
+    "body_text_color": ("#16181d", "#eceef2"),
+    "body_text_color_subdued": ("#5b6270", "#a0a7b4"),
+    "background_fill_primary": ("#ffffff", "#191c22"),
+    "background_fill_secondary": ("#f3f4f7", "#121419"),
+    "block_background_fill": ("transparent", "transparent"),
+    "block_label_background_fill": ("#ffffff", "#191c22"),
+    "block_label_text_color": ("#3f4551", "#c3c8d2"),
+    "block_title_text_color": ("#16181d", "#eceef2"),
+    "block_info_text_color": ("#5b6270", "#a0a7b4"),
+    "border_color_primary": ("#dfe2e8", "#2c313a"),
+    "border_color_accent": ("#3b5bdb", "#8aa0ff"),
+    "input_background_fill": ("#f3f4f7", "#121419"),
+    "input_background_fill_focus": ("#ffffff", "#0d0f13"),
+    "input_border_color": ("#dfe2e8", "#2c313a"),
+    "input_border_color_focus": ("#3b5bdb", "#8aa0ff"),
+    "input_placeholder_color": ("#6b7280", "#8b93a1"),
+    "color_accent_soft": ("#e9edfc", "#252c47"),
+    "button_primary_background_fill": ("#3b5bdb", "#8aa0ff"),
+    "button_primary_background_fill_hover": ("#314fc4", "#9db0ff"),
+    "button_primary_text_color": ("#ffffff", "#0d1020"),
+    "button_primary_text_color_hover": ("#ffffff", "#0d1020"),
+    "button_secondary_background_fill": ("#ffffff", "#191c22"),
+    "button_secondary_background_fill_hover": ("#f3f4f7", "#20242c"),
+    "button_secondary_text_color": ("#16181d", "#eceef2"),
+    "checkbox_background_color_selected": ("#3b5bdb", "#8aa0ff"),
+    "checkbox_border_color_focus": ("#3b5bdb", "#8aa0ff"),
+    "link_text_color": ("#3b5bdb", "#8aa0ff"),
+}
+"""Light and dark. Text on its background has a contrast of 4.5 or more everywhere."""
+
+_MEASURES = {
+    "block_border_width": "0px",
+    "block_padding": "0px",
+    "block_shadow": "none",
+    "block_radius": "12px",
+    "block_title_text_weight": "600",
+    "block_title_text_size": "13px",
+    "block_info_text_size": "12px",
+    "input_border_width": "1px",
+    "input_radius": "8px",
+    "input_shadow": "none",
+    "input_shadow_focus": "none",
+    "input_padding": "8px 12px",
+    "input_text_size": "14px",
+    "button_large_radius": "8px",
+    "button_large_padding": "12px 16px",
+    "button_large_text_size": "15px",
+    "button_small_radius": "8px",
+    "button_small_padding": "6px 12px",
+    "button_small_text_size": "13px",
+    "button_small_text_weight": "500",
+    "layout_gap": "16px",
+    "section_header_text_size": "14px",
+}
+
+
+def _storage_secret(folder: Path) -> str:
+    """One key for the browser's storage that lives as long as the output folder, so that a restart forgets nobody."""
+    file = folder / "browser.key"
+    if not file.is_file():
+        file.write_text(secrets.token_hex(16), encoding="ascii")
+        file.chmod(0o600)
+    return file.read_text(encoding="ascii").strip()

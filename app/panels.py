@@ -1,0 +1,201 @@
+"""HTML of the page's fixed parts: header, preset list, cost line, crop preview, model files."""
+
+from __future__ import annotations
+
+import base64
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from PIL import Image
+
+from lightx2v.estimate import Prediction
+from lightx2v.framing import Framing
+from lightx2v.image import jpeg
+
+from . import numbers
+from .exposure import Exposure
+from .html import button, esc, tag
+from .machine import Machine
+from .model_files import FilesStatus
+from .strings import LANGUAGES, Words
+
+TIGHT = 0.9
+"""Above this share of the free memory a run is called tight: other programs also take some."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Offer:
+    """A preset as the list shows it, with its cost on this machine."""
+
+    name: str
+    title: str
+    about: str
+    prediction: Prediction | None
+    need: int | None
+    files: FilesStatus
+
+
+def header(words: Words, machine: Machine, loaded: str, exposure: Exposure, *, alive: bool) -> str:
+    """Name, machine, what is loaded; language and theme."""
+    if machine.vram_free is not None and machine.vram_total is not None:
+        free = words("memory_free", free=numbers.memory(machine.vram_free), total=numbers.memory(machine.vram_total))
+        name = f"{machine.name} · {free}"
+    else:
+        name = words("cores", name=machine.name, n=machine.cores)
+    ram = words("ram_free", free=numbers.memory(machine.ram_free), total=numbers.memory(machine.ram_total))
+    state = tag("i", "", class_="dot ok" if alive else "dot bad")
+    chips = [
+        tag("span", state + esc(name if alive else words("worker_dead")), class_="chip"),
+        tag("span", esc(ram), class_="chip wide"),
+        tag("span", esc(words("loaded", name=loaded) if loaded else words("nothing_loaded")), class_="chip wide"),
+    ]
+    if exposure.open_to_others and not exposure.hosted:
+        text = words("shared") if exposure.auth else words("public")
+        chips.append(tag("span", esc(text), class_="chip badge", role="status"))
+    languages = "".join(
+        tag(
+            "button",
+            esc(label),
+            type="button",
+            class_="btn flat",
+            data_act="language",
+            data_name=name,
+            lang=name,
+            aria_pressed="true" if words.language == name else "false",
+        )  # fmt: skip
+        for name, label in LANGUAGES.items()
+    )
+    half = '<svg viewBox="0 0 16 16" width="16" height="16" aria-hidden="true"><circle cx="8" cy="8" r="6" fill="none" '
+    half += 'stroke="currentColor" stroke-width="1.5"/><path d="M8 2a6 6 0 0 1 0 12z" fill="currentColor"/></svg>'
+    theme = tag("button", half, type="button", class_="btn icon", data_act="theme", aria_label=words("theme"))
+    tools = tag("div", languages, class_="segment", role="group", aria_label=words("language")) + theme
+    title = tag("h1", esc(words("title")))
+    return tag(
+        "header", title + tag("div", "".join(chips), class_="chips") + tag("div", tools, class_="tools"), class_="top"
+    )
+
+
+def preset_list(words: Words, offers: Sequence[Offer], chosen: str, machine: Machine) -> str:
+    """A button that shows the chosen preset, and the list of all with time, memory and download."""
+    current = next((offer for offer in offers if offer.name == chosen), offers[0])
+    options = "".join(_option(words, offer, machine, chosen=offer is current) for offer in offers)
+    label = tag("span", esc(words("preset")), class_="label", id="preset-label")
+    face = tag("span", esc(current.title), class_="name") + tag("span", "", class_="caret", aria_hidden="true")
+    combo = tag(
+        "button", face, type="button", class_="select", role="combobox", aria_haspopup="listbox", aria_expanded="false",
+        aria_controls="preset-options", aria_labelledby="preset-label", id="preset-button",
+    )  # fmt: skip
+    box = tag("ul", options, role="listbox", id="preset-options", hidden=True, aria_labelledby="preset-label")
+    return tag("div", label + combo + box, class_="picker")
+
+
+def cost_line(
+    words: Words, prediction: Prediction | None, need: int | None, files: FilesStatus, machine: Machine, count: int
+) -> str:
+    """Under the button: seconds, memory against what is free, bytes to download."""
+    parts = [_time(words, prediction, count)]
+    if need is not None and machine.vram_free is not None:
+        level, key = _level(need, machine.vram_free)
+        text = words(key, need=numbers.memory(need), free=numbers.memory(machine.vram_free))
+        parts.append(tag("span", esc(text), class_=level))
+    parts.append(esc(_files_text(words, files)))
+    return tag("p", " · ".join(parts), class_="cost", role="status")
+
+
+def problem(message: str) -> str:
+    """In place of the cost: why this cannot be made as it is."""
+    return tag("p", esc(message), class_="cost problem", role="alert")
+
+
+def crop_preview(words: Words, picture: Image.Image | None, framing: Framing | None) -> str:
+    """The picture with the part that the model sees left bright."""
+    if picture is None or framing is None:
+        return tag("p", esc(words("crop_none")), class_="quiet crop-empty")
+    data = base64.b64encode(jpeg(picture, max_side=320)).decode()
+    left, top, right, bottom = framing.box
+    width, height = picture.size
+    place = {
+        "left": left / width,
+        "top": top / height,
+        "width": (right - left) / width,
+        "height": (bottom - top) / height,
+    }
+    style = ";".join(f"{name}:{100 * share:.3f}%" for name, share in place.items())
+    image = tag("img", src=f"data:image/jpeg;base64,{data}", alt="")
+    figure = tag("div", image + tag("i", "", class_="window", style=style), class_="crop")
+    sizes = words("crop_sizes", from_size=f"{width} × {height}", to_size=f"{framing.width} × {framing.height}")
+    whole = framing.box == (0, 0, width, height)
+    text = tag("strong", esc(sizes)) + tag("p", esc(words("crop_whole" if whole else "crop_part")), class_="quiet")
+    return tag("div", figure + tag("div", text), class_="crop-row")
+
+
+def file_list(words: Words, status: FilesStatus) -> str:
+    """What each part of the model is, has and lacks; the download and what is free on the disk."""
+    rows = []
+    for file in status.files:
+        state = tag("span", esc(words("have" if file.ready else "lacks")), class_="ok" if file.ready else "over")
+        size = numbers.size(file.bytes or file.here) if file.bytes or file.here else ""
+        rows.append(tag("tr", tag("th", esc(file.name), scope="row") + tag("td", esc(size)) + tag("td", state)))
+    table = tag("table", tag("tbody", "".join(rows)), class_="files")
+    line = tag("span", esc(words("disk_free", size=numbers.size(status.disk_free))), class_="quiet")
+    download = status.download
+    if download is not None:
+        share = 100 * download.done / download.total if download.total else 0
+        left = words("left", time=numbers.about(download.eta)) if download.eta is not None else words("estimating")
+        text = words(
+            "download_speed", done=numbers.size(download.done), all=numbers.size(download.total),
+            speed=numbers.size(download.per_second), left=left,
+        )  # fmt: skip
+        bar = tag("i", tag("b", "", style=f"width:{share:.1f}%"), class_="bar")
+        line = bar + tag("span", esc(download.error or text)) + button(words("cancel"), "cancel_download") + line
+    elif status.can_download and not status.ready:
+        line = button(words("download"), "download", kind="primary") + line
+    return tag("div", table + tag("div", line, class_="row"), class_="files-panel")
+
+
+def files_title(words: Words, status: FilesStatus) -> str:
+    have = sum(file.ready for file in status.files)
+    size = sum(file.bytes or file.here for file in status.files)
+    return f"{words('files')} — " + words("files_state", have=have, all=len(status.files), size=numbers.size(size))
+
+
+def _option(words: Words, offer: Offer, machine: Machine, *, chosen: bool) -> str:
+    need = ""
+    if offer.need is not None:
+        level = _level(offer.need, machine.vram_free)[0] if machine.vram_free is not None else ""
+        need = tag("span", esc(numbers.memory(offer.need)), class_=f"need {level}")
+    time = f"≈ {numbers.about(offer.prediction.seconds)}" if offer.prediction else "–"
+    disk = tag("span", esc(_short_files(words, offer.files)), class_="disk" + (" ok" if offer.files.ready else ""))
+    name = tag("span", esc(offer.title), class_="name") + tag("span", esc(offer.about), class_="about")
+    cells = name + tag("span", esc(time), class_="time") + need + disk
+    selected = "true" if chosen else "false"
+    return tag("li", cells, role="option", id=f"option-{offer.name}", data_name=offer.name, aria_selected=selected)
+
+
+def _level(need: int, free: int) -> tuple[str, str]:
+    """The class and the words for a need of memory against what is free."""
+    if need > free:
+        return "over", "cost_over"
+    return ("tight", "cost_tight") if need > TIGHT * free else ("ok", "cost_fits")
+
+
+def _time(words: Words, prediction: Prediction | None, count: int) -> str:
+    if prediction is None:
+        return esc(words("cost_unknown"))
+    key = "cost_assumed" if prediction.source == "assumed" else "cost_time"
+    text = words(key, time=numbers.about(prediction.seconds))
+    return tag("strong", esc(text if count == 1 else f"{count} × {text}"))
+
+
+def _files_text(words: Words, files: FilesStatus) -> str:
+    if files.ready:
+        return words("cost_ready")
+    missing = files.missing_bytes
+    return words("missing") if missing is None else words("cost_download", size=numbers.size(missing))
+
+
+def _short_files(words: Words, files: FilesStatus) -> str:
+    if files.ready:
+        return words("ready")
+    missing = files.missing_bytes
+    return words("missing") if missing is None else f"{numbers.size(missing)} ↓"

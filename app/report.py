@@ -1,0 +1,191 @@
+"""What a finished run cost, as figures, one bar and a table; and the same run for other faces to repeat."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from lightx2v.jobs import Job
+from lightx2v.progress import STAGES
+
+from . import numbers
+from .html import button, esc, tag
+from .snippets import snippets
+from .strings import Words
+
+BAR = ("load", "text", "image", "high", "low", "decode", "write")
+
+
+def report(words: Words, job: Job | None, *, predicted: float | None = None, can_continue: bool = True) -> str:
+    """The panel under the stage for the last finished run; an empty text before there is one."""
+    if job is None or job.state != "succeeded" or not job.result:
+        return ""
+    result = job.result
+    head = tag("h2", esc(words("last_run"))) + tag("span", esc(_subtitle(words, job)), class_="quiet")
+    parts = [
+        tag("header", head),
+        _chips(words, result, predicted),
+        _bar(words, result["timings"]),
+        _buttons(words, job, can_continue=can_continue),
+        *(tag("p", esc(warning), class_="warn") for warning in result.get("warnings", ())),
+        tag("details", tag("summary", esc(words("details"))) + _details(words, job)),
+        tag("details", tag("summary", esc(words("settings_as"))) + _snippets(words, job), class_="snippets"),
+    ]
+    return tag("section", "".join(parts), class_="card report", aria_label=words("last_run"))
+
+
+def step_seconds(timings: Mapping[str, Any]) -> float | None:
+    """Mean seconds of a denoising step without the first, which warms up."""
+    times = [step["seconds"] for step in timings.get("steps", ())]
+    times = times[1:] if len(times) > 2 else times
+    return sum(times) / len(times) if times else None
+
+
+def peak_vram(timings: Mapping[str, Any]) -> tuple[int, int] | None:
+    """(allocated, reserved) bytes at the highest; None without a GPU."""
+    peaks = timings.get("peak_vram")
+    if not peaks:
+        return None
+    return max(p["allocated"] for p in peaks.values()), max(p["reserved"] for p in peaks.values())
+
+
+def stage_seconds(timings: Mapping[str, Any]) -> dict[str, float]:
+    """Seconds by phase of BAR: denoising split between the experts."""
+    seconds = dict(timings.get("seconds", {}))
+    experts = timings.get("experts", {})
+    denoise = seconds.pop("denoise", 0.0)
+    high = experts.get("high", 0.0)
+    seconds["high"], seconds["low"] = high, experts.get("low", max(0.0, denoise - high))
+    return {phase: seconds[phase] for phase in BAR if seconds.get(phase)}
+
+
+def attention_line(result: Mapping[str, Any]) -> str:
+    """Which backend ran and why, in one line."""
+    attention = result.get("attention") or {}
+    name, reason = attention.get("name") or attention.get("self", ""), attention.get("reason", "")
+    return f"{name} ({reason})" if name and reason else name or ", ".join(f"{k} {v}" for k, v in attention.items())
+
+
+def _subtitle(words: Words, job: Job) -> str:
+    result = job.result or {}
+    frames = words("n_frames", n=result.get("frames", job.request.frames))
+    parts = [f"{words('seed')} {result.get('seed', job.request.seed)}", _size(result), frames, words.preset(job.preset)]
+    return " · ".join(filter(None, parts))
+
+
+def _size(result: Mapping[str, Any]) -> str:
+    return f"{result['width']} × {result['height']}" if result.get("width") else ""
+
+
+def _chips(words: Words, result: Mapping[str, Any], predicted: float | None) -> str:
+    timings = result["timings"]
+    step, vram = step_seconds(timings), peak_vram(timings)
+    chips = [
+        ("total", numbers.seconds(timings["total"])),
+        ("a_step_short", numbers.seconds(step) if step is not None else "–"),
+        ("phase_decode", numbers.seconds(timings["seconds"].get("decode", 0.0))),
+        ("peak_vram", numbers.memory(vram[0])) if vram else ("peak_ram", numbers.memory(timings["peak_rss"])),
+        ("predicted", "–" if predicted is None else numbers.about(predicted)),
+        ("file", numbers.size(result["file_bytes"]) if result.get("file_bytes") else "–"),
+    ]
+    cells = (tag("div", tag("dt", esc(words(key))) + tag("dd", esc(value))) for key, value in chips)
+    return tag("dl", "".join(cells), class_="chips")
+
+
+def _bar(words: Words, timings: Mapping[str, Any]) -> str:
+    parts = stage_seconds(timings)
+    whole = sum(parts.values()) or 1.0
+    spans, legend = [], []
+    for phase, seconds in parts.items():
+        label = f"{words('phase_' + phase)} {numbers.seconds(seconds)}"
+        spans.append(tag("i", "", class_=f"c-{phase}", style=f"flex-grow:{seconds / whole:.4f}", title=label))
+        legend.append(tag("li", tag("i", "", class_=f"c-{phase}") + esc(label)))
+    return tag("div", "".join(spans), class_="stack", aria_hidden="true") + tag("ul", "".join(legend), class_="legend")
+
+
+def _buttons(words: Words, job: Job, *, can_continue: bool) -> str:
+    seed = (job.result or {}).get("seed", job.request.seed)
+    row = [
+        button(words("again_new_seed"), "again", id=job.id),
+        button(words("same_seed"), "same_seed", id=job.id, seed=seed),
+        button(words("continue_last"), "last_frame", id=job.id) if can_continue else "",
+        button(words("compare"), "compare", id=job.id),
+        tag("a", esc(words("download")), class_="btn", href=f"studio/{job.id}/video.mp4?download", download=True),
+    ]
+    return tag("div", "".join(row), class_="row actions")
+
+
+def _details(words: Words, job: Job) -> str:
+    result = job.result or {}
+    timings = result["timings"]
+    peaks = timings.get("peak_vram") or {}
+    head = [words("stage"), words("time")] + ([words("allocated"), words("reserved")] if peaks else [])
+    rows = []
+    for stage in STAGES:
+        if stage not in timings["seconds"]:
+            continue
+        cells = [words("phase_" + stage), numbers.seconds(timings["seconds"][stage])]
+        if peaks:
+            peak = peaks.get(stage)
+            cells += [numbers.memory(peak["allocated"]), numbers.memory(peak["reserved"])] if peak else ["–", "–"]
+        rows.append(cells)
+        if stage == "denoise":
+            rows += [
+                [words("each_expert", expert=words("expert_" + expert)), time] for expert, time in _experts(timings)
+            ]
+    table = _table(head, rows)
+    facts = [
+        (words("device"), result.get("device", "")),
+        (words("attention"), attention_line(result)),
+        (words("peak_ram"), numbers.memory(timings["peak_rss"])),
+        (words("prompt_tokens"), ", ".join(f"{k} {v}" for k, v in (result.get("text_tokens") or {}).items())),
+        ("LoRA", _lora_line(words, result)),
+        ("shift", f"{job.request.shift:g}"),
+        ("guidance", " / ".join(f"{g:g}" for g in job.request.guidance) if any(job.request.guided) else words("off")),
+        (words("run"), job.id),
+    ]
+    items = (tag("dt", esc(name)) + tag("dd", esc(value)) for name, value in facts if value)
+    return tag("div", table + tag("dl", "".join(items), class_="facts"), class_="details")
+
+
+def _experts(timings: Mapping[str, Any]) -> list[tuple[str, str]]:
+    found = []
+    for expert in ("high", "low"):
+        times = [step["seconds"] for step in timings.get("steps", ()) if step.get("expert") == expert]
+        if times:
+            found.append((expert, f"{len(times)} × {numbers.seconds(sum(times) / len(times))}"))
+    return found
+
+
+def _lora_line(words: Words, result: Mapping[str, Any]) -> str:
+    """How much of each LoRA found its place, where the engine tells."""
+    reports = result.get("lora") or []
+    reports = [reports] if isinstance(reports, Mapping) else reports
+    return "; ".join(
+        words(
+            "lora_match",
+            name=str(r.get("name", r.get("expert", ""))),
+            matched=r.get("matched", "?"),
+            total=r.get("total", "?"),
+        )
+        for r in reports
+    )
+
+
+def _table(head: list[str], rows: list[list[str]]) -> str:
+    top = tag("tr", "".join(tag("th", esc(cell), scope="col") for cell in head))
+    body = "".join(
+        tag("tr", tag("th", esc(row[0]), scope="row") + "".join(tag("td", esc(cell)) for cell in row[1:]))
+        for row in rows
+    )
+    return tag("table", tag("thead", top) + tag("tbody", body))
+
+
+def _snippets(words: Words, job: Job) -> str:
+    blocks = []
+    for name, text in snippets(job).items():
+        copy = button(words("copy"), "copy", kind="small", name=words("copy_what", what=name))
+        blocks.append(
+            tag("figure", tag("figcaption", esc(name) + copy) + tag("pre", tag("code", esc(text)), tabindex=0))
+        )
+    return "".join(blocks)

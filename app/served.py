@@ -1,0 +1,91 @@
+"""Routes for what the page shows: a run's video, poster and latent preview, by the run's unguessable id.
+
+Only these files leave the output folder. The names come from the job manager, never from the request, and where the
+page has a password these routes ask for it as gradio's own do.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from starlette.requests import Request
+from starlette.responses import FileResponse, PlainTextResponse, Response
+from starlette.routing import Route
+
+if TYPE_CHECKING:
+    from .studio import Studio
+
+JOB_ID = re.compile(r"[A-Za-z0-9_-]{16,64}")
+HEADERS = {"X-Content-Type-Options": "nosniff", "Content-Security-Policy": "default-src 'none'; media-src 'self'"}
+FOREVER = {**HEADERS, "Cache-Control": "private, max-age=86400, immutable"}
+
+
+def routes(studio: Studio) -> list[Route]:
+    """To be mounted before gradio's own routes."""
+
+    def guarded(answer: Callable[[Request], Response]) -> Callable[[Request], Response]:
+        def checked(request: Request) -> Response:
+            return answer(request) if signed_in(request) else PlainTextResponse("Sign in first.", status_code=401)
+
+        return checked
+
+    def video(request: Request) -> Response:
+        path = studio.video_of(job_id := _job_id(request))
+        if path is None:
+            return _missing()
+        name = f"lightx2v-{job_id[:8]}.mp4" if "download" in request.query_params else None
+        return FileResponse(path, media_type="video/mp4", filename=name, headers=FOREVER)
+
+    def poster(request: Request) -> Response:
+        data = studio.poster_of(_job_id(request))
+        return Response(data, media_type="image/jpeg", headers=FOREVER) if data else _missing()
+
+    def preview(request: Request) -> Response:
+        data = studio.preview_of(_job_id(request))
+        headers = {**HEADERS, "Cache-Control": "no-store"}
+        return Response(data, media_type="image/jpeg", headers=headers) if data else _missing()
+
+    def shown(request: Request) -> Response:
+        path = studio.shown_file(_job_id(request))
+        return FileResponse(path, media_type="video/mp4", headers=FOREVER) if path else _missing()
+
+    def sample(request: Request) -> Response:
+        path = studio.sample
+        return FileResponse(path, media_type="video/mp4", headers=FOREVER) if path else _missing()
+
+    return [
+        Route("/studio/sample.mp4", guarded(sample)),
+        Route("/studio/{id}/video.mp4", guarded(video)),
+        Route("/studio/{id}/poster.jpg", guarded(poster)),
+        Route("/studio/{id}/preview.jpg", guarded(preview)),
+        Route("/studio/{id}/shown.mp4", guarded(shown)),
+    ]
+
+
+def signed_in(request: Request) -> bool:
+    """Whether gradio would let this request in: nobody has to sign in, or the session cookie is a live one."""
+    app = request.app
+    if getattr(app, "auth", None) is None:
+        return True
+    names = (f"access-token-{app.cookie_id}", f"access-token-unsecure-{app.cookie_id}")
+    return any(request.cookies.get(name) in app.tokens for name in names)
+
+
+def existing(path: str | Path | None, folder: Path) -> Path | None:
+    """`path` if it is a file inside `folder`."""
+    if not path:
+        return None
+    resolved = Path(path).resolve()
+    return resolved if resolved.is_relative_to(folder.resolve()) and resolved.is_file() else None
+
+
+def _job_id(request: Request) -> str:
+    value = request.path_params.get("id", "")
+    return value if JOB_ID.fullmatch(value) else ""
+
+
+def _missing() -> Response:
+    return PlainTextResponse("There is nothing here.", status_code=404)

@@ -1,0 +1,89 @@
+"""One run as text for the other faces: command line, Python, HTTP and plain JSON. Pasted, each repeats the run."""
+
+from __future__ import annotations
+
+import json
+import shlex
+from dataclasses import MISSING, fields
+from typing import Any
+
+from lightx2v.config import resolve
+from lightx2v.errors import LightX2VError
+from lightx2v.jobs import Job
+from lightx2v.request import Request
+
+
+def snippets(job: Job) -> dict[str, str]:
+    """Name -> text, ready to be copied."""
+    changed = changed_settings(job)
+    return {"CLI": _cli(job, changed), "Python": _python(job, changed), "curl": _curl(job, changed), "JSON": _json(job)}
+
+
+def changed_settings(job: Job) -> dict[str, Any]:
+    """The fields of the request that differ from the preset: what has to be said beside its name."""
+    below: dict[str, Any] = {}
+    try:
+        below = resolve(job.preset).request if job.preset else {}
+    except LightX2VError:  # a preset that is gone; then everything is said
+        pass
+    changed: dict[str, Any] = {}
+    data = job.request.to_json()
+    for field in fields(Request):
+        value = getattr(job.request, field.name)
+        default = below[field.name] if field.name in below else field.default
+        if default is MISSING or value != default:
+            changed[field.name] = data[field.name]
+    changed["seed"] = job.result["seed"] if job.result else job.request.seed
+    changed.pop("task", None)
+    if job.config.cpu_offload != "auto":
+        changed["cpu_offload"] = job.config.cpu_offload
+    return changed
+
+
+def _cli(job: Job, changed: dict[str, Any]) -> str:
+    words = ["python -m lightx2v.infer"]
+    if job.preset:
+        words.append(f"--preset {shlex.quote(job.preset)}")
+    for name, value in changed.items():
+        if isinstance(value, (list, dict, bool)) or value is None:
+            words.append(f"--set {shlex.quote(f'{name}={json.dumps(value)}')}")
+        else:
+            words.append(f"--{name} {shlex.quote(str(value))}")
+    words.append("--save_result_path outputs/video.mp4")
+    return " \\\n  ".join(words)
+
+
+def _python(job: Job, changed: dict[str, Any]) -> str:
+    generate = ("prompt", "negative_prompt", "image_path", "last_frame_path", "seed")
+    settings = {name: value for name, value in changed.items() if name not in generate}
+    asked = {name: value for name, value in changed.items() if name in generate}
+    asked["save_result_path"] = "outputs/video.mp4"
+    lines = [f"    {name}={value!r}," for name, value in asked.items()]
+    more = "".join(f", {name}={value!r}" for name, value in settings.items())
+    preset = f"config_json={f'presets/{job.preset}.json'!r}" if job.preset else ""
+    return "\n".join(
+        [
+            "from lightx2v import LightX2VPipeline",
+            "",
+            f"pipe = LightX2VPipeline(model_cls={job.config.model_cls!r}, task={job.config.task!r})",
+            f"pipe.create_generator({preset}{more})",
+            "result = pipe.generate(",
+            *lines,
+            ")",
+            'print(result.path, result.timings.total, "seconds")',
+        ]
+    )
+
+
+def _curl(job: Job, changed: dict[str, Any]) -> str:
+    body = json.dumps({"preset": job.preset, **changed}, ensure_ascii=False, indent=2)
+    return (
+        "curl http://127.0.0.1:8000/v1/tasks/video \\\n"
+        "  -H 'Content-Type: application/json' \\\n"
+        f"  -d {shlex.quote(body)}"
+    )
+
+
+def _json(job: Job) -> str:
+    settings = {"preset": job.preset, "engine": job.config.to_json(), "request": job.request.to_json()}
+    return json.dumps(settings, ensure_ascii=False, indent=2)

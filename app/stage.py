@@ -1,0 +1,221 @@
+"""The stage and what is under it while a run goes on: picture, phases, clock, and what to do when it failed."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from lightx2v.estimate import high_noise_steps
+from lightx2v.jobs import Job
+from lightx2v.progress import Progress
+from lightx2v.request import Request
+
+from . import numbers
+from .html import button, esc, tag
+from .strings import Words
+
+PHASES = ("download", "load", "text", "image", "high", "low", "decode", "write")
+"""The stages of a run as the bar shows them: denoising is two, one for each expert."""
+
+ACTIVE = ("queued", "running")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Remedy:
+    """Something that may make a failed run succeed: a button with `act`, which changes the request and tries again."""
+
+    act: str
+    label: str
+
+
+def stage(words: Words, job: Job | None, *, sample: bool, shown: str = "") -> str:
+    """The 16:9 box. Never empty: a sample, a latent preview, a video, or what went wrong."""
+    if job is None:
+        return _idle(words, sample=sample, shown=shown)
+    if job.state == "succeeded":
+        inner = tag(
+            "video", "", src=f"studio/{job.id}/video.mp4", autoplay=True, loop=True, muted=True, playsinline=True,
+            controls=True, aria_label=words("video_of", prompt=job.request.prompt[:120]),
+        )  # fmt: skip
+        return _box(inner, "done", job.id)
+    if job.state in ACTIVE:
+        return _box(_waiting(words, job), job.state, job.id)
+    poster = tag("img", src=f"studio/{job.id}/preview.jpg", alt="", class_="dim") if job.preview else _scene()
+    title = words("state_" + job.state)
+    message = esc(job.error["message"]) if job.error else esc(words("explain_" + job.state))
+    return _box(
+        poster + tag("div", tag("strong", esc(title)) + tag("p", message), class_="notice", role="alert"),
+        job.state,
+        job.id,
+    )
+
+
+def status(words: Words, job: Job | None, remedies: Sequence[Remedy] = (), *, ahead: int = 0) -> str:
+    """Phase bar and one line: what happens, how long it took, how long it will. The height is always the same."""
+    if job is None:
+        line = tag("span", esc(words("idle_hint")), class_="quiet")
+        return tag("div", _bar(words, None, None) + tag("div", line, class_="line"), class_="status")
+    if job.state in ACTIVE:
+        event = job.progress
+        left = _now(words, job, event, ahead)
+        clock = _clock(words, job, event)
+        stop = button(words("stop"), "stop", kind="stop", id=job.id, key="Escape")
+        line = tag("div", left, class_="now") + tag("div", clock + stop, class_="clock")
+        return tag("div", _bar(words, job, event) + tag("div", line, class_="line"), class_="status")
+    actions = "".join(
+        button(r.label, r.act, id=job.id, kind="primary" if i == 0 else "") for i, r in enumerate(remedies)
+    )
+    title = words("finished_in", time=_took(job)) if job.state == "succeeded" else words("state_" + job.state)
+    line = tag("div", tag("strong", esc(title)), class_="now") + tag("div", actions, class_="clock")
+    return tag("div", _bar(words, job, job.progress) + tag("div", line, class_="line"), class_="status")
+
+
+def phases_of(request: Request, event: Progress | None) -> list[str]:
+    """The phases that this run has. A download is shown only when there is one."""
+    high = high_noise_steps(request)
+    absent = {
+        "download": event is None or event.stage != "download",
+        "image": request.task == "t2v",
+        "high": high == 0,
+        "low": high == request.steps,
+    }
+    return [phase for phase in PHASES if not absent.get(phase, False)]
+
+
+def phase_fill(request: Request, event: Progress | None) -> tuple[str, float]:
+    """The phase an event is in, and how much of it is done, from 0 to 1."""
+    if event is None:
+        return "load", 0.0
+    if event.stage != "denoise":
+        return event.stage, event.step / event.total if event.total else 0.0
+    high = high_noise_steps(request)
+    if event.step < high:
+        return "high", event.step / high
+    return "low", (event.step - high) / max(1, request.steps - high)
+
+
+def overall(request: Request, event: Progress | None) -> float:
+    """How much of the run is done, counting a phase as one, denoising as four: for the progressbar role."""
+    phases = phases_of(request, event)
+    weight = {phase: 4.0 if phase in ("high", "low") else 1.0 for phase in phases}
+    phase, fill = phase_fill(request, event)
+    if phase not in weight:
+        return 0.0
+    before = sum(weight[p] for p in phases[: phases.index(phase)])
+    return (before + fill * weight[phase]) / sum(weight.values())
+
+
+def _bar(words: Words, job: Job | None, event: Progress | None) -> str:
+    if job is None:
+        phases, current, fill = [p for p in PHASES if p not in ("download", "image")], "", 0.0
+    else:
+        phases = phases_of(job.request, event)
+        current, fill = phase_fill(job.request, event)
+    done = job is not None and job.state == "succeeded"
+    at = phases.index(current) if current in phases and job is not None and job.state != "queued" else -1
+    cells = []
+    for index, phase in enumerate(phases):
+        state = "done" if done or index < at else "now" if index == at else "todo"
+        share = 100 if state == "done" else round(fill * 100) if state == "now" else 0
+        bar = tag("i", tag("b", "", style=f"width:{share}%"))
+        cells.append(tag("li", bar + tag("span", esc(words("phase_" + phase))), class_=state))
+    live = job is not None and job.state == "running"
+    percent = 100 if done else round(100 * overall(job.request, event)) if job and live else 0
+    failed = job is not None and job.state in ("failed", "cancelled", "interrupted")
+    return tag(
+        "ol", "".join(cells), class_="phases failed" if failed else "phases", role="progressbar",
+        aria_label=words("progress"), aria_valuemin=0, aria_valuemax=100, aria_valuenow=percent,
+        aria_valuetext=_plain_now(words, job, event) if job is not None else words("idle_hint"),
+    )  # fmt: skip
+
+
+def _now(words: Words, job: Job, event: Progress | None, ahead: int) -> str:
+    if job.state == "queued":
+        return tag("strong", esc(words("queued_behind", n=ahead))) if ahead else tag("strong", esc(words("starting")))
+    if event is None:
+        return tag("strong", esc(words("starting")))
+    if event.stage == "denoise":
+        expert = words("expert_" + event.expert) if event.expert else ""
+        # An event counts the steps that are done; while the next one runs, that is the one to name.
+        number = min(event.step + 1, event.total)
+        pace = _pace(event)
+        rest = " · ".join(filter(None, [expert, words("a_step", time=numbers.seconds(pace)) if pace else ""]))
+        title = tag("strong", esc(words("step_of", step=number, total=event.total)))
+        return title + tag("span", esc(rest), class_="quiet")
+    note = event.message or (words("part_of", step=event.step, total=event.total) if event.total > 1 else "")
+    return tag("strong", esc(words("doing_" + event.stage))) + (tag("span", esc(note), class_="quiet") if note else "")
+
+
+def _plain_now(words: Words, job: Job, event: Progress | None) -> str:
+    if job.state != "running" or event is None:
+        return words("state_" + job.state)
+    if event.stage == "denoise":
+        return words("step_of", step=min(event.step + 1, event.total), total=event.total)
+    return words("doing_" + event.stage)
+
+
+def _pace(event: Progress) -> float | None:
+    """Seconds a step, from the time left in the events of the engine. None until a step is done."""
+    if not event.step or event.eta is None or event.step >= event.total:
+        return None
+    return event.eta / (event.total - event.step)
+
+
+def _clock(words: Words, job: Job, event: Progress | None) -> str:
+    """Elapsed and left. The script counts on between two events, so the start is all that it needs."""
+    if job.state != "running" or job.started is None:
+        return ""
+    eta = event.eta if event is not None else None
+    left = words("left", time=numbers.about(eta)) if eta is not None else words("estimating")
+    elapsed = tag("span", "0:00", class_="elapsed", data_since=f"{job.started:.2f}")
+    return tag("span", elapsed + tag("span", " · " + esc(left)), class_="times")
+
+
+def _took(job: Job) -> str:
+    if job.started is None or job.finished is None:
+        return ""
+    return numbers.seconds(max(0.0, job.finished - job.started))
+
+
+def _waiting(words: Words, job: Job) -> str:
+    event = job.progress
+    if job.state == "running" and job.preview is not None:
+        step = event.step if event is not None and event.stage == "denoise" else job.request.steps
+        label = words("preview_step", step=step, total=job.request.steps)
+        picture = tag("img", src=f"studio/{job.id}/preview.jpg?step={step}", alt=words("preview_alt"), class_="preview")
+        return picture + tag("span", esc(label), class_="tag")
+    return _scene("breathing") + tag(
+        "span", esc(words("doing_" + event.stage) if event else words("starting")), class_="tag"
+    )
+
+
+def _idle(words: Words, *, sample: bool, shown: str) -> str:
+    if shown:
+        video = tag(
+            "video", "", src=f"studio/{shown}/shown.mp4", autoplay=True, loop=True, muted=True, playsinline=True,
+            controls=True, aria_label=words("dropped_video"),
+        )  # fmt: skip
+        return _box(video, "shown", "")
+    if sample:
+        video = tag(
+            "video", "", src="studio/sample.mp4", autoplay=True, loop=True, muted=True, playsinline=True,
+            aria_label=words("sample_alt"),
+        )  # fmt: skip
+        return _box(video + tag("span", esc(words("sample")), class_="tag"), "sample", "")
+    hint = tag("div", tag("strong", esc(words("idle_title"))) + tag("p", esc(words("idle_text"))), class_="invite")
+    return _box(_scene() + hint, "sample", "")
+
+
+def _box(inner: str, state: str, job_id: str) -> str:
+    return tag("div", inner, class_="stage", data_state=state, data_job=job_id)
+
+
+def _scene(extra: str = "") -> str:
+    """A quiet drawn landscape, so that the box is never a hole. Colours come from the style sheet."""
+    return (
+        f'<svg class="scene {extra}" viewBox="0 0 320 180" preserveAspectRatio="xMidYMid slice" aria-hidden="true">'
+        '<rect class="sky" width="320" height="180"/><circle class="sun" cx="228" cy="74" r="22"/>'
+        '<path class="far" d="M0 122C40 100 78 96 118 108s76 22 116 4 60-18 86-10v78H0z"/>'
+        '<path class="mid" d="M0 140c36-14 70-16 108-6s84 18 128 4 62-12 84-8v50H0z"/>'
+        '<path class="near" d="M0 160c48-10 92-8 140-2s112 8 180-6v28H0z"/></svg>'
+    )

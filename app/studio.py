@@ -1,0 +1,286 @@
+"""What the page works with: the job manager, presets, predictions, files. No gradio here, and no torch.
+
+One Studio serves all visitors. What belongs to one of them is asked for with their `owner`, a secret that their
+browser keeps; without it no run can be listed, seen or changed.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import secrets
+import threading
+import time
+from collections import OrderedDict
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+from lightx2v.config import PROJECT, PresetInfo, Resolved, list_presets, resolve
+from lightx2v.engine_config import EngineConfig
+from lightx2v.engine_slot import RunReport
+from lightx2v.errors import LightX2VError
+from lightx2v.estimate import DiTShape, Prediction, Rates, Work, count
+from lightx2v.image import jpeg
+from lightx2v.jobs import Engine, Job, JobManager, OpenEngine, UnknownJob
+from lightx2v.media import read_frame
+from lightx2v.progress import CancelToken, OnProgress
+from lightx2v.request import Request
+
+from .exposure import Exposure
+from .machine import MachineReader
+from .model_files import Files, LocalFiles
+from .served import existing
+
+log = logging.getLogger("lightx2v.page")
+
+SAMPLE = PROJECT / "assets" / "samples" / "idle.mp4"
+POSTER_SIDE = 360
+HISTORY = 60
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Loaded:
+    """The engine in memory."""
+
+    config: EngineConfig
+    preset: str
+
+
+class Studio:
+    """`memory_need` tells how many bytes of VRAM a request needs where a planner knows; `files` who has model files."""
+
+    def __init__(
+        self,
+        open_engine: OpenEngine,
+        folder: Path,
+        exposure: Exposure,
+        *,
+        files: Files | None = None,
+        memory_need: Callable[[EngineConfig, Request], int | None] | None = None,
+        default_preset: str = "",
+    ) -> None:
+        self.exposure = exposure
+        self.folder = folder.absolute()
+        self.folder.mkdir(parents=True, exist_ok=True)
+        self.machine = MachineReader()
+        self.files = files or LocalFiles()
+        self.loaded: Loaded | None = None
+        self._memory_need = memory_need or (lambda config, request: None)
+        self._open = open_engine
+        self._rates = Rates(self.folder / "rates.json")
+        self._posters = self.folder / "posters"
+        self._shown: OrderedDict[str, Path] = OrderedDict()
+        self._predicted: OrderedDict[str, float] = OrderedDict()
+        self._lock = threading.Lock()
+        self.presets = [info for info in list_presets() if info.gpus == 1 and not info.offload]
+        self.default_preset = default_preset or self._choose_default()
+        self.jobs = JobManager(
+            self._open_measured, self.folder, max_queue=exposure.limits.queue, predict=self._seconds
+        )  # fmt: skip
+
+    # ---- presets ------------------------------------------------------------------------------------------------
+
+    @property
+    def tasks(self) -> dict[str, str]:
+        """Preset name -> task, of those on offer."""
+        return {info.name: info.task for info in self.presets}
+
+    def for_task(self, task: str) -> list[PresetInfo]:
+        return [info for info in self.presets if info.task == task]
+
+    def default_for(self, task: str, like: str = "") -> str:
+        """The preset of `task` that is most like the one named `like`: the same variant, demo or not."""
+        wanted = next((info for info in self.presets if info.name == (like or self.default_preset)), None)
+        offered = self.for_task(task)
+        if wanted is None:
+            return offered[0].name
+        return max(offered, key=lambda info: (info.demo == wanted.demo, info.variant == wanted.variant)).name
+
+    def _choose_default(self) -> str:
+        """The first real preset whose files are here, on a machine with a GPU; else the demo in four steps."""
+        if self.machine().gpu:
+            for info in sorted(self.presets, key=lambda info: -_SPEED.index(info.variant)):
+                if not info.demo and self.files.status(settings_of(info.name).engine).ready:
+                    return info.name
+        demos = [info.name for info in self.presets if info.demo and info.task == "t2v"]
+        return next((name for name in demos if "distill_lora" in name), demos[0] if demos else self.presets[0].name)
+
+    # ---- predictions --------------------------------------------------------------------------------------------
+
+    def predict(self, config: EngineConfig, request: Request) -> Prediction | None:
+        """How long this will take here; loading counts unless this very engine is in memory."""
+        loaded = self.loaded is not None and self.loaded.config == config
+        return self._rates.predict(self.machine().name, engine_key(config), self._work(config, request), loaded=loaded)
+
+    def memory_need(self, config: EngineConfig, request: Request) -> int | None:
+        return self._memory_need(config, request)
+
+    def predicted_for(self, job_id: str) -> float | None:
+        """What was predicted when the job was submitted."""
+        return self._predicted.get(job_id)
+
+    def _seconds(self, config: EngineConfig, request: Request) -> float | None:
+        prediction = self.predict(config, request)
+        return prediction.seconds if prediction else None
+
+    def _work(self, config: EngineConfig, request: Request) -> Work:
+        return count(request, shape_of(config.model_path, config.models_dir))
+
+    # ---- engines ------------------------------------------------------------------------------------------------
+
+    def _open_measured(
+        self, config: EngineConfig, *, preset: str, on_progress: OnProgress, cancel: CancelToken
+    ) -> Engine:
+        started = time.perf_counter()
+        engine = self._open(config, preset=preset, on_progress=on_progress, cancel=cancel)
+        self.loaded = Loaded(config=config, preset=preset)
+        return _Measured(self, engine, config, time.perf_counter() - started)
+
+    def learn(self, config: EngineConfig, request: Request, seconds: dict[str, float]) -> None:
+        """Remembers what a finished run took, by stage."""
+        self._rates.record(self.machine().name, engine_key(config), self._work(config, request), seconds)
+
+    # ---- runs of one visitor ------------------------------------------------------------------------------------
+
+    def submit(self, config: EngineConfig, request: Request, *, owner: str, preset: str) -> Job:
+        """Queues a run and keeps what was predicted for it."""
+        prediction = self.predict(config, request)
+        job = self.jobs.submit(config, request, owner=owner, preset=preset)
+        if prediction is not None and prediction.source != "assumed":
+            _remember(self._predicted, job.id, prediction.seconds)
+        return job
+
+    def own(self, owner: str, job_id: str) -> Job | None:
+        """The run if it is this visitor's, else None, whether or not it exists."""
+        try:
+            job = self.jobs.get(job_id)
+        except UnknownJob:
+            return None
+        return job if owner and secrets.compare_digest(job.owner, owner) else None
+
+    def runs(self, owner: str) -> list[Job]:
+        """A visitor's runs, the newest first."""
+        return self.jobs.list(owner, limit=HISTORY) if owner else []
+
+    def swap(self, first: Job, second: Job) -> None:
+        """Exchanges two waiting runs of one visitor; nobody else's run moves."""
+        places = [first.position, second.position]
+        if places[0] is not None and places[1] is not None:
+            early, late = (first, second) if places[0] < places[1] else (second, first)
+            self.jobs.move(late.id, min(places[0], places[1]))
+            self.jobs.move(early.id, max(places[0], places[1]))
+
+    def delete(self, job: Job) -> None:
+        self.jobs.delete(job.id)
+        (self._posters / f"{job.id}.jpg").unlink(missing_ok=True)
+
+    # ---- files that are served ----------------------------------------------------------------------------------
+
+    @property
+    def sample(self) -> Path | None:
+        return SAMPLE if SAMPLE.is_file() else None
+
+    def video_of(self, job_id: str) -> Path | None:
+        """The video of a run; ids cannot be guessed, so having one is the permission."""
+        try:
+            return existing(self.jobs.get(job_id).path, self.folder)
+        except UnknownJob:
+            return None
+
+    def preview_of(self, job_id: str) -> bytes | None:
+        try:
+            return self.jobs.get(job_id).preview
+        except UnknownJob:
+            return None
+
+    def poster_of(self, job_id: str) -> bytes | None:
+        """A small picture of a run's middle frame, made once."""
+        video = self.video_of(job_id)
+        if video is None:
+            return None
+        poster = self._posters / f"{job_id}.jpg"
+        with self._lock:
+            if not poster.is_file():
+                try:
+                    frames = self.jobs.get(job_id).request.frames
+                    data = jpeg(read_frame(video, frames // 2), max_side=POSTER_SIDE)
+                    self._posters.mkdir(exist_ok=True)
+                    poster.write_bytes(data)
+                except (LightX2VError, OSError) as error:
+                    log.warning("No poster for %s: %s", job_id, error)
+                    return None
+            return poster.read_bytes()
+
+    def show_file(self, path: Path) -> str:
+        """A token under which an uploaded video is served."""
+        token = secrets.token_urlsafe(24)
+        _remember(self._shown, token, path)
+        return token
+
+    def shown_file(self, token: str) -> Path | None:
+        path = self._shown.get(token)
+        return path if path is not None and path.is_file() else None
+
+    def close(self) -> None:
+        self.jobs.close()
+
+
+_SPEED = ("base", "distill_lora", "distill_merged", "distill_fp8")
+
+
+class _Measured:
+    """An engine whose runs teach the prediction."""
+
+    def __init__(self, studio: Studio, engine: Engine, config: EngineConfig, load_seconds: float) -> None:
+        self._studio, self._engine, self._config = studio, engine, config
+        self._load: float | None = load_seconds
+
+    def run(
+        self, request: Request, *, save_result_path: Path, on_progress: OnProgress, cancel: CancelToken
+    ) -> RunReport:
+        result = self._engine.run(
+            request, save_result_path=save_result_path, on_progress=on_progress, cancel=cancel
+        )  # fmt: skip
+        report = result.report()
+        # An input picture may have given the video another size: that is the work that was done.
+        done = replace(request, height=report["height"], width=report["width"])
+        seconds = dict(report["timings"]["seconds"])
+        if self._load is not None:
+            seconds["load"], self._load = seconds.get("load", 0.0) + self._load, None
+        self._studio.learn(self._config, done, seconds)
+        return result
+
+    def close(self) -> None:
+        self._studio.loaded = None
+        self._engine.close()
+
+
+@lru_cache(maxsize=128)
+def settings_of(preset: str) -> Resolved:
+    """What a shipped preset means. Presets do not change while the app runs."""
+    return resolve(preset)
+
+
+def engine_key(config: EngineConfig) -> str:
+    """A short name for everything that an engine's speed depends on."""
+    text = json.dumps(config.to_json(), sort_keys=True)
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+@lru_cache(maxsize=32)
+def shape_of(model_path: str, models_dir: str | None) -> DiTShape:
+    """The sizes of the model in a folder that is here, else A14B's."""
+    places = [Path(models_dir) / model_path] if models_dir else []
+    found = next((p for p in (*places, Path(model_path), PROJECT / model_path) if p.is_dir()), None)
+    return DiTShape.of_model(found)
+
+
+def _remember(table: OrderedDict[str, Any], key: str, value: Any) -> None:
+    """Adds to a table that keeps the last thousand."""
+    table[key] = value
+    if len(table) > 1000:
+        table.popitem(last=False)

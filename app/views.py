@@ -1,0 +1,79 @@
+"""The right side for one visitor: what changed since it was last sent, by component."""
+
+from __future__ import annotations
+
+import hashlib
+import time
+from dataclasses import dataclass
+from typing import Any
+
+from gradio.components import Component
+
+from . import cards, panels
+from . import compare as comparison
+from .html import tag
+from .remedies import remedies
+from .report import report
+from .stage import stage, status
+from .strings import Words
+from .studio import Studio
+from .visitor import Scene
+
+
+@dataclass
+class Outputs:
+    """The components of the right side and the header."""
+
+    top: Any
+    stage: Any
+    status: Any
+    report: Any
+    queue: Any
+    history: Any
+    compare: Any
+    benchmark: Any
+
+
+def render(studio: Studio, outputs: Outputs, words: Words, scene: Scene, seen: dict[str, str]) -> dict[Component, str]:
+    """HTML of the parts that differ from what `seen` says was sent; updates `seen`."""
+    parts = {
+        "top": _top(studio, words),
+        "stage": stage(words, scene.job, sample=studio.sample is not None, shown=scene.visitor.shown),
+        "status": _status(studio, words, scene),
+        "report": _report(studio, words, scene),
+        "queue": cards.queue(words, scene.runs, scene.visitor.editing),
+        "history": cards.history(words, _past(scene), scene.visitor.job, scene.visitor.compared),
+        "compare": comparison.compare(words, scene.compared),
+        "benchmark": comparison.benchmark(words, scene.runs),
+    }
+    changed: dict[Component, str] = {}
+    for name, html in parts.items():
+        digest = hashlib.sha256(html.encode()).hexdigest()[:16]
+        if seen.get(name) != digest:
+            seen[name] = digest
+            changed[getattr(outputs, name)] = html
+    # The clock of the browser may be off by hours; the script corrects it by this.
+    if outputs.status in changed:
+        changed[outputs.status] = tag("div", changed[outputs.status], data_now=f"{time.time():.2f}")
+    return changed
+
+
+def _top(studio: Studio, words: Words) -> str:
+    loaded = studio.loaded
+    name = words.preset(loaded.preset) if loaded else ""
+    return panels.header(words, studio.machine(), name, studio.exposure, alive=studio.jobs.alive)
+
+
+def _status(studio: Studio, words: Words, scene: Scene) -> str:
+    offers = remedies(words, scene.job, offload=studio.exposure.shows_paths and studio.machine().gpu)
+    return status(words, scene.job, offers, ahead=scene.ahead)
+
+
+def _report(studio: Studio, words: Words, scene: Scene) -> str:
+    done = scene.finished
+    predicted = studio.predicted_for(done.id) if done else None
+    return report(words, done, predicted=predicted)
+
+
+def _past(scene: Scene) -> list[Any]:
+    return [job for job in scene.runs if job.over]

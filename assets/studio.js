@@ -1,0 +1,182 @@
+// What the page does without asking the server: keys, clicks on rendered HTML, the running clock, the address bar,
+// the theme, dropped videos, and playing two videos in step. Loaded once, before the page is mounted.
+window.studio = (() => {
+  "use strict";
+  const $ = (selector, root = document) => root.querySelector(selector);
+
+  // ---- theme: the person's choice, else the system's --------------------------------------------------------------
+  const applyTheme = () => {
+    const saved = localStorage.getItem("studio-theme");
+    if (saved) document.body.classList.toggle("dark", saved === "dark");
+  };
+  const toggleTheme = () => {
+    const dark = !document.body.classList.contains("dark");
+    localStorage.setItem("studio-theme", dark ? "dark" : "light");
+    applyTheme();
+  };
+
+  // ---- clicks: every [data-act] inside an HTML component becomes one event of it -------------------------------------
+  const local = {
+    theme: toggleTheme,
+    copy: (target) => {
+      const text = $("code", target.closest("figure")).textContent;
+      navigator.clipboard?.writeText(text).then(() => {
+        target.classList.add("copied");
+        setTimeout(() => target.classList.remove("copied"), 1500);
+      });
+    },
+    play: (target) => {
+      const videos = pair(target);
+      const paused = videos.every((video) => video.paused);
+      videos.forEach((video) => (paused ? video.play() : video.pause()));
+      target.textContent = paused ? "❚❚" : "▶";
+    },
+  };
+  const actions = (element, trigger) => {
+    element.addEventListener("click", (event) => {
+      const target = event.target.closest("[data-act]");
+      if (!target || target.disabled) return;
+      if (local[target.dataset.act]) return local[target.dataset.act](target);
+      trigger("act", { ...target.dataset });
+    });
+  };
+
+  // ---- the preset list: a button and a listbox, usable by keyboard ---------------------------------------------------
+  const picker = (element, props, trigger) => {
+    const list = () => $("[role=listbox]", element);
+    const button = () => $("[role=combobox]", element);
+    const options = () => [...element.querySelectorAll("[role=option]")];
+    const open = () => !list().hidden;
+    const show = (visible) => {
+      list().hidden = !visible;
+      button().setAttribute("aria-expanded", visible);
+      if (visible) mark(Math.max(0, options().findIndex((o) => o.getAttribute("aria-selected") === "true")));
+    };
+    const mark = (index) => {
+      options().forEach((option, i) => option.classList.toggle("at", i === index));
+      const option = options()[index];
+      button().setAttribute("aria-activedescendant", option ? option.id : "");
+      option?.scrollIntoView({ block: "nearest" });
+    };
+    const at = () => options().findIndex((option) => option.classList.contains("at"));
+    const choose = (option) => {
+      show(false);
+      if (option && option.getAttribute("aria-selected") !== "true") trigger("pick", { name: option.dataset.name });
+    };
+    element.addEventListener("click", (event) => {
+      const option = event.target.closest("[role=option]");
+      if (option) return choose(option);
+      if (event.target.closest("[role=combobox]")) show(!open());
+    });
+    element.addEventListener("keydown", (event) => {
+      const count = options().length;
+      const steps = { ArrowDown: 1, ArrowUp: -1 };
+      if (event.key in steps) {
+        open() ? mark((at() + steps[event.key] + count) % count) : show(true);
+      } else if (open() && event.key === "Home") mark(0);
+      else if (open() && event.key === "End") mark(count - 1);
+      else if (open() && (event.key === "Enter" || event.key === " ")) choose(options()[at()]);
+      else if (open() && (event.key === "Escape" || event.key === "Tab")) {
+        show(false);
+        if (event.key === "Tab") return;
+        event.stopPropagation();
+      } else return;
+      event.preventDefault();
+    });
+    document.addEventListener("pointerdown", (event) => {
+      if (open() && !element.contains(event.target)) show(false);
+    });
+  };
+
+  // ---- keys: Ctrl+Enter generates, Escape stops when nothing else wants it --------------------------------------------
+  document.addEventListener("keydown", (event) => {
+    if (event.key === "Enter" && (event.ctrlKey || event.metaKey)) {
+      event.preventDefault();
+      // The text box tells its value when it changes; let that happen before the button reads it.
+      setTimeout(() => ($("#generate button") || $("#generate")).click(), 60);
+    }
+    if (event.key === "Escape" && !event.target.closest("input, textarea, [role=combobox], dialog")) {
+      $("[data-act=stop][data-key=Escape]")?.click();
+    }
+  });
+
+  // ---- the clock of the running job, and the job in the address bar --------------------------------------------------
+  let skew = 0; // seconds that the server's clock is ahead of ours
+  const clockText = (seconds) => {
+    const s = Math.max(0, Math.floor(seconds));
+    const two = (n) => String(n).padStart(2, "0");
+    return s >= 3600 ? `${Math.floor(s / 3600)}:${two(Math.floor(s / 60) % 60)}:${two(s % 60)}` : `${Math.floor(s / 60)}:${two(s % 60)}`;
+  };
+  const tick = () => {
+    const elapsed = $(".elapsed[data-since]");
+    if (elapsed) elapsed.textContent = clockText(Date.now() / 1000 + skew - Number(elapsed.dataset.since));
+  };
+  setInterval(tick, 250);
+  const watched = (element) => {
+    const root = $("[data-now]", element);
+    if (root) skew = Number(root.dataset.now) - Date.now() / 1000;
+    const stage = $(".stage[data-job]", element);
+    if (stage) {
+      const url = new URL(location.href);
+      const job = stage.dataset.job;
+      if ((url.searchParams.get("job") || "") !== job) {
+        job ? url.searchParams.set("job", job) : url.searchParams.delete("job");
+        history.replaceState(history.state, "", url);
+      }
+    }
+    tick();
+  };
+
+  // ---- one of our videos, dropped anywhere, goes to the restore button's own file input -------------------------------
+  const isVideo = (event) => [...(event.dataTransfer?.items || [])].some((item) => item.kind === "file" && item.type.startsWith("video/"));
+  document.addEventListener("dragover", (event) => {
+    if (!isVideo(event)) return;
+    event.preventDefault();
+    document.body.classList.add("dropping");
+  });
+  document.addEventListener("dragleave", (event) => {
+    if (!event.relatedTarget) document.body.classList.remove("dropping");
+  });
+  document.addEventListener(
+    "drop",
+    (event) => {
+      document.body.classList.remove("dropping");
+      const file = [...(event.dataTransfer?.files || [])].find((f) => f.type.startsWith("video/"));
+      const input = $("#restore input[type=file]") || $("input[type=file]", $("#restore")?.parentElement || document);
+      if (!file || !input) return;
+      event.preventDefault();
+      event.stopPropagation();
+      const files = new DataTransfer();
+      files.items.add(file);
+      input.files = files.files;
+      input.dispatchEvent(new Event("change", { bubbles: true }));
+    },
+    true,
+  );
+
+  // ---- two videos in step: the first leads, the second follows -------------------------------------------------------
+  const pair = (inside) => [...inside.closest(".compare").querySelectorAll("video")];
+  const inStep = (element) => {
+    element.addEventListener("input", (event) => {
+      if (!event.target.matches(".seek")) return;
+      pair(event.target).forEach((video) => (video.currentTime = (event.target.value / 1000) * (video.duration || 0)));
+    });
+    const follow = () => {
+      const [lead, other] = element.querySelectorAll(".compare video");
+      if (lead && other && !lead.paused) {
+        const share = lead.currentTime / (lead.duration || 1);
+        const wanted = share * (other.duration || 0);
+        if (Math.abs(other.currentTime - wanted) > 0.12) other.currentTime = wanted;
+        const seek = $(".seek", element);
+        if (seek && document.activeElement !== seek) seek.value = Math.round(share * 1000);
+      }
+      requestAnimationFrame(follow);
+    };
+    requestAnimationFrame(follow);
+  };
+
+  // gradio sets its theme class while it mounts; ours has to be the last word.
+  new MutationObserver(applyTheme).observe(document.documentElement, { childList: true, subtree: false });
+  window.addEventListener("load", () => [0, 300, 1500].forEach((delay) => setTimeout(applyTheme, delay)));
+  return { actions, picker, watched, inStep, applyTheme };
+})();

@@ -1,0 +1,151 @@
+"""An engine for the page's tests and pictures: draws a small moving scene instead of running a model.
+
+It reports and previews as the real one does, so everything on the page can be seen without weights.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from lightx2v.engine_config import EngineConfig
+from lightx2v.errors import OutOfMemory
+from lightx2v.estimate import high_noise_steps
+from lightx2v.media import VideoWriter
+from lightx2v.progress import CancelToken, Meter, OnProgress, Peak, Timings
+from lightx2v.request import Request
+from lightx2v.result import Result
+
+
+@dataclass
+class Painter:
+    """Opens engines. `step_seconds` is how long a step takes; a prompt with "too large" runs out of memory."""
+
+    step_seconds: float = 0.05
+    load_seconds: float = 0.05
+    device: str = "cpu"
+    opened: list[EngineConfig] = field(default_factory=list)
+    ran: list[Request] = field(default_factory=list)
+    running: int = 0
+
+    def __call__(
+        self, config: EngineConfig, *, preset: str, on_progress: OnProgress, cancel: CancelToken
+    ) -> PaintingEngine:
+        on_progress(_event("load", 0, 1))
+        _sleep(self.load_seconds, cancel)
+        self.opened.append(config)
+        return PaintingEngine(self, config, preset)
+
+
+class PaintingEngine:
+    def __init__(self, painter: Painter, config: EngineConfig, preset: str) -> None:
+        self.painter, self.config, self.preset = painter, config, preset
+
+    def run(self, request: Request, *, save_result_path: Path, on_progress: OnProgress, cancel: CancelToken) -> Result:
+        self.painter.ran.append(request)
+        self.painter.running += 1
+        try:
+            return self._run(request, save_result_path, on_progress, cancel)
+        finally:
+            self.painter.running -= 1
+
+    def _run(self, request: Request, path: Path, on_progress: OnProgress, cancel: CancelToken) -> Result:
+        meter = Meter("cpu", on_progress)
+        frames = paint(request)
+        with meter.stage("text"):
+            meter.emit("text", 0, 1)
+            _sleep(self.painter.step_seconds / 4, cancel)
+            meter.emit("text", 1, 1)
+        if request.task != "t2v":
+            with meter.stage("image"):
+                _sleep(self.painter.step_seconds / 3, cancel)
+                meter.emit("image", 1, 1)
+        high = high_noise_steps(request)
+        with meter.stage("denoise"):
+            for step in range(request.steps):
+                _sleep(self.painter.step_seconds, cancel)
+                if "too large" in request.prompt and request.area > 64 * 64:
+                    raise OutOfMemory("The GPU ran out of memory while denoising. Choose a smaller size or offload.")
+                noisy = noised(frames[len(frames) // 2], 1 - (step + 1) / request.steps, request.seed)
+                expert = "high" if step < high else "low"
+                meter.emit("denoise", step + 1, request.steps, expert, preview=lambda picture=noisy: picture)
+        with VideoWriter(path, request.width, request.height, request.fps, settings=self._settings(request)) as writer:
+            with meter.stage("decode"):
+                for start in range(0, len(frames), 4):
+                    _sleep(self.painter.step_seconds / 8, cancel)
+                    meter.emit("decode", start, len(frames))
+                    with meter.stage("write"):
+                        writer.write(frames[start : start + 4])
+        return self._result(request, path, meter.report())
+
+    def _settings(self, request: Request) -> dict[str, Any]:
+        return {"preset": self.preset, "engine": self.config.to_json(), "request": request.to_json()}
+
+    def _result(self, request: Request, path: Path, timings: Timings) -> Result:
+        return Result(
+            path=str(path), frames=None, latents=None, request=request, config=self.config, height=request.height,
+            width=request.width, device=self.painter.device, preset=self.preset, text_tokens={"prompt": 14},
+            attention={"name": "torch_sdpa", "reason": "fastest correct here"}, timings=timings,
+            file_bytes=path.stat().st_size,
+        )  # fmt: skip
+
+    def close(self) -> None:
+        pass
+
+
+def paint(request: Request) -> np.ndarray:
+    """A ball that bounces over a striped sea at sunset; seed and prompt choose colours. (T, H, W, 3) uint8."""
+    chance = np.random.default_rng(request.seed + sum(map(ord, request.prompt)))
+    hue = chance.uniform(0, 1, 3)
+    height, width = request.height, request.width
+    y, x = np.mgrid[0:height, 0:width].astype(np.float32)
+    y, x = y / height, x / height
+    wide = width / height
+    sky = np.stack([0.95 - 0.5 * y * hue[0], 0.75 - 0.35 * y, 0.55 + 0.4 * y * hue[2]], -1)
+    pictures = []
+    for t in range(request.frames):
+        phase = t / max(1, request.frames - 1)
+        picture = sky.copy()
+        ground = y > 0.66 + 0.012 * np.sin(9 * x + 6.28 * phase)
+        waves = 0.05 * np.sin(60 * y + 4 * x + 6.28 * phase)[..., None]
+        picture[ground] = (np.array([0.15 + 0.2 * hue[1], 0.42, 0.55]) + waves)[ground]
+        cx, cy = wide * (0.15 + 0.7 * phase), 0.55 - 0.28 * abs(np.sin(6.28 * phase))
+        distance = np.hypot(x - cx, y - cy)
+        shade = (1.05 - 1.3 * np.hypot(x - cx + 0.05, y - cy + 0.05))[..., None]
+        ball = np.clip(np.array([0.95, 0.25 + 0.5 * hue[1], 0.2 + 0.5 * hue[0]]) * shade, 0, 1)
+        edge = np.clip((0.13 - distance) * height / 2, 0, 1)[..., None]
+        pictures.append(picture * (1 - edge) + ball * edge)
+    return (np.clip(np.stack(pictures), 0, 1) * 255).astype(np.uint8)
+
+
+def noised(picture: np.ndarray, amount: float, seed: int) -> np.ndarray:
+    """An eighth of the size and `amount` of noise: what a latent preview looks like."""
+    small = picture[::8, ::8].astype(np.float32)
+    noise = np.random.default_rng(seed).normal(128, 60, small.shape)
+    return np.clip(small * (1 - amount) + noise * amount, 0, 255).astype(np.uint8)
+
+
+@contextmanager
+def peaks(timings: Timings) -> Iterator[dict[str, Peak]]:
+    """Made-up memory peaks, for pictures of a machine with a GPU."""
+    yield {name: Peak(allocated=14 * 2**30, reserved=15 * 2**30) for name in timings.seconds}
+
+
+def _event(stage: str, step: int, total: int) -> Any:
+    from lightx2v.progress import Progress
+
+    return Progress(stage=stage, step=step, total=total)
+
+
+def _sleep(seconds: float, cancel: CancelToken) -> None:
+    deadline = time.monotonic() + seconds
+    while (left := deadline - time.monotonic()) > 0:
+        cancel.check()
+        time.sleep(min(left, 0.02))
+    cancel.check()
