@@ -283,17 +283,22 @@ def _phrases() -> list[tuple[str, str, str]]:
     return sorted(found, key=lambda entry: -len(entry[0]))
 
 
-_ALL_PHRASES = _phrases()
+def is_chinese(phrase: str) -> bool:
+    return ord(phrase[0]) > 0x2E80
+
+
+_PATTERNS = [
+    (re.compile(re.escape(phrase) if is_chinese(phrase) else rf"\b{re.escape(phrase)}\b"), attribute, value)
+    for phrase, attribute, value in _phrases()
+]
 
 
 def read(prompt: str) -> tuple[dict[str, str], list[str]]:
     """The attributes that a prompt names, and the words that mean nothing in the demo world."""
     rest = prompt.lower()
     found: dict[str, str] = {}
-    for phrase, attribute, value in _ALL_PHRASES:
-        chinese = ord(phrase[0]) > 0x2E80
-        pattern = re.escape(phrase) if chinese else rf"\b{re.escape(phrase)}\b"
-        rest, hits = re.subn(pattern, " ", rest)
+    for pattern, attribute, value in _PATTERNS:
+        rest, hits = pattern.subn(" ", rest)
         if hits and attribute:
             found.setdefault(attribute, value)
     return found, re.findall(r"[^\W_]+", rest)
@@ -302,8 +307,8 @@ def read(prompt: str) -> tuple[dict[str, str], list[str]]:
 def vocabulary() -> list[str]:
     """The tokenizer's pieces: every English word with SentencePiece's mark of a word's start, every Chinese phrase."""
     pieces: dict[str, None] = {"▁": None}
-    for phrase, _, _ in _ALL_PHRASES:
-        if ord(phrase[0]) < 0x2E80:
+    for phrase, _, _ in _phrases():
+        if not is_chinese(phrase):
             pieces.update(dict.fromkeys("▁" + word for word in (*phrase.split(), "animation")))
         elif phrase not in PUNCTUATION:
             pieces.setdefault(phrase)

@@ -1,0 +1,277 @@
+"""Judges the demo model by a program: does the video show what the prompt says? Through the engine and its presets.
+
+    python -m benchmarks.demo_quality --prompts 200 --markdown assets/demo/QUALITY.md
+
+Half of the prompts are combinations of attributes that training never showed. The detector reads kind, colour, motion,
+ground and time of day from the frames (training/detector.py); it is judged first, on drawn clips. `--only NAME ...`
+runs some rows and keeps the others of the JSON file.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import random
+import statistics
+import tempfile
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+
+from lightx2v.config import resolve
+from lightx2v.pipeline import LightX2VPipeline
+from lightx2v.request import Request
+from training.captions import caption
+from training.detector import Reading, detect
+from training.world import (
+    ATTRIBUTES,
+    COMBINATIONS,
+    Clips,
+    held_out,
+    place_clips,
+    render,
+    sample_clips,
+    to_frames,
+)
+
+VAE = Path("assets/demo/Wan2.2-T2V-Demo/Wan2.1_VAE.pth")
+SEEDS = 16
+
+
+@dataclass(frozen=True, kw_only=True)
+class Task:
+    """What is asked for: prompts, what they mean, which of them training never showed, pictures where given."""
+
+    prompts: Sequence[str]
+    clips: Clips
+    unseen: Tensor
+    pictures: Sequence[Path] = ()
+
+
+@dataclass(frozen=True, kw_only=True)
+class Made:
+    """Frames (N, T, H, W, 3) uint8 and the seconds each clip took."""
+
+    frames: np.ndarray
+    seconds: Sequence[float]
+
+
+Generate = Callable[[Task], Made]
+Row = dict[str, float | str | int]
+
+
+def make_task(count: int, folder: Path, *, pictures: bool) -> Task:
+    """Half of the combinations from training, half never shown; English and Chinese; drawn first frames as pictures."""
+    generator, chance = torch.Generator().manual_seed(2024), random.Random(2024)
+    every = torch.arange(COMBINATIONS)
+    groups = (every[~held_out(every)], every[held_out(every)])
+    combination = torch.cat([group[torch.randperm(len(group), generator=generator)[: count // 2]] for group in groups])
+    clips = place_clips(combination, generator)
+    prompts = [caption(clips.words(i), chance) for i in range(len(clips))]
+    files = []
+    if pictures:
+        for i, frame in enumerate(to_frames(render(clips, 1))[:, 0].numpy()):
+            files.append(folder / f"{i}.png")
+            Image.fromarray(frame).save(files[-1])
+    return Task(prompts=prompts, clips=clips, unseen=held_out(combination), pictures=files)
+
+
+def with_engine(preset: str, **changes: object) -> Generate:
+    """Clips from the engine, as a preset makes them; `changes` are fields of the request."""
+
+    def generate(task: Task) -> Made:
+        resolved = resolve(preset, {})
+        with LightX2VPipeline.from_config(resolved.engine, preset=preset) as pipe:
+            frames, seconds = [], []
+            for i, prompt in enumerate(task.prompts):
+                picture = str(task.pictures[i]) if task.pictures else None
+                fields = resolved.request | {"seed": i, "image_path": picture} | changes
+                result = pipe.run(Request(prompt=prompt, **fields), return_frames=True)
+                assert result.frames is not None
+                frames.append(result.frames)
+                seconds.append(result.timings.total)
+        return Made(frames=np.stack(frames), seconds=seconds)
+
+    return generate
+
+
+def to_video(frames: np.ndarray) -> Tensor:
+    return torch.from_numpy(frames).permute(0, 4, 1, 2, 3).float() / 127.5 - 1
+
+
+def read(frames: np.ndarray) -> Reading:
+    """The detector on any number of clips."""
+    parts = [detect(to_video(frames[start : start + 32])) for start in range(0, len(frames), 32)]
+    return Reading(**{name: torch.cat([getattr(part, name) for part in parts]) for name in ATTRIBUTES})
+
+
+def judge(name: str, task: Task, made: Made) -> Row:
+    right = read(made.frames).matches(task.clips)
+    row: Row = {"name": name, "clips": len(made.frames)}
+    row |= {key: round(value.float().mean().item(), 3) for key, value in right.items()}
+    row["seen"] = round(right["all"][~task.unseen].float().mean().item(), 3)
+    row["held_out"] = round(right["all"][task.unseen].float().mean().item(), 3)
+    if task.pictures:
+        given = np.stack([np.asarray(Image.open(path)) for path in task.pictures])
+        decibels = psnr(made.frames[:, 0], given)
+        row["first_dB"] = round(float(decibels.mean()), 1)
+        row["first_above_25_dB"] = round(float((decibels >= 25).mean()), 3)
+    row["seconds"] = round(statistics.median(made.seconds), 3)
+    return row
+
+
+def psnr(a: np.ndarray, b: np.ndarray) -> np.ndarray:
+    """Decibels of each pair of uint8 pictures or clips."""
+    error = np.square((a.astype(np.float32) - b.astype(np.float32)) / 255).reshape(len(a), -1).mean(1)
+    return -10 * np.log10(np.maximum(error, 1e-10))
+
+
+def drawn_clips(count: int) -> tuple[Row, Row]:
+    """The detector on real clips, and on what the VAE makes of them."""
+    from lightx2v.models.vae import VAEConfig, WanVAE
+    from lightx2v.weights.checkpoint import open_checkpoint
+
+    checkpoint = open_checkpoint(VAE)
+    vae = WanVAE(VAEConfig.from_shapes(checkpoint.shapes))
+    vae.load_state_dict({name: checkpoint.tensor(name).float() for name in checkpoint.shapes})
+    clips = sample_clips(count, torch.Generator().manual_seed(77), split="all")
+    video = torch.cat([render(clips[start : start + 32]) for start in range(0, count, 32)])
+    real = to_frames(video).numpy()
+    with torch.no_grad():
+        again = [vae.decode_clip(vae.encode_clip(part)[0]) for part in video.split(8)]
+    made = to_frames(torch.cat(again)).numpy()
+    rows = []
+    for name, frames in (("drawn clips", real), ("VAE reconstruction", made)):
+        right = read(frames).matches(clips)
+        rows.append({"name": name, "clips": count} | {k: round(v.float().mean().item(), 3) for k, v in right.items()})
+    rows[1]["dB"] = round(float(psnr(made, real).mean()), 1)
+    return rows[0], rows[1]
+
+
+def different_seeds(generate: Generate) -> Row:
+    """16 seeds of one prompt: the detector's share, and how far apart the two most alike clips are."""
+    words = {"kind": "star", "colour": "yellow", "motion": "bounce", "ground": "sand", "time": "sunset"}
+    index = torch.zeros(1, dtype=torch.long)
+    for name, values in ATTRIBUTES.items():
+        index = index * len(values) + values.index(words[name])
+    clips = place_clips(index.repeat(SEEDS), torch.Generator().manual_seed(0))
+    prompt = "a yellow star bounces on the beach at sunset"
+    task = Task(prompts=[prompt] * SEEDS, clips=clips, unseen=torch.zeros(SEEDS, dtype=torch.bool))
+    made = generate(task)
+    pixels = made.frames.astype(np.float32)
+    apart = [np.abs(pixels[i] - pixels[j]).mean() for i in range(SEEDS) for j in range(i)]
+    right = read(made.frames).matches(clips)["all"].float().mean().item()
+    return {
+        "name": "16 seeds of one prompt",
+        "clips": SEEDS,
+        "all": round(right, 3),
+        "closest_pair_mean_difference_of_255": round(float(min(apart)), 2),
+    }
+
+
+def negative_prompts(preset: str, count: int) -> list[Row]:
+    """Prompts that leave the time of day open: how often is it night, with and without a negative prompt?"""
+    generator, chance = torch.Generator().manual_seed(5), random.Random(5)
+    clips = sample_clips(count, generator, split="train")
+    prompts = []
+    for i in range(count):
+        words = clips.words(i)
+        del words["time"]
+        prompts.append(caption(words, chance))
+    task = Task(prompts=prompts, clips=clips, unseen=torch.zeros(count, dtype=torch.bool))
+    rows: list[Row] = []
+    for negative in ("", "at night"):
+        reading = read(with_engine(preset, negative_prompt=negative)(task).frames)
+        share = (reading.time == ATTRIBUTES["time"].index("night")).float().mean().item()
+        said = f'negative prompt "{negative}"' if negative else "default negative prompt"
+        rows.append({"name": f"{preset}, time left open, {said}", "clips": count, "night": round(share, 3)})
+    return rows
+
+
+def all_rows(count: int, few: int, folder: Path) -> dict[str, Callable[[], list[Row]]]:
+    """What can be judged, by name. The effects of settings are shown on fewer clips."""
+    tasks: dict[tuple[str, int], Task] = {}
+
+    def task(kind: str, size: int) -> Task:
+        if (kind, size) not in tasks:
+            place = folder / f"{kind}_{size}"
+            place.mkdir()
+            tasks[kind, size] = make_task(size, place, pictures=kind == "i2v")
+        return tasks[kind, size]
+
+    def judged(name: str, preset: str, size: int, **changes: object) -> Callable[[], list[Row]]:
+        def run() -> list[Row]:
+            asked = task("i2v" if "i2v" in preset else "t2v", size)
+            return [judge(name, asked, with_engine(preset, **changes)(asked))]
+
+        return run
+
+    rows: dict[str, Callable[[], list[Row]]] = {"drawn": lambda: list(drawn_clips(count))}
+    for kind in ("t2v", "i2v"):
+        for variant in ("base", "distill_lora", "merged", "fp8"):
+            preset = f"demo_{kind}_{variant}"
+            rows[preset] = judged(preset, preset, count)
+    rows["seeds"] = lambda: [different_seeds(with_engine("demo_t2v_base"))]
+    effects: dict[str, tuple[str, dict[str, object]]] = {
+        "guidance 1": ("demo_t2v_base", {"guidance": (1.0, 1.0)}),
+        "guidance 3": ("demo_t2v_base", {"guidance": (3.0, 3.0)}),
+        "guidance 8": ("demo_t2v_base", {"guidance": (8.0, 8.0)}),
+        "shift 1": ("demo_t2v_base", {"shift": 1.0}),
+        "shift 3": ("demo_t2v_base", {"shift": 3.0}),
+        "4 steps without the LoRA": ("demo_t2v_base", {"steps": 4}),
+        "LoRA with guidance on": ("demo_t2v_distill_lora", {"enable_cfg": True, "guidance": (4.0, 3.0)}),
+    }
+    for name, (preset, changes) in effects.items():
+        rows[name] = judged(f"{preset}, {name}", preset, few, **changes)
+    rows["negative"] = lambda: negative_prompts("demo_t2v_base", few)
+    return rows
+
+
+def to_markdown(rows: Sequence[Row], command: str) -> str:
+    columns = ("all", "seen", "held_out", *ATTRIBUTES, "dB", "first_dB", "first_above_25_dB", "night", "seconds")
+    used = [column for column in columns if any(column in row for row in rows)]
+    lines = [f"Made by `{command}`.", "", "| what | clips | " + " | ".join(c.replace("_", " ") for c in used) + " |"]
+    lines.append("|---" * (len(used) + 2) + "|")
+    for row in rows:
+        cells = [str(row.get(column, "")) for column in used]
+        lines.append(f"| {row['name']} | {row['clips']} | " + " | ".join(cells) + " |")
+    extra = [row for row in rows if "closest_pair_mean_difference_of_255" in row]
+    for row in extra:
+        far = row["closest_pair_mean_difference_of_255"]
+        lines += ["", f"{row['name']}: the two most alike clips differ by {far} of 255 on average."]
+    return "\n".join(lines) + "\n"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--prompts", type=int, default=200)
+    parser.add_argument("--few", type=int, default=60, help="prompts for the effects of settings")
+    parser.add_argument("--only", nargs="+", help="names of rows")
+    parser.add_argument("--json", type=Path, default=Path("benchmarks/demo_quality.json"))
+    parser.add_argument("--markdown", type=Path)
+    args = parser.parse_args()
+    command = f"python -m benchmarks.demo_quality --prompts {args.prompts} --few {args.few}"
+    with tempfile.TemporaryDirectory() as folder:
+        rows = all_rows(args.prompts, args.few, Path(folder))
+        unknown = set(args.only or ()) - set(rows)
+        if unknown:
+            raise SystemExit(f"no such rows: {', '.join(sorted(unknown))}; there are {', '.join(rows)}")
+        done: dict[str, list[Row]] = json.loads(args.json.read_text()) if args.json.exists() else {}
+        for name in args.only or rows:
+            done[name] = rows[name]()
+            for row in done[name]:
+                print(row, flush=True)
+            args.json.write_text(json.dumps(done, indent=1) + "\n")
+    table = to_markdown([row for name in rows for row in done.get(name, [])], command)
+    print(table)
+    if args.markdown:
+        args.markdown.write_text(table)
+
+
+if __name__ == "__main__":
+    main()
