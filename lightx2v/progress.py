@@ -300,4 +300,7 @@ def _highest(peaks: Iterable[Peak]) -> Peak:
 def _cuda(device: object) -> Any:
     """torch.cuda where `device` is a CUDA device, else None. Never imports torch: whoever has such a device did."""
     torch = sys.modules.get("torch")
-    return torch.cuda if torch is not None and str(device).startswith("cuda") else None
+    if torch is None or not str(device).startswith("cuda"):
+        return None
+    torch.cuda.init()  # the memory counters cannot be reset before
+    return torch.cuda

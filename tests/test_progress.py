@@ -38,6 +38,10 @@ class FakeCuda:
     def __init__(self) -> None:
         self.allocated = self.reserved = 0
         self.synchronised = 0
+        self.ready = False
+
+    def init(self) -> None:
+        self.ready = True
 
     def use(self, allocated: int, reserved: int) -> None:
         self.allocated, self.reserved = max(self.allocated, allocated), max(self.reserved, reserved)
@@ -52,6 +56,7 @@ class FakeCuda:
         return self.reserved
 
     def reset_peak_memory_stats(self, device: object) -> None:
+        assert self.ready, "torch refuses this before CUDA is initialised"
         self.allocated = self.reserved = 0
 
 
@@ -177,6 +182,23 @@ def test_the_device_is_synchronised_where_stages_and_steps_end_only(cuda: FakeCu
         meter.emit("denoise", 1, 2)
         assert cuda.synchronised == before + 1
     assert cuda.synchronised == before + 2
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif("torch" not in sys.modules or not sys.modules["torch"].cuda.is_available(), reason="no CUDA device")
+def test_peaks_on_a_real_device_are_those_of_the_stage() -> None:
+    import torch
+
+    device = torch.device("cuda")
+    meter = Meter(device)
+    meter.emit("download", 1, 1)
+    with meter.stage("denoise"):
+        torch.empty(64 * 2**20, dtype=torch.uint8, device=device)
+        with meter.stage("load"):
+            torch.empty(16 * 2**20, dtype=torch.uint8, device=device)
+    peaks = meter.report().peak_vram
+    assert peaks is not None and peaks["denoise"].allocated >= 64 * 2**20 > peaks["load"].allocated >= 16 * 2**20
+    assert peaks["load"].reserved >= peaks["load"].allocated
 
 
 def test_a_cpu_run_asks_cuda_nothing(cuda: FakeCuda) -> None:
