@@ -15,11 +15,14 @@ from .attention import Choice
 from .engine_config import EngineConfig
 from .errors import CheckpointError, ConfigError, short_path
 from .models.dit import DiTConfig, WanDiT, parameter_dtype
+from .models.quant_linear import swap_linears
 from .models.umt5 import TextEncoder
 from .models.vae import VAEConfig, WanVAE
+from .weights.build import ModelWeights
 from .weights.checkpoint import open_checkpoint
 from .weights.locate import ModelFiles
 from .weights.naming import wan_names
+from .weights.quant import SCALE, is_expert_matrix, scheme_format
 from .weights.stream import check_fit, stream_into
 
 Which = Literal["high", "low"]
@@ -67,31 +70,53 @@ def pick_device(name: str) -> torch.device:
 
 
 def load_text_encoder(files: ModelFiles, config: EngineConfig, precision: Precision) -> TextEncoder:
+    """The text encoder; quantised here where the configuration wants that of a model that is built."""
     return TextEncoder.load(
-        files.t5, files.tokenizer, dtype=precision.compute, device=precision.device, text_len=config.text_len
+        files.t5,
+        files.tokenizer,
+        dtype=precision.compute,
+        device=precision.device,
+        text_len=config.text_len,
+        quantise=scheme_format(config.t5_quant_scheme) if config.t5_quantized and config.build else None,
     )
 
 
+def expert_weights(files: ModelFiles, which: Which, config: EngineConfig) -> ModelWeights:
+    """One expert's weights without LoRAs, quantised if the configuration builds them so. Reads headers only."""
+    checkpoint = open_checkpoint(files.high if which == "high" else files.low)
+    quantise = scheme_format(config.dit_quant_scheme) if config.build == "fp8" else None
+    weights = ModelWeights(checkpoint, wan_names(checkpoint.shapes), matrix=is_expert_matrix, quantise=quantise)
+    if config.dit_quantized and not weights.quantised:
+        raise CheckpointError(
+            f"dit_quantized is true, but {short_path(checkpoint.path)} holds no quantised weights. Name a quantised file "
+            f'in {which}_noise_quantized_ckpt, set build to "fp8" to make one, or set dit_quantized to false.'
+        )
+    return weights
+
+
 def load_expert(
-    files: ModelFiles, which: Which, precision: Precision, self_attention: Choice, cross_attention: Choice
+    files: ModelFiles,
+    weights: ModelWeights,
+    precision: Precision,
+    self_attention: Choice,
+    cross_attention: Choice,
 ) -> WanDiT:
-    """One expert. Its files are compared with the architecture before any tensor is read."""
-    path = files.high if which == "high" else files.low
-    checkpoint = open_checkpoint(path)
-    source = short_path(path)
-    names = wan_names(checkpoint.shapes)
-    shapes = {names[name]: shape for name, shape in checkpoint.shapes.items()}
-    dtypes = {names[name]: dtype for name, dtype in checkpoint.dtypes.items()}
-    dit_config = DiTConfig.from_checkpoint(files.architecture, shapes)
+    """One expert of these weights. They are compared with the architecture before any tensor is read."""
+    dit_config = DiTConfig.from_checkpoint(files.architecture, weights.shapes)
     with torch.device("meta"):
         dit = WanDiT(dit_config, self_attention=self_attention.fn, cross_attention=cross_attention.fn)
-    check_fit(dit, shapes, dtypes, source_name=source)
+    swap_linears(dit, weights.formats)
+
+    def dtype_of(name: str) -> torch.dtype:
+        return torch.float32 if name.endswith(SCALE) else parameter_dtype(name, precision.compute)
+
+    check_fit(dit, weights.shapes, weights.dtypes, source_name=weights.source)
     stream_into(
         dit,
-        ((names[name], tensor) for name, tensor in checkpoint.tensors()),
-        dtype_of=lambda name: parameter_dtype(name, precision.compute),
+        weights.tensors(dtype_of=dtype_of, device=precision.device),
+        dtype_of=dtype_of,
         device=precision.device,
-        source_name=source,
+        source_name=weights.source,
     )
     return dit.eval()
 

@@ -71,10 +71,6 @@ def load_engine(config: EngineConfig, *, preset: str = "", on_progress: OnProgre
 def require_implemented(config: EngineConfig) -> None:
     """Raises ConfigError for what resolves but cannot run yet; nothing is silently ignored."""
     wanted = {
-        "lora_configs": bool(config.lora_configs),
-        "build": config.build is not None,
-        "dit_quantized": config.dit_quantized,
-        "t5_quantized": config.t5_quantized,
         "cpu_offload": config.cpu_offload is True,
         "t5_cpu_offload": config.t5_cpu_offload is True,
         "vae_cpu_offload": config.vae_cpu_offload is True,

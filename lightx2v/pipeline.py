@@ -45,6 +45,7 @@ class LightX2VPipeline:
         if models_dir is not None:
             self._overrides["models_dir"] = str(models_dir)
         self._defaults: dict[str, Any] = {}
+        self._loras: tuple[LoraSpec, ...] | None = None
         self._engine: Engine | None = None
         self._running = threading.Lock()
 
@@ -234,13 +235,12 @@ class LightX2VPipeline:
         if engine is None:
             raise ConfigError("No model is loaded. Call create_generator() first.")
         engine.config.check_request(request)
-        if request.loras is not None and request.loras != engine.config.lora_configs:
-            raise ConfigError("LoRAs that differ from the loaded ones are not implemented yet; load with these LoRAs.")
         if not self._running.acquire(blocking=False):
             raise Busy("This pipeline is already making a video. Wait for it, or load a second pipeline.")
         try:
             if request.seed == -1:
                 request = replace(request, seed=draw_seed())
+            engine.placement.use_loras(self._loras_of(request))
             size = f"at {request.width}x{request.height} with {request.frames} frames"
             with torch.inference_mode():
                 return within_memory(
@@ -252,8 +252,32 @@ class LightX2VPipeline:
         finally:
             self._running.release()
 
+    def switch_lora(self, lora_configs: Sequence[dict[str, Any] | LoraSpec]) -> None:
+        """Exchanges the LoRAs of both experts, now and for all requests that bring none of their own; [] is none.
+
+        The base model is not loaded again. After a LoraError the LoRAs are as they were.
+        """
+        engine = self._engine
+        if engine is None:
+            raise ConfigError("No model is loaded. Call create_generator() first.")
+        wanted = replace(engine.config, lora_configs=lora_configs).lora_configs if lora_configs else ()
+        if not self._running.acquire(blocking=False):
+            raise Busy("This pipeline is making a video. Wait for it before you exchange its LoRAs.")
+        try:
+            within_memory(lambda: engine.placement.use_loras(wanted), "while exchanging LoRAs")
+            self._loras = wanted
+        finally:
+            self._running.release()
+
+    def _loras_of(self, request: Request) -> tuple[LoraSpec, ...]:
+        if request.loras is not None:
+            return request.loras
+        assert self._engine is not None
+        return self._engine.config.lora_configs if self._loras is None else self._loras
+
     def close(self) -> None:
         """Frees the model. The pipeline may then load another one."""
+        self._loras = None
         if self._engine is not None:
             self._engine.placement.close()
             self._engine = None

@@ -19,7 +19,7 @@ class Result:
     """One video. `frames` (uint8, T H W C) and `latents` (float32, C T h w, before the VAE) only when asked for.
 
     `request` is what ran: its seed is the one that was drawn. `height` and `width` are the video's, which an input
-    image may have decided. `attention` says which backend ran and why.
+    image may have decided. `attention` says which backend ran and why, `loras` what each LoRA file changed.
     """
 
     path: str | None
@@ -35,6 +35,7 @@ class Result:
     text_tokens: dict[str, int]
     preset: str = ""
     file_bytes: int | None = None
+    loras: tuple[dict[str, Any], ...] = ()
     warnings: tuple[str, ...] = field(default=())
 
     @property
@@ -65,6 +66,7 @@ class Result:
             "attention": self.attention,
             "text_tokens": self.text_tokens,
             "timings": self.timings.to_json(),
+            "loras": list(self.loras),
             "warnings": list(self.warnings),
             "request": self.request.to_json(),
             "config": self.config.to_json(),

@@ -71,7 +71,8 @@ class Run:
             text_tokens=self.tokens,
             preset=self.engine.preset,
             file_bytes=None if path is None else Path(path).stat().st_size,
-            warnings=tuple(self.warnings),
+            warnings=(*self.warnings, *(text for lora in self.placement.loras for text in lora.report.warnings)),
+            loras=tuple(lora.to_json() for lora in self.placement.loras),
         )
 
     def encode_text(self) -> list[Tensor]:

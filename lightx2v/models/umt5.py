@@ -15,7 +15,7 @@ from __future__ import annotations
 import html
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -24,15 +24,21 @@ import torch
 from torch import nn
 
 from ..errors import CheckpointError, short_path
+from ..weights.build import ModelWeights
 from ..weights.checkpoint import Checkpoint, open_checkpoint
-from ..weights.stream import load_into
+from ..weights.quant import is_text_matrix
+from ..weights.stream import check_fit, stream_into
+from .quant_linear import swap_linears
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
-    from transformers.models.umt5.modeling_umt5 import UMT5Stack
+    from transformers.models.umt5.modeling_umt5 import UMT5DenseGatedActDense, UMT5Stack
 
-EMBEDDING = "shared.weight"
-"""The token table, in transformers' name."""
+EMBEDDING, TABLE = "shared.weight", "token_embedding.weight"
+"""The token table, in transformers' and in Wan's name."""
+
+_SCALE = re.compile(r"(.+)\.(weight_scale|scale_weight|scale_input|input_scale)")
+"""What belongs to a quantised weight is called after it."""
 
 _OUTSIDE = (  # Wan, transformers
     ("token_embedding.weight", EMBEDDING),
@@ -107,26 +113,37 @@ class TextEncoder(nn.Module):
         dtype: torch.dtype = torch.bfloat16,
         device: torch.device | str = "cpu",
         text_len: int = 512,
+        quantise: torch.dtype | None = None,
     ) -> TextEncoder:
-        """From Wan's T5 file (or transformers' folder) and the tokenizer's folder."""
+        """From Wan's T5 file (or transformers' folder) and the tokenizer's folder; `quantise` makes its matrices 8-bit."""
         if dtype is torch.float16:  # UMT5's activations leave its range
             dtype = torch.bfloat16
         if not isinstance(checkpoint, Checkpoint):
             checkpoint = open_checkpoint(checkpoint)
         source = short_path(checkpoint.path)
-        names = {name: hf_name(name) for name in checkpoint.shapes}
-        shapes = {names[name]: shape for name, shape in checkpoint.shapes.items()}
+        names = {name: wan_name(name) for name in checkpoint.shapes}
+        for name in [name for name, ours in names.items() if ours == "encoder.embed_tokens.weight"]:
+            del names[name]  # the token table a second time
+        weights = ModelWeights(checkpoint, names, matrix=is_text_matrix, quantise=quantise)
+        shapes = {hf_name(name): shape for name, shape in weights.shapes.items()}
         try:
             sizes = UMT5Sizes.from_shapes(shapes)
         except (KeyError, ValueError, ZeroDivisionError) as error:
             raise CheckpointError(f"{source} is not a UMT5 encoder: {error} is missing or has another shape.") from None
         stack = build_stack(sizes)
         holder = nn.ModuleDict({"encoder": stack})
-        kept = {
-            name: theirs for name, theirs in names.items() if theirs not in (EMBEDDING, "encoder.embed_tokens.weight")
-        }
-        load_into(holder, checkpoint, names=kept, dtype_of=lambda _: dtype, device=device)
-        table = next(name for name, theirs in names.items() if theirs == EMBEDDING)
+        swap_linears(holder, {hf_name(name): kind for name, kind in weights.formats.items()}, fast=False)
+        if weights.quantised:
+            for block in stack.block:
+                block.layer[1].DenseReluDense = FeedForward(block.layer[1].DenseReluDense)
+        dtype_of: Callable[[str], torch.dtype] = lambda name: torch.float32 if name.endswith("_scale") else dtype  # noqa: E731
+        del shapes[EMBEDDING]
+        dtypes = {hf_name(name): kind for name, kind in weights.dtypes.items() if name != TABLE}
+        check_fit(holder, shapes, dtypes, source_name=source)
+        tensors = weights.tensors(weights.plain_shapes.keys() - {TABLE}, dtype_of=dtype_of, device=device)
+        renamed = ((hf_name(name), tensor) for name, tensor in tensors)
+        stream_into(holder, renamed, dtype_of=dtype_of, device=device, source_name=source)
+        table = weights.file_names[TABLE]
         encoder = cls(stack, checkpoint.mapped(table), load_tokenizer(tokenizer), text_len=text_len)
         encoder.require_vocabulary(sizes.vocab, short_path(tokenizer))
         return encoder
@@ -161,8 +178,21 @@ def clean_prompt(text: str) -> str:
     return re.sub(r"\s+", " ", text).strip()
 
 
+class FeedForward(nn.Module):
+    """transformers' gated feed-forward without its cast of the activations to the weights' dtype, 8 bits here."""
+
+    def __init__(self, theirs: UMT5DenseGatedActDense) -> None:
+        super().__init__()
+        self.wi_0, self.wi_1, self.wo, self.act = theirs.wi_0, theirs.wi_1, theirs.wo, theirs.act
+
+    def forward(self, x_BLD: torch.Tensor) -> torch.Tensor:
+        return self.wo(self.act(self.wi_0(x_BLD)) * self.wi_1(x_BLD))
+
+
 def hf_name(name: str) -> str:
     """transformers' name for one of Wan's T5 tensors; a name that has none comes back as it is."""
+    if match := _SCALE.fullmatch(name):
+        return hf_name(f"{match[1]}.weight").removesuffix("weight") + match[2]
     if match := re.fullmatch(r"blocks\.(\d+)\.(.+)", name):
         stem = dict(_BLOCK).get(match[2])
         return f"encoder.block.{match[1]}.layer.{stem}" if stem else name
@@ -171,6 +201,8 @@ def hf_name(name: str) -> str:
 
 def wan_name(name: str) -> str:
     """The inverse of `hf_name`."""
+    if match := _SCALE.fullmatch(name):
+        return wan_name(f"{match[1]}.weight").removesuffix("weight") + match[2]
     if match := re.fullmatch(r"encoder\.block\.(\d+)\.layer\.(.+)", name):
         stem = {theirs: ours for ours, theirs in _BLOCK}.get(match[2])
         return f"blocks.{match[1]}.{stem}" if stem else name

@@ -95,9 +95,7 @@ class ModelWeights:
             stored = self.checkpoint.dtypes[name]
             return stored if dtype_of is None or self._made(ours) else dtype_of(ours)
 
-        by_file = {
-            self.file_names[ours]: ours for ours in self.plain_shapes if names is None or ours in names
-        }
+        by_file = {self.file_names[ours]: ours for ours in self.plain_shapes if names is None or ours in names}
         for name, tensor in self.checkpoint.tensors(by_file, dtype_of=cast):
             ours = by_file[name]
             if not self._made(ours):

@@ -93,9 +93,12 @@ class _Search:
         if named:
             key = "t5_quantized_ckpt" if config.t5_quantized and config.t5_quantized_ckpt else "t5_original_ckpt"
             return self._named("text encoder", key, named)
-        kind = (config.t5_quant_scheme or "fp8").partition("-")[0] if config.t5_quantized else "bf16"
-        places = [*_below(SHARED_FOLDERS, T5_NAME.format(kind))]
-        return self._in_model("text encoder", places if config.t5_quantized else [*places, "text_encoder"], Path.exists)
+        places = [*_below(SHARED_FOLDERS, T5_NAME.format("bf16")), "text_encoder"]
+        if config.t5_quantized:
+            kind = (config.t5_quant_scheme or "fp8").partition("-")[0]
+            quantized = [*_below(SHARED_FOLDERS, T5_NAME.format(kind))]
+            places = [*quantized, *places] if config.build else quantized  # what is built may be built from bf16
+        return self._in_model("text encoder", places, Path.exists)
 
     def tokenizer(self) -> Path | None:
         if self.config.t5_tokenizer_path:

@@ -28,7 +28,7 @@ ROWS = 32
 
 SCALE = ".weight_scale"
 _SCALES = (SCALE, ".scale_weight")
-_MARKERS = re.compile(r"(.*\.)?(scaled_fp8|scale_input|input_scale|comfy_quant)")
+_MARKERS = re.compile(r"(.*\.)?(scaled_fp8|scale_input|input_scale|comfy_quant|spiece_model)")
 """What other programs keep beside quantised weights and nobody needs here: activations are scaled as they come."""
 
 

@@ -1,0 +1,188 @@
+"""The LoRAs on one expert: put on when it is loaded, and exchanged between videos without loading it again.
+
+Merged: the weights hold base + LoRAs. An exchange reads from the base model's files the tensors that the old or the
+new LoRAs change and merges again, so nothing accumulates and going back gives the same bits.
+Dynamic: the weights stay the base model's; each linear layer with a LoRA adds its low-rank product as it runs. What is
+no linear layer (biases, norms, modulation, the patch embedding) is small: its original is kept and put back.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from .components import Which
+from .config import search_roots
+from .engine_config import EngineConfig
+from .errors import LoraError, short_path
+from .models.dit import WanDiT
+from .models.quant_linear import QuantLinear
+from .request import LoraSpec
+from .weights.build import ModelWeights
+from .weights.lora import Lora, LoraReport, match_lora, noise_level
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Applied:
+    """One LoRA on one expert, for reports."""
+
+    expert: Which
+    report: LoraReport
+
+    def to_json(self) -> dict[str, Any]:
+        return {"expert": self.expert, **self.report.to_json()}
+
+
+def match_loras(specs: Iterable[LoraSpec], which: Which, weights: ModelWeights, config: EngineConfig) -> list[Lora]:
+    """The LoRAs among `specs` that are for this expert, found and matched. LoraError where one does not fit."""
+    found = []
+    for spec in specs:
+        if spec.expert != which:
+            continue
+        path = find_lora(spec.path, config)
+        lora = match_lora(path, weights.plain_shapes, strength=spec.strength)
+        says = noise_level(path)
+        if says not in (None, which):
+            warning = (
+                f"{short_path(path)} is used for the {which}-noise expert; by its name it is for the {says}-noise one."
+            )
+            lora = replace(lora, report=replace(lora.report, warnings=(warning,)))
+        found.append(lora)
+    return found
+
+
+def find_lora(path: str, config: EngineConfig) -> Path:
+    """The file of a LoRA: absolute, or below one of the places where the configuration's files are looked for."""
+    given = Path(path).expanduser()
+    model = Path(config.model_path).expanduser()
+    roots = [*search_roots(config), model, model.parent]
+    places = [given] if given.is_absolute() else [root / given for root in dict.fromkeys(roots)]
+    for place in places:
+        if place.exists():
+            return place
+    raise LoraError(
+        f"There is no LoRA {short_path(path, 3)}. Looked for {', '.join(short_path(place) for place in places)}. "
+        "Check the path, or download the file."
+    )
+
+
+class ExpertLoras:
+    """What is on one loaded expert. `use` exchanges it."""
+
+    def __init__(
+        self, dit: WanDiT, which: Which, weights: ModelWeights, loras: Sequence[Lora], config: EngineConfig
+    ) -> None:
+        """`dit` was loaded from `weights.with_loras(loras)`, or from `weights` where LoRAs are dynamic."""
+        self.which, self._dit, self._weights, self._config = which, dit, weights, config
+        self._merged: list[Lora] = []
+        self._hooks: list[torch.utils.hooks.RemovableHandle] = []
+        self._kept: dict[str, Tensor] = {}
+        self.applied: tuple[Applied, ...] = ()
+        self.specs: tuple[LoraSpec, ...] = ()
+        if self.dynamic(weights, config):
+            self._attach(loras)
+        else:
+            self._merged = list(loras)
+        self._note(loras, config.lora_configs)
+
+    @staticmethod
+    def dynamic(weights: ModelWeights, config: EngineConfig) -> bool:
+        """Whether LoRAs run beside the weights. Always where the weights come quantised: merging would round twice."""
+        return config.lora_dynamic_apply or (weights.quantised and config.build is None)
+
+    def use(self, specs: Sequence[LoraSpec]) -> None:
+        """Exchanges the LoRAs for those of `specs` that are for this expert. After an error the old ones are on."""
+        wanted = tuple(spec for spec in specs if spec.expert == self.which)
+        if wanted == self.specs:
+            return
+        loras = match_loras(wanted, self.which, self._weights, self._config)
+        with torch.inference_mode(False), torch.no_grad():
+            if self.dynamic(self._weights, self._config):
+                self._attach(loras)
+            else:
+                self._merge(loras)
+        self._note(loras, wanted)
+
+    def _note(self, loras: Sequence[Lora], specs: Iterable[LoraSpec]) -> None:
+        self.specs = tuple(spec for spec in specs if spec.expert == self.which)
+        self.applied = tuple(Applied(expert=self.which, report=lora.report) for lora in loras)
+
+    def _merge(self, loras: list[Lora]) -> None:
+        touched = {name for lora in (*self._merged, *loras) for name in lora.patches}
+        try:
+            self._overwrite(self._weights.with_loras(loras).tensors(touched))
+        except BaseException:
+            self._overwrite(self._weights.with_loras(self._merged).tensors(touched))
+            raise
+        self._merged = loras
+
+    def _overwrite(self, tensors: Iterable[tuple[str, Tensor]]) -> None:
+        for name, tensor in tensors:
+            parameter = self._dit.get_parameter(name)
+            # Rounded where the load rounds: on the device that holds the weight.
+            parameter.copy_(tensor.to(parameter.device))
+
+    def _attach(self, loras: Sequence[Lora]) -> None:
+        """The new side branches and small tensors are made first, then everything is exchanged."""
+        layers: dict[str, list[Lora]] = {}
+        for lora in loras:
+            for name in lora.patches:
+                layers.setdefault(name, []).append(lora)
+        branches: list[tuple[nn.Module, Callable[..., Tensor]]] = []
+        changed: dict[str, Tensor] = {}
+        for name, group in layers.items():
+            owner = self._dit.get_submodule(name.rpartition(".")[0]) if "." in name else self._dit
+            if name.endswith(".weight") and isinstance(owner, nn.Linear | QuantLinear):
+                branches.append((owner, self._branch(name, group, owner)))
+                continue
+            parameter = self._dit.get_parameter(name)
+            total = self._kept.get(name, parameter).detach().float().clone()
+            for lora in group:
+                lora.add_to(name, total)
+            changed[name] = total
+        self._detach()
+        for name, total in changed.items():
+            parameter = self._dit.get_parameter(name)
+            self._kept[name] = parameter.detach().clone()
+            parameter.copy_(total)
+        self._hooks = [owner.register_forward_hook(branch) for owner, branch in branches]
+
+    def _detach(self) -> None:
+        for hook in self._hooks:
+            hook.remove()
+        self._hooks = []
+        for name, original in self._kept.items():
+            self._dit.get_parameter(name).copy_(original)
+        self._kept.clear()
+
+    def _branch(self, name: str, loras: Sequence[Lora], layer: nn.Linear | QuantLinear) -> Callable[..., Tensor]:
+        """A forward hook that adds x · (Σ up · down)^T to the layer's output; several LoRAs become one pair."""
+        device = layer.weight.device
+        dtype = self._dit.compute_dtype if isinstance(layer, QuantLinear) else layer.weight.dtype
+        downs, ups, whole = [], [], None
+        for lora in loras:
+            pair = lora.low_rank(name)
+            if pair is None:
+                whole = torch.zeros(layer.out_features, layer.in_features) if whole is None else whole
+                lora.add_to(name, whole)
+            else:
+                downs.append(pair[0])
+                ups.append(pair[1])
+        down_RI = torch.cat(downs).to(device, dtype) if downs else None
+        up_RO = torch.cat(ups, dim=1).t().contiguous().to(device, dtype) if ups else None
+        delta_OI = None if whole is None else whole.to(device, dtype)
+
+        def add_branch(module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor:
+            x = inputs[0].to(dtype)
+            if down_RI is not None and up_RO is not None:
+                rows_MR = F.linear(x, down_RI).flatten(0, -2)
+                output.view(-1, output.shape[-1]).addmm_(rows_MR, up_RO)
+            return output if delta_OI is None else output.add_(F.linear(x, delta_OI))
+
+        return add_branch
