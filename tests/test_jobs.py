@@ -201,14 +201,14 @@ class HostError(RuntimeError):
 def test_an_error_ends_its_job_only(
     stage: str, manager: JobManager, garage: Garage, caplog: pytest.LogCaptureFixture
 ) -> None:
-    garage.script["bad"] = Script(error=HostError("/home/me/secret token=abc"), at=(stage, 2))
+    garage.script["bad"] = Script(error=HostError("/home/user/secret token=abc"), at=(stage, 2))
     bad = manager.submit(CONFIG, ask("bad"))
     good = manager.submit(CONFIG, ask("good"))
     bad = done(manager, bad)
     assert bad.state == "failed" and bad.error is not None and bad.error["type"] == "HostError"
     assert not any(word in bad.error["message"] for word in ("secret", "abc", "/home", "Traceback"))
     assert bad.id in bad.error["message"] and bad.path is None
-    assert "HostError: /home/me/secret" in caplog.text and "_incident" in caplog.text
+    assert "HostError: /home/user/secret" in caplog.text and "_incident" in caplog.text
     assert done(manager, good).state == "succeeded"
     assert manager.alive and manager.events(bad.id)[-1].data == {"state": "failed", "error": bad.error}
 
