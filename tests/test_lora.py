@@ -1,4 +1,4 @@
-"""LoRAs: every dialect lands on the same weights, what does not fit is refused whole, going back gives the same bits."""
+"""LoRAs: every dialect means the same weights, what does not fit is refused whole, going back gives the same bits."""
 
 from __future__ import annotations
 

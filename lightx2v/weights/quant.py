@@ -2,8 +2,9 @@
 
     W[o, i] ~ q[o, i] * scale[o]        q float8 e4m3 (largest 448) or int8 (127), scale float32
 
-Files of LightX2V keep the scale beside the weight as `X.weight_scale` [out, 1], ComfyUI's as one number `X.scale_weight`;
-both become the first here. A quantised weight without a good scale is an error: a scale of 1 would give noise.
+Files of LightX2V keep the scale beside the weight as `X.weight_scale` [out, 1], ComfyUI's as one number
+`X.scale_weight`; both become the first here. A quantised weight without a good scale is an error: a scale of 1 would
+give noise.
 """
 
 from __future__ import annotations

@@ -1,0 +1,273 @@
+"""8-bit weights: exact to read, close to the original, found in every dialect, refused without a good scale."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+from conftest import TinyModels
+from safetensors.torch import save_file
+
+from lightx2v.config import resolve
+from lightx2v.errors import CheckpointError
+from lightx2v.models.quant_linear import QuantLinear, dequantised, kernel_for
+from lightx2v.models.umt5 import TextEncoder
+from lightx2v.pipeline import LightX2VPipeline
+from lightx2v.request import LoraSpec, Request
+from lightx2v.weights.build import ModelWeights
+from lightx2v.weights.checkpoint import open_checkpoint
+from lightx2v.weights.naming import wan_names
+from lightx2v.weights.quant import FORMATS, dequantise, is_expert_matrix, is_text_matrix, quantise, widen
+
+SMALL = {"height": 32, "width": 48, "frames": 5, "steps": 2, "text_len": 512}
+FP8, INT8 = torch.float8_e4m3fn, torch.int8
+Tensors = dict[str, torch.Tensor]
+
+
+def weights_of(path: Path, **more: torch.dtype) -> ModelWeights:
+    checkpoint = open_checkpoint(path)
+    return ModelWeights(checkpoint, wan_names(checkpoint.shapes), matrix=is_expert_matrix, **more)
+
+
+def cosine(a: torch.Tensor, b: torch.Tensor) -> float:
+    return F.cosine_similarity(a.double().flatten(), b.double().flatten(), dim=0).item()
+
+
+# ---- the format -----------------------------------------------------------------------------------------------------
+
+
+def test_every_code_is_widened_exactly() -> None:
+    codes = torch.tensor([code for code in range(256) if code & 0x7F != 0x7F], dtype=torch.uint8)
+    assert torch.equal(widen(codes.view(FP8)), codes.view(FP8).float())
+    every = torch.arange(-128, 128).to(INT8)
+    assert torch.equal(widen(every), every.float())
+
+
+@pytest.mark.parametrize("name", FORMATS)
+def test_quantising_is_the_written_formula(name: str) -> None:
+    weight = torch.randn(70, 48, generator=torch.Generator().manual_seed(0)) * torch.logspace(-4, 2, 70)[:, None]
+    weight[5] = 0
+    q, scale = quantise(weight.bfloat16(), FORMATS[name])
+    largest = {"fp8": 448.0, "int8": 127.0}[name]
+    values = weight.bfloat16().float()
+    want_scale = values.abs().amax(1, keepdim=True).clamp(min=1e-5) / largest
+    want = (values / want_scale).clamp(-largest, largest)
+    assert torch.equal(scale, want_scale) and scale.dtype == torch.float32
+    assert torch.equal(q.float(), (want.round() if name == "int8" else want).to(FORMATS[name]).float())
+    back = dequantise(q, scale)
+    assert (back[5] == 0).all() and cosine(back, values) > 0.999
+
+
+def test_weights_that_are_not_finite_are_refused() -> None:
+    for bad in (float("nan"), float("inf")):
+        weight = torch.ones(3, 4)
+        weight[1, 2] = bad
+        with pytest.raises(ValueError, match="NaN or infinity"):
+            quantise(weight, FP8)
+
+
+def test_only_the_matrices_of_blocks_are_quantised(tiny: TinyModels) -> None:
+    weights = weights_of(tiny.t2v / "high_noise_model", quantise=FP8)
+    made = dict(weights.tensors())
+    assert {n: tuple(t.shape) for n, t in made.items()} == weights.shapes
+    assert {n: t.dtype for n, t in made.items()} == weights.dtypes
+    eight_bit = {name for name, tensor in made.items() if tensor.dtype == FP8}
+    assert len(eight_bit) == 2 * 10 and eight_bit == {n for n in made if f"{n}_scale" in made}
+    assert all(n.startswith("blocks.") and n.split(".")[2] in ("self_attn", "cross_attn", "ffn") for n in eight_bit)
+
+
+# ---- the layer ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", [FP8, INT8])
+def test_the_layer_is_the_product_with_its_dequantised_weights(dtype: torch.dtype) -> None:
+    layer = QuantLinear(16, 24, dtype, bias=True, fast=True)
+    q, scale = quantise(torch.randn(24, 16), dtype)
+    with torch.no_grad():
+        layer.weight.copy_(q)
+        layer.weight_scale.copy_(scale)
+        assert layer.bias is not None
+        layer.bias.normal_()
+    x = torch.randn(2, 5, 16)
+    assert torch.equal(layer(x), F.linear(x, dequantise(q, scale), layer.bias))
+    assert kernel_for(dtype, torch.device("cpu"), torch.float32) is dequantised
+
+
+# ---- files ----------------------------------------------------------------------------------------------------------
+
+
+def scaled(tiny: TinyModels, dtype: torch.dtype = FP8) -> Tensors:
+    return dict(weights_of(tiny.t2v / "high_noise_model", quantise=dtype).tensors())
+
+
+def comfy(tensors: Tensors) -> Tensors:
+    """One scale per tensor under ComfyUI's names; the text embedding in fp8 as well, as their converters do."""
+    result: Tensors = {"model.diffusion_model.scaled_fp8": torch.empty(2).to(FP8)}
+    for name, tensor in tensors.items():
+        prefixed = f"model.diffusion_model.{name}"
+        if name.endswith(".weight_scale"):
+            continue
+        if tensor.dtype == FP8 or name == "text_embedding.0.weight":
+            values = dequantise(tensor, tensors[f"{name}_scale"]) if tensor.dtype == FP8 else tensor
+            scale = values.abs().max() / 448
+            result[prefixed] = (values / scale).to(FP8)
+            result[prefixed.removesuffix(".weight") + ".scale_weight"] = scale
+        else:
+            result[prefixed] = tensor
+    return result
+
+
+def test_comfyui_files_become_rows_of_scales(tiny: TinyModels, tmp_path: Path) -> None:
+    original = scaled(tiny)
+    save_file(comfy(original), tmp_path / "comfy.safetensors")
+    weights = weights_of(tmp_path / "comfy.safetensors")
+    made = dict(weights.tensors())
+    assert made.keys() == original.keys()
+    for name, tensor in original.items():
+        assert made[name].shape == tensor.shape and made[name].dtype == tensor.dtype, name
+        if tensor.dtype == FP8:
+            got = dequantise(made[name], made[f"{name}_scale"])
+            assert cosine(got, dequantise(tensor, original[f"{name}_scale"])) > 0.998
+    assert cosine(made["text_embedding.0.weight"], original["text_embedding.0.weight"]) > 0.998
+
+
+def without(tensors: Tensors, name: str) -> Tensors:
+    return {key: tensor for key, tensor in tensors.items() if key != name}
+
+
+SCALE = "blocks.1.ffn.0.weight_scale"
+
+
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        (lambda t: without(t, SCALE), r"blocks\.1\.ffn\.0\.weight is stored in float8_e4m3fn without a scale"),
+        (lambda t: t | {SCALE: torch.ones(7, 1)}, r"weight_scale has shape \[7, 1\], expected \[48, 1\]"),
+        (lambda t: t | {SCALE: torch.full((48, 1), float("nan"))}, "weight_scale holds nan"),
+        (lambda t: t | {SCALE: torch.zeros(48, 1)}, r"weight_scale holds 0\.0"),
+        (lambda t: t | {SCALE: torch.full((48, 1), float("inf"))}, "weight_scale holds inf"),
+        (lambda t: t | {SCALE: -torch.ones(48, 1)}, "weight_scale holds -1"),
+        (lambda t: t | {"head.head.weight_scale": torch.ones(64, 1)}, "head.head.weight_scale has no quantised weight"),
+    ],
+)
+def test_a_bad_scale_is_an_error_that_names_the_layer(
+    tiny: TinyModels, tmp_path: Path, change: Callable[[Tensors], Tensors], says: str
+) -> None:
+    save_file(change(scaled(tiny)), tmp_path / "x.safetensors")
+    with pytest.raises(CheckpointError, match=says):
+        list(weights_of(tmp_path / "x.safetensors").tensors())
+
+
+# ---- the whole engine -----------------------------------------------------------------------------------------------
+
+
+def make(folder: Path, **settings: object) -> tuple[torch.Tensor, dict[str, object]]:
+    """Latents and report of one request."""
+    resolved = resolve({"model_path": str(folder), "device": "cpu"}, SMALL | settings)
+    request = Request(prompt="a red ball", **(dict(resolved.request) | {"seed": 3}))
+    with LightX2VPipeline.from_config(resolved.engine) as pipe:
+        result = pipe.run(request, return_latents=True)
+    assert result.latents is not None
+    return result.latents, result.report()
+
+
+@pytest.fixture(scope="module")
+def plain(tiny: TinyModels) -> torch.Tensor:
+    return make(tiny.t2v)[0]
+
+
+BUILD = {"build": "fp8", "dit_quantized": True, "dit_quant_scheme": "fp8-sgl"}
+QUANTISED_T5 = {"t5_quantized": True, "t5_quant_scheme": "fp8-sgl"}
+
+
+def test_a_built_model_equals_the_file_of_that_build(tiny: TinyModels, tmp_path: Path, plain: torch.Tensor) -> None:
+    built = make(tiny.t2v, **BUILD)[0]
+    files = {}
+    for which in ("high", "low"):
+        path = tmp_path / f"{which}.safetensors"
+        save_file(dict(weights_of(tiny.t2v / f"{which}_noise_model", quantise=FP8).tensors()), path)
+        files[f"{which}_noise_quantized_ckpt"] = str(path)
+    read = make(tiny.t2v, dit_quantized=True, dit_quant_scheme="fp8-triton", **files)[0]
+    assert torch.equal(built, read)
+    assert not torch.equal(built, plain) and cosine(built, plain) > 0.99
+
+
+def test_the_text_encoder_is_built_and_read_in_8_bits(tiny: TinyModels, tmp_path: Path) -> None:
+    source = tiny.t2v / "models_t5_umt5-xxl-enc-bf16.pth"
+    tokenizer = tiny.t2v / "google" / "umt5-xxl"
+    checkpoint = open_checkpoint(source)
+    names = {name: name for name in checkpoint.shapes}
+    load = lambda path, **more: TextEncoder.load(path, tokenizer, dtype=torch.float32, **more)  # noqa: E731
+    states = lambda encoder: encoder.encode("a red ball moves left").states_LD  # noqa: E731
+    original = states(load(source))
+    for dtype in (FP8, INT8):
+        made = dict(ModelWeights(checkpoint, names, matrix=is_text_matrix, quantise=dtype).tensors())
+        torch.save(made, tmp_path / "t5.pth")
+        built = load(source, quantise=dtype)
+        assert torch.equal(states(built), states(load(tmp_path / "t5.pth")))
+        assert cosine(states(built), original) > 0.995
+        kinds = [module.weight.dtype for module in built.modules() if isinstance(module, QuantLinear)]
+        assert kinds == [dtype] * 14
+
+
+def test_a_preset_that_builds_merges_then_quantises(tiny: TinyModels, tmp_path: Path, plain: torch.Tensor) -> None:
+    g = torch.Generator().manual_seed(1)
+    save_file(
+        {
+            "diffusion_model.blocks.0.ffn.0.lora_up.weight": torch.randn(48, 2, generator=g),
+            "diffusion_model.blocks.0.ffn.0.lora_down.weight": torch.randn(2, 24, generator=g),
+        },
+        tmp_path / "lora.safetensors",
+    )
+    loras = [LoraSpec(expert=which, path=str(tmp_path / "lora.safetensors")) for which in ("high", "low")]
+    merged, report = make(tiny.t2v, build="merged", lora_configs=loras)
+    quantised, _ = make(tiny.t2v, lora_configs=loras, **BUILD, **QUANTISED_T5)
+    assert [entry["applied"] for entry in report["loras"]] == [1, 1]  # type: ignore[attr-defined]
+    assert cosine(quantised, merged) > 0.99 and not torch.equal(merged, plain)
+
+
+def test_a_lora_beside_8_bit_weights_is_the_merged_one(tiny: TinyModels, tmp_path: Path) -> None:
+    g = torch.Generator().manual_seed(1)
+    pair = {"up": torch.randn(48, 2, generator=g), "down": torch.randn(2, 24, generator=g)}
+    save_file({f"blocks.0.ffn.0.lora_{k}.weight": v for k, v in pair.items()}, tmp_path / "lora.safetensors")
+    files = {}
+    for which in ("high", "low"):
+        save_file(scaled(tiny), tmp_path / f"{which}.safetensors")
+        files[f"{which}_noise_quantized_ckpt"] = str(tmp_path / f"{which}.safetensors")
+    quantised = {"dit_quantized": True, "dit_quant_scheme": "fp8-sgl", **files}
+    loras = (LoraSpec(expert="high", path=str(tmp_path / "lora.safetensors")),)
+    resolved = resolve({"model_path": str(tiny.t2v), "device": "cpu"}, SMALL | quantised)
+    request = Request(prompt="a red ball", **(dict(resolved.request) | {"seed": 3}))
+    with LightX2VPipeline.from_config(resolved.engine) as pipe:
+        run = lambda request: pipe.run(request, return_latents=True).latents  # noqa: E731
+        before, changed, after = run(request), run(replace(request, loras=loras)), run(request)
+    assert torch.equal(before, after) and not torch.equal(before, changed)
+    tensors = scaled(tiny)
+    weight = dequantise(tensors["blocks.0.ffn.0.weight"], tensors[SCALE.replace("1", "0", 1)])
+    bf16 = {n: t for n, t in tensors.items() if not n.endswith("_scale")}
+    for name, tensor in bf16.items():
+        if tensor.dtype == FP8:
+            bf16[name] = dequantise(tensor, tensors[f"{name}_scale"])
+    bf16["blocks.0.ffn.0.weight"] = weight + pair["up"] @ pair["down"]
+    save_file(bf16, tmp_path / "high.safetensors")
+    merged = make(
+        tiny.t2v,
+        **quantised
+        | {"dit_quantized": False, "dit_quant_scheme": None}
+        | {
+            "high_noise_quantized_ckpt": None,
+            "low_noise_quantized_ckpt": None,
+            "high_noise_original_ckpt": files["high_noise_quantized_ckpt"],
+            "low_noise_original_ckpt": files["low_noise_quantized_ckpt"],
+        },
+    )[0]
+    assert torch.allclose(changed, merged, rtol=1e-4, atol=1e-4)
+
+
+def test_unquantised_files_are_not_taken_for_quantised_ones(tiny: TinyModels) -> None:
+    with pytest.raises(CheckpointError, match="holds no quantised weights"):
+        make(tiny.t2v, dit_quantized=True, dit_quant_scheme="fp8-sgl")
