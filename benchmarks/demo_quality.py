@@ -1,6 +1,6 @@
 """Judges the demo model by a program: does the video show what the prompt says? Through the engine and its presets.
 
-    python -m benchmarks.demo_quality --prompts 200 --markdown assets/demo/QUALITY.md
+    python -m benchmarks.demo_quality --prompts 200 --markdown assets/demo/README.md
 
 Half of the prompts are combinations of attributes that training never showed. The detector reads kind, colour, motion,
 ground and time of day from the frames (training/detector.py); it is judged first, on drawn clips. `--only NAME ...`
@@ -41,6 +41,7 @@ from training.world import (
 
 VAE = Path("assets/demo/Wan2.2-T2V-Demo/Wan2.1_VAE.pth")
 SEEDS = 16
+TABLE_MARK = "<!-- table -->"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -270,7 +271,10 @@ def main() -> None:
     table = to_markdown([row for name in rows for row in done.get(name, [])], command)
     print(table)
     if args.markdown:
-        args.markdown.write_text(table)
+        kept, mark, _ = args.markdown.read_text().partition(TABLE_MARK)
+        if not mark:
+            raise SystemExit(f"{args.markdown} has no line {TABLE_MARK}, after which the table could go")
+        args.markdown.write_text(f"{kept}{mark}\n\n{table}")
 
 
 if __name__ == "__main__":
