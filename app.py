@@ -78,7 +78,7 @@ def launch(studio: Studio, *, open_browser: bool = False, mcp: bool = False, **m
     from starlette.middleware import Middleware
 
     from app.guard import Guard
-    from app.page import ASSETS, build_page, head, theme
+    from app.page import build_page, head, theme
     from app.served import routes
 
     exposure = studio.exposure
@@ -100,7 +100,6 @@ def launch(studio: Studio, *, open_browser: bool = False, mcp: bool = False, **m
         ssr_mode=False,
         mcp_server=mcp,
         theme=theme(),
-        css_paths=[ASSETS / "studio.css"],
         head=head(),
         app_kwargs={"routes": routes(studio), "middleware": [Middleware(Guard, exposure=exposure, origins=origins)]},
         **more,

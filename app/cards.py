@@ -25,7 +25,7 @@ def history(words: Words, jobs: Sequence[Job], current: str, compared: Sequence[
 
 def queue(words: Words, jobs: Sequence[Job], editing: str) -> str:
     """Runs to come, in order, when there is more than the one that runs. An empty text else."""
-    waiting = [job for job in jobs if job.state == "queued"]
+    waiting = sorted((job for job in jobs if job.state == "queued"), key=lambda job: job.position or 0)
     running = [job for job in jobs if job.state == "running"]
     if not waiting or len(waiting) + len(running) < 2:
         return ""
@@ -66,7 +66,7 @@ def _summary(words: Words, job: Job) -> str:
         return f"{name} · {words('state_' + job.state)}"
     timings = job.result["timings"]
     vram = peak_vram(timings)
-    return " · ".join(filter(None, [name, numbers.seconds(timings["total"]), numbers.memory(vram[0]) if vram else ""]))
+    return " · ".join(filter(None, [numbers.seconds(timings["total"]), numbers.memory(vram[0]) if vram else "", name]))
 
 
 def _running(words: Words, job: Job) -> str:

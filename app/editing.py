@@ -70,7 +70,7 @@ class Editor:
         for name, component in fields.items():
             if name in values and name not in ("size", "shape", "length", *PICTURES):
                 updates[component] = values[name]
-        updates[fields["task"]] = gr.Radio(value=task)
+        updates[fields["task"]] = gr.Radio(choices=task_choices(words), value=task)
         lengths = length_choices(resolved.request)
         length = asked["frames"] if asked["frames"] in [count for _, count in lengths] else None
         updates[fields["size"]] = gr.Radio(choices=size_choices(resolved.request), value=values["size"])

@@ -129,7 +129,8 @@ def fields_of(preset: str, config: EngineConfig, request: Request) -> dict[str, 
         values[name] = getattr(request, name)
     for name in ("seed", "steps", "shift", "enable_cfg"):
         values[name] = getattr(request, name)
-    own = [lora for lora in config.lora_configs if lora not in resolve(preset).engine.lora_configs]
+    asked = config.lora_configs if request.loras is None else request.loras
+    own = [lora for lora in asked if lora not in resolve(preset).engine.lora_configs]
     return values | _lora_rows(own)
 
 
@@ -188,10 +189,8 @@ def _overrides(form: Form, exposure: Exposure) -> dict[str, Any]:
     values["cpu_offload"] = OFFLOAD[form.offload]
     if form.attention != "auto":
         values |= {"self_attn_1_type": form.attention, "cross_attn_1_type": form.attention}
-    if specs := _lora_specs(form.loras):
-        values["lora_configs"] = [*preset.engine.lora_configs, *specs]
-        if preset.engine.dit_quantized and preset.engine.build is None:
-            values["lora_dynamic_apply"] = True
+    if specs := _lora_specs(form.loras):  # on top of the preset's own; exchanged between runs without loading again
+        values["loras"] = [*preset.engine.lora_configs, *specs]
     return values
 
 

@@ -38,11 +38,9 @@ BUSY_SECONDS, IDLE_SECONDS = 1.0, 4.0
 class Handlers:
     """One for the page, for all visitors; whatever is a visitor's own comes in and goes out as values."""
 
-    def __init__(
-        self, studio: Studio, inputs: Inputs, outputs: Outputs, session: Any, seen: Any, timer: Any, restore: Any
-    ) -> None:
+    def __init__(self, studio: Studio, inputs: Inputs, outputs: Outputs, session: Any, seen: Any, timer: Any) -> None:
         self.studio, self.inputs, self.outputs = studio, inputs, outputs
-        self.session, self.seen, self.timer, self.restore = session, seen, timer, restore
+        self.session, self.seen, self.timer = session, seen, timer
         self.editor = Editor(studio, inputs)
 
     # ---- looking ------------------------------------------------------------------------------------------------
@@ -55,7 +53,7 @@ class Handlers:
             visitor = replace(visitor, job=asked, pinned=visitor.pinned and visitor.job == asked)
         visitor = replace(visitor, editing="", shown="")
         words = Words(visitor.language)
-        updates = self.editor.relabel(words) if visitor.language != "en" else {}
+        updates = self._relabel(words) if visitor.language != "en" else {}
         stored = data[self.session].get("form") if isinstance(data[self.session], dict) else None
         values = self._stored_values(stored) or preset_values(self.studio.default_preset)
         updates |= self.editor.fill(words, values, task=settings_of(values["preset"]).preset.task)
@@ -70,6 +68,12 @@ class Handlers:
             if status.download is not None:
                 updates |= self.editor.files(Words(visitor.language), self._preset(data))
         return updates or gr.skip()
+
+    def finished(self, data: dict[Component, Any]) -> Updates:
+        """A run ended and was measured: what the next one costs is known better."""
+        words, values = Words(Visitor.of(data[self.session]).language), self._values(data)
+        cost = self.editor.cost(words, values)
+        return self.editor.show_preset(words, self._preset(data)) | {self.inputs.cost: cost}
 
     # ---- making -------------------------------------------------------------------------------------------------
 
@@ -87,7 +91,7 @@ class Handlers:
         except LightX2VError as error:
             return {self.inputs.cost: panels.problem(str(error))}
         updates = self._show(visitor, data[self.seen], form=self._storable(values))
-        return updates | self._button(words, visitor) | {self.inputs.cost: self.editor.cost(words, values)}
+        return updates | self._button(words, visitor, values) | {self.inputs.cost: self.editor.cost(words, values)}
 
     def _submit_all(self, visitor: Visitor, planned: Plan) -> list[Job]:
         """Queues every request; where one is refused, those that are queued stay and the reason is told."""
@@ -144,9 +148,9 @@ class Handlers:
         if name == "language" and sent.get("name") in LANGUAGES:
             visitor = replace(visitor, language=sent["name"])
             words, values = Words(visitor.language), self._values(data)
-            updates = self.editor.relabel(words) | self.editor.show_preset(words, self._preset(data))
+            updates = self._relabel(words) | self.editor.show_preset(words, self._preset(data))
             cost = self.editor.cost(words, values)
-            return visitor, updates | self._button(words, visitor) | {self.inputs.cost: cost}
+            return visitor, updates | self._button(words, visitor, values) | {self.inputs.cost: cost}
         if name == "example":
             return visitor, {self.inputs.fields["prompt"]: str(sent.get("text", ""))[:2000]}
         if name in ("download", "cancel_download") and self.inputs.files is not None:
@@ -273,7 +277,7 @@ class Handlers:
 
     def restored(self, data: dict[Component, Any]) -> Updates:
         """One of our videos was dropped or chosen: it is shown, and its settings are filled in."""
-        visitor, file = Visitor.of(data[self.session]), data[self.restore]
+        visitor, file = Visitor.of(data[self.session]), data[self.outputs.restore]
         if not file:
             return gr.skip()
         try:
@@ -309,6 +313,9 @@ class Handlers:
             inside = path and Path(path).resolve().is_relative_to(self.studio.folder.resolve())
             values[name] = path if inside else None
         return self.editor.fill(Words(visitor.language), values, task=values["task"])
+
+    def _relabel(self, words: Words) -> Updates:
+        return self.editor.relabel(words) | self.outputs.relabel(words)
 
     # ---- values -------------------------------------------------------------------------------------------------
 

@@ -22,6 +22,16 @@ JS_PICK = "const events = ['pick']; studio.picker(element, props, trigger);"
 SHAPES = ("16:9", "9:16", "1:1")
 MATCH = "match"
 
+FLAGS = {
+    "guidance_high": "--guidance HIGH",
+    "guidance_low": "--guidance … LOW",
+    "denoising_step_list": "--set denoising_step_list",
+    "boundary_step_index": "--set boundary_step_index",
+    "attention": "--set self_attn_1_type",
+    "loras": "--set loras",
+}
+"""How the command line spells what it has no flag of the same name for."""
+
 EXAMPLES = {
     "demo": (
         "a yellow star spins over the sea at sunset",
@@ -91,20 +101,20 @@ def build_inputs(words: Words, resolved: Resolved, exposure: Exposure) -> Inputs
         with gr.Row(elem_classes="plain"):
             for name, key in (("image_path", "image"), ("last_frame_path", "last_frame")):
                 picture = gr.Image(
-                    type="filepath", label=words(key), height=168, sources=["upload", "clipboard"], min_width=140,
+                    type="filepath", label=words(key), height=168, sources=["upload"], min_width=140,
                     elem_id=name, buttons=["fullscreen"],
                 )  # fmt: skip
                 inputs.add(name, picture, key)
-        inputs.crop = gr.HTML(elem_id="crop")
+        inputs.crop = gr.HTML(apply_default_css=False, elem_id="crop")
     prompt = gr.Textbox(
         label=words("prompt"), placeholder=words("prompt_hint"), lines=3, max_lines=12, elem_id="prompt",
         max_length=exposure.limits.prompt,
     )  # fmt: skip
     inputs.add("prompt", prompt, "prompt")
     inputs.hints[prompt] = ("placeholder", "prompt_hint")
-    inputs.examples = gr.HTML(elem_id="examples", js_on_load=JS_ACT)
+    inputs.examples = gr.HTML(apply_default_css=False, elem_id="examples", js_on_load=JS_ACT)
     with gr.Row(elem_classes="plain", elem_id="how"):
-        inputs.preset = gr.HTML(elem_id="preset", js_on_load=JS_PICK, scale=4, min_width=220)
+        inputs.preset = gr.HTML(apply_default_css=False, elem_id="preset", js_on_load=JS_PICK, scale=4, min_width=220)
         inputs.preset_name = inputs.add("preset", gr.State(resolved.preset.name))  # type: ignore[arg-type]
         offload = gr.Dropdown(
             offload_choices(words), value="auto", label=words("offload"), filterable=False, scale=1, min_width=100,
@@ -128,11 +138,11 @@ def build_inputs(words: Words, resolved: Resolved, exposure: Exposure) -> Inputs
         inputs.add("shape", shape, "shape")
         inputs.add("length", length, "seconds")
     inputs.generate = gr.Button(words("generate"), variant="primary", elem_id="generate", size="lg")
-    inputs.cost = gr.HTML(elem_id="cost")
+    inputs.cost = gr.HTML(apply_default_css=False, elem_id="cost")
     _advanced(inputs, words, resolved, exposure)
     if exposure.shows_paths:
         with gr.Accordion(words("files"), open=False, elem_id="files") as inputs.files_box:
-            inputs.files = gr.HTML(js_on_load=JS_ACT)
+            inputs.files = gr.HTML(apply_default_css=False, js_on_load=JS_ACT)
     return inputs
 
 
@@ -142,7 +152,8 @@ def _advanced(inputs: Inputs, words: Words, resolved: Resolved, exposure: Exposu
     distilled = request["denoising_step_list"] is not None
 
     def number(name: str, key: str = "", *, info: str = "", value: Any = None, **more: Any) -> None:
-        shown = f"--{name}" if not info else f"--{name} · {words(info)}"
+        flag = FLAGS.get(name, f"--{name}")
+        shown = f"{flag} · {words(info)}" if info else flag
         start = request.get(name) if value is None else value
         component = gr.Number(value=start, label=words(key or name), info=shown, min_width=120, elem_id=name, **more)
         inputs.add(name, component, key or name)
@@ -183,14 +194,14 @@ def _advanced(inputs: Inputs, words: Words, resolved: Resolved, exposure: Exposu
         with gr.Row(elem_classes="plain", visible=distilled) as inputs.distilled_only:
             steps = gr.Textbox(
                 ", ".join(map(str, request["denoising_step_list"] or ())), label=words("denoising_step_list"),
-                info="--denoising_step_list", min_width=180, elem_id="denoising_step_list",
+                info=FLAGS["denoising_step_list"], min_width=180, elem_id="denoising_step_list",
             )  # fmt: skip
             inputs.add("denoising_step_list", steps, "denoising_step_list")
             number("boundary_step_index", value=request["boundary_step_index"] or 0, precision=0, minimum=0)
         with gr.Row(elem_classes="plain"):
             number("shift", minimum=0.01, step=0.5)
             attention = gr.Dropdown(
-                [*ATTENTION_NAMES], value="auto", label=words("attention"), info="--self_attn_1_type", min_width=120,
+                [*ATTENTION_NAMES], value="auto", label=words("attention"), info=FLAGS["attention"], min_width=120,
                 visible=exposure.shows_paths, elem_id="attention",
             )  # fmt: skip
             inputs.add("attention", attention, "attention")
@@ -202,7 +213,7 @@ def _lora_fields(inputs: Inputs, words: Words, *, visible: bool) -> None:
         with gr.Row(elem_classes="plain lora", visible=False) as box:
             for part in ("high", "low"):
                 path = gr.Textbox(
-                    label=words(f"lora_{part}"), info="--lora_configs", max_lines=1, scale=3, min_width=160,
+                    label=words(f"lora_{part}"), info=FLAGS["loras"], max_lines=1, scale=3, min_width=160,
                     elem_id=f"lora_{row}_{part}",
                 )  # fmt: skip
                 inputs.add(f"lora_{row}_{part}", path, f"lora_{part}")

@@ -31,29 +31,30 @@ def build_page(studio: Studio) -> gr.Blocks:
         session = gr.BrowserState({}, storage_key=STORAGE, secret=_storage_secret(studio.folder))
         seen = gr.State({})
         timer = gr.Timer(1.0)
-        top = gr.HTML(elem_id="top", js_on_load=JS_ACT)
+        top = gr.HTML(apply_default_css=False, elem_id="top", js_on_load=JS_ACT)
         with gr.Tabs(elem_id="tabs"):
-            with gr.Tab(words("tab_create"), id="create"), gr.Row(elem_id="create"):
+            with gr.Tab(words("tab_create"), id="create") as creating, gr.Row(elem_id="create"):
                 with gr.Column(scale=5, min_width=340, elem_id="left"):
                     inputs = build_inputs(words, resolved, studio.exposure)
                 with gr.Column(scale=7, min_width=340, elem_id="right"):
                     with gr.Column(elem_id="theatre"):
-                        stage = gr.HTML(elem_id="stage", js_on_load=JS_WATCH)
-                        status = gr.HTML(elem_id="status", js_on_load=JS_WATCH)
-                    report = gr.HTML(elem_id="report", js_on_load=JS_ACT)
-                    queue = gr.HTML(elem_id="queue", js_on_load=JS_ACT)
-                    history = gr.HTML(elem_id="history", js_on_load=JS_ACT)
-                    restore = gr.UploadButton(
-                        words("restore_file"), file_types=[".mp4"], type="filepath", size="sm", elem_id="restore"
-                    )
-            with gr.Tab(words("tab_compare"), id="compare", render_children=True):
-                compared = gr.HTML(elem_id="compared", js_on_load=JS_COMPARE)
-                benchmark = gr.HTML(elem_id="benchmark", js_on_load=JS_ACT)
+                        stage = gr.HTML(apply_default_css=False, elem_id="stage", js_on_load=JS_WATCH)
+                        status = gr.HTML(apply_default_css=False, elem_id="status", js_on_load=JS_WATCH)
+                    report = gr.HTML(apply_default_css=False, elem_id="report", js_on_load=JS_ACT)
+                    queue = gr.HTML(apply_default_css=False, elem_id="queue", js_on_load=JS_ACT)
+                    with gr.Column(elem_id="past"):
+                        history = gr.HTML(apply_default_css=False, elem_id="history", js_on_load=JS_ACT)
+                        restore = gr.UploadButton(
+                            words("restore_file"), file_types=[".mp4"], type="filepath", size="sm", elem_id="restore"
+                        )
+            with gr.Tab(words("tab_compare"), id="compare", render_children=True) as comparing:
+                compared = gr.HTML(apply_default_css=False, elem_id="compared", js_on_load=JS_COMPARE)
+                benchmark = gr.HTML(apply_default_css=False, elem_id="benchmark", js_on_load=JS_ACT)
         outputs = Outputs(
             top=top, stage=stage, status=status, report=report, queue=queue, history=history, compare=compared,
-            benchmark=benchmark,
+            benchmark=benchmark, tabs=(creating, comparing), restore=restore,
         )  # fmt: skip
-        handlers = Handlers(studio, inputs, outputs, session, seen, timer, restore)
+        handlers = Handlers(studio, inputs, outputs, session, seen, timer)
         _wire(page, handlers, inputs, outputs)
     return page
 
@@ -61,24 +62,25 @@ def build_page(studio: Studio) -> gr.Blocks:
 def _wire(page: gr.Blocks, handlers: Handlers, inputs: Inputs, outputs: Outputs) -> None:
     state = {handlers.session, handlers.seen}
     fields = set(inputs.fields.values())
-    right = set(vars(outputs).values())
+    right = outputs.rendered
     column = {
         *fields, inputs.preset, inputs.examples, inputs.generate, inputs.cost, inputs.crop, inputs.i2v_only,
         inputs.base_only, inputs.distilled_only, inputs.advanced, inputs.add_lora, *inputs.lora_rows,
     }  # fmt: skip
     column |= {inputs.files, inputs.files_box} - {None}
-    everything = column | right | state | {handlers.timer}
+    everything = column | right | state | {handlers.timer, outputs.restore, *outputs.tabs}
     read = state | fields
 
     page.load(handlers.opened, inputs=state, outputs=everything, **PRIVATE)
     handlers.timer.tick(
         handlers.tick, inputs=state | {inputs.fields["preset"]}, outputs=everything, trigger_mode="once", **PRIVATE
     )
+    outputs.report.change(handlers.finished, inputs=read, outputs=column, **PRIVATE)
     inputs.generate.click(handlers.generate, inputs=read, outputs=everything, **PRIVATE)
     for component in (inputs.examples, inputs.files, *right):
         if component is not None:
             component.act(handlers.act, inputs=read, outputs=everything, **PRIVATE)
-    handlers.restore.upload(handlers.restored, inputs=read | {handlers.restore}, outputs=everything, **PRIVATE)
+    outputs.restore.upload(handlers.restored, inputs=read | {outputs.restore}, outputs=everything, **PRIVATE)
 
     inputs.preset.pick(handlers.picked, inputs=read, outputs=column, **PRIVATE)
     named = inputs.fields
@@ -98,8 +100,10 @@ def _wire(page: gr.Blocks, handlers: Handlers, inputs: Inputs, outputs: Outputs)
 
 
 def head() -> str:
-    """The page's script, inline: it has to be there before the first component is mounted."""
-    return f"<script>{(ASSETS / 'studio.js').read_text(encoding='utf-8')}</script>"
+    """Style sheet and script, inline: both have to be there before the first component is mounted, and gradio's own
+    way of adding a style sheet rewrites its selectors, wrongly where they hold a comma in brackets."""
+    style, script = ((ASSETS / name).read_text(encoding="utf-8") for name in ("studio.css", "studio.js"))
+    return f"<style>{style}</style><script>{script}</script>"
 
 
 def theme() -> gr.themes.Base:

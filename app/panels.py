@@ -135,7 +135,8 @@ def file_list(words: Words, status: FilesStatus) -> str:
     for file in status.files:
         state = tag("span", esc(words("have" if file.ready else "lacks")), class_="ok" if file.ready else "over")
         size = numbers.size(file.bytes or file.here) if file.bytes or file.here else ""
-        rows.append(tag("tr", tag("th", esc(file.name), scope="row") + tag("td", esc(size)) + tag("td", state)))
+        name = esc(words("part_" + part_of(file.name))) + tag("span", esc(file.name))
+        rows.append(tag("tr", tag("th", name, scope="row") + tag("td", esc(size)) + tag("td", state)))
     table = tag("table", tag("tbody", "".join(rows)), class_="files")
     line = tag("span", esc(words("disk_free", size=numbers.size(status.disk_free))), class_="quiet")
     download = status.download
@@ -151,6 +152,15 @@ def file_list(words: Words, status: FilesStatus) -> str:
     elif status.can_download and not status.ready:
         line = button(words("download"), "download", kind="primary") + line
     return tag("div", table + tag("div", line, class_="row"), class_="files-panel")
+
+
+def part_of(name: str) -> str:
+    """Which part of a model a file is, by its name."""
+    known = (
+        ("lora", "lora"), ("config.json", "config"), ("high_noise", "high"), ("low_noise", "low"), ("t5_umt5", "text"),
+        ("umt5-xxl", "tokenizer"), ("VAE", "vae"),
+    )  # fmt: skip
+    return next((part for mark, part in known if mark in name), "other")
 
 
 def files_title(words: Words, status: FilesStatus) -> str:

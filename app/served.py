@@ -46,7 +46,8 @@ def routes(studio: Studio) -> list[Route]:
     def preview(request: Request) -> Response:
         data = studio.preview_of(_job_id(request))
         headers = {**HEADERS, "Cache-Control": "no-store"}
-        return Response(data, media_type="image/jpeg", headers=headers) if data else _missing()
+        # A run that ended while the page asked has no preview any more; that is no error.
+        return Response(data, media_type="image/jpeg", headers=headers) if data else Response(status_code=204)
 
     def shown(request: Request) -> Response:
         path = studio.shown_file(_job_id(request))

@@ -45,7 +45,11 @@ def _cli(job: Job, changed: dict[str, Any]) -> str:
     if job.preset:
         words.append(f"--preset {shlex.quote(job.preset)}")
     for name, value in changed.items():
-        if isinstance(value, (list, dict, bool)) or value is None:
+        if name == "guidance":
+            words.append(f"--guidance {value[0]:g} {value[1]:g}")
+        elif name == "enable_cfg":
+            words.append("--enable_cfg" if value else "--no-enable_cfg")
+        elif isinstance(value, (list, dict, bool)) or value is None:
             words.append(f"--set {shlex.quote(f'{name}={json.dumps(value)}')}")
         else:
             words.append(f"--{name} {shlex.quote(str(value))}")

@@ -37,11 +37,11 @@ def stage(words: Words, job: Job | None, *, sample: bool, shown: str = "") -> st
             "video", "", src=f"studio/{job.id}/video.mp4", autoplay=True, loop=True, muted=True, playsinline=True,
             controls=True, aria_label=words("video_of", prompt=job.request.prompt[:120]),
         )  # fmt: skip
-        return _box(inner, "done", job.id)
+        return _box(_ambient(f"studio/{job.id}/poster.jpg") + inner, "done", job.id)
     if job.state in ACTIVE:
         return _box(_waiting(words, job), job.state, job.id)
     poster = tag("img", src=f"studio/{job.id}/preview.jpg", alt="", class_="dim") if job.preview else _scene()
-    title = words("state_" + job.state)
+    title = words("state_" + job.state).capitalize()
     message = esc(job.error["message"]) if job.error else esc(words("explain_" + job.state))
     return _box(
         poster + tag("div", tag("strong", esc(title)) + tag("p", message), class_="notice", role="alert"),
@@ -60,13 +60,15 @@ def status(words: Words, job: Job | None, remedies: Sequence[Remedy] = (), *, ah
         left = _now(words, job, event, ahead)
         clock = _clock(words, job, event)
         stop = button(words("stop"), "stop", kind="stop", id=job.id, key="Escape")
-        line = tag("div", left, class_="now") + tag("div", clock + stop, class_="clock")
+        line = tag("div", left, class_="doing") + tag("div", clock + stop, class_="clock")
         return tag("div", _bar(words, job, event) + tag("div", line, class_="line"), class_="status")
     actions = "".join(
         button(r.label, r.act, id=job.id, kind="primary" if i == 0 else "") for i, r in enumerate(remedies)
     )
-    title = words("finished_in", time=_took(job)) if job.state == "succeeded" else words("state_" + job.state)
-    line = tag("div", tag("strong", esc(title)), class_="now") + tag("div", actions, class_="clock")
+    title = (
+        words("finished_in", time=_took(job)) if job.state == "succeeded" else words("state_" + job.state).capitalize()
+    )
+    line = tag("div", tag("strong", esc(title)), class_="doing") + tag("div", actions, class_="clock")
     return tag("div", _bar(words, job, job.progress) + tag("div", line, class_="line"), class_="status")
 
 
@@ -130,14 +132,16 @@ def _bar(words: Words, job: Job | None, event: Progress | None) -> str:
 
 
 def _now(words: Words, job: Job, event: Progress | None, ahead: int) -> str:
+    if job.cancelling:
+        return tag("strong", esc(words("stopping")))
     if job.state == "queued":
         return tag("strong", esc(words("queued_behind", n=ahead))) if ahead else tag("strong", esc(words("starting")))
     if event is None:
         return tag("strong", esc(words("starting")))
     if event.stage == "denoise":
-        expert = words("expert_" + event.expert) if event.expert else ""
         # An event counts the steps that are done; while the next one runs, that is the one to name.
         number = min(event.step + 1, event.total)
+        expert = words("expert_high" if number <= high_noise_steps(job.request) else "expert_low")
         pace = _pace(event)
         rest = " · ".join(filter(None, [expert, words("a_step", time=numbers.seconds(pace)) if pace else ""]))
         title = tag("strong", esc(words("step_of", step=number, total=event.total)))
@@ -182,8 +186,9 @@ def _waiting(words: Words, job: Job) -> str:
     if job.state == "running" and job.preview is not None:
         step = event.step if event is not None and event.stage == "denoise" else job.request.steps
         label = words("preview_step", step=step, total=job.request.steps)
-        picture = tag("img", src=f"studio/{job.id}/preview.jpg?step={step}", alt=words("preview_alt"), class_="preview")
-        return picture + tag("span", esc(label), class_="tag")
+        source = f"studio/{job.id}/preview.jpg?step={step}"
+        picture = tag("img", src=source, alt=words("preview_alt"), class_="preview")
+        return _ambient(source) + picture + tag("span", esc(label), class_="tag")
     return _scene("breathing") + tag(
         "span", esc(words("doing_" + event.stage) if event else words("starting")), class_="tag"
     )
@@ -204,6 +209,11 @@ def _idle(words: Words, *, sample: bool, shown: str) -> str:
         return _box(video + tag("span", esc(words("sample")), class_="tag"), "sample", "")
     hint = tag("div", tag("strong", esc(words("idle_title"))) + tag("p", esc(words("idle_text"))), class_="invite")
     return _box(_scene() + hint, "sample", "")
+
+
+def _ambient(source: str) -> str:
+    """The same picture again, which the style sheet blurs, behind one that does not fill the box."""
+    return tag("img", src=source, alt="", class_="ambient")
 
 
 def _box(inner: str, state: str, job_id: str) -> str:

@@ -192,8 +192,9 @@ class Studio:
             return None
 
     def preview_of(self, job_id: str) -> bytes | None:
+        """The latest picture of the latents; the poster when the run ended in between."""
         try:
-            return self.jobs.get(job_id).preview
+            return self.jobs.get(job_id).preview or self.poster_of(job_id)
         except UnknownJob:
             return None
 

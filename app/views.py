@@ -7,6 +7,7 @@ import time
 from dataclasses import dataclass
 from typing import Any
 
+import gradio as gr
 from gradio.components import Component
 
 from . import cards, panels
@@ -18,6 +19,8 @@ from .stage import stage, status
 from .strings import Words
 from .studio import Studio
 from .visitor import Scene
+
+PARTS = ("top", "stage", "status", "report", "queue", "history", "compare", "benchmark")
 
 
 @dataclass
@@ -32,6 +35,22 @@ class Outputs:
     history: Any
     compare: Any
     benchmark: Any
+    tabs: tuple[Any, Any]
+    restore: Any
+
+    @property
+    def rendered(self) -> set[Any]:
+        """Those that `render` fills."""
+        return {getattr(self, name) for name in PARTS}
+
+    def relabel(self, words: Words) -> dict[Any, Any]:
+        """What is no HTML of ours, in another language."""
+        create, compare = self.tabs
+        return {
+            create: gr.Tab(label=words("tab_create")),
+            compare: gr.Tab(label=words("tab_compare")),
+            self.restore: gr.UploadButton(label=words("restore_file")),
+        }
 
 
 def render(studio: Studio, outputs: Outputs, words: Words, scene: Scene, seen: dict[str, str]) -> dict[Component, str]:

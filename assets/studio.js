@@ -127,6 +127,13 @@ window.studio = (() => {
     tick();
   };
 
+  const give = (input, file) => {
+    const files = new DataTransfer();
+    files.items.add(file);
+    input.files = files.files;
+    input.dispatchEvent(new Event("change", { bubbles: true }));
+  };
+
   // ---- one of our videos, dropped anywhere, goes to the restore button's own file input -------------------------------
   const isVideo = (event) => [...(event.dataTransfer?.items || [])].some((item) => item.kind === "file" && item.type.startsWith("video/"));
   document.addEventListener("dragover", (event) => {
@@ -142,17 +149,22 @@ window.studio = (() => {
     (event) => {
       document.body.classList.remove("dropping");
       const file = [...(event.dataTransfer?.files || [])].find((f) => f.type.startsWith("video/"));
-      const input = $("#restore input[type=file]") || $("input[type=file]", $("#restore")?.parentElement || document);
+      const input = $("#past input[type=file]");
       if (!file || !input) return;
       event.preventDefault();
       event.stopPropagation();
-      const files = new DataTransfer();
-      files.items.add(file);
-      input.files = files.files;
-      input.dispatchEvent(new Event("change", { bubbles: true }));
+      give(input, file);
     },
     true,
   );
+  // A picture from the clipboard becomes the first frame.
+  document.addEventListener("paste", (event) => {
+    const file = [...(event.clipboardData?.files || [])].find((f) => f.type.startsWith("image/"));
+    const input = $("#image_path input[type=file]");
+    if (!file || !input) return;
+    event.preventDefault();
+    give(input, file);
+  });
 
   // ---- two videos in step: the first leads, the second follows -------------------------------------------------------
   const pair = (inside) => [...inside.closest(".compare").querySelectorAll("video")];
