@@ -76,10 +76,20 @@ class ExpertLoras:
     """What is on one loaded expert. `use` exchanges it."""
 
     def __init__(
-        self, dit: WanDiT, which: Which, weights: ModelWeights, loras: Sequence[Lora], config: EngineConfig
+        self,
+        dit: WanDiT,
+        which: Which,
+        weights: ModelWeights,
+        loras: Sequence[Lora],
+        config: EngineConfig,
+        device: torch.device | None = None,
     ) -> None:
-        """`dit` was loaded from `weights.with_loras(loras)`, or from `weights` where LoRAs are dynamic."""
+        """`dit` was loaded from `weights.with_loras(loras)`, or from `weights` where LoRAs are dynamic.
+
+        `device` is where it will run, if its weights are elsewhere now.
+        """
         self.which, self._dit, self._weights, self._config = which, dit, weights, config
+        self._device = device
         self._merged: list[Lora] = []
         self._hooks: list[torch.utils.hooks.RemovableHandle] = []
         self._kept: dict[str, Tensor] = {}
@@ -142,6 +152,11 @@ class ExpertLoras:
                 branches.append((owner, self._branch(name, group, owner)))
                 continue
             parameter = self._dit.get_parameter(name)
+            if parameter.is_meta:
+                raise LoraError(
+                    f"{short_path(group[0].checkpoint.path)} changes {name}, which is no matrix; with lazy_load the "
+                    "file of the model is used as it is. Set lazy_load to false, or merge the LoRA into the model."
+                )
             total = self._kept.get(name, parameter).detach().float().clone()
             for lora in group:
                 lora.add_to(name, total)
@@ -163,7 +178,7 @@ class ExpertLoras:
 
     def _branch(self, name: str, loras: Sequence[Lora], layer: nn.Linear | QuantLinear) -> Callable[..., Tensor]:
         """A forward hook that adds x · (Σ up · down)^T to the layer's output; several LoRAs become one pair."""
-        device = layer.weight.device
+        device = self._device or layer.weight.device
         dtype = self._dit.compute_dtype if isinstance(layer, QuantLinear) else layer.weight.dtype
         downs, ups, whole = [], [], None
         for lora in loras:

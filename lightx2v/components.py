@@ -6,6 +6,7 @@ run is decided in offload.py.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal
 
@@ -94,6 +95,16 @@ def expert_weights(files: ModelFiles, which: Which, config: EngineConfig) -> Mod
     return weights
 
 
+def build_expert(files: ModelFiles, weights: ModelWeights, self_attention: Choice, cross_attention: Choice) -> WanDiT:
+    """One expert on the meta device. The weights are compared with the architecture; no tensor is read."""
+    dit_config = DiTConfig.from_checkpoint(files.architecture, weights.shapes)
+    with torch.device("meta"):
+        dit = WanDiT(dit_config, self_attention=self_attention.fn, cross_attention=cross_attention.fn)
+    swap_linears(dit, weights.formats)
+    check_fit(dit, weights.shapes, weights.dtypes, source_name=weights.source)
+    return dit.eval()
+
+
 def load_expert(
     files: ModelFiles,
     weights: ModelWeights,
@@ -101,16 +112,9 @@ def load_expert(
     self_attention: Choice,
     cross_attention: Choice,
 ) -> WanDiT:
-    """One expert of these weights. They are compared with the architecture before any tensor is read."""
-    dit_config = DiTConfig.from_checkpoint(files.architecture, weights.shapes)
-    with torch.device("meta"):
-        dit = WanDiT(dit_config, self_attention=self_attention.fn, cross_attention=cross_attention.fn)
-    swap_linears(dit, weights.formats)
-
-    def dtype_of(name: str) -> torch.dtype:
-        return torch.float32 if name.endswith(SCALE) else parameter_dtype(name, precision.compute)
-
-    check_fit(dit, weights.shapes, weights.dtypes, source_name=weights.source)
+    """One expert of these weights."""
+    dit = build_expert(files, weights, self_attention, cross_attention)
+    dtype_of = expert_dtypes(precision)
     stream_into(
         dit,
         weights.tensors(dtype_of=dtype_of, device=precision.device),
@@ -118,7 +122,12 @@ def load_expert(
         device=precision.device,
         source_name=weights.source,
     )
-    return dit.eval()
+    return dit
+
+
+def expert_dtypes(precision: Precision) -> Callable[[str], torch.dtype]:
+    """The dtype in which an expert's tensor of this name is kept, unless it is quantised."""
+    return lambda name: torch.float32 if name.endswith(SCALE) else parameter_dtype(name, precision.compute)
 
 
 def load_vae(files: ModelFiles, precision: Precision) -> WanVAE:

@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .framing import Framing, frame_picture
+from .models.tiling import Tiling
 from .progress import CancelToken
 
 if TYPE_CHECKING:
@@ -30,7 +31,13 @@ class ConditionEncoder(Protocol):
     """The part of the VAE that is needed here."""
 
     def encode_condition(
-        self, frames: int, first_CHW: Tensor, last_CHW: Tensor | None = None, *, cancel: CancelToken | None = None
+        self,
+        frames: int,
+        first_CHW: Tensor,
+        last_CHW: Tensor | None = None,
+        *,
+        tiling: Tiling | None = None,
+        cancel: CancelToken | None = None,
     ) -> Tensor: ...
 
 
@@ -80,10 +87,11 @@ def encode_pictures(
     first_CHW: Tensor,
     last_CHW: Tensor | None = None,
     *,
+    tiling: Tiling | None = None,
     cancel: CancelToken | None = None,
 ) -> Tensor:
     """The condition (20, T, h, w) float32: mask, then latents of a clip that is grey but for the given frames."""
-    latents_CTHW = vae.encode_condition(frames, first_CHW, last_CHW, cancel=cancel)
+    latents_CTHW = vae.encode_condition(frames, first_CHW, last_CHW, tiling=tiling, cancel=cancel)
     mask_CTHW = frame_mask(frames, *latents_CTHW.shape[-2:], last=last_CHW is not None)
     return torch.cat([mask_CTHW.to(latents_CTHW), latents_CTHW])
 

@@ -7,7 +7,7 @@ import re
 import sys
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TypeVar
 
 import torch
@@ -17,8 +17,9 @@ from .components import Precision
 from .engine_config import EngineConfig
 from .errors import ConfigError, OutOfMemory
 from .models.preview import Preview
-from .offload import Placement, Resident
+from .offload import Placement, open_placement
 from .progress import Meter, OnProgress
+from .prompts import PromptCache
 from .weights.locate import locate
 
 T = TypeVar("T")
@@ -36,6 +37,7 @@ class Engine:
     preview: Preview
     load_seconds: float
     preset: str = ""
+    prompts: PromptCache = field(default_factory=PromptCache)
 
 
 def load_engine(config: EngineConfig, *, preset: str = "", on_progress: OnProgress | None = None) -> Engine:
@@ -52,7 +54,7 @@ def load_engine(config: EngineConfig, *, preset: str = "", on_progress: OnProgre
         )
         files = locate(config)
         placement = within_memory(
-            lambda: Resident(files, config, precision, self_attention, cross_attention), "while loading the model"
+            lambda: open_placement(files, config, precision, self_attention, cross_attention), "while loading the model"
         )
         with torch.inference_mode(), placement.vae() as vae:
             preview = Preview.for_vae(vae, files.vae)
@@ -71,16 +73,11 @@ def load_engine(config: EngineConfig, *, preset: str = "", on_progress: OnProgre
 def require_implemented(config: EngineConfig) -> None:
     """Raises ConfigError for what resolves but cannot run yet; nothing is silently ignored."""
     wanted = {
-        "cpu_offload": config.cpu_offload is True,
-        "t5_cpu_offload": config.t5_cpu_offload is True,
-        "vae_cpu_offload": config.vae_cpu_offload is True,
-        "lazy_load": config.lazy_load,
-        "use_tiling_vae": config.use_tiling_vae is True,
         "parallel": config.parallel is not None and config.parallel.world_size > 1,
     }
     missing = [name for name, asked in wanted.items() if asked]
     if missing:
-        raise ConfigError(f"Not implemented yet: {', '.join(missing)}. Choose a base preset without offload.")
+        raise ConfigError(f"Not implemented yet: {', '.join(missing)}. Choose a preset for one GPU.")
 
 
 def within_memory(call: Callable[[], T], when: str) -> T:

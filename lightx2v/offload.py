@@ -1,21 +1,28 @@
 """Where weights live while a run needs them: `with placement.expert("high") as dit`.
 
 The models know nothing of this, and neither does the loop; a placement hands out each part on the device and takes it
-back. `Resident` keeps everything on the device.
+back. `Resident` keeps everything on the device; `placement.offloaded` moves what does not fit there in and out.
 """
 
 from __future__ import annotations
 
+import logging
+import math
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
-from typing import Protocol
+from dataclasses import replace
+from typing import Any, Protocol
+
+import torch
 
 from .adapters import Applied, ExpertLoras, match_loras
 from .attention import Choice
 from .components import (
     Precision,
     Which,
+    build_expert,
     check_channels,
+    expert_dtypes,
     expert_weights,
     load_expert,
     load_text_encoder,
@@ -23,11 +30,24 @@ from .components import (
 )
 from .engine_config import EngineConfig
 from .errors import CheckpointError, LoraError
-from .models.dit import WanDiT
+from .estimate import DiTShape
+from .models.dit import DiTConfig, WanDiT
+from .models.tiling import Tiling
 from .models.umt5 import TextEncoder
 from .models.vae import WanVAE
+from .placement.copies import Copies, copies_for
+from .placement.offloaded import Choose, Offloaded
+from .placement.piece import Reader
+from .planner import Machine, Model, Need, Plan, Stage, Wishes, choose, free_ram
 from .request import LoraSpec
+from .weights.build import ModelWeights
+from .weights.checkpoint import open_checkpoint
 from .weights.locate import ModelFiles
+
+log = logging.getLogger("lightx2v.offload")
+
+USUAL = Need(tokens=32_760, height=60, width=104)
+"""What is planned for before the first request: 832x480, 81 frames, with guidance."""
 
 
 class Placement(Protocol):
@@ -35,9 +55,27 @@ class Placement(Protocol):
 
     def text(self) -> AbstractContextManager[TextEncoder]: ...
 
-    def expert(self, which: Which) -> AbstractContextManager[WanDiT]: ...
+    def expert(self, which: Which, then: Which | None = None) -> AbstractContextManager[WanDiT]:
+        """`then` is the expert that will be asked for next, as far as that is known."""
+        ...
 
     def vae(self) -> AbstractContextManager[WanVAE]: ...
+
+    @property
+    def tiling(self) -> Tiling | None:
+        """The tiles in which the VAE is to work; None for the whole picture."""
+        ...
+
+    @property
+    def plan(self) -> dict[str, Any] | None:
+        """Where the weights live, for reports; None where there is no choice."""
+        ...
+
+    def prepare(self, need: Need) -> None:
+        """Called before each run, with its size."""
+
+    def step_down(self, stage: Stage) -> str | None:
+        """After `stage` ran out of memory: takes more off the device, and says what. None if nothing is left."""
 
     def use_loras(self, specs: Sequence[LoraSpec]) -> None:
         """Exchanges the LoRAs of both experts. LoraError, with the old ones still on, where one does not fit."""
@@ -52,7 +90,10 @@ class Placement(Protocol):
 
 
 class Resident:
-    """Everything on the device, all the time."""
+    """Everything loaded, and that is all. `text_home` and `expert_home` load these to where they do not run.
+
+    With `lazy` the experts are on the meta device, and `readers` read them.
+    """
 
     def __init__(
         self,
@@ -61,18 +102,30 @@ class Resident:
         precision: Precision,
         self_attention: Choice,
         cross_attention: Choice,
+        *,
+        text_home: torch.device | None = None,
+        expert_home: torch.device | None = None,
+        lazy: bool = False,
     ) -> None:
-        self._text: TextEncoder | None = load_text_encoder(files, config, precision)
+        self.tiling = Tiling() if config.use_tiling_vae is True else None
+        self.plan = None
+        self.readers: dict[Which, Reader] = {}
+        at_text, at_expert = (replace(precision, device=home or precision.device) for home in (text_home, expert_home))
+        self._text: TextEncoder | None = load_text_encoder(files, config, at_text)
         self._experts: dict[Which, WanDiT] = {}
         self._loras: dict[Which, ExpertLoras] = {}
         for which in ("high", "low"):
             weights = expert_weights(files, which, config)
             loras = match_loras(config.lora_configs, which, weights, config)
             used = weights if ExpertLoras.dynamic(weights, config) else weights.with_loras(loras)
-            dit = load_expert(files, used, precision, self_attention, cross_attention)
+            if lazy:
+                dit = build_expert(files, used, self_attention, cross_attention)
+                self.readers[which] = _reader(used, at_expert)
+            else:
+                dit = load_expert(files, used, at_expert, self_attention, cross_attention)
             check_channels(dit, config.task, f"The {which}-noise expert")
             self._experts[which] = dit
-            self._loras[which] = ExpertLoras(dit, which, weights, loras, config)
+            self._loras[which] = ExpertLoras(dit, which, weights, loras, config, precision.device)
         if self._experts["high"].config != self._experts["low"].config:
             raise CheckpointError(
                 "The two experts have different architectures. Use the high-noise and low-noise files of one model."
@@ -85,13 +138,19 @@ class Resident:
         yield self._text
 
     @contextmanager
-    def expert(self, which: Which) -> Iterator[WanDiT]:
+    def expert(self, which: Which, then: Which | None = None) -> Iterator[WanDiT]:
         yield self._experts[which]
 
     @contextmanager
     def vae(self) -> Iterator[WanVAE]:
         assert self._vae is not None, "the placement is closed"
         yield self._vae
+
+    def prepare(self, need: Need) -> None:
+        pass
+
+    def step_down(self, stage: Stage) -> str | None:
+        return None
 
     def use_loras(self, specs: Sequence[LoraSpec]) -> None:
         before = {which: loras.specs for which, loras in self._loras.items()}
@@ -111,3 +170,107 @@ class Resident:
         self._text = self._vae = None
         self._experts.clear()
         self._loras.clear()
+
+
+def _reader(weights: ModelWeights, precision: Precision) -> Reader:
+    dtype_of = expert_dtypes(precision)
+    return lambda names: weights.tensors(names, dtype_of=dtype_of)
+
+
+def open_placement(
+    files: ModelFiles, config: EngineConfig, precision: Precision, self_attention: Choice, cross_attention: Choice
+) -> Placement:
+    """The model loaded, as the configuration says; what it leaves open follows from the free memory.
+
+    Where the device has no memory of its own, there is nothing to offload to.
+    """
+    if precision.device.type != "cuda":
+        if config.cpu_offload is True:
+            log.info("cpu_offload has no effect: %s has no memory of its own.", precision.device.type.upper())
+        return Resident(files, config, precision, self_attention, cross_attention)
+    machine = Machine(vram=torch.cuda.mem_get_info(precision.device)[0], ram=free_ram())
+    model, wishes = model_sizes(files, config, precision), wishes_of(config)
+    if config.lora_configs and not config.lora_dynamic_apply:
+        machine = replace(machine, ram=2**62)  # merged weights are in no file, so they cannot stay on disk
+    plan = choose(machine, model, USUAL, wishes)
+    return offloaded(
+        files,
+        config,
+        precision,
+        self_attention,
+        cross_attention,
+        plan,
+        lambda need: choose(machine, model, need, wishes),
+    )
+
+
+def offloaded(
+    files: ModelFiles,
+    config: EngineConfig,
+    precision: Precision,
+    self_attention: Choice,
+    cross_attention: Choice,
+    plan: Plan,
+    replan: Choose | None = None,
+    copies: Copies | None = None,
+) -> Offloaded:
+    """The model loaded for `plan`: parts that will not stay on the device go to host memory at once."""
+    log.info("Placement: %s", plan.reason)
+    host = torch.device("cpu")
+    loaded = Resident(
+        files,
+        config,
+        precision,
+        self_attention,
+        cross_attention,
+        text_home=None if plan.text == "resident" else host,
+        expert_home=None if plan.mode == "resident" else host,
+        lazy=plan.lazy and plan.mode != "resident",
+    )
+    return Offloaded(
+        loaded,
+        plan=plan,
+        device=precision.device,
+        copies=copies or copies_for(precision.device),
+        choose=replan,
+        readers=loaded.readers,
+        dtype_of=expert_dtypes(precision),
+    )
+
+
+def wishes_of(config: EngineConfig) -> Wishes:
+    return Wishes(
+        cpu_offload=config.cpu_offload,
+        granularity="model" if config.offload_granularity == "model" else "block",
+        text_offload=config.t5_cpu_offload,
+        vae_offload=config.vae_cpu_offload,
+        tiling=config.use_tiling_vae,
+        lazy=config.lazy_load,
+    )
+
+
+def model_sizes(files: ModelFiles, config: EngineConfig, precision: Precision) -> Model:
+    """What the planner needs to know, from the files' headers."""
+    weights = expert_weights(files, "high", config)
+    dit = DiTConfig.from_checkpoint(files.architecture, weights.shapes)
+    blocks = {name: math.prod(shape) for name, shape in weights.shapes.items() if name.startswith("blocks.")}
+    stored = sum(
+        count * (1 if name in weights.formats else precision.compute.itemsize) for name, count in blocks.items()
+    )
+    text, vae = open_checkpoint(files.t5), open_checkpoint(files.vae)
+    text_sizes = sorted(math.prod(shape) * min(2, text.dtypes[name].itemsize) for name, shape in text.shapes.items())
+    return Model(
+        dit=DiTShape(
+            dim=dit.dim,
+            ffn_dim=dit.ffn_dim,
+            num_layers=dit.num_layers,
+            in_dim=dit.in_dim,
+            text_dim=dit.text_dim,
+            text_len=dit.text_len,
+        ),
+        weight=stored / sum(blocks.values()),
+        compute=precision.compute.itemsize,
+        vae_element=precision.vae.itemsize,
+        text=sum(text_sizes[:-1]),  # the largest tensor is the token table, which stays in the file
+        vae=sum(map(math.prod, vae.shapes.values())) * precision.vae.itemsize,
+    )

@@ -19,7 +19,8 @@ class Result:
     """One video. `frames` (uint8, T H W C) and `latents` (float32, C T h w, before the VAE) only when asked for.
 
     `request` is what ran: its seed is the one that was drawn. `height` and `width` are the video's, which an input
-    image may have decided. `attention` says which backend ran and why, `loras` what each LoRA file changed.
+    image may have decided. `attention` says which backend ran and why, `loras` what each LoRA file changed,
+    `plan` where the weights lived (None where there was nothing to plan).
     """
 
     path: str | None
@@ -36,6 +37,7 @@ class Result:
     preset: str = ""
     file_bytes: int | None = None
     loras: tuple[dict[str, Any], ...] = ()
+    plan: dict[str, Any] | None = None
     warnings: tuple[str, ...] = field(default=())
 
     @property
@@ -67,6 +69,7 @@ class Result:
             "text_tokens": self.text_tokens,
             "timings": self.timings.to_json(),
             "loras": list(self.loras),
+            "plan": self.plan,
             "warnings": list(self.warnings),
             "request": self.request.to_json(),
             "config": self.config.to_json(),

@@ -8,9 +8,10 @@ A Run holds all that belongs to the request, so nothing of it stays behind in th
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -18,14 +19,20 @@ from torch import Tensor
 
 from .components import Which
 from .conditioning import encode_pictures, prepare_pictures
-from .engine import Engine
+from .engine import Engine, within_memory
+from .errors import OutOfMemory
 from .image import load_image
 from .media import VideoWriter
 from .models.block import TextStates
+from .planner import Need, Stage
 from .progress import CancelToken, Meter, OnProgress
 from .request import Request
 from .result import Result
 from .sampling import denoise, guided, initial_noise, solver_for, still_warning
+
+log = logging.getLogger("lightx2v.run")
+
+T = TypeVar("T")
 
 
 class Run:
@@ -48,10 +55,12 @@ class Run:
     def video(
         self, path: str | Path | None, metadata: bool, force: bool, return_frames: bool, return_latents: bool
     ) -> Result:
-        contexts = self.encode_text()
-        condition = self.encode_images()
+        request = self.request
+        self.placement.prepare(Need.of(request.latent_shape, guided=any(request.guided)))
+        contexts = self.with_less("text", self.encode_text)
+        condition = self.with_less("image", self.encode_images)
         latents_CTHW = self.denoise(contexts, condition)
-        frames = self.decode(latents_CTHW, path, metadata, force, return_frames)
+        frames = self.with_less("decode", lambda: self.decode(latents_CTHW, path, metadata, force, return_frames))
         _, _, height, width = latents_CTHW.shape
         return Result(
             path=None if path is None else str(path),
@@ -71,29 +80,52 @@ class Run:
             text_tokens=self.tokens,
             preset=self.engine.preset,
             file_bytes=None if path is None else Path(path).stat().st_size,
+            plan=self.placement.plan,
             warnings=(*self.warnings, *(text for lora in self.placement.loras for text in lora.report.warnings)),
             loras=tuple(lora.to_json() for lora in self.placement.loras),
         )
+
+    def with_less(self, stage: Stage, call: Callable[[], T]) -> T:
+        """`call()`; when memory runs out again with more of the weights off the device, until nothing more helps."""
+        while True:
+            try:
+                return within_memory(
+                    call, f"at {self.request.width}x{self.request.height}, {self.request.frames} frames"
+                )
+            except OutOfMemory as error:
+                failure = error
+            # Outside of the handler, where the failed call's tensors are free.
+            smaller = self.placement.step_down(stage)
+            if smaller is None:
+                raise failure
+            warning = f"The device ran out of memory in the stage {stage}; the run went on with {smaller}."
+            log.warning("%s", warning)
+            self.warnings.append(warning)
 
     def encode_text(self) -> list[Tensor]:
         """The prompt's states (L, D), then the negative prompt's where guidance needs them."""
         texts = {"prompt": self.request.prompt}
         if self.request.negative_text is not None:
             texts["negative_prompt"] = self.request.negative_text
-        contexts = []
-        with self.meter.stage("text"), self.placement.text() as encoder:
-            for name, text in texts.items():
-                self.cancel.check()
-                embedding = encoder.encode(text)
-                contexts.append(embedding.states_LD)
-                self.tokens[name] = embedding.tokens
-                if embedding.truncated:
-                    self.warnings.append(
-                        f"The {name.replace('_', ' ')} has {embedding.tokens} tokens; the model reads the first "
-                        f"{encoder.text_len}."
-                    )
-                self.meter.emit("text", len(contexts), len(texts))
-        return contexts
+        with self.meter.stage("text"):
+            missing = [text for text in dict.fromkeys(texts.values()) if text not in self.engine.prompts]
+            if not missing:
+                self.meter.emit("text", 1, 1)
+            else:
+                with self.placement.text() as encoder:
+                    for done, text in enumerate(missing):
+                        self.cancel.check()
+                        self.engine.prompts.put(text, encoder.encode(text))
+                        self.meter.emit("text", done + 1, len(missing))
+            embeddings = {name: self.engine.prompts.get(text) for name, text in texts.items()}
+        for name, embedding in embeddings.items():
+            self.tokens[name] = embedding.tokens
+            if embedding.truncated:
+                self.warnings.append(
+                    f"The {name.replace('_', ' ')} has {embedding.tokens} tokens; the model reads the first "
+                    f"{self.engine.config.text_len}."
+                )
+        return [embedding.states_LD for embedding in embeddings.values()]
 
     def encode_images(self) -> Tensor | None:
         """The condition (20, T, h, w) of image-to-video; None for text-to-video."""
@@ -110,7 +142,12 @@ class Run:
                 if last_CHW is not None:
                     last_CHW = last_CHW.to(self.device)
                 condition = encode_pictures(
-                    vae, request.frames, first_CHW.to(self.device), last_CHW, cancel=self.cancel
+                    vae,
+                    request.frames,
+                    first_CHW.to(self.device),
+                    last_CHW,
+                    tiling=self.placement.tiling,
+                    cancel=self.cancel,
                 )
             self.meter.emit("image", 1, 1)
         return condition
@@ -127,7 +164,8 @@ class Run:
         guides = dict(zip(("high", "low"), request.guided, strict=True))
 
         def velocity(expert: Which, latents: Tensor, timestep: float, step: int) -> Tensor:
-            with self.placement.expert(expert) as dit:
+            following = schedule.experts[step + 1] if step + 1 < schedule.steps else None
+            with self.placement.expert(expert, following) as dit:
                 if expert not in states:
                     states.clear()  # the other expert's keys and values are not needed again
                     used = contexts if guides[expert] else contexts[:1]
@@ -135,20 +173,32 @@ class Run:
                 branches = dit(latents, timestep, states[expert], condition, self.cancel)
             return guided(branches, expert, request.guidance)
 
+        reached = (0, noise, solver.state())
+
         def on_step(step: int, latents: Tensor, clean: Callable[[], Tensor]) -> None:
+            nonlocal reached
+            reached = (step + 1, latents, solver.state())
             preview = lambda: self.engine.preview(clean())  # noqa: E731
             meter.emit("denoise", step + 1, schedule.steps, schedule.experts[step], preview=preview)
 
-        with meter.stage("denoise"):
-            meter.emit("denoise", 0, schedule.steps, schedule.experts[0])
+        def rest() -> Tensor:
+            """From the step that was reached: all of it, unless memory ran out before."""
+            start, latents, state = reached
+            states.clear()
+            solver.restore(state)
             return denoise(
                 solver,
                 velocity,
-                noise,
+                latents,
+                start=start,
                 on_step=on_step,
                 cancel=self.cancel,
                 backend=self.engine.self_attention.name,
             )
+
+        with meter.stage("denoise"):
+            meter.emit("denoise", 0, schedule.steps, schedule.experts[0])
+            return self.with_less("denoise", rest)
 
     def decode(
         self, latents_CTHW: Tensor, path: str | Path | None, metadata: bool, force: bool, return_frames: bool
@@ -164,7 +214,9 @@ class Run:
             writer = VideoWriter(path, width * 8, height * 8, request.fps, settings, force=force, cancel=self.cancel)
         try:
             with self.meter.stage("decode"), self.placement.vae() as vae:
-                for index, frames_CTHW in enumerate(vae.decode(latents_CTHW, cancel=self.cancel)):
+                for index, frames_CTHW in enumerate(
+                    vae.decode(latents_CTHW, tiling=self.placement.tiling, cancel=self.cancel)
+                ):
                     frames = to_uint8(frames_CTHW)
                     if writer is not None:
                         writer.write(frames)

@@ -17,7 +17,7 @@ LAYERS: list[set[str]] = [
     {"engine_config", "preset_keys", "config", "hub", "media", "image", "mp4", "estimate", "settings"},
     {"parallel", "weights"},
     {"models", "sampling", "conditioning"},
-    {"offload", "components", "adapters", "planner"},
+    {"offload", "components", "adapters", "placement", "planner", "prompts"},
     {"result", "engine", "run", "pipeline"},
     {"engine_slot", "job_files", "job_store", "job_worker", "jobs"},
     {"infer", "server", "convert", "download"},

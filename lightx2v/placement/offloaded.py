@@ -1,0 +1,238 @@
+"""A model on a device that may be too small for it: each part where a `Plan` says, and elsewhere once that fails.
+
+Parts are loaded onto the device or into host memory, as the plan says. What a plan does not keep on the device a
+Shuttle carries. A part that has moved to host memory stays there; the number of resident blocks may change with every
+request.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, ExitStack, contextmanager
+from dataclasses import replace
+from typing import Any, Protocol
+
+import torch
+from torch import nn
+
+from ..adapters import Applied
+from ..components import Which
+from ..models.dit import WanDiT
+from ..models.tiling import Tiling
+from ..models.umt5 import TextEncoder
+from ..models.vae import WanVAE
+from ..planner import Need, Plan, Stage
+from ..request import LoraSpec
+from .copies import Copies
+from .piece import Reader
+from .shuttle import Cargo, Shuttle
+
+Choose = Callable[[Need], Plan]
+MODES = ("resident", "swap", "stream")
+PARTS = ("resident", "move", "stream")
+
+
+class Loaded(Protocol):
+    """A loaded model: what `offload.Resident` is."""
+
+    def text(self) -> AbstractContextManager[TextEncoder]: ...
+
+    def expert(self, which: Which) -> AbstractContextManager[WanDiT]: ...
+
+    def vae(self) -> AbstractContextManager[WanVAE]: ...
+
+    def use_loras(self, specs: Sequence[LoraSpec]) -> None: ...
+
+    @property
+    def loras(self) -> tuple[Applied, ...]: ...
+
+    def close(self) -> None: ...
+
+
+class Offloaded:
+    """Takes over the weights of `loaded`, wherever they are now.
+
+    `choose` plans anew for every request; None keeps the plan, but for what out-of-memory errors lower.
+
+    `readers` are given for experts that stay on disk; these are on the meta device.
+    """
+
+    def __init__(
+        self,
+        loaded: Loaded,
+        *,
+        plan: Plan,
+        device: torch.device,
+        copies: Copies,
+        choose: Choose | None = None,
+        readers: Mapping[Which, Reader] | None = None,
+        dtype_of: Callable[[str], torch.dtype] | None = None,
+    ) -> None:
+        self._loaded = loaded
+        with loaded.text() as text, loaded.expert("high") as high, loaded.expert("low") as low, loaded.vae() as vae:
+            self._text: TextEncoder | None = text
+            self._experts: dict[Which, WanDiT] = {"high": high, "low": low}
+            self._vae: WanVAE | None = vae
+        self._loras: tuple[LoraSpec, ...] | None = None
+        self._device, self._copies, self._choose = device, copies, choose
+        self._readers, self._dtype_of = dict(readers or {}), dtype_of
+        self._shuttles: dict[str, Shuttle] = {}
+        self._lowered: Plan | None = None
+        self._plan = plan
+        self._apply(plan)
+
+    # ---- what runs use ------------------------------------------------------------------------------------------
+
+    @contextmanager
+    def text(self) -> Iterator[TextEncoder]:
+        assert self._text is not None, "the placement is closed"
+        with self._visit("text", self._text):
+            yield self._text
+
+    @contextmanager
+    def expert(self, which: Which, then: Which | None = None) -> Iterator[WanDiT]:
+        dit = self._experts[which]
+        dit.chunk = self._plan.chunk
+        shuttle = self._shuttles.get("experts")
+        if shuttle is None:
+            yield dit
+            return
+        with shuttle.use(which, then):
+            yield dit
+
+    @contextmanager
+    def vae(self) -> Iterator[WanVAE]:
+        assert self._vae is not None, "the placement is closed"
+        with self._visit("vae", self._vae):
+            yield self._vae
+
+    @contextmanager
+    def _visit(self, name: str, module: nn.Module) -> Iterator[Any]:
+        """A part that comes to the device for one stage."""
+        if "experts" in self._shuttles and not self._plan.together:
+            self._shuttles["experts"].free()
+        shuttle = self._shuttles.get(name)
+        if shuttle is None:
+            yield module
+            return
+        try:
+            with shuttle.use(name):
+                yield module
+        finally:
+            shuttle.free()
+
+    @property
+    def tiling(self) -> Tiling | None:
+        return Tiling() if self._plan.tiling else None
+
+    @property
+    def plan(self) -> dict[str, Any]:
+        """The plan as JSON types, for reports."""
+        return self._plan.to_json()
+
+    def use_loras(self, specs: Sequence[LoraSpec]) -> None:
+        if self._loras == tuple(specs):
+            return
+        self._loras = None
+        with ExitStack() as stack:
+            if "experts" in self._shuttles:
+                stack.enter_context(self._shuttles["experts"].edit())
+            self._loaded.use_loras(specs)
+        self._loras = tuple(specs)
+
+    @property
+    def loras(self) -> tuple[Applied, ...]:
+        return self._loaded.loras
+
+    # ---- which plan ---------------------------------------------------------------------------------------------
+
+    def prepare(self, need: Need) -> None:
+        """Before a run: the plan for a video of this size, no larger than what out-of-memory errors left."""
+        if self._choose is not None:
+            self._apply(self._choose(need))
+
+    def step_down(self, stage: Stage) -> str | None:
+        """After `stage` ran out of memory: a smaller plan, in words. None if there is none."""
+        lower = self._plan.lower(stage)
+        if lower is None:
+            return None
+        self._lowered = lower
+        self._apply(lower)
+        return describe(self._plan)
+
+    def _apply(self, plan: Plan) -> None:
+        """Makes it so. Parts only move towards host memory; what has been lowered stays lowered."""
+        self._plan = self._possible(plan)
+        plan = self._plan
+        if plan.mode != "resident":
+            self._carry("experts", plan.resident_blocks, plan.ring)
+        if plan.text != "resident":
+            assert self._text is not None
+            blocks = len(self._text.stack.block)
+            self._carry("text", blocks if plan.text == "move" else 0, plan.ring)
+        if plan.vae != "resident":
+            self._carry("vae", 0, plan.ring)
+
+    def _possible(self, plan: Plan) -> Plan:
+        low = self._lowered
+        if low is not None:
+            plan = replace(
+                plan,
+                mode=MODES[max(MODES.index(plan.mode), MODES.index(low.mode))],
+                resident_blocks=min(plan.resident_blocks, low.resident_blocks),
+                ring=min(plan.ring, low.ring),
+                text=PARTS[max(PARTS.index(plan.text), PARTS.index(low.text))],
+                together=plan.together and low.together,
+                tiling=plan.tiling or low.tiling,
+                chunk=plan.chunk or low.chunk,
+            )
+        if plan.mode == "resident" and "experts" in self._shuttles:
+            plan = replace(plan, mode="swap")
+        if plan.text == "resident" and "text" in self._shuttles:
+            plan = replace(plan, text="move")
+        return replace(plan, vae="move") if "vae" in self._shuttles else plan
+
+    def _carry(self, name: str, resident: int, ring: int) -> None:
+        shuttle = self._shuttles.get(name)
+        if shuttle is None:
+            self._shuttles[name] = Shuttle(self._cargo(name), self._copies, self._device, resident=resident, ring=ring)
+        elif (shuttle.resident, shuttle.wished_ring) != (min(resident, shuttle.blocks), ring):
+            shuttle.resize(resident, ring)
+
+    def _cargo(self, name: str) -> dict[str, Cargo]:
+        if name == "experts":
+            return {
+                which: Cargo(
+                    module=dit, blocks=list(dit.blocks), reader=self._readers.get(which), dtype_of=self._dtype_of
+                )
+                for which, dit in self._experts.items()
+            }
+        if name == "text":
+            assert self._text is not None
+            return {name: Cargo(module=self._text, blocks=list(self._text.stack.block))}
+        assert self._vae is not None
+        return {name: Cargo(module=self._vae)}
+
+    def close(self) -> None:
+        for shuttle in self._shuttles.values():
+            shuttle.close()
+        self._shuttles.clear()
+        self._experts.clear()
+        self._loaded.close()
+        self._text = self._vae = None
+
+
+def describe(plan: Plan) -> str:
+    """What a plan does about memory, in a few words."""
+    words = {
+        "resident": "both experts on the device",
+        "swap": "one expert on the device at a time",
+        "stream": f"{plan.resident_blocks or 'no'} blocks of the experts on the device, the others streamed",
+    }[plan.mode]
+    more = [
+        *(["the text encoder in host memory"] if plan.text != "resident" else []),
+        *(["no expert on the device beside the VAE"] if not plan.together else []),
+        *(["the VAE in tiles"] if plan.tiling else []),
+        *(["tokens in chunks"] if plan.chunk else []),
+    ]
+    return ", ".join([words, *more])

@@ -1,0 +1,175 @@
+"""Pieces of a module that travel as one: all their tensors in one flat buffer, so that moving one is one copy.
+
+piece = Piece(block)            knows the tensors' places; the module may be on the meta device
+piece.pack()                    their values move into a flat buffer in host memory, pinned where CUDA is used
+piece.bind(buffer)              the module's tensors become views of a device buffer
+piece.unbind()                  they are on the meta device again: using them is an error, not a wrong result
+"""
+
+from __future__ import annotations
+
+import logging
+import weakref
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+
+log = logging.getLogger("lightx2v.placement")
+
+ALIGN = 256
+PAGE = 4096
+
+Holder = dict[str, Tensor | None]
+"""A module's parameters or buffers."""
+
+Reader = Callable[[frozenset[str]], Iterable[tuple[str, Tensor]]]
+"""Reads the named tensors, each in any dtype that can be cast to the module's."""
+
+
+@dataclass(frozen=True, slots=True)
+class Place:
+    """One tensor: where it hangs in the module, and where it lies in the buffer."""
+
+    name: str
+    holder: Holder
+    leaf: str
+    parameter: bool
+    offset: int
+    dtype: torch.dtype
+    shape: torch.Size
+    stride: tuple[int, ...]
+
+    def view(self, buffer: Tensor) -> Tensor:
+        count = self.shape.numel()
+        flat = buffer[self.offset : self.offset + count * self.dtype.itemsize].view(self.dtype)
+        return flat.as_strided(self.shape, self.stride, flat.storage_offset())
+
+    def put(self, tensor: Tensor) -> None:
+        self.holder[self.leaf] = nn.Parameter(tensor, requires_grad=False) if self.parameter else tensor
+
+
+class Piece:
+    """The tensors of `module`, without those of the modules in `without`. `prefix` goes before their names."""
+
+    def __init__(
+        self,
+        module: nn.Module,
+        *,
+        without: Iterable[nn.Module] = (),
+        prefix: str = "",
+        dtype_of: Callable[[str], torch.dtype] | None = None,
+    ) -> None:
+        self.places: list[Place] = []
+        self.nbytes = 0
+        self.host: Tensor | None = None
+        self._bound: Tensor | None = None
+        self._views: dict[int, tuple[Tensor, list[Tensor]]] = {}
+        inner = {id(part) for other in without for part in other.modules()}
+        for path, owner in module.named_modules(prefix=prefix):
+            if id(owner) in inner:
+                continue
+            for holder, parameter in ((owner._parameters, True), (owner._buffers, False)):
+                for leaf, tensor in holder.items():
+                    if tensor is not None:
+                        name = f"{path}.{leaf}" if path else leaf
+                        self._add(name, cast("Holder", holder), leaf, parameter, tensor, dtype_of)
+
+    def _add(
+        self,
+        name: str,
+        holder: Holder,
+        leaf: str,
+        parameter: bool,
+        tensor: Tensor,
+        dtype_of: Callable[[str], torch.dtype] | None,
+    ) -> None:
+        dtype = dtype_of(name) if dtype_of and tensor.is_floating_point() and tensor.itemsize > 1 else tensor.dtype
+        stride = tensor.stride() if _dense(tensor) else tensor.contiguous().stride()
+        self.places.append(Place(name, holder, leaf, parameter, self.nbytes, dtype, tensor.shape, stride))
+        self.nbytes += -(-tensor.numel() * dtype.itemsize // ALIGN) * ALIGN
+
+    @property
+    def names(self) -> frozenset[str]:
+        return frozenset(place.name for place in self.places)
+
+    def pack(self, *, pin: bool) -> None:
+        """The values as they are now move to the host buffer; the module lets go of them."""
+        host = host_buffer(self.nbytes, pin=pin)
+        for place in self.places:
+            tensor = place.holder[place.leaf]
+            assert tensor is not None
+            place.view(host).copy_(tensor)
+        self.host = host
+        self.unbind()
+
+    def read(self, reader: Reader, buffer: Tensor) -> None:
+        """Fills a host buffer from disk."""
+        places = {place.name: place for place in self.places}
+        for name, tensor in reader(self.names):
+            places.pop(name).view(buffer).copy_(tensor)
+        assert not places, f"not read: {list(places)[:3]}"
+
+    def bind(self, buffer: Tensor | None) -> None:
+        assert buffer is not None
+        if self._bound is buffer:
+            return
+        kept = self._views.get(id(buffer))
+        if kept is None or kept[0] is not buffer:
+            views = [place.view(buffer) for place in self.places]
+            made = [
+                nn.Parameter(view, requires_grad=False) if place.parameter else view
+                for place, view in zip(self.places, views, strict=True)
+            ]
+            kept = self._views[id(buffer)] = (buffer, made)
+        for place, tensor in zip(self.places, kept[1], strict=True):
+            place.holder[place.leaf] = tensor
+        self._bound = buffer
+
+    def unbind(self) -> None:
+        for place in self.places:
+            place.put(torch.empty_strided(place.shape, place.stride, dtype=place.dtype, device="meta"))
+        self._bound = None
+
+    def forget(self) -> None:
+        """Lets go of all device buffers."""
+        self.unbind()
+        self._views.clear()
+
+
+def _dense(tensor: Tensor) -> bool:
+    """Whether the elements fill their memory without gaps, in whatever order (channels last)."""
+    expected = 1
+    for size, stride in sorted(zip(tensor.shape, tensor.stride(), strict=True), key=lambda pair: pair[1]):
+        if size > 1:
+            if stride != expected:
+                return False
+            expected *= size
+    return True
+
+
+def host_buffer(nbytes: int, *, pin: bool) -> Tensor:
+    """Flat host memory on pages of its own, pinned if asked and possible.
+
+    Memory that exists is registered with CUDA: torch's own pinned allocator rounds up to powers of two, which for a
+    model's blocks would waste up to half.
+    """
+    size = -(-max(nbytes, 1) // PAGE) * PAGE
+    room = torch.empty(size + PAGE, dtype=torch.uint8, device="cpu")
+    start = -room.data_ptr() % PAGE
+    buffer = room[start : start + size]
+    if pin and torch.cuda.is_available():
+        runtime: Any = torch.cuda.cudart()
+        if int(runtime.cudaHostRegister(buffer.data_ptr(), size, 0)) == 0:
+            weakref.finalize(buffer, _unregister, buffer.data_ptr(), room)
+        else:
+            log.warning("%d MB of host memory could not be pinned; copies from it will be slower.", size >> 20)
+    return buffer
+
+
+def _unregister(pointer: int, room: Tensor) -> None:
+    """`room` is held until here, so that the memory outlives its registration."""
+    runtime: Any = torch.cuda.cudart()
+    runtime.cudaHostUnregister(pointer)

@@ -1,0 +1,273 @@
+"""Modules whose weights live in host memory and visit the device, block by block, ahead of the computation.
+
+A Shuttle carries one or several modules of the same architecture through the same device memory: both experts, or the
+text encoder, or the VAE. Of the blocks, the first `resident` have a device slot each and the others share a ring of
+`ring` slots. Everything outside of the blocks has one slot.
+
+    resident = blocks   one module on the device; another one is swapped in place, each block as soon as the one before
+                        has run for the last time
+    resident < blocks   the rest streams: while a block runs the next ones are copied, and after the last one the first
+                        ones for the next forward
+
+Nothing is ever copied back. Hooks on the blocks do the work, so the modules do not know.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .copies import Copies, Slot
+from .piece import Piece, Reader, host_buffer
+
+OUTSIDE = -1
+"""The index of what lies outside of the blocks."""
+
+Item = tuple[str, int]
+"""(module, block)."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Cargo:
+    """One module, its blocks, and for weights that stay on disk how to read them."""
+
+    module: nn.Module
+    blocks: Sequence[nn.Module] = ()
+    reader: Reader | None = None
+    dtype_of: Any = None
+
+
+class Shuttle:
+    def __init__(
+        self,
+        cargo: Mapping[str, Cargo],
+        copies: Copies,
+        device: torch.device,
+        *,
+        resident: int,
+        ring: int = 3,
+    ) -> None:
+        """Packs the modules' weights into host memory, where they have no reader: afterwards they are there only."""
+        self.copies, self.device = copies, device
+        self.modules = {name: each.module for name, each in cargo.items()}
+        self.readers = {name: each.reader for name, each in cargo.items()}
+        self.blocks = len(next(iter(cargo.values())).blocks)
+        self.pieces: dict[Item, Piece] = {}
+        self.own: dict[int, Slot] = {}
+        self.shared: list[Slot] = []
+        self._hooks: list[Any] = []
+        self._staging = [_Staging(), _Staging()]
+        self._current: str | None = None
+        self._next: str | None = None
+        pin = device.type == "cuda"
+        for name, each in cargo.items():
+            assert len(each.blocks) == self.blocks, "the modules of a shuttle have the same number of blocks"
+            outside = Piece(each.module, without=each.blocks, dtype_of=each.dtype_of)
+            self.pieces[name, OUTSIDE] = outside
+            names = {id(part): path for path, part in each.module.named_modules()}
+            for index, block in enumerate(each.blocks):
+                self.pieces[name, index] = Piece(block, prefix=names[id(block)], dtype_of=each.dtype_of)
+                self._hooks += [
+                    block.register_forward_pre_hook(_before(self, name, index)),
+                    block.register_forward_hook(_after(self, name, index)),
+                ]
+            if each.reader is None:
+                for index in range(OUTSIDE, self.blocks):
+                    self.pieces[name, index].pack(pin=pin)
+        self.resize(resident, ring)
+
+    # ---- device memory ------------------------------------------------------------------------------------------
+
+    def resize(self, resident: int, ring: int = 3) -> None:
+        """Another number of resident blocks. Device memory is taken at the next use."""
+        self.free()
+        self.wished_ring = ring
+        self.resident = max(0, min(resident, self.blocks))
+        self.ring = max(1, min(ring, self.blocks - self.resident)) if self.resident < self.blocks else 0
+
+    def free(self) -> None:
+        """Gives the device memory back; the next `use` copies again."""
+        for slot in [*self.own.values(), *self.shared]:
+            if slot.copied is not None:
+                self.copies.acquire(slot)  # a copy that is under way must not write into memory given back
+                self.copies.release(slot)
+        for piece in self.pieces.values():
+            piece.forget()
+        self.own, self.shared = {}, []
+
+    def nbytes(self) -> int:
+        """Device memory while in use."""
+        outside, block = self._sizes()
+        return outside + block * (self.resident + self.ring)
+
+    def _sizes(self) -> tuple[int, int]:
+        sizes = [
+            max(piece.nbytes for (_, index), piece in self.pieces.items() if (index == OUTSIDE) is outside)
+            if outside or self.blocks
+            else 0
+            for outside in (True, False)
+        ]
+        return sizes[0], sizes[1]
+
+    def _allocate(self) -> None:
+        if self.own:
+            return
+        outside, block = self._sizes()
+        try:
+            with torch.inference_mode(False):
+                self.own[OUTSIDE] = self._slot(outside)
+                for index in range(self.resident):
+                    self.own[index] = self._slot(block)
+                self.shared = [self._slot(block) for _ in range(self.ring)]
+        except BaseException:
+            self.own, self.shared = {}, []
+            raise
+
+    def _slot(self, nbytes: int) -> Slot:
+        slot = Slot(torch.empty(nbytes, dtype=torch.uint8, device=self.device))
+        self.copies.release(slot)  # what used this memory before comes first
+        return slot
+
+    # ---- use ----------------------------------------------------------------------------------------------------
+
+    @contextmanager
+    def use(self, name: str, then: str | None = None) -> Iterator[Any]:
+        """The module, usable inside the block. `then` is the module that will be used next, if that is known."""
+        self._allocate()
+        self._current, self._next = name, then or name
+        try:
+            self._fetch((name, OUTSIDE), self.own[OUTSIDE])
+            self._fetch_all([(name, i) for i in range(min(2, self.resident))])
+            self._fetch_all([(name, i) for i in range(self.resident, self.resident + self.ring)])
+            self._enter((name, OUTSIDE), self.own[OUTSIDE])
+            yield self.modules[name]
+            self._leave(self.own[OUTSIDE])
+            if self._next != name:
+                self._fetch((self._next, OUTSIDE), self.own[OUTSIDE])
+        finally:
+            for slot in [*self.own.values(), *self.shared]:
+                if slot.in_use:
+                    self.copies.release(slot)
+            self._current = self._next = None
+
+    def before(self, name: str, index: int) -> None:
+        """A block is about to run: it must be there, and the next ones on their way."""
+        if name != self._current:
+            raise RuntimeError(f"block {index} of {name} runs outside of its use")
+        slot = self._want((name, index))
+        self._enter((name, index), slot)
+        self._fetch_all([(name, i) for i in range(index + 1, min(index + 3, self.resident))])
+
+    def after(self, name: str, index: int) -> None:
+        """A block has run: its memory takes what comes next."""
+        slot = self._holder((name, index))
+        if slot is None or not slot.in_use:
+            return
+        self._leave(slot)
+        following = self._next
+        assert following is not None
+        if index < self.resident:
+            if following != name:
+                self._fetch((following, index), slot)
+            return
+        # The ring goes round: the streamed blocks still to come, then those of the next forward.
+        coming = [(name, i) for i in range(index + 1, self.blocks)]
+        coming += [(following, i) for i in range(self.resident, self.blocks)]
+        self._fetch_all(coming[: self.ring])
+
+    def _fetch_all(self, items: Sequence[Item]) -> None:
+        for item in items:
+            self._want(item, keep=items)
+
+    def _want(self, item: Item, keep: Sequence[Item] = ()) -> Slot:
+        """The slot that holds `item` or gets it now. A slot of the ring is taken from what is not in `keep`."""
+        slot = self._holder(item)
+        if slot is not None:
+            return slot
+        if item[1] < self.resident:
+            slot = self.own[item[1]]
+        else:
+            slot = next(s for s in self.shared if not s.in_use and s.item not in keep)
+        self._fetch(item, slot)
+        return slot
+
+    def _holder(self, item: Item) -> Slot | None:
+        if item[1] < self.resident:
+            slot = self.own.get(item[1])
+            return slot if slot is not None and slot.item == item else None
+        return next((slot for slot in self.shared if slot.item == item), None)
+
+    def _fetch(self, item: Item, slot: Slot) -> None:
+        if slot.item == item:
+            return
+        if slot.item is not None:
+            self.pieces[slot.item].unbind()  # type: ignore[index]
+        slot.item = None
+        piece = self.pieces[item]
+        if piece.host is not None:
+            self.copies.load(slot, piece.host[: piece.nbytes])
+        else:
+            self._read(item, piece, slot)
+        slot.item = item
+
+    def _read(self, item: Item, piece: Piece, slot: Slot) -> None:
+        """From disk: into one of two staging buffers, from there like any other piece."""
+        reader = self.readers[item[0]]
+        assert reader is not None
+        staging = self._staging.pop(0)
+        self._staging.append(staging)
+        if staging.mark is not None:
+            self.copies.settle(staging.mark)
+        if staging.buffer is None or len(staging.buffer) < piece.nbytes:
+            staging.buffer = host_buffer(max(self._sizes()), pin=self.device.type == "cuda")
+        piece.read(reader, staging.buffer)
+        staging.mark = self.copies.load(slot, staging.buffer[: piece.nbytes])
+
+    def _enter(self, item: Item, slot: Slot) -> None:
+        self.copies.acquire(slot)
+        self.pieces[item].bind(slot.buffer)
+
+    def _leave(self, slot: Slot) -> None:
+        self.copies.release(slot)
+
+    @contextmanager
+    def edit(self) -> Iterator[None]:
+        """Inside, the modules' tensors are those in host memory, to be written to."""
+        self.free()
+        packed = [piece for piece in self.pieces.values() if piece.host is not None]
+        for piece in packed:
+            piece.bind(piece.host)
+        try:
+            yield
+        finally:
+            for piece in packed:
+                piece.forget()
+
+    def close(self) -> None:
+        """Drops all weights. The modules are on the meta device afterwards."""
+        self.free()
+        for hook in self._hooks:
+            hook.remove()
+        self.pieces.clear()
+        self.modules.clear()
+
+
+class _Staging:
+    """A host buffer on the way from disk to device, and the mark of the last copy from it."""
+
+    def __init__(self) -> None:
+        self.buffer: Tensor | None = None
+        self.mark: Any = None
+
+
+def _before(shuttle: Shuttle, name: str, index: int) -> Any:
+    return lambda module, args: shuttle.before(name, index)
+
+
+def _after(shuttle: Shuttle, name: str, index: int) -> Any:
+    return lambda module, args, output: shuttle.after(name, index)

@@ -1,0 +1,308 @@
+"""Which weights live on the device, and how much memory each stage of a run takes: counted before anything is loaded.
+
+    plan = choose(Machine(vram=…, ram=…), Model(), Need(tokens=32_760, …))
+    plan.mode, plan.resident_blocks, plan.tiling, plan.bytes, plan.reason
+
+Four ways, the fastest that fits: both experts on the device; one, with the other one swapped in place; the first blocks
+of one, with the rest streamed; all streamed. `Plan.lower` is the next smaller way, for when counting was too hopeful.
+
+Only arithmetic, so the page can say what will happen before it does. Bytes are those of tensors; what the allocator
+and the CUDA context take besides is in `RESERVE` and `SLACK`.
+"""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any, Literal
+
+from .estimate import DiTShape
+
+Mode = Literal["resident", "swap", "stream"]
+Part = Literal["resident", "move", "stream"]
+Stage = Literal["text", "image", "denoise", "decode"]
+
+GIB = 2**30
+RESERVE = GIB * 3 // 4
+"""Left alone: cuBLAS and cuDNN workspaces, other programs' growth."""
+SLACK = 1.08
+"""What the allocator loses to rounding and fragments, as a factor on everything but the weights."""
+RING = 3
+"""Slots for streamed blocks: one in use, one full, one being filled."""
+
+CHUNK = 8192
+"""Tokens at once where memory is short: few enough to matter, enough to keep the device busy."""
+
+VAE_WEIGHTS = 126_900_000
+TEXT_BLOCKS = 24
+TEXT_WEIGHTS = 4_631_000_000
+"""UMT5-XXL without its token table, which stays in the file."""
+
+DECODE_ELEMENTS = 300_000
+"""Values alive per latent pixel (8 x 8 pixels) while decoding: the memory of the past and the last stage's work."""
+TILE = (32, 8)
+"""A tile's largest side and overlap in latent pixels, as in models/tiling.py."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Machine:
+    """Free memory in bytes: of the device before anything is loaded, and of the host."""
+
+    vram: int
+    ram: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Model:
+    """Sizes and bytes per value: `weight` of the blocks' matrices on the device (1 for FP8), `compute` of products."""
+
+    dit: DiTShape = field(default_factory=DiTShape)
+    weight: float = 2
+    compute: int = 2
+    vae_element: int = 2
+    text: int = TEXT_WEIGHTS * 2
+    vae: int = VAE_WEIGHTS * 2
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Need:
+    """One video: tokens of the DiT, guidance branches, and latent height and width."""
+
+    tokens: int
+    height: int
+    width: int
+    branches: int = 2
+
+    @classmethod
+    def of(cls, latent_shape: tuple[int, ...], *, guided: bool) -> Need:
+        _, frames, height, width = latent_shape
+        return cls(tokens=frames * (height // 2) * (width // 2), height=height, width=width, branches=1 + guided)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Wishes:
+    """What a configuration leaves open ("auto") and what it says."""
+
+    cpu_offload: bool | Literal["auto"] = "auto"
+    granularity: str = "model"
+    text_offload: bool | Literal["auto"] = "auto"
+    vae_offload: bool | Literal["auto"] = "auto"
+    tiling: bool | Literal["auto"] = "auto"
+    lazy: bool = False
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Plan:
+    """`resident_blocks` of one expert stay, `ring` slots take turns with the others. `together`: the experts keep their
+    device memory while the text encoder and the VAE run. `chunk` bounds the tokens in the DiT's token-wise layers.
+    `lazy`: weights stay on disk. `host_fits`: host memory has room for the experts. `bytes`: expected on the device,
+    by stage.
+    """
+
+    mode: Mode
+    resident_blocks: int
+    ring: int = RING
+    text: Part = "resident"
+    vae: Part = "resident"
+    together: bool = True
+    tiling: bool = False
+    tiling_allowed: bool = True
+    chunk: int | None = None
+    lazy: bool = False
+    host_fits: bool = True
+    bytes: dict[str, int] = field(default_factory=dict)
+    reason: str = ""
+
+    def to_json(self) -> dict[str, Any]:
+        names = ("mode", "resident_blocks", "text", "vae", "tiling", "chunk", "lazy", "bytes", "reason")
+        return {name: getattr(self, name) for name in names}
+
+    def lower(self, stage: Stage) -> Plan | None:
+        """The next smaller plan after `stage` ran out of memory; None where nothing is left to give."""
+        if self.mode == "resident" and self.text == "resident":
+            return replace(self, text="move")
+        if self.mode == "resident":
+            if not self.host_fits:
+                return None
+            return replace(self, mode="swap", vae="move", together=stage == "denoise")
+        if self.text == "resident" or self.vae == "resident":
+            return replace(self, text="move" if self.text == "resident" else self.text, vae="move")
+        if stage != "denoise" and self.together:
+            return replace(self, together=False)
+        if stage == "text":
+            return replace(self, text="stream") if self.text == "move" else None
+        if stage in ("image", "decode"):
+            return replace(self, tiling=True) if not self.tiling and self.tiling_allowed else None
+        if self.mode == "swap":
+            return replace(self, mode="stream", resident_blocks=self.resident_blocks // 2)
+        if self.resident_blocks:
+            return replace(self, resident_blocks=self.resident_blocks // 2)
+        if self.chunk is None:
+            return replace(self, chunk=CHUNK)
+        return replace(self, ring=2) if self.ring > 2 else None
+
+
+def block_weights(shape: DiTShape) -> int:
+    """Parameters of one block."""
+    d, f = shape.dim, shape.ffn_dim
+    attention = 4 * (d * d + d) + 2 * d
+    return 2 * attention + 2 * d * f + f + d + 2 * d + 6 * d
+
+
+def outside_weights(shape: DiTShape) -> tuple[int, int]:
+    """Parameters outside of the blocks: (those kept in float32, the text embedding's)."""
+    d, frequencies, out = shape.dim, 256, 16
+    patch = 4 * shape.in_dim * d + d
+    time = frequencies * d + d + d * d + d + 6 * d * d + 6 * d
+    head = d * 4 * out + 4 * out + 2 * d
+    text = shape.text_dim * d + d + d * d + d
+    return patch + time + head, text
+
+
+def block_bytes(model: Model) -> int:
+    return int(block_weights(model.dit) * model.weight)
+
+
+def outside_bytes(model: Model) -> int:
+    wide, text = outside_weights(model.dit)
+    return 4 * wide + model.compute * text
+
+
+def expert_bytes(model: Model) -> int:
+    return block_bytes(model) * model.dit.num_layers + outside_bytes(model)
+
+
+def denoise_bytes(model: Model, need: Need, chunk: int | None = None) -> int:
+    """Activations at the peak of a block, and the prompts' keys and values; weights not counted.
+
+    Per token and channel: the residual in float32, one for each branch; then queries, keys, values and the attention's
+    output, or the feed-forward's input, its two inner tensors and its output. In chunks only the first of these is
+    whole, for keys and values must be.
+    """
+    d, e = model.dit.dim, model.compute
+    residual = 4 * need.tokens * d * need.branches
+    part = need.tokens if chunk is None else min(chunk, need.tokens)
+    attention = need.tokens * 4 * d * e + (part * 6 * d * e if chunk else need.tokens * d * e)
+    feed_forward = part * (3 * d + 2 * model.dit.ffn_dim) * e
+    text = need.branches * model.dit.num_layers * 2 * model.dit.text_len * d * e
+    return residual + max(attention, feed_forward) + text
+
+
+def decode_bytes(model: Model, need: Need, *, tiling: bool = False) -> int:
+    """Decoding, besides the VAE's weights. Tiles are one after another, finished frames lie in host memory."""
+    height, width = (tile_side(side) if tiling else side for side in (need.height, need.width))
+    return height * width * DECODE_ELEMENTS * model.vae_element
+
+
+def tile_side(side: int) -> int:
+    """As in models/tiling.py: equal tiles, as few as possible."""
+    size, overlap = TILE
+    count = max(1, -(-(side - overlap) // (size - overlap)))
+    return -(-(side + (count - 1) * overlap) // count)
+
+
+def stage_bytes(plan: Plan, model: Model, need: Need) -> dict[str, int]:
+    """Device memory of each stage, in the order of a run."""
+    per_block = block_bytes(model)
+    if plan.mode == "resident":
+        experts = 2 * expert_bytes(model)
+    else:
+        streamed = model.dit.num_layers - plan.resident_blocks
+        experts = outside_bytes(model) + per_block * (plan.resident_blocks + min(plan.ring, streamed))
+    staying = (model.text if plan.text == "resident" else 0) + (model.vae if plan.vae == "resident" else 0)
+    beside = staying + (experts if plan.together else 0)
+    text = {"resident": 0, "move": model.text, "stream": model.text * RING // TEXT_BLOCKS}[plan.text]
+    vae = model.vae if plan.vae != "resident" else 0
+    work = {
+        "text": 64 * 2**20,
+        "denoise": denoise_bytes(model, need, plan.chunk),
+        "decode": decode_bytes(model, need, tiling=plan.tiling),
+    }
+    weights = {"text": beside + text, "denoise": staying + experts, "decode": beside + vae}
+    return {stage: int(weights[stage] + SLACK * work[stage]) for stage in work}
+
+
+def choose(machine: Machine, model: Model, need: Need, wishes: Wishes | None = None) -> Plan:
+    """The fastest plan whose every stage fits into the device, within what is wished; the smallest if none does."""
+    wishes = wishes or Wishes()
+    room = machine.vram - RESERVE
+    lazy = wishes.lazy or 2 * expert_bytes(model) + model.text > machine.ram
+    variants = [each for plan in _candidates(model, wishes, lazy=lazy) for each in _variants(plan, wishes)]
+    if wishes.tiling == "auto":  # tiles are not exact, so they are the last resort
+        variants += [replace(each, tiling=True) for each in variants]
+    for plan in variants:
+        needed = stage_bytes(plan, model, need)
+        if max(needed.values()) <= room:
+            return replace(plan, bytes=needed, reason=_reason(plan, model, machine, fits=True))
+    least = min(variants, key=lambda plan: max(stage_bytes(plan, model, need).values()))
+    return replace(least, bytes=stage_bytes(least, model, need), reason=_reason(least, model, machine, fits=False))
+
+
+def _candidates(model: Model, wishes: Wishes, *, lazy: bool) -> list[Plan]:
+    """Modes from fast to small. Streaming is free where a block computes longer than its copy takes; as many resident
+    blocks as fit make it free elsewhere too."""
+    layers = model.dit.num_layers
+    both = Plan(
+        mode="resident",
+        resident_blocks=layers,
+        tiling=wishes.tiling is True,
+        tiling_allowed=wishes.tiling is not False,
+        host_fits=not lazy,
+    )
+    swap = replace(both, mode="swap", text="move", vae="move", lazy=lazy)
+    stream = [replace(swap, mode="stream", resident_blocks=count) for count in range(layers - RING - 1, -1, -1)]
+    least = replace(swap, mode="stream", resident_blocks=0)
+    small = [replace(least, chunk=CHUNK), replace(least, chunk=CHUNK, ring=2)]
+    if wishes.cpu_offload is False:
+        return [both]
+    if wishes.cpu_offload is True:
+        return [swap, *stream, *small] if wishes.granularity == "model" else [least, *small]
+    return [*([] if wishes.lazy else [both]), swap, *stream, *small]
+
+
+def _variants(plan: Plan, wishes: Wishes) -> list[Plan]:
+    """A mode with text encoder and VAE in all the places they may have, from fast to small."""
+    moved = wishes.text_offload is True or (wishes.text_offload == "auto" and plan.mode != "resident")
+    texts: list[Part] = ["resident"] if wishes.text_offload is False else ["move", "stream"]
+    if not moved and wishes.text_offload == "auto":
+        texts.insert(0, "resident")
+    vae = plan.vae if wishes.vae_offload == "auto" else "move" if wishes.vae_offload else "resident"
+    places = (True, False) if plan.mode != "resident" else (True,)
+    return [replace(plan, text=text, vae=vae, together=together) for text in texts for together in places]
+
+
+def _reason(plan: Plan, model: Model, machine: Machine, *, fits: bool) -> str:
+    free = f"{machine.vram / GIB:.0f} GiB of device memory are free"
+    layers = model.dit.num_layers
+    what = {
+        "resident": "both experts stay on the device",
+        "swap": "one expert is on the device at a time",
+        "stream": f"{plan.resident_blocks} of {layers} blocks stay on the device, the others stream",
+    }[plan.mode]
+    more = [
+        *(["the weights stay on disk"] if plan.lazy and plan.mode != "resident" else []),
+        *(["the VAE works in tiles"] if plan.tiling else []),
+        *(["the DiT in chunks of tokens"] if plan.chunk else []),
+    ]
+    text = f"{free}: " + ", ".join([what, *more]) + "."
+    return text if fits else text + " It may not be enough."
+
+
+def free_ram() -> int:
+    """Host memory that a program may still take: what the system has, or its container."""
+    try:
+        with open("/proc/meminfo", encoding="ascii") as file:
+            lines = dict(line.split(":", 1) for line in file)
+        free = int(lines["MemAvailable"].split()[0]) * 1024
+    except (OSError, KeyError, ValueError):
+        try:
+            return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") * 3 // 4
+        except (AttributeError, OSError, ValueError):
+            return 16 * GIB
+    try:
+        group = Path("/sys/fs/cgroup")
+        limit, used = ((group / f"memory.{name}").read_text().strip() for name in ("max", "current"))
+        return min(free, max(0, int(limit) - int(used)))
+    except (OSError, ValueError):  # no container, or "max"
+        return free

@@ -1,0 +1,291 @@
+"""Weights in host memory: the same latents bit by bit, in the right order, and on with less when memory runs out."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from tiny import DiTSizes, build_tiny
+from torch import nn
+
+from lightx2v.config import resolve
+from lightx2v.errors import Cancelled, OutOfMemory
+from lightx2v.pipeline import LightX2VPipeline
+from lightx2v.placement.copies import HostCopies, Slot
+from lightx2v.placement.offloaded import Offloaded
+from lightx2v.placement.piece import Piece
+from lightx2v.placement.shuttle import Cargo, Shuttle
+from lightx2v.planner import Plan
+from lightx2v.progress import CancelToken, Progress
+from lightx2v.request import Request
+
+LAYERS = 6
+CPU = torch.device("cpu")
+RESIDENT = Plan(mode="resident", resident_blocks=LAYERS)
+SWAP = Plan(mode="swap", resident_blocks=LAYERS, text="move", vae="move")
+PLANS = {
+    "swap": SWAP,
+    "swap, experts leave": replace(SWAP, together=False),
+    "prefix": replace(SWAP, mode="stream", resident_blocks=2),
+    "prefix, text resident": replace(SWAP, mode="stream", resident_blocks=2, text="resident", vae="resident"),
+    "streamed": replace(SWAP, mode="stream", resident_blocks=0, text="stream"),
+    "two slots": replace(SWAP, mode="stream", resident_blocks=0, ring=2, together=False),
+    "one slot": replace(SWAP, mode="stream", resident_blocks=3, ring=1),
+    "ring as long as the rest": replace(SWAP, mode="stream", resident_blocks=3, ring=3),
+}
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return build_tiny(tmp_path_factory.mktemp("offload") / "t2v", dit=DiTSizes(num_layers=LAYERS))
+
+
+@pytest.fixture(scope="module")
+def settings(folder: Path) -> Any:
+    small = {"height": 32, "width": 48, "frames": 5, "steps": 4, "boundary": 0.9, "shift": 5.0}
+    return resolve({"model_path": str(folder), "device": "cpu"}, small)
+
+
+@pytest.fixture
+def pipe(settings: Any) -> Iterator[LightX2VPipeline]:
+    with LightX2VPipeline.from_config(settings.engine) as pipe:
+        yield pipe
+
+
+@pytest.fixture(scope="module")
+def request_(settings: Any) -> Request:
+    return Request(**settings.request | {"prompt": "a red ball", "seed": 3})
+
+
+@pytest.fixture(scope="module")
+def expected(settings: Any, request_: Request) -> torch.Tensor:
+    with LightX2VPipeline.from_config(settings.engine) as pipe:
+        result = pipe.run(request_, return_latents=True)
+        assert {step.expert for step in result.timings.steps} == {"high", "low"}
+        assert result.latents is not None
+        return result.latents
+
+
+def offload(pipe: LightX2VPipeline, plan: Plan, copies: HostCopies | None = None) -> Offloaded:
+    """Puts the pipeline's model into another placement."""
+    engine = pipe._engine
+    assert engine is not None
+    placement = Offloaded(engine.placement, plan=plan, device=CPU, copies=copies or HostCopies(poison=True))
+    pipe._engine = replace(engine, placement=placement)
+    return placement
+
+
+def run(pipe: LightX2VPipeline, request: Request, **more: Any) -> Any:
+    return pipe.run(request, return_latents=True, **more)
+
+
+@pytest.mark.parametrize("name", PLANS)
+def test_every_plan_gives_the_same_latents(
+    pipe: LightX2VPipeline, request_: Request, expected: torch.Tensor, name: str
+) -> None:
+    offload(pipe, PLANS[name])
+    assert torch.equal(run(pipe, request_).latents, expected)
+    other = replace(request_, prompt="something else", steps=3)
+    assert not torch.equal(run(pipe, other).latents, expected)
+    assert torch.equal(run(pipe, request_).latents, expected), "the second run starts from the low expert's weights"
+
+
+class Recorder(HostCopies):
+    """Notes which piece is copied when."""
+
+    def __init__(self) -> None:
+        super().__init__(poison=True)
+        self.log: list[str] = []
+
+    def load(self, slot: Slot, source: torch.Tensor) -> object:
+        self.log.append("copy")
+        return super().load(slot, source)
+
+
+def toy(names: str, blocks: int) -> dict[str, Cargo]:
+    cargo = {}
+    for seed, name in enumerate(names):
+        torch.manual_seed(seed)
+        module = nn.Sequential(*[nn.Linear(4, 4) for _ in range(blocks)], nn.Linear(4, 2))
+        cargo[name] = Cargo(module=module, blocks=list(module)[:blocks])
+    return cargo
+
+
+def forward(shuttle: Shuttle, name: str, then: str | None = None) -> torch.Tensor:
+    with shuttle.use(name, then) as module, torch.no_grad():
+        return module(torch.ones(1, 4))
+
+
+def test_a_resident_expert_is_copied_once_and_swapped_while_it_runs() -> None:
+    copies = Recorder()
+    shuttle = Shuttle(toy("hl", 5), copies, CPU, resident=5)
+    forward(shuttle, "h")
+    assert len(copies.log) == 6
+    forward(shuttle, "h")
+    assert len(copies.log) == 6
+    forward(shuttle, "h", then="l")
+    assert len(copies.log) == 12, "all of the other expert is on its way before it is asked for"
+    forward(shuttle, "l")
+    assert len(copies.log) == 12
+
+
+def test_streaming_copies_each_streamed_block_once_per_forward() -> None:
+    copies = Recorder()
+    shuttle = Shuttle(toy("hl", 8), copies, CPU, resident=2, ring=3)
+    forward(shuttle, "h")
+    first = len(copies.log)
+    assert first == 1 + 2 + 6 + 3, "outside, prefix, streamed, and the first three for the next forward"
+    for _ in range(3):
+        forward(shuttle, "h")
+    assert len(copies.log) == first + 3 * 6
+
+
+def test_a_block_outside_of_its_use_is_an_error_not_a_wrong_result() -> None:
+    shuttle = Shuttle(toy("hl", 3), HostCopies(poison=True), CPU, resident=3)
+    with shuttle.use("h"), pytest.raises(RuntimeError, match="outside of its use"):
+        shuttle.modules["l"](torch.ones(1, 4))
+    with pytest.raises(RuntimeError, match="outside of its use"):
+        shuttle.modules["h"](torch.ones(1, 4))
+
+
+def test_a_copy_that_was_not_waited_for_shows() -> None:
+    copies = HostCopies(poison=True)
+    slot = Slot(torch.zeros(64, dtype=torch.uint8))
+    with pytest.raises(RuntimeError, match="wait for"):
+        copies.load(slot, torch.zeros(64, dtype=torch.uint8))
+    copies.release(slot)
+    copies.load(slot, torch.zeros(64, dtype=torch.uint8))
+    for dtype in (torch.float32, torch.bfloat16, torch.float16, torch.float8_e4m3fn, torch.float8_e5m2):
+        assert slot.buffer.view(dtype).float().isnan().all()
+    copies.acquire(slot)
+    assert not slot.buffer.any()
+    with pytest.raises(RuntimeError, match="in use"):
+        copies.load(slot, torch.zeros(64, dtype=torch.uint8))
+
+
+def test_a_piece_keeps_values_dtypes_and_memory_order() -> None:
+    conv: Any = nn.Conv3d(3, 5, 3)
+    conv = conv.to(memory_format=torch.channels_last_3d)
+    module = nn.Sequential(conv, nn.Linear(7, 3).bfloat16())
+    module.register_buffer("count", torch.arange(3))
+    before = {name: tensor.clone() for name, tensor in module.state_dict().items()}
+    strides = {name: tensor.stride() for name, tensor in module.state_dict().items()}
+    piece = Piece(module)
+    piece.pack(pin=False)
+    assert all(tensor.is_meta for tensor in module.state_dict().values())
+    assert piece.host is not None and piece.host.data_ptr() % 4096 == 0
+    piece.bind(piece.host)
+    after = module.state_dict()
+    assert list(after) == list(before)
+    for name, tensor in after.items():
+        assert torch.equal(tensor, before[name]) and tensor.stride() == strides[name]
+
+
+def test_cancel_and_errors_leave_a_usable_placement(
+    pipe: LightX2VPipeline, request_: Request, expected: torch.Tensor
+) -> None:
+    offload(pipe, PLANS["prefix"])
+    token = CancelToken()
+
+    def stop(event: Progress) -> None:
+        if event.stage == "denoise" and event.step == 2:
+            token.cancel()
+
+    with pytest.raises(Cancelled):
+        pipe.run(request_, cancel=token, on_progress=stop)
+    assert torch.equal(run(pipe, request_).latents, expected)
+
+
+def test_weights_on_disk_give_the_same_result() -> None:
+    expected = [forward(Shuttle(toy("hl", 4), HostCopies(), CPU, resident=4), name) for name in "hl"]
+    lazy = {}
+    for name, cargo in toy("hl", 4).items():
+        state = {key: value.double() for key, value in cargo.module.state_dict().items()}
+
+        def read(names: frozenset[str], state: dict[str, torch.Tensor] = state) -> Any:
+            return [(key, state[key]) for key in names]
+
+        cargo.module.to("meta")
+        lazy[name] = replace(cargo, reader=read)
+    shuttle = Shuttle(lazy, HostCopies(poison=True), CPU, resident=1, ring=2)
+    for _ in range(2):
+        assert torch.equal(forward(shuttle, "h", then="l"), expected[0])
+        assert torch.equal(forward(shuttle, "l"), expected[1])
+
+
+class Exhausted:
+    """Raises as CUDA does, the first `times` times that it is asked from call number `start` on."""
+
+    def __init__(self, times: int, start: int = 0) -> None:
+        self.times, self.start, self.calls = times, start, 0
+
+    def __call__(self, *_: object) -> None:
+        self.calls += 1
+        if self.calls > self.start and self.times > 0:
+            self.times -= 1
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB")
+
+
+@pytest.mark.parametrize("stage", ["text", "denoise", "decode"])
+@pytest.mark.parametrize("times", [1, 2])
+def test_out_of_memory_goes_on_with_less(
+    pipe: LightX2VPipeline, request_: Request, expected: torch.Tensor, tmp_path: Path, stage: str, times: int
+) -> None:
+    placement = offload(pipe, RESIDENT)
+    with placement.text() as text, placement.expert("low") as low, placement.vae() as vae:
+        victim, start = {"text": (text.stack, 0), "denoise": (low.blocks[4], 1), "decode": (vae.conv2, 0)}[stage]
+    fault = Exhausted(times, start)
+    hook = victim.register_forward_pre_hook(fault)
+    steps: list[int] = []
+    result = run(
+        pipe,
+        request_,
+        save_result_path=tmp_path / "video.mp4",
+        on_progress=lambda e: steps.append(e.step) if e.stage == "denoise" and e.step else None,
+    )
+    assert fault.times == 0 and torch.equal(result.latents, expected)
+    assert steps == [1, 2, 3, 4], "no step was repeated"
+    assert len(result.warnings) == times and all("out of memory" in warning for warning in result.warnings)
+    assert result.report()["plan"] == placement.plan and placement.plan["text"] == "move"
+    hook.remove()
+    level = placement.plan
+    again = run(pipe, request_)
+    assert again.warnings == () and placement.plan == level and torch.equal(again.latents, expected)
+
+
+def test_out_of_memory_for_good_says_what_to_do(pipe: LightX2VPipeline, request_: Request) -> None:
+    placement = offload(pipe, RESIDENT)
+    with placement.expert("low") as low:
+        hook = low.blocks[4].register_forward_pre_hook(Exhausted(10**6))
+    with pytest.raises(OutOfMemory, match="smaller") as caught:
+        pipe.run(request_)
+    assert caught.value.__context__ is None
+    assert placement.plan["mode"] == "stream" and placement.plan["resident_blocks"] == 0
+    hook.remove()
+    assert pipe.run(request_).seed == 3
+
+
+def test_the_same_prompt_is_encoded_once(pipe: LightX2VPipeline, request_: Request, expected: torch.Tensor) -> None:
+    placement = offload(pipe, SWAP)
+    calls: list[int] = []
+    with placement.text() as text:
+        text.stack.register_forward_pre_hook(lambda *_: calls.append(1))
+    assert torch.equal(run(pipe, request_).latents, expected)
+    assert len(calls) == 2
+    first = run(pipe, replace(request_, prompt="another"))
+    assert len(calls) == 3, "the negative prompt is the same"
+    again = run(pipe, request_)
+    assert len(calls) == 3 and torch.equal(again.latents, expected)
+    assert again.text_tokens.keys() == first.text_tokens.keys() and "text" in again.timings.seconds
+
+
+def test_closing_frees_the_weights(pipe: LightX2VPipeline, request_: Request) -> None:
+    placement = offload(pipe, PLANS["prefix"])
+    pipe.run(request_)
+    shuttle = placement._shuttles["experts"]
+    placement.close()
+    assert not shuttle.pieces and not shuttle.own and not shuttle.shared
