@@ -115,7 +115,7 @@ class TextEncoder(nn.Module):
         text_len: int = 512,
         quantise: torch.dtype | None = None,
     ) -> TextEncoder:
-        """From Wan's T5 file (or transformers' folder) and the tokenizer's folder; `quantise` makes its matrices 8-bit."""
+        """From Wan's T5 file (or transformers' folder) and the tokenizer's folder; `quantise` makes it 8-bit."""
         if dtype is torch.float16:  # UMT5's activations leave its range
             dtype = torch.bfloat16
         if not isinstance(checkpoint, Checkpoint):
@@ -134,8 +134,7 @@ class TextEncoder(nn.Module):
         holder = nn.ModuleDict({"encoder": stack})
         swap_linears(holder, {hf_name(name): kind for name, kind in weights.formats.items()}, fast=False)
         if weights.quantised:
-            for block in stack.block:
-                block.layer[1].DenseReluDense = FeedForward(block.layer[1].DenseReluDense)
+            replace_feed_forwards(stack)
         dtype_of: Callable[[str], torch.dtype] = lambda name: torch.float32 if name.endswith("_scale") else dtype  # noqa: E731
         del shapes[EMBEDDING]
         dtypes = {hf_name(name): kind for name, kind in weights.dtypes.items() if name != TABLE}
@@ -187,6 +186,14 @@ class FeedForward(nn.Module):
 
     def forward(self, x_BLD: torch.Tensor) -> torch.Tensor:
         return self.wo(self.act(self.wi_0(x_BLD)) * self.wi_1(x_BLD))
+
+
+def replace_feed_forwards(stack: UMT5Stack) -> None:
+    from transformers.models.umt5.modeling_umt5 import UMT5DenseGatedActDense, UMT5LayerFF
+
+    for layer in stack.modules():
+        if isinstance(layer, UMT5LayerFF) and isinstance(layer.DenseReluDense, UMT5DenseGatedActDense):
+            layer.DenseReluDense = FeedForward(layer.DenseReluDense)  # type: ignore[assignment]
 
 
 def hf_name(name: str) -> str:

@@ -105,6 +105,12 @@ class ModelWeights:
             del tensor
             yield from parts
 
+    def order(self) -> list[str]:
+        """The names of the weights, without scales, in the order they lie on disk."""
+        ours = {self.file_names[name]: name for name in self.plain_shapes}
+        entries = (sorted(file.entries, key=lambda name: file.entries[name].start) for file in self.checkpoint.files)
+        return [ours[name] for names in entries for name in names if name in ours]
+
     def tensor(self, name: str) -> list[tuple[str, Tensor]]:
         """One weight, and its scale where it has one."""
         tensor = self.checkpoint.tensor(self.file_names[name])

@@ -1,0 +1,114 @@
+"""A safetensors file written tensor by tensor, which an interruption does not throw away.
+
+The header is known before the first tensor is made, so it is written first. The file grows under the name
+`<target>.part` and gets its own name when it is whole. Called again with the same content, the tensors that the part
+holds already are not made again. At no time is there more than one tensor in memory.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import shutil
+import struct
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import BinaryIO
+
+import torch
+from torch import Tensor
+
+from ..errors import OutputError, short_path
+from ..progress import CancelToken
+from .safetensors_file import DTYPES
+
+Make = Callable[[str], Sequence[tuple[str, Tensor]]]
+"""Makes one group's tensors, of the shapes and dtypes that were announced, in that order."""
+
+Announced = Mapping[str, Sequence[tuple[str, tuple[int, ...], torch.dtype]]]
+"""Groups in the order in which they are written: for each what its tensors will be called and look like."""
+
+
+def write_safetensors(
+    path: Path,
+    groups: Announced,
+    make: Make,
+    *,
+    metadata: Mapping[str, str],
+    on_bytes: Callable[[int, int], None] | None = None,
+    cancel: CancelToken | None = None,
+) -> None:
+    """Writes `path`. `metadata` must tell the sources apart: a part is continued only under the same one.
+
+    `on_bytes(done, total)` is called after every group. OutputError where the disk is full or cannot be written to.
+    """
+    header, ends = _header(groups, metadata)
+    part = path.with_name(path.name + ".part")
+    total = ends[-1] if ends else len(header)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        done = _resumable(part, header, ends)
+        free = shutil.disk_usage(path.parent).free
+        have = part.stat().st_size if part.exists() else 0
+        if free + have < total:
+            raise OutputError(
+                f"{short_path(path)} needs {total / 1e9:.1f} GB, {(free + have) / 1e9:.1f} GB are free. "
+                "Free some space, or write elsewhere."
+            )
+        with part.open("r+b" if done is not None else "wb") as file:
+            if done is None:
+                file.write(header)
+                done = 0
+            else:
+                file.truncate(ends[done - 1] if done else len(header))
+                file.seek(0, os.SEEK_END)
+            for index, group in enumerate(groups):
+                if index >= done:
+                    if cancel is not None:
+                        cancel.check()
+                    _write_group(file, groups[group], make(group))
+                if on_bytes is not None:
+                    on_bytes(ends[index], total)
+            file.flush()
+            os.fsync(file.fileno())
+        part.replace(path)
+    except OSError as error:
+        raise OutputError(f"{short_path(path)} could not be written: {error.strerror or error}.") from None
+
+
+def _write_group(
+    file: BinaryIO, announced: Sequence[tuple[str, tuple[int, ...], torch.dtype]], made: Sequence[tuple[str, Tensor]]
+) -> None:
+    for (name, shape, dtype), (got_name, tensor) in zip(announced, made, strict=True):
+        assert (name, shape, dtype) == (got_name, tuple(tensor.shape), tensor.dtype), (name, got_name, tensor.dtype)
+        data = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8)
+        file.write(data.numpy().data)
+
+
+def _header(groups: Announced, metadata: Mapping[str, str]) -> tuple[bytes, list[int]]:
+    """The file's first bytes, and where each group ends in it."""
+    names = {dtype: name for name, dtype in DTYPES.items()}
+    table: dict[str, object] = {"__metadata__": dict(metadata)}
+    offset, group_ends = 0, []
+    for tensors in groups.values():
+        for name, shape, dtype in tensors:
+            size = math.prod(shape) * dtype.itemsize
+            table[name] = {"dtype": names[dtype], "shape": list(shape), "data_offsets": [offset, offset + size]}
+            offset += size
+        group_ends.append(offset)
+    text = json.dumps(table, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    header = struct.pack("<Q", len(text)) + text
+    return header, [len(header) + end for end in group_ends]
+
+
+def _resumable(part: Path, header: bytes, ends: Sequence[int]) -> int | None:
+    """How many groups an earlier part holds whole; None where there is no part of this file."""
+    if not part.is_file():
+        return None
+    with part.open("rb") as file:
+        if file.read(len(header)) != header:
+            return None
+    size = part.stat().st_size
+    return sum(end <= size for end in ends)
