@@ -1,78 +1,29 @@
-"""The VAE against diffusers' AutoencoderKLWan, and against itself: streamed, tiled, memoised, in bfloat16."""
+"""The VAE against diffusers' AutoencoderKLWan, and against itself: streamed, whole, memoised, in bfloat16."""
 
 from __future__ import annotations
 
 import pytest
 import torch
+from vae_reference import random_vae, relative_error, same_in_diffusers, statistics
 
+from lightx2v.errors import Cancelled
 from lightx2v.models.vae import VAEConfig, WanVAE
+from lightx2v.progress import CancelToken
 
 TINY = VAEConfig(dim=8, res_blocks=1)
 
 
-def randomise(module: torch.nn.Module, seed: int = 0) -> None:
-    """Random weights of a trained network's size: every layer passes about unit variance on."""
-    generator = torch.Generator().manual_seed(seed)
-    for name, parameter in module.named_parameters():
-        if name.endswith("gamma"):
-            parameter.data.copy_(0.8 + 0.4 * torch.rand(parameter.shape, generator=generator))
-        else:
-            fan_in = parameter[0].numel() if parameter.dim() > 1 else 100
-            parameter.data.copy_(torch.randn(parameter.shape, generator=generator) * fan_in**-0.5)
+@pytest.fixture(scope="module")
+def vae() -> WanVAE:
+    return random_vae(TINY)
 
 
-def make_vae(config: VAEConfig = TINY) -> WanVAE:
-    vae = WanVAE(config).eval()
-    randomise(vae)
-    return vae
+def clip(frames: int, height: int = 24, width: int = 16, seed: int = 1) -> torch.Tensor:
+    return torch.rand(3, frames, height, width, generator=torch.Generator().manual_seed(seed)) * 2 - 1
 
 
-def wan_name(name: str, res_blocks: int) -> str:
-    """diffusers' parameter name -> the name in Wan2.1_VAE.pth."""
-    parts = name.split(".")
-    if parts[0] in ("quant_conv", "post_quant_conv"):
-        return f"{'conv1' if parts[0] == 'quant_conv' else 'conv2'}.{parts[1]}"
-    side, rest = parts[0], parts[1:]
-    res_names = {"norm1": "residual.0", "conv1": "residual.2", "norm2": "residual.3", "conv2": "residual.6"}
-    res_names["conv_shortcut"] = "shortcut"
-    if rest[0] in ("conv_in", "norm_out", "conv_out"):
-        start = {"conv_in": ["conv1"], "norm_out": ["head", "0"], "conv_out": ["head", "2"]}[rest[0]]
-        rest = rest[1:]
-    elif rest[0] == "mid_block":
-        index = int(rest[2])
-        start = ["middle", str(2 * index if rest[1] == "resnets" else 1)]
-        rest = rest[3:]
-    elif rest[0] == "down_blocks":
-        start = ["downsamples", rest[1]]
-        rest = rest[2:]
-    else:
-        block = int(rest[1]) * (res_blocks + 2) + (int(rest[3]) if rest[2] == "resnets" else res_blocks + 1)
-        start = ["upsamples", str(block)]
-        rest = rest[4:]
-    if rest[0] in res_names:
-        rest = [res_names[rest[0]], *rest[1:]]
-    return ".".join([side, *start, *rest])
-
-
-def diffusers_vae(vae: WanVAE):
-    from diffusers import AutoencoderKLWan
-
-    config = vae.config
-    other = AutoencoderKLWan(
-        base_dim=config.dim,
-        dim_mult=list(config.multipliers),
-        num_res_blocks=config.res_blocks,
-        temperal_downsample=list(config.temporal_down),
-    ).eval()
-    ours = vae.state_dict()
-    names = {name: wan_name(name, config.res_blocks) for name in other.state_dict()}
-    assert sorted(names.values()) == sorted(ours)
-    other.load_state_dict({name: ours[wan] for name, wan in names.items()})
-    return other
-
-
-def relative_error(got: torch.Tensor, expected: torch.Tensor) -> float:
-    return float((got - expected).abs().max() / expected.abs().max())
+def noise(frames: int, height: int = 3, width: int = 2) -> torch.Tensor:
+    return torch.randn(16, frames, height, width, generator=torch.Generator().manual_seed(2))
 
 
 @pytest.mark.parametrize(
@@ -82,21 +33,133 @@ def relative_error(got: torch.Tensor, expected: torch.Tensor) -> float:
 )
 @torch.no_grad()
 def test_equals_diffusers(config, frames, size):
-    vae = make_vae(config)
-    other = diffusers_vae(vae)
-    generator = torch.Generator().manual_seed(1)
-    video = torch.rand((1, 3, frames, *size), generator=generator) * 2 - 1
-    mean = torch.tensor(other.config.latents_mean).view(1, -1, 1, 1, 1)
-    std = torch.tensor(other.config.latents_std).view(1, -1, 1, 1, 1)
+    vae = random_vae(config)
+    other = same_in_diffusers(vae)
+    mean, std = statistics(other)
+    video = clip(frames, *size)[None]
 
     expected = (other.encode(video).latent_dist.mode() - mean) / std
     assert relative_error(vae.encode(video[0]), expected[0]) <= 1e-4
     assert relative_error(vae.encode_clip(video)[0], expected) <= 1e-4
 
-    latents = torch.randn(expected.shape, generator=generator)
+    latents = torch.randn(expected.shape, generator=torch.Generator().manual_seed(2))
     expected = other.decode(latents * std + mean).sample
     assert 0.1 < expected.abs().mean() < 0.9  # neither silent nor clamped away
-    chunks = list(vae.decode(latents[0]))
-    assert [chunk.shape[1] for chunk in chunks] == [1] + [4] * (latents.shape[2] - 1)
-    assert relative_error(torch.cat(chunks, dim=1), expected[0]) <= 1e-4
+    assert relative_error(torch.cat(list(vae.decode(latents[0])), dim=1), expected[0]) <= 1e-4
     assert relative_error(vae.decode_clip(latents).clamp(-1, 1), expected) <= 1e-4
+
+
+def test_log_variance_is_that_of_the_normalised_latents(vae):
+    video = clip(5)[None]
+    other = same_in_diffusers(vae)
+    _, std = statistics(other)
+    expected = other.encode(video).latent_dist.logvar - 2 * std.log()
+    torch.testing.assert_close(vae.encode_clip(video)[1], expected, rtol=0, atol=1e-4)
+
+
+def test_decode_yields_one_frame_then_four_for_each_latent(vae):
+    chunks = list(vae.decode(noise(4)))
+    assert [tuple(chunk.shape) for chunk in chunks] == [(3, 1, 24, 16)] + [(3, 4, 24, 16)] * 3
+    assert all(chunk.dtype == torch.float32 and chunk.abs().max() <= 1 for chunk in chunks)
+
+
+def test_streamed_clips_equal_whole_clips(vae):
+    latents = noise(5)
+    whole = vae.decode_clip(latents[None])[0].clamp(-1, 1)
+    torch.testing.assert_close(torch.cat(list(vae.decode(latents)), dim=1), whole, rtol=0, atol=1e-5)
+    video = clip(17)
+    torch.testing.assert_close(vae.encode(video), vae.encode_clip(video[None])[0][0], rtol=0, atol=1e-5)
+
+
+def test_decoding_a_prefix_gives_the_first_frames_bit_by_bit(vae):
+    latents = noise(5)
+    whole, prefix = (torch.cat(list(vae.decode(latents[:, :frames])), dim=1) for frames in (5, 3))
+    assert torch.equal(whole[:, :9], prefix)
+
+
+def test_one_picture_is_a_clip_of_one_frame(vae):
+    latents = vae.encode(clip(1))
+    assert latents.shape == (16, 1, 3, 2)
+    assert [chunk.shape[1] for chunk in vae.decode(latents)] == [1]
+
+
+@pytest.mark.parametrize("last", [False, True], ids=["i2v", "flf2v"])
+@pytest.mark.parametrize("frames", [5, 33, 1 + 4 * 26])
+def test_condition_equals_the_encoded_clip_bit_by_bit(vae, frames, last):
+    first, final = clip(1)[:, 0], clip(1, seed=5)[:, 0]
+    video = torch.zeros(3, frames, 24, 16)
+    video[:, 0] = first
+    if last:
+        video[:, -1] = final
+    assert torch.equal(vae.encode_condition(frames, first, final if last else None), vae.encode(video))
+
+
+def test_condition_does_not_compute_constant_chunks_again():
+    vae = random_vae(TINY)
+    layers = vae.encoder.layers()
+    calls = [0] * len(layers)
+    for index, layer in enumerate(layers):
+        layer.register_forward_pre_hook(lambda *_, index=index: calls.__setitem__(index, calls[index] + 1))
+    vae.encode_condition(81, clip(1)[:, 0])
+    assert calls == sorted(calls)  # the first layers come to rest first
+    assert calls[0] == 3 and calls[2] <= 7 and calls[-1] == 21
+
+
+def test_condition_of_one_frame_is_the_picture(vae):
+    picture = clip(1)
+    assert torch.equal(vae.encode_condition(1, picture[:, 0]), vae.encode(picture))
+
+
+def test_bfloat16_stays_near_float32_and_answers_float32(vae):
+    half = random_vae(TINY).to(torch.bfloat16)
+    latents, video = noise(3), clip(9)
+    frames = torch.cat(list(half.decode(latents)), dim=1)
+    encoded = half.encode(video)
+    assert frames.dtype == encoded.dtype == torch.float32
+    assert (frames - torch.cat(list(vae.decode(latents)), dim=1)).abs().mean() < 2e-2
+    assert (encoded - vae.encode(video)).abs().mean() < 2e-2
+
+
+def test_cancel_stops_between_chunks(vae):
+    cancel = CancelToken()
+    frames = vae.decode(noise(5), cancel=cancel)
+    next(frames)
+    cancel.cancel()
+    with pytest.raises(Cancelled):
+        next(frames)
+    with pytest.raises(Cancelled):
+        vae.encode(clip(5), cancel=cancel)
+    with pytest.raises(Cancelled):
+        vae.encode_condition(5, clip(1)[:, 0], cancel=cancel)
+
+
+def test_two_decodes_at_once_do_not_mix(vae):
+    first, second = noise(3), noise(3) * 0.5
+    alone = list(vae.decode(first))
+    turns = [(a, b) for a, b in zip(vae.decode(first), vae.decode(second), strict=True)]
+    assert all(torch.equal(a, b) for a, (b, _) in zip(alone, turns, strict=True))
+
+
+def test_whole_clips_pass_gradients_to_every_parameter():
+    vae = random_vae(TINY).requires_grad_(True)
+    video = torch.stack([clip(5, seed=1), clip(5, seed=2)])
+    mean, log_variance = vae.encode_clip(video)
+    (vae.decode_clip(mean).square().mean() + log_variance.mean()).backward()
+    silent = [
+        name for name, parameter in vae.named_parameters() if not (parameter.grad is not None and parameter.grad.any())
+    ]
+    assert not silent
+
+
+def test_decoder_memory_does_not_grow_with_the_clip(vae):
+    """What the stream holds after 3 latent frames it holds after 9."""
+    from lightx2v.models.causal_conv import Stream
+
+    held = []
+    stream = Stream()
+    for _ in range(9):
+        x = noise(1)[None]
+        for layer in vae.decoder.layers():
+            x = layer(x, stream)
+        held.append(sum(past.untyped_storage().nbytes() for past in stream.past.values()))
+    assert held[2] == held[8]

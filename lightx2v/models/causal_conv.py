@@ -3,9 +3,9 @@
 `CausalConv3d` is the VAE's 3x3x3 convolution: the two frames before the first one are zero. A `Stream` holds, for one
 clip, the last two input frames of every layer, so that chunk after chunk gives what the whole clip gives.
 
-On a CPU in float32, a streamed chunk of 2 or 4 frames is computed by Winograd's short convolution along time: 4 or 6
-two-dimensional convolutions instead of 6 or 12. That halves the arithmetic of the VAE, and avoids conv3d, which is up
-to ten times slower than conv2d there when channels are few. The rounding error stays at 5e-6 of the output's maximum.
+On a CPU in float32, streamed chunks are computed by Winograd's short convolution along time: 2 or 4 frames by 4 or 6
+two-dimensional convolutions instead of 6 or 12. That up to halves the arithmetic of the VAE, and avoids conv3d, which
+is ten times slower than conv2d there when channels are few. The rounding error stays at 5e-6 of the output's maximum.
 
 Shapes: B batch, C channels, T frames, H height, W width. Streamed tensors have B = 1 and lie in memory as THWC
 (channels_last_3d), where a run of frames is one contiguous piece and a norm over channels is a norm over the last axis.
@@ -52,7 +52,13 @@ _OUTPUT = {
 class Stream:
     """What the layers remember between the chunks of one clip. Made anew for each clip; inference only."""
 
-    def __init__(self) -> None:
+    def __init__(self, winograd: int = 4) -> None:
+        """`winograd` is the most frames that one short convolution makes.
+
+        With 4, every output is rounded together with all six frames that go in. With 2, the zeros in the matrices make
+        each output depend on its own three frames only, to the last bit, as in the plain convolution.
+        """
+        self.winograd = winograd
         self.past: dict[nn.Module, Tensor] = {}
         self._kernels: dict[tuple[nn.Module, int], Tensor] = {}
 
@@ -111,11 +117,13 @@ class CausalConv3d(nn.Conv3d):
         stream.remember(self, joined_BCTHW)
         if frames == 1 and begins:  # the past is zero: one third of the kernel is enough
             return F.conv2d(joined_BCTHW[:, :, PAST], self.weight[:, :, -1], self.bias, padding=1)[:, :, None]
-        if frames in (1, 2, 4) and joined_BCTHW.device.type == "cpu" and joined_BCTHW.dtype == torch.float32:
-            frames_THWC = joined_BCTHW[0].permute(1, 2, 3, 0)
-            clip_THWC = self._short(frames_THWC, stream.kernels(self, frames))
-            return clip_THWC.permute(3, 0, 1, 2)[None]
-        return super().forward(joined_BCTHW)
+        short = min(frames, stream.winograd)
+        if frames not in (1, 2, 4) or joined_BCTHW.device.type != "cpu" or joined_BCTHW.dtype != torch.float32:
+            return super().forward(joined_BCTHW)
+        frames_THWC, kernels = joined_BCTHW[0].permute(1, 2, 3, 0), stream.kernels(self, short)
+        parts = [self._short(frames_THWC[i : i + short + PAST], kernels) for i in range(0, frames, short)]
+        clip_THWC = parts[0] if len(parts) == 1 else torch.cat(parts)
+        return clip_THWC.permute(3, 0, 1, 2)[None]
 
     def _short(self, frames_THWC: Tensor, kernels: Tensor) -> Tensor:
         """1, 2 or 4 frames out of the two before and themselves, by two-dimensional convolutions."""

@@ -26,63 +26,62 @@ class Tiling:
     overlap: int = 8
 
     def __post_init__(self) -> None:
-        assert 0 <= self.overlap < self.size
+        assert 0 <= 2 * self.overlap <= self.size
 
-    def tiles(self, height: int, width: int) -> list[Tile]:
-        return [Tile(rows, columns) for rows in self._cut(height) for columns in self._cut(width)]
+    def tiles(self, height: int, width: int, scale: int) -> list[Tile]:
+        """Tiles over latents of this size, to be blended in a result that is `scale` times as large."""
+        return [
+            Tile(rows, columns, row_weights[:, None] * column_weights)
+            for rows, row_weights in self._cut(height, scale)
+            for columns, column_weights in self._cut(width, scale)
+        ]
 
     def tile_shape(self, height: int, width: int) -> tuple[int, int]:
         """Height and width of each tile: they all have the same size."""
-        return self._cut(height)[0].length, self._cut(width)[0].length
+        return self._length(height), self._length(width)
 
-    def _cut(self, total: int) -> list[Span]:
-        """As few spans as possible of equal length, and no longer than the overlap asks."""
-        count = max(1, math.ceil((total - self.overlap) / (self.size - self.overlap)))
-        length = math.ceil((total + (count - 1) * self.overlap) / count)
+    def _count(self, total: int) -> int:
+        return max(1, math.ceil((total - self.overlap) / (self.size - self.overlap)))
+
+    def _length(self, total: int) -> int:
+        """As few tiles as possible, and those no longer than the overlap asks."""
+        count = self._count(total)
+        return math.ceil((total + (count - 1) * self.overlap) / count)
+
+    def _cut(self, total: int, scale: int) -> list[tuple[slice, Tensor]]:
+        """One axis: where each tile lies, and its weights, which add up to one at every pixel of the result."""
+        count, length = self._count(total), self._length(total)
         starts = [round(i * (total - length) / max(1, count - 1)) for i in range(count)]
-        # Neighbours fade into each other around the middle of what they share, which may be more than the overlap.
-        centres = [(after + before + length) / 2 for before, after in zip(starts, starts[1:], strict=False)]
+        position = torch.arange(length * scale, dtype=torch.float64) + 0.5
+        ramp = position / max(self.overlap * scale, 1)
+        weights, weight_sum = [], torch.zeros(total * scale, dtype=torch.float64)
+        for start in starts:
+            weight = torch.ones_like(position)
+            if start > 0:
+                weight = weight.minimum(ramp)
+            if start + length < total:
+                weight = weight.minimum(ramp.flip(0))
+            weights.append(weight)
+            weight_sum[start * scale : (start + length) * scale] += weight
         return [
-            Span(start, length, left, right, self.overlap)
-            for start, left, right in zip(starts, [None, *centres], [*centres, None], strict=True)
+            (slice(start, start + length), (weight / weight_sum[start * scale : (start + length) * scale]).float())
+            for start, weight in zip(starts, weights, strict=True)
         ]
 
 
-@dataclass(frozen=True, slots=True)
-class Span:
-    """One tile along one axis; `left` and `right` are the centres of the ramps towards its neighbours."""
-
-    start: int
-    length: int
-    left: float | None
-    right: float | None
-    overlap: int
-
-    def slice(self, scale: int) -> slice:
-        return slice(self.start * scale, (self.start + self.length) * scale)
-
-    def weights(self, scale: int) -> Tensor:
-        """Weight of each of the `length * scale` pixels; those of all spans add up to one everywhere."""
-        position = (torch.arange(self.length * scale, dtype=torch.float64) + 0.5) / scale + self.start
-        weight = torch.ones_like(position)
-        width = max(self.overlap, 1e-6)  # without overlap: a step
-        if self.left is not None:
-            weight *= ((position - self.left) / width + 0.5).clamp(0, 1)
-        if self.right is not None:
-            weight *= ((self.right - position) / width + 0.5).clamp(0, 1)
-        return weight.float()
-
-
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, eq=False)
 class Tile:
-    rows: Span
-    columns: Span
+    """Rows and columns in latents, and the weight of each pixel of the result."""
+
+    rows: slice
+    columns: slice
+    weights: Tensor
 
     def crop(self, x: Tensor, scale: int) -> Tensor:
         """The tile's part of (..., H * scale, W * scale)."""
-        return x[..., self.rows.slice(scale), self.columns.slice(scale)]
+        rows, columns = (slice(span.start * scale, span.stop * scale) for span in (self.rows, self.columns))
+        return x[..., rows, columns]
 
-    def add(self, total: Tensor, part: Tensor, scale: int) -> None:
-        """Adds the weighted part to its place in the total (..., H * scale, W * scale)."""
-        weight = self.rows.weights(scale)[:, None] * self.columns.weights(scale)
-        self.crop(total, scale).add_(part.to(total.device) * weight)
+    def add(self, result: Tensor, part: Tensor, scale: int) -> None:
+        """Adds the weighted part to its place in the result (..., H * scale, W * scale)."""
+        self.crop(result, scale).add_(part.to(result.device) * self.weights)

@@ -72,7 +72,7 @@ class WanVAE(nn.Module):
     def _encode(self, chunks_CTHW: list[Tensor], tiling: Tiling | None, cancel: CancelToken | None) -> Tensor:
         scale = self.config.spatial_stride
         height, width = (side // scale for side in chunks_CTHW[0].shape[2:])
-        tiles = tiling.tiles(height, width) if tiling else []
+        tiles = tiling.tiles(height, width, 1) if tiling else []
         if len(tiles) < 2:
             return self._moments(torch.cat(list(self._features(chunks_CTHW, cancel)), dim=2))[0][0]
         latents_CTHW = torch.zeros(self.config.z_dim, len(chunks_CTHW), height, width)
@@ -87,10 +87,11 @@ class WanVAE(nn.Module):
 
         While the very same tensor comes again and again, a layer whose memory did not change will give the same output
         again, bit by bit, if the layers before it do. The first layers reach that rest within a few chunks, as each
-        sees only so far into the past; resting layers are not computed again.
+        sees only so far into the past; resting layers are not computed again. (Convolutions are short ones of two
+        frames here: those of four would round a chunk's frames together and come to rest a chunk later each.)
         """
         weight = self.conv1.weight
-        stream, layers = Stream(), self.encoder.layers()
+        stream, layers = Stream(winograd=2), self.encoder.layers()
         previous, resting, output = None, 0, None
         for chunk_CTHW in chunks_CTHW:
             if cancel is not None:
@@ -117,7 +118,8 @@ class WanVAE(nn.Module):
         Without tiles each piece comes when it is decoded, on the VAE's device; with tiles all come at the end, in host
         memory.
         """
-        tiles = tiling.tiles(*latents_CTHW.shape[2:]) if tiling else []
+        height, width = latents_CTHW.shape[2:]
+        tiles = tiling.tiles(height, width, self.config.spatial_stride) if tiling else []
         if len(tiles) > 1:
             yield from self._decode_tiles(latents_CTHW, tiles, cancel)
             return

@@ -27,11 +27,16 @@ class RMSNorm(nn.Module):
         scale = self.gamma.shape[0] ** 0.5
         return F.normalize(x.float(), dim=1).to(x.dtype) * (self.gamma * scale)
 
-    def into(self, out: Tensor, x: Tensor) -> None:
-        """The same for inference, written into `out` without temporaries of x's size."""
+    def activate(self, out: Tensor, x: Tensor) -> None:
+        """SiLU of the same, for inference, written into `out` with little besides."""
+        channels = self.gamma.shape[0]
+        if x.is_cuda:  # two fused kernels; a third fewer passes over memory
+            normal = F.rms_norm(x.movedim(1, -1), (channels,), self.gamma.flatten(), 1e-24)
+            torch.ops.aten.silu.out(normal.movedim(-1, 1), out=out)
+            return
         length = torch.linalg.vector_norm(x, dim=1, keepdim=True, dtype=torch.float32)
         torch.div(x, length.clamp_min_(1e-12), out=out)
-        out.mul_(self.gamma * self.gamma.shape[0] ** 0.5)
+        F.silu(out.mul_(self.gamma * channels**0.5), inplace=True)
 
 
 def _convolve(norm: nn.Module, conv: nn.Module, x_BCTHW: Tensor, stream: Stream | None) -> Tensor:
@@ -40,9 +45,7 @@ def _convolve(norm: nn.Module, conv: nn.Module, x_BCTHW: Tensor, stream: Stream 
     if stream is None:
         return conv(F.silu(norm(x_BCTHW)))
     joined = stream.room(conv, x_BCTHW)
-    active = joined[:, :, PAST:]
-    norm.into(active, x_BCTHW)
-    F.silu(active, inplace=True)
+    norm.activate(joined[:, :, PAST:], x_BCTHW)
     return conv.joined(joined, stream)
 
 
