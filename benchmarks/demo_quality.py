@@ -108,15 +108,18 @@ def to_video(frames: np.ndarray) -> Tensor:
 def read(frames: np.ndarray) -> Reading:
     """The detector on any number of clips."""
     parts = [detect(to_video(frames[start : start + 32])) for start in range(0, len(frames), 32)]
-    return Reading(**{name: torch.cat([getattr(part, name) for part in parts]) for name in ATTRIBUTES})
+    names = (*ATTRIBUTES, "outlines")
+    return Reading(**{name: torch.cat([getattr(part, name) for part in parts]) for name in names})
 
 
 def judge(name: str, task: Task, made: Made) -> Row:
-    right = read(made.frames).matches(task.clips)
+    reading = read(made.frames)
+    right = reading.matches(task.clips)
     row: Row = {"name": name, "clips": len(made.frames)}
     row |= {key: round(value.float().mean().item(), 3) for key, value in right.items()}
     row["seen"] = round(right["all"][~task.unseen].float().mean().item(), 3)
     row["held_out"] = round(right["all"][task.unseen].float().mean().item(), 3)
+    row["outline"] = round(reading.crispness(task.clips).mean().item(), 3)
     if task.pictures:
         given = np.stack([np.asarray(Image.open(path)) for path in task.pictures])
         decibels = psnr(made.frames[:, 0], given)
@@ -148,7 +151,8 @@ def drawn_clips(count: int) -> tuple[Row, Row]:
     made = to_frames(torch.cat(again)).numpy()
     rows = []
     for name, frames in (("drawn clips", real), ("VAE reconstruction", made)):
-        right = read(frames).matches(clips)
+        reading = read(frames)
+        right = reading.matches(clips) | {"outline": reading.crispness(clips)}
         rows.append({"name": name, "clips": count} | {k: round(v.float().mean().item(), 3) for k, v in right.items()})
     rows[1]["dB"] = round(float(psnr(made, real).mean()), 1)
     return rows[0], rows[1]
@@ -234,7 +238,18 @@ def all_rows(count: int, few: int, folder: Path) -> dict[str, Callable[[], list[
 
 
 def to_markdown(rows: Sequence[Row], command: str) -> str:
-    columns = ("all", "seen", "held_out", *ATTRIBUTES, "dB", "first_dB", "first_above_25_dB", "night", "seconds")
+    columns = (
+        "all",
+        "seen",
+        "held_out",
+        *ATTRIBUTES,
+        "outline",
+        "dB",
+        "first_dB",
+        "first_above_25_dB",
+        "night",
+        "seconds",
+    )
     used = [column for column in columns if any(column in row for row in rows)]
     lines = [f"Made by `{command}`.", "", "| what | clips | " + " | ".join(c.replace("_", " ") for c in used) + " |"]
     lines.append("|---" * (len(used) + 2) + "|")

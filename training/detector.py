@@ -17,6 +17,7 @@ from torch import Tensor
 from .world import ATTRIBUTES, FRAMES, GROUND, LIGHT, MOTIONS, PALETTE, SHAPES, Clips
 
 SATURATED = 0.385  # chroma (largest minus smallest channel): landscapes stay below .33, toys above .41
+OUTLINE = 0.6  # least overlap with any outline, below which a toy is of no kind
 GRID = 32  # outlines are compared at GRID x GRID
 
 
@@ -29,6 +30,8 @@ class Reading:
     motion: Tensor
     ground: Tensor
     time: Tensor
+    outlines: Tensor
+    """B x kinds: how well the toy's outline overlaps each kind's, 0..1. Drawn clips reach .95."""
 
     def matches(self, clips: Clips) -> dict[str, Tensor]:
         """Which clips show what they should, by attribute and for "all" at once."""
@@ -36,14 +39,20 @@ class Reading:
         right["all"] = torch.stack(list(right.values())).all(0)
         return right
 
+    def crispness(self, clips: Clips) -> Tensor:
+        """Overlap with the outline of what was asked for."""
+        return self.outlines.gather(1, clips.kind[:, None])[:, 0]
+
 
 def detect(video_BCTHW: Tensor) -> Reading:
     """Reads clips of one loop (17 frames or more; only the first 17 count) in [-1, 1]."""
     video = ((video_BCTHW[:, :, :FRAMES].float().clamp(-1, 1) + 1) / 2).transpose(1, 2)  # B T C H W
     mask = _largest_mask(video)
     boxes = _boxes(mask)
+    outlines = _outline_overlaps(mask, boxes).cpu()
     return Reading(
-        kind=_kind(mask, boxes).cpu(),
+        kind=torch.where(outlines.amax(1) > OUTLINE, outlines.argmax(1), -1),
+        outlines=outlines,
         colour=_colour(video, mask).cpu(),
         motion=_motion(mask, boxes).cpu(),
         **_scene(video, mask),
@@ -114,15 +123,12 @@ def _boxes(mask: Tensor) -> _Boxes:
     return _Boxes(left=left, right=right, top=top, bottom=bottom, area=mask.float().mean((-1, -2)))
 
 
-def _kind(mask: Tensor, boxes: _Boxes) -> Tensor:
-    """The drawn outline that overlaps best with the clip's best view: whole, wide and large."""
-    quality = (
-        boxes.area * (boxes.width / boxes.height.clamp(min=1e-3)).clamp(max=1) * torch.where(boxes.whole, 1.0, 0.05)
-    )
+def _outline_overlaps(mask: Tensor, boxes: _Boxes) -> Tensor:
+    """B x kinds, the mean over the clip's three best views: whole, wide and large."""
+    narrow = (boxes.width / boxes.height.clamp(min=1e-3)).clamp(max=1)
+    quality = boxes.area * narrow * torch.where(boxes.whole, 1.0, 0.05)
     best = quality.topk(3, dim=1).indices
-    votes = sum(_overlaps(mask, boxes, best[:, i]) for i in range(3))
-    assert isinstance(votes, Tensor)
-    return torch.where(votes.amax(1) > 0.6 * 3, votes.argmax(1), -1)
+    return torch.stack([_overlaps(mask, boxes, best[:, i]) for i in range(3)]).mean(0)
 
 
 def _overlaps(mask: Tensor, boxes: _Boxes, frame: Tensor) -> Tensor:

@@ -94,6 +94,8 @@ def judge(
     right = [reading.matches(clips[i * 64 : (i + 1) * 64]) for i, reading in enumerate(readings)]
     joined = {name: torch.cat([part[name] for part in right]).float() for name in right[0]}
     result = {name: value.mean().item() for name, value in joined.items()}
+    sharp = [reading.crispness(clips[i * 64 : (i + 1) * 64]) for i, reading in enumerate(readings)]
+    result["outline"] = torch.cat(sharp).mean().item()
     result["seen"] = joined["all"][~held_out].mean().item()
     result["held_out"] = joined["all"][held_out].mean().item()
     if first_frames is not None:
