@@ -91,7 +91,8 @@ def _video(words: Words, job: Job, side: str) -> str:
     vram = peak_vram(timings)
     facts = [words.preset(job.preset), numbers.seconds(timings["total"]), numbers.memory(vram[0]) if vram else ""]
     caption = tag("strong", side) + tag("span", esc(" · ".join(filter(None, facts))), class_="quiet")
-    return tag("figure", tag("div", video, class_="stage") + tag("figcaption", caption))
+    poster = tag("img", src=f"studio/{job.id}/poster.jpg", alt="", class_="ambient")
+    return tag("figure", tag("div", poster + video, class_="stage") + tag("figcaption", caption))
 
 
 def _table(words: Words, left: Job, right: Job) -> str:

@@ -64,7 +64,7 @@ class Editor:
         asked["resize_mode"] = None if values.get("match_image", True) else EXACT
         values = {**values, "task": task, "shape": shape_of(asked, task)}
         values["size"] = (
-            tier_of(asked) if tier_of(asked) in dict(map(reversed, size_choices(resolved.request))) else None
+            tier_of(asked) if tier_of(asked) in {tier for _, tier in size_choices(resolved.request)} else None
         )
         updates: Updates = {}
         for name, component in fields.items():
@@ -114,7 +114,7 @@ class Editor:
                     files=studio.files.status(resolved.engine),
                 )
             )
-        return panels.preset_list(words, offers, name, studio.machine())
+        return panels.preset_list(words, offers, name, studio.room)
 
     def files(self, words: Words, name: str) -> Updates:
         """The list of model files and its heading; nothing where the page hides them."""
@@ -151,7 +151,7 @@ class Editor:
             studio.predict(config, request),
             studio.memory_need(config, request),
             studio.files.status(config),
-            studio.machine(),
+            studio.room,
             len(planned.requests),
         )
 

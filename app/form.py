@@ -93,7 +93,9 @@ def plan(form: Form, presets: Mapping[str, str], exposure: Exposure) -> Plan:
     if form.task == "i2v" and not form.image_path:
         raise BadRequest("Image to video needs a first frame. Choose an image, or switch to text to video.")
     resolved = resolve(form.preset, _overrides(form, exposure))
-    pictures = {"image_path": form.image_path, "last_frame_path": form.last_frame_path} if form.task == "i2v" else {}
+    pictures: dict[str, Any] = (
+        {"image_path": form.image_path, "last_frame_path": form.last_frame_path} if form.task == "i2v" else {}
+    )
     requests = []
     for number, prompt in enumerate(_prompts(form, exposure.limits.batch)):
         settings = {

@@ -175,6 +175,8 @@ class Handlers:
                 self.studio.swap(job, waiting[place])
         elif name == "compare":
             visitor = visitor.with_compared(job.id)
+            words, count = Words(visitor.language), len(visitor.compared)
+            gr.Info(words("compare_two" if count == 2 else "compare_one"), title=words("compare"), duration=4)
         elif name == "restore":
             return replace(visitor, job=job.id, pinned=True, shown=""), self._fill(
                 visitor, job.preset, job.config, job.request

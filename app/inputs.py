@@ -56,7 +56,7 @@ EXAMPLES = {
 class Inputs:
     """The components of the left column. `fields` are those that a Form is made of, by its names."""
 
-    fields: dict[str, Component] = field(default_factory=dict)
+    fields: dict[str, Any] = field(default_factory=dict)
     labels: dict[Component, tuple[str, str]] = field(default_factory=dict)
     """Component -> (what of it is text, the key of its words); for a change of language."""
     hints: dict[Component, tuple[str, str]] = field(default_factory=dict)
@@ -77,7 +77,7 @@ class Inputs:
     files_box: Any = None
     files: Any = None
 
-    def add(self, name: str, component: Component, key: str = "", *, info: str = "") -> Component:
+    def add(self, name: str, component: Any, key: str = "", *, info: str = "") -> Any:
         """Takes a field in, with the key of its label and of its hint."""
         self.fields[name] = component
         if key:
@@ -115,7 +115,7 @@ def build_inputs(words: Words, resolved: Resolved, exposure: Exposure) -> Inputs
     inputs.examples = gr.HTML(apply_default_css=False, elem_id="examples", js_on_load=JS_ACT)
     with gr.Row(elem_classes="plain", elem_id="how"):
         inputs.preset = gr.HTML(apply_default_css=False, elem_id="preset", js_on_load=JS_PICK, scale=4, min_width=220)
-        inputs.preset_name = inputs.add("preset", gr.State(resolved.preset.name))  # type: ignore[arg-type]
+        inputs.preset_name = inputs.add("preset", gr.State(resolved.preset.name))
         offload = gr.Dropdown(
             offload_choices(words), value="auto", label=words("offload"), filterable=False, scale=1, min_width=100,
             visible=exposure.shows_paths, elem_id="offload",

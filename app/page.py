@@ -9,6 +9,7 @@ import gradio as gr
 
 from lightx2v.config import PROJECT
 
+from .api import add_endpoints
 from .handlers import Handlers
 from .inputs import JS_ACT, Inputs, build_inputs
 from .strings import Words
@@ -54,6 +55,7 @@ def build_page(studio: Studio) -> gr.Blocks:
             top=top, stage=stage, status=status, report=report, queue=queue, history=history, compare=compared,
             benchmark=benchmark, tabs=(creating, comparing), restore=restore,
         )  # fmt: skip
+        add_endpoints(studio)
         handlers = Handlers(studio, inputs, outputs, session, seen, timer)
         _wire(page, handlers, inputs, outputs)
     return page
@@ -68,35 +70,36 @@ def _wire(page: gr.Blocks, handlers: Handlers, inputs: Inputs, outputs: Outputs)
         inputs.base_only, inputs.distilled_only, inputs.advanced, inputs.add_lora, *inputs.lora_rows,
     }  # fmt: skip
     column |= {inputs.files, inputs.files_box} - {None}
-    everything = column | right | state | {handlers.timer, outputs.restore, *outputs.tabs}
+    everything = [*column, *right, *state, handlers.timer, outputs.restore, *outputs.tabs]
+    left = list(column)
     read = state | fields
 
     page.load(handlers.opened, inputs=state, outputs=everything, **PRIVATE)
     handlers.timer.tick(
         handlers.tick, inputs=state | {inputs.fields["preset"]}, outputs=everything, trigger_mode="once", **PRIVATE
     )
-    outputs.report.change(handlers.finished, inputs=read, outputs=column, **PRIVATE)
+    outputs.report.change(handlers.finished, inputs=read, outputs=left, **PRIVATE)
     inputs.generate.click(handlers.generate, inputs=read, outputs=everything, **PRIVATE)
     for component in (inputs.examples, inputs.files, *right):
         if component is not None:
             component.act(handlers.act, inputs=read, outputs=everything, **PRIVATE)
     outputs.restore.upload(handlers.restored, inputs=read | {outputs.restore}, outputs=everything, **PRIVATE)
 
-    inputs.preset.pick(handlers.picked, inputs=read, outputs=column, **PRIVATE)
+    inputs.preset.pick(handlers.picked, inputs=read, outputs=left, **PRIVATE)
     named = inputs.fields
-    named["task"].input(handlers.task_changed, inputs=read, outputs=column, **PRIVATE)
-    gr.on([named["size"].input, named["shape"].input], handlers.size_chosen, inputs=read, outputs=column, **PRIVATE)
-    named["length"].input(handlers.length_chosen, inputs=read, outputs=column, **PRIVATE)
+    named["task"].input(handlers.task_changed, inputs=read, outputs=left, **PRIVATE)
+    gr.on([named["size"].input, named["shape"].input], handlers.size_chosen, inputs=read, outputs=left, **PRIVATE)
+    named["length"].input(handlers.length_chosen, inputs=read, outputs=left, **PRIVATE)
     typed = [named["height"].input, named["width"].input]
-    gr.on(typed, handlers.size_typed, inputs=read, outputs=column, trigger_mode="always_last", **PRIVATE)
+    gr.on(typed, handlers.size_typed, inputs=read, outputs=left, trigger_mode="always_last", **PRIVATE)
     costly = ("frames", "fps", "videos", "steps", "enable_cfg", "guidance_high", "guidance_low", "boundary", "shift")
     costly += ("denoising_step_list", "boundary_step_index", "per_line", "offload", "attention", "negative_prompt")
     changes = [named[name].input for name in costly] + [named["image_path"].change, named["last_frame_path"].change]
-    gr.on(changes, handlers.edited, inputs=read, outputs=column, trigger_mode="always_last", **PRIVATE)
+    gr.on(changes, handlers.edited, inputs=read, outputs=left, trigger_mode="always_last", **PRIVATE)
     paths = [component for name, component in named.items() if name.startswith("lora_") and name.endswith("_high")]
     blurred = [path.blur for path in paths if hasattr(path, "blur")]
-    gr.on(blurred, handlers.paired, inputs=read, outputs=column, **PRIVATE)
-    inputs.add_lora.click(handlers.lora_added, inputs=read, outputs=column, **PRIVATE)
+    gr.on(blurred, handlers.paired, inputs=read, outputs=left, **PRIVATE)
+    inputs.add_lora.click(handlers.lora_added, inputs=read, outputs=left, **PRIVATE)
 
 
 def head() -> str:

@@ -75,10 +75,10 @@ def header(words: Words, machine: Machine, loaded: str, exposure: Exposure, *, a
     )
 
 
-def preset_list(words: Words, offers: Sequence[Offer], chosen: str, machine: Machine) -> str:
+def preset_list(words: Words, offers: Sequence[Offer], chosen: str, room: int | None) -> str:
     """A button that shows the chosen preset, and the list of all with time, memory and download."""
     current = next((offer for offer in offers if offer.name == chosen), offers[0])
-    options = "".join(_option(words, offer, machine, chosen=offer is current) for offer in offers)
+    options = "".join(_option(words, offer, room, chosen=offer is current) for offer in offers)
     label = tag("span", esc(words("preset")), class_="label", id="preset-label")
     face = tag("span", esc(current.title), class_="name") + tag("span", "", class_="caret", aria_hidden="true")
     combo = tag(
@@ -90,13 +90,13 @@ def preset_list(words: Words, offers: Sequence[Offer], chosen: str, machine: Mac
 
 
 def cost_line(
-    words: Words, prediction: Prediction | None, need: int | None, files: FilesStatus, machine: Machine, count: int
+    words: Words, prediction: Prediction | None, need: int | None, files: FilesStatus, room: int | None, count: int
 ) -> str:
     """Under the button: seconds, memory against what is free, bytes to download."""
     parts = [_time(words, prediction, count)]
-    if need is not None and machine.vram_free is not None:
-        level, key = _level(need, machine.vram_free)
-        text = words(key, need=numbers.memory(need), free=numbers.memory(machine.vram_free))
+    if need is not None and room is not None:
+        level, key = _level(need, room)
+        text = words(key, need=numbers.memory(need), free=numbers.memory(room))
         parts.append(tag("span", esc(text), class_=level))
     parts.append(esc(_files_text(words, files)))
     return tag("p", " · ".join(parts), class_="cost", role="status")
@@ -169,10 +169,10 @@ def files_title(words: Words, status: FilesStatus) -> str:
     return f"{words('files')} — " + words("files_state", have=have, all=len(status.files), size=numbers.size(size))
 
 
-def _option(words: Words, offer: Offer, machine: Machine, *, chosen: bool) -> str:
+def _option(words: Words, offer: Offer, room: int | None, *, chosen: bool) -> str:
     need = ""
     if offer.need is not None:
-        level = _level(offer.need, machine.vram_free)[0] if machine.vram_free is not None else ""
+        level = _level(offer.need, room)[0] if room is not None else ""
         need = tag("span", esc(numbers.memory(offer.need)), class_=f"need {level}")
     time = f"≈ {numbers.about(offer.prediction.seconds)}" if offer.prediction else "–"
     disk = tag("span", esc(_short_files(words, offer.files)), class_="disk" + (" ok" if offer.files.ready else ""))

@@ -62,8 +62,9 @@ def stage_seconds(timings: Mapping[str, Any]) -> dict[str, float]:
 def attention_line(result: Mapping[str, Any]) -> str:
     """Which backend ran and why, in one line."""
     attention = result.get("attention") or {}
-    name, reason = attention.get("name") or attention.get("self", ""), attention.get("reason", "")
-    return f"{name} ({reason})" if name and reason else name or ", ".join(f"{k} {v}" for k, v in attention.items())
+    names = " / ".join(dict.fromkeys(attention[part] for part in ("self", "cross") if part in attention))
+    reason = attention.get("reason", "")
+    return f"{names} ({reason})" if reason else names
 
 
 def _subtitle(words: Words, job: Job) -> str:
@@ -140,6 +141,7 @@ def _details(words: Words, job: Job) -> str:
         (words("peak_ram"), numbers.memory(timings["peak_rss"])),
         (words("prompt_tokens"), ", ".join(f"{k} {v}" for k, v in (result.get("text_tokens") or {}).items())),
         ("LoRA", _lora_line(words, result)),
+        (words("memory"), str((result.get("plan") or {}).get("reason", ""))),
         ("shift", f"{job.request.shift:g}"),
         ("guidance", " / ".join(f"{g:g}" for g in job.request.guidance) if any(job.request.guided) else words("off")),
         (words("run"), job.id),
@@ -158,17 +160,10 @@ def _experts(timings: Mapping[str, Any]) -> list[tuple[str, str]]:
 
 
 def _lora_line(words: Words, result: Mapping[str, Any]) -> str:
-    """How much of each LoRA found its place, where the engine tells."""
-    reports = result.get("lora") or []
-    reports = [reports] if isinstance(reports, Mapping) else reports
+    """How much of each LoRA found its place."""
     return "; ".join(
-        words(
-            "lora_match",
-            name=str(r.get("name", r.get("expert", ""))),
-            matched=r.get("matched", "?"),
-            total=r.get("total", "?"),
-        )
-        for r in reports
+        words("lora_match", name=lora["path"].rsplit("/", 1)[-1], matched=lora["applied"], total=lora["total"])
+        for lora in result.get("loras", ())
     )
 
 

@@ -13,7 +13,6 @@ import secrets
 import threading
 import time
 from collections import OrderedDict
-from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path
@@ -23,7 +22,7 @@ from lightx2v.config import PROJECT, PresetInfo, Resolved, list_presets, resolve
 from lightx2v.engine_config import EngineConfig
 from lightx2v.engine_slot import RunReport
 from lightx2v.errors import LightX2VError
-from lightx2v.estimate import DiTShape, Prediction, Rates, Work, count
+from lightx2v.estimate import Prediction, Rates, Work, count
 from lightx2v.image import jpeg
 from lightx2v.jobs import Engine, Job, JobManager, OpenEngine, UnknownJob
 from lightx2v.media import read_frame
@@ -32,6 +31,7 @@ from lightx2v.request import Request
 
 from .exposure import Exposure
 from .machine import MachineReader
+from .memory import bytes_needed, shape_of
 from .model_files import Files, LocalFiles
 from .served import existing
 
@@ -51,7 +51,7 @@ class Loaded:
 
 
 class Studio:
-    """`memory_need` tells how many bytes of VRAM a request needs where a planner knows; `files` who has model files."""
+    """`files` knows which model files are here and may fetch others."""
 
     def __init__(
         self,
@@ -60,7 +60,6 @@ class Studio:
         exposure: Exposure,
         *,
         files: Files | None = None,
-        memory_need: Callable[[EngineConfig, Request], int | None] | None = None,
         default_preset: str = "",
     ) -> None:
         self.exposure = exposure
@@ -69,12 +68,13 @@ class Studio:
         self.machine = MachineReader()
         self.files = files or LocalFiles()
         self.loaded: Loaded | None = None
-        self._memory_need = memory_need or (lambda config, request: None)
+        self._room_at_start = self.machine().vram_free or 0
         self._open = open_engine
         self._rates = Rates(self.folder / "rates.json")
         self._posters = self.folder / "posters"
         self._shown: OrderedDict[str, Path] = OrderedDict()
         self._predicted: OrderedDict[str, float] = OrderedDict()
+        self._adopted: OrderedDict[str, Job] = OrderedDict()
         self._lock = threading.Lock()
         self.presets = [info for info in list_presets() if info.gpus == 1 and not info.offload]
         self.default_preset = default_preset or self._choose_default()
@@ -116,8 +116,20 @@ class Studio:
         loaded = self.loaded is not None and self.loaded.config == config
         return self._rates.predict(self.machine().name, engine_key(config), self._work(config, request), loaded=loaded)
 
+    @property
+    def room(self) -> int | None:
+        """Bytes of VRAM for a run: what is free, and what our own loaded model takes; None without a GPU."""
+        machine = self.machine()
+        if machine.vram_free is None or self.loaded is None:
+            return machine.vram_free
+        return max(machine.vram_free, self._room_at_start)
+
     def memory_need(self, config: EngineConfig, request: Request) -> int | None:
-        return self._memory_need(config, request)
+        """Bytes of VRAM at the highest, None without a GPU."""
+        room = self.room
+        if room is None:
+            return None
+        return bytes_needed(config, request, vram=room, ram=self.machine().ram_free)
 
     def predicted_for(self, job_id: str) -> float | None:
         """What was predicted when the job was submitted."""
@@ -128,7 +140,7 @@ class Studio:
         return prediction.seconds if prediction else None
 
     def _work(self, config: EngineConfig, request: Request) -> Work:
-        return count(request, shape_of(config.model_path, config.models_dir))
+        return count(request, shape_of(config))
 
     # ---- engines ------------------------------------------------------------------------------------------------
 
@@ -156,15 +168,25 @@ class Studio:
 
     def own(self, owner: str, job_id: str) -> Job | None:
         """The run if it is this visitor's, else None, whether or not it exists."""
-        try:
-            job = self.jobs.get(job_id)
-        except UnknownJob:
-            return None
-        return job if owner and secrets.compare_digest(job.owner, owner) else None
+        job = self._find(job_id)
+        return job if job is not None and owner and secrets.compare_digest(job.owner, owner) else None
 
     def runs(self, owner: str) -> list[Job]:
         """A visitor's runs, the newest first."""
-        return self.jobs.list(owner, limit=HISTORY) if owner else []
+        if not owner:
+            return []
+        adopted = [job for job in reversed(self._adopted.values()) if job.owner == owner]
+        return [*adopted, *self.jobs.list(owner, limit=HISTORY)]
+
+    def adopt(self, job: Job) -> None:
+        """Takes in a finished run that was none of the job manager's (ZeroGPU). It is forgotten at a restart."""
+        _remember(self._adopted, job.id, job)
+
+    def _find(self, job_id: str) -> Job | None:
+        try:
+            return self._adopted.get(job_id) or self.jobs.get(job_id)
+        except UnknownJob:
+            return None
 
     def swap(self, first: Job, second: Job) -> None:
         """Exchanges two waiting runs of one visitor; nobody else's run moves."""
@@ -175,7 +197,11 @@ class Studio:
             self.jobs.move(early.id, max(places[0], places[1]))
 
     def delete(self, job: Job) -> None:
-        self.jobs.delete(job.id)
+        """Removes a run and its files."""
+        if self._adopted.pop(job.id, None) is None:
+            self.jobs.delete(job.id)
+        elif job.path is not None:
+            job.path.unlink(missing_ok=True)
         (self._posters / f"{job.id}.jpg").unlink(missing_ok=True)
 
     # ---- files that are served ----------------------------------------------------------------------------------
@@ -186,29 +212,24 @@ class Studio:
 
     def video_of(self, job_id: str) -> Path | None:
         """The video of a run; ids cannot be guessed, so having one is the permission."""
-        try:
-            return existing(self.jobs.get(job_id).path, self.folder)
-        except UnknownJob:
-            return None
+        job = self._find(job_id)
+        return existing(job.path, self.folder) if job is not None else None
 
     def preview_of(self, job_id: str) -> bytes | None:
         """The latest picture of the latents; the poster when the run ended in between."""
-        try:
-            return self.jobs.get(job_id).preview or self.poster_of(job_id)
-        except UnknownJob:
-            return None
+        job = self._find(job_id)
+        return job.preview or self.poster_of(job_id) if job is not None else None
 
     def poster_of(self, job_id: str) -> bytes | None:
         """A small picture of a run's middle frame, made once."""
-        video = self.video_of(job_id)
-        if video is None:
+        job, video = self._find(job_id), self.video_of(job_id)
+        if job is None or video is None:
             return None
         poster = self._posters / f"{job_id}.jpg"
         with self._lock:
             if not poster.is_file():
                 try:
-                    frames = self.jobs.get(job_id).request.frames
-                    data = jpeg(read_frame(video, frames // 2), max_side=POSTER_SIDE)
+                    data = jpeg(read_frame(video, job.request.frames // 2), max_side=POSTER_SIDE)
                     self._posters.mkdir(exist_ok=True)
                     poster.write_bytes(data)
                 except (LightX2VError, OSError) as error:
@@ -270,14 +291,6 @@ def engine_key(config: EngineConfig) -> str:
     """A short name for everything that an engine's speed depends on."""
     text = json.dumps(config.to_json(), sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()[:16]
-
-
-@lru_cache(maxsize=32)
-def shape_of(model_path: str, models_dir: str | None) -> DiTShape:
-    """The sizes of the model in a folder that is here, else A14B's."""
-    places = [Path(models_dir) / model_path] if models_dir else []
-    found = next((p for p in (*places, Path(model_path), PROJECT / model_path) if p.is_dir()), None)
-    return DiTShape.of_model(found)
 
 
 def _remember(table: OrderedDict[str, Any], key: str, value: Any) -> None:

@@ -88,7 +88,8 @@ class ExpertLoras:
 
         `device` is where it will run, if its weights are elsewhere now.
         """
-        self.which, self._dit, self._weights, self._config = which, dit, weights, config
+        self.which: Which = which
+        self._dit, self._weights, self._config = dit, weights, config
         self._device = device
         self._merged: list[Lora] = []
         self._hooks: list[torch.utils.hooks.RemovableHandle] = []

@@ -89,8 +89,9 @@ def expert_weights(files: ModelFiles, which: Which, config: EngineConfig) -> Mod
     weights = ModelWeights(checkpoint, wan_names(checkpoint.shapes), matrix=is_expert_matrix, quantise=quantise)
     if config.dit_quantized and not weights.quantised:
         raise CheckpointError(
-            f"dit_quantized is true, but {short_path(checkpoint.path)} holds no quantised weights. Name a quantised file "
-            f'in {which}_noise_quantized_ckpt, set build to "fp8" to make one, or set dit_quantized to false.'
+            f"dit_quantized is true, but {short_path(checkpoint.path)} holds no quantised weights. "
+            f'Name a quantised file in {which}_noise_quantized_ckpt, set build to "fp8" to make one, '
+            "or set dit_quantized to false."
         )
     return weights
 

@@ -177,14 +177,14 @@ def denoise_bytes(model: Model, need: Need, chunk: int | None = None) -> int:
     """Activations at the peak of a block, and the prompts' keys and values; weights not counted.
 
     Per token and channel: the residual in float32, one for each branch; then queries, keys, values and the attention's
-    output, or the feed-forward's input, its two inner tensors and its output. In chunks only the first of these is
+    output, or the feed-forward's input and its two inner tensors. In chunks only the first of these is
     whole, for keys and values must be.
     """
     d, e = model.dit.dim, model.compute
     residual = 4 * need.tokens * d * need.branches
     part = need.tokens if chunk is None else min(chunk, need.tokens)
     attention = need.tokens * 4 * d * e + (part * 6 * d * e if chunk else need.tokens * d * e)
-    feed_forward = part * (3 * d + 2 * model.dit.ffn_dim) * e
+    feed_forward = part * (d + 2 * model.dit.ffn_dim) * e
     text = need.branches * model.dit.num_layers * 2 * model.dit.text_len * d * e
     return residual + max(attention, feed_forward) + text
 

@@ -91,7 +91,7 @@ class PaintingEngine:
         return Result(
             path=str(path), frames=None, latents=None, request=request, config=self.config, height=request.height,
             width=request.width, device=self.painter.device, preset=self.preset, text_tokens={"prompt": 14},
-            attention={"name": "torch_sdpa", "reason": "fastest correct here"}, timings=timings,
+            attention={"self": "torch_sdpa", "cross": "torch_sdpa", "reason": "fastest correct here"}, timings=timings,
             file_bytes=path.stat().st_size,
         )  # fmt: skip
 

@@ -280,7 +280,7 @@ def expert(folder: Path, *loras: LoraSpec, dynamic: bool = False) -> tuple[WanDi
     found = match_loras(config.lora_configs, "high", weights, config)
     used = weights if ExpertLoras.dynamic(weights, config) else weights.with_loras(found)
     dit = load_expert(locate(config), used, precision, choice, choice)
-    return dit, ExpertLoras(dit, "high", weights, found, config)
+    return dit, ExpertLoras(dit, "high", weights, found, config, precision.device)
 
 
 def output(dit: WanDiT) -> torch.Tensor:

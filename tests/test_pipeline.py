@@ -13,6 +13,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from conftest import TinyModels
 from PIL import Image
 
 from lightx2v.config import resolve
@@ -23,8 +24,6 @@ from lightx2v.pipeline import LightX2VPipeline
 from lightx2v.progress import CancelToken, Progress
 from lightx2v.request import Request
 from lightx2v.result import Result
-
-from conftest import TinyModels
 
 SMALL = {"height": 32, "width": 48, "frames": 5, "steps": 4, "text_len": 512}
 

@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import time
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -36,7 +35,7 @@ from .vae import autocast
 RANK = 16
 SUBSTEPS = (5, 5, 6, 8)  # of the teacher within each of the student's steps
 FIRST = 0.9995  # UniPC's log-SNR is infinite at 1
-TEACHER_PART = 0.4  # of the time goes into trajectories
+TEACHER_PART = 0.3  # of the time goes into trajectories
 STEPS = {"high": (0, 1), "low": (2, 3)}
 
 
@@ -124,14 +123,16 @@ def fit(
     text: Text,
     data: Trajectories,
     entry: Tensor,
-    minutes: float,
+    end: float,
     steps: int | None,
     rate: float,
     compiled: bool,
 ) -> tuple[WanDiT, Tensor]:
-    """Trains one expert's LoRA. `entry`: the states in which the student enters; returns those in which it leaves."""
+    """Trains one expert's LoRA. `entry`: the states in which the student enters; returns those in which it leaves.
+
+    `end` is when both must be done, in seconds of the run's clock.
+    """
     first, second = STEPS[which]
-    start_time = time.perf_counter()
     student = copy_of(expert, run.device)
     trained = torch.nn.ParameterList(add_lora(student, RANK))
     optimizer = Optimizers(
@@ -155,7 +156,8 @@ def fit(
         return start.float(), target, timesteps[step], sigmas[step + 1] - sigmas[step], context, given
 
     loss_of = compiled_call(run, step_loss, student, batch, compiled)
-    clock = Clock(max(minutes - (time.perf_counter() - start_time) / 60, 0.05), steps)
+    share = 0.5 if which == "high" else 1.0  # of the time that is left after compiling
+    clock = Clock(max(share * (end - run.clock.total) / 60, 0.05), steps)
     report = clock.every(15)
     refresh = [0.35, 0.55, 0.75, 0.9]
     total, count = torch.zeros((), device=run.device), 0
@@ -206,11 +208,10 @@ def train(
     run.say("base, 20 steps: " + describe(result["base"]))
     left = max(minutes - run.clock.total / 60, 0.1)
     data = teach(run, text, experts, guidance, TEACHER_PART * left * 60, limit)
-    each = (minutes - run.clock.total / 60) / 2
     students: Experts = {}
     entry = data.states[:, 0]
     for which in STEPS:
-        students[which], entry = fit(run, which, experts[which], text, data, entry, each, steps, rate, compiled)
+        students[which], entry = fit(run, which, experts[which], text, data, entry, 60 * minutes, steps, rate, compiled)
         mixed = experts | students
         latents = sample_distilled(mixed, run.noise, text(run.prompts), run.images if task == "i2v" else None)
         result[f"4 steps, LoRA {'+'.join(students)}"] = judge(

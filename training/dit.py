@@ -38,7 +38,7 @@ from .world import COMBINATIONS, Clips, held_out
 
 POOL = 49_152
 DROP = 0.1  # share of empty prompts
-SHARED_PART = 0.6  # of a run's time; the experts share the rest
+PARTS = {"shared": 0.6, "high": 0.4, "low": 1.0}  # of the time that is left when a stage begins, after compiling
 RANGES = {  # sigma from, to, and the shift that spreads samples over it
     "shared": (0.0, 1.0, 4.0),
     "high": (0.86, 1.0, 5.0),
@@ -158,12 +158,15 @@ def fit(
     stage: str,
     dit: WanDiT,
     text: Text,
-    minutes: float,
+    end: float,
     steps: int | None,
     rates: tuple[float, float],
     compiled: bool,
 ) -> WanDiT:
-    """One stage; returns the averaged model. The text encoder learns only where it is not frozen."""
+    """One stage; returns the averaged model. The text encoder learns only where it is not frozen.
+
+    `end` is when all stages must be done, in seconds of the run's clock.
+    """
     learns_text = next(text.parameters()).requires_grad
     inside, rest = matrices(dit)
     words = list(text.parameters()) if learns_text else []
@@ -178,9 +181,8 @@ def fit(
         x0, ids, given = run.draw()
         return x0, draw_sigma(run.batch, stage, run.device), text(ids), given
 
-    began = time.perf_counter()
     loss_of = compiled_call(run, flow_loss, dit, batch, compiled)
-    clock = Clock(max(minutes - (time.perf_counter() - began) / 60, 0.05), steps)
+    clock = Clock(max(PARTS[stage] * (end - run.clock.total) / 60, 0.05), steps)
     average = Average(both, 0.999 if stage == "shared" else 0.998)
     report, keep = clock.every(20), clock.every(60)
     total, count = torch.zeros((), device=run.device), 0
@@ -260,9 +262,9 @@ def train(
     else:
         text = load_text(runs / "t2v", run.device)
         shared = widen(load_dit(runs / "t2v" / "shared.safetensors", run.device))
-    left = max(minutes - run.clock.total / 60, 0.1)
-    run.say(f"{left:.2f} minutes are left for training, batch {batch}")
-    fit(run, "shared", shared, text, SHARED_PART * left, steps, rates, compiled)
+    end = 60 * minutes
+    run.say(f"{minutes - run.clock.total / 60:.2f} minutes are left for training, batch {batch}")
+    fit(run, "shared", shared, text, end, steps, rates, compiled)
     if task == "t2v":
         with torch.no_grad():
             for parameter in text.parameters():  # the file holds bfloat16: the experts shall know it so
@@ -273,7 +275,7 @@ def train(
     for stage in ("high", "low"):
         dit = copy_of(shared, run.device)
         forked = (rates[0] * 0.5, rates[1] * 0.5)
-        experts[stage] = fit(run, stage, dit, text, (1 - SHARED_PART) / 2 * left, steps, forked, compiled)
+        experts[stage] = fit(run, stage, dit, text, end, steps, forked, compiled)
     result = {"experts": run.test(text, experts)}
     run.say("experts, 20 steps: " + describe(result["experts"]))
     variations: dict[str, dict[str, object]] = {

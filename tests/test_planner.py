@@ -1,0 +1,187 @@
+"""The planner against counted numbers, and the ladder it goes down."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+
+from lightx2v.estimate import DiTShape
+from lightx2v.models.tiling import Tiling
+from lightx2v.models.vae_config import VAEConfig
+from lightx2v.planner import (
+    GIB,
+    Machine,
+    Model,
+    Need,
+    Plan,
+    Wishes,
+    block_weights,
+    choose,
+    decode_bytes,
+    denoise_bytes,
+    expert_bytes,
+    free_ram,
+    outside_weights,
+    stage_bytes,
+    tile_side,
+)
+
+BF16, FP8 = Model(), Model(weight=1.0, text=4_700_000_000)
+LARGE = Need.of((16, 21, 90, 160), guided=True)
+SMALL = Need.of((16, 21, 60, 104), guided=True)
+ROOMY = 512 * GIB
+
+
+def plan(gib: float, need: Need = LARGE, model: Model = BF16, ram: int = ROOMY, **wishes: object) -> Plan:
+    return choose(Machine(vram=int(gib * GIB), ram=ram), model, need, Wishes(**wishes))  # type: ignore[arg-type]
+
+
+def gib(amount: float) -> float:
+    return amount / GIB
+
+
+def test_parameters_are_those_of_the_released_models() -> None:
+    for channels, total in ((16, 14_288_491_584), (36, 14_288_901_184)):
+        shape = DiTShape(in_dim=channels)
+        assert block_weights(shape) == 351_394_304
+        assert 40 * block_weights(shape) + sum(outside_weights(shape)) == total
+
+
+def test_tokens_are_counted_from_latents() -> None:
+    assert (LARGE.tokens, SMALL.tokens) == (75_600, 32_760)
+
+
+def test_an_expert_takes_what_its_dtypes_say() -> None:
+    # 26.61 and 13.52 GiB with everything outside of the blocks in bf16; the float32 parts add 0.35.
+    assert gib(expert_bytes(BF16)) == pytest.approx(26.61 + 0.35, abs=0.02)
+    assert gib(expert_bytes(FP8)) == pytest.approx(13.52 + 0.35, abs=0.02)
+
+
+def test_activations_of_one_branch_are_the_counted_ones() -> None:
+    # bf16: 4.3 GiB (x, norm, q, k, v, o) or 5.3 (feed-forward) at 720p; 1.9 and 2.3 at 480p. Here x is float32.
+    for need, counted in ((LARGE, 5.3), (SMALL, 2.3)):
+        one = replace(need, branches=1)
+        residual = 2 * need.tokens * 5120
+        text = 40 * 2 * 512 * 5120 * 2
+        assert gib(denoise_bytes(BF16, one) - residual - text) == pytest.approx(counted, rel=0.05)
+        assert denoise_bytes(BF16, one, 8192) < 0.75 * denoise_bytes(BF16, one)
+        assert denoise_bytes(BF16, need) > denoise_bytes(BF16, one)
+
+
+def test_decoding_is_what_the_vae_counts() -> None:
+    vae = VAEConfig()
+    for need in (LARGE, SMALL):
+        exact = vae.decode_bytes(need.height, need.width, element_size=2)
+        assert exact <= decode_bytes(BF16, need) < 1.15 * exact
+        assert decode_bytes(replace(BF16, vae_element=4), need) == 2 * decode_bytes(BF16, need)
+    assert 6 < gib(decode_bytes(BF16, LARGE)) < 10
+    assert gib(decode_bytes(BF16, LARGE, tiling=True)) < 3
+
+
+@pytest.mark.parametrize("side", [4, 32, 33, 56, 60, 90, 104, 160])
+def test_tiles_are_as_large_as_the_vae_cuts_them(side: int) -> None:
+    assert (tile_side(side), tile_side(60)) == Tiling().tile_shape(side, 60)
+
+
+@pytest.mark.parametrize(
+    ("mode", "resident", "model", "low", "high"),
+    [
+        # Counted peaks at 720p and 480p with bf16 residuals and without the text's keys and values (0.8 GiB).
+        ("resident", 40, BF16, (67, 70), (73, 75)),
+        ("swap", 40, BF16, (29.5, 32.5), (33, 38)),
+        ("stream", 0, BF16, (4.8, 8), (7.3, 14)),
+        ("swap", 40, FP8, (16.5, 20), (19, 25)),
+    ],
+)
+def test_peaks_of_the_modes(
+    mode: str, resident: int, model: Model, low: tuple[float, float], high: tuple[float, float]
+) -> None:
+    moved = "resident" if mode == "resident" else "move"
+    one = Plan(mode=mode, resident_blocks=resident, text=moved, vae=moved, together=False)  # type: ignore[arg-type]
+    for need, (least, most) in ((SMALL, low), (LARGE, high)):
+        needed = stage_bytes(one, model, need)
+        peak = needed["denoise"] if mode != "resident" else max(needed.values())
+        assert least * 0.98 <= gib(peak) <= most, gib(peak)
+
+
+@pytest.mark.parametrize(
+    ("memory", "mode"),
+    [(141, "resident"), (80, "resident"), (48, "swap"), (40, "swap"), (32, "stream"), (24, "stream")],
+)
+def test_the_fastest_that_fits_is_chosen(memory: int, mode: str) -> None:
+    chosen = plan(memory)
+    assert chosen.mode == mode and not chosen.tiling
+    assert max(chosen.bytes.values()) < memory * GIB
+    assert f"{memory} GiB" in chosen.reason
+
+
+def test_more_memory_never_means_less_on_the_device() -> None:
+    order = {"stream": 0, "swap": 1, "resident": 2}
+    levels = [(order[p.mode], p.resident_blocks) for p in (plan(memory, SMALL) for memory in range(8, 90, 2))]
+    assert levels == sorted(levels)
+    assert len(set(levels)) > 10
+
+
+def test_fp8_fits_where_bf16_streams() -> None:
+    assert plan(32).mode == "stream" and plan(32, model=FP8).mode == "swap"
+
+
+def test_tiles_are_the_last_resort_and_only_if_allowed() -> None:
+    small = replace(LARGE, tokens=LARGE.tokens // 21)  # one latent frame: the VAE is what is large
+    assert not plan(12, small).tiling
+    assert plan(8, small).tiling
+    assert not plan(8, small, tiling=False).tiling
+    assert "may not be enough" in plan(8, small, tiling=False).reason
+    assert plan(141, tiling=True).tiling
+
+
+def test_wishes_are_kept() -> None:
+    assert plan(141, cpu_offload=True).mode == "swap"
+    assert plan(141, cpu_offload=True, granularity="block").resident_blocks == 0
+    assert plan(10, cpu_offload=False).mode == "resident"
+    assert plan(141, text_offload=True).text == "move"
+    assert plan(48, text_offload=False).text == "resident"
+    assert plan(141, vae_offload=True).vae == "move"
+    assert plan(24, vae_offload=False).vae == "resident"
+    assert plan(141, lazy=True).lazy and plan(141, lazy=True).mode == "swap"
+
+
+def test_weights_stay_on_disk_where_host_memory_is_short() -> None:
+    assert plan(24, ram=32 * GIB).lazy and not plan(24).lazy
+    both = plan(141, ram=32 * GIB)
+    assert both.mode == "resident" and both.lower("denoise") == replace(both, text="move")
+    assert replace(both, text="move").lower("denoise") is None, "the experts have nowhere to go"
+
+
+@pytest.mark.parametrize("stage", ["text", "image", "denoise", "decode"])
+def test_the_ladder_ends_and_never_grows(stage: str) -> None:
+    need = LARGE
+    current: Plan | None = plan(141)
+    seen = []
+    while current is not None:
+        seen.append(current)
+        current = current.lower(stage)  # type: ignore[arg-type]
+        assert len(seen) < 20
+    name = "decode" if stage == "image" else stage
+    sizes = [stage_bytes(each, BF16, need)[name] for each in seen]
+    assert sizes == sorted(sizes, reverse=True)
+    assert sizes[-1] < sizes[0] / 4 and len({repr(each) for each in seen}) == len(seen)
+    last = seen[-1]
+    if stage == "denoise":
+        assert last.mode == "stream" and last.resident_blocks == 0 and last.chunk and last.ring == 2 and not last.tiling
+    elif stage == "text":
+        assert last.text == "stream" and not last.together
+    else:
+        assert last.tiling and not last.together
+
+
+def test_a_plan_is_plain_json() -> None:
+    import json
+
+    data = json.loads(json.dumps(plan(24).to_json()))
+    assert data["mode"] == "stream" and set(data["bytes"]) == {"text", "denoise", "decode"}
+
+
+def test_free_memory_is_a_sensible_number() -> None:
+    assert 2**26 < free_ram() < 2**46
