@@ -7,6 +7,7 @@ reach, it prints a user and a password made up for this start; --public is the o
 from __future__ import annotations
 
 import argparse
+import importlib.util
 import logging
 import os
 import sys
@@ -15,7 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from app.exposure import Exposure, add_flags, decide
-from lightx2v.errors import LightX2VError
+from lightx2v.errors import ConfigError, LightX2VError
 
 if TYPE_CHECKING:
     from app.studio import Studio
@@ -29,7 +30,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     logging.getLogger("httpx").setLevel(logging.WARNING)
     parser = argparse.ArgumentParser(prog="app.py", description="LightX2V Studio: videos from text and images.")
     add_flags(parser)
-    parser.add_argument("--preset", default="", help="the preset that is chosen at first")
+    preset = os.environ.get("LIGHTX2V_PRESET", "")
+    parser.add_argument("--preset", default=preset, help="the preset that is chosen at first; the only one on ZeroGPU")
     parser.add_argument(
         "--output_dir", default=os.environ.get("LIGHTX2V_OUTPUT_DIR", "outputs"), help="where runs are kept"
     )
@@ -38,10 +40,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     args = parser.parse_args(arguments)
     try:
         exposure = decide(args, os.environ)
+        if args.mcp and importlib.util.find_spec("mcp") is None:
+            raise ConfigError('--mcp needs one more package. Install it with: pip install "gradio[mcp]"')
         prepare_environment(Path(args.output_dir))
-        from app.studio import Studio
-
-        studio = Studio(open_engine, Path(args.output_dir), exposure, default_preset=args.preset)
+        studio = open_studio(Path(args.output_dir), exposure, args.preset)
     except LightX2VError as error:
         print(error, file=sys.stderr)
         return error.exit_code
@@ -52,6 +54,24 @@ def main(arguments: Sequence[str] | None = None) -> int:
     finally:
         studio.close()
     return 0
+
+
+def open_studio(output: Path, exposure: Exposure, preset: str) -> Studio:
+    """What the page works with. On ZeroGPU its one model is loaded now, before any visitor's GPU is lent."""
+    if not exposure.zerogpu:
+        from app.studio import Studio
+
+        return Studio(open_engine, output, exposure, default_preset=preset)
+    import spaces  # before torch  # pyright: ignore[reportMissingImports]
+
+    from app.studio import Studio, settings_of
+    from app.zerogpu import GpuLender
+    from lightx2v.pipeline import LightX2VPipeline
+
+    studio = Studio(open_engine, output, exposure, default_preset=preset, only=[preset] if preset else None)
+    config = settings_of(studio.default_preset).engine
+    studio.lender = GpuLender(spaces.GPU, LightX2VPipeline.from_config(config, preset=preset), config, studio)
+    return studio
 
 
 def open_engine(config: Any, *, preset: str, on_progress: Any, cancel: Any) -> Any:

@@ -114,7 +114,7 @@ def _measured(jobs: Sequence[Job]) -> list[str]:
     decode = [t["seconds"].get("decode", 0.0) for t in timings]
     vram = [peak[0] for peak in map(peak_vram, timings) if peak]
     return [
-        numbers.seconds(statistics.median(t["total"] for t in timings)),
+        numbers.seconds(statistics.median(t["total"] - t["seconds"].get("load", 0.0) for t in timings)),
         numbers.seconds(statistics.median(steps)) if steps else "–",
         numbers.seconds(statistics.median(decode)),
         numbers.memory(max(vram)) if vram else "–",

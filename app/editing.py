@@ -16,10 +16,9 @@ from lightx2v.image import load_image
 from lightx2v.request import Request
 
 from . import panels
+from .examples import examples
 from .form import EXACT, Form, plan, size_of
-from .html import button, tag
 from .inputs import (
-    EXAMPLES,
     MATCH,
     Inputs,
     length_choices,
@@ -93,7 +92,7 @@ class Editor:
         info = settings_of(name).preset
         updates: Updates = {
             self._inputs.preset: self.preset_list(words, name),
-            self._inputs.examples: examples("demo" if info.demo else info.task),
+            self._inputs.examples: examples(words, info),
         }
         return updates | self.files(words, name)
 
@@ -226,18 +225,6 @@ def picture_of(path: str | None) -> Image.Image | None:
         return load_image(path) if path else None
     except LightX2VError:
         return None
-
-
-def examples(kind: str) -> str:
-    """Prompts to start from."""
-    chips = "".join(button(short(text), "example", kind="chip", text=text) for text in EXAMPLES[kind])
-    return tag("div", chips, class_="row examples")
-
-
-def short(text: str) -> str:
-    """The first few words of a prompt, up to a comma if one comes early."""
-    first = text.split(",")[0].removeprefix("a ").rstrip(".")
-    return first if len(first) <= 44 else first[:42].rsplit(" ", 1)[0] + " …"
 
 
 def _square(shape: str | None) -> str:

@@ -32,25 +32,6 @@ FLAGS = {
 }
 """How the command line spells what it has no flag of the same name for."""
 
-EXAMPLES = {
-    "demo": (
-        "a yellow star spins over the sea at sunset",
-        "a red ball rolls left over green grass by day",
-        "a pink heart grows over snow at night",
-    ),
-    "t2v": (
-        "Two anthropomorphic cats in comfy boxing gear and bright gloves fight intensely on a spotlighted stage.",
-        "Rain on a neon street at night, reflections ripple as a lone cyclist passes, slow tracking shot.",
-        "A paper boat drifts down a mossy forest stream, sunlight flickers through the leaves, macro lens.",
-    ),
-    "i2v": (
-        "Summer beach vacation style, a white cat wearing sunglasses sits on a surfboard. The fluffy-furred feline "
-        "gazes directly at the camera with a relaxed expression.",
-        "The camera slowly moves in, hair and clothes sway in the wind.",
-        "Everything stays still but the water, which flows gently; a static shot.",
-    ),
-}
-
 
 @dataclass
 class Inputs:
@@ -87,14 +68,16 @@ class Inputs:
         return component
 
 
-def build_inputs(words: Words, resolved: Resolved, exposure: Exposure) -> Inputs:
-    """The column's components, in the order of decisions: what, how good, how large, go."""
+def build_inputs(words: Words, resolved: Resolved, exposure: Exposure, *, tasks: int = 2) -> Inputs:
+    """The column's components, in the order of decisions: what, how good, how large, go. `tasks`: how many on offer."""
     inputs = Inputs()
     request = resolved.request
     task = resolved.preset.task
     inputs.add(
         "task",
-        gr.Radio(task_choices(words), value=task, label=words("mode"), show_label=False, elem_id="mode"),
+        gr.Radio(
+            task_choices(words), value=task, label=words("mode"), show_label=False, elem_id="mode", visible=tasks > 1
+        ),
         "mode",
     )
     with gr.Group(visible=task == "i2v", elem_id="pictures") as inputs.i2v_only:

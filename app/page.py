@@ -10,8 +10,10 @@ import gradio as gr
 from lightx2v.config import PROJECT
 
 from .api import add_endpoints
+from .clicks import Clicks
 from .handlers import Handlers
-from .inputs import JS_ACT, Inputs, build_inputs
+from .inputs import JS_ACT, build_inputs
+from .screen import Screen
 from .strings import Words
 from .studio import Studio, settings_of
 from .views import Outputs
@@ -36,7 +38,7 @@ def build_page(studio: Studio) -> gr.Blocks:
         with gr.Tabs(elem_id="tabs"):
             with gr.Tab(words("tab_create"), id="create") as creating, gr.Row(elem_id="create"):
                 with gr.Column(scale=5, min_width=340, elem_id="left"):
-                    inputs = build_inputs(words, resolved, studio.exposure)
+                    inputs = build_inputs(words, resolved, studio.exposure, tasks=len(set(studio.tasks.values())))
                 with gr.Column(scale=7, min_width=340, elem_id="right"):
                     with gr.Column(elem_id="theatre"):
                         stage = gr.HTML(apply_default_css=False, elem_id="stage", js_on_load=JS_WATCH)
@@ -56,13 +58,15 @@ def build_page(studio: Studio) -> gr.Blocks:
             benchmark=benchmark, tabs=(creating, comparing), restore=restore,
         )  # fmt: skip
         add_endpoints(studio)
-        handlers = Handlers(studio, inputs, outputs, session, seen, timer)
-        _wire(page, handlers, inputs, outputs)
+        screen = Screen(studio, inputs, outputs, session, seen, timer)
+        _wire(page, screen)
     return page
 
 
-def _wire(page: gr.Blocks, handlers: Handlers, inputs: Inputs, outputs: Outputs) -> None:
-    state = {handlers.session, handlers.seen}
+def _wire(page: gr.Blocks, screen: Screen) -> None:
+    inputs, outputs = screen.inputs, screen.outputs
+    handlers, clicks = Handlers(screen), Clicks(screen)
+    state = {screen.session, screen.seen}
     fields = set(inputs.fields.values())
     right = outputs.rendered
     column = {
@@ -70,19 +74,24 @@ def _wire(page: gr.Blocks, handlers: Handlers, inputs: Inputs, outputs: Outputs)
         inputs.base_only, inputs.distilled_only, inputs.advanced, inputs.add_lora, *inputs.lora_rows,
     }  # fmt: skip
     column |= {inputs.files, inputs.files_box} - {None}
-    everything = [*column, *right, *state, handlers.timer, outputs.restore, *outputs.tabs]
+    everything = [*column, *right, *state, screen.timer, outputs.restore, *outputs.tabs]
     left = list(column)
     read = state | fields
 
     page.load(handlers.opened, inputs=state, outputs=everything, **PRIVATE)
-    handlers.timer.tick(
+    screen.timer.tick(
         handlers.tick, inputs=state | {inputs.fields["preset"]}, outputs=everything, trigger_mode="once", **PRIVATE
     )
     outputs.report.change(handlers.finished, inputs=read, outputs=left, **PRIVATE)
-    inputs.generate.click(handlers.generate, inputs=read, outputs=everything, **PRIVATE)
+    if screen.studio.exposure.zerogpu:
+        # The queue is ZeroGPU's own: visitors' requests for the GPU run beside each other here.
+        shown = {"show_progress": "hidden", "api_visibility": "private", "concurrency_limit": None}
+        inputs.generate.click(handlers.generate_on_gpu, inputs=read, outputs=everything, **shown)
+    else:
+        inputs.generate.click(handlers.generate, inputs=read, outputs=everything, **PRIVATE)
     for component in (inputs.examples, inputs.files, *right):
         if component is not None:
-            component.act(handlers.act, inputs=read, outputs=everything, **PRIVATE)
+            component.act(clicks.act, inputs=read, outputs=everything, **PRIVATE)
     outputs.restore.upload(handlers.restored, inputs=read | {outputs.restore}, outputs=everything, **PRIVATE)
 
     inputs.preset.pick(handlers.picked, inputs=read, outputs=left, **PRIVATE)

@@ -15,6 +15,8 @@ from starlette.requests import Request
 from starlette.responses import FileResponse, PlainTextResponse, Response
 from starlette.routing import Route
 
+from .examples import picture
+
 if TYPE_CHECKING:
     from .studio import Studio
 
@@ -57,7 +59,12 @@ def routes(studio: Studio) -> list[Route]:
         path = studio.sample
         return FileResponse(path, media_type="video/mp4", headers=FOREVER) if path else _missing()
 
+    def example(request: Request) -> Response:
+        path = picture(request.path_params["name"])
+        return FileResponse(path, media_type="image/png", headers=FOREVER) if path else _missing()
+
     return [
+        Route("/studio/examples/{name}.png", guarded(example)),
         Route("/studio/sample.mp4", guarded(sample)),
         Route("/studio/{id}/video.mp4", guarded(video)),
         Route("/studio/{id}/poster.jpg", guarded(poster)),

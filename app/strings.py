@@ -202,7 +202,10 @@ _TABLE: dict[str, tuple[str, str]] = {
     "swap": ("Swap", "交换"),
     "clear": ("Clear", "清除"),
     "benchmark": ("Measured on this machine", "本机实测"),
-    "benchmark_hint": ("median of the finished runs of each kind", "各类已完成运行的中位数"),
+    "benchmark_hint": (
+        "median of the finished runs of each kind, loading not counted",
+        "各类已完成运行的中位数，不含加载",
+    ),
     "benchmark_empty": ("This table fills from the runs made here.", "运行之后这里会出现数据。"),
     "runs": ("runs", "次数"),
     # files

@@ -6,22 +6,20 @@ browser keeps; without it no run can be listed, seen or changed.
 
 from __future__ import annotations
 
-import hashlib
-import json
 import logging
 import secrets
 import threading
 import time
 from collections import OrderedDict
+from collections.abc import Container, Generator
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 from lightx2v.config import PROJECT, PresetInfo, Resolved, list_presets, resolve
 from lightx2v.engine_config import EngineConfig
-from lightx2v.engine_slot import RunReport
-from lightx2v.errors import LightX2VError
+from lightx2v.errors import ConfigError, LightX2VError
 from lightx2v.estimate import Prediction, Rates, Work, count
 from lightx2v.image import jpeg
 from lightx2v.jobs import Engine, Job, JobManager, OpenEngine, UnknownJob
@@ -31,6 +29,7 @@ from lightx2v.request import Request
 
 from .exposure import Exposure
 from .machine import MachineReader
+from .measured import Measured, engine_key
 from .memory import bytes_needed, shape_of
 from .model_files import Files, LocalFiles
 from .served import existing
@@ -50,8 +49,16 @@ class Loaded:
     preset: str
 
 
+class Lender(Protocol):
+    """Runs on a GPU that is lent for each of them; `zerogpu.GpuLender` is one."""
+
+    config: EngineConfig
+
+    def run(self, request: Request, *, owner: str, preset: str) -> Generator[Job]: ...
+
+
 class Studio:
-    """`files` knows which model files are here and may fetch others."""
+    """`files` knows which model files are here and may fetch others. `only` these presets are on offer, if given."""
 
     def __init__(
         self,
@@ -61,6 +68,7 @@ class Studio:
         *,
         files: Files | None = None,
         default_preset: str = "",
+        only: Container[str] | None = None,
     ) -> None:
         self.exposure = exposure
         self.folder = folder.absolute()
@@ -68,6 +76,7 @@ class Studio:
         self.machine = MachineReader()
         self.files = files or LocalFiles()
         self.loaded: Loaded | None = None
+        self.lender: Lender | None = None
         self._room_at_start = self.machine().vram_free or 0
         self._open = open_engine
         self._rates = Rates(self.folder / "rates.json")
@@ -76,7 +85,11 @@ class Studio:
         self._predicted: OrderedDict[str, float] = OrderedDict()
         self._adopted: OrderedDict[str, Job] = OrderedDict()
         self._lock = threading.Lock()
-        self.presets = [info for info in list_presets() if info.gpus == 1 and not info.offload]
+        shipped = [info for info in list_presets() if info.gpus == 1 and not info.offload]
+        self.presets = [info for info in shipped if only is None or info.name in only]
+        if not self.presets or default_preset and default_preset not in self.tasks:
+            names = ", ".join(info.name for info in shipped)
+            raise ConfigError(f"There is no preset {default_preset!r} for the page. Presets: {names}.")
         self.default_preset = default_preset or self._choose_default()
         self.jobs = JobManager(
             self._open_measured, self.folder, max_queue=exposure.limits.queue, predict=self._seconds
@@ -96,8 +109,8 @@ class Studio:
         """The preset of `task` that is most like the one named `like`: the same variant, demo or not."""
         wanted = next((info for info in self.presets if info.name == (like or self.default_preset)), None)
         offered = self.for_task(task)
-        if wanted is None:
-            return offered[0].name
+        if wanted is None or not offered:
+            return self.default_preset
         return max(offered, key=lambda info: (info.demo == wanted.demo, info.variant == wanted.variant)).name
 
     def _choose_default(self) -> str:
@@ -150,7 +163,7 @@ class Studio:
         started = time.perf_counter()
         engine = self._open(config, preset=preset, on_progress=on_progress, cancel=cancel)
         self.loaded = Loaded(config=config, preset=preset)
-        return _Measured(self, engine, config, time.perf_counter() - started)
+        return Measured(self, engine, config, time.perf_counter() - started)
 
     def learn(self, config: EngineConfig, request: Request, seconds: dict[str, float]) -> None:
         """Remembers what a finished run took, by stage."""
@@ -179,8 +192,20 @@ class Studio:
         return [*adopted, *self.jobs.list(owner, limit=HISTORY)]
 
     def adopt(self, job: Job) -> None:
-        """Takes in a finished run that was none of the job manager's (ZeroGPU). It is forgotten at a restart."""
+        """Takes in a run as it stands that is none of the job manager's (ZeroGPU). A restart forgets it."""
         _remember(self._adopted, job.id, job)
+
+    def stop(self, job: Job) -> None:
+        """Asks a run to end: at its next step, or at once while it waits."""
+        if job.id in self._adopted:
+            self.adopt(replace(self._adopted[job.id], cancelling=True))
+        else:
+            self.jobs.cancel(job.id)
+
+    def stopping(self, job_id: str) -> bool:
+        """Whether somebody asked an adopted run to end."""
+        job = self._adopted.get(job_id)
+        return job is not None and job.cancelling
 
     def _find(self, job_id: str) -> Job | None:
         try:
@@ -254,43 +279,10 @@ class Studio:
 _SPEED = ("base", "distill_lora", "distill_merged", "distill_fp8")
 
 
-class _Measured:
-    """An engine whose runs teach the prediction."""
-
-    def __init__(self, studio: Studio, engine: Engine, config: EngineConfig, load_seconds: float) -> None:
-        self._studio, self._engine, self._config = studio, engine, config
-        self._load: float | None = load_seconds
-
-    def run(
-        self, request: Request, *, save_result_path: Path, on_progress: OnProgress, cancel: CancelToken
-    ) -> RunReport:
-        result = self._engine.run(
-            request, save_result_path=save_result_path, on_progress=on_progress, cancel=cancel
-        )  # fmt: skip
-        report = result.report()
-        # An input picture may have given the video another size: that is the work that was done.
-        done = replace(request, height=report["height"], width=report["width"])
-        seconds = dict(report["timings"]["seconds"])
-        if self._load is not None:
-            seconds["load"], self._load = seconds.get("load", 0.0) + self._load, None
-        self._studio.learn(self._config, done, seconds)
-        return result
-
-    def close(self) -> None:
-        self._studio.loaded = None
-        self._engine.close()
-
-
 @lru_cache(maxsize=128)
 def settings_of(preset: str) -> Resolved:
     """What a shipped preset means. Presets do not change while the app runs."""
     return resolve(preset)
-
-
-def engine_key(config: EngineConfig) -> str:
-    """A short name for everything that an engine's speed depends on."""
-    text = json.dumps(config.to_json(), sort_keys=True)
-    return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
 def _remember(table: OrderedDict[str, Any], key: str, value: Any) -> None:

@@ -1,7 +1,7 @@
 """Runs on ZeroGPU, where the GPU is lent to one visitor's request: there the page's event has to own the run.
 
     main process                          forked process with the GPU
-    Lender.run  ── spaces.GPU(duration) ──►  denoise: the engine, in a thread; yields what happens
+    GpuLender.run ─ spaces.GPU(duration) ──►  denoise: the engine, in a thread; yields what happens
         │   ◄── ("progress", …) … ("done", frames, report)
         └──► mp4 is written here: encoding on the lent GPU would be charged
 
@@ -16,7 +16,7 @@ import queue
 import secrets
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator
 from contextlib import closing
 from dataclasses import replace
 from typing import Any, Protocol
@@ -26,7 +26,7 @@ from lightx2v.errors import LightX2VError
 from lightx2v.image import jpeg
 from lightx2v.jobs import Job
 from lightx2v.media import VideoWriter
-from lightx2v.progress import CancelToken, Progress
+from lightx2v.progress import CancelToken, OnProgress, Progress
 from lightx2v.request import Request
 
 from .studio import Studio
@@ -36,26 +36,26 @@ MARGIN = 1.3
 """A reservation that is too short loses the run; one that is too long only waits longer for its turn."""
 
 Message = tuple[Any, ...]
-LendGpu = Callable[..., Callable[..., Callable[..., Iterator[Message]]]]
+LendGpu = Callable[..., Callable[..., Callable[..., Generator[Message]]]]
 """`spaces.GPU`: takes `duration=`, gives a decorator."""
 
 
 class FramesEngine(Protocol):
     """What is asked of LightX2VPipeline here: frames back, no file."""
 
-    def run(self, request: Request, **options: Any) -> Any: ...
+    def run(self, request: Request, *, on_progress: OnProgress, cancel: CancelToken, return_frames: bool) -> Any: ...
 
 
-class Lender:
+class GpuLender:
     """One engine, whose runs are requests for the GPU."""
 
     def __init__(self, lend: LendGpu, engine: FramesEngine, config: EngineConfig, studio: Studio) -> None:
-        self._studio, self._config = studio, config
+        self._studio, self.config = studio, config
 
         def seconds(request: dict[str, Any]) -> int:
             return self.reservation(Request.from_json(request))
 
-        def denoise(request: dict[str, Any]) -> Iterator[Message]:
+        def denoise(request: dict[str, Any]) -> Generator[Message]:
             yield from _messages(engine, Request.from_json(request))
 
         # Requests cross the fork as plain JSON; the duration's signature has to be the function's.
@@ -63,34 +63,45 @@ class Lender:
 
     def reservation(self, request: Request) -> int:
         """Whole seconds of GPU to ask for."""
-        prediction = self._studio.predict(self._config, request)
+        prediction = self._studio.predict(self.config, request)
         if prediction is None:
             return UNKNOWN_SECONDS
         on_gpu = sum(s for stage, s in prediction.stages.items() if stage not in ("load", "write"))
         return min(MOST_SECONDS, max(LEAST_SECONDS, math.ceil(on_gpu * MARGIN + 5)))
 
-    def run(self, request: Request, *, owner: str, preset: str) -> Iterator[Job]:
-        """The job as it goes on, the last one being over. Closing this stops the run."""
+    def run(self, request: Request, *, owner: str, preset: str) -> Generator[Job]:
+        """The job as it goes on, the last one being over. Closing this, or `studio.stop`, ends the run."""
         now = time.time()
         job = Job(
-            id=secrets.token_hex(16), state="running", owner=owner, preset=preset, client_id=None, config=self._config,
+            id=secrets.token_hex(16), state="running", owner=owner, preset=preset, client_id=None, config=self.config,
             request=request, created=now, started=now,
         )  # fmt: skip
-        yield job
-        with closing(self._denoise(request.to_json())) as messages:  # type: ignore[type-var]
-            for kind, *rest in messages:
-                if kind == "progress":
-                    progress, preview = rest
-                    job = replace(job, progress=progress, preview=preview or job.preview)
-                elif kind == "failed":
-                    job = replace(job, state="failed", finished=time.time(), error=rest[0])
-                else:
-                    frames, report = rest
-                    job = self._finish(job, frames, report)
-                yield job
+        try:
+            self._studio.adopt(job)
+            yield job
+            with closing(self._denoise(request.to_json())) as messages:
+                for message in messages:
+                    if self._studio.stopping(job.id):
+                        return
+                    job = self._after(job, message)
+                    self._studio.adopt(job)
+                    yield job
+        finally:
+            if not job.over:
+                self._studio.adopt(replace(job, state="cancelled", finished=time.time()))
+
+    def _after(self, job: Job, message: Message) -> Job:
+        kind, *rest = message
+        if kind == "progress":
+            progress, preview = rest
+            return replace(job, progress=progress, preview=preview or job.preview)
+        if kind == "failed":
+            return replace(job, state="failed", finished=time.time(), error=rest[0])
+        frames, report = rest
+        return self._finish(job, frames, report)
 
     def _finish(self, job: Job, frames: Any, report: dict[str, Any]) -> Job:
-        """Writes the video and adds the run to the visitor's."""
+        """Writes the video; adds to the report what only this side knows."""
         path = self._studio.folder / f"{job.id}.mp4"
         settings = {"preset": job.preset, "engine": job.config.to_json(), "request": job.request.to_json()}
         started = time.perf_counter()
@@ -103,12 +114,10 @@ class Lender:
         report["timings"]["seconds"]["write"] = time.perf_counter() - started
         report |= {"path": str(path), "file_bytes": path.stat().st_size}
         self._studio.learn(job.config, replace(job.request, height=height, width=width), report["timings"]["seconds"])
-        job = replace(job, state="succeeded", finished=time.time(), result=report, path=path)
-        self._studio.adopt(job)
-        return job
+        return replace(job, state="succeeded", finished=time.time(), result=report, path=path, preview=None)
 
 
-def _messages(engine: FramesEngine, request: Request) -> Iterator[Message]:
+def _messages(engine: FramesEngine, request: Request) -> Generator[Message]:
     """In the forked process: the engine in a thread, so that every step can be told while the next one runs."""
     told: queue.Queue[Message] = queue.Queue()
     cancel = CancelToken()

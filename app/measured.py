@@ -1,0 +1,64 @@
+"""An engine whose runs teach the prediction."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from lightx2v.engine_config import EngineConfig
+from lightx2v.engine_slot import RunReport
+from lightx2v.jobs import Engine
+from lightx2v.progress import CancelToken, OnProgress
+from lightx2v.request import Request
+
+if TYPE_CHECKING:
+    from .studio import Studio
+
+
+class Report:
+    """A finished run's report."""
+
+    def __init__(self, report: dict[str, Any]) -> None:
+        self._report = report
+
+    def report(self) -> dict[str, Any]:
+        return self._report
+
+
+class Measured:
+    """Passes everything on, and tells the studio what each run took."""
+
+    def __init__(self, studio: Studio, engine: Engine, config: EngineConfig, load_seconds: float) -> None:
+        self._studio, self._engine, self._config = studio, engine, config
+        self._load: float | None = load_seconds
+
+    def run(
+        self, request: Request, *, save_result_path: Path, on_progress: OnProgress, cancel: CancelToken
+    ) -> RunReport:
+        result = self._engine.run(
+            request, save_result_path=save_result_path, on_progress=on_progress, cancel=cancel
+        )  # fmt: skip
+        report = result.report()
+        timings = report["timings"]
+        if self._load is not None:  # the run that the engine was opened for waited for that too
+            timings["seconds"] = {"load": 0.0, **timings["seconds"]}
+            timings["seconds"]["load"] += self._load
+            timings["total"] += self._load
+            self._load = None
+        # An input picture may have given the video another size: that is the work that was done.
+        done = replace(request, height=report["height"], width=report["width"])
+        self._studio.learn(self._config, done, timings["seconds"])
+        return Report(report)
+
+    def close(self) -> None:
+        self._studio.loaded = None
+        self._engine.close()
+
+
+def engine_key(config: EngineConfig) -> str:
+    """A short name for everything that an engine's speed depends on."""
+    text = json.dumps(config.to_json(), sort_keys=True)
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
