@@ -36,9 +36,9 @@ from .models.tiling import Tiling
 from .models.umt5 import TextEncoder
 from .models.vae import WanVAE
 from .placement.copies import Copies, copies_for
-from .placement.offloaded import Choose, Offloaded
+from .placement.offloaded import Offloaded
 from .placement.piece import Reader
-from .planner import Machine, Model, Need, Plan, Stage, Wishes, choose, free_ram
+from .planner import Machine, Model, Need, Plan, Planner, Stage, Wishes, free_ram
 from .request import LoraSpec
 from .weights.build import ModelWeights
 from .weights.checkpoint import open_checkpoint
@@ -189,19 +189,11 @@ def open_placement(
             log.info("cpu_offload has no effect: %s has no memory of its own.", precision.device.type.upper())
         return Resident(files, config, precision, self_attention, cross_attention)
     machine = Machine(vram=torch.cuda.mem_get_info(precision.device)[0], ram=free_ram())
-    model, wishes = model_sizes(files, config, precision), wishes_of(config)
-    if config.lora_configs and not config.lora_dynamic_apply:
+    if (config.lora_configs and not config.lora_dynamic_apply) or config.build:
         machine = replace(machine, ram=2**62)  # merged weights are in no file, so they cannot stay on disk
-    plan = choose(machine, model, USUAL, wishes)
-    return offloaded(
-        files,
-        config,
-        precision,
-        self_attention,
-        cross_attention,
-        plan,
-        lambda need: choose(machine, model, need, wishes),
-    )
+    planner = Planner(machine=machine, model=model_sizes(files, config, precision), wishes=wishes_of(config))
+    plan = planner.plan(USUAL)
+    return offloaded(files, config, precision, self_attention, cross_attention, plan, planner=planner)
 
 
 def offloaded(
@@ -211,7 +203,8 @@ def offloaded(
     self_attention: Choice,
     cross_attention: Choice,
     plan: Plan,
-    replan: Choose | None = None,
+    *,
+    planner: Planner | None = None,
     copies: Copies | None = None,
 ) -> Offloaded:
     """The model loaded for `plan`: parts that will not stay on the device go to host memory at once."""
@@ -232,7 +225,7 @@ def offloaded(
         plan=plan,
         device=precision.device,
         copies=copies or copies_for(precision.device),
-        choose=replan,
+        planner=planner,
         readers=loaded.readers,
         dtype_of=expert_dtypes(precision),
     )

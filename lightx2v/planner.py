@@ -176,14 +176,14 @@ def expert_bytes(model: Model) -> int:
 def denoise_bytes(model: Model, need: Need, chunk: int | None = None) -> int:
     """Activations at the peak of a block, and the prompts' keys and values; weights not counted.
 
-    Per token and channel: the residual in float32, one for each branch; then queries, keys, values and the attention's
-    output, or the feed-forward's input and its two inner tensors. In chunks only the first of these is
-    whole, for keys and values must be.
+    Per token and channel: the residual in float32, one for each branch; then the normed input, queries, keys and two
+    float32 tensors while the keys are normed and turned; or the feed-forward's input and its two inner tensors. In
+    chunks queries, keys, values and the attention's output are whole, the rest is not.
     """
     d, e = model.dit.dim, model.compute
     residual = 4 * need.tokens * d * need.branches
     part = need.tokens if chunk is None else min(chunk, need.tokens)
-    attention = need.tokens * 4 * d * e + (part * 6 * d * e if chunk else need.tokens * d * e)
+    attention = part * (3 * e + 8) * d if chunk is None else need.tokens * 4 * d * e + part * (2 * e + 8) * d
     feed_forward = part * (d + 2 * model.dit.ffn_dim) * e
     text = need.branches * model.dit.num_layers * 2 * model.dit.text_len * d * e
     return residual + max(attention, feed_forward) + text
@@ -221,6 +221,22 @@ def stage_bytes(plan: Plan, model: Model, need: Need) -> dict[str, int]:
     }
     weights = {"text": beside + text, "denoise": staying + experts, "decode": beside + vae}
     return {stage: int(weights[stage] + SLACK * work[stage]) for stage in work}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Planner:
+    """`choose` for one loaded model on one machine."""
+
+    machine: Machine
+    model: Model
+    wishes: Wishes
+
+    def plan(self, need: Need) -> Plan:
+        return choose(self.machine, self.model, need, self.wishes)
+
+    def counted(self, plan: Plan, need: Need, reason: str) -> Plan:
+        """Another plan with its bytes for `need`."""
+        return replace(plan, bytes=stage_bytes(plan, self.model, need), reason=reason)
 
 
 def choose(machine: Machine, model: Model, need: Need, wishes: Wishes | None = None) -> Plan:

