@@ -97,13 +97,13 @@ def kernel_for(weight: torch.dtype, device: torch.device, compute: torch.dtype) 
     fast = _KERNELS.get(weight)
     if device.type != "cuda" or fast is None or compute != torch.bfloat16:
         return dequantised
-    why = _fails(fast, weight, device, compute)
+    why = why_not(fast, weight, device, compute)
     name = "dequantised" if why else fast.__name__
     log.info("8-bit products on %s: %s%s", torch.cuda.get_device_name(device), name, f" ({why})" if why else "")
     return dequantised if why else fast
 
 
-def _fails(kernel: Kernel, weight: torch.dtype, device: torch.device, compute: torch.dtype) -> str:
+def why_not(kernel: Kernel, weight: torch.dtype, device: torch.device, compute: torch.dtype) -> str:
     """Why `kernel` cannot be used, or "". Tried on one product with channels of very different sizes."""
     generator = torch.Generator().manual_seed(0)
     x_MI = torch.randn(48, 256, generator=generator).to(device, compute)

@@ -24,8 +24,10 @@ LARGEST = {torch.float8_e4m3fn: 448.0, torch.float8_e5m2: 57344.0, torch.int8: 1
 SMALLEST_ROW = 1e-5
 """A row of zeros gets the scale of this largest value, as in LightX2V's converter."""
 
-ROWS = 32
-"""Rows quantised at once: 32 x 5120 float32 values stay in a processor's cache, which is several times faster."""
+ROWS = {"cpu": 64}
+"""Rows made at once: 64 x 5120 float32 values stay in a processor's cache, which is several times faster."""
+MANY_ROWS = 4096
+"""The same on accelerators, where it bounds memory only."""
 
 SCALE = ".weight_scale"
 _SCALES = (SCALE, ".scale_weight")
@@ -43,25 +45,30 @@ def quantise(weight_OI: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     largest = LARGEST[dtype]
     q_OI = torch.empty(weight_OI.shape, dtype=dtype, device=weight_OI.device)
     scale_O1 = torch.empty(weight_OI.shape[0], 1, dtype=torch.float32, device=weight_OI.device)
-    rows = ROWS if weight_OI.device.type == "cpu" else 4096
+    rows = ROWS.get(weight_OI.device.type, MANY_ROWS)
+    room = torch.empty(min(rows, len(weight_OI)), weight_OI.shape[1], dtype=torch.float32, device=weight_OI.device)
     for values, q, scale in zip(weight_OI.split(rows), q_OI.split(rows), scale_O1.split(rows), strict=True):
-        values = values.float()
-        torch.amax(values.abs(), dim=1, keepdim=True, out=scale)
-        scale.clamp_(min=SMALLEST_ROW).div_(largest)
-        values = (values / scale).clamp_(-largest, largest)
-        q.copy_(values.round_() if dtype == torch.int8 else values)
+        scale.copy_(values.abs().amax(dim=1, keepdim=True)).clamp_(min=SMALLEST_ROW).div_(largest)
+        # No clamp: a quotient passes `largest` by a rounding error at most, and both casts bring that back.
+        scaled = room[: len(values)].copy_(values).div_(scale)
+        q.copy_(scaled.round_() if dtype == torch.int8 else scaled)
     if not bool(torch.isfinite(scale_O1).all()):
         raise ValueError("it holds NaN or infinity")
     return q_OI, scale_O1
 
 
-def dequantise(q_OI: Tensor, scale_O1: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
-    """The weights in `dtype`, multiplied in float32 and rounded once."""
-    return (widen(q_OI) * scale_O1).to(dtype)
+def dequantise(q: Tensor, scale_O1: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
+    """The weights in `dtype`, multiplied in float32 and rounded once. `q` has the scales' rows, and any shape."""
+    result = torch.empty(q.shape, dtype=dtype, device=q.device)
+    rows = ROWS.get(q.device.type, MANY_ROWS)
+    scales = scale_O1.view(-1, *[1] * (q.dim() - 1))
+    for target, part, scale in zip(result.split(rows), q.split(rows), scales.split(rows), strict=True):
+        target.copy_(widen(part).mul_(scale))
+    return result
 
 
 def widen(q: Tensor) -> Tensor:
-    """8-bit values as float32, exactly. On a CPU the cast of e4m3 is done with integer instructions, ten times faster.
+    """8-bit values as float32, exactly, in new memory. On a CPU e4m3 is cast by integer instructions, which is faster.
 
     e4m3 and float16 differ in the place and the bias of the exponent: move the bits, then multiply by 2^(15 - 7).
     """
