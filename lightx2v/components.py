@@ -24,7 +24,7 @@ from .weights.checkpoint import open_checkpoint
 from .weights.locate import ModelFiles
 from .weights.naming import wan_names
 from .weights.quant import SCALE, is_expert_matrix, scheme_format
-from .weights.stream import check_fit, stream_into
+from .weights.stream import check_fit, load_into, stream_into
 
 Which = Literal["high", "low"]
 
@@ -135,20 +135,5 @@ def load_vae(files: ModelFiles, precision: Precision) -> WanVAE:
     checkpoint = open_checkpoint(files.vae)
     with torch.device("meta"):
         vae = WanVAE(VAEConfig.from_shapes(checkpoint.shapes))
-    source = short_path(files.vae)
-    check_fit(vae, checkpoint.shapes, checkpoint.dtypes, source_name=source)
-    stream_into(
-        vae, checkpoint.tensors(), dtype_of=lambda _: precision.vae, device=precision.device, source_name=source
-    )
+    load_into(vae, checkpoint, dtype_of=lambda _: precision.vae, device=precision.device)
     return vae.eval()
-
-
-def check_channels(dit: WanDiT, task: str, source: str) -> None:
-    """CheckpointError where an expert of the other task was loaded: they differ in their input channels."""
-    expected = 16 if task == "t2v" else 36
-    if dit.config.in_dim != expected:
-        kind = "text-to-video" if dit.config.in_dim == 16 else "image-to-video"
-        raise CheckpointError(
-            f"{source} has {dit.config.in_dim} input channels, so it is a model for {kind}; the task {task} needs "
-            f"{expected}. Use the model of the task, or the task of the model."
-        )

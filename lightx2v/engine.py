@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import logging
 import re
 import sys
 import time
@@ -20,14 +21,18 @@ from .models.preview import Preview
 from .offload import Placement, open_placement
 from .progress import Meter, OnProgress
 from .prompts import PromptCache
+from .weights.checkpoint import open_checkpoint
+from .weights.experts import check_experts
 from .weights.locate import locate
+
+log = logging.getLogger("lightx2v.engine")
 
 T = TypeVar("T")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Engine:
-    """What `EngineConfig` says, loaded. `preset` is the name that reports and files carry."""
+    """What `EngineConfig` says, loaded. `preset` is the name reports and files carry; `warnings` go into reports."""
 
     config: EngineConfig
     precision: Precision
@@ -37,6 +42,7 @@ class Engine:
     preview: Preview
     load_seconds: float
     preset: str = ""
+    warnings: tuple[str, ...] = ()
     prompts: PromptCache = field(default_factory=PromptCache)
 
 
@@ -53,6 +59,9 @@ def load_engine(config: EngineConfig, *, preset: str = "", on_progress: OnProgre
             for name in (config.self_attn_1_type, config.cross_attn_1_type)
         )
         files = locate(config)
+        warnings = check_experts(open_checkpoint(files.high), open_checkpoint(files.low), config.task)
+        for warning in warnings:
+            log.warning("%s", warning)
         placement = within_memory(
             lambda: open_placement(files, config, precision, self_attention, cross_attention), "while loading the model"
         )
@@ -67,6 +76,7 @@ def load_engine(config: EngineConfig, *, preset: str = "", on_progress: OnProgre
         preview=preview,
         load_seconds=time.perf_counter() - started,
         preset=preset,
+        warnings=warnings,
     )
 
 

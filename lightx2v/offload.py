@@ -21,7 +21,6 @@ from .components import (
     Precision,
     Which,
     build_expert,
-    check_channels,
     expert_dtypes,
     expert_weights,
     load_expert,
@@ -123,7 +122,6 @@ class Resident:
                 self.readers[which] = _reader(used, at_expert)
             else:
                 dit = load_expert(files, used, at_expert, self_attention, cross_attention)
-            check_channels(dit, config.task, f"The {which}-noise expert")
             self._experts[which] = dit
             self._loras[which] = ExpertLoras(dit, which, weights, loras, config, precision.device)
         if self._experts["high"].config != self._experts["low"].config:

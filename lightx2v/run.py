@@ -81,7 +81,11 @@ class Run:
             preset=self.engine.preset,
             file_bytes=None if path is None else Path(path).stat().st_size,
             plan=self.placement.plan,
-            warnings=(*self.warnings, *(text for lora in self.placement.loras for text in lora.report.warnings)),
+            warnings=(
+                *self.engine.warnings,
+                *self.warnings,
+                *(text for lora in self.placement.loras for text in lora.report.warnings),
+            ),
             loras=tuple(lora.to_json() for lora in self.placement.loras),
         )
 

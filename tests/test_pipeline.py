@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -161,6 +162,17 @@ def test_a_model_of_the_other_task_is_named(tiny: TinyModels) -> None:
     config = resolve({"model_path": str(tiny.i2v), "device": "cpu", "task": "t2v"}, SMALL).engine
     with pytest.raises(CheckpointError, match="36 input channels.*image-to-video"):
         LightX2VPipeline.from_config(config)
+
+
+def test_swapped_experts_are_warned_of_in_the_report_and_equal_ones_refused(tiny: TinyModels, tmp_path: Path) -> None:
+    high, low = (str(tiny.t2v / f"{which}_noise_model") for which in ("high", "low"))
+    pipe, request = load(tiny.t2v, high_noise_original_ckpt=low, low_noise_original_ckpt=high)
+    with pipe:
+        warnings = pipe.run(request).report()["warnings"]
+    assert sum("If the two are swapped" in warning for warning in warnings) == 2
+    shutil.copytree(high, tmp_path / "other")
+    with pytest.raises(CheckpointError, match="are the same"):
+        load(tiny.t2v, low_noise_original_ckpt=str(tmp_path / "other"))
 
 
 @pytest.mark.parametrize("stage", ["text", "denoise", "decode"])
