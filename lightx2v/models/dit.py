@@ -10,7 +10,8 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from functools import partial
+from typing import Any, Protocol
 
 import torch
 import torch.nn.functional as F
@@ -120,6 +121,16 @@ def parameter_dtype(name: str, compute: torch.dtype) -> torch.dtype:
     return torch.float32 if FLOAT32_PARTS.intersection(name.split(".")) else compute
 
 
+class TokenSplit(Protocol):
+    """The tokens of one video over several processes: `parallel.ulysses` is one."""
+
+    def part(self, x: Tensor, dim: int) -> Tensor: ...
+
+    def whole(self, x_BlD: Tensor, tokens: int) -> Tensor: ...
+
+    def attend(self, attention: Attention, tokens: int, q_BlNH: Tensor, k_BlNH: Tensor, v_BlNH: Tensor) -> Tensor: ...
+
+
 class Head(nn.Module):
     def __init__(self, dim: int, out_features: int) -> None:
         super().__init__()
@@ -133,7 +144,8 @@ class WanDiT(nn.Module):
     `self_attention` and `cross_attention` may be replaced at any time. `chunk` bounds how many tokens go through the
     token-wise layers at once: at 720p chunks of 4096 save 2.1 GiB for 2 % of time. Prompts of one forward share a
     batch up to `stack_tokens` tokens (on two CPU cores 25 % faster at 64, 6 % at 576, equal at 2016); beyond it they
-    take turns in each block, which needs less memory.
+    take turns in each block, which needs less memory. `split` shares the tokens with other processes; every process
+    gets the whole input and gives the whole velocity.
     """
 
     def __init__(
@@ -143,6 +155,7 @@ class WanDiT(nn.Module):
         self.config = config
         self.self_attention = self_attention
         self.cross_attention = cross_attention
+        self.split: TokenSplit | None = None
         self.chunk: int | None = None
         self.stack_tokens = 2048
         self.rotary = RotaryTable(config.head_dim)
@@ -227,11 +240,15 @@ class WanDiT(nn.Module):
         cancel: CancelToken | None,
     ) -> list[Tensor]:
         time_BD, modulation_B6D = self.embed_time(timesteps_B)
+        tokens, split, attention = x_BLD.shape[1], self.split, self.self_attention
+        if split is not None:
+            x_BLD, rotations_L1P = split.part(x_BLD, 1), split.part(rotations_L1P, 0)
+            attention = partial(split.attend, attention, tokens)
         shared = Pass(
             modulation_B6D=modulation_B6D,
             rotations_L1P=rotations_L1P,
             groups=groups,
-            self_attention=self.self_attention,
+            self_attention=attention,
             cross_attention=self.cross_attention,
             dtype=self.compute_dtype,
             chunk=self.chunk,
@@ -275,6 +292,8 @@ class WanDiT(nn.Module):
         shift_BD, scale_BD = (self.head.modulation + time_BD.unsqueeze(1)).unbind(1)
         with torch.autocast(x_BLD.device.type, enabled=False):
             patches_BLK = self.head.head(norm_modulate(x_BLD, shift_BD, scale_BD, self.config.eps, torch.float32))
+        if self.split is not None:
+            patches_BLK = self.split.whole(patches_BLK, frames * (height // PATCH) * (width // PATCH))
         patches = patches_BLK.unflatten(1, (frames, height // PATCH, width // PATCH))
         patches = patches.unflatten(-1, (PATCH, PATCH, self.config.out_dim))
         return patches.permute(0, 6, 1, 2, 4, 3, 5).flatten(5).flatten(3, 4)
