@@ -18,19 +18,19 @@ def enter(cfg: int, seq: int) -> World:
     return join(rank, size, rank, cfg_p_size=cfg, seq_p_size=seq, device="cpu")
 
 
-def dit_of(seed: int) -> WanDiT:
+def dit_of(seed: int, heads: int) -> WanDiT:
     torch.manual_seed(seed)
     config = DiTConfig(
-        in_dim=16, dim=48, ffn_dim=96, freq_dim=32, text_dim=32, text_len=24, out_dim=16, num_heads=4, num_layers=2
+        in_dim=16, dim=12 * heads, ffn_dim=96, freq_dim=32, text_dim=32, text_len=24, out_dim=16, num_heads=heads, num_layers=2
     )
     return WanDiT(config).eval()
 
 
 @torch.inference_mode()
-def dit(cfg: int, seq: int, shapes: list[list[int]]) -> dict[str, Any]:
+def dit(cfg: int, seq: int, heads: int, shapes: list[list[int]]) -> dict[str, Any]:
     """Velocities of two prompts over the mesh, against those of this process alone."""
     world = enter(cfg, seq)
-    alone, shared = dit_of(0), dit_of(0)
+    alone, shared = dit_of(0, heads), dit_of(0, heads)
     shared.split = world.sequence
     differences = []
     for stack in (2048, 0):

@@ -11,9 +11,9 @@ SHAPES = [[1, 4, 6], [3, 6, 10], [2, 2, 2]]
 """6, 45 and 2 tokens: fewer than processes, odd, and not divisible by 4."""
 
 
-@pytest.mark.parametrize(("cfg", "seq"), [(1, 2), (2, 1), (2, 2), (1, 4)])
-def test_every_layout_equals_one_process(cfg: int, seq: int) -> None:
-    for result in ranks(cfg * seq, "parallel_cases:dit", cfg, seq, SHAPES):
+@pytest.mark.parametrize(("cfg", "seq", "heads"), [(1, 2, 5), (2, 1, 4), (2, 2, 4), (1, 4, 5)])
+def test_every_layout_equals_one_process(cfg: int, seq: int, heads: int) -> None:
+    for result in ranks(cfg * seq, "parallel_cases:dit", cfg, seq, heads, SHAPES):
         assert max(result["differences"]) <= 1e-5
 
 

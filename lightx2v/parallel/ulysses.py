@@ -2,9 +2,10 @@
 
 Each process holds a run of tokens and does everything that looks at one token alone: norms, projections, text,
 feed-forward. For self-attention they exchange: from some tokens of all heads to all tokens of some heads, and back.
-Token counts that do not divide give runs that differ by one token; there is no padding, so the result is the same.
+Where tokens or heads do not divide, some processes have one more; there is no padding, so nothing needs a mask and
+the result is that of one process.
 
-Legend: B batch, L all tokens, l tokens here, N heads, n heads here, H head dim, P processes.
+Legend: B batch, L all tokens, l tokens here, N heads, n heads here, H head dim, R rows that travel.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ Attention = Callable[[Tensor, Tensor, Tensor], Tensor]
 
 
 class Ulysses:
-    """How a WanDiT splits its tokens (its attribute `sequence`)."""
+    """How a WanDiT splits its tokens (its attribute `split`)."""
 
     def __init__(self, wire: Wire) -> None:
         self.wire = wire
@@ -36,13 +37,16 @@ class Ulysses:
 
     def attend(self, attention: Attention, tokens: int, q_BlNH: Tensor, k_BlNH: Tensor, v_BlNH: Tensor) -> Tensor:
         """`attention` over all `tokens` tokens; q, k and v travel in one exchange, the result in another."""
-        size, lengths = self.wire.size, shares(tokens, self.wire.size)
-        batch, local, heads, width = q_BlNH.shape
-        packed = torch.stack([q_BlNH, k_BlNH, v_BlNH]).unflatten(3, (size, heads // size))  # 3 B l P n H
-        packed = packed.permute(3, 2, 0, 1, 4, 5).flatten(0, 1)
-        received = self.wire.swap(packed, [local] * size, lengths).permute(1, 2, 0, 3, 4)  # 3 B L n H
-        out_BLnH = attention(received[0], received[1], received[2])
-        del packed, received
-        back = self.wire.swap(out_BLnH.transpose(0, 1), lengths, [local] * size)
-        back = back.unflatten(0, (size, local)).permute(2, 1, 0, 3, 4)  # B l P n H
-        return back.reshape(batch, local, heads, width)
+        wire, (batch, local, all_heads, width) = self.wire, q_BlNH.shape
+        lengths, heads = shares(tokens, wire.size), shares(all_heads, wire.size)
+        mine = heads[wire.rank]
+        packed = torch.stack([q_BlNH, k_BlNH, v_BlNH]).permute(2, 3, 0, 1, 4)  # l N 3 B H
+        out, back = [local * count for count in heads], [length * mine for length in lengths]
+        rows = torch.cat([part.reshape(-1, 3, batch, width) for part in packed.split(heads, dim=1)])
+        del packed
+        q_BLnH, k_BLnH, v_BLnH = wire.swap(rows, out, back).unflatten(0, (tokens, mine)).permute(2, 3, 0, 1, 4)
+        out_BLnH = attention(q_BLnH, k_BLnH, v_BLnH)
+        del rows, q_BLnH, k_BLnH, v_BLnH
+        rows = wire.swap(out_BLnH.permute(1, 2, 0, 3).reshape(-1, batch, width), back, out)
+        parts = [part.view(local, count, batch, width) for part, count in zip(rows.split(out), heads, strict=True)]
+        return torch.cat(parts, dim=1).permute(2, 0, 1, 3)
