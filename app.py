@@ -78,7 +78,7 @@ def open_engine(config: Any, *, preset: str, on_progress: Any, cancel: Any) -> A
     """Loads the model. Only here is torch imported, and only when the first job runs."""
     from lightx2v.pipeline import LightX2VPipeline
 
-    return LightX2VPipeline.from_config(config, preset=preset, on_progress=on_progress)
+    return LightX2VPipeline.from_config(config, preset=preset, on_progress=on_progress, cancel=cancel)
 
 
 def prepare_environment(output: Path) -> None:

@@ -19,6 +19,7 @@ from .models.dit import DiTConfig, WanDiT, parameter_dtype
 from .models.quant_linear import swap_linears
 from .models.umt5 import TextEncoder
 from .models.vae import VAEConfig, WanVAE
+from .progress import CancelToken
 from .weights.build import ModelWeights
 from .weights.checkpoint import open_checkpoint
 from .weights.locate import ModelFiles
@@ -70,7 +71,9 @@ def pick_device(name: str) -> torch.device:
     return device
 
 
-def load_text_encoder(files: ModelFiles, config: EngineConfig, precision: Precision) -> TextEncoder:
+def load_text_encoder(
+    files: ModelFiles, config: EngineConfig, precision: Precision, cancel: CancelToken | None = None
+) -> TextEncoder:
     """The text encoder; quantised here where the configuration wants that of a model that is built."""
     return TextEncoder.load(
         files.t5,
@@ -79,6 +82,7 @@ def load_text_encoder(files: ModelFiles, config: EngineConfig, precision: Precis
         device=precision.device,
         text_len=config.text_len,
         quantise=scheme_format(config.t5_quant_scheme) if config.t5_quantized and config.build else None,
+        cancel=cancel,
     )
 
 
@@ -112,6 +116,7 @@ def load_expert(
     precision: Precision,
     self_attention: Choice,
     cross_attention: Choice,
+    cancel: CancelToken | None = None,
 ) -> WanDiT:
     """One expert of these weights."""
     dit = build_expert(files, weights, self_attention, cross_attention)
@@ -122,6 +127,7 @@ def load_expert(
         dtype_of=dtype_of,
         device=precision.device,
         source_name=weights.source,
+        cancel=cancel,
     )
     return dit
 

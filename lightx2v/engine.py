@@ -13,17 +13,20 @@ from typing import TypeVar
 
 import torch
 
+from . import preload
 from .attention import Choice, resolve_attention
-from .components import Precision
+from .components import Precision, expert_weights
 from .engine_config import EngineConfig
 from .errors import ConfigError, OutOfMemory
+from .models.dit import DiTConfig
 from .models.preview import Preview
-from .offload import Placement, open_placement
-from .progress import Meter, OnProgress
+from .offload import USUAL, Placement, Resident, offloaded, planner_for
+from .placement.offloaded import describe
+from .progress import CancelToken, Meter, OnProgress
 from .prompts import PromptCache
 from .weights.checkpoint import open_checkpoint
 from .weights.experts import check_experts
-from .weights.locate import locate
+from .weights.locate import ModelFiles, locate
 
 log = logging.getLogger("lightx2v.engine")
 
@@ -46,25 +49,28 @@ class Engine:
     prompts: PromptCache = field(default_factory=PromptCache)
 
 
-def load_engine(config: EngineConfig, *, preset: str = "", on_progress: OnProgress | None = None) -> Engine:
-    """Loads the model. Raises ConfigError, CheckpointError or OutOfMemory; nothing stays behind then."""
+def load_engine(
+    config: EngineConfig,
+    *,
+    preset: str = "",
+    on_progress: OnProgress | None = None,
+    cancel: CancelToken | None = None,
+) -> Engine:
+    """Loads the model. Raises ConfigError, CheckpointError, OutOfMemory or Cancelled; nothing stays behind then."""
     require_implemented(config)
+    preload.start()
     precision = Precision.of(config)
     started = time.perf_counter()
     meter = Meter(precision.device, on_progress)
     with meter.stage("load"):
         meter.emit("load")
-        self_attention, cross_attention = (
-            resolve_attention(name, precision.device, precision.compute, strict=config.attention_strict)
-            for name in (config.self_attn_1_type, config.cross_attn_1_type)
-        )
         files = locate(config)
-        warnings = check_experts(open_checkpoint(files.high), open_checkpoint(files.low), config.task)
+        high, low = open_checkpoint(files.high), open_checkpoint(files.low)
+        warnings = list(check_experts(high, low, config.task))
+        self_attention, cross_attention = choose_attention(config, files, precision)
+        placement = place(files, config, precision, self_attention, cross_attention, warnings, cancel)
         for warning in warnings:
             log.warning("%s", warning)
-        placement = within_memory(
-            lambda: open_placement(files, config, precision, self_attention, cross_attention), "while loading the model"
-        )
         with torch.inference_mode(), placement.vae() as vae:
             preview = Preview.for_vae(vae, files.vae)
     return Engine(
@@ -76,8 +82,55 @@ def load_engine(config: EngineConfig, *, preset: str = "", on_progress: OnProgre
         preview=preview,
         load_seconds=time.perf_counter() - started,
         preset=preset,
-        warnings=warnings,
+        warnings=tuple(warnings),
     )
+
+
+def choose_attention(config: EngineConfig, files: ModelFiles, precision: Precision) -> tuple[Choice, Choice]:
+    """The backends for the video's tokens and for the text, tried on heads of the model's own size."""
+    shapes = expert_weights(files, "high", config).shapes
+    head_dim = DiTConfig.from_checkpoint(files.architecture, shapes).head_dim
+    names = (config.self_attn_1_type, config.cross_attn_1_type)
+    choices = {
+        name: resolve_attention(
+            name, precision.device, precision.compute, strict=config.attention_strict, head_dim=head_dim
+        )
+        for name in dict.fromkeys(names)
+    }
+    return choices[names[0]], choices[names[1]]
+
+
+def place(
+    files: ModelFiles,
+    config: EngineConfig,
+    precision: Precision,
+    self_attention: Choice,
+    cross_attention: Choice,
+    warnings: list[str],
+    cancel: CancelToken | None,
+) -> Placement:
+    """The weights where the plan says, and with less on the device when loading runs out of memory: a warning more."""
+    parts = (files, config, precision, self_attention, cross_attention)
+    planner = planner_for(files, config, precision)
+    if planner is None:
+        return within_memory(lambda: Resident(*parts, cancel=cancel), "while loading the model")
+    plan, lowered = planner.plan(USUAL), False
+    while True:
+        try:
+            placement = within_memory(
+                lambda plan=plan: offloaded(*parts, plan, planner=planner, cancel=cancel), "while loading the model"
+            )
+            break
+        except OutOfMemory as error:
+            failure = error
+        lower = plan.lower("denoise")
+        if lower is None:
+            raise failure
+        plan, lowered = planner.counted(lower, USUAL, f"After the memory ran out: {describe(lower)}."), True
+    if lowered:
+        warnings.append(f"The device ran out of memory while loading; the model was loaded with {describe(plan)}.")
+        placement.keep_below(plan)
+    return placement
 
 
 def require_implemented(config: EngineConfig) -> None:

@@ -22,6 +22,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Protocol
 
+from . import preload
 from .config import EngineConfig, Environment, Resolved, hub_name, list_presets, needed_files, resolve, search_roots
 from .errors import BadRequest, Cancelled, ConfigError, LightX2VError
 from .preset_keys import PER_VIDEO
@@ -126,6 +127,7 @@ def _run(options: argparse.Namespace, line: ProgressLine, interrupts: Interrupts
 
 
 def _load_pipeline(config: EngineConfig, preset: str, on_progress: OnProgress) -> LoadedEngine:
+    preload.start()
     from .pipeline import LightX2VPipeline
 
     return LightX2VPipeline.from_config(config, preset=preset, on_progress=on_progress)

@@ -38,6 +38,7 @@ from .placement.copies import Copies, copies_for
 from .placement.offloaded import Offloaded
 from .placement.piece import Reader
 from .planner import Machine, Model, Need, Plan, Planner, Stage, Wishes, free_ram
+from .progress import CancelToken
 from .request import LoraSpec
 from .weights.build import ModelWeights
 from .weights.checkpoint import open_checkpoint
@@ -105,12 +106,12 @@ class Resident:
         text_home: torch.device | None = None,
         expert_home: torch.device | None = None,
         lazy: bool = False,
+        cancel: CancelToken | None = None,
     ) -> None:
         self.tiling = Tiling() if config.use_tiling_vae is True else None
         self.plan = None
         self.readers: dict[Which, Reader] = {}
         at_text, at_expert = (replace(precision, device=home or precision.device) for home in (text_home, expert_home))
-        self._text: TextEncoder | None = load_text_encoder(files, config, at_text)
         self._experts: dict[Which, WanDiT] = {}
         self._loras: dict[Which, ExpertLoras] = {}
         for which in ("high", "low"):
@@ -121,7 +122,7 @@ class Resident:
                 dit = build_expert(files, used, self_attention, cross_attention)
                 self.readers[which] = _reader(used, at_expert)
             else:
-                dit = load_expert(files, used, at_expert, self_attention, cross_attention)
+                dit = load_expert(files, used, at_expert, self_attention, cross_attention, cancel)
             self._experts[which] = dit
             self._loras[which] = ExpertLoras(dit, which, weights, loras, config, precision.device)
         if self._experts["high"].config != self._experts["low"].config:
@@ -129,6 +130,8 @@ class Resident:
                 "The two experts have different architectures. Use the high-noise and low-noise files of one model."
             )
         self._vae: WanVAE | None = load_vae(files, precision)
+        # Last, since its imports take seconds: they go on in another thread while the experts are read.
+        self._text: TextEncoder | None = load_text_encoder(files, config, at_text, cancel)
 
     @contextmanager
     def text(self) -> Iterator[TextEncoder]:
@@ -175,23 +178,16 @@ def _reader(weights: ModelWeights, precision: Precision) -> Reader:
     return lambda names: weights.tensors(names, dtype_of=dtype_of)
 
 
-def open_placement(
-    files: ModelFiles, config: EngineConfig, precision: Precision, self_attention: Choice, cross_attention: Choice
-) -> Placement:
-    """The model loaded, as the configuration says; what it leaves open follows from the free memory.
-
-    Where the device has no memory of its own, there is nothing to offload to.
-    """
+def planner_for(files: ModelFiles, config: EngineConfig, precision: Precision) -> Planner | None:
+    """What plans where this model's weights live; None where the device has no memory of its own to offload from."""
     if precision.device.type != "cuda":
         if config.cpu_offload is True:
             log.info("cpu_offload has no effect: %s has no memory of its own.", precision.device.type.upper())
-        return Resident(files, config, precision, self_attention, cross_attention)
+        return None
     machine = Machine(vram=torch.cuda.mem_get_info(precision.device)[0], ram=free_ram())
     if (config.lora_configs and not config.lora_dynamic_apply) or config.build:
         machine = replace(machine, ram=2**62)  # merged weights are in no file, so they cannot stay on disk
-    planner = Planner(machine=machine, model=model_sizes(files, config, precision), wishes=wishes_of(config))
-    plan = planner.plan(USUAL)
-    return offloaded(files, config, precision, self_attention, cross_attention, plan, planner=planner)
+    return Planner(machine=machine, model=model_sizes(files, config, precision), wishes=wishes_of(config))
 
 
 def offloaded(
@@ -204,6 +200,7 @@ def offloaded(
     *,
     planner: Planner | None = None,
     copies: Copies | None = None,
+    cancel: CancelToken | None = None,
 ) -> Offloaded:
     """The model loaded for `plan`: parts that will not stay on the device go to host memory at once."""
     log.info("Placement: %s", plan.reason)
@@ -217,6 +214,7 @@ def offloaded(
         text_home=None if plan.text == "resident" else host,
         expert_home=None if plan.mode == "resident" else host,
         lazy=plan.lazy and plan.mode != "resident",
+        cancel=cancel,
     )
     return Offloaded(
         loaded,

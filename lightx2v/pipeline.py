@@ -50,10 +50,17 @@ class LightX2VPipeline:
         self._running = threading.Lock()
 
     @classmethod
-    def from_config(cls, config: EngineConfig, *, preset: str = "", on_progress: OnProgress | None = None) -> Self:
+    def from_config(
+        cls,
+        config: EngineConfig,
+        *,
+        preset: str = "",
+        on_progress: OnProgress | None = None,
+        cancel: CancelToken | None = None,
+    ) -> Self:
         """A loaded pipeline. `preset` is the name that reports and files carry."""
         pipe = cls(config.model_path, config.model_cls, config.task)
-        pipe._engine = load_engine(config, preset=preset, on_progress=on_progress)
+        pipe._engine = load_engine(config, preset=preset, on_progress=on_progress, cancel=cancel)
         return pipe
 
     # ---- what to load -------------------------------------------------------------------------------------------

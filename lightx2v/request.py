@@ -30,7 +30,8 @@ MAX_FRAMES = 1001
 MAX_TOKENS = 262_144
 """About 3.5 times the official largest video (1280x720, 81 frames: 75 600 tokens). A preset may set a lower ceiling."""
 MAX_PROMPT = 10_000
-MAX_SEED = 2**63 - 1
+MAX_SEED = 2**32 - 1
+"""Torch's CPU generator, which draws the noise, reads 32 bits: larger seeds would repeat smaller ones' videos."""
 
 DEFAULT_NEGATIVE_PROMPT = (
     "色调艳丽，过曝，静态，细节模糊不清，字幕，风格，作品，画作，画面，静止，整体发灰，最差质量，低质量，JPEG压缩残留，丑陋的，残缺的，"

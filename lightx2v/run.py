@@ -22,7 +22,7 @@ from .conditioning import encode_pictures, prepare_pictures
 from .engine import Engine, within_memory
 from .errors import OutOfMemory
 from .image import load_image
-from .media import VideoWriter
+from .media import VideoWriter, check_output_path
 from .models.block import TextStates
 from .planner import Need, Stage
 from .progress import CancelToken, Meter, OnProgress
@@ -56,6 +56,8 @@ class Run:
         self, path: str | Path | None, metadata: bool, force: bool, return_frames: bool, return_latents: bool
     ) -> Result:
         request = self.request
+        if path is not None:
+            check_output_path(path, force=force)
         self.placement.prepare(Need.of(request.latent_shape, guided=any(request.guided)))
         contexts = self.with_less("text", self.encode_text)
         condition = self.with_less("image", self.encode_images)

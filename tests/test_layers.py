@@ -16,7 +16,7 @@ LAYERS: list[set[str]] = [
     {"attention"},  # below the configuration, which checks the backends' names
     {"engine_config", "preset_keys", "config", "hub", "media", "image", "mp4", "estimate", "settings"},
     {"parallel", "weights"},
-    {"models", "sampling", "conditioning"},
+    {"models", "sampling", "conditioning", "preload"},
     {"offload", "components", "adapters", "placement", "planner", "prompts"},
     {"result", "engine", "run", "pipeline"},
     {"engine_slot", "job_files", "job_store", "job_worker", "jobs"},

@@ -214,6 +214,14 @@ def test_resident_memory_is_in_bytes() -> None:
     assert 10 * 2**20 < peak_rss() < 2**40
 
 
+def test_the_peak_of_memory_is_not_the_parents() -> None:
+    ballast = bytearray(300 << 20)
+    ballast[::4096] = b"x" * len(ballast[::4096])
+    code = "from lightx2v.progress import peak_rss; print(peak_rss())"
+    child = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=60)
+    assert int(child.stdout) < 200 << 20 < len(ballast)
+
+
 def test_a_report_is_plain_json(clock: Clock, cuda: FakeCuda) -> None:
     meter = Meter("cuda")
     with meter.stage("denoise"):

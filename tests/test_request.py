@@ -68,8 +68,8 @@ def test_it_cannot_be_changed() -> None:
         ("shift", 0, "0.01"),
         ("shift", -3, "0.01"),
         ("seed", -2, "-1"),
-        ("seed", 2**63, str(2**63 - 1)),
-        pytest.param("seed", 10**5000, str(2**63 - 1), id="seed-of-5000-digits"),
+        ("seed", 2**32, str(2**32 - 1)),
+        pytest.param("seed", 10**5000, str(2**32 - 1), id="seed-of-5000-digits"),
         ("boundary", 1.5, "1"),
         ("guidance", (3.0, 1e9), "100"),
         ("height", 480.5, "480"),
@@ -109,7 +109,7 @@ def test_a_seed_is_whole(value: object) -> None:
     assert "whole number" in refused(seed=value)
 
 
-@pytest.mark.parametrize("seed", [-1, 0, 42, 2**63 - 1])
+@pytest.mark.parametrize("seed", [-1, 0, 42, 2**32 - 1])
 def test_every_seed_that_a_generator_takes_is_valid(seed: int) -> None:
     assert Request(prompt="a cat", seed=seed).seed == seed
 
@@ -243,7 +243,7 @@ REQUESTS = st.builds(
     Request,
     prompt=st.text(st.characters(), min_size=1, max_size=30).map(lambda text: "a cat " + text),
     negative_prompt=st.text(max_size=30),
-    seed=st.integers(-1, 2**63 - 1),
+    seed=st.integers(-1, 2**32 - 1),
     height=st.integers(2, 40).map(lambda n: 16 * n),
     width=st.integers(2, 40).map(lambda n: 16 * n),
     frames=st.integers(0, 30).map(lambda n: 4 * n + 1),

@@ -15,6 +15,7 @@ from __future__ import annotations
 import html
 import json
 import re
+import threading
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,6 +25,7 @@ import torch
 from torch import nn
 
 from ..errors import CheckpointError, short_path
+from ..progress import CancelToken
 from ..weights.build import ModelWeights
 from ..weights.checkpoint import Checkpoint, open_checkpoint
 from ..weights.quant import is_text_matrix
@@ -114,8 +116,10 @@ class TextEncoder(nn.Module):
         device: torch.device | str = "cpu",
         text_len: int = 512,
         quantise: torch.dtype | None = None,
+        cancel: CancelToken | None = None,
     ) -> TextEncoder:
         """From Wan's T5 file (or transformers' folder) and the tokenizer's folder; `quantise` makes it 8-bit."""
+        preload()
         if dtype is torch.float16:  # UMT5's activations leave its range
             dtype = torch.bfloat16
         if not isinstance(checkpoint, Checkpoint):
@@ -141,7 +145,7 @@ class TextEncoder(nn.Module):
         check_fit(holder, shapes, dtypes, source_name=source)
         tensors = weights.tensors(weights.plain_shapes.keys() - {TABLE}, dtype_of=dtype_of, device=device)
         renamed = ((hf_name(name), tensor) for name, tensor in tensors)
-        stream_into(holder, renamed, dtype_of=dtype_of, device=device, source_name=source)
+        stream_into(holder, renamed, dtype_of=dtype_of, device=device, source_name=source, cancel=cancel)
         table = weights.file_names[TABLE]
         encoder = cls(stack, checkpoint.mapped(table), load_tokenizer(tokenizer), text_len=text_len)
         encoder.require_vocabulary(sizes.vocab, short_path(tokenizer))
@@ -216,11 +220,18 @@ def wan_name(name: str) -> str:
     return {theirs: ours for ours, theirs in _OUTSIDE}.get(name, name)
 
 
+_IMPORTING = threading.Lock()
+
+
 def preload() -> None:
-    """Imports what `load` needs. transformers takes seconds to import: a program that has the time calls this early."""
-    import ftfy  # noqa: F401
-    import tokenizers  # noqa: F401
-    import transformers.models.umt5.modeling_umt5  # noqa: F401
+    """Imports what `load` needs. transformers takes seconds to import: `preload.start` does it while others work.
+
+    Two threads inside one package's imports could see halves of its modules; the second one waits here.
+    """
+    with _IMPORTING:
+        import ftfy  # noqa: F401
+        import tokenizers  # noqa: F401
+        import transformers.models.umt5.modeling_umt5  # noqa: F401
 
 
 def build_stack(sizes: UMT5Sizes) -> UMT5Stack:

@@ -151,6 +151,10 @@ class Offloaded:
         if self._planner is not None:
             self._apply(self._planner.plan(need))
 
+    def keep_below(self, plan: Plan) -> None:
+        """Later requests get no larger plans than this one."""
+        self._lowered = plan
+
     def step_down(self, stage: Stage) -> str | None:
         """After `stage` ran out of memory: a smaller plan, in words. None if there is none."""
         lower = self._plan.lower(stage)

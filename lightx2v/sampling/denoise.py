@@ -43,7 +43,7 @@ class Solver(Protocol):
 def initial_noise(shape: Sequence[int], seed: int) -> Tensor:
     """Standard normal float32 on the CPU: the same for a seed on every device and any number of them.
 
-    Torch's CPU generator uses the lowest 32 bits of the seed.
+    Torch's CPU generator uses the lowest 32 bits of the seed, which is why a Request has no larger ones.
     """
     return torch.randn(tuple(shape), generator=torch.Generator("cpu").manual_seed(seed), dtype=torch.float32)
 

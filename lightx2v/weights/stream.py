@@ -15,6 +15,7 @@ import torch
 from torch import nn
 
 from ..errors import CheckpointError, short_path
+from ..progress import CancelToken
 from .checkpoint import Checkpoint
 from .safetensors_file import FLOATS
 
@@ -54,6 +55,7 @@ def stream_into(
     dtype_of: DtypeOf,
     device: torch.device | str,
     source_name: str,
+    cancel: CancelToken | None = None,
 ) -> None:
     """Fills `module` (on the meta device) from `tensors`; one CheckpointError names all that does not fit.
 
@@ -65,6 +67,8 @@ def stream_into(
     placed: dict[str, torch.Tensor] = {}
     fits = True
     for name, tensor in tensors:
+        if cancel is not None:
+            cancel.check()
         if name in shapes:
             raise CheckpointError(f"{source_name}: tensor {name} came twice.")
         shapes[name], dtypes[name] = tuple(tensor.shape), tensor.dtype

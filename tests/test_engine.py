@@ -1,0 +1,108 @@
+"""Loading: it can be cancelled, goes on with less when memory runs out, and checks where a video goes first."""
+
+from __future__ import annotations
+
+import gc
+import weakref
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from conftest import TinyModels
+
+import lightx2v.engine
+import lightx2v.offload
+from lightx2v.config import resolve
+from lightx2v.engine import load_engine
+from lightx2v.engine_config import EngineConfig
+from lightx2v.errors import BadRequest, Cancelled, OutOfMemory
+from lightx2v.pipeline import LightX2VPipeline
+from lightx2v.planner import GIB, Machine, Model, Planner, Wishes
+from lightx2v.progress import CancelToken
+from lightx2v.request import Request
+
+
+def config_of(folder: Path) -> EngineConfig:
+    return resolve({"model_path": str(folder), "device": "cpu"}, {}).engine
+
+
+@pytest.mark.parametrize("tensors", [0, 10, 100])
+def test_loading_stops_where_it_is_cancelled(tiny: TinyModels, monkeypatch: pytest.MonkeyPatch, tensors: int) -> None:
+    cancel = CancelToken()
+    seen: list[weakref.ref[torch.Tensor]] = []
+    place = lightx2v.weights.stream._place
+
+    def placing(*args: Any) -> torch.Tensor:
+        seen.append(weakref.ref(tensor := place(*args)))
+        if len(seen) == tensors:
+            cancel.cancel()
+        return tensor
+
+    monkeypatch.setattr(lightx2v.weights.stream, "_place", placing)
+    if not tensors:
+        cancel.cancel()
+    with pytest.raises(Cancelled):
+        load_engine(config_of(tiny.t2v), cancel=cancel)
+    gc.collect()
+    assert len(seen) == tensors and not any(ref() is not None for ref in seen)
+
+
+def roomy(*_: object) -> Planner:
+    return Planner(machine=Machine(vram=200 * GIB, ram=200 * GIB), model=Model(), wishes=Wishes())
+
+
+def test_out_of_memory_while_loading_goes_on_with_less_and_says_so(
+    tiny: TinyModels, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    modes: list[str] = []
+    load = lightx2v.engine.offloaded
+
+    def starved(*args: Any, **more: Any) -> Any:
+        plan = args[5]
+        modes.append(plan.mode)
+        if plan.mode == "resident":
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return load(*args, **more)
+
+    monkeypatch.setattr(lightx2v.engine, "planner_for", roomy)
+    monkeypatch.setattr(lightx2v.engine, "offloaded", starved)
+    with LightX2VPipeline.from_config(config_of(tiny.t2v)) as pipe:
+        report = pipe.run(Request(prompt="a ball", height=32, width=48, frames=5, steps=2)).report()
+    assert modes == ["resident", "resident", "swap"]
+    assert report["plan"]["mode"] == "swap"  # the machine is roomy enough for more, but that failed
+    assert any("while loading" in warning and "one expert" in warning for warning in report["warnings"])
+
+
+def test_where_nothing_is_left_to_give_loading_fails(tiny: TinyModels, monkeypatch: pytest.MonkeyPatch) -> None:
+    def starved(*_: Any, **__: Any) -> Any:
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(lightx2v.engine, "planner_for", roomy)
+    monkeypatch.setattr(lightx2v.engine, "offloaded", starved)
+    with pytest.raises(OutOfMemory, match="while loading the model"):
+        load_engine(config_of(tiny.t2v))
+
+
+def test_backends_are_tried_once_and_on_the_models_own_heads(tiny: TinyModels, monkeypatch: pytest.MonkeyPatch) -> None:
+    calls: list[tuple[str, int]] = []
+    resolve_attention = lightx2v.engine.resolve_attention
+
+    def counted(name: str, *args: Any, **more: Any) -> Any:
+        calls.append((name, more["head_dim"]))
+        return resolve_attention(name, *args, **more)
+
+    monkeypatch.setattr(lightx2v.engine, "resolve_attention", counted)
+    load_engine(config_of(tiny.t2v)).placement.close()
+    assert calls == [("auto", 12)]
+
+
+def test_a_path_that_cannot_be_written_fails_before_the_first_stage(tiny: TinyModels, tmp_path: Path) -> None:
+    taken = tmp_path / "taken.mp4"
+    taken.write_bytes(b"mine")
+    stages: list[str] = []
+    with LightX2VPipeline.from_config(config_of(tiny.t2v)) as pipe:
+        request = Request(prompt="a ball", height=32, width=48, frames=5, steps=1)
+        with pytest.raises(BadRequest, match="exists already"):
+            pipe.run(request, save_result_path=taken, on_progress=lambda event: stages.append(event.stage))
+    assert stages == [] and taken.read_bytes() == b"mine"
