@@ -11,8 +11,9 @@ from __future__ import annotations
 import json
 import logging
 import os
+import sys
 from collections.abc import Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -54,6 +55,10 @@ class Environment:
     local_rank: int = 0
     world_size: int | None = None
     """Number of processes that torchrun started, None without it."""
+    local_world_size: int | None = None
+    """How many of them are on this machine."""
+    restart: int = 0
+    """How often torchrun has started them again."""
 
     @classmethod
     def read(cls, variables: Mapping[str, str] | None = None) -> Environment:
@@ -65,9 +70,11 @@ class Environment:
             "rank": "RANK",
             "local_rank": "LOCAL_RANK",
             "world_size": "WORLD_SIZE",
+            "local_world_size": "LOCAL_WORLD_SIZE",
+            "restart": "TORCHELASTIC_RESTART_COUNT",
         }
         found: dict[str, Any] = {key: variables[name] for key, name in names.items() if variables.get(name)}
-        for key in ("rank", "local_rank", "world_size"):
+        for key in ("rank", "local_rank", "world_size", "local_world_size", "restart"):
             if key in found:
                 if not found[key].isdecimal() or len(found[key]) > 6:
                     raise ConfigError(
@@ -75,6 +82,17 @@ class Environment:
                     )
                 found[key] = int(found[key])
         return cls(**found)
+
+    @property
+    def together(self) -> bool:
+        """Whether this is one of several processes that work on one video."""
+        return (self.world_size or 1) > 1
+
+    def stay_local(self) -> None:
+        """On one machine the processes talk over loopback, whatever its name resolves to."""
+        if self.local_world_size == self.world_size and sys.platform == "linux":
+            for library in ("GLOO", "NCCL"):
+                os.environ.setdefault(f"{library}_SOCKET_IFNAME", "lo")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -142,7 +160,11 @@ def resolve(
         raise ConfigError(message if by_override else f"{source}: {message}") from None
     request = _check_together(source, engine, request_values, below, above)
     if environment is not None and environment.world_size is not None:
-        engine.check_world(environment.world_size, enable_cfg=any(request.guided))
+        guided = any(request.guided)
+        if engine.parallel is None and environment.world_size > 1:
+            layout = ParallelConfig.for_world(environment.world_size, enable_cfg=guided)
+            engine = replace(engine, parallel=layout)
+        engine.check_world(environment.world_size, enable_cfg=guided)
     info = _describe(name, about, engine, request, moved="model_path" in above.spelled)
     notes = (*notes, *below.notes, *above.notes)
     for note in notes:

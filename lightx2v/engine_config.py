@@ -84,6 +84,12 @@ class ParallelConfig:
     def world_size(self) -> int:
         return self.cfg_p_size * self.seq_p_size
 
+    @classmethod
+    def for_world(cls, world_size: int, *, enable_cfg: bool) -> Self:
+        """The layout for this many processes: with guidance a half for each branch, the rest along the sequence."""
+        cfg = 2 if enable_cfg and world_size % 2 == 0 else 1
+        return cls(cfg_p_size=cfg, seq_p_size=world_size // cfg)
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class EngineConfig:
@@ -218,13 +224,12 @@ class EngineConfig:
             raise ConfigError("lazy_load leaves the files as they are, so LoRAs need lora_dynamic_apply true with it.")
 
     def check_heads(self, heads: int = A14B_HEADS) -> None:
-        """Raises ConfigError if Ulysses cannot give every process as many of the model's `heads` as the others."""
+        """Raises ConfigError if Ulysses cannot give every process one of the model's `heads`."""
         size = self.parallel.seq_p_size if self.parallel else 1
-        if heads % size:
-            possible = ", ".join(str(n) for n in range(1, heads + 1) if heads % n == 0)
+        if size > heads:
             raise ConfigError(
-                f"parallel.seq_p_size is {size}, which does not divide the model's {heads} attention heads. "
-                f"Possible sizes: {possible}."
+                f"parallel.seq_p_size is {size}, but the model has {heads} attention heads, and every process needs "
+                f"one. Possible sizes: 1 to {heads}."
             )
 
     def check_world(self, world_size: int, heads: int = A14B_HEADS, *, enable_cfg: bool) -> None:
@@ -238,7 +243,7 @@ class EngineConfig:
             else [
                 f"cfg_p_size {cfg}, seq_p_size {world_size // cfg}"
                 for cfg in ((2, 1) if enable_cfg else (1,))
-                if world_size % cfg == 0 and heads % (world_size // cfg) == 0
+                if world_size % cfg == 0 and world_size // cfg <= heads
             ]
         )
         raise ConfigError(

@@ -9,6 +9,7 @@
     ├── OutputError         a result that could not be written
     ├── OutOfMemory         the device or the host ran out of memory
     ├── NumericsError       NaN or infinity where numbers should be
+    ├── GroupFailed         a process of a parallel run ended, so the others end too
     ├── Busy                the queue is full or the engine is changing
     └── Cancelled           somebody asked to stop
 
@@ -59,6 +60,10 @@ class OutOfMemory(LightX2VError):
 
 
 class NumericsError(LightX2VError):
+    pass
+
+
+class GroupFailed(LightX2VError):
     pass
 
 

@@ -2,26 +2,33 @@
 
 from __future__ import annotations
 
-import os
 from typing import Any
 
 import torch
 
+from lightx2v.config import Environment
 from lightx2v.models.dit import DiTConfig, WanDiT
-from lightx2v.parallel.world import World, join
+from lightx2v.parallel.world import Mesh, join
 
 torch.set_num_threads(1)
 
 
-def enter(cfg: int, seq: int) -> World:
-    rank, size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
-    return join(rank, size, rank, cfg_p_size=cfg, seq_p_size=seq, device="cpu")
+def enter(cfg: int, seq: int) -> Mesh:
+    return join(Environment.read(), "cpu").mesh(cfg, seq)
 
 
 def dit_of(seed: int, heads: int) -> WanDiT:
     torch.manual_seed(seed)
     config = DiTConfig(
-        in_dim=16, dim=12 * heads, ffn_dim=96, freq_dim=32, text_dim=32, text_len=24, out_dim=16, num_heads=heads, num_layers=2
+        in_dim=16,
+        dim=12 * heads,
+        ffn_dim=96,
+        freq_dim=32,
+        text_dim=32,
+        text_len=24,
+        out_dim=16,
+        num_heads=heads,
+        num_layers=2,
     )
     return WanDiT(config).eval()
 
@@ -29,9 +36,9 @@ def dit_of(seed: int, heads: int) -> WanDiT:
 @torch.inference_mode()
 def dit(cfg: int, seq: int, heads: int, shapes: list[list[int]]) -> dict[str, Any]:
     """Velocities of two prompts over the mesh, against those of this process alone."""
-    world = enter(cfg, seq)
+    mesh = enter(cfg, seq)
     alone, shared = dit_of(0, heads), dit_of(0, heads)
-    shared.split = world.sequence
+    shared.split = mesh.sequence
     differences = []
     for stack in (2048, 0):
         alone.stack_tokens = shared.stack_tokens = stack
@@ -40,11 +47,7 @@ def dit(cfg: int, seq: int, heads: int, shapes: list[list[int]]) -> dict[str, An
             latents = torch.randn(16, *shape, generator=generator)
             contexts = [torch.randn(rows, 32, generator=generator) for rows in (5, 24)]
             expected = alone(latents, 700.0, [alone.encode_text(context) for context in contexts])
-            mine = contexts if world.cfg is None else [contexts[world.rank // seq]]
-            got = shared(latents, 700.0, [shared.encode_text(context) for context in mine])
-            if world.cfg is not None:
-                got = world.branches(got[0])
+            mine = mesh.branch([shared.encode_text(context) for context in contexts])
+            got = mesh.both(shared(latents, 700.0, mine), 2)
             differences.append(max(float((a - b).abs().max()) for a, b in zip(got, expected, strict=True)))
-    sent = {name: wire.sent for name, wire in world.wires.items()}
-    world.leave()
-    return {"differences": differences, "sent": sent}
+    return {"differences": differences, "sent": mesh.sent}

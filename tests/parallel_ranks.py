@@ -62,7 +62,7 @@ def finish(processes: list[subprocess.Popen[str]], timeout: float = 120) -> list
 
 
 def ranks(size: int, case: str, *arguments: Any) -> list[Any]:
-    """What `case` ("module:function") returns in each of `size` processes. The last line of its output is the result."""
+    """What `case` ("module:function") returns in each of `size` processes. The last line it prints is that."""
     command = [str(Path(__file__)), case, json.dumps(arguments)]
     ends = finish(start(size, command))
     failed = [f"rank {rank}: {error[-3000:]}" for rank, (code, _, error) in enumerate(ends) if code]

@@ -17,8 +17,8 @@ from torch import Tensor
 class Wire:
     """One group of processes. `sent` counts the bytes this process sent to others, by kind; `calls` the exchanges."""
 
-    def __init__(self, group: dist.ProcessGroup, device: torch.device) -> None:
-        self.group, self.device = group, device
+    def __init__(self, group: dist.ProcessGroup) -> None:
+        self.group = group
         self.rank, self.size = dist.get_rank(group), dist.get_world_size(group)
         self.sent: dict[str, int] = {}
         self.calls = 0
@@ -58,6 +58,28 @@ class Wire:
         if flat.numel():
             dist.broadcast(flat, group=self.group, group_src=0)
         return raw
+
+    def trade(self, exchanges: Sequence[tuple[int, Tensor | None, Tensor | None]]) -> None:
+        """With each (rank, send, receive) neighbour at once; `receive` is filled."""
+        sends = [(rank, x.contiguous()) for rank, x, _ in exchanges if x is not None]
+        self._count("trade", sum(x.numel() * x.itemsize for _, x in sends))
+        peers = [dist.P2POp(dist.isend, x, group=self.group, group_peer=rank) for rank, x in sends]
+        peers += [
+            dist.P2POp(dist.irecv, x, group=self.group, group_peer=rank) for rank, _, x in exchanges if x is not None
+        ]
+        for work in dist.batch_isend_irecv(peers) if peers else []:
+            work.wait()
+
+    def to_first(self, x: Tensor, lengths: Sequence[int]) -> Tensor | None:
+        """Everybody's x, of `lengths[r]` entries along the first axis, one after another, on rank 0."""
+        if self.rank != 0:
+            self.trade([(0, x, None)])
+            return None
+        out = x.new_empty(sum(lengths), *x.shape[1:])
+        parts = list(out.split(list(lengths)))
+        parts[0].copy_(x)
+        self.trade([(rank, None, part) for rank, part in enumerate(parts) if rank])
+        return out
 
     def agree(self, flag: bool, *, all_of_them: bool) -> bool:
         """Whether all (or any) of the processes say so. A few bytes on the CPU, so no device is waited for."""

@@ -1,20 +1,22 @@
-"""The processes that torchrun started: how they find each other, what each of them is for, how they part.
+"""The processes that torchrun started: how they meet, what rank 0 tells the others, how a failure of one ends all.
 
-    world = join(environment, device="auto", layout=config.parallel)
-    world.sequence, world.branch        how a DiT splits its tokens, and which guidance branch runs here
-    world.wire                          exchanges between all processes
-    world.leave()
+    world = join(rank=…, size=…, local_rank=…, device="auto")
+    mesh = world.mesh(config.parallel)      for one loaded model: guidance branches x parts of the sequence
+    with world.together(): …                what may fail on one process only
 
-The processes meet through torchrun's store. Where they all run on one machine, they talk over its loopback only.
+Rank 0 reads, writes and talks to people; the others do what it tells them (`tell`, `expect`). Commands, and everything
+about failures, go through torchrun's store as JSON: waiting there has no time limit and needs no device.
 """
 
 from __future__ import annotations
 
+import atexit
+import functools
+import json
 import logging
-import os
-import sys
-from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+import time
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from datetime import timedelta
 from typing import Any
 
@@ -25,128 +27,235 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.rendezvous import rendezvous
 
 from .. import errors
-from ..errors import ConfigError, LightX2VError
+from ..config import Environment
+from ..errors import ConfigError, GroupFailed, LightX2VError
+from ..progress import CancelToken
+from .rows import Rows
 from .ulysses import Ulysses
-from .wire import Wire
+from .watch import Watch
+from .wire import Wire, shares
 
 log = logging.getLogger("lightx2v.parallel")
 
 TIMEOUT = timedelta(minutes=30)
-"""Of one exchange. Failures are noticed by `watch.Watch` within seconds; this is for what nobody thought of."""
+"""Of one exchange. `Watch` notices failures within seconds; this is for what nobody thought of."""
+SETTLE = 8.0
+"""Seconds in which all processes must have come out of a piece of work after it failed on one of them."""
+MEET = timedelta(minutes=5)
 
-Tensors = Iterable[tuple[str, Tensor]]
+TensorStream = Iterable[tuple[str, Tensor]]
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
 class World:
-    """`branch` is 0 for the prompt and 1 for the negative prompt; with one part of either kind there is no such wire."""
+    """One per program; `join` makes it."""
 
-    rank: int
-    size: int
-    device: torch.device
-    store: dist.Store
-    wire: Wire
-    cfg: Wire | None
-    sequence: Ulysses | None
+    def __init__(self, rank: int, size: int, device: torch.device, store: dist.Store, watch: Watch) -> None:
+        everybody = dist.group.WORLD
+        assert everybody is not None
+        self.rank, self.size, self.device = rank, size, device
+        self.wire = Wire(everybody)
+        self._wires = [self.wire]
+        self._store, self._watch = store, watch
+        self._told = self._works = 0
 
     @property
     def leads(self) -> bool:
-        """Whether this is the process that reads, writes and talks to people."""
         return self.rank == 0
 
-    @property
-    def wires(self) -> dict[str, Wire]:
-        """By what they are for."""
-        found = {"world": self.wire, "cfg": self.cfg, "sequence": self.sequence.wire if self.sequence else None}
-        return {name: wire for name, wire in found.items() if wire is not None}
+    def mesh(self, cfg_p_size: int, seq_p_size: int) -> Mesh:
+        """This process's place among `cfg_p_size` x `seq_p_size`; everybody calls it."""
+        found = init_device_mesh(self.device.type, (cfg_p_size, seq_p_size), mesh_dim_names=("cfg_p", "seq_p"))
+        cfg = Wire(found.get_group("cfg_p")) if cfg_p_size > 1 else None
+        seq = Wire(found.get_group("seq_p")) if seq_p_size > 1 else None
+        self._wires = [wire for wire in (self.wire, cfg, seq) if wire is not None]
+        return Mesh(self, cfg, seq)
 
-    @property
-    def calls(self) -> int:
-        """How many exchanges this process has begun: equal on all processes, wherever they are in step."""
-        return sum(wire.calls for wire in self.wires.values())
+    # ---- what rank 0 tells the others -------------------------------------------------------------------------------
 
-    def branches(self, mine: Tensor) -> list[Tensor]:
-        """The velocities of the prompt and of the negative prompt, from the two processes that have them."""
-        assert self.cfg is not None
-        return list(self.cfg.collect(mine[None], [1, 1]))
+    def tell(self, what: str, content: Any = None) -> None:
+        """Rank 0's next command, in JSON types."""
+        self._store.set(f"command/{self._told}", json.dumps({"what": what, "content": content}))
+        self._told += 1
 
-    def stream(self, tensors: Tensors) -> Iterator[tuple[str, Tensor]]:
-        """(name, tensor) as rank 0 reads them, on every process; the others' `tensors` are not touched.
+    def hear(self) -> tuple[str, Any]:
+        """The next command, whenever it comes."""
+        key = f"command/{self._told}"
+        while not self._store.check([key]):
+            time.sleep(0.02)
+        self._told += 1
+        command = json.loads(self._store.get(key))
+        return command["what"], command["content"]
 
-        What goes wrong while reading is raised on every process.
+    def follow(self, what: str, content: Callable[[], Any]) -> Any:
+        """One call that all processes make: rank 0's content, on all. What rank 0 refuses is refused everywhere."""
+        if self.leads:
+            try:
+                said = content()
+            except LightX2VError as error:
+                self.tell("refused", describe(error))
+                raise
+            self.tell(what, said)
+            return said
+        heard, said = self.hear()
+        if heard == "refused":
+            raise recall(said)
+        if heard != what:
+            raise GroupFailed(f"Rank 0 does {heard} while this process does {what}: the scripts must do the same.")
+        return said
+
+    def stream(self, tensors: TensorStream, cancel: CancelToken | None = None) -> Iterator[tuple[str, Tensor]]:
+        """(name, tensor) as rank 0 reads them, on every process; the others' `tensors` are never begun.
+
+        What stops rank 0 from reading is raised on every process.
         """
-        if self.rank != 0:
+        if not self.leads:
             while (head := self.wire.tell(None)) is not None:
-                raise_told(head)
+                if "error" in head:
+                    raise recall(head)
                 empty = torch.empty(head["shape"], dtype=getattr(torch, head["dtype"]), device=self.device)
                 yield head["name"], self.wire.spread(empty)
             return
         try:
             for name, tensor in tensors:
-                tensor = tensor.to(self.device)
+                if cancel is not None:
+                    cancel.check()
                 dtype = str(tensor.dtype).removeprefix("torch.")
                 self.wire.tell({"name": name, "shape": list(tensor.shape), "dtype": dtype})
-                yield name, self.wire.spread(tensor)
+                tensor = self.wire.spread(tensor.to(self.device))
+                yield name, tensor
         except LightX2VError as error:
-            self.wire.tell(told(error))
+            self.wire.tell(describe(error))
             raise
         self.wire.tell(None)
 
-    def leave(self) -> None:
-        """Ends the group. Everybody is to call it; who does not is not waited for."""
-        if dist.is_initialized():
-            dist.destroy_process_group()
+    # ---- failures ---------------------------------------------------------------------------------------------------
+
+    @contextmanager
+    def together(self) -> Iterator[None]:
+        """Work that all processes do. Where it fails on all, at the same exchange, the group can go on.
+
+        Otherwise some wait for an exchange that will not come; then the first failure is told and all processes end.
+        """
+        work, self._works = self._works, self._works + 1
+        try:
+            yield
+        except BaseException as error:
+            self._store.set(f"ended/{work}/{self.rank}", self._calls())
+            missing = self._missing(work)
+            if missing:
+                lost = isinstance(error, RuntimeError) and self._watch.silent(missing)
+                self._watch.fail(
+                    f"{'Process ' + ', '.join(map(str, missing)) + ' ended without a word' if lost else error}",
+                    kind="GroupFailed" if lost else type(error).__name__,
+                )
+                raise GroupFailed(self._watch.reason()) from error
+            raise
+        self._store.set(f"ended/{work}/{self.rank}", self._calls())
+
+    def _calls(self) -> str:
+        return str(sum(wire.calls for wire in self._wires))
+
+    def _missing(self, work: int) -> list[int]:
+        """The processes that do not come out of this work, or not at the same exchange."""
+        deadline = time.monotonic() + SETTLE
+        missing = list(range(self.size))
+        while missing and time.monotonic() < deadline:
+            missing = [rank for rank in missing if not self._store.check([f"ended/{work}/{rank}"])]
+            time.sleep(0.05)
+        if missing:
+            return missing
+        calls = [self._store.get(f"ended/{work}/{rank}").decode() for rank in range(self.size)]
+        return [rank for rank, count in enumerate(calls) if count != calls[self.rank]]
 
 
-def told(error: LightX2VError) -> dict[str, str]:
+class Mesh:
+    """Who does what for one model. `sequence` splits a DiT's tokens; there is none with a single part."""
+
+    def __init__(self, world: World, cfg: Wire | None, seq: Wire | None) -> None:
+        self.world = world
+        self.cfg = cfg
+        self.sequence = Ulysses(seq) if seq is not None else None
+
+    def rows(self, height: int) -> Rows | None:
+        """How latents of this height are split over all processes for the VAE; None if they are too few rows."""
+        return Rows(self.world.wire, shares(height, self.world.size)) if height >= self.world.size else None
+
+    def branch(self, branches: list[Any]) -> list[Any]:
+        """Of the prompt and the negative prompt those that this process has to do."""
+        return branches if self.cfg is None or len(branches) < 2 else [branches[self.cfg.rank]]
+
+    def both(self, velocities: list[Tensor], branches: int) -> list[Tensor]:
+        """The velocities of all branches, from those of this process's."""
+        if self.cfg is None or branches < 2:
+            return velocities
+        return list(self.cfg.collect(velocities[0][None], [1, 1]))
+
+    @property
+    def sent(self) -> dict[str, dict[str, int]]:
+        """Bytes this process has sent to others, by group and kind."""
+        wires = {"world": self.world.wire, "cfg": self.cfg, "seq": self.sequence.wire if self.sequence else None}
+        return {name: dict(wire.sent) for name, wire in wires.items() if wire is not None}
+
+
+class SharedCancel(CancelToken):
+    """A run's cancel flag on all processes: whoever is asked to stop, they stop at the same `check`.
+
+    `check` is an exchange, so all must call it at the same places: between steps and between chunks of the VAE.
+    """
+
+    def __init__(self, wire: Wire, token: CancelToken | None) -> None:
+        super().__init__()
+        self._wire, self._token = wire, token
+
+    @property
+    def cancelled(self) -> bool:
+        return super().cancelled or (self._token is not None and self._token.cancelled)
+
+    def check(self) -> None:
+        if self._wire.agree(self.cancelled, all_of_them=False):
+            self.cancel()
+            super().check()
+
+
+def describe(error: LightX2VError) -> dict[str, str]:
     """An error as JSON, for the other processes."""
     return {"error": type(error).__name__, "message": str(error)}
 
 
-def raise_told(message: Any) -> None:
-    """Raises the error that `told` made; does nothing where the message is none."""
-    if isinstance(message, dict) and "error" in message:
-        kind = getattr(errors, str(message["error"]), LightX2VError)
-        raise kind(message["message"])
+def recall(message: dict[str, str]) -> LightX2VError:
+    """The error that `describe` was given."""
+    kind = getattr(errors, message["error"], LightX2VError)
+    return kind(message["message"]) if issubclass(kind, LightX2VError) else LightX2VError(message["message"])
 
 
-def join(rank: int, size: int, local_rank: int, *, cfg_p_size: int, seq_p_size: int, device: str = "auto") -> World:
-    """Meets the other processes. NCCL on GPUs, gloo on CPUs; what is small always goes over gloo."""
-    assert cfg_p_size * seq_p_size == size
-    on_gpu = device.startswith("cuda") or (device == "auto" and torch.cuda.is_available())
+@functools.cache
+def join(environment: Environment, device: str = "auto") -> World:
+    """Meets the other processes, once per program. NCCL on GPUs, gloo on CPUs; what is small always goes over gloo."""
+    rank, size, local_rank = environment.rank, environment.world_size or 1, environment.local_rank
+    if ":" in device or device == "mps":
+        raise ConfigError(f'device is "{device}", but {size} processes were started. Use "auto", "cuda" or "cpu".')
+    on_gpu = device == "cuda" or (device == "auto" and torch.cuda.is_available())
     if on_gpu:
-        count = torch.cuda.device_count()
-        if local_rank >= count:
+        if local_rank >= (count := torch.cuda.device_count()):
             raise ConfigError(
                 f"torchrun started {size} processes, but this machine has {count} CUDA devices. "
                 f'Use --nproc_per_node={count}, or set device to "cpu".'
             )
         torch.cuda.set_device(local_rank)
-    _stay_local()
-    store, _, _ = next(iter(rendezvous("env://", timeout=timedelta(minutes=5))))
-    if not dist.is_initialized():
-        backend = "cpu:gloo,cuda:nccl" if on_gpu else "gloo"
-        prefixed = dist.PrefixStore("lightx2v", store)
-        dist.init_process_group(backend, store=prefixed, rank=rank, world_size=size, timeout=TIMEOUT)
-    kind = "cuda" if on_gpu else "cpu"
-    mesh = init_device_mesh(kind, (cfg_p_size, seq_p_size), mesh_dim_names=("cfg_p", "seq_p"))
-    where = torch.device(kind, local_rank) if on_gpu else torch.device(kind)
-    everybody = dist.group.WORLD
-    assert everybody is not None
-    return World(
-        rank=rank,
-        size=size,
-        device=where,
-        store=store,
-        wire=Wire(everybody, where),
-        cfg=Wire(mesh.get_group("cfg_p"), where) if cfg_p_size > 1 else None,
-        sequence=Ulysses(Wire(mesh.get_group("seq_p"), where)) if seq_p_size > 1 else None,
-    )
+    environment.stay_local()
+    life = f"lightx2v/{environment.restart}"
+    store, _, _ = next(iter(rendezvous("env://", timeout=MEET)))
+    group = dist.PrefixStore(f"{life}/group", store)
+    backend = "cpu:gloo,cuda:nccl" if on_gpu else "gloo"
+    dist.init_process_group(backend, store=group, rank=rank, world_size=size, timeout=TIMEOUT)
+    watched, _, _ = next(iter(rendezvous("env://", timeout=MEET)))  # a connection of its own, for another thread
+    watch = Watch(dist.PrefixStore(f"{life}/watch", watched), rank, size)
+    atexit.register(_leave, watch)
+    place = torch.device("cuda", local_rank) if on_gpu else torch.device("cpu")
+    log.info("Process %d of %d is on %s.", rank, size, place)
+    return World(rank, size, place, dist.PrefixStore(life, store), watch)
 
 
-def _stay_local() -> None:
-    """On one machine the processes talk over loopback, whatever its name resolves to."""
-    one_machine = os.environ.get("LOCAL_WORLD_SIZE") == os.environ.get("WORLD_SIZE")
-    if one_machine and sys.platform == "linux":
-        for library in ("GLOO", "NCCL"):
-            os.environ.setdefault(f"{library}_SOCKET_IFNAME", "lo")
+def _leave(watch: Watch) -> None:
+    watch.close()
+    dist.destroy_process_group()
