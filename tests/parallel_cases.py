@@ -8,6 +8,7 @@ import torch
 
 from lightx2v.config import Environment
 from lightx2v.models.dit import DiTConfig, WanDiT
+from lightx2v.models.vae import VAEConfig, WanVAE
 from lightx2v.parallel.world import Mesh, join
 
 torch.set_num_threads(1)
@@ -51,3 +52,27 @@ def dit(cfg: int, seq: int, heads: int, shapes: list[list[int]]) -> dict[str, An
             got = mesh.both(shared(latents, 700.0, mine), 2)
             differences.append(max(float((a - b).abs().max()) for a, b in zip(got, expected, strict=True)))
     return {"differences": differences, "sent": mesh.sent}
+
+
+@torch.inference_mode()
+def vae(size: int, shapes: list[list[int]]) -> dict[str, Any]:
+    """Decoding and encoding in bands, against this process alone; largest differences."""
+    mesh = enter(1, size)
+    torch.manual_seed(3)
+    model = WanVAE(VAEConfig(dim=8, res_blocks=1)).eval()
+    decoded, encoded = [], []
+    for number, (frames, height, width) in enumerate(shapes):
+        bands = mesh.rows(height)
+        assert bands is not None
+        generator = torch.Generator().manual_seed(number)
+        latents = torch.randn(16, frames, height, width, generator=generator)
+        for whole, band in zip(model.decode(latents), model.decode(latents, bands=bands), strict=True):
+            parts = bands.to_first(band.movedim(2, 0).contiguous())
+            if parts is not None:
+                decoded.append(float((parts.movedim(0, 2) - whole).abs().max()))
+        first, last = torch.rand(2, 3, 8 * height, 8 * width, generator=generator) * 2 - 1
+        for end in (None, last) if frames > 1 else (None,):
+            whole = model.encode_condition(4 * frames - 3, first, end)
+            again = model.encode_condition(4 * frames - 3, first, end, bands=bands)
+            encoded.append(float((whole - again).abs().max()))
+    return {"decoded": decoded, "encoded": encoded, "sent": mesh.sent}

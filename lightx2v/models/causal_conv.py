@@ -13,6 +13,8 @@ Shapes: B batch, C channels, T frames, H height, W width. Streamed tensors have 
 
 from __future__ import annotations
 
+from typing import Protocol
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -49,16 +51,29 @@ _OUTPUT = {
 }
 
 
+class Bands(Protocol):
+    """A picture's rows over several processes: `parallel.rows` is one. `x_HX` has the rows as its first axis."""
+
+    def band(self, x: Tensor, scale: int) -> Tensor: ...
+
+    def framed(self, x_HX: Tensor, *, above: bool = True) -> Tensor: ...
+
+    def whole(self, x_HX: Tensor) -> Tensor: ...
+
+    def all_agree(self, flag: bool) -> bool: ...
+
+
 class Stream:
     """What the layers remember between the chunks of one clip. Made anew for each clip; inference only."""
 
-    def __init__(self, winograd: int = 4) -> None:
-        """`winograd` is the most frames that one short convolution makes.
+    def __init__(self, winograd: int = 4, bands: Bands | None = None) -> None:
+        """`winograd` is the most frames that one short convolution makes. With `bands`, the clip is one of them.
 
         With 4, every output is rounded together with all six frames that go in. With 2, the zeros in the matrices make
         each output depend on its own three frames only, to the last bit, as in the plain convolution.
         """
         self.winograd = winograd
+        self.bands = bands
         self.past: dict[nn.Module, Tensor] = {}
         self._kernels: dict[tuple[nn.Module, int], Tensor] = {}
 
@@ -81,6 +96,17 @@ class Stream:
     def remember(self, layer: nn.Module, joined_BCTHW: Tensor) -> None:
         """Keeps the last two frames; a copy, so that the rest of the chunk can be freed."""
         self.past[layer] = joined_BCTHW[:, :, -PAST:].clone(memory_format=torch.preserve_format)
+
+    def framed(self, x_BCTHW: Tensor, *, above: bool = True) -> Tensor:
+        """x with one more row from the band below, and from the one above; unchanged where there are no bands."""
+        if self.bands is None:
+            return x_BCTHW
+        rows_HBTWC = self.bands.framed(x_BCTHW.permute(3, 0, 2, 4, 1).contiguous(), above=above)
+        return rows_HBTWC.permute(1, 2, 0, 3, 4).contiguous().permute(0, 4, 1, 2, 3)
+
+    def inner(self, x_BCTHW: Tensor) -> Tensor:
+        """Without the rows that `framed` added, after a convolution that keeps the height."""
+        return x_BCTHW if self.bands is None else x_BCTHW[:, :, :, 1:-1]
 
     def memory(self, layer: nn.Module) -> list[Tensor | None]:
         """What the layer and the layers in it remember now."""
@@ -112,9 +138,12 @@ class CausalConv3d(nn.Conv3d):
 
     def joined(self, joined_BCTHW: Tensor, stream: Stream) -> Tensor:
         """The next chunk, already behind the two frames before it (`Stream.room`)."""
-        frames = joined_BCTHW.shape[2] - PAST
         begins = self not in stream.past
         stream.remember(self, joined_BCTHW)
+        return stream.inner(self._convolve(stream.framed(joined_BCTHW), begins, stream))
+
+    def _convolve(self, joined_BCTHW: Tensor, begins: bool, stream: Stream) -> Tensor:
+        frames = joined_BCTHW.shape[2] - PAST
         if frames == 1 and begins:  # the past is zero: one third of the kernel is enough
             return F.conv2d(joined_BCTHW[:, :, PAST], self.weight[:, :, -1], self.bias, padding=1)[:, :, None]
         short = min(frames, stream.winograd)

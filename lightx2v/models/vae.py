@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from ..progress import CancelToken
-from .causal_conv import Stream
+from .causal_conv import Bands, Stream
 from .tiling import Tile, Tiling
 from .vae_config import LATENT_MEAN, LATENT_STD, VAEConfig
 from .vae_layers import Decoder, Encoder
@@ -46,7 +46,7 @@ class WanVAE(nn.Module):
         """Normalised latents (the mean, not a sample) of a clip in [-1, 1] with 4n+1 frames: float32, CTHW."""
         stride = self.config.temporal_stride
         sizes = [1] + [stride] * ((video_CTHW.shape[1] - 1) // stride)
-        return self._encode(list(video_CTHW.split(sizes, dim=1)), tiling, cancel)
+        return self._encode(list(video_CTHW.split(sizes, dim=1)), tiling, None, cancel)
 
     @torch.no_grad()
     def encode_condition(
@@ -56,6 +56,7 @@ class WanVAE(nn.Module):
         last_CHW: Tensor | None = None,
         *,
         tiling: Tiling | None = None,
+        bands: Bands | None = None,
         cancel: CancelToken | None = None,
     ) -> Tensor:
         """Latents of the clip that conditions image-to-video: the image, then grey, at its end `last_CHW` if given.
@@ -67,22 +68,31 @@ class WanVAE(nn.Module):
         chunks = [first_CHW[:, None]] + [grey_CTHW] * ((frames - 1) // stride)
         if last_CHW is not None:
             chunks[-1] = torch.cat([grey_CTHW[:, 1:], last_CHW[:, None]], dim=1)
-        return self._encode(chunks, tiling, cancel)
+        return self._encode(chunks, tiling, bands, cancel)
 
-    def _encode(self, chunks_CTHW: list[Tensor], tiling: Tiling | None, cancel: CancelToken | None) -> Tensor:
+    def _encode(
+        self, chunks_CTHW: list[Tensor], tiling: Tiling | None, bands: Bands | None, cancel: CancelToken | None
+    ) -> Tensor:
         scale = self.config.spatial_stride
         height, width = (side // scale for side in chunks_CTHW[0].shape[2:])
         tiles = tiling.tiles(height, width, 1) if tiling else []
+        if bands is not None:
+            crops = {id(chunk): bands.band(chunk, scale) for chunk in chunks_CTHW}  # equal chunks stay one object
+            chunks_CTHW = [crops[id(chunk)] for chunk in chunks_CTHW]
+            band_CTHW = self._moments(torch.cat(list(self._features(chunks_CTHW, cancel, bands)), dim=2))[0][0]
+            return bands.whole(band_CTHW.movedim(2, 0).contiguous()).movedim(0, 2)
         if len(tiles) < 2:
             return self._moments(torch.cat(list(self._features(chunks_CTHW, cancel)), dim=2))[0][0]
         latents_CTHW = torch.zeros(self.config.z_dim, len(chunks_CTHW), height, width)
         for tile in tiles:
             crops = {id(chunk): tile.crop(chunk, scale) for chunk in chunks_CTHW}  # equal chunks stay one object
-            part = self._encode([crops[id(chunk)] for chunk in chunks_CTHW], None, cancel)
+            part = self._encode([crops[id(chunk)] for chunk in chunks_CTHW], None, None, cancel)
             tile.add(latents_CTHW, part, 1)
         return latents_CTHW.to(self.conv1.weight.device)
 
-    def _features(self, chunks_CTHW: list[Tensor], cancel: CancelToken | None) -> Iterator[Tensor]:
+    def _features(
+        self, chunks_CTHW: list[Tensor], cancel: CancelToken | None, bands: Bands | None = None
+    ) -> Iterator[Tensor]:
         """The encoder's output for each chunk of a clip.
 
         While the very same tensor comes again and again, a layer whose memory did not change will give the same output
@@ -91,7 +101,7 @@ class WanVAE(nn.Module):
         frames here: those of four would round a chunk's frames together and come to rest a chunk later each.)
         """
         weight = self.conv1.weight
-        stream, layers = Stream(winograd=2), self.encoder.layers()
+        stream, layers = Stream(winograd=2, bands=bands), self.encoder.layers()
         previous, resting, output = None, 0, None
         for chunk_CTHW in chunks_CTHW:
             if cancel is not None:
@@ -105,25 +115,34 @@ class WanVAE(nn.Module):
             for index in range(resting, len(layers)):
                 before = stream.memory(layers[index])
                 x_BCTHW = layers[index](x_BCTHW, stream)
-                if repeats and index == resting and _equal(before, stream.memory(layers[index])):
-                    resting, output = index + 1, x_BCTHW
+                if repeats and index == resting:
+                    rests = _equal(before, stream.memory(layers[index]))
+                    if rests if bands is None else bands.all_agree(rests):
+                        resting, output = index + 1, x_BCTHW
             yield x_BCTHW
 
     @torch.no_grad()
     def decode(
-        self, latents_CTHW: Tensor, *, tiling: Tiling | None = None, cancel: CancelToken | None = None
+        self,
+        latents_CTHW: Tensor,
+        *,
+        tiling: Tiling | None = None,
+        bands: Bands | None = None,
+        cancel: CancelToken | None = None,
     ) -> Iterator[Tensor]:
         """Yields float32 frames CTHW in [-1, 1]: one for the first latent frame, then 4 for each.
 
         Without tiles each piece comes when it is decoded, on the VAE's device; with tiles all come at the end, in host
-        memory.
+        memory. With `bands` only this process's rows come.
         """
+        if bands is not None:
+            latents_CTHW, tiling = bands.band(latents_CTHW, 1), None
         height, width = latents_CTHW.shape[2:]
         tiles = tiling.tiles(height, width, self.config.spatial_stride) if tiling else []
         if len(tiles) > 1:
             yield from self._decode_tiles(latents_CTHW, tiles, cancel)
             return
-        stream = Stream()
+        stream = Stream(bands=bands)
         for latent_BCTHW in self._denormalise(latents_CTHW[None].to(self.conv2.weight.device)).split(1, dim=2):
             if cancel is not None:
                 cancel.check()
