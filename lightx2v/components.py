@@ -19,6 +19,7 @@ from .models.dit import DiTConfig, WanDiT, parameter_dtype
 from .models.quant_linear import swap_linears
 from .models.umt5 import TextEncoder
 from .models.vae import VAEConfig, WanVAE
+from .parallel.world import Mesh
 from .progress import CancelToken
 from .weights.build import ModelWeights
 from .weights.checkpoint import open_checkpoint
@@ -117,13 +118,17 @@ def load_expert(
     self_attention: Choice,
     cross_attention: Choice,
     cancel: CancelToken | None = None,
+    mesh: Mesh | None = None,
 ) -> WanDiT:
-    """One expert of these weights."""
+    """One expert of these weights; with a mesh rank 0 reads them for all."""
     dit = build_expert(files, weights, self_attention, cross_attention)
     dtype_of = expert_dtypes(precision)
+    tensors = weights.tensors(dtype_of=dtype_of, device=precision.device)
+    if mesh is not None:
+        tensors, cancel = mesh.world.stream(tensors, cancel), None
     stream_into(
         dit,
-        weights.tensors(dtype_of=dtype_of, device=precision.device),
+        tensors,
         dtype_of=dtype_of,
         device=precision.device,
         source_name=weights.source,
@@ -137,9 +142,10 @@ def expert_dtypes(precision: Precision) -> Callable[[str], torch.dtype]:
     return lambda name: torch.float32 if name.endswith(SCALE) else parameter_dtype(name, precision.compute)
 
 
-def load_vae(files: ModelFiles, precision: Precision) -> WanVAE:
+def load_vae(files: ModelFiles, precision: Precision, mesh: Mesh | None = None) -> WanVAE:
     checkpoint = open_checkpoint(files.vae)
     with torch.device("meta"):
         vae = WanVAE(VAEConfig.from_shapes(checkpoint.shapes))
-    load_into(vae, checkpoint, dtype_of=lambda _: precision.vae, device=precision.device)
+    through = iter if mesh is None else mesh.world.stream
+    load_into(vae, checkpoint, dtype_of=lambda _: precision.vae, device=precision.device, through=through)
     return vae.eval()

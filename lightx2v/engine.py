@@ -8,7 +8,7 @@ import re
 import sys
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TypeVar
 
 import torch
@@ -16,11 +16,13 @@ import torch
 from . import preload
 from .attention import Choice, resolve_attention
 from .components import Precision, expert_weights
-from .engine_config import EngineConfig
-from .errors import ConfigError, OutOfMemory
+from .config import Environment
+from .engine_config import EngineConfig, ParallelConfig
+from .errors import OutOfMemory
 from .models.dit import DiTConfig
 from .models.preview import Preview
 from .offload import USUAL, Placement, Resident, offloaded, planner_for
+from .parallel.world import Mesh, World, join
 from .placement.offloaded import describe
 from .progress import CancelToken, Meter, OnProgress
 from .prompts import PromptCache
@@ -35,9 +37,13 @@ T = TypeVar("T")
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Engine:
-    """What `EngineConfig` says, loaded. `preset` is the name reports and files carry; `warnings` go into reports."""
+    """What `EngineConfig` says, loaded. `preset` is the name reports and files carry; `warnings` go into reports.
+
+    `mesh` says which part of the work is this process's; None where it works alone.
+    """
 
     config: EngineConfig
+    mesh: Mesh | None
     precision: Precision
     placement: Placement
     self_attention: Choice
@@ -57,8 +63,28 @@ def load_engine(
     cancel: CancelToken | None = None,
 ) -> Engine:
     """Loads the model. Raises ConfigError, CheckpointError, OutOfMemory or Cancelled; nothing stays behind then."""
-    require_implemented(config)
+    world = world_for(config)
+    if world is None:
+        return load_here(config, None, preset, on_progress, cancel)
+    config, preset = world.agree_on_model(config, preset)
+    with world.together():
+        layout = config.parallel or ParallelConfig.for_world(world.size, enable_cfg=False)
+        config = replace(config, parallel=layout)
+        mesh = world.mesh(layout.cfg_p_size, layout.seq_p_size)
+        return load_here(config, mesh, preset, on_progress, cancel)
+
+
+def load_here(
+    config: EngineConfig,
+    mesh: Mesh | None,
+    preset: str,
+    on_progress: OnProgress | None,
+    cancel: CancelToken | None,
+) -> Engine:
+    """This process's part of the model; all of it where there is no mesh."""
     preload.start()
+    if mesh is not None:
+        mesh.world.check_device(config.device)
     precision = Precision.of(config)
     started = time.perf_counter()
     meter = Meter(precision.device, on_progress)
@@ -68,13 +94,14 @@ def load_engine(
         high, low = open_checkpoint(files.high), open_checkpoint(files.low)
         warnings = list(check_experts(high, low, config.task))
         self_attention, cross_attention = choose_attention(config, files, precision)
-        placement = place(files, config, precision, self_attention, cross_attention, warnings, cancel)
+        placement = place(files, config, precision, self_attention, cross_attention, warnings, cancel, mesh)
         for warning in warnings:
             log.warning("%s", warning)
         with torch.inference_mode(), placement.vae() as vae:
             preview = Preview.for_vae(vae, files.vae)
     return Engine(
         config=config,
+        mesh=mesh,
         precision=precision,
         placement=placement,
         self_attention=self_attention,
@@ -89,11 +116,12 @@ def load_engine(
 def choose_attention(config: EngineConfig, files: ModelFiles, precision: Precision) -> tuple[Choice, Choice]:
     """The backends for the video's tokens and for the text, tried on heads of the model's own size."""
     shapes = expert_weights(files, "high", config).shapes
-    head_dim = DiTConfig.from_checkpoint(files.architecture, shapes).head_dim
+    dit_config = DiTConfig.from_checkpoint(files.architecture, shapes)
+    config.check_heads(dit_config.num_heads)
     names = (config.self_attn_1_type, config.cross_attn_1_type)
     choices = {
         name: resolve_attention(
-            name, precision.device, precision.compute, strict=config.attention_strict, head_dim=head_dim
+            name, precision.device, precision.compute, strict=config.attention_strict, head_dim=dit_config.head_dim
         )
         for name in dict.fromkeys(names)
     }
@@ -108,23 +136,28 @@ def place(
     cross_attention: Choice,
     warnings: list[str],
     cancel: CancelToken | None,
+    mesh: Mesh | None,
 ) -> Placement:
-    """The weights where the plan says, and with less on the device when loading runs out of memory: a warning more."""
+    """The weights where the plan says, and with less on the device when loading runs out of memory: a warning more.
+
+    Several processes do not try again: the memory may have run out on one of them only.
+    """
     parts = (files, config, precision, self_attention, cross_attention)
-    planner = planner_for(files, config, precision)
+    planner = planner_for(files, config, precision, mesh)
     if planner is None:
-        return within_memory(lambda: Resident(*parts, cancel=cancel), "while loading the model")
+        return within_memory(lambda: Resident(*parts, cancel=cancel, mesh=mesh), "while loading the model")
     plan, lowered = planner.plan(USUAL), False
     while True:
         try:
             placement = within_memory(
-                lambda plan=plan: offloaded(*parts, plan, planner=planner, cancel=cancel), "while loading the model"
+                lambda plan=plan: offloaded(*parts, plan, planner=planner, cancel=cancel, mesh=mesh),
+                "while loading the model",
             )
             break
         except OutOfMemory as error:
             failure = error
         lower = plan.lower("denoise")
-        if lower is None:
+        if lower is None or mesh is not None:
             raise failure
         plan, lowered = planner.counted(lower, USUAL, f"After the memory ran out: {describe(lower)}."), True
     if lowered:
@@ -133,14 +166,16 @@ def place(
     return placement
 
 
-def require_implemented(config: EngineConfig) -> None:
-    """Raises ConfigError for what resolves but cannot run yet; nothing is silently ignored."""
-    wanted = {
-        "parallel": config.parallel is not None and config.parallel.world_size > 1,
-    }
-    missing = [name for name, asked in wanted.items() if asked]
-    if missing:
-        raise ConfigError(f"Not implemented yet: {', '.join(missing)}. Choose a preset for one GPU.")
+def world_for(config: EngineConfig) -> World | None:
+    """The processes that torchrun started for this model; None where this one works alone.
+
+    ConfigError where they do not fit the configuration, before anything is loaded.
+    """
+    environment = Environment.read()
+    config.check_world(environment.world_size or 1, enable_cfg=True)
+    if not environment.together:
+        return None
+    return join(environment)
 
 
 def within_memory(call: Callable[[], T], when: str) -> T:

@@ -69,30 +69,46 @@ def main(argv: Sequence[str] | None = None, *, open_engine: OpenEngine | None = 
         options = _parser().parse_args(argv)
     except SystemExit as stop:  # argparse has said what is wrong, or shown the help
         return int(stop.code or 0)
+    try:
+        environment = Environment.read()
+    except ConfigError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return error.exit_code
     line = ProgressLine(sys.stderr)
     with logging_to(sys.stderr, line, logging.DEBUG if options.verbose else logging.INFO), Interrupts() as interrupts:
         try:
-            return _run(options, line, interrupts, open_engine or _load_pipeline)
+            return _run(options, environment, line, interrupts, open_engine or _load_pipeline)
         except (Cancelled, KeyboardInterrupt):
             line.clear()
-            print("Stopped; no video was written.", file=sys.stderr)
+            if not environment.rank:
+                print("Stopped; no video was written.", file=sys.stderr)
             return interrupts.exit_code
         except LightX2VError as error:
             line.clear()
             log.debug("Traceback:", exc_info=True)
-            print(f"error: {error}", file=sys.stderr)
+            if not environment.rank:  # of several processes one tells what all of them met
+                print(f"error: {error}", file=sys.stderr)
             return error.exit_code
         except BrokenPipeError:  # `--list_presets | head`: the reader has left, and Python would still flush to it
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
             return 1
 
 
-def _run(options: argparse.Namespace, line: ProgressLine, interrupts: Interrupts, open_engine: OpenEngine) -> int:
+def _run(
+    options: argparse.Namespace,
+    environment: Environment,
+    line: ProgressLine,
+    interrupts: Interrupts,
+    open_engine: OpenEngine,
+) -> int:
+    leads = environment.rank == 0
+    on_progress = line if leads else lambda _: None
+    if not leads and (options.list_presets or options.dry_run):
+        return 0
     if options.list_presets:
         for info in list_presets():
             print(f"{info.name:<32} {info.title}")
         return 0
-    environment = Environment.read()
     resolved, shown = _settings(options, environment)
     if options.dry_run:
         print(json.dumps(_dry_run(resolved, shown), indent=2, ensure_ascii=False))
@@ -105,15 +121,15 @@ def _run(options: argparse.Namespace, line: ProgressLine, interrupts: Interrupts
         from .sampling import draw_seed  # here and not above: --dry_run and mistakes should not wait for torch
 
         request = replace(request, seed=draw_seed())
-    path = _output_path(options, resolved, request, environment)
+    path = _output_path(options, resolved, request, environment) if leads else None
     with cost("Total Cost"):
-        engine = open_engine(resolved.engine, resolved.preset.name, line)
+        engine = open_engine(resolved.engine, resolved.preset.name, on_progress)
         try:
             with interrupts.cancelling() as token:
                 result = engine.run(
                     request,
                     save_result_path=path,
-                    on_progress=line,
+                    on_progress=on_progress,
                     cancel=token,
                     metadata=not options.no_metadata,
                     force=options.force,
@@ -121,6 +137,8 @@ def _run(options: argparse.Namespace, line: ProgressLine, interrupts: Interrupts
         finally:
             engine.close()
     line.clear()
+    if not leads:
+        return 0
     print(result.path)
     print(_summary(result.report()))
     return 0
@@ -178,7 +196,8 @@ def _recorded(video: str) -> tuple[dict[str, Any], dict[str, Any]]:
         raise BadRequest("The settings in this video have no engine and no request; it cannot be repeated.")
     shown = {key: request[key] for key in PER_VIDEO if key in request}
     # The class follows from the step list: a request may have one even where the engine was loaded without.
-    engine = {key: value for key, value in engine.items() if key != "model_cls"}
+    # And the number of processes is this run's own; it changes nothing in the video.
+    engine = {key: value for key, value in engine.items() if key not in ("model_cls", "parallel")}
     values = {key: value for key, value in request.items() if key not in PER_VIDEO}
     return engine | values, shown | {"preset": str(settings.get("preset") or "")}
 
@@ -243,6 +262,10 @@ def _summary(report: dict[str, Any]) -> str:
         allocated = max(peak["allocated"] for peak in timings["peak_vram"].values())
         reserved = max(peak["reserved"] for peak in timings["peak_vram"].values())
         memory = f"{allocated / 2**30:.2f} GiB of GPU memory ({reserved / 2**30:.2f} GiB reserved), {memory}"
+    for process in report.get("processes", [])[1:]:
+        peaks = (process["timings"]["peak_vram"] or {}).values()
+        allocated = max((peak["allocated"] for peak in peaks), default=0) / 2**30
+        memory += f"; process {process['rank']} " + (f"{allocated:.2f} GiB of GPU memory" if allocated else "on CPU")
     lines = [
         f"{report['width']}x{report['height']}, {report['frames']} frames, {report['fps']:g} fps, seed "
         f"{report['seed']}, {report['device']}",

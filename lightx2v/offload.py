@@ -34,6 +34,7 @@ from .models.dit import DiTConfig, WanDiT
 from .models.tiling import Tiling
 from .models.umt5 import TextEncoder
 from .models.vae import WanVAE
+from .parallel.world import Mesh
 from .placement.copies import Copies, copies_for
 from .placement.offloaded import Offloaded
 from .placement.piece import Reader
@@ -107,6 +108,7 @@ class Resident:
         expert_home: torch.device | None = None,
         lazy: bool = False,
         cancel: CancelToken | None = None,
+        mesh: Mesh | None = None,
     ) -> None:
         self.tiling = Tiling() if config.use_tiling_vae is True else None
         self.plan = None
@@ -122,21 +124,29 @@ class Resident:
                 dit = build_expert(files, used, self_attention, cross_attention)
                 self.readers[which] = _reader(used, at_expert)
             else:
-                dit = load_expert(files, used, at_expert, self_attention, cross_attention, cancel)
+                dit = load_expert(files, used, at_expert, self_attention, cross_attention, cancel, mesh)
+            dit.split = None if mesh is None else mesh.sequence
             self._experts[which] = dit
             self._loras[which] = ExpertLoras(dit, which, weights, loras, config, precision.device)
         if self._experts["high"].config != self._experts["low"].config:
             raise CheckpointError(
                 "The two experts have different architectures. Use the high-noise and low-noise files of one model."
             )
-        self._vae: WanVAE | None = load_vae(files, precision)
+        self._vae: WanVAE | None = load_vae(files, precision, mesh)
         # Last, since its imports take seconds: they go on in another thread while the experts are read.
-        self._text: TextEncoder | None = load_text_encoder(files, config, at_text, cancel)
+        self._text: TextEncoder | None = None
+        if mesh is None or mesh.world.leads:  # the others are told what it says
+            self._text = load_text_encoder(files, config, at_text, None if mesh else cancel)
 
     @contextmanager
     def text(self) -> Iterator[TextEncoder]:
-        assert self._text is not None, "the placement is closed"
+        assert self._text is not None, "the placement is closed, or not of rank 0"
         yield self._text
+
+    @property
+    def has_text(self) -> bool:
+        """Of several processes only rank 0 has the text encoder."""
+        return self._text is not None
 
     @contextmanager
     def expert(self, which: Which, then: Which | None = None) -> Iterator[WanDiT]:
@@ -178,13 +188,18 @@ def _reader(weights: ModelWeights, precision: Precision) -> Reader:
     return lambda names: weights.tensors(names, dtype_of=dtype_of)
 
 
-def planner_for(files: ModelFiles, config: EngineConfig, precision: Precision) -> Planner | None:
+def planner_for(
+    files: ModelFiles, config: EngineConfig, precision: Precision, mesh: Mesh | None = None
+) -> Planner | None:
     """What plans where this model's weights live; None where the device has no memory of its own to offload from."""
     if precision.device.type != "cuda":
         if config.cpu_offload is True:
             log.info("cpu_offload has no effect: %s has no memory of its own.", precision.device.type.upper())
         return None
     machine = Machine(vram=torch.cuda.mem_get_info(precision.device)[0], ram=free_ram())
+    if mesh is not None:  # all plan alike, for the smallest device and their share of the host's memory
+        free = mesh.world.wire.gather_json([machine.vram, machine.ram])
+        machine = Machine(vram=min(vram for vram, _ in free), ram=min(ram for _, ram in free) // mesh.world.size)
     if (config.lora_configs and not config.lora_dynamic_apply) or config.build:
         machine = replace(machine, ram=2**62)  # merged weights are in no file, so they cannot stay on disk
     return Planner(machine=machine, model=model_sizes(files, config, precision), wishes=wishes_of(config))
@@ -201,6 +216,7 @@ def offloaded(
     planner: Planner | None = None,
     copies: Copies | None = None,
     cancel: CancelToken | None = None,
+    mesh: Mesh | None = None,
 ) -> Offloaded:
     """The model loaded for `plan`: parts that will not stay on the device go to host memory at once."""
     log.info("Placement: %s", plan.reason)
@@ -215,6 +231,7 @@ def offloaded(
         expert_home=None if plan.mode == "resident" else host,
         lazy=plan.lazy and plan.mode != "resident",
         cancel=cancel,
+        mesh=mesh,
     )
     return Offloaded(
         loaded,

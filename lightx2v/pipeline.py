@@ -10,6 +10,7 @@ gives the same latents whatever ran before.
 
 from __future__ import annotations
 
+import logging
 import threading
 from collections.abc import Sequence
 from dataclasses import replace
@@ -22,12 +23,16 @@ import torch
 from .config import Environment, resolve
 from .engine import Engine, free_memory, load_engine, within_memory
 from .engine_config import EngineConfig
-from .errors import Busy, ConfigError
+from .errors import Busy, ConfigError, GroupFailed, LightX2VError
+from .media import check_output_path
+from .parallel.world import LEAVE, join
 from .progress import CancelToken, OnProgress
 from .request import LoraSpec, Request
 from .result import Result
 from .run import Run
 from .sampling import draw_seed
+
+log = logging.getLogger("lightx2v.pipeline")
 
 
 class LightX2VPipeline:
@@ -241,21 +246,34 @@ class LightX2VPipeline:
         engine = self._engine
         if engine is None:
             raise ConfigError("No model is loaded. Call create_generator() first.")
-        engine.config.check_request(request)
         if not self._running.acquire(blocking=False):
             raise Busy("This pipeline is already making a video. Wait for it, or load a second pipeline.")
         try:
-            if request.seed == -1:
-                request = replace(request, seed=draw_seed())
-            engine.placement.use_loras(self._loras_of(request))
-            size = f"at {request.width}x{request.height} with {request.frames} frames"
-            with torch.inference_mode():
-                return within_memory(
-                    lambda: Run(engine, request, on_progress, cancel).video(
-                        save_result_path, metadata, force, return_frames, return_latents
-                    ),
-                    size,
-                )
+
+            def checked() -> Request:
+                engine.config.check_request(request)
+                if save_result_path is not None:
+                    check_output_path(save_result_path, force=force)
+                return replace(request, seed=draw_seed()) if request.seed == -1 else request
+
+            def video(request: Request, path: str | Path | None, return_frames: bool) -> Result:
+                engine.placement.use_loras(self._loras_of(request))
+                size = f"at {request.width}x{request.height} with {request.frames} frames"
+                with torch.inference_mode():
+                    return within_memory(
+                        lambda: Run(engine, request, on_progress, cancel).video(
+                            path, metadata, force, return_frames, return_latents
+                        ),
+                        size,
+                    )
+
+            if engine.mesh is None:
+                return video(checked(), save_result_path, return_frames)
+            world = engine.mesh.world
+            said = Request.from_json(world.same("run", lambda: checked().to_json()))
+            with world.together():
+                # Rank 0 alone has the frames and writes.
+                return video(said, save_result_path if world.leads else None, return_frames and world.leads)
         finally:
             self._running.release()
 
@@ -271,10 +289,46 @@ class LightX2VPipeline:
         if not self._running.acquire(blocking=False):
             raise Busy("This pipeline is making a video. Wait for it before you exchange its LoRAs.")
         try:
-            within_memory(lambda: engine.placement.use_loras(wanted), "while exchanging LoRAs")
+            if engine.mesh is None:
+                within_memory(lambda: engine.placement.use_loras(wanted), "while exchanging LoRAs")
+            else:
+                world, given = engine.mesh.world, wanted
+                said = world.same("lora", lambda: [lora.to_json() for lora in given])
+                wanted = tuple(LoraSpec.from_json(lora) for lora in said)
+                with world.together():
+                    within_memory(lambda: engine.placement.use_loras(wanted), "while exchanging LoRAs")
             self._loras = wanted
         finally:
             self._running.release()
+
+    @classmethod
+    def follow(cls) -> None:
+        """What a process of torchrun other than rank 0 does all its life where rank 0 is a server or the page.
+
+        It loads and runs what rank 0 does, and comes back when rank 0 ends. Errors that all processes have are rank
+        0's to tell; any other one ends the program.
+        """
+        world, pipe = join(Environment.read()), None
+        while True:
+            what, content = world.peek()
+            try:
+                if what == LEAVE:
+                    return
+                if what == "load":
+                    if pipe is not None:
+                        pipe.close()
+                    pipe = None
+                    pipe = cls.from_config(EngineConfig.from_json(content["config"]), preset=content["preset"])
+                elif what == "run" and pipe is not None:
+                    pipe.run(Request.from_json(content))
+                elif what == "lora" and pipe is not None:
+                    pipe.switch_lora([])
+                else:
+                    world.skip()
+            except GroupFailed:
+                raise
+            except LightX2VError as error:
+                log.debug("%s", error)
 
     def _loras_of(self, request: Request) -> tuple[LoraSpec, ...]:
         if request.loras is not None:

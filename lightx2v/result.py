@@ -20,7 +20,7 @@ class Result:
 
     `request` is what ran: its seed is the one that was drawn. `height` and `width` are the video's, which an input
     image may have decided. `attention` says which backend ran and why, `loras` what each LoRA file changed,
-    `plan` where the weights lived (None where there was nothing to plan).
+    `plan` where the weights lived (None where there was nothing to plan), `processes` what each of several took.
     """
 
     path: str | None
@@ -39,6 +39,7 @@ class Result:
     loras: tuple[dict[str, Any], ...] = ()
     plan: dict[str, Any] | None = None
     warnings: tuple[str, ...] = field(default=())
+    processes: tuple[dict[str, Any], ...] = ()
 
     @property
     def seed(self) -> int:
@@ -68,6 +69,7 @@ class Result:
             "attention": self.attention,
             "text_tokens": self.text_tokens,
             "timings": self.timings.to_json(),
+            "processes": list(self.processes),
             "loras": list(self.loras),
             "plan": self.plan,
             "warnings": list(self.warnings),

@@ -9,7 +9,7 @@ A Run holds all that belongs to the request, so nothing of it stays behind in th
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -20,12 +20,15 @@ from torch import Tensor
 from .components import Which
 from .conditioning import encode_pictures, prepare_pictures
 from .engine import Engine, within_memory
-from .errors import OutOfMemory
+from .errors import Cancelled, LightX2VError, OutOfMemory
 from .image import load_image
-from .media import VideoWriter, check_output_path
+from .media import VideoWriter
 from .models.block import TextStates
+from .models.vae import WanVAE
+from .parallel.rows import Rows
+from .parallel.world import SharedCancel
 from .planner import Need, Stage
-from .progress import CancelToken, Meter, OnProgress
+from .progress import CancelToken, Meter, OnProgress, Timings
 from .request import Request
 from .result import Result
 from .sampling import denoise, guided, initial_noise, solver_for, still_warning
@@ -48,7 +51,10 @@ class Run:
         self.engine, self.request, self.placement = engine, request, engine.placement
         self.device = engine.precision.device
         self.meter = Meter(self.device, on_progress)
-        self.cancel = cancel or CancelToken()
+        self.mesh = engine.mesh
+        self.asked = cancel or CancelToken()
+        self.cancel = self.asked if self.mesh is None else SharedCancel(self.mesh.world.wire, self.asked)
+        self.failure: LightX2VError | None = None
         self.warnings: list[str] = []
         self.tokens: dict[str, int] = {}
 
@@ -56,14 +62,13 @@ class Run:
         self, path: str | Path | None, metadata: bool, force: bool, return_frames: bool, return_latents: bool
     ) -> Result:
         request = self.request
-        if path is not None:
-            check_output_path(path, force=force)
         self.placement.prepare(Need.of(request.latent_shape, guided=any(request.guided)))
         contexts = self.with_less("text", self.encode_text)
         condition = self.with_less("image", self.encode_images)
         latents_CTHW = self.denoise(contexts, condition)
         frames = self.with_less("decode", lambda: self.decode(latents_CTHW, path, metadata, force, return_frames))
         _, _, height, width = latents_CTHW.shape
+        timings = self.meter.report()
         return Result(
             path=None if path is None else str(path),
             frames=frames,
@@ -78,7 +83,8 @@ class Run:
                 "cross": self.engine.cross_attention.name,
                 "reason": self.engine.self_attention.reason,
             },
-            timings=self.meter.report(),
+            timings=timings,
+            processes=self.processes(timings),
             text_tokens=self.tokens,
             preset=self.engine.preset,
             file_bytes=None if path is None else Path(path).stat().st_size,
@@ -93,11 +99,11 @@ class Run:
 
     def with_less(self, stage: Stage, call: Callable[[], T]) -> T:
         """`call()`; when memory runs out again with more of the weights off the device, until nothing more helps."""
+        if self.mesh is not None:  # not tried again: the memory may have run out on one process only
+            return within_memory(call, self.size)
         while True:
             try:
-                return within_memory(
-                    call, f"at {self.request.width}x{self.request.height}, {self.request.frames} frames"
-                )
+                return within_memory(call, self.size)
             except OutOfMemory as error:
                 failure = error
             # Outside of the handler, where the failed call's tensors are free.
@@ -108,11 +114,24 @@ class Run:
             log.warning("%s", warning)
             self.warnings.append(warning)
 
+    @property
+    def size(self) -> str:
+        return f"at {self.request.width}x{self.request.height}, {self.request.frames} frames"
+
     def encode_text(self) -> list[Tensor]:
         """The prompt's states (L, D), then the negative prompt's where guidance needs them."""
         texts = {"prompt": self.request.prompt}
         if self.request.negative_text is not None:
             texts["negative_prompt"] = self.request.negative_text
+        if self.mesh is None:
+            return [states_LD for _, states_LD in self.encode_texts(texts)]
+        with self.meter.stage("text"):  # rank 0 does it for all
+            states = [states_LD for _, states_LD in self.mesh.world.stream(self.encode_texts(texts))]
+            self.tokens = self.mesh.world.wire.tell(self.tokens)
+        return states
+
+    def encode_texts(self, texts: dict[str, str]) -> Iterator[tuple[str, Tensor]]:
+        """(name, states) of these texts, and what there is to say about them in `tokens` and `warnings`."""
         with self.meter.stage("text"):
             missing = [text for text in dict.fromkeys(texts.values()) if text not in self.engine.prompts]
             if not missing:
@@ -120,7 +139,7 @@ class Run:
             else:
                 with self.placement.text() as encoder:
                     for done, text in enumerate(missing):
-                        self.cancel.check()
+                        self.asked.check()
                         self.engine.prompts.put(text, encoder.encode(text))
                         self.meter.emit("text", done + 1, len(missing))
             embeddings = {name: self.engine.prompts.get(text) for name, text in texts.items()}
@@ -131,7 +150,7 @@ class Run:
                     f"The {name.replace('_', ' ')} has {embedding.tokens} tokens; the model reads the first "
                     f"{self.engine.config.text_len}."
                 )
-        return [embedding.states_LD for embedding in embeddings.values()]
+            yield name, embedding.states_LD
 
     def encode_images(self) -> Tensor | None:
         """The condition (20, T, h, w) of image-to-video; None for text-to-video."""
@@ -144,6 +163,7 @@ class Run:
             first_CHW, last_CHW = prepare_pictures(
                 first, last, height=request.height, width=request.width, mode=request.resize_mode
             )
+            bands = self.bands(first_CHW.shape[1] // 8)
             with self.placement.vae() as vae:
                 if last_CHW is not None:
                     last_CHW = last_CHW.to(self.device)
@@ -153,10 +173,15 @@ class Run:
                     first_CHW.to(self.device),
                     last_CHW,
                     tiling=self.placement.tiling,
+                    bands=bands,
                     cancel=self.cancel,
                 )
             self.meter.emit("image", 1, 1)
         return condition
+
+    def bands(self, height: int) -> Rows | None:
+        """How the VAE's pictures are split over the processes; not where one of them works in tiles."""
+        return None if self.mesh is None or self.placement.tiling else self.mesh.rows(height)
 
     def denoise(self, contexts: Sequence[Tensor], condition: Tensor | None) -> Tensor:
         """Noise to latents (16, T, h, w)."""
@@ -168,15 +193,22 @@ class Run:
         schedule = solver.schedule
         states: dict[Which, list[TextStates]] = {}
         guides = dict(zip(("high", "low"), request.guided, strict=True))
+        mesh = self.mesh
+        # Several processes stop between steps only, where they can agree on it.
+        within = self.cancel if mesh is None else None
 
         def velocity(expert: Which, latents: Tensor, timestep: float, step: int) -> Tensor:
             following = schedule.experts[step + 1] if step + 1 < schedule.steps else None
             with self.placement.expert(expert, following) as dit:
                 if expert not in states:
                     states.clear()  # the other expert's keys and values are not needed again
-                    used = contexts if guides[expert] else contexts[:1]
+                    used = list(contexts if guides[expert] else contexts[:1])
+                    if mesh is not None:
+                        used = mesh.branch(used)
                     states[expert] = [dit.encode_text(context) for context in used]
-                branches = dit(latents, timestep, states[expert], condition, self.cancel)
+                branches = dit(latents, timestep, states[expert], condition, within)
+            if mesh is not None:
+                branches = mesh.both(branches, 1 + guides[expert])
             return guided(branches, expert, request.guidance)
 
         reached = (0, noise, solver.state())
@@ -210,37 +242,99 @@ class Run:
         self, latents_CTHW: Tensor, path: str | Path | None, metadata: bool, force: bool, return_frames: bool
     ) -> np.ndarray | None:
         """Latents to frames, written while the VAE goes on. Returns the frames (T, H, W, C) when asked."""
-        request = self.request
         _, chunks, height, width = latents_CTHW.shape
         kept: list[np.ndarray] = []
         seen: list[np.ndarray] = []
         settings = self.settings() if metadata else None
         writer = None
-        if path is not None:
-            writer = VideoWriter(path, width * 8, height * 8, request.fps, settings, force=force, cancel=self.cancel)
-        try:
-            with self.meter.stage("decode"), self.placement.vae() as vae:
-                for index, frames_CTHW in enumerate(
-                    vae.decode(latents_CTHW, tiling=self.placement.tiling, cancel=self.cancel)
-                ):
-                    frames = to_uint8(frames_CTHW)
-                    if writer is not None:
-                        writer.write(frames)
-                    seen.append(frames[:: max(1, len(frames) - 1)])
-                    if return_frames:
-                        kept.append(frames)
-                    self.meter.emit("decode", index + 1, chunks)
+
+        def open_writer() -> None:
+            nonlocal writer
+            if path is not None:
+                fps = self.request.fps
+                writer = VideoWriter(path, width * 8, height * 8, fps, settings, force=force, cancel=self.asked)
+
+        def take(index: int, frames: np.ndarray) -> None:
+            if writer is not None:
+                writer.write(frames)
+            seen.append(frames[:: max(1, len(frames) - 1)])
+            if return_frames:
+                kept.append(frames)
+            self.meter.emit("decode", index + 1, chunks)
+
+        def close_writer() -> None:
             if writer is not None:
                 with self.meter.stage("write"):
                     writer.close()
                     self.meter.emit("write", 1, 1)
+
+        try:
+            self.in_step(open_writer)
+            with self.meter.stage("decode"), self.placement.vae() as vae:
+                for index, frames in enumerate(self.frames(vae, latents_CTHW)):
+                    self.in_step(lambda index=index, frames=frames: take(index, frames))
+            self.in_step(close_writer)
+            if self.mesh is not None:
+                self.stop_together()
         except BaseException:
             if writer is not None:
                 writer.abort()
             raise
-        if request.frames > 1 and (warning := still_warning(frame for some in seen for frame in some)):
+        if seen and self.request.frames > 1 and (warning := still_warning(frame for some in seen for frame in some)):
             self.warnings.append(warning)
         return np.concatenate(kept) if kept else None
+
+    def frames(self, vae: WanVAE, latents_CTHW: Tensor) -> Iterator[np.ndarray]:
+        """Frames (T, H, W, C) uint8, chunk after chunk; of several processes they come on rank 0 only."""
+        tiling, mesh = self.placement.tiling, self.mesh
+        if mesh is None:
+            for frames_CTHW in vae.decode(latents_CTHW, tiling=tiling, cancel=self.cancel):
+                yield to_uint8(frames_CTHW).cpu().numpy()
+            return
+        bands = self.bands(latents_CTHW.shape[2])
+        if bands is None:
+            if mesh.world.leads:
+                for frames_CTHW in vae.decode(latents_CTHW, tiling=tiling):
+                    yield to_uint8(frames_CTHW).cpu().numpy()
+            return
+        parts = vae.decode(latents_CTHW, bands=bands)
+        for _ in range(latents_CTHW.shape[1]):
+            self.stop_together()
+            rows_HTWC = to_uint8(next(parts)).transpose(0, 1).contiguous()
+            if (whole_HTWC := bands.to_first(rows_HTWC)) is not None:
+                yield whole_HTWC.transpose(0, 1).contiguous().cpu().numpy()
+
+    def in_step(self, call: Callable[[], None]) -> None:
+        """`call()`. Of several processes one that fails here goes on until all can stop: the others wait for it."""
+        if self.mesh is None:
+            call()
+        elif self.failure is None:
+            try:
+                call()
+            except LightX2VError as error:
+                self.failure = error
+                self.cancel.cancel()
+
+    def stop_together(self) -> None:
+        """Where all processes stop if one of them has to: with its error there, and as cancelled elsewhere."""
+        try:
+            self.cancel.check()
+        except Cancelled:
+            if self.failure is not None:
+                raise self.failure from None
+            raise
+
+    def processes(self, timings: Timings) -> tuple[dict[str, Any], ...]:
+        """What each of several processes took and sent; nothing for one that works alone."""
+        if self.mesh is None:
+            return ()
+        mine = {
+            "rank": self.mesh.world.rank,
+            "device": device_name(self.device),
+            "timings": timings.to_json(),
+            "sent": self.mesh.sent,
+        }
+        return tuple(self.mesh.world.wire.gather_json(mine))
 
     def settings(self) -> dict[str, Any]:
         """What goes into the file, enough to repeat the run."""
@@ -251,10 +345,10 @@ class Run:
         }
 
 
-def to_uint8(frames_CTHW: Tensor) -> np.ndarray:
+def to_uint8(frames_CTHW: Tensor) -> Tensor:
     """Frames in [-1, 1] to bytes (T, H, W, C), rounded to the nearest."""
     levels = frames_CTHW.float().add(1).mul_(127.5).round_().clamp_(0, 255)
-    return levels.to(torch.uint8).permute(1, 2, 3, 0).contiguous().cpu().numpy()
+    return levels.to(torch.uint8).permute(1, 2, 3, 0).contiguous()
 
 
 def device_name(device: torch.device) -> str:

@@ -15,7 +15,7 @@ torch.set_num_threads(1)
 
 
 def enter(cfg: int, seq: int) -> Mesh:
-    return join(Environment.read(), "cpu").mesh(cfg, seq)
+    return join(Environment.read()).mesh(cfg, seq)
 
 
 def dit_of(seed: int, heads: int) -> WanDiT:

@@ -28,7 +28,9 @@ class Rows:
         """x with its neighbours' edge rows along the first axis, zeros where the picture ends."""
         rank, last = self.wire.rank, self.wire.size - 1
         over, under = torch.zeros_like(x_HX[:1]), torch.zeros_like(x_HX[:1])
-        exchanges = [(rank - 1, x_HX[:1], over if above else None)] if rank > 0 else []
+        exchanges: list[tuple[int, Tensor | None, Tensor | None]] = []
+        if rank > 0:
+            exchanges.append((rank - 1, x_HX[:1], over if above else None))
         if rank < last:
             exchanges.append((rank + 1, x_HX[-1:] if above else None, under))
         self.wire.trade(exchanges)

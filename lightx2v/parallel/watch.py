@@ -53,19 +53,18 @@ class Watch:
         return any(time.monotonic() - self._beats[rank][1] > 3 * BEAT for rank in ranks if rank in self._beats)
 
     def _watch(self) -> None:
-        count, ended = 0, 0.0
+        count, ended, reason = 0, 0.0, ""
         while not self._closed.wait(BEAT):
             count += 1
             try:
                 self._store.set(f"beat/{self._rank}", str(count))
-                reason = self.reason() or self._silence()
+                reason = reason or self.reason() or self._silence()
             except RuntimeError:  # the store is gone, and with it whoever started us
                 reason = "The program that started the processes is gone."
             if reason and not ended:
                 ended = time.monotonic()
-                news = reason
             if ended and time.monotonic() - ended > GRACE and not self._closed.is_set():
-                sys.stderr.write(f"error: {news}\n")
+                sys.stderr.write(f"error: {reason}\n")
                 sys.stderr.flush()
                 os._exit(1)
         with contextlib.suppress(RuntimeError):  # nobody may be left to be told

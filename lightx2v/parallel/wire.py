@@ -42,7 +42,7 @@ class Wire:
         mine[: x.shape[0]] = x
         out = x.new_empty(self.size * longest, *x.shape[1:])
         self._count("collect", mine.numel() * mine.itemsize * (self.size - 1))
-        dist.all_gather_into_tensor(out, mine, group=self.group)
+        dist.all_gather(list(out.split(longest)), mine, group=self.group)
         if min(lengths) == longest:
             return out
         return torch.cat([part[:length] for part, length in zip(out.split(longest), lengths, strict=True)])

@@ -1,16 +1,17 @@
 """The processes that torchrun started: how they meet, what rank 0 tells the others, how a failure of one ends all.
 
-    world = join(rank=…, size=…, local_rank=…, device="auto")
-    mesh = world.mesh(config.parallel)      for one loaded model: guidance branches x parts of the sequence
+    world = join(environment)
+    mesh = world.mesh(cfg_p_size, seq_p_size)       for one loaded model: guidance branches x parts of the sequence
     with world.together(): …                what may fail on one process only
 
-Rank 0 reads, writes and talks to people; the others do what it tells them (`tell`, `expect`). Commands, and everything
+Rank 0 reads, writes and talks to people; the others do what it tells them (`same`). Commands, and everything
 about failures, go through torchrun's store as JSON: waiting there has no time limit and needs no device.
 """
 
 from __future__ import annotations
 
 import atexit
+import contextlib
 import functools
 import json
 import logging
@@ -28,6 +29,7 @@ from torch.distributed.rendezvous import rendezvous
 
 from .. import errors
 from ..config import Environment
+from ..engine_config import EngineConfig
 from ..errors import ConfigError, GroupFailed, LightX2VError
 from ..progress import CancelToken
 from .rows import Rows
@@ -42,6 +44,8 @@ TIMEOUT = timedelta(minutes=30)
 SETTLE = 8.0
 """Seconds in which all processes must have come out of a piece of work after it failed on one of them."""
 MEET = timedelta(minutes=5)
+POLL = 0.02
+LEAVE = "leave"
 
 TensorStream = Iterable[tuple[str, Tensor]]
 
@@ -77,16 +81,15 @@ class World:
         self._store.set(f"command/{self._told}", json.dumps({"what": what, "content": content}))
         self._told += 1
 
-    def hear(self) -> tuple[str, Any]:
-        """The next command, whenever it comes."""
+    def peek(self) -> tuple[str, Any]:
+        """The next command, whenever it comes; it stays the next one."""
         key = f"command/{self._told}"
         while not self._store.check([key]):
-            time.sleep(0.02)
-        self._told += 1
+            time.sleep(POLL)
         command = json.loads(self._store.get(key))
         return command["what"], command["content"]
 
-    def follow(self, what: str, content: Callable[[], Any]) -> Any:
+    def same(self, what: str, content: Callable[[], Any]) -> Any:
         """One call that all processes make: rank 0's content, on all. What rank 0 refuses is refused everywhere."""
         if self.leads:
             try:
@@ -96,12 +99,41 @@ class World:
                 raise
             self.tell(what, said)
             return said
-        heard, said = self.hear()
+        heard, said = self.peek()
+        if heard == LEAVE:
+            raise GroupFailed("Rank 0 has ended.")
+        self.skip()
         if heard == "refused":
             raise recall(said)
         if heard != what:
             raise GroupFailed(f"Rank 0 does {heard} while this process does {what}: the scripts must do the same.")
         return said
+
+    def skip(self) -> None:
+        """Done with the command that `peek` shows."""
+        self._told += 1
+
+    def leave(self) -> None:
+        """The program ends. The others, if they wait for a command, end too."""
+        if self.leads:
+            with contextlib.suppress(RuntimeError):
+                self.tell(LEAVE)
+        self._watch.close()
+        if dist.is_initialized():
+            dist.destroy_process_group()
+
+    def agree_on_model(self, config: EngineConfig, preset: str) -> tuple[EngineConfig, str]:
+        """What rank 0 wants to load."""
+        said = self.same("load", lambda: {"config": config.to_json(), "preset": preset})
+        return EngineConfig.from_json(said["config"]), said["preset"]
+
+    def check_device(self, device: str) -> None:
+        """Raises ConfigError if this is not where the processes were put."""
+        if device not in ("auto", self.device.type):
+            raise ConfigError(
+                f'device is "{device}", but the {self.size} processes are on {self.device.type.upper()}, one device '
+                'each. Set device to "auto"; CUDA_VISIBLE_DEVICES says which GPUs are used, if any.'
+            )
 
     def stream(self, tensors: TensorStream, cancel: CancelToken | None = None) -> Iterator[tuple[str, Tensor]]:
         """(name, tensor) as rank 0 reads them, on every process; the others' `tensors` are never begun.
@@ -229,17 +261,20 @@ def recall(message: dict[str, str]) -> LightX2VError:
 
 
 @functools.cache
-def join(environment: Environment, device: str = "auto") -> World:
+def join(environment: Environment) -> World:
     """Meets the other processes, once per program. NCCL on GPUs, gloo on CPUs; what is small always goes over gloo."""
     rank, size, local_rank = environment.rank, environment.world_size or 1, environment.local_rank
-    if ":" in device or device == "mps":
-        raise ConfigError(f'device is "{device}", but {size} processes were started. Use "auto", "cuda" or "cpu".')
-    on_gpu = device == "cuda" or (device == "auto" and torch.cuda.is_available())
+    if environment.local_world_size not in (None, size):
+        raise ConfigError(
+            f"{size} processes were started, {environment.local_world_size} of them on this machine. One video is made "
+            "on one machine; start one group on each."
+        )
+    on_gpu = torch.cuda.is_available()
     if on_gpu:
         if local_rank >= (count := torch.cuda.device_count()):
             raise ConfigError(
                 f"torchrun started {size} processes, but this machine has {count} CUDA devices. "
-                f'Use --nproc_per_node={count}, or set device to "cpu".'
+                f"Use --nproc_per_node={count}."
             )
         torch.cuda.set_device(local_rank)
     environment.stay_local()
@@ -250,12 +285,8 @@ def join(environment: Environment, device: str = "auto") -> World:
     dist.init_process_group(backend, store=group, rank=rank, world_size=size, timeout=TIMEOUT)
     watched, _, _ = next(iter(rendezvous("env://", timeout=MEET)))  # a connection of its own, for another thread
     watch = Watch(dist.PrefixStore(f"{life}/watch", watched), rank, size)
-    atexit.register(_leave, watch)
     place = torch.device("cuda", local_rank) if on_gpu else torch.device("cpu")
     log.info("Process %d of %d is on %s.", rank, size, place)
-    return World(rank, size, place, dist.PrefixStore(life, store), watch)
-
-
-def _leave(watch: Watch) -> None:
-    watch.close()
-    dist.destroy_process_group()
+    world = World(rank, size, place, dist.PrefixStore(life, store), watch)
+    atexit.register(world.leave)
+    return world

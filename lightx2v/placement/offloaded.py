@@ -34,6 +34,9 @@ PARTS = ("resident", "move", "stream")
 class Loaded(Protocol):
     """A loaded model: what `offload.Resident` is."""
 
+    @property
+    def has_text(self) -> bool: ...
+
     def text(self) -> AbstractContextManager[TextEncoder]: ...
 
     def expert(self, which: Which) -> AbstractContextManager[WanDiT]: ...
@@ -67,8 +70,11 @@ class Offloaded:
         dtype_of: Callable[[str], torch.dtype] | None = None,
     ) -> None:
         self._loaded = loaded
-        with loaded.text() as text, loaded.expert("high") as high, loaded.expert("low") as low, loaded.vae() as vae:
-            self._text: TextEncoder | None = text
+        self._text: TextEncoder | None = None
+        if loaded.has_text:
+            with loaded.text() as text:
+                self._text = text
+        with loaded.expert("high") as high, loaded.expert("low") as low, loaded.vae() as vae:
             self._experts: dict[Which, WanDiT] = {"high": high, "low": low}
             self._vae: WanVAE | None = vae
         self._loras: tuple[LoraSpec, ...] | None = None
@@ -174,8 +180,7 @@ class Offloaded:
         self._plan = plan = possible
         if plan.mode != "resident":
             self._carry("experts", plan.resident_blocks, plan.ring)
-        if plan.text != "resident":
-            assert self._text is not None
+        if plan.text != "resident" and self._text is not None:
             blocks = len(self._text.stack.block)
             self._carry("text", blocks if plan.text == "move" else 0, plan.ring)
         if plan.vae != "resident":

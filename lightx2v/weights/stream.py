@@ -30,10 +30,12 @@ def load_into(
     dtype_of: DtypeOf,
     device: torch.device | str,
     names: Mapping[str, str] | None = None,
+    through: Callable[[TensorStream], TensorStream] = iter,
 ) -> None:
     """A checkpoint as it is into `module` (on the meta device): compared by its headers, then read.
 
-    `names` maps the file's names to the module's and leaves out what it does not hold.
+    `names` maps the file's names to the module's and leaves out what it does not hold. `through` sees all that is
+    read, and gives what is taken.
     """
     names = names if names is not None else {name: name for name in checkpoint.shapes}
     source = short_path(checkpoint.path)
@@ -45,7 +47,7 @@ def load_into(
     )
     tensors = checkpoint.tensors(names, dtype_of=lambda name: dtype_of(names[name]))
     renamed = ((names[name], tensor) for name, tensor in tensors)
-    stream_into(module, renamed, dtype_of=dtype_of, device=device, source_name=source)
+    stream_into(module, through(renamed), dtype_of=dtype_of, device=device, source_name=source)
 
 
 def stream_into(
