@@ -152,6 +152,7 @@ class Editor:
             studio.files.status(config),
             studio.room,
             len(planned.requests),
+            reserve=studio.lender.reservation(request) if studio.lender else None,
         )
 
     def crop(self, words: Words, values: Mapping[str, Any]) -> str:

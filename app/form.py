@@ -88,7 +88,7 @@ class Plan:
 
 def plan(form: Form, presets: Mapping[str, str], exposure: Exposure) -> Plan:
     """The requests of a form. `presets` (name -> task) are those on offer. Raises what a person can mend."""
-    if presets.get(form.preset) != form.task:
+    if form.preset not in presets or presets[form.preset] != form.task:
         raise BadRequest(f"There is no preset {form.preset[:60]!r} for {form.task}. Choose one from the list.")
     if form.task == "i2v" and not form.image_path:
         raise BadRequest("Image to video needs a first frame. Choose an image, or switch to text to video.")

@@ -81,6 +81,8 @@ class Handlers:
             else:
                 jobs = self._submit_all(visitor, planned)
                 visitor = replace(visitor, job=jobs[0].id, pinned=False, shown="")
+                if len(jobs) > 1:
+                    gr.Info(words("queued_n", n=len(jobs)), title=words("queue"), duration=4)
         except LightX2VError as error:
             return {self._inputs.cost: panels.problem(str(error))}
         updates = self._screen.show(visitor, data[self._screen.seen], form=self._screen.storable(values))

@@ -90,15 +90,22 @@ def preset_list(words: Words, offers: Sequence[Offer], chosen: str, room: int | 
 
 
 def cost_line(
-    words: Words, prediction: Prediction | None, need: int | None, files: FilesStatus, room: int | None, count: int
+    words: Words,
+    prediction: Prediction | None,
+    need: int | None,
+    files: FilesStatus,
+    room: int | None,
+    count: int,
+    *,
+    reserve: int | None = None,
 ) -> str:
-    """Under the button: seconds, memory against what is free, bytes to download."""
+    """Under the button: seconds, memory against the `room` there is, bytes to download; or the lent GPU's seconds."""
     parts = [_time(words, prediction, count)]
     if need is not None and room is not None:
         level, key = _level(need, room)
         text = words(key, need=numbers.memory(need), free=numbers.memory(room))
         parts.append(tag("span", esc(text), class_=level))
-    parts.append(esc(_files_text(words, files)))
+    parts.append(esc(words("zerogpu_reserves", n=reserve) if reserve is not None else _files_text(words, files)))
     return tag("p", " · ".join(parts), class_="cost", role="status")
 
 

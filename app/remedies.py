@@ -43,9 +43,11 @@ def remedied(act: str, job: Job) -> tuple[EngineConfig, Request] | None:
 
 
 def smaller_size(request: Request) -> tuple[int, int] | None:
-    """(height, width) of the same shape at 480p, or at half the area of what is that small already."""
-    area = SMALLER if request.area > 1.05 * SMALLER else request.area // 2
-    scale = (area / request.area) ** 0.5
+    """(height, width) of about the same shape: the official one at 480p, or half the area where it is small already."""
+    ratio = request.width / request.height
+    if request.area > 1.05 * SMALLER and 1.6 < max(ratio, 1 / ratio) < 1.9:
+        return (480, 832) if ratio > 1 else (832, 480)
+    scale = ((SMALLER if request.area > 1.05 * SMALLER else request.area / 2) / request.area) ** 0.5
     height, width = (max(32, round(side * scale / 16) * 16) for side in (request.height, request.width))
     return (height, width) if height * width < request.area else None
 

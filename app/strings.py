@@ -84,7 +84,6 @@ _TABLE: dict[str, tuple[str, str]] = {
     "cost_time": ("about {time}", "约 {time}"),
     "cost_assumed": ("about {time} (a guess; exact after the first run)", "约 {time}（粗略估计，首次运行后更准确）"),
     "cost_unknown": ("time known after the first run", "首次运行后可预估时间"),
-    "cost_load": ("then loading", "另需加载模型"),
     "cost_fits": ("{need} of {free}", "需 {need} / 可用 {free}"),
     "cost_tight": ("{need} of {free}: tight", "需 {need} / 可用 {free}：紧张"),
     "cost_over": ("{need} needed, {free} free: turn offload on", "需 {need}，仅 {free} 可用：请开启卸载"),
@@ -92,7 +91,6 @@ _TABLE: dict[str, tuple[str, str]] = {
     "cost_ready": ("nothing to download", "无需下载"),
     "missing": ("files missing", "缺少文件"),
     "ready": ("ready", "就绪"),
-    "each": ("each", "每个"),
     # stage and status
     "idle_title": ("Your video appears here", "视频将在这里显示"),
     "idle_text": ("Write what you want to see, then press Generate.", "写下想看到的画面，然后点击“生成视频”。"),
@@ -161,7 +159,6 @@ _TABLE: dict[str, tuple[str, str]] = {
     "details": ("Details", "详情"),
     "settings_as": ("Settings as CLI · Python · curl · JSON", "导出设置：CLI · Python · curl · JSON"),
     "copy": ("Copy", "复制"),
-    "copied": ("Copied", "已复制"),
     "copy_what": ("Copy {what}", "复制 {what}"),
     "stage": ("stage", "阶段"),
     "time": ("time", "用时"),
@@ -210,7 +207,6 @@ _TABLE: dict[str, tuple[str, str]] = {
     "runs": ("runs", "次数"),
     # files
     "files_state": ("{have} of {all} here · {size}", "已有 {have}/{all} · {size}"),
-    "files_unknown": ("Files are not managed here.", "此处不管理模型文件。"),
     "have": ("here", "已有"),
     "lacks": ("missing", "缺少"),
     "part_high": ("High-noise expert", "高噪声专家"),
@@ -239,7 +235,6 @@ _TABLE: dict[str, tuple[str, str]] = {
     "restored": ("Settings restored.", "设置已恢复。"),
     "queued_n": ("{n} videos queued.", "已排队 {n} 个视频。"),
     "zerogpu_reserves": ("reserves {n} s of your GPU quota", "将占用 {n} 秒 GPU 配额"),
-    "engine_changed": ("The queue keeps running when you close this page.", "关闭页面后队列会继续运行。"),
 }
 
 LANGUAGES = {"en": "English", "zh": "中文"}

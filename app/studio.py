@@ -54,6 +54,8 @@ class Lender(Protocol):
 
     config: EngineConfig
 
+    def reservation(self, request: Request) -> int: ...
+
     def run(self, request: Request, *, owner: str, preset: str) -> Generator[Job]: ...
 
 

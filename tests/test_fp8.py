@@ -280,7 +280,10 @@ def test_a_lora_beside_8_bit_weights_is_the_merged_one(tiny: TinyModels, tmp_pat
     save_file({f"blocks.0.ffn.0.lora_{k}.weight": v for k, v in pair.items()}, tmp_path / "lora.safetensors")
     files = {}
     for which in ("high", "low"):
-        save_file(scaled(tiny), tmp_path / f"{which}.safetensors")
+        tensors = scaled(tiny)
+        if which == "low":  # two equal experts are refused
+            tensors["head.head.bias"] = tensors["head.head.bias"] + 0.01
+        save_file(tensors, tmp_path / f"{which}.safetensors")
         files[f"{which}_noise_quantized_ckpt"] = str(tmp_path / f"{which}.safetensors")
     quantised = {"dit_quantized": True, "dit_quant_scheme": "fp8-sgl", **files}
     loras = (LoraSpec(expert="high", path=str(tmp_path / "lora.safetensors")),)

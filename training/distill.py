@@ -202,7 +202,7 @@ def train(
     limit: int,
 ) -> None:
     run = Run(task, runs, out, batch, seed, pool)
-    text = load_text(runs / "t2v", run.device)
+    text = load_text(runs / task, run.device)
     experts: Experts = {which: load_dit(run.folder / f"{which}.safetensors", run.device) for which in STEPS}
     result = {"base": run.test(text, experts, guidance=guidance)}
     run.say("base, 20 steps: " + describe(result["base"]))

@@ -38,6 +38,7 @@ from .world import COMBINATIONS, Clips, held_out
 
 POOL = 49_152
 DROP = 0.1  # share of empty prompts
+TEXT = "text.safetensors"
 PARTS = {"shared": 0.6, "high": 0.4, "low": 1.0}  # of the time that is left when a stage begins, after compiling
 RANGES = {  # sigma from, to, and the shift that spreads samples over it
     "shared": (0.0, 1.0, 4.0),
@@ -224,7 +225,7 @@ def copy_of(dit: WanDiT, device: torch.device) -> WanDiT:
 
 
 def load_text(folder: Path, device: torch.device) -> Text:
-    tensors = load_file(folder / "text.safetensors")
+    tensors = load_file(folder / TEXT)
     text = Text(*tensors["embedding.weight"].shape)
     text.load_state_dict({name: value.float() for name, value in tensors.items()}, strict=False)
     return text.to(device).requires_grad_(False)
@@ -260,7 +261,8 @@ def train(
         text = Text(build_tokenizer().get_vocab_size()).to(run.device)
         shared = new_dit(T2V, run.device)
     else:
-        text = load_text(runs / "t2v", run.device)
+        shutil.copyfile(runs / "t2v" / TEXT, run.folder / TEXT)  # t2v may be trained on later; its text moves then
+        text = load_text(run.folder, run.device)
         shared = widen(load_dit(runs / "t2v" / "shared.safetensors", run.device))
     end = 60 * minutes
     run.say(f"{minutes - run.clock.total / 60:.2f} minutes are left for training, batch {batch}")

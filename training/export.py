@@ -78,7 +78,7 @@ def export(runs: Path, target: Path) -> list[str]:
         folder.mkdir(exist_ok=True)
         _vae(runs / "vae" / "vae.safetensors", folder)
         save_tokenizer(folder / "google" / "umt5-xxl")
-        missing += _text(runs / "t2v" / "text.safetensors", folder)
+        missing += _text(runs / task / "text.safetensors", folder)
         for which in ("high", "low"):
             missing += _expert(runs / task / f"{which}.safetensors", folder / f"{which}_noise_model", task)
             source = runs / task / f"{which}_lora.safetensors"
