@@ -2,14 +2,25 @@
 
 from __future__ import annotations
 
+import hashlib
+import os
+import signal
+from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
 from lightx2v.config import Environment
+from lightx2v.engine_config import EngineConfig
+from lightx2v.errors import LightX2VError
 from lightx2v.models.dit import DiTConfig, WanDiT
 from lightx2v.models.vae import VAEConfig, WanVAE
 from lightx2v.parallel.world import Mesh, join
+from lightx2v.pipeline import LightX2VPipeline
+from lightx2v.progress import CancelToken, Progress
+from lightx2v.request import LoraSpec, Request
 
 torch.set_num_threads(1)
 
@@ -76,3 +87,146 @@ def vae(size: int, shapes: list[list[int]]) -> dict[str, Any]:
             again = model.encode_condition(4 * frames - 3, first, end, bands=bands)
             encoded.append(float((whole - again).abs().max()))
     return {"decoded": decoded, "encoded": encoded, "sent": mesh.sent}
+
+
+def engine(root: str, layouts: list[list[int]], names: list[str]) -> list[Any]:
+    """These requests of `requests_of` on every layout; rank 0 leaves latents and frames in the folder."""
+    ends: list[Any] = []
+    for cfg, seq in layouts:
+        for name in names:
+            config, request = requests_of(Path(root))[name]
+            parallel = {"cfg_p_size": cfg, "seq_p_size": seq}
+            if cfg == 2 and not any(request.guided):
+                continue
+            with LightX2VPipeline.from_config(EngineConfig(**config, parallel=parallel)) as pipe:
+                where = Path(root) / f"{name}-{cfg}x{seq}"
+                result = pipe.run(
+                    request, save_result_path=where.with_suffix(".mp4"), return_frames=True, return_latents=True
+                )
+                assert result.latents is not None
+                digest = hashlib.sha256(result.latents.numpy().tobytes()).hexdigest()
+                if result.frames is not None:
+                    np.savez(where.with_suffix(".npz"), latents=result.latents.numpy(), frames=result.frames)
+                report = result.report()
+                ends.append({"name": where.name, "digest": digest, "has_frames": result.frames is not None} | report)
+    return ends
+
+
+def requests_of(root: Path) -> dict[str, tuple[dict[str, Any], Request]]:
+    """What is made on every layout: 30 tokens per latent frame, so that 4 processes have uneven runs."""
+    size = {"height": 96, "width": 80, "frames": 5, "prompt": "a red ball", "seed": 3}
+    base = {"steps": 4, "shift": 5.0}
+    distilled = {"denoising_step_list": (1000, 750, 500, 250), "boundary_step_index": 2, "enable_cfg": False}
+    picture = str(root / "first.png")
+    i2v = {"task": "i2v", "image_path": picture}
+    low_only = {"guidance": (4.0, 1.0), "negative_prompt": "blue"}
+    configs = {
+        task: {"model_path": str(root / folder), "task": task, "device": "cpu", "dtype": "fp32"}
+        for task, folder in (("t2v", "t2v"), ("i2v", "i2v"), ("flf2v", "i2v"))
+    }
+    distill = {task: config | {"model_cls": "wan2.2_moe_distill"} for task, config in configs.items()}
+    return {
+        "base": (configs["t2v"], Request(**size, **base)),
+        "one_guided": (configs["t2v"], Request(**size, **base, **low_only)),
+        "distilled": (distill["t2v"], Request(**size, **distilled)),
+        "i2v": (configs["i2v"], Request(**size, **base, **i2v)),
+        "i2v_distilled": (distill["i2v"], Request(**size, **distilled, **i2v)),
+        "flf2v": (
+            configs["flf2v"],
+            Request(**size, **base, task="flf2v", image_path=picture, last_frame_path=picture),
+        ),
+        "flat": (configs["t2v"], Request(**(size | {"height": 32}), **base)),
+        "tiles": (configs["t2v"] | {"use_tiling_vae": True}, Request(**size, **base)),
+    }
+
+
+def troubles(root: str) -> list[Any]:
+    """What people do wrong, and cancelling: it ends the same way on both processes, and the next run is as ever."""
+    config, request = requests_of(Path(root))["base"]
+    ends: list[Any] = []
+    rank = Environment.read().rank
+
+    def attempt(request: Request, **more: Any) -> None:
+        try:
+            result = pipe.run(request, return_latents=True, **more)
+        except LightX2VError as error:
+            ends.append([type(error).__name__, str(error)])
+        else:
+            assert result.latents is not None
+            ends.append(hashlib.sha256(result.latents.numpy().tobytes()).hexdigest())
+
+    def cancelled(stage: str, step: int, who: int) -> None:
+        """Process `who` asks to stop where it is told of this step; notes the last step of denoising here."""
+        token, steps = CancelToken(), []
+
+        def seen(event: Progress) -> None:
+            if event.stage == "denoise":
+                steps.append(event.step)
+            if (event.stage, event.step, rank) == (stage, step, who):
+                token.cancel()
+
+        attempt(request, cancel=token, on_progress=seen)
+        ends[-1].append(steps[-1])
+
+    with LightX2VPipeline.from_config(EngineConfig(**config, parallel={"seq_p_size": 2}, max_tokens=80)) as pipe:
+        attempt(request)
+        attempt(replace(request, frames=9) if rank == 0 else request)
+        attempt(request, save_result_path=Path(root) / "no folder" / "x.mp4")
+        cancelled("denoise", 2, 0)
+        cancelled("denoise", 1, 1)
+        cancelled("decode", 1, 0)
+        attempt(replace(request, loras=(LoraSpec(expert="high", path="missing.safetensors"),)))
+        attempt(request)
+        attempt(replace(request, seed=-1))
+    try:
+        LightX2VPipeline.from_config(EngineConfig(**config, parallel={"seq_p_size": 4}))
+    except LightX2VError as error:
+        ends.append([type(error).__name__, str(error)])
+    return ends
+
+
+def failing(root: str, how: str) -> None:
+    """Process 1 fails in its second denoising step, in the middle of what all do together."""
+    config, request = requests_of(Path(root))["base"]
+
+    with LightX2VPipeline.from_config(EngineConfig(**config, parallel={"seq_p_size": 2})) as pipe:
+        assert pipe._engine is not None and pipe._engine.mesh is not None
+        if Environment.read().rank == 1:
+            split = pipe._engine.mesh.sequence
+            assert split is not None
+            attend, calls = split.attend, []
+
+            def breaking(*arguments: Any) -> torch.Tensor:
+                calls.append(1)
+                if len(calls) == 4:
+                    if how == "kill":
+                        os.kill(os.getpid(), signal.SIGKILL)
+                    if how == "stop":
+                        os.kill(os.getpid(), signal.SIGSTOP)
+                    raise MemoryError("no room for the tokens")
+                return attend(*arguments)
+
+            split.attend = breaking  # type: ignore[method-assign]
+        pipe.run(request)
+
+
+def serving(root: str) -> list[Any]:
+    """Rank 0 runs one request after another as a server does, and changes the model; the others follow."""
+    if Environment.read().rank:
+        LightX2VPipeline.follow()
+        return []
+    ends: list[Any] = []
+    for name in ("base", "i2v"):
+        config, request = requests_of(Path(root))[name]
+        pipe = LightX2VPipeline.from_config(EngineConfig(**config, parallel={"cfg_p_size": 2}))
+        for each in (request, replace(request, frames=1), request):
+            result = pipe.run(each, return_latents=True)
+            assert result.latents is not None
+            ends.append(hashlib.sha256(result.latents.numpy().tobytes()).hexdigest())
+        try:
+            pipe.run(replace(request, enable_cfg=False))
+        except LightX2VError as error:
+            ends.append(type(error).__name__)
+        pipe.switch_lora([])
+        pipe.close()
+    return ends

@@ -13,7 +13,11 @@ import os
 import socket
 import subprocess
 import sys
+import time
+from contextlib import ExitStack
+from dataclasses import dataclass
 from pathlib import Path
+from tempfile import TemporaryFile
 from typing import Any
 
 ROOT = Path(__file__).parents[1]
@@ -33,41 +37,51 @@ def free_port() -> int:
         return listener.getsockname()[1]
 
 
-def start(size: int, command: list[str], **more: Any) -> list[subprocess.Popen[str]]:
-    """`command` of this Python in `size` processes that can meet."""
+@dataclass(frozen=True)
+class Ended:
+    code: int
+    out: str
+    errors: str
+
+
+def run(size: int, command: list[str], timeout: float = 90) -> list[Ended]:
+    """`command` of this Python in `size` processes that can meet, to its end; nothing is left running."""
     port = free_port()
-    return [
-        subprocess.Popen(
-            [sys.executable, *command],
-            env=environment(rank, size, port),
-            cwd=ROOT,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-            **more,
-        )
-        for rank in range(size)
-    ]
-
-
-def finish(processes: list[subprocess.Popen[str]], timeout: float = 120) -> list[tuple[int, str, str]]:
-    """Exit code, output and errors of each; nothing is left running."""
-    try:
-        ends = [process.communicate(timeout=timeout) for process in processes]
-        return [(process.returncode, *end) for process, end in zip(processes, ends, strict=True)]
-    finally:
-        for process in processes:
-            process.kill()
-            process.wait()
+    with ExitStack() as stack:
+        outs, errors = ([stack.enter_context(TemporaryFile("w+")) for _ in range(size)] for _ in "ab")
+        processes = [
+            subprocess.Popen(
+                [sys.executable, *command],
+                env=environment(rank, size, port),
+                cwd=ROOT,
+                stdout=outs[rank],
+                stderr=errors[rank],
+            )
+            for rank in range(size)
+        ]
+        deadline = time.monotonic() + timeout
+        try:
+            for process in processes:
+                process.wait(max(0.0, deadline - time.monotonic()))
+        except subprocess.TimeoutExpired:
+            pass  # the exit codes will say so
+        finally:
+            for process in processes:
+                process.kill()
+                process.wait()
+        for file in (*outs, *errors):
+            file.seek(0)
+        ends = zip(processes, outs, errors, strict=True)
+        return [Ended(process.returncode, out.read(), error.read()) for process, out, error in ends]
 
 
 def ranks(size: int, case: str, *arguments: Any) -> list[Any]:
     """What `case` ("module:function") returns in each of `size` processes. The last line it prints is that."""
     command = [str(Path(__file__)), case, json.dumps(arguments)]
-    ends = finish(start(size, command))
-    failed = [f"rank {rank}: {error[-3000:]}" for rank, (code, _, error) in enumerate(ends) if code]
+    ends = run(size, command)
+    failed = [f"rank {rank}: {end.code}: {end.errors[-3000:]}" for rank, end in enumerate(ends) if end.code]
     assert not failed, "\n".join(failed)
-    return [json.loads(out.splitlines()[-1]) for _, out, _ in ends]
+    return [json.loads(end.out.splitlines()[-1]) for end in ends]
 
 
 if __name__ == "__main__":

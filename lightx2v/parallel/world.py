@@ -15,6 +15,7 @@ import contextlib
 import functools
 import json
 import logging
+import math
 import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
@@ -23,6 +24,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+import torch.nn.functional as F
 from torch import Tensor
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.rendezvous import rendezvous
@@ -45,6 +47,7 @@ SETTLE = 8.0
 """Seconds in which all processes must have come out of a piece of work after it failed on one of them."""
 MEET = timedelta(minutes=5)
 POLL = 0.02
+BUNDLE, ALIGN = 8 << 20, 16
 LEAVE = "leave"
 
 TensorStream = Iterable[tuple[str, Tensor]]
@@ -141,24 +144,33 @@ class World:
         What stops rank 0 from reading is raised on every process.
         """
         if not self.leads:
-            while (head := self.wire.tell(None)) is not None:
-                if "error" in head:
-                    raise recall(head)
-                empty = torch.empty(head["shape"], dtype=getattr(torch, head["dtype"]), device=self.device)
-                yield head["name"], self.wire.spread(empty)
+            while (heads := self.wire.tell(None)) is not None:
+                if isinstance(heads, dict):
+                    raise recall(heads)
+                yield from self._unpacked(heads)
             return
         try:
-            for name, tensor in tensors:
-                if cancel is not None:
-                    cancel.check()
-                dtype = str(tensor.dtype).removeprefix("torch.")
-                self.wire.tell({"name": name, "shape": list(tensor.shape), "dtype": dtype})
-                tensor = self.wire.spread(tensor.to(self.device))
-                yield name, tensor
+            for bundle in bundles(tensors, cancel):
+                placed = [(name, tensor.to(self.device)) for name, tensor in bundle]
+                self.wire.tell([[name, list(t.shape), str(t.dtype).removeprefix("torch.")] for name, t in placed])
+                flat = [t.contiguous().reshape(-1).view(torch.uint8) for _, t in placed]
+                self.wire.spread(flat[0] if len(flat) == 1 else torch.cat([padded(raw) for raw in flat]))
+                del flat
+                yield from placed
         except LightX2VError as error:
             self.wire.tell(describe(error))
             raise
         self.wire.tell(None)
+
+    def _unpacked(self, heads: list[Any]) -> Iterator[tuple[str, Tensor]]:
+        """The tensors of one bundle, received."""
+        kinds = [getattr(torch, dtype) for _, _, dtype in heads]
+        sizes = [math.prod(shape) * kind.itemsize for (_, shape, _), kind in zip(heads, kinds, strict=True)]
+        places = sizes if len(heads) == 1 else [size + -size % ALIGN for size in sizes]
+        parts = self.wire.spread(torch.empty(sum(places), dtype=torch.uint8, device=self.device)).split(places)
+        for (name, shape, _), kind, size, part in zip(heads, kinds, sizes, parts, strict=True):
+            tensor = part[:size].view(kind).view(shape)
+            yield name, tensor if len(heads) == 1 else tensor.clone()
 
     # ---- failures ---------------------------------------------------------------------------------------------------
 
@@ -247,6 +259,27 @@ class SharedCancel(CancelToken):
         if self._wire.agree(self.cancelled, all_of_them=False):
             self.cancel()
             super().check()
+
+
+def bundles(tensors: TensorStream, cancel: CancelToken | None) -> Iterator[list[tuple[str, Tensor]]]:
+    """Small tensors together, large ones alone: a model has a thousand small ones, and an exchange takes its time."""
+    bundle, size = [], 0
+    for name, tensor in tensors:
+        if cancel is not None:
+            cancel.check()
+        nbytes = tensor.numel() * tensor.itemsize
+        if bundle and size + nbytes > BUNDLE:
+            yield bundle
+            bundle, size = [], 0
+        bundle.append((name, tensor))
+        size += nbytes
+    if bundle:
+        yield bundle
+
+
+def padded(raw: Tensor) -> Tensor:
+    """Bytes up to a multiple of ALIGN, so that what follows them can be seen as any dtype."""
+    return F.pad(raw, (0, -raw.numel() % ALIGN))
 
 
 def describe(error: LightX2VError) -> dict[str, str]:
