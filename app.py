@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from app.exposure import Exposure, add_flags, decide
+from lightx2v.config import Environment
 from lightx2v.errors import ConfigError, LightX2VError
 
 if TYPE_CHECKING:
@@ -42,6 +43,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         exposure = decide(args, os.environ)
         if args.mcp and importlib.util.find_spec("mcp") is None:
             raise ConfigError('--mcp needs one more package. Install it with: pip install "gradio[mcp]"')
+        if Environment.read().together and follow():
+            return 0
         prepare_environment(Path(args.output_dir))
         studio = open_studio(Path(args.output_dir), exposure, args.preset)
     except LightX2VError as error:
@@ -72,6 +75,13 @@ def open_studio(output: Path, exposure: Exposure, preset: str) -> Studio:
     config = settings_of(studio.default_preset).engine
     studio.lender = GpuLender(spaces.GPU, LightX2VPipeline.from_config(config, preset=preset), config, studio)
     return studio
+
+
+def follow() -> bool:
+    """Of torchrun's processes one serves the page; in the others this takes part in its runs and returns True."""
+    from lightx2v.pipeline import LightX2VPipeline
+
+    return LightX2VPipeline.follow()
 
 
 def open_engine(config: Any, *, preset: str, on_progress: Any, cancel: Any) -> Any:

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from .engine_config import EngineConfig
-from .errors import Cancelled, LightX2VError, OutOfMemory, OutputError
+from .errors import Cancelled, GroupFailed, LightX2VError, OutOfMemory, OutputError
 from .progress import CancelToken, OnProgress
 from .request import Request
 
@@ -95,7 +95,8 @@ class EngineSlot:
             return Outcome(error=explain(failure, id), cancelled=True)
         # Text, not exc_info: a log record that is kept somewhere would keep the step's tensors through the traceback.
         log.error("job %s failed\n%s", id, "".join(traceback.format_exception(failure)))
-        error, fatal = explain(failure, id), device_is_lost(failure)
+        error = explain(failure, id)
+        fatal = device_is_lost(failure) or isinstance(failure, GroupFailed)
         starved, known = is_out_of_memory(failure), isinstance(failure, LightX2VError)
         release(failure)
         failure = None

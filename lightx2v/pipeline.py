@@ -302,18 +302,23 @@ class LightX2VPipeline:
             self._running.release()
 
     @classmethod
-    def follow(cls) -> None:
-        """What a process of torchrun other than rank 0 does all its life where rank 0 is a server or the page.
+    def follow(cls) -> bool:
+        """A server or the page calls this as it starts; where it is true, the program is to end.
 
-        It loads and runs what rank 0 does, and comes back when rank 0 ends. Errors that all processes have are rank
-        0's to tell; any other one ends the program.
+        On rank 0 of torchrun, and without torchrun, it is false at once. The other processes load and run here what
+        rank 0 does, until rank 0 ends. Errors that all processes have are rank 0's to tell; any other one ends them.
         """
-        world, pipe = join(Environment.read()), None
+        environment = Environment.read()
+        if not environment.together:
+            return False
+        world, pipe = join(environment), None
+        if world.leads:
+            return False
         while True:
             what, content = world.peek()
             try:
                 if what == LEAVE:
-                    return
+                    return True
                 if what == "load":
                     if pipe is not None:
                         pipe.close()
@@ -329,6 +334,9 @@ class LightX2VPipeline:
                 raise
             except LightX2VError as error:
                 log.debug("%s", error)
+            except BaseException as error:
+                world.give_up(error)
+                raise
 
     def _loras_of(self, request: Request) -> tuple[LoraSpec, ...]:
         if request.loras is not None:

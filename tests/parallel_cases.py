@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import os
 import signal
+import time
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ import torch
 from lightx2v.config import Environment
 from lightx2v.engine_config import EngineConfig
 from lightx2v.errors import LightX2VError
+from lightx2v.jobs import JobManager
 from lightx2v.models.dit import DiTConfig, WanDiT
 from lightx2v.models.vae import VAEConfig, WanVAE
 from lightx2v.parallel.world import Mesh, join
@@ -210,10 +212,45 @@ def failing(root: str, how: str) -> None:
         pipe.run(request)
 
 
+def queue(root: str) -> list[Any]:
+    """Rank 0 works on a queue. The first time, process 1 is killed in the second job; the group is started again."""
+    environment = Environment.read()
+    if environment.rank and not environment.restart:
+        kill_at_step(5)
+    if LightX2VPipeline.follow():
+        return []
+    config, request = requests_of(Path(root))["base"]
+
+    def open_engine(config: EngineConfig, **more: Any) -> LightX2VPipeline:
+        return LightX2VPipeline.from_config(config, **more)
+
+    manager = JobManager(open_engine, Path(root) / "queue")
+    if not environment.restart:
+        for seed in range(3):
+            manager.submit(EngineConfig(**config, parallel={"seq_p_size": 2}), replace(request, seed=seed))
+    jobs = [manager.wait(job.id, 60) for job in manager.list()]
+    if not environment.restart:
+        time.sleep(60)  # the watch ends this process long before
+    manager.close()
+    return [[job.request.seed, job.state] for job in jobs]
+
+
+def kill_at_step(step: int) -> None:
+    """This process is killed in the middle of what all do together, in its `step`th forward."""
+    forward, calls = WanDiT.forward, []
+
+    def dying(*arguments: Any, **more: Any) -> Any:
+        calls.append(1)
+        if len(calls) == step:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return forward(*arguments, **more)
+
+    WanDiT.forward = dying  # type: ignore[method-assign]
+
+
 def serving(root: str) -> list[Any]:
     """Rank 0 runs one request after another as a server does, and changes the model; the others follow."""
-    if Environment.read().rank:
-        LightX2VPipeline.follow()
+    if LightX2VPipeline.follow():
         return []
     ends: list[Any] = []
     for name in ("base", "i2v"):

@@ -23,12 +23,18 @@ from typing import Any
 ROOT = Path(__file__).parents[1]
 
 
-def environment(rank: int, size: int, port: int) -> dict[str, str]:
-    """What torchrun sets."""
-    more = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": size, "LOCAL_WORLD_SIZE": size, "MASTER_PORT": port}
-    threads = {"OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "PASSIVE", "MASTER_ADDR": "127.0.0.1"}
+def environment(**more: object) -> dict[str, str]:
+    """One thread each, this project's modules, and what torchrun sets besides."""
     path = os.pathsep.join([str(ROOT), str(ROOT / "tests")])
-    return os.environ | {name: str(value) for name, value in more.items()} | threads | {"PYTHONPATH": path}
+    threads = {"OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "PASSIVE"}
+    return os.environ | threads | {"PYTHONPATH": path} | {name: str(value) for name, value in more.items()}
+
+
+def place(rank: int, size: int, port: int) -> dict[str, str]:
+    """The environment of one of `size` processes, as torchrun makes it."""
+    return environment(
+        RANK=rank, LOCAL_RANK=rank, WORLD_SIZE=size, LOCAL_WORLD_SIZE=size, MASTER_ADDR="127.0.0.1", MASTER_PORT=port
+    )
 
 
 def free_port() -> int:
@@ -52,7 +58,7 @@ def run(size: int, command: list[str], timeout: float = 90) -> list[Ended]:
         processes = [
             subprocess.Popen(
                 [sys.executable, *command],
-                env=environment(rank, size, port),
+                env=place(rank, size, port),
                 cwd=ROOT,
                 stdout=outs[rank],
                 stderr=errors[rank],

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
 import pytest
 from parallel_cases import requests_of
+from parallel_ranks import ROOT, environment, ranks, run
 from parallel_ranks import __file__ as RUNNER
-from parallel_ranks import ranks, run
 from PIL import Image
 from tiny import DiTSizes, build_tiny
 
@@ -86,6 +88,23 @@ def test_a_failure_of_one_process_ends_all(root: Path, how: str, told: str) -> N
     assert ends[0].code == 1
     assert ends[1].code == (1 if how == "raise" else -9)
     assert told in ends[0].errors
+
+
+def test_torchrun_starts_the_group_again_and_the_queue_goes_on(root: Path) -> None:
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "--max-restarts=1"]
+    ended = subprocess.run(
+        [*command, RUNNER, "parallel_cases:queue", json.dumps([str(root)])],
+        env=environment(),
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert ended.returncode == 0, ended.stderr[-3000:]
+    lines = [json.loads(line) for line in ended.stdout.splitlines() if line.startswith("[[")]
+    (states,) = [dict(line) for line in lines]
+    assert states[0] == states[2] == "succeeded"
+    assert states[1] in ("failed", "interrupted")
 
 
 def test_the_others_follow_a_server(root: Path) -> None:

@@ -196,6 +196,10 @@ class World:
             raise
         self._store.set(f"ended/{work}/{self.rank}", self._calls())
 
+    def give_up(self, error: BaseException) -> None:
+        """Tells all processes that this one ends, so that they end too."""
+        self._watch.fail(str(error) or "stopped", kind=type(error).__name__)
+
     def _calls(self) -> str:
         return str(sum(wire.calls for wire in self._wires))
 
