@@ -75,7 +75,9 @@ def main(argv: Sequence[str] | None = None, *, open_engine: OpenEngine | None = 
         print(f"error: {error}", file=sys.stderr)
         return error.exit_code
     line = ProgressLine(sys.stderr)
-    with logging_to(sys.stderr, line, logging.DEBUG if options.verbose else logging.INFO), Interrupts() as interrupts:
+    who = f"[rank {environment.rank}] " if environment.together else ""
+    level = logging.DEBUG if options.verbose else logging.INFO
+    with logging_to(sys.stderr, line, level, who=who), Interrupts() as interrupts:
         try:
             return _run(options, environment, line, interrupts, open_engine or _load_pipeline)
         except (Cancelled, KeyboardInterrupt):

@@ -87,9 +87,12 @@ def one_line(text: str) -> str:
 
 
 @contextmanager
-def logging_to(stream: TextIO, line: ProgressLine, level: int) -> Iterator[None]:
-    """Sends this package's log to `stream` while the block runs, each record on a line of its own above the bar."""
-    handler = _Handler(stream, line)
+def logging_to(stream: TextIO, line: ProgressLine, level: int, *, who: str = "") -> Iterator[None]:
+    """Sends this package's log to `stream` while the block runs, each record on a line of its own above the bar.
+
+    `who` says which of several processes it is.
+    """
+    handler = _Handler(stream, line, who)
     handler.setLevel(level)
     logger = logging.getLogger("lightx2v")
     before = logger.level
@@ -104,10 +107,10 @@ def logging_to(stream: TextIO, line: ProgressLine, level: int) -> Iterator[None]
 
 
 class _Handler(logging.StreamHandler[TextIO]):
-    def __init__(self, stream: TextIO, line: ProgressLine) -> None:
+    def __init__(self, stream: TextIO, line: ProgressLine, who: str) -> None:
         super().__init__(stream)
         self._line = line
-        self.setFormatter(_Formatter("%(asctime)s %(levelname)-7s %(message)s", "%H:%M:%S"))
+        self.setFormatter(_Formatter(f"%(asctime)s %(levelname)-7s {who}%(message)s", "%H:%M:%S"))
 
     def emit(self, record: logging.LogRecord) -> None:
         self._line.clear()
