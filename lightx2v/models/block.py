@@ -11,11 +11,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..attention.sdpa import Attention, sdpa, sdpa_repeated_last
-from .pointwise import add, add_gated, gelu, norm_modulate, norm_rotate, rms_norm
+from .fused import add, add_gated, gelu, layer_norm, norm_modulate, norm_rotate, normed
 
 
 class TextStates:
@@ -88,12 +87,11 @@ class QKVO(nn.Module):
         return q_BLNH, k_BLNH, self.split(self.v(x_BLD))
 
     def queries(self, x_BLD: Tensor) -> Tensor:
-        q_BLD = self.q(x_BLD)
-        return self.split(rms_norm(q_BLD, self.norm_q.weight, self.eps).to(q_BLD.dtype))
+        return self.split(normed(self.q(x_BLD), self.norm_q.weight, self.eps))
 
     def keys_values(self, rows_BLD: Tensor) -> tuple[Tensor, Tensor]:
-        k_BLD = self.k(rows_BLD)
-        return self.split(rms_norm(k_BLD, self.norm_k.weight, self.eps).to(k_BLD.dtype)), self.split(self.v(rows_BLD))
+        k_BLD = normed(self.k(rows_BLD), self.norm_k.weight, self.eps)
+        return self.split(k_BLD), self.split(self.v(rows_BLD))
 
 
 class Gelu(nn.Module):
@@ -161,9 +159,7 @@ class Block(nn.Module):
     ) -> Tensor:
         """CrossAttention(LayerNorm(x)): the rows of each prompt attend to its keys."""
         norm = self.norm3
-        q_BLNH = self.cross_attn.queries(
-            F.layer_norm(x_BLD, x_BLD.shape[-1:], norm.weight, norm.bias, self.eps).to(shared.dtype)
-        )
+        q_BLNH = self.cross_attn.queries(layer_norm(x_BLD, norm.weight, norm.bias, self.eps, shared.dtype))
         outs = [
             attend_to_text(q, k_BLNH, v_BLNH, text.padding, shared.cross_attention)
             for q, (k_BLNH, v_BLNH), text in zip(q_BLNH.split([t.batch for t in group]), keys, group, strict=True)

@@ -21,7 +21,7 @@ from ..attention.sdpa import Attention, sdpa
 from ..errors import CheckpointError
 from ..progress import CancelToken
 from .block import Block, Pass, TextStates
-from .pointwise import norm_modulate
+from .fused import norm_modulate
 from .rope import RotaryTable
 
 PATCH = 2

@@ -1,6 +1,8 @@
 """The element-wise steps between the DiT's matrix products, all in float32 inside, each one function.
 
-They are memory-bound: a fused kernel for a device can stand in for any of them, with the same signature and result.
+They are memory-bound: `fused` puts one kernel in the place of each where a device has it. These here run everywhere,
+with gradients too, and are what the kernels are measured by.
+
 Legend: B batch (1 in the modulation when all rows share it), L tokens, D width, N heads, H head dim, P = H/2 pairs,
 F feed-forward width.
 """
@@ -13,6 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ..weights.quant import LARGEST, SMALLEST_ROW
 from .rope import rotate
 
 
@@ -65,3 +68,11 @@ def add_gated(x_BLD: Tensor, y_BLD: Tensor, gate_BD: Tensor) -> Tensor:
 def add(x_BLD: Tensor, y_BLD: Tensor) -> Tensor:
     """x + y in float32. Without gradients the sum is written into x."""
     return x_BLD + y_BLD if torch.is_grad_enabled() else x_BLD.add_(y_BLD)
+
+
+def quantise_tokens(x_MI: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """Rows in 8 bits and the scale (M, 1) of each, for products with 8-bit weights."""
+    largest = LARGEST[dtype]
+    scale_M1 = x_MI.abs().amax(1, keepdim=True).float().clamp_(min=SMALLEST_ROW).div_(largest)
+    values = (x_MI.float() / scale_M1).clamp_(-largest, largest)
+    return (values.round_() if dtype == torch.int8 else values).to(dtype), scale_M1

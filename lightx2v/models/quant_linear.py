@@ -17,7 +17,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..weights.quant import LARGEST, dequantise, quantise
+from ..weights.quant import dequantise, quantise
+from .fused import quantise_tokens
 
 log = logging.getLogger("lightx2v.quant")
 
@@ -67,7 +68,7 @@ def dequantised(x_MI: Tensor, q_OI: Tensor, scale_O1: Tensor, bias_O: Tensor | N
 
 def scaled_mm(x_MI: Tensor, q_OI: Tensor, scale_O1: Tensor, bias_O: Tensor | None) -> Tensor:
     """e4m3 x e4m3 with a scale per token and per output channel."""
-    x_q, x_scale = _per_token(x_MI, torch.float8_e4m3fn)
+    x_q, x_scale = quantise_tokens(x_MI, torch.float8_e4m3fn)
     return torch._scaled_mm(
         x_q, q_OI.t(), scale_a=x_scale, scale_b=scale_O1.t(), bias=bias_O, out_dtype=x_MI.dtype, use_fast_accum=True
     )
@@ -76,16 +77,9 @@ def scaled_mm(x_MI: Tensor, q_OI: Tensor, scale_O1: Tensor, bias_O: Tensor | Non
 def int_mm(x_MI: Tensor, q_OI: Tensor, scale_O1: Tensor, bias_O: Tensor | None) -> Tensor:
     """int8 x int8 in int32, with a scale per token and per output channel."""
     rows = len(x_MI)
-    x_q, x_scale = _per_token(F.pad(x_MI, (0, 0, 0, max(0, 32 - rows))), torch.int8)  # it wants more than 16 rows
+    x_q, x_scale = quantise_tokens(F.pad(x_MI, (0, 0, 0, max(0, 32 - rows))), torch.int8)  # it wants more than 16 rows
     y_MO = torch._int_mm(x_q, q_OI.t())[:rows].float().mul_(x_scale[:rows]).mul_(scale_O1.t())
     return (y_MO if bias_O is None else y_MO.add_(bias_O)).to(x_MI.dtype)
-
-
-def _per_token(x_MI: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    largest = LARGEST[dtype]
-    scale_M1 = x_MI.abs().amax(1, keepdim=True).float().clamp_(min=1e-5).div_(largest)
-    values = (x_MI.float() / scale_M1).clamp_(-largest, largest)
-    return (values.round_() if dtype == torch.int8 else values).to(dtype), scale_M1
 
 
 _KERNELS: dict[torch.dtype, Kernel] = {torch.float8_e4m3fn: scaled_mm, torch.int8: int_mm}

@@ -1,0 +1,62 @@
+"""The fused kernels against their plain functions: in triton's interpreter on a CPU, compiled on CUDA."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from lightx2v.models import fused, pointwise
+
+INTERPRETED = """
+import torch
+from lightx2v.models import fused, triton_kernels
+print(repr(fused.why_not(triton_kernels, torch.device("cpu"))))
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="triton is for Linux")
+def test_every_kernel_does_what_its_plain_function_does() -> None:
+    """In a process of its own: triton decides on import whether it interprets."""
+    env = {"TRITON_INTERPRET": "1", "PATH": "/usr/bin:/bin", "OMP_NUM_THREADS": "1"}
+    done = subprocess.run([sys.executable, "-c", INTERPRETED], env=env, capture_output=True, text=True, check=False)
+    assert done.stdout.strip() == "''", done.stdout + done.stderr
+
+
+def plain() -> SimpleNamespace:
+    """What triton_kernels offers, made of the plain functions."""
+    return SimpleNamespace(
+        layer_norm=lambda x, w, b, eps, dtype: pointwise.norm_modulate(x, b, w - 1, eps, dtype),
+        rms_norm_=lambda x, w, eps: pointwise.rms_norm(x, w, eps).to(x.dtype),
+        norm_rotate_=pointwise.norm_rotate,
+        add_gated_=lambda x, y, gate: pointwise.add(x, y) if gate is None else pointwise.add_gated(x, y, gate),
+        quantise_tokens=pointwise.quantise_tokens,
+    )
+
+
+@pytest.mark.parametrize(
+    ("step", "wrong"),
+    [
+        ("layer_norm", lambda x, w, b, eps, dtype: pointwise.norm_modulate(x, b, w, eps, dtype)),
+        ("rms_norm", lambda x, w, eps: x * w),
+        ("norm_rotate", lambda x, w, eps, turn: pointwise.norm_rotate(x, w, eps, turn.conj())),
+        ("add_gated", lambda x, y, gate: x + y),
+        ("quantise_tokens", lambda x, dtype: (x.to(dtype), torch.ones(len(x), 1))),
+    ],
+)
+def test_a_kernel_that_computes_something_else_is_not_used(step: str, wrong: object) -> None:
+    kernels = plain()
+    assert fused.why_not(kernels, torch.device("cpu")) == ""  # type: ignore[arg-type]
+    name = step if hasattr(kernels, step) else f"{step}_"
+    setattr(kernels, name, wrong)
+    assert fused.why_not(kernels, torch.device("cpu")).startswith(step)  # type: ignore[arg-type]
+
+
+def test_on_a_cpu_the_plain_functions_run() -> None:
+    x, row = torch.randn(1, 4, 8), torch.randn(1, 8)
+    with torch.no_grad():
+        expected = pointwise.norm_modulate(x, row, row, 1e-6, torch.float32)
+        assert torch.equal(fused.norm_modulate(x, row, row, 1e-6, torch.float32), expected)
