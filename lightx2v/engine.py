@@ -82,7 +82,8 @@ def load_here(
     cancel: CancelToken | None,
 ) -> Engine:
     """This process's part of the model; all of it where there is no mesh."""
-    preload.start()
+    if mesh is None or mesh.world.leads:  # the others need no text encoder
+        preload.start()
     if mesh is not None:
         mesh.world.check_device(config.device)
     precision = Precision.of(config)

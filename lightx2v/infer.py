@@ -147,7 +147,8 @@ def _run(
 
 
 def _load_pipeline(config: EngineConfig, preset: str, on_progress: OnProgress) -> LoadedEngine:
-    preload.start()
+    if Environment.read().rank == 0:  # the others need no text encoder
+        preload.start()
     from .pipeline import LightX2VPipeline
 
     return LightX2VPipeline.from_config(config, preset=preset, on_progress=on_progress)

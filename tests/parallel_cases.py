@@ -170,7 +170,15 @@ def troubles(root: str) -> list[Any]:
         attempt(request, cancel=token, on_progress=seen)
         ends[-1].append(steps[-1])
 
-    with LightX2VPipeline.from_config(EngineConfig(**config, parallel={"seq_p_size": 2}, max_tokens=80)) as pipe:
+    stopped = CancelToken()
+    if rank == 0:
+        stopped.cancel()
+    small = EngineConfig(**config, parallel={"seq_p_size": 2}, max_tokens=80)
+    try:
+        LightX2VPipeline.from_config(small, cancel=stopped)
+    except LightX2VError as error:
+        ends.append(type(error).__name__)
+    with LightX2VPipeline.from_config(small) as pipe:
         attempt(request)
         attempt(replace(request, frames=9) if rank == 0 else request)
         attempt(request, save_result_path=Path(root) / "no folder" / "x.mp4")

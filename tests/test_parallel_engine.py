@@ -72,7 +72,8 @@ def test_errors_and_cancelling_end_all_processes_alike_and_leave_nothing(root: P
     both = ranks(2, "parallel_cases:troubles", str(root))
     leader, follower = both
     assert leader == follower
-    good, large, folder, late, early, decoding, lora, again, drawn, world = leader
+    loading, good, large, folder, late, early, decoding, lora, again, drawn, world = leader
+    assert loading == "Cancelled"
     assert large[0] == "BadRequest" and folder[0] != "GroupFailed"
     assert late == ["Cancelled", "The run was cancelled.", 2]
     assert early == ["Cancelled", "The run was cancelled.", 1]

@@ -16,6 +16,8 @@ import functools
 import json
 import logging
 import math
+import os
+import sys
 import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
@@ -43,7 +45,7 @@ log = logging.getLogger("lightx2v.parallel")
 
 TIMEOUT = timedelta(minutes=30)
 """Of one exchange. `Watch` notices failures within seconds; this is for what nobody thought of."""
-SETTLE = 8.0
+SETTLE = 5.0
 """Seconds in which all processes must have come out of a piece of work after it failed on one of them."""
 MEET = timedelta(minutes=5)
 POLL = 0.02
@@ -117,7 +119,15 @@ class World:
         self._told += 1
 
     def leave(self) -> None:
-        """The program ends. The others, if they wait for a command, end too."""
+        """The program ends. The others, if they wait for a command, end too.
+
+        After a failure it ends here: NCCL would wait for exchanges that never come.
+        """
+        with contextlib.suppress(RuntimeError):  # the store may be gone already
+            if self._watch.reason():
+                sys.stdout.flush()
+                sys.stderr.flush()
+                os._exit(1)
         if self.leads:
             with contextlib.suppress(RuntimeError):
                 self.tell(LEAVE)
