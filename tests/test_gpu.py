@@ -1,0 +1,230 @@
+"""What only a CUDA device can show: real streams and pinned memory, kernels compiled for it, bf16 against float32.
+
+python -m pytest -m gpu tests/test_gpu.py tests/test_fp8.py tests/test_progress.py
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+from unittest.mock import patch
+
+import pytest
+import torch
+from test_offload import LAYERS, PLANS
+from tiny import DiTSizes, TinyModels, build_tiny
+from torch import nn
+
+from lightx2v.attention import resolve_attention
+from lightx2v.config import resolve
+from lightx2v.models import fused
+from lightx2v.models.dit import DiTConfig, WanDiT
+from lightx2v.models.quant_linear import swap_linears
+from lightx2v.models.vae import VAEConfig, WanVAE
+from lightx2v.offload import offloaded
+from lightx2v.pipeline import LightX2VPipeline
+from lightx2v.placement.copies import CudaCopies, Slot
+from lightx2v.placement.piece import host_buffer
+from lightx2v.placement.shuttle import Cargo, Shuttle
+from lightx2v.request import Request
+from lightx2v.weights.locate import locate
+from lightx2v.weights.quant import is_expert_matrix, quantise
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
+]
+CUDA = torch.device("cuda", 0)
+
+
+def off(got: torch.Tensor, expected: torch.Tensor) -> float:
+    return ((got.float() - expected.float()).norm() / expected.float().norm()).item()
+
+
+# ---- kernels --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["torch_sdpa", "cudnn", "auto"])
+@pytest.mark.parametrize(("queries", "keys"), [(2000, 2000), (777, 60)])
+def test_attention_backends_agree_with_float32(name: str, queries: int, keys: int) -> None:
+    choice = resolve_attention(name, CUDA, torch.bfloat16, strict=True)
+    torch.manual_seed(0)
+    q, k, v = (torch.randn(1, length, 8, 128, device=CUDA).bfloat16() for length in (queries, keys, keys))
+    exact = torch.softmax(torch.einsum("blnh,bmnh->bnlm", q.double(), k.double()) / 128**0.5, -1)
+    expected = torch.einsum("bnlm,bmnh->blnh", exact, v.double())
+    assert off(choice.fn(q, k, v), expected) < 5e-3, choice.reason
+
+
+def test_the_fused_kernels_are_used_here() -> None:
+    pytest.importorskip("triton")
+    from lightx2v.models import triton_kernels
+
+    assert fused.why_not(triton_kernels, CUDA) == ""
+    assert fused.kernels_for(CUDA) is triton_kernels
+
+
+def full_width(layers: int, compute: torch.dtype) -> WanDiT:
+    """Blocks of the real width with the same random weights in any dtype."""
+    torch.manual_seed(0)
+    with torch.device(CUDA):
+        dit = WanDiT(DiTConfig(num_layers=layers)).eval().requires_grad_(False)
+        for name, parameter in dit.named_parameters():
+            if parameter.ndim == 1 and "norm" not in name:
+                nn.init.normal_(parameter, std=0.1)
+    return dit.cast(compute)
+
+
+@torch.inference_mode()
+def velocity(dit: WanDiT) -> torch.Tensor:
+    torch.manual_seed(1)
+    latents, prompt = torch.randn(16, 5, 30, 40).to(CUDA), torch.randn(40, 4096).to(CUDA)
+    return dit(latents, 937.0, [dit.encode_text(prompt.to(dit.compute_dtype))])[0]
+
+
+def test_bf16_is_close_to_float32_through_whole_blocks_fused_or_not() -> None:
+    exact = velocity(full_width(3, torch.float32))
+    dit = full_width(3, torch.bfloat16)
+    dit.self_attention = resolve_attention("auto", CUDA, torch.bfloat16).fn
+    with patch.object(fused, "kernels_for", return_value=None):
+        plain = velocity(dit)
+    got = velocity(dit)
+    assert off(plain, exact) < 1e-2
+    assert off(got, exact) < max(1.2 * off(plain, exact), 1e-3)
+
+
+@pytest.mark.parametrize(("dtype", "allowed"), [(torch.float8_e4m3fn, 0.08), (torch.int8, 0.04)])
+def test_8_bit_products_are_close_to_float32_through_whole_blocks(dtype: torch.dtype, allowed: float) -> None:
+    exact = velocity(full_width(3, torch.float32))
+    dit = full_width(3, torch.bfloat16)
+    matrices = {name: p for name, p in dit.named_parameters() if is_expert_matrix(name, tuple(p.shape))}
+    made = {name: quantise(tensor, dtype) for name, tensor in matrices.items()}
+    biases = {name: dit.get_parameter(name.replace(".weight", ".bias")) for name in made}
+    swap_linears(dit, dict.fromkeys(made, dtype))
+    for name, (q, scale) in made.items():
+        linear = dit.get_submodule(name.removesuffix(".weight"))
+        linear.weight, linear.weight_scale, linear.bias = (
+            nn.Parameter(part, requires_grad=False) for part in (q, scale, biases[name].data)
+        )
+    assert off(velocity(dit), exact) < allowed
+
+
+@torch.inference_mode()
+def test_the_vae_in_bf16_is_close_to_float32_and_the_condition_is_the_whole_clips() -> None:
+    torch.manual_seed(0)
+    with torch.device(CUDA):
+        vae = WanVAE(VAEConfig(dim=32)).eval()
+    latents, picture = torch.randn(16, 4, 12, 16).to(CUDA), torch.rand(3, 96, 128).to(CUDA) * 2 - 1
+    exact = torch.cat(list(vae.decode(latents)), dim=1)
+    clip = torch.cat([picture[:, None], torch.zeros(3, 32, 96, 128, device=CUDA)], dim=1)
+    whole = vae.encode(clip)
+    assert off(vae.encode_condition(33, picture), whole) < 1e-5
+    vae.bfloat16()
+    assert off(torch.cat(list(vae.decode(latents)), dim=1), exact) < 5e-2
+    assert off(vae.encode_condition(33, picture), whole) < 5e-2
+
+
+# ---- offload --------------------------------------------------------------------------------------------------------
+
+
+def test_host_buffers_are_pinned() -> None:
+    buffer = host_buffer(3 << 20, pin=True)
+    assert buffer.is_pinned() and buffer.data_ptr() % 4096 == 0
+    copies = CudaCopies(CUDA)
+    slot = Slot(torch.zeros(len(buffer), dtype=torch.uint8, device=CUDA))
+    copies.release(slot)
+    buffer.random_(0, 255)
+    copies.settle(copies.load(slot, buffer))
+    copies.acquire(slot)
+    assert torch.equal(slot.buffer.cpu(), buffer)
+
+
+@pytest.mark.parametrize("slow", ["copies", "blocks"])
+@pytest.mark.parametrize("resident", [0, 3, 8])
+def test_blocks_are_used_after_they_came_and_replaced_after_they_ran(slow: str, resident: int) -> None:
+    """Wide blocks on few rows make the copies slow; a busy loop in each block makes the blocks slow."""
+
+    def module(seed: int) -> nn.Sequential:
+        torch.manual_seed(seed)
+        return nn.Sequential(*[nn.Linear(2048, 2048) for _ in range(8)]).requires_grad_(False).to(CUDA)
+
+    modules = {"high": module(1), "low": module(2)}
+    x = torch.randn(2, 2048, device=CUDA)
+    expected = {name: each(x) for name, each in modules.items()}
+    for each in modules.values():
+        for block in each:
+            if slow == "blocks":
+                block.register_forward_hook(lambda *_: torch.cuda._sleep(3_000_000))
+    cargo = {name: Cargo(module=each, blocks=list(each)) for name, each in modules.items()}
+    shuttle = Shuttle(cargo, CudaCopies(CUDA), CUDA, resident=resident)
+    order = ["high", "high", "low", "low", "high", "low", "low"]
+    for name, then in zip(order, [*order[1:], "high"], strict=True):
+        with shuttle.use(name, then) as each:
+            assert torch.equal(each(x), expected[name]), (name, then)
+    shuttle.close()
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    sizes = DiTSizes(dim=512, ffn_dim=2048, num_heads=4, num_layers=LAYERS)
+    return build_tiny(tmp_path_factory.mktemp("gpu") / "t2v", dit=sizes)
+
+
+@pytest.fixture(scope="module")
+def settings(folder: Path) -> Any:
+    small = {"height": 64, "width": 96, "frames": 9, "steps": 4, "boundary": 0.9, "shift": 5.0}
+    return resolve({"model_path": str(folder), "device": "cuda"}, small)
+
+
+@pytest.fixture(scope="module")
+def pipe(settings: Any) -> Iterator[LightX2VPipeline]:
+    with LightX2VPipeline.from_config(settings.engine) as pipe:
+        yield pipe
+
+
+@pytest.fixture(scope="module")
+def expected(pipe: LightX2VPipeline, settings: Any) -> torch.Tensor:
+    return latents(pipe, settings)
+
+
+def latents(pipe: LightX2VPipeline, settings: Any, **more: Any) -> torch.Tensor:
+    request = Request(**settings.request | {"prompt": "a red ball", "seed": 3} | more)
+    result = pipe.run(request, return_latents=True, return_frames=True)
+    assert result.latents is not None and result.frames is not None
+    return result.latents
+
+
+@pytest.mark.parametrize("lazy", [False, True])
+@pytest.mark.parametrize("name", PLANS)
+def test_every_plan_gives_the_resident_models_latents(
+    pipe: LightX2VPipeline, settings: Any, expected: torch.Tensor, name: str, lazy: bool
+) -> None:
+    engine = pipe._engine
+    assert engine is not None and engine.placement.plan is not None and engine.placement.plan["mode"] == "resident"
+    placement = offloaded(
+        locate(settings.engine),
+        settings.engine,
+        engine.precision,
+        engine.self_attention,
+        engine.cross_attention,
+        replace(PLANS[name], lazy=lazy),
+    )
+    other = LightX2VPipeline.from_config(settings.engine)
+    other._engine = replace(engine, placement=placement)
+    assert torch.equal(latents(other, settings), expected)
+    assert not torch.equal(latents(other, settings, prompt="something else", steps=3), expected)
+    assert torch.equal(latents(other, settings), expected)
+    placement.close()
+
+
+def test_image_to_video_runs_and_repeats_itself(tiny: TinyModels, tmp_path: Path) -> None:
+    from PIL import Image
+
+    picture = tmp_path / "picture.png"
+    Image.new("RGB", (96, 64), (200, 40, 40)).save(picture)
+    small = {"height": 64, "width": 96, "frames": 9, "steps": 2, "boundary": 0.9, "task": "i2v"}
+    settings = resolve({"model_path": str(tiny.i2v), "device": "cuda", "task": "i2v"}, small)
+    with LightX2VPipeline.from_config(settings.engine) as pipe:
+        first, second = (latents(pipe, settings, image_path=str(picture)) for _ in range(2))
+    assert torch.equal(first, second) and first.isfinite().all()
