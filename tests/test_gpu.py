@@ -13,8 +13,9 @@ from unittest.mock import patch
 
 import pytest
 import torch
+from conftest import TinyModels
 from test_offload import LAYERS, PLANS
-from tiny import DiTSizes, TinyModels, build_tiny
+from tiny import DiTSizes, build_tiny
 from torch import nn
 
 from lightx2v.attention import resolve_attention
