@@ -1,0 +1,119 @@
+"""Whole runs of four steps with the weights on the device, swapped in place, or streamed block by block.
+
+What a plan costs is its denoising time less that of the resident run: copies that are hidden cost nothing. The switch
+of experts is what its step took beyond the same step of the resident run. Video writing is not included.
+"""
+
+from __future__ import annotations
+
+import time
+from dataclasses import replace
+from typing import Any
+
+import torch
+
+from lightx2v.engine import Engine
+from lightx2v.placement.copies import copies_for
+from lightx2v.placement.offloaded import Offloaded
+from lightx2v.planner import Model as Counted
+from lightx2v.planner import Need, Plan, stage_bytes
+from lightx2v.request import Request
+from lightx2v.run import Run
+
+from .bench import Bench
+from .model import Model, engine
+
+STEPS = {"denoising_step_list": (1000, 750, 500, 250), "boundary_step_index": 2, "enable_cfg": False, "steps": 4}
+
+
+def run(bench: Bench) -> None:
+    measure(bench, fp8=False)
+
+
+def measure(bench: Bench, *, fp8: bool) -> None:
+    linears = "FP8" if fp8 else "bf16"
+    model = Model(bench, "t2v", fp8=fp8)
+    layers = bench.sizes.dit.num_layers
+    clip = next(iter(bench.sizes.clips))
+    base = run_all(bench, engine(bench, model, "t2v"), clip, f"{linears}, resident", None, fp8)
+    if not fp8:
+        naive_switch(bench, model)
+    swap = Plan(mode="swap", resident_blocks=layers, text="move", vae="move")
+    stream = replace(swap, mode="stream", resident_blocks=0)
+    began = time.perf_counter()
+    with torch.inference_mode():
+        copies = copies_for(bench.device)
+        placement = Offloaded(model, plan=swap, device=bench.device, copies=copies)
+    bench.write(f"{linears}, weights packed into host memory", linears=linears, seconds=time.perf_counter() - began)
+    bench.clear()
+    copy_rate(bench, placement, linears)
+    for name, plan in (("model offload (swap in place)", swap), ("block offload (streamed)", stream)):
+        placement._apply(plan)
+        run_all(bench, engine(bench, placement, "t2v"), clip, f"{linears}, {name}", plan, fp8, base)
+    placement.close()
+
+
+def request(bench: Bench, clip: str) -> Request:
+    height, width, frames = bench.sizes.clips[clip]
+    return Request(prompt="a red ball rolls left", height=height, width=width, frames=frames, seed=1, **STEPS)
+
+
+def run_all(
+    bench: Bench, made: Engine, clip: str, name: str, plan: Plan | None, fp8: bool, base: dict[str, Any] | None = None
+) -> dict[str, Any]:
+    """Two runs; the second one is the warm one."""
+    video = request(bench, clip)
+    with torch.inference_mode():
+        for _ in range(2):
+            made.prompts.clear()
+            result = Run(made, video).video(None, False, False, False, False)
+    timings = result.timings
+    steps = [step.seconds for step in timings.steps]
+    numbers: dict[str, Any] = {"clip": clip, "total": timings.total, "stages": timings.seconds, "steps_seconds": steps}
+    if timings.peak_vram is not None:
+        peaks = {stage: peak.allocated for stage, peak in timings.peak_vram.items()}
+        reserved = max(peak.reserved for peak in timings.peak_vram.values())
+        numbers |= {"peak_allocated": max(peaks.values()), "peak_reserved": reserved, "peaks": peaks}
+        counted = plan or Plan(mode="resident", resident_blocks=bench.sizes.dit.num_layers)
+        need = Need.of(video.latent_shape, guided=False)
+        numbers["counted"] = stage_bytes(counted, Counted(weight=1.0 if fp8 else 2.0), need)
+    if base is not None:
+        numbers["denoise_over_resident"] = sum(steps) / sum(base["steps_seconds"]) - 1
+        numbers["switch_stall"] = steps[2] - base["steps_seconds"][2]
+    bench.write(name, **numbers)
+    return numbers
+
+
+def copy_rate(bench: Bench, placement: Offloaded, linears: str) -> None:
+    """One block from pinned host memory, alone."""
+    shuttle = placement._shuttles["experts"]
+    piece = shuttle.pieces["high", 0]
+    assert piece.host is not None
+    target = torch.empty(len(piece.host), dtype=torch.uint8, device=bench.device)
+    times = bench.timed(lambda: target.copy_(piece.host, non_blocking=True), 5)
+    rate = piece.nbytes / times["seconds"] / 1e9
+    pinned = bench.cuda and piece.host.is_pinned()
+    bench.write(f"{linears}, one block to the device", linears=linears, gbytes_per_second=rate, pinned=pinned, **times)
+
+
+def naive_switch(bench: Bench, model: Model) -> None:
+    """The way of `.to()`: one expert's blocks leave and the other's come while nothing runs; a few stand for all."""
+    layers, few = bench.sizes.dit.num_layers, bench.sizes.few_layers
+    blocks = model._experts["high"].blocks[:few]
+    if bench.cuda:
+        torch.cuda.synchronize()
+    began = time.perf_counter()
+    blocks.to("cpu")
+    left = time.perf_counter()
+    blocks.to(bench.device)
+    if bench.cuda:
+        torch.cuda.synchronize()
+    came = time.perf_counter()
+    scale = layers / few
+    bench.write(
+        "naive switch by .to()",
+        seconds=(came - began) * scale,
+        leave=(left - began) * scale,
+        come=(came - left) * scale,
+        measured_blocks=few,
+    )
