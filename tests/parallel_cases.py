@@ -14,7 +14,7 @@ import numpy as np
 import torch
 
 from lightx2v.config import Environment
-from lightx2v.engine_config import EngineConfig
+from lightx2v.engine_config import EngineConfig, ParallelConfig
 from lightx2v.errors import LightX2VError
 from lightx2v.jobs import JobManager
 from lightx2v.models.dit import DiTConfig, WanDiT
@@ -23,8 +23,6 @@ from lightx2v.parallel.world import Mesh, join
 from lightx2v.pipeline import LightX2VPipeline
 from lightx2v.progress import CancelToken, Progress
 from lightx2v.request import LoraSpec, Request
-
-torch.set_num_threads(1)
 
 
 def enter(cfg: int, seq: int) -> Mesh:
@@ -97,7 +95,7 @@ def engine(root: str, layouts: list[list[int]], names: list[str]) -> list[Any]:
     for cfg, seq in layouts:
         for name in names:
             config, request = requests_of(Path(root))[name]
-            parallel = {"cfg_p_size": cfg, "seq_p_size": seq}
+            parallel = ParallelConfig(cfg_p_size=cfg, seq_p_size=seq)
             if cfg == 2 and not any(request.guided):
                 continue
             with LightX2VPipeline.from_config(EngineConfig(**config, parallel=parallel)) as pipe:
@@ -173,7 +171,7 @@ def troubles(root: str) -> list[Any]:
     stopped = CancelToken()
     if rank == 0:
         stopped.cancel()
-    small = EngineConfig(**config, parallel={"seq_p_size": 2}, max_tokens=80)
+    small = EngineConfig(**config, parallel=ParallelConfig(seq_p_size=2), max_tokens=80)
     try:
         LightX2VPipeline.from_config(small, cancel=stopped)
     except LightX2VError as error:
@@ -189,7 +187,7 @@ def troubles(root: str) -> list[Any]:
         attempt(request)
         attempt(replace(request, seed=-1))
     try:
-        LightX2VPipeline.from_config(EngineConfig(**config, parallel={"seq_p_size": 4}))
+        LightX2VPipeline.from_config(EngineConfig(**config, parallel=ParallelConfig(seq_p_size=4)))
     except LightX2VError as error:
         ends.append([type(error).__name__, str(error)])
     return ends
@@ -199,7 +197,7 @@ def failing(root: str, how: str) -> None:
     """Process 1 fails in its second denoising step, in the middle of what all do together."""
     config, request = requests_of(Path(root))["base"]
 
-    with LightX2VPipeline.from_config(EngineConfig(**config, parallel={"seq_p_size": 2})) as pipe:
+    with LightX2VPipeline.from_config(EngineConfig(**config, parallel=ParallelConfig(seq_p_size=2))) as pipe:
         assert pipe._engine is not None and pipe._engine.mesh is not None
         if Environment.read().rank == 1:
             split = pipe._engine.mesh.sequence
@@ -235,7 +233,7 @@ def queue(root: str) -> list[Any]:
     manager = JobManager(open_engine, Path(root) / "queue")
     if not environment.restart:
         for seed in range(3):
-            manager.submit(EngineConfig(**config, parallel={"seq_p_size": 2}), replace(request, seed=seed))
+            manager.submit(EngineConfig(**config, parallel=ParallelConfig(seq_p_size=2)), replace(request, seed=seed))
     jobs = [manager.wait(job.id, 60) for job in manager.list()]
     if not environment.restart:
         time.sleep(60)  # the watch ends this process long before
@@ -263,7 +261,7 @@ def serving(root: str) -> list[Any]:
     ends: list[Any] = []
     for name in ("base", "i2v"):
         config, request = requests_of(Path(root))[name]
-        pipe = LightX2VPipeline.from_config(EngineConfig(**config, parallel={"cfg_p_size": 2}))
+        pipe = LightX2VPipeline.from_config(EngineConfig(**config, parallel=ParallelConfig(cfg_p_size=2)))
         for each in (request, replace(request, frames=1), request):
             result = pipe.run(each, return_latents=True)
             assert result.latents is not None
