@@ -54,7 +54,9 @@ class Clicks:
         if name == "language" and sent.get("name") in LANGUAGES:
             visitor = replace(visitor, language=sent["name"])
             words, values = Words(visitor.language), self._screen.values(data)
-            updates = self._screen.relabel(words) | self._screen.editor.show_preset(words, self._screen.preset(data))
+            updates = self._screen.relabel(words, values["task"]) | self._screen.editor.show_preset(
+                words, self._screen.preset(data)
+            )
             cost = self._screen.editor.cost(words, values)
             return visitor, updates | self._screen.button(words, visitor, values) | {self._inputs.cost: cost}
         if name == "example":

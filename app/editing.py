@@ -69,12 +69,12 @@ class Editor:
         for name, component in fields.items():
             if name in values and name not in ("size", "shape", "length", *PICTURES):
                 updates[component] = values[name]
-        updates[fields["task"]] = gr.Radio(choices=task_choices(words), value=task)
+        updates[fields["task"]] = gr.update(choices=task_choices(words), value=task)
         lengths = length_choices(resolved.request)
         length = asked["frames"] if asked["frames"] in [count for _, count in lengths] else None
-        updates[fields["size"]] = gr.Radio(choices=size_choices(resolved.request), value=values["size"])
-        updates[fields["shape"]] = gr.Radio(choices=shape_choices(words, task), value=values["shape"])
-        updates[fields["length"]] = gr.Radio(choices=lengths, value=length)
+        updates[fields["size"]] = gr.update(choices=size_choices(resolved.request), value=values["size"])
+        updates[fields["shape"]] = gr.update(choices=shape_choices(words, task), value=values["shape"])
+        updates[fields["length"]] = gr.update(choices=lengths, value=length)
         for name in PICTURES:
             if name in values:
                 updates[fields[name]] = picture_of(values[name])
@@ -170,8 +170,8 @@ class Editor:
 
     # ---- language -----------------------------------------------------------------------------------------------
 
-    def relabel(self, words: Words) -> Updates:
-        """Every label and hint of the column in another language."""
+    def relabel(self, words: Words, task: str) -> Updates:
+        """Every label, hint and choice of the column in another language."""
         updates: Updates = {}
         for component, (what, key) in self._inputs.labels.items():
             updates[component] = {what: words(key)}
@@ -183,6 +183,7 @@ class Editor:
         result: Updates = {component: gr.update(**parts) for component, parts in updates.items()}
         fields = self._inputs.fields
         result[fields["task"]] = gr.update(choices=task_choices(words), label=words("mode"))
+        result[fields["shape"]] = gr.update(choices=shape_choices(words, task), label=words("shape"))
         result[fields["offload"]] = gr.update(choices=offload_choices(words), label=words("offload"))
         result[self._inputs.generate] = gr.update(value=words("generate"))
         result[self._inputs.advanced] = gr.update(label=words("advanced"))
@@ -191,6 +192,19 @@ class Editor:
 
 
 _VARIANTS = ("base", "distill_lora", "distill_merged", "distill_fp8")
+
+
+def together(labels: Updates, values: Updates) -> Updates:
+    """Both changes of one component where both sides have one: what it says, and what it holds."""
+    merged = {**labels, **values}
+    for component in labels.keys() & values.keys():
+        value = values[component]
+        merged[component] = {**labels[component], **(value if _is_update(value) else {"value": value})}
+    return merged
+
+
+def _is_update(value: Any) -> bool:
+    return isinstance(value, dict) and value.get("__type__") == "update"
 
 
 def preset_values(name: str) -> dict[str, Any]:

@@ -22,7 +22,7 @@ from lightx2v.mp4 import read_settings
 from lightx2v.request import Request
 
 from . import panels
-from .editing import Updates, form_of, preset_values
+from .editing import Updates, form_of, preset_values, together
 from .form import LORA_ROWS, Plan, pair_of, plan
 from .screen import Data, Screen
 from .strings import Words
@@ -46,10 +46,12 @@ class Handlers:
             visitor = replace(visitor, job=asked, pinned=visitor.pinned and visitor.job == asked)
         visitor = replace(visitor, editing="", shown="")
         words = Words(visitor.language)
-        updates = self._screen.relabel(words) if visitor.language != "en" else {}
         stored = data[self._screen.session].get("form") if isinstance(data[self._screen.session], dict) else None
         values = self._screen.stored_values(stored) or preset_values(self._studio.default_preset)
-        updates |= self._screen.editor.fill(words, values, task=settings_of(values["preset"]).preset.task)
+        task = settings_of(values["preset"]).preset.task
+        updates = self._screen.editor.fill(words, values, task=task)
+        if visitor.language != "en":
+            updates = together(self._screen.relabel(words, task), updates)
         return updates | self._screen.show(visitor, {}, form=stored)
 
     def tick(self, data: Data) -> Updates:

@@ -43,8 +43,8 @@ def build_page(studio: Studio) -> gr.Blocks:
                     with gr.Column(elem_id="theatre"):
                         stage = gr.HTML(apply_default_css=False, elem_id="stage", js_on_load=JS_WATCH)
                         status = gr.HTML(apply_default_css=False, elem_id="status", js_on_load=JS_WATCH)
-                    report = gr.HTML(apply_default_css=False, elem_id="report", js_on_load=JS_ACT)
                     queue = gr.HTML(apply_default_css=False, elem_id="queue", js_on_load=JS_ACT)
+                    report = gr.HTML(apply_default_css=False, elem_id="report", js_on_load=JS_ACT)
                     with gr.Column(elem_id="past"):
                         history = gr.HTML(apply_default_css=False, elem_id="history", js_on_load=JS_ACT)
                         restore = gr.UploadButton(

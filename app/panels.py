@@ -22,6 +22,9 @@ from .strings import LANGUAGES, Words
 TIGHT = 0.9
 """Above this share of the free memory a run is called tight: other programs also take some."""
 
+TOO_SLOW = 48 * 3600
+"""Seconds above which a number says less than a word."""
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Offer:
@@ -181,7 +184,10 @@ def _option(words: Words, offer: Offer, room: int | None, *, chosen: bool) -> st
     if offer.need is not None:
         level = _level(offer.need, room)[0] if room is not None else ""
         need = tag("span", esc(numbers.memory(offer.need)), class_=f"need {level}")
-    time = f"≈ {numbers.about(offer.prediction.seconds)}" if offer.prediction else "–"
+    time = "–"
+    if offer.prediction is not None:
+        seconds = offer.prediction.seconds
+        time = words("days") if seconds > TOO_SLOW else f"≈ {numbers.about(seconds)}"
     disk = tag("span", esc(_short_files(words, offer.files)), class_="disk" + (" ok" if offer.files.ready else ""))
     name = tag("span", esc(offer.title), class_="name") + tag("span", esc(offer.about), class_="about")
     cells = name + tag("span", esc(time), class_="time") + need + disk
@@ -199,6 +205,8 @@ def _level(need: int, free: int) -> tuple[str, str]:
 def _time(words: Words, prediction: Prediction | None, count: int) -> str:
     if prediction is None:
         return esc(words("cost_unknown"))
+    if prediction.seconds > TOO_SLOW:
+        return tag("strong", esc(words("cost_days")))
     key = "cost_assumed" if prediction.source == "assumed" else "cost_time"
     text = words(key, time=numbers.about(prediction.seconds))
     return tag("strong", esc(text if count == 1 else f"{count} × {text}"))

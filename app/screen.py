@@ -46,8 +46,8 @@ class Screen:
             values[name] = path if inside else None
         return self.editor.fill(Words(visitor.language), values, task=values["task"])
 
-    def relabel(self, words: Words) -> Updates:
-        return self.editor.relabel(words) | self.outputs.relabel(words)
+    def relabel(self, words: Words, task: str) -> Updates:
+        return self.editor.relabel(words, task) | self.outputs.relabel(words)
 
     def show(self, visitor: Visitor, seen: dict[str, str], *, stored: Any = None, form: Any = None) -> Updates:
         """What changed on the right, what the browser keeps, and how soon to look again."""

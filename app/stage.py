@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import time
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from lightx2v.estimate import high_noise_steps
 from lightx2v.jobs import Job
-from lightx2v.progress import Progress
+from lightx2v.progress import STAGES, Progress
 from lightx2v.request import Request
 
 from . import numbers
@@ -50,15 +51,25 @@ def stage(words: Words, job: Job | None, *, sample: bool, shown: str = "") -> st
     )
 
 
-def status(words: Words, job: Job | None, remedies: Sequence[Remedy] = (), *, ahead: int = 0) -> str:
-    """Phase bar and one line: what happens, how long it took, how long it will. The height is always the same."""
+def status(
+    words: Words,
+    job: Job | None,
+    remedies: Sequence[Remedy] = (),
+    *,
+    ahead: int = 0,
+    expected: Mapping[str, float] | None = None,
+) -> str:
+    """Phase bar and one line: what happens, how long it took, how long it will. The height is always the same.
+
+    `expected` are the seconds predicted for each stage of the run, where something is known.
+    """
     if job is None:
         line = tag("span", esc(words("idle_hint")), class_="quiet")
         return tag("div", _bar(words, None, None) + tag("div", line, class_="line"), class_="status")
     if job.state in ACTIVE:
         event = job.progress
         left = _now(words, job, event, ahead)
-        clock = _clock(words, job, event)
+        clock = _clock(words, job, event, expected or {})
         stop = button(words("stop"), "stop", kind="stop", id=job.id, key="Escape")
         line = tag("div", left, class_="doing") + tag("div", clock + stop, class_="clock")
         return tag("div", _bar(words, job, event) + tag("div", line, class_="line"), class_="status")
@@ -107,6 +118,15 @@ def overall(request: Request, event: Progress | None) -> float:
     return (before + fill * weight[phase]) / sum(weight.values())
 
 
+def time_left(event: Progress | None, expected: Mapping[str, float], elapsed: float) -> float | None:
+    """Seconds until the video is there: measured for the stage that runs, predicted for those to come."""
+    later = sum(expected.get(name, 0.0) for name in STAGES[STAGES.index(event.stage) + 1 :]) if event else 0.0
+    if event is not None and event.stage in ("denoise", "decode", "write"):
+        own = event.eta if event.eta is not None else expected.get(event.stage)
+        return None if own is None else own + later
+    return max(later, sum(expected.values()) - elapsed) if expected else None
+
+
 def _bar(words: Words, job: Job | None, event: Progress | None) -> str:
     if job is None:
         phases, current, fill = [p for p in PHASES if p not in ("download", "image")], "", 0.0
@@ -114,7 +134,8 @@ def _bar(words: Words, job: Job | None, event: Progress | None) -> str:
         phases = phases_of(job.request, event)
         current, fill = phase_fill(job.request, event)
     done = job is not None and job.state == "succeeded"
-    at = phases.index(current) if current in phases and job is not None and job.state != "queued" else -1
+    begun = job is not None and job.state != "queued" and (event is not None or job.state == "running")
+    at = phases.index(current) if begun and current in phases else -1
     cells = []
     for index, phase in enumerate(phases):
         state = "done" if done or index < at else "now" if index == at else "todo"
@@ -165,12 +186,12 @@ def _pace(event: Progress) -> float | None:
     return event.eta / (event.total - event.step)
 
 
-def _clock(words: Words, job: Job, event: Progress | None) -> str:
+def _clock(words: Words, job: Job, event: Progress | None, expected: Mapping[str, float]) -> str:
     """Elapsed and left. The script counts on between two events, so the start is all that it needs."""
     if job.state != "running" or job.started is None:
         return ""
-    eta = event.eta if event is not None else None
-    left = words("left", time=numbers.about(eta)) if eta is not None else words("estimating")
+    seconds = time_left(event, expected, time.time() - job.started)
+    left = words("left", time=numbers.about(seconds)) if seconds is not None else words("estimating")
     elapsed = tag("span", "0:00", class_="elapsed", data_since=f"{job.started:.2f}")
     return tag("span", elapsed + tag("span", " · " + esc(left)), class_="times")
 
@@ -201,13 +222,12 @@ def _idle(words: Words, *, sample: bool, shown: str) -> str:
             controls=True, aria_label=words("dropped_video"),
         )  # fmt: skip
         return _box(video, "shown", "")
-    if sample:
-        video = tag(
-            "video", "", src="studio/sample.mp4", autoplay=True, loop=True, muted=True, playsinline=True,
-            aria_label=words("sample_alt"),
-        )  # fmt: skip
-        return _box(video + tag("span", esc(words("sample")), class_="tag"), "sample", "")
     hint = tag("div", tag("strong", esc(words("idle_title"))) + tag("p", esc(words("idle_text"))), class_="invite")
+    if sample:
+        playing = {"src": "studio/sample.mp4", "autoplay": True, "loop": True, "muted": True, "playsinline": True}
+        video = tag("video", "", **playing, class_="ambient", aria_hidden="true", tabindex=-1)
+        video += tag("video", "", **playing, aria_label=words("sample_alt"))
+        return _box(video + tag("span", esc(words("sample")), class_="tag") + hint, "sample", "")
     return _box(_scene() + hint, "sample", "")
 
 

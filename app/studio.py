@@ -84,7 +84,7 @@ class Studio:
         self._rates = Rates(self.folder / "rates.json")
         self._posters = self.folder / "posters"
         self._shown: OrderedDict[str, Path] = OrderedDict()
-        self._predicted: OrderedDict[str, float] = OrderedDict()
+        self._predicted: OrderedDict[str, Prediction] = OrderedDict()
         self._adopted: OrderedDict[str, Job] = OrderedDict()
         self._lock = threading.Lock()
         shipped = [info for info in list_presets() if info.gpus == 1 and not info.offload]
@@ -127,9 +127,18 @@ class Studio:
     # ---- predictions --------------------------------------------------------------------------------------------
 
     def predict(self, config: EngineConfig, request: Request) -> Prediction | None:
-        """How long this will take here; loading counts unless this very engine is in memory."""
-        loaded = self.loaded is not None and self.loaded.config == config
-        return self._rates.predict(self.machine().name, engine_key(config), self._work(config, request), loaded=loaded)
+        """How long this will take here; loading counts unless this very engine will be in memory when it begins."""
+        before = self.jobs.list(states=("queued", "running"), limit=1)
+        return self._predict(config, request, before[0].config if before else self._engine)
+
+    @property
+    def _engine(self) -> EngineConfig | None:
+        return self.loaded.config if self.loaded is not None else None
+
+    def _predict(self, config: EngineConfig, request: Request, engine: EngineConfig | None) -> Prediction | None:
+        """`engine` is the one that is in memory when the run begins."""
+        work, loaded = self._work(config, request), engine == config
+        return self._rates.predict(self.machine().name, engine_key(config), work, loaded=loaded)
 
     @property
     def room(self) -> int | None:
@@ -148,10 +157,16 @@ class Studio:
 
     def predicted_for(self, job_id: str) -> float | None:
         """What was predicted when the job was submitted."""
-        return self._predicted.get(job_id)
+        found = self._predicted.get(job_id)
+        return found.seconds if found is not None else None
+
+    def expected_of(self, job_id: str) -> dict[str, float]:
+        """The same by stage; nothing where nothing was known."""
+        found = self._predicted.get(job_id)
+        return found.stages if found is not None else {}
 
     def _seconds(self, config: EngineConfig, request: Request) -> float | None:
-        prediction = self.predict(config, request)
+        prediction = self._predict(config, request, self._engine)
         return prediction.seconds if prediction else None
 
     def _work(self, config: EngineConfig, request: Request) -> Work:
@@ -178,7 +193,7 @@ class Studio:
         prediction = self.predict(config, request)
         job = self.jobs.submit(config, request, owner=owner, preset=preset)
         if prediction is not None and prediction.source != "assumed":
-            _remember(self._predicted, job.id, prediction.seconds)
+            _remember(self._predicted, job.id, prediction)
         return job
 
     def own(self, owner: str, job_id: str) -> Job | None:

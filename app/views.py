@@ -85,7 +85,8 @@ def _top(studio: Studio, words: Words) -> str:
 
 def _status(studio: Studio, words: Words, scene: Scene) -> str:
     offers = remedies(words, scene.job, offload=studio.exposure.shows_paths and studio.machine().gpu)
-    return status(words, scene.job, offers, ahead=scene.ahead)
+    expected = studio.expected_of(scene.job.id) if scene.job is not None else {}
+    return status(words, scene.job, offers, ahead=scene.ahead, expected=expected)
 
 
 def _report(studio: Studio, words: Words, scene: Scene) -> str:

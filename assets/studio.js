@@ -100,6 +100,17 @@ window.studio = (() => {
     }
   });
 
+  // ---- on a narrow screen the stage is below the button: a new run is brought into view --------------------------------
+  let pressed = false;
+  document.addEventListener("click", (event) => {
+    if (event.target.closest("#generate")) pressed = true;
+  });
+  const bringStage = (state) => {
+    if (!pressed || !["queued", "running"].includes(state)) return;
+    pressed = false;
+    if (innerWidth <= 820) $("#theatre")?.scrollIntoView({ behavior: "smooth", block: "start" });
+  };
+
   // ---- the clock of the running job, and the job in the address bar --------------------------------------------------
   let skew = 0; // seconds that the server's clock is ahead of ours
   const clockText = (seconds) => {
@@ -123,6 +134,7 @@ window.studio = (() => {
         job ? url.searchParams.set("job", job) : url.searchParams.delete("job");
         history.replaceState(history.state, "", url);
       }
+      bringStage(stage.dataset.state);
     }
     tick();
   };
