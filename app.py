@@ -16,8 +16,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from app.exposure import Exposure, add_flags, decide
+from lightx2v import preload
 from lightx2v.config import Environment
 from lightx2v.errors import ConfigError, LightX2VError
+from lightx2v.terminal import Interrupts
 
 if TYPE_CHECKING:
     from app.studio import Studio
@@ -39,24 +41,34 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--open", action="store_true", help="open the page in the browser")
     parser.add_argument("--mcp", action="store_true", help="also serve the tools over MCP (needs gradio[mcp])")
     args = parser.parse_args(arguments)
+    with Interrupts() as interrupts:
+        try:
+            serve(args)
+        except LightX2VError as error:
+            print(error, file=sys.stderr)
+            return error.exit_code
+        except KeyboardInterrupt:
+            pass
+    # A page is stopped by a signal; without one it followed another process to its end.
+    return interrupts.exit_code if interrupts.token.cancelled else 0
+
+
+def serve(args: argparse.Namespace) -> None:
+    """From the flags to the end of the page."""
+    exposure = decide(args, os.environ)
+    if args.mcp and importlib.util.find_spec("mcp") is None:
+        raise ConfigError('--mcp needs one more package. Install it with: pip install "gradio[mcp]"')
+    if Environment.read().together and follow():
+        return
+    prepare_environment(Path(args.output_dir))
+    studio = open_studio(Path(args.output_dir), exposure, args.preset)
     try:
-        exposure = decide(args, os.environ)
-        if args.mcp and importlib.util.find_spec("mcp") is None:
-            raise ConfigError('--mcp needs one more package. Install it with: pip install "gradio[mcp]"')
-        if Environment.read().together and follow():
-            return 0
-        prepare_environment(Path(args.output_dir))
-        studio = open_studio(Path(args.output_dir), exposure, args.preset)
-    except LightX2VError as error:
-        print(error, file=sys.stderr)
-        return error.exit_code
-    demo = launch(studio, open_browser=args.open, mcp=args.mcp)
-    announce(demo, exposure)
-    try:
+        demo = launch(studio, open_browser=args.open, mcp=args.mcp)
+        announce(demo, exposure)
+        preload.start()  # while somebody writes the first prompt
         demo.block_thread()
     finally:
         studio.close()
-    return 0
 
 
 def open_studio(output: Path, exposure: Exposure, preset: str) -> Studio:

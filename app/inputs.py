@@ -152,6 +152,7 @@ def _advanced(inputs: Inputs, words: Words, resolved: Resolved, exposure: Exposu
                 minimum=1,
                 maximum=limits.batch,
                 min_width=120,
+                elem_id="videos",
             )
             inputs.add("videos", component, "videos", info="videos_info")
         inputs.add("per_line", gr.Checkbox(False, label=words("per_line"), elem_id="per_line"), "per_line")

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
+from studio_app import Page, launched
 from tiny import build_tiny
 
 
@@ -17,7 +20,23 @@ class TinyModels:
     i2v: Path
 
 
+@pytest.fixture(scope="session", autouse=True)
+def cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """What the engine keeps between starts goes here and not into the home folder."""
+    folder = tmp_path_factory.mktemp("cache")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("LIGHTX2V_CACHE_DIR", str(folder))
+        yield folder
+
+
 @pytest.fixture(scope="session")
 def tiny(tmp_path_factory: pytest.TempPathFactory) -> TinyModels:
     root = tmp_path_factory.mktemp("tiny")
     return TinyModels(t2v=build_tiny(root / "t2v", "t2v"), i2v=build_tiny(root / "i2v", "i2v", seed=10))
+
+
+@pytest.fixture(scope="session")
+def page(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Page]:
+    """The page as `python app.py` serves it to this machine alone, over the painting engine."""
+    with launched(tmp_path_factory.mktemp("studio") / "outputs") as started:
+        yield started

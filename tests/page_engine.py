@@ -1,14 +1,14 @@
-"""An engine for the page's tests and pictures: draws a small moving scene instead of running a model.
+"""An engine for the page's tests: draws a small moving scene instead of running a model.
 
-It reports and previews as the real one does, so everything on the page can be seen without weights.
+It reports and previews as the real one does, so everything on the page can be seen without weights. Words of the
+prompt say what else happens: "slow" takes its time, "too large" runs out of memory, "broken" has a bug.
 """
 
 from __future__ import annotations
 
+import json
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -18,28 +18,32 @@ from lightx2v.engine_config import EngineConfig
 from lightx2v.errors import OutOfMemory
 from lightx2v.estimate import high_noise_steps
 from lightx2v.media import VideoWriter
-from lightx2v.progress import CancelToken, Meter, OnProgress, Peak, Timings
+from lightx2v.progress import CancelToken, Meter, OnProgress, Progress, Timings
 from lightx2v.request import Request
 from lightx2v.result import Result
 
 
 @dataclass
 class Painter:
-    """Opens engines. `step_seconds` is how long a step takes; a prompt with "too large" runs out of memory."""
+    """Opens engines. A step takes `step_seconds`, a slow one `slow_seconds`; `log` is told what happens."""
 
-    step_seconds: float = 0.05
-    load_seconds: float = 0.05
+    log: Path | None = None
+    step_seconds: float = 0.01
+    slow_seconds: float = 0.6
+    load_seconds: float = 0.02
     device: str = "cpu"
-    opened: list[EngineConfig] = field(default_factory=list)
-    ran: list[Request] = field(default_factory=list)
-    running: int = 0
+
+    def note(self, event: str, **what: object) -> None:
+        if self.log is not None:
+            with self.log.open("a") as file:
+                file.write(json.dumps({"event": event, "at": time.time(), **what}) + "\n")
 
     def __call__(
         self, config: EngineConfig, *, preset: str, on_progress: OnProgress, cancel: CancelToken
     ) -> PaintingEngine:
-        on_progress(_event("load", 0, 1))
+        on_progress(Progress(stage="load", step=0, total=1))
         _sleep(self.load_seconds, cancel)
-        self.opened.append(config)
+        self.note("open", preset=preset)
         return PaintingEngine(self, config, preset)
 
 
@@ -48,28 +52,30 @@ class PaintingEngine:
         self.painter, self.config, self.preset = painter, config, preset
 
     def run(self, request: Request, *, save_result_path: Path, on_progress: OnProgress, cancel: CancelToken) -> Result:
-        self.painter.ran.append(request)
-        self.painter.running += 1
+        self.painter.note("begin", prompt=request.prompt, request=request.to_json())
         try:
             return self._run(request, save_result_path, on_progress, cancel)
         finally:
-            self.painter.running -= 1
+            self.painter.note("end", prompt=request.prompt)
 
     def _run(self, request: Request, path: Path, on_progress: OnProgress, cancel: CancelToken) -> Result:
         meter = Meter("cpu", on_progress)
+        pace = self.painter.slow_seconds if "slow" in request.prompt else self.painter.step_seconds
         frames = paint(request)
         with meter.stage("text"):
             meter.emit("text", 0, 1)
-            _sleep(self.painter.step_seconds / 4, cancel)
+            _sleep(pace / 4, cancel)
             meter.emit("text", 1, 1)
         if request.task != "t2v":
             with meter.stage("image"):
-                _sleep(self.painter.step_seconds / 3, cancel)
+                _sleep(pace / 3, cancel)
                 meter.emit("image", 1, 1)
         high = high_noise_steps(request)
         with meter.stage("denoise"):
             for step in range(request.steps):
-                _sleep(self.painter.step_seconds, cancel)
+                _sleep(pace, cancel)
+                if "broken" in request.prompt:
+                    raise RuntimeError(f"secret detail in {__file__}")
                 if "too large" in request.prompt and request.area > 64 * 64:
                     raise OutOfMemory("The GPU ran out of memory while denoising. Choose a smaller size or offload.")
                 noisy = noised(frames[len(frames) // 2], 1 - (step + 1) / request.steps, request.seed)
@@ -78,7 +84,7 @@ class PaintingEngine:
         with VideoWriter(path, request.width, request.height, request.fps, settings=self._settings(request)) as writer:
             with meter.stage("decode"):
                 for start in range(0, len(frames), 4):
-                    _sleep(self.painter.step_seconds / 8, cancel)
+                    _sleep(pace / 8, cancel)
                     meter.emit("decode", start, len(frames))
                     with meter.stage("write"):
                         writer.write(frames[start : start + 4])
@@ -96,7 +102,7 @@ class PaintingEngine:
         )  # fmt: skip
 
     def close(self) -> None:
-        pass
+        self.painter.note("close", preset=self.preset)
 
 
 def paint(request: Request) -> np.ndarray:
@@ -129,18 +135,6 @@ def noised(picture: np.ndarray, amount: float, seed: int) -> np.ndarray:
     small = picture[::8, ::8].astype(np.float32)
     noise = np.random.default_rng(seed).normal(128, 60, small.shape)
     return np.clip(small * (1 - amount) + noise * amount, 0, 255).astype(np.uint8)
-
-
-@contextmanager
-def peaks(timings: Timings) -> Iterator[dict[str, Peak]]:
-    """Made-up memory peaks, for pictures of a machine with a GPU."""
-    yield {name: Peak(allocated=14 * 2**30, reserved=15 * 2**30) for name in timings.seconds}
-
-
-def _event(stage: str, step: int, total: int) -> Any:
-    from lightx2v.progress import Progress
-
-    return Progress(stage=stage, step=step, total=total)
 
 
 def _sleep(seconds: float, cancel: CancelToken) -> None:

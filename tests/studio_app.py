@@ -1,70 +1,134 @@
-"""A really launched page over the painting engine, for tests and pictures."""
+"""The page as people start it: app.py in a process of its own, on a free port, for tests and pictures."""
 
 from __future__ import annotations
 
-import asyncio
-import importlib.util
+import json
 import os
+import re
+import signal
 import socket
+import subprocess
 import sys
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
-from page_engine import Painter
-
-from app.exposure import Exposure
-from app.studio import Studio
+import httpx
 
 ROOT = Path(__file__).parents[1]
+PRESET = "demo_t2v_distill_lora"
+LEAKS = re.compile(r"Traceback|File \"|/tmp/|/root/|/home/|site-packages|" + re.escape(str(ROOT)))
+"""What no answer may hold: a traceback, or where something is on this machine."""
 
-
-def entry() -> ModuleType:
-    """The module app.py; `import app` is the package beside it."""
-    if "studio_entry" not in sys.modules:
-        spec = importlib.util.spec_from_file_location("studio_entry", ROOT / "app.py")
-        assert spec is not None and spec.loader is not None
-        module = importlib.util.module_from_spec(spec)
-        sys.modules["studio_entry"] = module
-        spec.loader.exec_module(module)
-    return sys.modules["studio_entry"]
+PATIENCE = 120.0
+"""Seconds to wait for what should take one: the machine may be busy."""
 
 
 @dataclass(frozen=True)
-class Running:
+class Page:
+    """A running page. `said` is what it has printed so far."""
+
     url: str
-    studio: Studio
-    painter: Painter
-    demo: Any
+    folder: Path
+    process: subprocess.Popen[str]
+    log: Path
+
+    @property
+    def said(self) -> str:
+        return self.log.read_text()
+
+    @property
+    def painted(self) -> list[dict[str, Any]]:
+        """What the painting engine did: {"event": "open" | "begin" | "end", "prompt": …, …}, in order."""
+        file = self.folder / "painted.jsonl"
+        return [json.loads(line) for line in file.read_text().splitlines()] if file.is_file() else []
+
+    def ask(self, endpoint: str, *, session: httpx.Client | None = None, **values: Any) -> Any:
+        """One of the page's public endpoints by plain HTTP; AssertionError with the message where it refuses."""
+        http = session or httpx
+        base = "" if session else self.url
+        url = f"{base}/gradio_api/call/v2/{endpoint}"
+        # All tests are one client to the page's rate limit, which says to wait.
+        made = eventually(lambda: (r := http.post(url, json=values, timeout=PATIENCE)).status_code != 429 and r)
+        assert made.status_code == 200, made.text
+        event = made.json()["event_id"]
+        answer = http.get(f"{base}/gradio_api/call/{endpoint}/{event}", timeout=PATIENCE).text
+        kind, data = re.findall(r"event: (\w+)\ndata: (.*)", answer)[-1]
+        if kind != "complete":
+            raise Refused(answer)
+        return json.loads(data)[0]
+
+    def upload(self, data: bytes, name: str) -> dict[str, Any]:
+        """A file that was sent as the page sends it: what the endpoints take for an image."""
+        answer = httpx.post(f"{self.url}/gradio_api/upload", files={"files": (name, data)}, timeout=PATIENCE)
+        assert answer.status_code == 200, answer.text
+        return {"path": answer.json()[0], "meta": {"_type": "gradio.FileData"}}
+
+    def wait(self, id: str, *states: str) -> dict[str, Any]:
+        """The job's status once it is over, or in one of `states`."""
+        wanted = states or ("succeeded", "failed", "cancelled", "interrupted")
+        return eventually(lambda: (s := self.ask("status", id=id))["state"] in wanted and s)
+
+    def make(self, prompt: str = "a red ball", **values: Any) -> dict[str, Any]:
+        """A finished video."""
+        done = self.wait(self.ask("generate", prompt=prompt, **values)["id"])
+        assert done["state"] == "succeeded", done
+        return done
+
+
+class Refused(Exception):
+    """An endpoint answered with an error; the text is all that it said."""
 
 
 @contextmanager
-def running(folder: Path, painter: Painter | None = None, exposure: Exposure | None = None) -> Iterator[Running]:
-    """The page on a free port of this machine, until the block ends. Environment variables are put back."""
-    painter = painter or Painter()
+def launched(folder: Path, *flags: str, demo: bool = False, **variables: str) -> Iterator[Page]:
+    """The page until the block ends. With `demo` the demo model runs, else the engine that paints."""
     port = free_port()
-    hosts = frozenset({"127.0.0.1", "localhost"})
-    exposure = replace(exposure or Exposure(hosts=hosts), host="127.0.0.1", port=port)
-    before = dict(os.environ)
-    app = entry()
-    app.prepare_environment(folder)
-    studio = Studio(painter, folder, exposure)
-    # gradio makes an event loop where a thread has none, and leaves it open; so it gets one that is closed here.
-    loop = asyncio.new_event_loop()
-    asyncio.set_event_loop(loop)
-    demo = app.launch(studio)
+    folder.mkdir(parents=True, exist_ok=True)
+    log = folder.with_name(folder.name + ".log")
+    command = [sys.executable, str(ROOT / "tests" / "painted_app.py"), "--port", str(port), *flags]
+    environment = {**os.environ, **variables, "LIGHTX2V_OUTPUT_DIR": str(folder), "PYTHONUNBUFFERED": "1"}
+    environment |= {"GRADIO_SERVER_PORT": str(port)}  # on a Space the flags say nothing
+    with log.open("w") as output:
+        process = subprocess.Popen(
+            [*command, *(["--demo"] if demo else [])],
+            stdout=output,
+            stderr=output,
+            text=True,
+            env=environment,
+            cwd=ROOT,
+        )
+    page = Page(url=f"http://127.0.0.1:{port}", folder=folder, process=process, log=log)
     try:
-        yield Running(url=f"http://127.0.0.1:{port}", studio=studio, painter=painter, demo=demo)
+        eventually(lambda: "LightX2V Studio is on" in page.said or process.poll() is not None)
+        assert process.poll() is None, page.said
+        yield page
     finally:
-        demo.close(verbose=False)
-        studio.close()
-        asyncio.set_event_loop(None)
-        loop.close()
-        os.environ.clear()
-        os.environ.update(before)
+        stop(process)
+
+
+def stop(process: subprocess.Popen[str], number: int = signal.SIGTERM) -> int:
+    """Ends a page as a person or a service does; its exit code."""
+    if process.poll() is None:
+        process.send_signal(number)
+    try:
+        return process.wait(30)
+    except subprocess.TimeoutExpired:
+        process.kill()
+        process.wait()
+        raise
+
+
+def eventually(condition: Callable[[], Any]) -> Any:
+    """What `condition` gives once it gives something; AssertionError when it does not for a long time."""
+    deadline = time.monotonic() + PATIENCE
+    while not (value := condition()):
+        assert time.monotonic() < deadline, f"still {value!r} after {PATIENCE:.0f} s"
+        time.sleep(0.03)
+    return value
 
 
 def free_port() -> int:

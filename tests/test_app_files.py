@@ -1,0 +1,96 @@
+"""Files that the launched page gives away: results by their unguessable id, and nothing else.
+
+Covered: gradio's file routes for system files, the working folder, presets, models, the database, URLs and `..`;
+results of another id, of traversing ids, and outside of the output folder.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from pathlib import Path
+
+import httpx
+import pytest
+from studio_app import LEAKS, ROOT, Page
+
+NOBODY = "0" * 32
+
+
+@pytest.fixture(scope="module")
+def result(page: Page) -> str:
+    return str(page.make("a file", settings={"frames": 5})["id"])
+
+
+@pytest.mark.parametrize(
+    "path",
+    [
+        "/gradio_api/file=/etc/passwd",
+        "/gradio_api/file=/ETC/passwd",
+        "/gradio_api/file={root}/app.py",
+        "/gradio_api/file={root}/presets/t2v_base.json",
+        "/gradio_api/file={root}/assets/demo/world.json",
+        "/gradio_api/file=app.py",
+        "/gradio_api/file={output}/jobs.sqlite",
+        "/gradio_api/file={output}/browser.key",
+        "/gradio_api/file={output}/rates.json",
+        "/gradio_api/file={output}/{result}.mp4",
+        "/gradio_api/file={output}/uploads/../jobs.sqlite",
+        "/gradio_api/file=http://169.254.169.254/latest/meta-data/",
+        "/gradio_api/proxy=http://127.0.0.1:1/",
+        "/file=/etc/passwd",
+        "/static/../app.py",
+        "/assets/..%2f..%2fapp.py",
+        "/studio/../../etc/passwd",
+        "/studio/%2e%2e%2f%2e%2e%2fetc%2fpasswd/video.mp4",
+        "/studio/{output}/jobs.sqlite/video.mp4",
+        "/studio/{result}%2f..%2fjobs.sqlite",
+        "/studio/00000000000000000000000000000000/video.mp4",
+        "/studio/00000000000000000000000000000000/poster.jpg",
+        "/studio/examples/..%2fworld.png",
+        "/studio/examples/secret.png",
+        "/studio/jobs.sqlite",
+    ],
+)
+def test_no_route_gives_a_file_that_is_not_a_result(page: Page, result: str, path: str) -> None:
+    answer = httpx.get(page.url + path.format(root=ROOT, output=page.folder, result=result))
+    assert answer.status_code in (400, 403, 404), (answer.status_code, answer.text[:200])
+    assert b"root:" not in answer.content and b"SQLite" not in answer.content
+    assert "Traceback" not in answer.text
+
+
+def test_a_run_gives_its_video_and_its_picture(page: Page, result: str) -> None:
+    video, poster = (httpx.get(f"{page.url}/studio/{result}/{name}") for name in ("video.mp4", "poster.jpg"))
+    assert video.content[4:8] == b"ftyp" and poster.content[:2] == b"\xff\xd8"
+    for answer in (video, poster):
+        assert answer.headers["x-content-type-options"] == "nosniff" and "private" in answer.headers["cache-control"]
+    download = httpx.get(f"{page.url}/studio/{result}/video.mp4?download")
+    assert f"lightx2v-{result[:8]}.mp4" in download.headers["content-disposition"]
+    assert httpx.get(f"{page.url}/studio/{NOBODY}/preview.jpg").status_code == 204
+
+
+def test_a_video_that_leads_out_of_the_output_folder_is_not_served(page: Page) -> None:
+    """As if somebody had exchanged a result for a link to a file of the system."""
+    id = str(page.make("a link", settings={"frames": 5})["id"])
+    assert httpx.get(f"{page.url}/studio/{id}/video.mp4").status_code == 200
+    video = page.folder / f"{id}.mp4"
+    video.unlink()
+    video.symlink_to("/etc/passwd")
+    answer = httpx.get(f"{page.url}/studio/{id}/video.mp4")
+    assert answer.status_code == 404 and not LEAKS.search(answer.text)
+
+
+def test_what_is_secret_on_the_disk_is_readable_by_its_owner_only(page: Page) -> None:
+    assert (page.folder / "browser.key").stat().st_mode & 0o077 == 0
+
+
+def test_ids_cannot_be_guessed(page: Page, result: str) -> None:
+    other = str(page.make("another file", settings={"frames": 5})["id"])
+    assert all(re.fullmatch("[0-9a-f]{32}", id) for id in (result, other))
+    assert sum(a == b for a, b in zip(result, other, strict=True)) < 16, "no counter, no clock in it"
+
+
+def test_uploads_are_kept_apart_from_the_outputs(page: Page) -> None:
+    upload = Path(page.upload(b"x", "../../evil.png")["path"])
+    assert upload.is_relative_to(page.folder / "uploads") and upload.name == "evil.png"
+    assert os.path.commonpath([upload.resolve(), page.folder]) == str(page.folder)

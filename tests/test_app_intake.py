@@ -1,0 +1,185 @@
+"""What may come in to the launched page, and what is turned away at the door.
+
+Covered: pictures that explode, lie, are cut off or are no pictures; odd but honest ones; addresses instead of
+pictures, of which none is ever fetched; foreign hosts and sites; bodies that are huge, deep or broken.
+"""
+
+from __future__ import annotations
+
+import io
+import socket
+import struct
+import threading
+import zlib
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import httpx
+import numpy as np
+import pytest
+from PIL import Image
+from studio_app import LEAKS, Page, Refused
+
+I2V = {"preset": "demo_i2v_distill_lora", "settings": {"frames": 5}}
+
+
+def picture(mode: str = "RGB", size: tuple[int, int] = (96, 64), format: str = "PNG", **more: Any) -> bytes:
+    data = io.BytesIO()
+    Image.fromarray(np.full((size[1], size[0], 3), 130, np.uint8)).convert(mode).save(data, format, **more)
+    return data.getvalue()
+
+
+def png(width: int, height: int, body: bytes = b"") -> bytes:
+    """A PNG that says it is so large; what it holds is a few zeros."""
+
+    def chunk(kind: bytes, data: bytes) -> bytes:
+        return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+
+    head = struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
+    return (
+        b"\x89PNG\r\n\x1a\n"
+        + chunk(b"IHDR", head)
+        + chunk(b"IDAT", body or zlib.compress(b"\0" * 99))
+        + chunk(b"IEND", b"")
+    )
+
+
+def rotated() -> bytes:
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    return picture(format="JPEG", exif=exif)
+
+
+def film(frames: int) -> bytes:
+    data = io.BytesIO()
+    pictures = [Image.new("L", (32, 32), n % 256) for n in range(frames)]
+    pictures[0].save(data, "GIF", save_all=True, append_images=pictures[1:])
+    return data.getvalue()
+
+
+SVG = b'<svg xmlns="http://www.w3.org/2000/svg"><image href="file:///etc/passwd"/></svg>'
+REFUSED = {
+    "bomb.png": png(20_000, 20_000),
+    "wide.png": png(10_000, 1),
+    "dot.png": picture(size=(1, 1)),
+    "cut.png": picture()[:60],
+    "empty.png": b"",
+    "drawing.svg": SVG,
+    "drawing.png": SVG,
+    "paper.pdf": b"%PDF-1.7\n1 0 obj\n",
+    "film.png": b"\0\0\0\x18ftypmp42" + b"\0" * 64,
+    "list.m3u8": b"#EXTM3U\nfile:///etc/passwd\n",
+    "phone.heic": b"\0\0\0\x18ftypheic" + b"\0" * 64,
+    "film.gif": film(200),
+    "half.jpg": picture(format="JPEG")[:200],
+}
+TAKEN = {
+    "palette.png": picture("P"),
+    "alpha.png": picture("RGBA"),
+    "print.jpg": picture("CMYK", format="JPEG"),
+    "rotated.jpg": rotated(),
+    "web.webp": picture(format="WEBP"),
+    "PNG called.jpg": picture(),
+}
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_what_is_no_picture_is_refused_in_one_sentence(page: Page, name: str) -> None:
+    image = page.upload(REFUSED[name], name)
+    with pytest.raises(Refused) as caught:
+        page.ask("generate", prompt="x", image=image, **I2V)
+    assert "event: error" in str(caught.value) and not LEAKS.search(str(caught.value))
+
+
+@pytest.mark.parametrize("name", TAKEN)
+def test_odd_but_honest_pictures_are_taken(page: Page, name: str) -> None:
+    done = page.make(f"picture {name}", image=page.upload(TAKEN[name], name), **I2V)
+    assert done["state"] == "succeeded"
+    assert any(e["event"] == "begin" and e["request"]["image_path"] for e in page.painted)
+
+
+class Listener:
+    """A server on this machine that counts who comes."""
+
+    def __init__(self) -> None:
+        self.socket = socket.create_server(("127.0.0.1", 0))
+        self.port, self.visits = self.socket.getsockname()[1], 0
+        threading.Thread(target=self._listen, daemon=True).start()
+
+    def _listen(self) -> None:
+        while True:
+            try:
+                self.socket.accept()[0].close()
+            except OSError:
+                return
+            self.visits += 1
+
+
+@contextmanager
+def listening() -> Iterator[Listener]:
+    listener = Listener()
+    try:
+        yield listener
+    finally:
+        listener.socket.shutdown(socket.SHUT_RDWR)
+        listener.socket.close()
+
+
+@pytest.mark.parametrize(
+    "address",
+    [
+        "http://127.0.0.1:{port}/a.png",
+        "http://localhost:{port}/a.png",
+        "http://[::ffff:127.0.0.1]:{port}/a.png",
+        "http://2130706433:{port}/a.png",
+        "http://user@127.0.0.1:{port}/a.png",
+        "http://169.254.169.254/latest/meta-data/",
+        "http://100.64.0.1/a.png",
+        "http://[64:ff9b::7f00:1]/a.png",
+        "file:///etc/passwd",
+        "ftp://127.0.0.1:{port}/a.png",
+        "data:image/png;base64,AAAA",
+    ],
+)
+def test_an_address_is_no_picture_and_nobody_is_called(page: Page, address: str) -> None:
+    """The page takes uploads only; so no redirect, no changing name and no endless body can reach it either."""
+    with listening() as listener:
+        address = address.format(port=listener.port)
+        for image in ({"url": address}, {"path": address}, {"path": address, "url": address}):
+            with pytest.raises(Refused, match="not an uploaded file"):
+                page.ask("generate", prompt="x", image=image, **I2V)
+            with pytest.raises(Refused):  # marked as gradio marks files, it is gradio that refuses
+                page.ask("generate", prompt="x", image={**image, "meta": {"_type": "gradio.FileData"}}, **I2V)
+        assert listener.visits == 0
+
+
+def test_foreign_hosts_and_sites_are_refused(page: Page) -> None:
+    assert httpx.get(page.url, headers={"Host": "evil.example"}).status_code == 403
+    assert httpx.get(f"{page.url}/config", headers={"Host": "127.0.0.1.evil.example"}).status_code == 403
+    for path in ("queue/join", "upload", "call/generate", "call/v2/generate", "run/predict"):
+        for origin in ("https://evil.example", "null", "http://127.0.0.1:1"):
+            answer = httpx.post(f"{page.url}/gradio_api/{path}", json={}, headers={"Origin": origin})
+            assert answer.status_code == 403, (path, origin)
+
+
+@pytest.mark.parametrize(
+    ("body", "type"),
+    [
+        (b'{"data": ["' + b"x" * 1_100_000 + b'"]}', "application/json"),
+        (b'{"data": ' + b"[" * 10_000 + b"]" * 10_000 + b"}", "application/json"),
+        (b"{not json", "application/json"),
+        (b"a=b", "application/x-www-form-urlencoded"),
+        (b"", "application/json"),
+        (b"[]", "application/json"),
+        (b'{"data": "x", "no such field": 1}', "application/json"),
+    ],
+    ids=["large", "deep", "broken", "form", "empty", "list", "unknown"],
+)
+def test_a_broken_body_is_refused_quietly(page: Page, body: bytes, type: str) -> None:
+    for path in ("call/generate", "call/v2/generate", "queue/join", "run/predict"):
+        answer = httpx.post(f"{page.url}/gradio_api/{path}", content=body, headers={"Content-Type": type})
+        assert answer.status_code in (400, 404, 413, 415, 422, 429, 500) or "event_id" in answer.json(), answer.text
+        assert not LEAKS.search(answer.text), answer.text[:300]
+        assert len(answer.text) < 2000, "the body is not sent back"
+    assert "xxxxxxxxxx" not in page.said and "[[[[[" not in page.said

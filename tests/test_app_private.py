@@ -1,0 +1,146 @@
+"""The page's own events, pressed by hand as somebody would who reads its configuration.
+
+Covered: text never becomes a path; hidden events accept only what the page offers; one visitor neither sees nor
+touches another's runs, with the same prompt and the same picture's name; made-up browser storage is nobody's.
+"""
+
+from __future__ import annotations
+
+import secrets
+from dataclasses import dataclass
+from typing import Any
+
+import httpx
+import pytest
+from studio_app import LEAKS, Page, eventually
+
+
+@dataclass(frozen=True)
+class Keyboard:
+    """Presses events of a page as its script does. `config` is what every browser is told."""
+
+    page: Page
+    config: dict[str, Any]
+
+    def components(self) -> dict[int, dict[str, Any]]:
+        return {component["id"]: component for component in self.config["components"]}
+
+    def name(self, id: int) -> str:
+        props = self.components()[id]["props"]
+        return str(props.get("elem_id") or props.get("storage_key") or id)
+
+    def event(self, target: str, kind: str) -> dict[str, Any]:
+        """The event of a component, by its elem_id; the timer has none and is "timer"."""
+        found = self.components().items()
+        ids = {id for id, c in found if self.name(id) == target or c["type"] == target}
+        return next(d for d in self.config["dependencies"] if any(t[0] in ids and t[1] == kind for t in d["targets"]))
+
+    def press(self, target: str, kind: str = "click", *, sent: Any = None, **changes: Any) -> dict[str, Any]:
+        """What the event gives, by the elem_ids of its outputs; {} where it is refused. `changes`: other values."""
+        event = self.event(target, kind)
+        data = [changes.get(self.name(id), self.components()[id]["props"].get("value")) for id in event["inputs"]]
+        body = {"data": data, "fn_index": event["id"], "session_hash": secrets.token_hex(6), "event_data": sent}
+        url = f"{self.page.url}/gradio_api/run/predict"
+        answer = eventually(lambda: (r := httpx.post(url, json=body, timeout=60)).status_code != 429 and r)
+        assert not LEAKS.search(answer.text), answer.text[:300]
+        if answer.status_code != 200:
+            return {}
+        return {self.name(id): value for id, value in zip(event["outputs"], answer.json()["data"], strict=False)}
+
+
+@pytest.fixture(scope="module")
+def keyboard(page: Page) -> Keyboard:
+    return Keyboard(page, httpx.get(f"{page.url}/config").json())
+
+
+def visitor() -> dict[str, Any]:
+    return {"owner": secrets.token_urlsafe(32), "language": "en"}
+
+
+def began(page: Page, prompt: str) -> bool:
+    return any(event.get("prompt") == prompt for event in page.painted)
+
+
+def test_all_events_but_four_are_private(keyboard: Keyboard) -> None:
+    public = [d for d in keyboard.config["dependencies"] if d.get("api_visibility") == "public"]
+    assert sorted(d["api_name"] for d in public) == ["cancel", "generate", "presets", "status"]
+
+
+def test_what_the_page_offers_is_made(page: Page, keyboard: Keyboard) -> None:
+    said = keyboard.press("generate", prompt="pressed by hand", **{"lightx2v-studio": visitor()})
+    assert "problem" not in str(said["cost"])
+    assert eventually(lambda: began(page, "pressed by hand"))
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"offload": "../../etc"},
+        {"mode": "v2t"},
+        {"width": "/etc/passwd"},
+        {"width": 10**9},
+        {"width": 33},
+        {"frames": 16},
+        {"frames": 10**6},
+        {"fps": -1},
+        {"videos": 1000},
+        {"seed": 2**70},
+        {"denoising_step_list": "1000; rm -rf /"},
+        {"attention": "os.system"},
+        {"lora_0_high": "/etc/shadow\x00"},
+        {"image_path": {"path": "/etc/passwd", "meta": {"_type": "gradio.FileData"}}},
+        {"image_path": {"path": "http://127.0.0.1:1/a.png", "meta": {"_type": "gradio.FileData"}}},
+        {"prompt": "x" * 10_001},
+        {"prompt": ""},
+    ],
+    ids=str,
+)
+def test_hidden_events_take_only_what_the_page_offers(page: Page, keyboard: Keyboard, changes: dict[str, Any]) -> None:
+    prompt = f"out of range {secrets.token_hex(4)}"
+    said = keyboard.press("generate", **{"prompt": prompt, "lightx2v-studio": visitor(), **changes})
+    assert not said or "problem" in str(said["cost"]), "a refusal is said in place of the cost"
+    assert not began(page, prompt)
+
+
+def test_two_visitors_do_not_see_each_others_runs(page: Page, keyboard: Keyboard) -> None:
+    """The same prompt and settings from two people are two runs, each with its own file."""
+    alice, bob = visitor(), visitor()
+    runs = {}
+    for person in (alice, bob):
+        made = keyboard.press("generate", prompt="the same secret garden", **{"lightx2v-studio": person})
+        look = {"lightx2v-studio": made["lightx2v-studio"]}
+        seen = eventually(
+            lambda look=look: 'data-state="done"' in str(s := keyboard.press("timer", "tick", **look)) and s
+        )
+        runs[person["owner"]] = seen
+    a, b = (str(seen["history"]) for seen in runs.values())
+    assert a.count('data-act="restore"') == b.count('data-act="restore"') == 1
+    ids = [text.split('data-id="')[1][:32] for text in (a, b)]
+    assert ids[0] != ids[1] and ids[0] not in b and ids[1] not in a
+    assert all((page.folder / f"{id}.mp4").is_file() for id in ids)
+
+    # Bob knows Alice's id by some accident. Each of these would show or change her run.
+    for act in ("stop", "cancel", "delete", "restore", "same_seed", "again", "last_frame", "compare", "edit", "up"):
+        said = keyboard.press("history", "act", sent={"act": act, "id": ids[0]}, **{"lightx2v-studio": bob})
+        assert "not there any more" in str(said["cost"]) and "secret garden" not in str(said.get("prompt")), act
+    for claim in ({"job": ids[0], "pinned": True}, {"compared": [ids[0], ids[0]]}, {"editing": ids[0]}):
+        said = keyboard.press("timer", "tick", **{"lightx2v-studio": {**bob, **claim}})
+        shown = {name: html for name, html in said.items() if name != "lightx2v-studio"}
+        assert ids[0] not in str(shown), "only what Bob himself sent comes back"
+    assert (page.folder / f"{ids[0]}.mp4").is_file()
+
+
+@pytest.mark.parametrize("text", ["/etc/passwd", "../jobs.sqlite", {"path": "/etc/passwd"}], ids=str)
+def test_the_text_of_a_field_never_becomes_a_path(page: Page, keyboard: Keyboard, text: Any) -> None:
+    said = keyboard.press("generate", prompt=text, negative_prompt="/etc/shadow", **{"lightx2v-studio": visitor()})
+    assert said and eventually(lambda: began(page, str(text)))
+    request = next(e["request"] for e in page.painted if e.get("prompt") == str(text) and "request" in e)
+    assert request["image_path"] is None and request["prompt"] == str(text)
+
+
+@pytest.mark.parametrize("stored", [None, [], "x", {"owner": ""}, {"owner": "short"}, {"owner": ["a"] * 40}], ids=str)
+def test_made_up_storage_is_a_new_visitor_without_runs(page: Page, keyboard: Keyboard, stored: Any) -> None:
+    page.make("somebody's", settings={"frames": 5})
+    seen = keyboard.press("timer", "tick", **{"lightx2v-studio": stored})
+    assert "restore" not in str(seen["history"]).split("drop_hint")[0].split("</header>")[-1]
+    assert len(seen["lightx2v-studio"]["owner"]) >= 32
