@@ -14,10 +14,10 @@ PACKAGE = ROOT / "lightx2v"
 LAYERS: list[set[str]] = [
     {"errors", "framing", "request", "progress", "terminal"},
     {"attention"},  # below the configuration, which checks the backends' names
-    {"engine_config", "preset_keys", "config", "hub", "media", "image", "mp4", "estimate", "settings"},
+    {"engine_config", "preset_keys", "config", "hub", "media", "image", "fetch", "mp4", "estimate", "settings"},
     {"parallel", "weights"},
     {"models", "sampling", "conditioning", "preload"},
-    {"offload", "components", "adapters", "placement", "planner", "prompts"},
+    {"offload", "components", "adapters", "placement", "planner", "prompts", "conversion", "built"},
     {"result", "engine", "run", "pipeline"},
     {"engine_slot", "job_files", "job_store", "job_worker", "jobs"},
     {"infer", "server", "convert", "download"},

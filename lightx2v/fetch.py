@@ -1,0 +1,194 @@
+"""Pictures from the web, through one guarded door: whoever sends an address must not make this machine talk to its own.
+
+Every hop is looked up once, refused unless all of its addresses are public, and then connected to by that very address,
+so that a name which answers differently the second time gains nothing. Size, time, redirects and content type are
+bounded, and proxies of the environment are not used. Whatever goes wrong is a BadRequest that tells nothing about the
+network behind.
+"""
+
+from __future__ import annotations
+
+import http.client
+import ipaddress
+import re
+import socket
+import ssl
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from urllib.parse import SplitResult, urljoin, urlsplit
+
+from .errors import BadRequest
+from .image import MAX_BYTES
+
+IPAddress = ipaddress.IPv4Address | ipaddress.IPv6Address
+
+MAX_URL = 2048
+REDIRECTS = 3
+CHUNK = 1 << 16
+EMBEDDING = [
+    ipaddress.IPv6Network(net)
+    for net in ("::/96", "64:ff9b::/96", "64:ff9b:1::/48", "2001::/32", "2002::/16", "fec0::/10")
+]
+"""IPv6 ranges that lead to an IPv4 address inside (mapped ones apart, which are unwrapped), or that are site-local."""
+
+
+def is_public(address: IPAddress) -> bool:
+    """Whether an address belongs to the internet at large: not loopback, private, link-local, shared or multicast."""
+    if isinstance(address, ipaddress.IPv6Address):
+        if address.ipv4_mapped is not None:
+            return is_public(address.ipv4_mapped)
+        if any(address in network for network in EMBEDDING):
+            return False
+    return address.is_global and not address.is_multicast and not address.is_reserved
+
+
+def look_up(host: str, port: int) -> list[str]:
+    """The addresses of a host name, by the system's resolver."""
+    return [str(entry[4][0]) for entry in socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Fetcher:
+    """`look_up` and `permitted` are for tests. `seconds` is for everything, redirects and look-ups included."""
+
+    look_up: Callable[[str, int], Sequence[str]] = look_up
+    permitted: Callable[[IPAddress], bool] = is_public
+    max_bytes: int = MAX_BYTES
+    seconds: float = 10.0
+
+    def image(self, url: str) -> bytes:
+        """The bytes behind an http or https address. BadRequest if they cannot be had within the limits."""
+        deadline = time.monotonic() + self.seconds
+        for _ in range(REDIRECTS + 1):
+            parts = _checked(url)
+            port = parts.port or (443 if parts.scheme == "https" else 80)
+            addresses = self._addresses(str(parts.hostname), port, deadline)
+            found = self._get(parts, port, addresses, deadline)
+            if isinstance(found, bytes):
+                return found
+            url = urljoin(url, found)
+        raise BadRequest(f"The image's address redirects more than {REDIRECTS} times. Give the final one.")
+
+    def _addresses(self, host: str, port: int, deadline: float) -> list[str]:
+        """Where to connect. The look-up has no time limit of its own, so its thread may be left behind."""
+        answers: list[str] = []
+
+        def ask() -> None:
+            with suppress(OSError, UnicodeError):
+                answers.extend(self.look_up(host, port))
+
+        thread = threading.Thread(target=ask, daemon=True, name="lightx2v-look-up")
+        thread.start()
+        thread.join(max(0.0, deadline - time.monotonic()))
+        found = list(dict.fromkeys(answers))
+        if thread.is_alive() or not found:
+            raise BadRequest("The image's address has a host that is not known. Check the spelling.")
+        try:
+            allowed = all(self.permitted(ipaddress.ip_address(address)) for address in found)
+        except ValueError:  # an IPv6 address with a zone is link-local
+            allowed = False
+        if not allowed:
+            raise BadRequest("The image's address is not on the public internet. Upload the image instead.")
+        return found
+
+    def _get(self, parts: SplitResult, port: int, addresses: list[str], deadline: float) -> bytes | str:
+        """The body, or where a redirect leads."""
+        try:
+            with _connected(parts, port, addresses, deadline) as connection:
+                target = (parts.path or "/") + (f"?{parts.query}" if parts.query else "")
+                accepted = {"Accept": "image/*", "Accept-Encoding": "identity", "User-Agent": "lightx2v-studio"}
+                connection.request("GET", target, headers=accepted)
+                return self._body(connection.getresponse(), deadline)
+        except (OSError, http.client.HTTPException, ValueError):
+            raise _unfetched(self.seconds) from None
+
+    def _body(self, response: http.client.HTTPResponse, deadline: float) -> bytes | str:
+        location = response.getheader("Location")
+        if response.status in (301, 302, 303, 307, 308) and location:
+            return location
+        if response.status != 200:
+            raise BadRequest(f"The image's address answered with status {response.status} instead of a picture.")
+        kind = (response.getheader("Content-Type") or "").partition(";")[0].strip().lower()
+        if not kind.startswith("image/") and kind not in ("", "application/octet-stream", "binary/octet-stream"):
+            raise BadRequest("The image's address leads to something that is not a picture. Link to the file itself.")
+        if (response.getheader("Content-Encoding") or "identity").lower() != "identity":
+            raise BadRequest("The image's address answers compressed, which is not taken. Upload the image instead.")
+        if response.length is not None and response.length > self.max_bytes:
+            raise self._too_large()
+        promised, body = response.length, bytearray()
+        while chunk := response.read1(CHUNK):
+            body += chunk
+            if len(body) > self.max_bytes:
+                raise self._too_large()
+            if time.monotonic() > deadline:
+                raise _unfetched(self.seconds)
+        if promised is not None and len(body) != promised:
+            raise _unfetched(self.seconds)
+        return bytes(body)
+
+    def _too_large(self) -> BadRequest:
+        return BadRequest(f"The image behind the address is larger than {self.max_bytes / 2**20:.0f} MB.")
+
+
+@contextmanager
+def _connected(
+    parts: SplitResult, port: int, addresses: list[str], deadline: float
+) -> Iterator[http.client.HTTPConnection]:
+    """A connection to the first address that answers; it is cut at the deadline, however slowly it drips."""
+    left = lambda: max(0.01, deadline - time.monotonic())  # noqa: E731
+    plain = _first(addresses, port, left)
+    current = plain
+
+    def cut() -> None:
+        with suppress(OSError):
+            current.shutdown(socket.SHUT_RDWR)
+
+    timer = threading.Timer(left(), cut)
+    timer.daemon = True
+    timer.start()
+    try:
+        host = str(parts.hostname)
+        if parts.scheme == "https":
+            context = ssl.create_default_context()
+            current = context.wrap_socket(plain, server_hostname=host, do_handshake_on_connect=False)
+            current.do_handshake()
+        connection = http.client.HTTPConnection(host, port)
+        connection.auto_open = 0  # it would look the name up again
+        connection.sock = current
+        yield connection
+    finally:
+        timer.cancel()
+        current.close()
+
+
+def _first(addresses: list[str], port: int, left: Callable[[], float]) -> socket.socket:
+    failure = OSError("no address")
+    for address in addresses:
+        try:
+            return socket.create_connection((address, port), timeout=left())
+        except OSError as error:
+            failure = error
+    raise failure
+
+
+def _checked(url: str) -> SplitResult:
+    """The parts of an address that may be asked; anything that two parsers could read differently is refused."""
+    if not isinstance(url, str) or len(url) > MAX_URL or not re.fullmatch(r"[!-~]+", url) or "\\" in url:
+        raise BadRequest(f"The image's address is not a URL of at most {MAX_URL} plain characters.")
+    try:
+        parts = urlsplit(url)
+        port = parts.port
+    except ValueError:  # a port that is none, or brackets that do not match
+        parts, port = urlsplit(""), None
+    if port == 0 or not parts.hostname or "%" in parts.hostname or parts.scheme not in ("http", "https"):
+        raise BadRequest("The image's address must begin with https:// (or http://) and name a host.")
+    if "@" in parts.netloc:
+        raise BadRequest("The image's address must not hold a user or a password.")
+    return parts
+
+
+def _unfetched(seconds: float) -> BadRequest:
+    return BadRequest(f"The image could not be fetched from its address within {seconds:g} seconds. Upload it instead.")

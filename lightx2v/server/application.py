@@ -1,0 +1,137 @@
+"""The application: all routes behind their doors, and errors that tell a client what it can mend and nothing else."""
+
+from __future__ import annotations
+
+import logging
+import secrets
+import traceback
+from collections.abc import Sequence, Set
+from typing import Any
+
+from anyio import CapacityLimiter
+from fastapi import FastAPI, Request
+from fastapi.exceptions import RequestValidationError
+from starlette.datastructures import URLPath
+from starlette.exceptions import HTTPException
+from starlette.responses import JSONResponse, PlainTextResponse, RedirectResponse, Response
+from starlette.routing import BaseRoute, Match, NoMatchFound
+from starlette.types import Receive, Scope, Send
+
+from .. import __version__
+from ..errors import Busy, LightX2VError
+from .answers import Health, problem
+from .documents import add_bodies, refusals
+from .gate import Gate, refuse
+from .keys import Keys
+from .metrics import Counted, Metrics
+from .service import Service
+from .tasks import task_routes
+from .videos import video_routes
+
+log = logging.getLogger("lightx2v.server")
+
+SUBMISSIONS = 16
+"""Requests that are read at one time, each for up to ten seconds while its pictures are fetched."""
+PATHS = ("/v1/", "/health", "/ready", "/metrics", "/docs", "/openapi.json")
+"""Where the routes are, for whoever mounts them beside its own."""
+
+
+def create_app(
+    service: Service,
+    metrics: Metrics,
+    *,
+    keys: Sequence[str] = (),
+    hosts: Set[str] | None = None,
+    gate: bool = True,
+) -> FastAPI:
+    """`keys` let in, or everybody without any. `hosts` are the names it answers to, None for any. Without `gate` host,
+    origin, size and rate are somebody else's to check."""
+    app = FastAPI(
+        title="LightX2V",
+        version=__version__,
+        description="Videos from text and images. Jobs go on when the client leaves; DELETE stops them.",
+        redoc_url=None,
+    )
+    app.add_middleware(Keys, keys=keys)
+    if gate:
+        app.add_middleware(Gate, hosts=hosts)
+    app.add_middleware(Counted, metrics=metrics)
+    submissions = CapacityLimiter(SUBMISSIONS)
+    app.include_router(task_routes(service, submissions))
+    app.include_router(video_routes(service, submissions))
+    _add_state(app, service, metrics)
+    _add_errors(app, service)
+    add_bodies(app)
+    return app
+
+
+def _add_state(app: FastAPI, service: Service, metrics: Metrics) -> None:
+    jobs = service.jobs
+
+    @app.get("/", include_in_schema=False)
+    def root() -> Response:
+        return RedirectResponse("docs")
+
+    @app.get("/health", tags=["state"], responses=refusals(503))
+    def health() -> Health:
+        """Whether the program lives; 503 means that only a restart helps."""
+        if not jobs.alive:
+            raise HTTPException(503, "The worker has stopped; its log says why. Restart the program.")
+        return Health(status="ok")
+
+    @app.get("/ready", tags=["state"], responses=refusals(503))
+    def ready() -> Health:
+        """Whether a job would be taken now; 503 while the queue is full."""
+        if not jobs.alive or jobs.waiting >= jobs.max_queue:
+            raise HTTPException(503, "The queue is full." if jobs.alive else "The worker has stopped.")
+        return Health(status="ready")
+
+    @app.get("/metrics", tags=["state"], response_class=PlainTextResponse)
+    def prometheus() -> PlainTextResponse:
+        """Counters in Prometheus' text format."""
+        return PlainTextResponse(metrics.text(jobs), media_type="text/plain; version=0.0.4")
+
+
+def _add_errors(app: FastAPI, service: Service) -> None:
+    @app.exception_handler(LightX2VError)
+    def known(request: Request, error: LightX2VError) -> Response:
+        full = isinstance(error, Busy) and service.jobs.alive
+        content = problem(error, position=service.jobs.waiting + 1 if full else None)
+        headers = {"Retry-After": "10"} if error.status == 429 else None
+        return JSONResponse(content.model_dump(exclude_none=True), status_code=error.status, headers=headers)
+
+    @app.exception_handler(RequestValidationError)
+    def invalid(request: Request, error: RequestValidationError) -> Response:
+        first = error.errors()[0]
+        where = ".".join(str(part)[:40] for part in first["loc"])
+        return refuse(422, "BadRequest", f"{where}: {first['msg'][:200]}.")
+
+    @app.exception_handler(HTTPException)
+    def refused(request: Request, error: HTTPException) -> Response:
+        return refuse(error.status_code, "HTTPError", str(error.detail), dict(error.headers or {}))
+
+    @app.exception_handler(Exception)
+    def unknown(request: Request, error: Exception) -> Response:
+        number = secrets.token_hex(4)
+        log.error("request %s failed\n%s", number, "".join(traceback.format_exception(error)))
+        return refuse(
+            500, "InternalError", f"Something went wrong inside the program. Its log says more, under {number}."
+        )
+
+
+class Beside(BaseRoute):
+    """A route for another application's list: passes PATHS on to `app` and leaves everything else alone."""
+
+    def __init__(self, app: FastAPI) -> None:
+        self._app = app
+
+    def matches(self, scope: Scope) -> tuple[Match, Scope]:
+        path = scope.get("path", "")
+        ours = any(path.startswith(known) if known.endswith("/") else path == known for known in PATHS)
+        return (Match.FULL if ours and scope["type"] == "http" else Match.NONE), {}
+
+    def url_path_for(self, name: str, /, **path_params: Any) -> URLPath:
+        raise NoMatchFound(name, path_params)
+
+    async def handle(self, scope: Scope, receive: Receive, send: Send) -> None:
+        await self._app(scope, receive, send)

@@ -1,0 +1,240 @@
+"""What clients send: the two families' bodies, and how one is read from JSON or from a form.
+
+Bodies are read here and not by FastAPI because either content type may come to the same route, because JSON may be
+nested deeper than Python can recurse, and because errors must not repeat what was sent.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from typing import Annotated, Any, Literal, TypeVar
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from starlette.datastructures import UploadFile
+from starlette.requests import Request as HttpRequest
+
+from ..errors import BadRequest
+from ..image import MAX_BYTES
+from ..request import MAX_PROMPT
+from .service import Lora, Wish
+
+Body = TypeVar("Body", bound=BaseModel)
+Text = Annotated[str, Field(max_length=MAX_PROMPT)]
+Picture = Annotated[str, Field(max_length=2 * MAX_BYTES)]
+Pair = float | Annotated[list[float], Field(min_length=2, max_length=2)]
+Steps = Annotated[list[int], Field(min_length=1, max_length=200)]
+FILES = ("input_reference", "last_frame_reference", "image_file", "last_frame_file")
+
+
+class UnsupportedType(BadRequest):
+    """A body that is neither JSON nor a form."""
+
+    status = 415
+
+
+class LoraBody(BaseModel):
+    """A file in the server's LoRA folder, added to the LoRAs of the preset."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    path: Annotated[str, Field(min_length=1, max_length=255, description="The file's name.")]
+    name: Literal["high_noise_model", "low_noise_model"] | None = Field(
+        None,
+        description="The expert that it is for. Without one the file's name decides: high_noise, low_noise, or both.",
+    )
+    strength: Annotated[float, Field(ge=-100, le=100)] = 1.0
+
+    def lora(self) -> Lora:
+        return Lora(file=self.path, expert=self.name, strength=self.strength)
+
+
+class VideoBody(BaseModel):
+    """One video. What is not given is the preset's. In a form every value is text, lists as JSON."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    prompt: Annotated[str, Field(min_length=1, max_length=MAX_PROMPT)]
+    negative_prompt: Text = Field("", description='Empty for the model\'s own, " " for none.')
+    model: Annotated[str, Field(max_length=200)] | None = Field(None, description="A preset, see GET /v1/models.")
+    input_reference: Picture | None = Field(
+        None, description="The first frame: an https URL, a data URL or base64. In a form: a file."
+    )
+    last_frame_reference: Picture | None = Field(None, description="The last frame, in the same ways.")
+    size: Annotated[str, Field(pattern=r"^\d{2,4}x\d{2,4}$")] | None = Field(None, description="WIDTHxHEIGHT.")
+    height: int | None = None
+    width: int | None = None
+    seconds: Annotated[float, Field(gt=0, le=600)] | None = Field(
+        None, description="The length; the nearest number of frames of the form 4n + 1 is made."
+    )
+    num_frames: int | None = Field(None, description="4n + 1; goes before seconds.")
+    fps: float | None = None
+    num_inference_steps: int | None = Field(None, description="Of a base model; a distilled one has its step list.")
+    flow_shift: float | None = None
+    guidance_scale: Pair | None = Field(None, description="For both experts, or [high-noise, low-noise].")
+    guidance_scale_2: float | None = Field(None, description="For the low-noise expert.")
+    enable_cfg: bool | None = None
+    boundary_ratio: float | None = None
+    denoising_step_list: Steps | None = None
+    boundary_step_index: int | None = None
+    resize_mode: Annotated[str, Field(max_length=40)] | None = None
+    seed: int | None = Field(None, description="-1, or none, draws one.")
+    loras: Annotated[list[LoraBody], Field(max_length=8)] | None = None
+    client_id: Annotated[str, Field(max_length=200)] | None = Field(
+        None, description="Your own id. The same body with the same id again gives the same job."
+    )
+    file_name: Annotated[str, Field(max_length=200)] | None = Field(None, description="What the video is called.")
+
+    def wish(self, files: dict[str, bytes], default_fps: Callable[[str | None], float]) -> Wish:
+        settings: dict[str, Any] = _renamed(self, _VIDEO_SETTINGS)
+        if self.size is not None:
+            if self.height is not None or self.width is not None:
+                raise BadRequest("size and height, width say the same. Keep one of them.")
+            width, _, height = self.size.partition("x")
+            settings |= {"width": int(width), "height": int(height)}
+        if self.seconds is not None and self.num_frames is None:
+            fps = self.fps or default_fps(self.model)
+            settings["frames"] = max(1, round((self.seconds * fps - 1) / 4) * 4 + 1)
+        if self.guidance_scale_2 is not None:
+            if not isinstance(self.guidance_scale, float):
+                raise BadRequest(
+                    "guidance_scale_2 is the low-noise expert's; guidance_scale must be one number beside it."
+                )
+            settings["guidance"] = [self.guidance_scale, self.guidance_scale_2]
+        return Wish(
+            prompt=self.prompt,
+            negative_prompt=self.negative_prompt,
+            preset=self.model or "",
+            image=files.get("input_reference", self.input_reference),
+            last_frame=files.get("last_frame_reference", self.last_frame_reference),
+            settings=settings,
+            loras=[lora.lora() for lora in self.loras or ()],
+            client_id=self.client_id or None,
+            name=self.file_name or "",
+        )
+
+
+_VIDEO_SETTINGS = {
+    **{name: name for name in ("height", "width", "fps", "enable_cfg", "denoising_step_list", "boundary_step_index")},
+    **{name: name for name in ("resize_mode", "seed")},
+    "num_frames": "frames",
+    "num_inference_steps": "steps",
+    "flow_shift": "shift",
+    "guidance_scale": "guidance",
+    "boundary_ratio": "boundary",
+}
+
+
+class TaskBody(BaseModel):
+    """One video in LightX2V's words. Fields of its other models are taken only while they ask for nothing."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    prompt: Annotated[str, Field(min_length=1, max_length=MAX_PROMPT)]
+    negative_prompt: Text = ""
+    task_id: Annotated[str, Field(max_length=200)] | None = Field(None, description="Your own id, else one is made.")
+    image_path: Picture = Field("", description="The first frame: a URL, a data URL or base64; a name in --input_dir.")
+    last_frame_path: Picture = ""
+    save_result_path: Annotated[str, Field(max_length=200)] = Field(
+        "", description="What the video is called: a file's name, never a path."
+    )
+    seed: int | None = Field(None, description="-1, or none, draws one.")
+    infer_steps: int | None = Field(None, description="Of a base model; a distilled one has its step list.")
+    target_video_length: int | None = Field(None, description="Frames, 4n + 1.")
+    target_shape: Annotated[list[int], Field(max_length=2)] = Field(default=[], description="[height, width]")
+    target_fps: float | None = Field(None, description="Frames per second of the file.")
+    sample_shift: float | None = None
+    sample_guide_scale: Pair | None = None
+    enable_cfg: bool | None = None
+    resize_mode: Annotated[str, Field(max_length=40)] | None = None
+    lora_name: Annotated[str, Field(max_length=255)] | None = None
+    lora_strength: Annotated[float, Field(ge=-100, le=100)] = 1.0
+    image_mask_path: Literal[""] | None = None
+    audio_path: Literal[""] | None = None
+    video_path: Literal[""] | None = None
+    presigned_url: Literal[""] | None = None
+    talk_objects: Annotated[list[Any], Field(max_length=0)] | None = None
+    num_fragments: Literal[1] | None = None
+    use_prompt_enhancer: Literal[False] | None = None
+    video_duration: float | None = Field(None, description="Of audio models; without effect.")
+    sr_ratio: float | None = Field(None, description="Of other models; without effect.")
+    reuse: bool | None = Field(None, description="Without effect.")
+
+    def wish(self, files: dict[str, bytes]) -> Wish:
+        settings = _renamed(self, {name: name for name in _TASK_SETTINGS} | {"target_fps": "fps"})
+        if self.target_shape:
+            settings["target_shape"] = self.target_shape
+        return Wish(
+            prompt=self.prompt,
+            negative_prompt=self.negative_prompt,
+            image=files.get("image_file", self.image_path),
+            last_frame=files.get("last_frame_file", self.last_frame_path),
+            settings=settings,
+            loras=[Lora(file=self.lora_name, strength=self.lora_strength)] if self.lora_name else (),
+            client_id=self.task_id or None,
+            name=self.save_result_path,
+        )
+
+
+_TASK_SETTINGS = (
+    *("seed", "infer_steps", "target_video_length", "sample_shift", "sample_guide_scale", "enable_cfg", "resize_mode"),
+)
+
+
+def _renamed(body: BaseModel, names: dict[str, str]) -> dict[str, Any]:
+    """What was given, under the names that `config.resolve` knows."""
+    return {ours: value for theirs, ours in names.items() if (value := getattr(body, theirs)) is not None}
+
+
+async def read_body(request: HttpRequest, kind: type[Body]) -> tuple[Body, dict[str, bytes]]:
+    """The body of a request, from JSON or a form, and the files that came with the form."""
+    content = request.headers.get("content-type", "").partition(";")[0].strip().lower()
+    if content == "application/json":
+        return _validated(kind, _parsed(await request.body())), {}
+    if content != "multipart/form-data":
+        raise UnsupportedType("The body must be JSON (Content-Type: application/json) or multipart/form-data.")
+    values: dict[str, Any] = {}
+    files: dict[str, bytes] = {}
+    async with request.form(max_files=2, max_fields=50, max_part_size=2 * MAX_BYTES) as form:
+        for name, value in form.multi_items():
+            if name in values or name in files:
+                raise BadRequest(f"The form has {name[:40]!r} twice.")
+            if isinstance(value, UploadFile) and name in FILES:
+                if data := await value.read(MAX_BYTES + 1):  # a browser sends an empty file where none was chosen
+                    files[name] = data
+            elif isinstance(value, str):
+                values[name] = _from_text(kind, name, value)
+            else:
+                raise BadRequest(f"The form has a file {name[:40]!r}; files are {', '.join(FILES)}.")
+    return _validated(kind, {name: value for name, value in values.items() if value is not None}), files
+
+
+def _from_text(kind: type[BaseModel], name: str, text: str) -> Any:
+    """A form's value; numbers pass as text, lists must be JSON, and an empty one is none at all but in prompts."""
+    if not text and name not in ("prompt", "negative_prompt"):
+        return None
+    if text[:1] == "[" and name in (
+        "loras",
+        "denoising_step_list",
+        "guidance_scale",
+        "sample_guide_scale",
+        "target_shape",
+    ):
+        return _parsed(text.encode())
+    return text
+
+
+def _parsed(raw: bytes) -> Any:
+    try:
+        return json.loads(raw)
+    except (ValueError, RecursionError):
+        raise BadRequest("The body is not valid JSON, or nested too deeply.") from None
+
+
+def _validated(kind: type[Body], data: Any) -> Body:
+    try:
+        return kind.model_validate(data)
+    except ValidationError as error:
+        first = error.errors(include_url=False, include_input=False, include_context=False)[0]
+        where = ".".join(str(part)[:40] for part in first["loc"]) or "the body"
+        raise BadRequest(f"{where}: {first['msg'][:200]}.") from None

@@ -1,0 +1,72 @@
+"""What OpenAPI says beyond the types of functions: bodies that are JSON or a form, and the form of all errors."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+from fastapi import FastAPI
+from pydantic import BaseModel
+
+from .answers import Refusal
+from .bodies import FILES, LoraBody, TaskBody, VideoBody
+
+REASONS = {
+    401: "No key, or a wrong one.",
+    403: "From another site, or for a host name that is not served.",
+    404: "There is nothing of this name, or it is not yours.",
+    413: "The body is too large.",
+    415: "The body is neither JSON nor a form.",
+    422: "Something cannot be done as asked; the message says what would do.",
+    429: "The queue is full, or you ask too often.",
+    503: "Not now.",
+    507: "The disk is full.",
+}
+_REFERENCE = "#/components/schemas/{model}"
+
+
+def refusals(*statuses: int) -> dict[int | str, dict[str, Any]]:
+    """`responses` of a route: these errors and those that every route has."""
+    return {status: {"model": Refusal, "description": REASONS[status]} for status in (401, 403, *statuses)}
+
+
+def body_of(kind: type[BaseModel]) -> dict[str, Any]:
+    """`openapi_extra` of a route that takes `kind` as JSON or as a form."""
+    name = kind.__name__
+    content = {
+        "application/json": {"schema": {"$ref": _REFERENCE.format(model=name)}},
+        "multipart/form-data": {"schema": {"$ref": _REFERENCE.format(model=f"{name}Form")}},
+    }
+    return {"requestBody": {"required": True, "content": content}}
+
+
+def add_bodies(app: FastAPI) -> None:
+    """Makes `app.openapi` hold the schemas that `body_of` refers to."""
+    plain = app.openapi
+
+    def with_bodies() -> dict[str, Any]:
+        if app.openapi_schema is None:
+            schemas = plain()["components"]["schemas"]
+            for kind in (LoraBody, VideoBody, TaskBody):
+                schema = kind.model_json_schema(ref_template=_REFERENCE)
+                schema.pop("$defs", None)
+                schemas[kind.__name__] = schema
+                if kind is not LoraBody:
+                    schemas[f"{kind.__name__}Form"] = _as_form(schema, kind is VideoBody)
+        assert app.openapi_schema is not None
+        return app.openapi_schema
+
+    app.openapi = with_bodies  # type: ignore[method-assign]
+
+
+def _as_form(schema: dict[str, Any], video: bool) -> dict[str, Any]:
+    """Everything as text, but for files."""
+    form = copy.deepcopy(schema)
+    names = FILES[:2] if video else FILES[2:]
+    form["properties"] = {
+        name: {key: value for key, value in about.items() if key in ("description", "maxLength", "minLength")}
+        | {"type": "string"}
+        for name, about in form["properties"].items()
+    } | {name: {"type": "string", "format": "binary"} for name in names}
+    form["title"] += "Form"
+    return form

@@ -1,0 +1,131 @@
+"""What every HTTP request passes first: host name, origin, size and rate. The page's guard uses the same parts.
+
+A web page elsewhere can make a visitor's browser talk to a server on this machine; the host name (DNS rebinding) and
+the origin give it away. Refusals are plain sentences that repeat nothing of what was sent.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections import OrderedDict
+from collections.abc import Set
+from urllib.parse import urlsplit
+
+from starlette.datastructures import Headers
+from starlette.responses import JSONResponse, Response
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+MAX_BODY = 60_000_000
+"""Two pictures of 20 MB in base64 and some text."""
+SAFE_METHODS = ("GET", "HEAD", "OPTIONS")
+
+
+class Bucket:
+    """A rate limit by client: `burst` at once, then `per_second`. Remembers the last thousand clients."""
+
+    def __init__(self, per_second: float, burst: int) -> None:
+        self._rate, self._burst = per_second, burst
+        self._left: OrderedDict[str, tuple[float, float]] = OrderedDict()
+        self._lock = threading.Lock()
+
+    def take(self, client: str) -> bool:
+        """Whether this client may do one more thing now."""
+        now = time.monotonic()
+        with self._lock:
+            left, since = self._left.pop(client, (float(self._burst), now))
+            left = min(self._burst, left + (now - since) * self._rate)
+            allowed = left >= 1
+            self._left[client] = (left - allowed, now)
+            if len(self._left) > 1000:
+                self._left.popitem(last=False)
+        return allowed
+
+
+class TooLarge(Exception):
+    """The body of a request without Content-Length went past its limit."""
+
+
+def bounded(receive: Receive, limit: int) -> Receive:
+    """`receive`, raising TooLarge past `limit` bytes of body."""
+    seen = 0
+
+    async def counted() -> Message:
+        nonlocal seen
+        message = await receive()
+        if message["type"] == "http.request":
+            seen += len(message.get("body", b""))
+            if seen > limit:
+                raise TooLarge
+        return message
+
+    return counted
+
+
+def host_name(host: str) -> str:
+    """The Host header without its port."""
+    return (host if host.endswith("]") or host.count(":") != 1 and "]" not in host else host.rpartition(":")[0]).lower()
+
+
+def same_origin(headers: Headers, more: Set[str] = frozenset()) -> bool:
+    """Whether a browser sent it from our own page (or one of `more` hosts), or something that is no browser did."""
+    origin = headers.get("origin")
+    if origin is None:
+        return headers.get("sec-fetch-site", "none") != "cross-site"
+    ours = {headers.get("host", "").lower(), headers.get("x-forwarded-host", "").lower()} - {""}
+    return urlsplit(origin).netloc.lower() in ours | more
+
+
+class Gate:
+    """ASGI middleware. `hosts` are the Host headers that are answered, None for any."""
+
+    def __init__(
+        self, app: ASGIApp, hosts: Set[str] | None = None, *, per_second: float = 20, burst: int = 100
+    ) -> None:
+        self._app, self._hosts = app, hosts
+        self._rate = Bucket(per_second, burst)
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+        refusal = self._refusal(scope, Headers(scope=scope))
+        if refusal is not None:
+            await refusal(scope, receive, send)
+            return
+        started = False
+
+        async def noted(message: Message) -> None:
+            nonlocal started
+            started = True
+            await send(message)
+
+        try:
+            await self._app(scope, bounded(receive, MAX_BODY), noted)
+        except TooLarge:
+            if not started:
+                await too_large()(scope, receive, send)
+
+    def _refusal(self, scope: Scope, headers: Headers) -> Response | None:
+        if self._hosts is not None and host_name(headers.get("host", "")) not in self._hosts:
+            return refuse(403, "Forbidden", "This host name is not served. Start the server with --allow_host NAME.")
+        if scope["method"] in SAFE_METHODS:
+            return None
+        if not same_origin(headers):
+            return refuse(403, "Forbidden", "Requests from other sites are not accepted.")
+        length = headers.get("content-length", "0")
+        if not length.isdecimal() or len(length) > 15 or int(length) > MAX_BODY:
+            return too_large()
+        if not self._rate.take(scope["client"][0] if scope.get("client") else ""):
+            sentence = "Too many requests. Wait a few seconds."
+            return refuse(429, "Busy", sentence, {"Retry-After": "5"})
+        return None
+
+
+def refuse(status: int, kind: str, sentence: str, headers: dict[str, str] | None = None) -> JSONResponse:
+    """An error in the form that all routes use."""
+    return JSONResponse({"error": {"type": kind, "message": sentence}}, status_code=status, headers=headers)
+
+
+def too_large() -> JSONResponse:
+    return refuse(413, "BadRequest", f"The request is larger than {MAX_BODY // 1_000_000} MB.")

@@ -1,0 +1,120 @@
+"""/v1/videos: the routes that OpenAI's API has, and vLLM-Omni, SGLang and FastVideo after it; and progress events.
+
+A job goes on when its client leaves; DELETE stops it.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Any
+
+from anyio import CapacityLimiter
+from anyio.to_thread import run_sync
+from fastapi import APIRouter, Header, Path, Query, Request
+from starlette.responses import FileResponse, StreamingResponse
+
+from ..jobs import UnknownJob
+from .answers import Deleted, Model, ModelList, Video, VideoList, deleted, video
+from .bodies import VideoBody, read_body
+from .documents import body_of, refusals
+from .events import Streams
+from .keys import owner_of
+from .service import Service
+
+Id = Annotated[str, Path(min_length=1, max_length=200, description="The job's id, or the client_id it was sent with.")]
+HEADERS = {"X-Content-Type-Options": "nosniff", "Cache-Control": "private"}
+
+
+def video_routes(service: Service, submissions: CapacityLimiter) -> APIRouter:
+    """`submissions` bounds how many requests are read and their pictures fetched at one time."""
+    router = APIRouter(prefix="/v1", tags=["videos"])
+    names, jobs, streams = service.names, service.jobs, Streams(service)
+
+    def default_fps(model: str | None) -> float:
+        preset = service.presets.get(model or "", service.presets[service.default])
+        return float(preset.request["fps"])
+
+    @router.post("/videos", openapi_extra=body_of(VideoBody), responses=refusals(413, 415, 422, 429, 507))
+    async def create_video(request: Request) -> Video:
+        """Queues a video. The body is JSON, or a form where pictures are files."""
+        body, files = await read_body(request, VideoBody)
+        owner = owner_of(request)
+        job = await run_sync(lambda: service.submit(owner, body.wish(files, default_fps)), limiter=submissions)
+        return video(job, names)
+
+    @router.get("/videos", responses=refusals(422))
+    def list_videos(
+        request: Request,
+        limit: Annotated[int, Query(ge=1, le=100)] = 20,
+        after: Annotated[str | None, Query(max_length=200, description="Begin after this job.")] = None,
+    ) -> VideoList:
+        """Your jobs, the newest first."""
+        found = jobs.list(owner_of(request), limit=limit + 1 if after is None else 1000)
+        if after is not None:
+            ids = [job.id for job in found]
+            found = found[ids.index(after) + 1 :] if after in ids else []
+        data = [video(job, names) for job in found[:limit]]
+        first, last = (data[0].id, data[-1].id) if data else (None, None)
+        return VideoList(data=data, first_id=first, last_id=last, has_more=len(found) > limit)
+
+    @router.get("/videos/{id}", responses=refusals(404, 422))
+    def retrieve_video(request: Request, id: Id) -> Video:
+        """A job: its place in the queue, its progress, its times."""
+        return video(service.job(owner_of(request), id), names)
+
+    @router.get(
+        "/videos/{id}/content",
+        response_class=FileResponse,
+        responses={200: _FILE, 206: _FILE, **refusals(404, 422), 416: {"description": "No such range."}},
+    )
+    def retrieve_content(request: Request, id: Id) -> FileResponse:
+        """The finished video. Ranges are served."""
+        path, name = service.video(owner_of(request), id)
+        return FileResponse(path, media_type="video/mp4", filename=name, headers=HEADERS)
+
+    @router.get(
+        "/videos/{id}/events",
+        response_class=StreamingResponse,
+        responses={200: {"content": {"text/event-stream": {}}}, **refusals(404, 422, 429)},
+    )
+    def watch_video(
+        request: Request,
+        id: Id,
+        last_event_id: Annotated[int, Header(ge=0, le=2**53, description="Go on after this event.")] = 0,
+    ) -> StreamingResponse:
+        """Progress as server-sent events, from the beginning or after Last-Event-ID, until the job is over."""
+        owner = owner_of(request)
+        return streams.of(owner, service.job(owner, id), last_event_id)
+
+    @router.post("/videos/{id}/requeue", responses=refusals(404, 422, 429))
+    def requeue_video(request: Request, id: Id) -> Video:
+        """Runs a job again that failed, was cancelled or interrupted."""
+        return video(jobs.requeue(service.job(owner_of(request), id).id), names)
+
+    @router.delete("/videos/{id}", responses=refusals(404, 422))
+    def delete_video(request: Request, id: Id) -> Deleted:
+        """Cancels a job that has not ended, within one step; removes one that has, and its video."""
+        job = service.job(owner_of(request), id)
+        if not job.over:
+            return deleted(jobs.cancel(job.id), gone=False)
+        try:
+            jobs.delete(job.id)
+        except UnknownJob:  # somebody was faster
+            pass
+        return deleted(job, gone=True)
+
+    @router.get("/models")
+    def list_models() -> ModelList:
+        """What `model` may be: the presets of this server, the default one first."""
+        offered = [
+            Model(id=name, task=preset.engine.task, title=preset.preset.title)
+            for name, preset in service.presets.items()
+        ]
+        return ModelList(data=offered)
+
+    return router
+
+
+_FILE: dict[str, Any] = {
+    "content": {"video/mp4": {"schema": {"type": "string", "format": "binary"}}},
+    "description": "The video, or the part that was asked for.",
+}
