@@ -24,6 +24,7 @@ from .documents import add_bodies, refusals
 from .gate import Gate, refuse
 from .keys import Keys
 from .metrics import Counted, Metrics
+from .overview import overview_routes
 from .service import Service
 from .tasks import task_routes
 from .videos import video_routes
@@ -57,6 +58,7 @@ def create_app(
         app.add_middleware(Gate, hosts=hosts)
     app.add_middleware(Counted, metrics=metrics)
     submissions = CapacityLimiter(SUBMISSIONS)
+    app.include_router(overview_routes(service))
     app.include_router(task_routes(service, submissions))
     app.include_router(video_routes(service, submissions))
     _add_state(app, service, metrics)

@@ -23,6 +23,9 @@ from ..request import MAX_SEED, LoraSpec, Request
 from .names import Names, file_name
 from .pictures import Pictures
 
+HISTORY = 1000
+"""How far back lists go."""
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Lora:
@@ -104,7 +107,7 @@ class Service:
 
     def named(self, owner: str, name: str) -> tuple[Path, str]:
         """The newest video of this name."""
-        jobs = self.jobs.list(owner, limit=10_000, states=("succeeded",))
+        jobs = self.jobs.list(owner, limit=HISTORY, states=("succeeded",))
         id = self.names.find(name.removeprefix("./"), (job.id for job in jobs))
         if id is None:
             raise UnknownJob("There is no video of this name.")

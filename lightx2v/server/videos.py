@@ -5,7 +5,7 @@ A job goes on when its client leaves; DELETE stops it.
 
 from __future__ import annotations
 
-from typing import Annotated, Any
+from typing import Annotated
 
 from anyio import CapacityLimiter
 from anyio.to_thread import run_sync
@@ -17,11 +17,11 @@ from .answers import Deleted, Model, ModelList, Video, VideoList, deleted, video
 from .bodies import VideoBody, read_body
 from .documents import body_of, refusals
 from .events import Streams
+from .files import FILE_ANSWERS, video_file
 from .keys import owner_of
-from .service import Service
+from .service import HISTORY, Service
 
 Id = Annotated[str, Path(min_length=1, max_length=200, description="The job's id, or the client_id it was sent with.")]
-HEADERS = {"X-Content-Type-Options": "nosniff", "Cache-Control": "private"}
 
 
 def video_routes(service: Service, submissions: CapacityLimiter) -> APIRouter:
@@ -48,7 +48,7 @@ def video_routes(service: Service, submissions: CapacityLimiter) -> APIRouter:
         after: Annotated[str | None, Query(max_length=200, description="Begin after this job.")] = None,
     ) -> VideoList:
         """Your jobs, the newest first."""
-        found = jobs.list(owner_of(request), limit=limit + 1 if after is None else 1000)
+        found = jobs.list(owner_of(request), limit=limit + 1 if after is None else HISTORY)
         if after is not None:
             ids = [job.id for job in found]
             found = found[ids.index(after) + 1 :] if after in ids else []
@@ -64,12 +64,11 @@ def video_routes(service: Service, submissions: CapacityLimiter) -> APIRouter:
     @router.get(
         "/videos/{id}/content",
         response_class=FileResponse,
-        responses={200: _FILE, 206: _FILE, **refusals(404, 422), 416: {"description": "No such range."}},
+        responses=FILE_ANSWERS,
     )
     def retrieve_content(request: Request, id: Id) -> FileResponse:
         """The finished video. Ranges are served."""
-        path, name = service.video(owner_of(request), id)
-        return FileResponse(path, media_type="video/mp4", filename=name, headers=HEADERS)
+        return video_file(*service.video(owner_of(request), id))
 
     @router.get(
         "/videos/{id}/events",
@@ -112,9 +111,3 @@ def video_routes(service: Service, submissions: CapacityLimiter) -> APIRouter:
         return ModelList(data=offered)
 
     return router
-
-
-_FILE: dict[str, Any] = {
-    "content": {"video/mp4": {"schema": {"type": "string", "format": "binary"}}},
-    "description": "The video, or the part that was asked for.",
-}

@@ -1,0 +1,203 @@
+"""/v1/videos: pictures in every form, settings, ranges, lists, and jobs that stay one's own."""
+
+from __future__ import annotations
+
+import base64
+import io
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from bad_http import BadHTTP, Plan
+from fake_engine import Garage, Script
+from PIL import Image
+from served import BASE, I2V, SIZE, T2V, Served, serve
+
+from lightx2v.fetch import Fetcher
+from lightx2v.image import load_image
+
+KEYS = ("alice-has-a-key", "bob-has-another")
+
+
+def png(colour: str = "red") -> bytes:
+    buffer = io.BytesIO()
+    Image.new("RGB", (64, 64), colour).save(buffer, "PNG")
+    return buffer.getvalue()
+
+
+@pytest.fixture
+def served(tmp_path: Path) -> Iterator[Served]:
+    with serve(tmp_path, presets=(T2V, I2V, BASE)) as served:
+        yield served
+
+
+def test_a_video_from_form_to_file(served: Served) -> None:
+    answer = served.client.post(
+        "/v1/videos", files={"prompt": (None, "a cat"), "size": (None, "64x96"), "seed": (None, "5")}
+    )
+    assert answer.status_code == 200, answer.text
+    video = served.end_of(answer.json()["id"])
+    assert (video["status"], video["progress"], video["size"], video["seed"]) == ("completed", 100, "64x96", 5)
+    assert video["model"] == T2V and video["error"] is None
+    content = served.client.get(f"/v1/videos/{video['id']}/content")
+    assert content.headers["content-type"] == "video/mp4" and content.content[4:8] == b"ftyp"
+
+
+def test_settings_in_this_familys_words(served: Served) -> None:
+    body = {
+        "num_inference_steps": 3,
+        "seconds": 1.0,
+        "fps": 8,
+        "guidance_scale": 4,
+        "guidance_scale_2": 2,
+        "flow_shift": 3,
+    }
+    id = served.submit(size="96x64", model=BASE, boundary_ratio=0.5, num_frames=None, **body)
+    request = served.jobs.get(id).request
+    assert (request.width, request.height, request.frames, request.fps) == (96, 64, 9, 8.0)
+    assert (request.steps, request.guidance, request.shift, request.boundary) == (3, (4.0, 2.0), 3.0, 0.5)
+
+
+def test_a_picture_chooses_a_preset_that_takes_one(served: Served) -> None:
+    url = "data:image/png;base64," + base64.b64encode(png()).decode()
+    for given in (url, base64.b64encode(png() * 2).decode()):
+        id = served.submit(input_reference=given)
+        job = served.jobs.get(id)
+        assert job.preset == I2V and job.request.task == "i2v"
+        assert load_image(job.request.image_path).size == (64, 64)
+    assert served.jobs.get(served.submit()).preset == T2V
+
+
+def test_pictures_as_uploads_one_for_the_start_and_one_for_the_end(served: Served) -> None:
+    files = {"input_reference": ("a.png", png()), "last_frame_reference": ("a.png", png("blue"))}
+    answer = served.client.post("/v1/videos", files={"prompt": (None, "a cat"), "size": (None, "64x64"), **files})
+    request = served.jobs.get(answer.json()["id"]).request
+    assert request.task == "flf2v"
+    assert Path(request.image_path).read_bytes() == png() and Path(request.last_frame_path).read_bytes() == png("blue")
+
+
+def test_a_picture_by_its_address(tmp_path: Path) -> None:
+    with BadHTTP({"/cat.png": Plan(body=png(), headers={"Content-Type": "image/png"})}) as web:
+        with serve(tmp_path, presets=(I2V,), fetcher=Fetcher(permitted=lambda address: True)) as served:
+            id = served.submit(input_reference=web.url("/cat.png"))
+            assert Path(served.jobs.get(id).request.image_path).read_bytes() == png()
+
+
+def test_the_servers_own_files_are_read_from_the_input_folder_only(tmp_path: Path) -> None:
+    folder = tmp_path / "inputs"
+    folder.mkdir()
+    (folder / "cat.png").write_bytes(png())
+    (tmp_path / "secret.png").write_bytes(png())
+    (folder / "link.png").symlink_to(tmp_path / "secret.png")
+    with serve(tmp_path / "out", presets=(I2V,), input_dir=folder) as served:
+        assert served.submit(input_reference="cat.png") and served.submit(input_reference=str(folder / "cat.png"))
+        for path in ("../secret.png", str(tmp_path / "secret.png"), "link.png", "a\0b", "x" * 5000, "/dev/zero"):
+            answer = served.client.post("/v1/videos", json={"prompt": "a cat", **SIZE, "input_reference": path})
+            assert answer.status_code == 422, path
+    with serve(tmp_path / "other", presets=(I2V,)) as served:
+        answer = served.client.post("/v1/videos", json={"prompt": "a cat", **SIZE, "input_reference": "cat.png"})
+        assert answer.status_code == 422 and "--input_dir" in answer.json()["error"]["message"]
+
+
+@pytest.mark.parametrize(
+    "given",
+    [
+        "data:image/png;base64,!!!!",
+        "data:text/html;base64,AAAA",
+        "data:image/png;base64",
+        base64.b64encode(b"not a picture" * 10).decode(),
+        "file:///etc/passwd",
+        "ftp://example.org/a.png",
+        "http://127.0.0.1:1/a.png",
+    ],
+)
+def test_what_is_no_picture_is_refused_before_a_job_exists(served: Served, given: str) -> None:
+    answer = served.client.post("/v1/videos", json={"prompt": "a cat", **SIZE, "input_reference": given})
+    assert answer.status_code == 422, answer.text
+    assert not served.jobs.list()
+
+
+def test_loras_come_from_the_servers_folder_and_add_to_the_presets(tmp_path: Path) -> None:
+    folder = tmp_path / "loras"
+    folder.mkdir()
+    (folder / "style.safetensors").write_bytes(b"x")
+    with serve(tmp_path / "out", lora_dir=folder) as served:
+        id = served.submit(loras=[{"path": "style.safetensors", "name": "low_noise_model", "strength": 0.5}])
+        job = served.jobs.get(id)
+        assert job.request.loras[:-1] == job.config.lora_configs
+        added = job.request.loras[-1]
+        assert (added.expert, Path(added.path).name, added.strength) == ("low", "style.safetensors", 0.5)
+        assert served.jobs.get(served.submit("again")).request.loras is None
+        for path in ("../style.safetensors", "other.safetensors", str(folder / "style.safetensors"), ".."):
+            body = {"prompt": "a cat", **SIZE, "loras": [{"path": path}]}
+            assert served.client.post("/v1/videos", json=body).status_code == 422, path
+
+
+def test_ranges(served: Served) -> None:
+    id = served.submit()
+    served.end_of(id)
+    whole = served.client.get(f"/v1/videos/{id}/content").content
+    for wanted, part in (("bytes=2-5", whole[2:6]), ("bytes=-4", whole[-4:]), ("bytes=10-", whole[10:])):
+        answer = served.client.get(f"/v1/videos/{id}/content", headers={"Range": wanted})
+        assert answer.status_code == 206 and answer.content == part
+    assert served.client.get(f"/v1/videos/{id}/content", headers={"Range": "bytes=999999-"}).status_code == 416
+
+
+def test_lists_are_in_pages_the_newest_first(served: Served) -> None:
+    ids = [served.submit(f"number {n}") for n in range(5)]
+    first = served.client.get("/v1/videos?limit=2").json()
+    assert [video["id"] for video in first["data"]] == ids[:2:-1] and first["has_more"]
+    rest = served.client.get(f"/v1/videos?limit=10&after={first['last_id']}").json()
+    assert [video["id"] for video in rest["data"]] == ids[2::-1] and not rest["has_more"]
+    assert served.client.get("/v1/videos?after=nothing").json()["data"] == []
+
+
+def test_delete_cancels_what_runs_and_removes_what_is_over(tmp_path: Path) -> None:
+    garage = Garage(script={"hold": Script(hold=threading.Event())})
+    with serve(tmp_path, garage) as served:
+        id = served.submit("hold")
+        assert garage.started.wait(10)
+        first = served.client.delete(f"/v1/videos/{id}").json()
+        assert first["deleted"] is False
+        assert served.end_of(id)["status"] == "cancelled"
+        assert served.client.delete(f"/v1/videos/{id}").json()["deleted"] is True
+        assert served.client.get(f"/v1/videos/{id}").status_code == 404
+        done = served.submit(file_name="cat")
+        served.end_of(done)
+        assert len(list(tmp_path.glob(f"{done}.*"))) == 2
+        served.client.delete(f"/v1/videos/{done}")
+        assert not list(tmp_path.glob(f"{done}.*"))
+
+
+def test_jobs_belong_to_the_key_that_sent_them(tmp_path: Path) -> None:
+    with serve(tmp_path, keys=KEYS) as served:
+        alice, bob = ({"Authorization": f"Bearer {key}"} for key in KEYS)
+        body = {"prompt": "a secret", **SIZE, "client_id": "same", "file_name": "same.mp4"}
+        one, two = (served.client.post("/v1/videos", json=body, headers=who).json()["id"] for who in (alice, bob))
+        assert one != two
+        served.jobs.wait(one, 20)
+        for path in (
+            f"/v1/videos/{one}",
+            f"/v1/videos/{one}/content",
+            f"/v1/videos/{one}/events",
+            f"/v1/tasks/{one}/status",
+        ):
+            assert served.client.get(path, headers=alice).status_code == 200
+            assert served.client.get(path, headers=bob).status_code == 404
+        for method, path in (
+            ("DELETE", f"/v1/videos/{one}"),
+            ("POST", f"/v1/videos/{one}/requeue"),
+            ("DELETE", f"/v1/tasks/{one}"),
+        ):
+            assert served.client.request(method, path, headers=bob).status_code == 404
+        for path in ("/v1/videos", "/v1/tasks/", "/v1/service/status"):
+            assert one not in served.client.get(path, headers=bob).text
+        assert served.client.get("/v1/videos/same", headers=alice).json()["id"] == one
+        assert served.client.get("/v1/videos/same", headers=bob).json()["id"] == two
+
+
+def test_models_are_the_presets(served: Served) -> None:
+    assert [model["id"] for model in served.client.get("/v1/models").json()["data"]] == [T2V, I2V, BASE]
+    answer = served.client.post("/v1/videos", json={"prompt": "a cat", "model": "gpt"})
+    assert answer.status_code == 422 and T2V in answer.json()["error"]["message"]
