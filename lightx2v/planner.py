@@ -31,8 +31,11 @@ SLACK = 1.08
 RING = 3
 """Slots for streamed blocks: one in use, one full, one being filled."""
 
-CHUNK = 8192
-"""Tokens at once where memory is short: few enough to matter, enough to keep the device busy."""
+CHUNK = 16384
+"""Tokens in the feed-forward at once, as in models/dit.py."""
+
+HEAD = 128
+"""Channels of a head: its rotation is as many float32 values per token."""
 
 VAE_WEIGHTS = 126_900_000
 TEXT_BLOCKS = 24
@@ -95,8 +98,7 @@ class Wishes:
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Plan:
     """`resident_blocks` of one expert stay, `ring` slots take turns with the others. `together`: the experts keep their
-    device memory while the text encoder and the VAE run. `chunk` bounds the tokens in the DiT's token-wise layers.
-    `lazy`: weights stay on disk. `host_fits`: host memory has room for the experts. `bytes`: expected on the device,
+    device memory while the text encoder and the VAE run. `apart`: the prompts take turns in the whole DiT. `lazy`: weights stay on disk. `host_fits`: host memory has room for the experts. `bytes`: expected on the device,
     by stage.
     """
 
@@ -108,14 +110,20 @@ class Plan:
     together: bool = True
     tiling: bool = False
     tiling_allowed: bool = True
-    chunk: int | None = None
+    apart: bool = False
     lazy: bool = False
     host_fits: bool = True
     bytes: dict[str, int] = field(default_factory=dict)
     reason: str = ""
 
+    @property
+    def keep_text(self) -> bool:
+        """Whether the experts keep a prompt's keys and values from step to step. Making them takes less time than a
+        block's copy, so they are made anew where blocks are streamed."""
+        return self.mode != "stream"
+
     def to_json(self) -> dict[str, Any]:
-        names = ("mode", "resident_blocks", "text", "vae", "tiling", "chunk", "lazy", "bytes", "reason")
+        names = ("mode", "resident_blocks", "text", "vae", "tiling", "apart", "lazy", "bytes", "reason")
         return {name: getattr(self, name) for name in names}
 
     def lower(self, stage: Stage) -> Plan | None:
@@ -138,8 +146,8 @@ class Plan:
             return replace(self, mode="stream", resident_blocks=self.resident_blocks // 2)
         if self.resident_blocks:
             return replace(self, resident_blocks=self.resident_blocks // 2)
-        if self.chunk is None:
-            return replace(self, chunk=CHUNK)
+        if not self.apart:
+            return replace(self, apart=True)
         return replace(self, ring=2) if self.ring > 2 else None
 
 
@@ -173,20 +181,19 @@ def expert_bytes(model: Model) -> int:
     return block_bytes(model) * model.dit.num_layers + outside_bytes(model)
 
 
-def denoise_bytes(model: Model, need: Need, chunk: int | None = None) -> int:
+def denoise_bytes(model: Model, need: Need, *, apart: bool = False, keep_text: bool = True) -> int:
     """Activations at the peak of a block, and the prompts' keys and values; weights not counted.
 
-    Per token and channel: the residual in float32, one for each branch; then the normed input, queries, keys and two
-    float32 tensors while the keys are normed and turned; or the feed-forward's input and its two inner tensors. In
-    chunks queries, keys, values and the attention's output are whole, the rest is not.
+    Per token and channel: the residual in float32, one for each branch that is not `apart`; then the normed input,
+    queries, keys and values, or these without the input and with the attention's output. 8-bit products add their
+    input in 8 bits. The feed-forward goes by chunks: its input and two inner tensors.
     """
-    d, e = model.dit.dim, model.compute
-    residual = 4 * need.tokens * d * need.branches
-    part = need.tokens if chunk is None else min(chunk, need.tokens)
-    attention = part * (3 * e + 8) * d if chunk is None else need.tokens * 4 * d * e + part * (2 * e + 8) * d
-    feed_forward = part * (d + 2 * model.dit.ffn_dim) * e
-    text = need.branches * model.dit.num_layers * 2 * model.dit.text_len * d * e
-    return residual + max(attention, feed_forward) + text
+    d, e, branches = model.dit.dim, model.compute, 1 if apart else need.branches
+    attention = need.tokens * d * (4 * e + (model.weight < e))
+    feed_forward = min(CHUNK, need.tokens) * (d + 2 * model.dit.ffn_dim) * e
+    rotations = need.tokens * HEAD * 4
+    text = need.branches * model.dit.text_len * d * e * 2 * (model.dit.num_layers if keep_text else 1)
+    return 4 * need.tokens * d * branches + max(attention, feed_forward) + rotations + text
 
 
 def decode_bytes(model: Model, need: Need, *, tiling: bool = False) -> int:
@@ -216,7 +223,7 @@ def stage_bytes(plan: Plan, model: Model, need: Need) -> dict[str, int]:
     vae = model.vae if plan.vae != "resident" else 0
     work = {
         "text": 64 * 2**20,
-        "denoise": denoise_bytes(model, need, plan.chunk),
+        "denoise": denoise_bytes(model, need, apart=plan.apart, keep_text=plan.keep_text),
         "decode": decode_bytes(model, need, tiling=plan.tiling),
     }
     weights = {"text": beside + text, "denoise": staying + experts, "decode": beside + vae}
@@ -269,7 +276,7 @@ def _candidates(model: Model, wishes: Wishes, *, lazy: bool) -> list[Plan]:
     swap = replace(both, mode="swap", text="move", vae="move", lazy=lazy)
     stream = [replace(swap, mode="stream", resident_blocks=count) for count in range(layers - RING - 1, -1, -1)]
     least = replace(swap, mode="stream", resident_blocks=0)
-    small = [replace(least, chunk=CHUNK), replace(least, chunk=CHUNK, ring=2)]
+    small = [replace(least, apart=True), replace(least, apart=True, ring=2)]
     if wishes.cpu_offload is False:
         return [both]
     if wishes.cpu_offload is True:
@@ -299,7 +306,7 @@ def _reason(plan: Plan, model: Model, machine: Machine, *, fits: bool) -> str:
     more = [
         *(["the weights stay on disk"] if plan.lazy and plan.mode != "resident" else []),
         *(["the VAE works in tiles"] if plan.tiling else []),
-        *(["the DiT in chunks of tokens"] if plan.chunk else []),
+        *(["the prompts take turns"] if plan.apart else []),
     ]
     text = f"{free}: " + ", ".join([what, *more]) + "."
     return text if fits else text + " It may not be enough."

@@ -33,6 +33,33 @@ def test_rms_norm_without_gradients_is_torchs(dtype: torch.dtype) -> None:
     assert torch.equal(pointwise.rms_norm(x, weight, 1e-6), expected)
 
 
+@pytest.mark.parametrize("batch", [1, 2])
+def test_long_videos_go_through_in_pieces_with_the_same_numbers(monkeypatch: pytest.MonkeyPatch, batch: int) -> None:
+    x, weight, rotations = (
+        torch.randn(batch, 23, 48).bfloat16(),
+        torch.randn(48),
+        torch.randn(23, 1, 8).to(torch.cfloat),
+    )
+    wide, shift, scale = torch.randn(batch, 23, 48), torch.randn(batch, 48), torch.randn(batch, 48)
+
+    def results() -> list[torch.Tensor]:
+        with torch.no_grad():
+            turned = pointwise.norm_rotate(x.clone(), weight, 1e-6, rotations)
+            return [
+                turned,
+                pointwise.normed(x.clone(), weight, 1e-6),
+                pointwise.norm_modulate(wide, shift, scale, 1e-6, torch.bfloat16),
+                pointwise.layer_norm(wide, weight, shift[0], 1e-6, torch.bfloat16),
+            ]
+
+    whole = results()
+    monkeypatch.setattr(pointwise, "ROWS", 5)
+    assert all(torch.equal(got, expected) for got, expected in zip(results(), whole, strict=True))
+    x.requires_grad_()
+    again = pointwise.norm_rotate(x, weight, 1e-6, rotations)  # with gradients x stays as it is
+    assert again.requires_grad and torch.equal(again, whole[0])
+
+
 def test_rms_norm_of_zeros_is_zero() -> None:
     with torch.no_grad():
         assert torch.equal(pointwise.rms_norm(torch.zeros(1, 2, 8), torch.ones(8), 1e-6), torch.zeros(1, 2, 8))

@@ -40,7 +40,7 @@ class Pass:
     """What all blocks share during one forward.
 
     `groups` says which prompts the rows of each stream attend to. `modulation_B6D` has B = 1 when all rows share a
-    timestep. `chunk` bounds how many tokens go through the token-wise layers at once, None for all.
+    timestep. `chunk` bounds how many tokens go through the feed-forward at once.
     """
 
     modulation_B6D: Tensor
@@ -49,11 +49,11 @@ class Pass:
     self_attention: Attention
     cross_attention: Attention
     dtype: torch.dtype
-    chunk: int | None = None
+    chunk: int
 
     def slices(self, tokens: int) -> list[slice]:
-        """The pieces in which token-wise layers run. Only in-place work can be cut, so gradients get one piece."""
-        if self.chunk is None or torch.is_grad_enabled():
+        """The pieces of a stream after its self-attention. Only in-place work can be cut: gradients get one piece."""
+        if torch.is_grad_enabled():
             return [slice(0, tokens)]
         return [slice(start, min(start + self.chunk, tokens)) for start in range(0, tokens, self.chunk)]
 
@@ -130,22 +130,13 @@ class Block(nn.Module):
 
     def _attend(self, x_BLD: Tensor, shift_BD: Tensor, scale_BD: Tensor, gate_BD: Tensor, shared: Pass) -> Tensor:
         """x + gate·SelfAttention(LayerNorm(x)·(1 + scale) + shift)."""
-        attn, pieces = self.self_attn, shared.slices(x_BLD.shape[1])
-
-        def project(where: slice) -> tuple[Tensor, Tensor, Tensor]:
-            h_BLD = norm_modulate(x_BLD[:, where], shift_BD, scale_BD, self.eps, shared.dtype)
-            return attn.rotated(h_BLD, shared.rotations_L1P[where])
-
-        if len(pieces) == 1:
-            q_BLNH, k_BLNH, v_BLNH = project(pieces[0])
-        else:
-            shape = (*x_BLD.shape[:2], attn.num_heads, x_BLD.shape[2] // attn.num_heads)
-            q_BLNH, k_BLNH, v_BLNH = (x_BLD.new_empty(shape, dtype=shared.dtype) for _ in range(3))
-            for where in pieces:
-                q_BLNH[:, where], k_BLNH[:, where], v_BLNH[:, where] = project(where)
+        attn = self.self_attn
+        h_BLD = norm_modulate(x_BLD, shift_BD, scale_BD, self.eps, shared.dtype)
+        q_BLNH, k_BLNH, v_BLNH = attn.rotated(h_BLD, shared.rotations_L1P)
+        del h_BLD
         out_BLD = shared.self_attention(q_BLNH, k_BLNH, v_BLNH).flatten(2)
         del q_BLNH, k_BLNH, v_BLNH
-        return _whole(x_BLD, [add_gated(x_BLD[:, where], attn.o(out_BLD[:, where]), gate_BD) for where in pieces])
+        return add_gated(x_BLD, attn.o(out_BLD), gate_BD)
 
     def _keys_values(self, text: TextStates, index: int) -> tuple[Tensor, Tensor]:
         if text.kept is None or torch.is_grad_enabled():

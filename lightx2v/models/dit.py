@@ -27,6 +27,9 @@ from .rope import RotaryTable
 PATCH = 2
 """Height and width of a patch; in time a patch is one latent frame."""
 
+CHUNK = 16384
+"""Tokens in the feed-forward at once: its tensors then are smaller than the attention's, and a device is still full."""
+
 FLOAT32_PARTS = frozenset(
     {"modulation", "norm_q", "norm_k", "norm3", "patch_embedding", "time_embedding", "time_projection", "head"}
 )
@@ -142,9 +145,10 @@ class WanDiT(nn.Module):
     """`forward` is `embed`, the `blocks` and `finish`; offloading and parallelism wrap these from outside.
 
     `self_attention` and `cross_attention` may be replaced at any time. `chunk` bounds how many tokens go through the
-    token-wise layers at once: at 720p chunks of 4096 save 2.1 GiB for 2 % of time. Prompts of one forward share a
-    batch up to `stack_tokens` tokens (on two CPU cores 25 % faster at 64, 6 % at 576, equal at 2016); beyond it they
-    take turns in each block, which needs less memory. `split` shares the tokens with other processes; every process
+    feed-forward at once: its inner tensors would be a block's largest. Prompts of one forward share a batch up to
+    `stack_tokens` tokens (on two CPU cores 25 % faster at 64, 6 % at 576, equal at 2016); beyond it they take turns in
+    each block, or with `apart` in the whole forward, which needs memory for one only. `keep_text` is what `encode_text`
+    does if it is not told. `split` shares the tokens with other processes; every process
     gets the whole input and gives the whole velocity.
     """
 
@@ -156,7 +160,9 @@ class WanDiT(nn.Module):
         self.self_attention = self_attention
         self.cross_attention = cross_attention
         self.split: TokenSplit | None = None
-        self.chunk: int | None = None
+        self.chunk = CHUNK
+        self.apart = False
+        self.keep_text = True
         self.stack_tokens = 2048
         self.rotary = RotaryTable(config.head_dim)
         dim = config.dim
@@ -182,12 +188,12 @@ class WanDiT(nn.Module):
             parameter.data = parameter.data.to(parameter_dtype(name, compute))
         return self
 
-    def encode_text(self, context_LD: Tensor, *, keep: bool = True) -> TextStates:
+    def encode_text(self, context_LD: Tensor, *, keep: bool | None = None) -> TextStates:
         """A prompt's encoder states, padding left out, as this expert attends to them.
 
         `keep` keeps each block's keys and values of the prompt (200 kB per row in bf16 at full size) for later steps.
         """
-        return self._encode(context_LD.unsqueeze(0), keep=keep)
+        return self._encode(context_LD.unsqueeze(0), keep=self.keep_text if keep is None else keep)
 
     def _encode(self, context_BLD: Tensor, *, keep: bool) -> TextStates:
         padding = self.config.text_len - context_BLD.shape[1]
@@ -209,6 +215,9 @@ class WanDiT(nn.Module):
         condition_BCTHW = None if condition_CTHW is None else condition_CTHW.unsqueeze(0)
         x_BLD, rotations_L1P = self.embed(latents_BCTHW, condition_BCTHW)
         stack = x_BLD.shape[1] <= self.stack_tokens
+        if self.apart and not stack and len(text) > 1:
+            del x_BLD, rotations_L1P
+            return [self.forward(latents_CTHW, timestep, [one], condition_CTHW, cancel)[0] for one in text]
         groups = (tuple(text),) if stack else tuple((each,) for each in text)
         timesteps_B = torch.tensor([timestep], dtype=torch.float64).to(x_BLD.device)
         velocities = self._run(x_BLD, rotations_L1P, timesteps_B, groups, latents_BCTHW.shape, cancel)

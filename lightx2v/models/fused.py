@@ -42,14 +42,14 @@ def layer_norm(x_BLD: Tensor, weight_D: Tensor, bias_D: Tensor, eps: float, dtyp
     """LayerNorm(x)·weight + bias, rounded to `dtype`."""
     if kernels := _kernels(x_BLD):
         return kernels.layer_norm(x_BLD, weight_D[None], bias_D[None], eps, dtype)
-    return F.layer_norm(x_BLD, weight_D.shape, weight_D, bias_D, eps).to(dtype)
+    return pointwise.layer_norm(x_BLD, weight_D, bias_D, eps, dtype)
 
 
 def normed(x_BLD: Tensor, weight_D: Tensor, eps: float) -> Tensor:
     """RMSNorm over the whole width, in x's dtype."""
     if kernels := _kernels(x_BLD):
         return kernels.rms_norm_(x_BLD, weight_D, eps)
-    return pointwise.rms_norm(x_BLD, weight_D, eps).to(x_BLD.dtype)
+    return pointwise.normed(x_BLD, weight_D, eps)
 
 
 def norm_rotate(x_BLD: Tensor, weight_D: Tensor, eps: float, rotations_L1P: Tensor) -> Tensor:

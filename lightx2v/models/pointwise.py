@@ -1,7 +1,8 @@
 """The element-wise steps between the DiT's matrix products, all in float32 inside, each one function.
 
 They are memory-bound: `fused` puts one kernel in the place of each where a device has it. These here run everywhere,
-with gradients too, and are what the kernels are measured by.
+with gradients too, and are what the kernels are measured by. Without gradients, float32 copies of a long video's tokens
+are made ROWS at a time: rows do not depend on each other, so the numbers are the same.
 
 Legend: B batch (1 in the modulation when all rows share it), L tokens, D width, N heads, H head dim, P = H/2 pairs,
 F feed-forward width.
@@ -19,13 +20,41 @@ from ..weights.quant import LARGEST, SMALLEST_ROW
 from .rope import rotate
 
 
+ROWS = 4096
+"""Tokens with float32 copies at once: 84 MB at full width, where 720p's would take 1.5 GB."""
+
+
 def norm_modulate(x_BLD: Tensor, shift_BD: Tensor, scale_BD: Tensor, eps: float, dtype: torch.dtype) -> Tensor:
     """LayerNorm(x)·(1 + scale) + shift, rounded to `dtype` at the end."""
+    if dtype != x_BLD.dtype and (parts := _parts(x_BLD)):
+        out_BLD = torch.empty_like(x_BLD, dtype=dtype)
+        for where in parts:
+            out_BLD[:, where] = norm_modulate(x_BLD[:, where], shift_BD, scale_BD, eps, dtype)
+        return out_BLD
     if scale_BD.shape[0] == 1:
         # With one modulation for all rows it is a LayerNorm with this weight and bias: one pass instead of three.
         return F.layer_norm(x_BLD, x_BLD.shape[-1:], 1 + scale_BD[0], shift_BD[0], eps).to(dtype)
     normed = F.layer_norm(x_BLD, x_BLD.shape[-1:], None, None, eps)
     return torch.addcmul(shift_BD.unsqueeze(1), normed, 1 + scale_BD.unsqueeze(1)).to(dtype)
+
+
+def layer_norm(x_BLD: Tensor, weight_D: Tensor, bias_D: Tensor, eps: float, dtype: torch.dtype) -> Tensor:
+    """LayerNorm(x)·weight + bias, rounded to `dtype`."""
+    if dtype != x_BLD.dtype and (parts := _parts(x_BLD)):
+        out_BLD = torch.empty_like(x_BLD, dtype=dtype)
+        for where in parts:
+            out_BLD[:, where] = layer_norm(x_BLD[:, where], weight_D, bias_D, eps, dtype)
+        return out_BLD
+    return F.layer_norm(x_BLD, weight_D.shape, weight_D, bias_D, eps).to(dtype)
+
+
+def normed(x_BLD: Tensor, weight_D: Tensor, eps: float) -> Tensor:
+    """RMSNorm over the whole width, in x's dtype. Without gradients x may be overwritten."""
+    if parts := _parts(x_BLD):
+        for where in parts:
+            x_BLD[:, where] = normed(x_BLD[:, where], weight_D, eps)
+        return x_BLD
+    return rms_norm(x_BLD, weight_D, eps).to(x_BLD.dtype)
 
 
 def rms_norm(x_BLD: Tensor, weight_D: Tensor, eps: float) -> Tensor:
@@ -39,10 +68,25 @@ def rms_norm(x_BLD: Tensor, weight_D: Tensor, eps: float) -> Tensor:
 
 
 def norm_rotate(x_BLD: Tensor, weight_D: Tensor, eps: float, rotations_L1P: Tensor) -> Tensor:
-    """RMSNorm over the whole width, then the rotary position of every head; (B, L, N, H) in x's dtype."""
+    """RMSNorm over the whole width, then the rotary position of every head; (B, L, N, H) in x's dtype.
+
+    Without gradients x may be overwritten.
+    """
     head_dim = 2 * rotations_L1P.shape[-1]
+    if parts := _parts(x_BLD):
+        for where in parts:
+            x_BLD[:, where] = norm_rotate(x_BLD[:, where], weight_D, eps, rotations_L1P[where]).flatten(2)
+        return x_BLD.unflatten(-1, (-1, head_dim))
     normed = rms_norm(x_BLD, weight_D, eps).unflatten(-1, (-1, head_dim))
     return rotate(normed, rotations_L1P).to(x_BLD.dtype)
+
+
+def _parts(x_BLD: Tensor) -> list[slice]:
+    """Pieces of the tokens; none where all go at once."""
+    tokens = x_BLD.shape[1]
+    if tokens <= ROWS or torch.is_grad_enabled():
+        return []
+    return [slice(start, min(start + ROWS, tokens)) for start in range(0, tokens, ROWS)]
 
 
 def gelu(x_BLF: Tensor) -> Tensor:

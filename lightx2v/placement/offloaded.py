@@ -97,7 +97,7 @@ class Offloaded:
     @contextmanager
     def expert(self, which: Which, then: Which | None = None) -> Iterator[WanDiT]:
         dit = self._experts[which]
-        dit.chunk = self._plan.chunk
+        dit.apart, dit.keep_text = self._plan.apart, self._plan.keep_text
         shuttle = self._shuttles.get("experts")
         if shuttle is None:
             yield dit
@@ -197,7 +197,7 @@ class Offloaded:
                 text=PARTS[max(PARTS.index(plan.text), PARTS.index(low.text))],
                 together=plan.together and low.together,
                 tiling=plan.tiling or low.tiling,
-                chunk=plan.chunk or low.chunk,
+                apart=plan.apart or low.apart,
             )
         carried = "experts" in self._shuttles
         plan = replace(plan, lazy=bool(self._readers))
@@ -250,6 +250,6 @@ def describe(plan: Plan) -> str:
         *(["the text encoder in host memory"] if plan.text != "resident" else []),
         *(["no expert on the device beside the VAE"] if not plan.together else []),
         *(["the VAE in tiles"] if plan.tiling else []),
-        *(["tokens in chunks"] if plan.chunk else []),
+        *(["the prompts one after the other"] if plan.apart else []),
     ]
     return ", ".join([words, *more])

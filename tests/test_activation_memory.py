@@ -1,0 +1,105 @@
+"""Counted memory against the memory that a forward of the real size takes: run on the meta device, where tensors have
+sizes and no bytes, and every storage that an operation makes is watched until it is let go."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import nullcontext
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch.multiprocessing.reductions import StorageWeakRef
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from lightx2v.estimate import DiTShape
+from lightx2v.models import fused
+from lightx2v.models.dit import CHUNK, DiTConfig, WanDiT, parameter_dtype
+from lightx2v.models.quant_linear import swap_linears
+from lightx2v.planner import CHUNK as COUNTED_CHUNK
+from lightx2v.planner import GIB, Model, Need, denoise_bytes
+from lightx2v.weights.quant import is_expert_matrix
+
+LAYERS = 2
+SHAPES = {"720p": (16, 21, 90, 160), "480p": (16, 21, 60, 104), "480p, 33 frames": (16, 9, 60, 104)}
+BF16 = Model(dit=DiTShape(num_layers=LAYERS))
+
+
+class Watch(TorchDispatchMode):
+    """The largest sum of bytes of the storages that operations made and that were alive at the same time."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.alive: dict[int, tuple[StorageWeakRef, int]] = {}
+        self.peak = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        made = func(*args, **(kwargs or {}))
+        given = {leaf.untyped_storage()._cdata for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)}
+        self.alive = {key: entry for key, entry in self.alive.items() if not entry[0].expired()}
+        for leaf in tree_leaves(made):
+            if isinstance(leaf, Tensor):
+                storage = leaf.untyped_storage()
+                if storage._cdata not in given and storage._cdata not in self.alive:
+                    self.alive[storage._cdata] = (StorageWeakRef(storage), storage.nbytes())
+        self.peak = max(self.peak, sum(size for _, size in self.alive.values()))
+        return made
+
+
+def in_place() -> SimpleNamespace:
+    """Kernels that need the memory of ours."""
+    return SimpleNamespace(
+        layer_norm=lambda x, weight, bias, eps, dtype: torch.empty_like(x, dtype=dtype),
+        rms_norm_=lambda x, weight, eps: x,
+        norm_rotate_=lambda x, weight, eps, rotations: x.unflatten(-1, (-1, 2 * rotations.shape[-1])),
+        add_gated_=lambda x, y, gate: x,
+    )
+
+
+@pytest.fixture(params=["plain", "fused"])
+def kernels(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
+    monkeypatch.setattr(torch, "autocast", lambda *_, **__: nullcontext())  # the meta device has none
+    if request.param == "fused":
+        monkeypatch.setattr(fused, "_kernels", lambda x: in_place())
+    yield request.param
+
+
+def peak(shape: tuple[int, ...], branches: int, *, apart: bool, keep_text: bool, quantised: bool = False) -> int:
+    with torch.device("meta"):
+        dit = WanDiT(DiTConfig(num_layers=LAYERS), self_attention=lambda q, k, v: torch.empty_like(q)).eval()
+        dit.requires_grad_(False).cast(torch.bfloat16)
+        if quantised:
+            names = [name for name, p in dit.named_parameters() if is_expert_matrix(name, tuple(p.shape))]
+            swap_linears(dit, dict.fromkeys(names, torch.float8_e4m3fn))
+            for name, parameter in dit.named_parameters():
+                if name.endswith("bias"):
+                    parameter.data = parameter.data.to(parameter_dtype(name, torch.bfloat16))
+        latents, prompt = torch.empty(shape), torch.empty(512, 4096)
+    dit.cross_attention = lambda q, k, v: torch.empty_like(q)
+    dit.apart, dit.keep_text = apart, keep_text
+    with torch.inference_mode(), Watch() as watch:
+        dit(latents, 900.0, [dit.encode_text(prompt) for _ in range(branches)])
+    return watch.peak
+
+
+@pytest.mark.parametrize(
+    ("size", "branches", "apart"),
+    [("720p", 1, False), ("720p", 2, False), ("720p", 2, True), ("480p", 2, False), ("480p, 33 frames", 2, False)],
+)
+def test_a_forward_takes_what_is_counted(kernels: str, size: str, branches: int, apart: bool) -> None:
+    counted = denoise_bytes(BF16, Need.of(SHAPES[size], guided=branches == 2), apart=apart, keep_text=not apart)
+    taken = peak(SHAPES[size], branches, apart=apart, keep_text=not apart)
+    assert 0.97 * counted <= taken <= 1.02 * counted, (taken / GIB, counted / GIB)
+
+
+def test_8_bit_weights_that_are_widened_take_no_more_than_is_counted(kernels: str) -> None:
+    counted = denoise_bytes(Model(dit=BF16.dit, weight=1), Need.of(SHAPES["720p"], guided=True))
+    taken = peak(SHAPES["720p"], 2, apart=False, keep_text=True, quantised=True)
+    assert 0.9 * counted <= taken <= counted
+
+
+def test_planner_and_model_agree_on_the_chunk() -> None:
+    assert CHUNK == COUNTED_CHUNK
