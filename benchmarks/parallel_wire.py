@@ -29,16 +29,17 @@ def formula(tokens: int, width: int, layers: int, size: int, itemsize: int) -> f
 @torch.inference_mode()
 def count(shape: tuple[int, int, int], heads: int, layers: int) -> None:
     """One forward of a small DiT over all processes; rank 0 prints what each of them sent."""
-    from lightx2v.parallel.world import join
+    from lightx2v.parallel.meet import join
+    from lightx2v.parallel.mesh import Mesh
 
     environment = Environment.read()
     size = environment.world_size or 1
     world = join(environment)
-    mesh = world.mesh(1, size)
+    mesh = Mesh(world, 1, size)
     torch.manual_seed(0)
     config = DiTConfig(dim=16 * heads, ffn_dim=32 * heads, text_dim=64, num_heads=heads, num_layers=layers)
     dit = WanDiT(config).eval().to(world.device)
-    dit.split = mesh.sequence
+    dit.split = mesh.split(1)
     latents = torch.randn(16, *shape, device=world.device)
     dit(latents, 500.0, [dit.encode_text(torch.randn(8, 64, device=world.device))])
     sent = world.wire.gather_json(mesh.sent.get("seq", {}))

@@ -8,7 +8,7 @@ no linear layer (biases, norms, modulation, the patch embedding) is small: its o
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -26,6 +26,7 @@ from .models.quant_linear import QuantLinear
 from .request import LoraSpec
 from .weights.build import ModelWeights
 from .weights.lora import Lora, LoraReport, match_lora, noise_level
+from .weights.stream import TensorStream
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -83,6 +84,7 @@ class ExpertLoras:
         loras: Sequence[Lora],
         config: EngineConfig,
         device: torch.device | None = None,
+        through: Callable[[TensorStream], TensorStream] = iter,
     ) -> None:
         """`dit` was loaded from `weights.with_loras(loras)`, or from `weights` where LoRAs are dynamic.
 
@@ -90,7 +92,7 @@ class ExpertLoras:
         """
         self.which: Which = which
         self._dit, self._weights, self._config = dit, weights, config
-        self._device = device
+        self._device, self._through = device, through
         self._merged: list[Lora] = []
         self._hooks: list[torch.utils.hooks.RemovableHandle] = []
         self._kept: dict[str, Tensor] = {}
@@ -127,9 +129,9 @@ class ExpertLoras:
     def _merge(self, loras: list[Lora]) -> None:
         touched = {name for lora in (*self._merged, *loras) for name in lora.patches}
         try:
-            self._overwrite(self._weights.with_loras(loras).tensors(touched))
+            self._overwrite(self._through(self._weights.with_loras(loras).tensors(touched)))
         except BaseException:
-            self._overwrite(self._weights.with_loras(self._merged).tensors(touched))
+            self._overwrite(self._through(self._weights.with_loras(self._merged).tensors(touched)))
             raise
         self._merged = loras
 
@@ -141,16 +143,35 @@ class ExpertLoras:
 
     def _attach(self, loras: Sequence[Lora]) -> None:
         """The new side branches and small tensors are made first, then everything is exchanged."""
+        branches: dict[str, dict[str, Tensor]] = {}
+        changed: dict[str, Tensor] = {}
+        for key, tensor in self._through(self._additions(loras)):
+            name, _, part = key.partition("|")
+            if part:
+                branches.setdefault(name, {})[part] = tensor
+            else:
+                changed[name] = tensor
+        self._detach()
+        for name, total in changed.items():
+            parameter = self._dit.get_parameter(name)
+            self._kept[name] = parameter.detach().clone()
+            parameter.copy_(total)
+        self._hooks = [
+            self._dit.get_submodule(name.rpartition(".")[0]).register_forward_hook(_side_branch(**parts))
+            for name, parts in branches.items()
+        ]
+
+    def _additions(self, loras: Sequence[Lora]) -> Iterator[tuple[str, Tensor]]:
+        """What these LoRAs add: of a linear layer's weight "name|down" and "name|up" or "name|delta", of anything else
+        its new value."""
         layers: dict[str, list[Lora]] = {}
         for lora in loras:
             for name in lora.patches:
                 layers.setdefault(name, []).append(lora)
-        branches: list[tuple[nn.Module, Callable[..., Tensor]]] = []
-        changed: dict[str, Tensor] = {}
         for name, group in layers.items():
             owner = self._dit.get_submodule(name.rpartition(".")[0]) if "." in name else self._dit
             if name.endswith(".weight") and isinstance(owner, nn.Linear | QuantLinear):
-                branches.append((owner, self._branch(name, group, owner)))
+                yield from self._branch(name, group, owner)
                 continue
             parameter = self._dit.get_parameter(name)
             if parameter.is_meta:
@@ -161,13 +182,7 @@ class ExpertLoras:
             total = self._kept.get(name, parameter).detach().float().clone()
             for lora in group:
                 lora.add_to(name, total)
-            changed[name] = total
-        self._detach()
-        for name, total in changed.items():
-            parameter = self._dit.get_parameter(name)
-            self._kept[name] = parameter.detach().clone()
-            parameter.copy_(total)
-        self._hooks = [owner.register_forward_hook(branch) for owner, branch in branches]
+            yield name, total
 
     def _detach(self) -> None:
         for hook in self._hooks:
@@ -177,8 +192,8 @@ class ExpertLoras:
             self._dit.get_parameter(name).copy_(original)
         self._kept.clear()
 
-    def _branch(self, name: str, loras: Sequence[Lora], layer: nn.Linear | QuantLinear) -> Callable[..., Tensor]:
-        """A forward hook that adds x · (Σ up · down)^T to the layer's output; several LoRAs become one pair."""
+    def _branch(self, name: str, loras: Sequence[Lora], layer: nn.Linear | QuantLinear) -> Iterator[tuple[str, Tensor]]:
+        """The matrices of Σ up · down, in which several LoRAs become one pair."""
         device = self._device or layer.weight.device
         dtype = self._dit.compute_dtype if isinstance(layer, QuantLinear) else layer.weight.dtype
         downs, ups, whole = [], [], None
@@ -190,15 +205,23 @@ class ExpertLoras:
             else:
                 downs.append(pair[0])
                 ups.append(pair[1])
-        down_RI = torch.cat(downs).to(device, dtype) if downs else None
-        up_RO = torch.cat(ups, dim=1).t().contiguous().to(device, dtype) if ups else None
-        delta_OI = None if whole is None else whole.to(device, dtype)
+        if downs:
+            yield f"{name}|down", torch.cat(downs).to(device, dtype)
+            yield f"{name}|up", torch.cat(ups, dim=1).t().contiguous().to(device, dtype)
+        if whole is not None:
+            yield f"{name}|delta", whole.to(device, dtype)
 
-        def add_branch(module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor:
-            x = inputs[0].to(dtype)
-            if down_RI is not None and up_RO is not None:
-                rows_MR = F.linear(x, down_RI).flatten(0, -2)
-                output.view(-1, output.shape[-1]).addmm_(rows_MR, up_RO)
-            return output if delta_OI is None else output.add_(F.linear(x, delta_OI))
 
-        return add_branch
+def _side_branch(
+    down: Tensor | None = None, up: Tensor | None = None, delta: Tensor | None = None
+) -> Callable[..., Tensor]:
+    """A forward hook that adds x · (Σ up · down)^T to a layer's output."""
+
+    def add_branch(module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor:
+        x = inputs[0]
+        if down is not None and up is not None:
+            rows_MR = F.linear(x.to(down.dtype), down).flatten(0, -2)
+            output.view(-1, output.shape[-1]).addmm_(rows_MR, up)
+        return output if delta is None else output.add_(F.linear(x.to(delta.dtype), delta))
+
+    return add_branch

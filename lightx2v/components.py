@@ -19,7 +19,7 @@ from .models.dit import DiTConfig, WanDiT, parameter_dtype
 from .models.quant_linear import swap_linears
 from .models.umt5 import TextEncoder
 from .models.vae import VAEConfig, WanVAE
-from .parallel.world import Mesh
+from .parallel.mesh import Mesh
 from .progress import CancelToken
 from .weights.build import ModelWeights
 from .weights.checkpoint import open_checkpoint

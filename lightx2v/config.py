@@ -59,6 +59,9 @@ class Environment:
     """How many of them are on this machine."""
     restart: int = 0
     """How often torchrun has started them again."""
+    by_torchrun: bool = False
+    port: int = 29500
+    """Where they meet if they were started by something else."""
 
     @classmethod
     def read(cls, variables: Mapping[str, str] | None = None) -> Environment:
@@ -72,9 +75,12 @@ class Environment:
             "world_size": "WORLD_SIZE",
             "local_world_size": "LOCAL_WORLD_SIZE",
             "restart": "TORCHELASTIC_RESTART_COUNT",
+            "by_torchrun": "TORCHELASTIC_USE_AGENT_STORE",
+            "port": "MASTER_PORT",
         }
         found: dict[str, Any] = {key: variables[name] for key, name in names.items() if variables.get(name)}
-        for key in ("rank", "local_rank", "world_size", "local_world_size", "restart"):
+        found["by_torchrun"] = found.get("by_torchrun") == "True"
+        for key in ("rank", "local_rank", "world_size", "local_world_size", "restart", "port"):
             if key in found:
                 if not found[key].isdecimal() or len(found[key]) > 6:
                     raise ConfigError(
@@ -89,10 +95,10 @@ class Environment:
         return (self.world_size or 1) > 1
 
     def stay_local(self) -> None:
-        """On one machine the processes talk over loopback, whatever its name resolves to."""
-        if self.local_world_size == self.world_size and sys.platform == "linux":
+        """The processes are on one machine and talk over loopback, whatever its name resolves to."""
+        if sys.platform == "linux":
             for library in ("GLOO", "NCCL"):
-                os.environ.setdefault(f"{library}_SOCKET_IFNAME", "lo")
+                os.environ[f"{library}_SOCKET_IFNAME"] = "lo"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

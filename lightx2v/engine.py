@@ -22,7 +22,9 @@ from .errors import OutOfMemory
 from .models.dit import DiTConfig
 from .models.preview import Preview
 from .offload import USUAL, Placement, Resident, offloaded, planner_for
-from .parallel.world import Mesh, World, join
+from .parallel.meet import join
+from .parallel.mesh import Mesh
+from .parallel.world import World
 from .placement.offloaded import describe
 from .progress import CancelToken, Meter, OnProgress
 from .prompts import PromptCache
@@ -68,9 +70,9 @@ def load_engine(
         return load_here(config, None, preset, on_progress, cancel)
     config, preset = world.agree_on_model(config, preset)
     with world.together():
-        layout = config.parallel or ParallelConfig.for_world(world.size, enable_cfg=False)
-        config = replace(config, parallel=layout)
-        mesh = world.mesh(layout.cfg_p_size, layout.seq_p_size)
+        # Unguided steps are shared by all processes in any layout, so this one suits every request.
+        layout = config.parallel or ParallelConfig.for_world(world.size, enable_cfg=True)
+        mesh = Mesh(world, layout.cfg_p_size, layout.seq_p_size)
         return load_here(config, mesh, preset, on_progress, cancel)
 
 

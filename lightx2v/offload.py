@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import replace
 from typing import Any, Protocol
@@ -34,7 +34,7 @@ from .models.dit import DiTConfig, WanDiT
 from .models.tiling import Tiling
 from .models.umt5 import TextEncoder
 from .models.vae import WanVAE
-from .parallel.world import Mesh
+from .parallel.mesh import Mesh
 from .placement.copies import Copies, copies_for
 from .placement.offloaded import Offloaded
 from .placement.piece import Reader
@@ -44,6 +44,7 @@ from .request import LoraSpec
 from .weights.build import ModelWeights
 from .weights.checkpoint import open_checkpoint
 from .weights.locate import ModelFiles
+from .weights.stream import TensorStream
 
 log = logging.getLogger("lightx2v.offload")
 
@@ -116,18 +117,18 @@ class Resident:
         at_text, at_expert = (replace(precision, device=home or precision.device) for home in (text_home, expert_home))
         self._experts: dict[Which, WanDiT] = {}
         self._loras: dict[Which, ExpertLoras] = {}
+        through = iter if mesh is None else mesh.world.stream  # of several processes rank 0 reads, here as well
         for which in ("high", "low"):
             weights = expert_weights(files, which, config)
             loras = match_loras(config.lora_configs, which, weights, config)
             used = weights if ExpertLoras.dynamic(weights, config) else weights.with_loras(loras)
             if lazy:
                 dit = build_expert(files, used, self_attention, cross_attention)
-                self.readers[which] = _reader(used, at_expert)
+                self.readers[which] = _reader(used, at_expert, through)
             else:
                 dit = load_expert(files, used, at_expert, self_attention, cross_attention, cancel, mesh)
-            dit.split = None if mesh is None else mesh.sequence
             self._experts[which] = dit
-            self._loras[which] = ExpertLoras(dit, which, weights, loras, config, precision.device)
+            self._loras[which] = ExpertLoras(dit, which, weights, loras, config, precision.device, through)
         if self._experts["high"].config != self._experts["low"].config:
             raise CheckpointError(
                 "The two experts have different architectures. Use the high-noise and low-noise files of one model."
@@ -183,9 +184,9 @@ class Resident:
         self._loras.clear()
 
 
-def _reader(weights: ModelWeights, precision: Precision) -> Reader:
+def _reader(weights: ModelWeights, precision: Precision, through: Callable[[TensorStream], TensorStream]) -> Reader:
     dtype_of = expert_dtypes(precision)
-    return lambda names: weights.tensors(names, dtype_of=dtype_of)
+    return lambda names: through(weights.tensors(names, dtype_of=dtype_of))
 
 
 def planner_for(

@@ -25,7 +25,8 @@ from .engine import Engine, free_memory, load_engine, within_memory
 from .engine_config import EngineConfig
 from .errors import Busy, ConfigError, GroupFailed, LightX2VError
 from .media import check_output_path
-from .parallel.world import LEAVE, join
+from .parallel.meet import join
+from .parallel.world import CLOSE, LEAVE
 from .progress import CancelToken, OnProgress
 from .request import LoraSpec, Request
 from .result import Result
@@ -322,7 +323,7 @@ class LightX2VPipeline:
                 if what == "load":
                     if pipe is not None:
                         pipe.close()
-                    pipe = None
+                        pipe = None
                     pipe = cls.from_config(EngineConfig.from_json(content["config"]), preset=content["preset"])
                 elif what == "run" and pipe is not None:
                     pipe.run(Request.from_json(content))
@@ -330,6 +331,9 @@ class LightX2VPipeline:
                     pipe.switch_lora([])
                 else:
                     world.skip()
+                    if what == CLOSE and pipe is not None:
+                        pipe.close()
+                        pipe = None
             except GroupFailed:
                 raise
             except LightX2VError as error:
@@ -348,6 +352,8 @@ class LightX2VPipeline:
         """Frees the model. The pipeline may then load another one."""
         self._loras = None
         if self._engine is not None:
+            if self._engine.mesh is not None and self._engine.mesh.world.leads:
+                self._engine.mesh.world.tell(CLOSE)
             self._engine.placement.close()
             self._engine = None
             free_memory()

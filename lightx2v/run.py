@@ -25,8 +25,8 @@ from .image import load_image
 from .media import VideoWriter
 from .models.block import TextStates
 from .models.vae import WanVAE
+from .parallel.mesh import SharedCancel
 from .parallel.rows import Rows
-from .parallel.world import SharedCancel
 from .planner import Need, Stage
 from .progress import CancelToken, Meter, OnProgress, Timings
 from .request import Request
@@ -54,6 +54,8 @@ class Run:
         self.mesh = engine.mesh
         self.asked = cancel or CancelToken()
         self.cancel = self.asked if self.mesh is None else SharedCancel(self.mesh.world.wire, self.asked)
+        if self.mesh is not None:
+            self.mesh.count_anew()
         self.failure: LightX2VError | None = None
         self.warnings: list[str] = []
         self.tokens: dict[str, int] = {}
@@ -158,26 +160,34 @@ class Run:
         if request.task == "t2v" or request.image_path is None:
             return None
         with self.meter.stage("image"):
-            first = load_image(request.image_path)
-            last = load_image(request.last_frame_path) if request.last_frame_path else None
-            first_CHW, last_CHW = prepare_pictures(
-                first, last, height=request.height, width=request.width, mode=request.resize_mode
-            )
+            pictures = self.pictures() if self.mesh is None else self.mesh.world.stream(self.pictures())
+            first_CHW, *more = [picture_CHW.to(self.device) for _, picture_CHW in pictures]
             bands = self.bands(first_CHW.shape[1] // 8)
             with self.placement.vae() as vae:
-                if last_CHW is not None:
-                    last_CHW = last_CHW.to(self.device)
                 condition = encode_pictures(
                     vae,
                     request.frames,
-                    first_CHW.to(self.device),
-                    last_CHW,
+                    first_CHW,
+                    more[0] if more else None,
                     tiling=self.placement.tiling,
                     bands=bands,
                     cancel=self.cancel,
                 )
             self.meter.emit("image", 1, 1)
         return condition
+
+    def pictures(self) -> Iterator[tuple[str, Tensor]]:
+        """First and last frame as the model sees them, read from their files."""
+        request = self.request
+        assert request.image_path is not None
+        first = load_image(request.image_path)
+        last = load_image(request.last_frame_path) if request.last_frame_path else None
+        first_CHW, last_CHW = prepare_pictures(
+            first, last, height=request.height, width=request.width, mode=request.resize_mode
+        )
+        yield "first", first_CHW
+        if last_CHW is not None:
+            yield "last", last_CHW
 
     def bands(self, height: int) -> Rows | None:
         """How the VAE's pictures are split over the processes; not where one of them works in tiles."""
@@ -200,6 +210,7 @@ class Run:
         def velocity(expert: Which, latents: Tensor, timestep: float, step: int) -> Tensor:
             following = schedule.experts[step + 1] if step + 1 < schedule.steps else None
             with self.placement.expert(expert, following) as dit:
+                dit.split = None if mesh is None else mesh.split(1 + guides[expert])
                 if expert not in states:
                     states.clear()  # the other expert's keys and values are not needed again
                     used = list(contexts if guides[expert] else contexts[:1])

@@ -45,7 +45,7 @@ class Ulysses:
         rows = torch.cat([part.reshape(-1, 3, batch, width) for part in packed.split(heads, dim=1)])
         del packed
         q_BLnH, k_BLnH, v_BLnH = wire.swap(rows, out, back).unflatten(0, (tokens, mine)).permute(2, 3, 0, 1, 4)
-        out_BLnH = attention(q_BLnH, k_BLnH, v_BLnH)
+        out_BLnH = attention(q_BLnH, k_BLnH, v_BLnH) if mine else v_BLnH
         del rows, q_BLnH, k_BLnH, v_BLnH
         rows = wire.swap(out_BLnH.permute(1, 2, 0, 3).reshape(-1, batch, width), back, out)
         parts = [part.view(local, count, batch, width) for part, count in zip(rows.split(out), heads, strict=True)]

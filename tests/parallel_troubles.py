@@ -1,0 +1,202 @@
+"""What goes wrong on one of several processes: mistakes, cancelling, errors, kills. Run by the parallel tests."""
+
+from __future__ import annotations
+
+import os
+import signal
+import time
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from parallel_runs import digest, requests_of
+
+from lightx2v.config import Environment
+from lightx2v.engine_config import EngineConfig, ParallelConfig
+from lightx2v.errors import LightX2VError
+from lightx2v.jobs import JobManager
+from lightx2v.models.dit import WanDiT
+from lightx2v.models.vae import WanVAE
+from lightx2v.parallel import watch
+from lightx2v.parallel.meet import join
+from lightx2v.pipeline import LightX2VPipeline
+from lightx2v.progress import CancelToken, Progress
+from lightx2v.request import LoraSpec, Request
+from lightx2v.weights import stream
+
+
+def mistakes(root: str) -> list[Any]:
+    """What people do wrong, and cancelling: it ends the same way on both processes, and the next run is as ever."""
+    config, request = requests_of(Path(root))["base"]
+    picture_config, pictured = requests_of(Path(root))["i2v"]
+    ends: list[Any] = []
+    rank = Environment.read().rank
+
+    def attempt(request: Request, **more: Any) -> None:
+        try:
+            ends.append(digest(pipe.run(request, return_latents=True, **more).latents))
+        except LightX2VError as error:
+            ends.append([type(error).__name__, str(error)])
+
+    def cancelled(stage: str, step: int, who: int, request: Request = request) -> None:
+        """Process `who` asks to stop where it is told of this step; notes the last step of denoising here."""
+        token, steps = CancelToken(), [-1]
+
+        def seen(event: Progress) -> None:
+            if event.stage == "denoise":
+                steps.append(event.step)
+            if (event.stage, event.step, rank) == (stage, step, who):
+                token.cancel()
+
+        attempt(request, cancel=token, on_progress=seen)
+        ends[-1].append(steps[-1])
+
+    stopped = CancelToken()
+    if rank == 0:
+        stopped.cancel()
+    small = replace(config, parallel=ParallelConfig(seq_p_size=2), max_tokens=80)
+    try:
+        LightX2VPipeline.from_config(small, cancel=stopped)
+    except LightX2VError as error:
+        ends.append(type(error).__name__)
+    with LightX2VPipeline.from_config(small) as pipe:
+        attempt(request)
+        attempt(replace(request, frames=9) if rank == 0 else request)
+        attempt(request, save_result_path=Path(root) / "no folder" / "x.mp4")
+        cancelled("text", 1, 0)
+        cancelled("denoise", 0, 1)
+        cancelled("denoise", 2, 0)
+        cancelled("denoise", 1, 1)
+        cancelled("decode", 1, 0)
+        attempt(replace(request, loras=(LoraSpec(expert="high", path="missing.safetensors"),)))
+        attempt(request)
+        attempt(replace(request, seed=-1))
+    with LightX2VPipeline.from_config(picture_config) as pipe:
+        attempt(replace(pictured, image_path=str(Path(root) / "no picture.png")))
+        attempt(pictured)
+    try:
+        LightX2VPipeline.from_config(replace(config, parallel=ParallelConfig(seq_p_size=4)))
+    except LightX2VError as error:
+        ends.append([type(error).__name__, str(error)])
+    return ends
+
+
+def starved(root: str, everybody: bool) -> list[Any]:
+    """Memory runs out in a step, on both processes or on one; then a video is made."""
+    config, request = requests_of(Path(root))["base"]
+    ends: list[Any] = []
+    with LightX2VPipeline.from_config(config) as pipe:
+        if everybody or Environment.read().rank == 1:
+            fail_at(WanDiT, "forward", 2, starve)
+        for _ in range(2):
+            try:
+                pipe.run(request)
+                ends.append("made")
+            except LightX2VError as error:
+                ends.append(type(error).__name__)
+    return ends
+
+
+def failing(root: str, how: str, where: str, who: int) -> None:
+    """Process `who` fails in the middle of what all do together, or while the others wait for a command."""
+    config, request = requests_of(Path(root))["base"]
+    watch.SILENCE = 5.0  # not 15, so that the test is not that long
+    means = {"raise": bug, "kill": kill, "stop": stop, "starve": starve, "exit": leave}[how]
+    if Environment.read().rank == who:
+        if where == "meet":
+            means()
+        if where in ("load", "denoise", "decode"):
+            owner, name, times = {
+                "load": (stream, "_place", 3),
+                "denoise": (WanDiT, "forward", 2),
+                "decode": (WanVAE, "_denormalise", 1),
+            }[where]
+            fail_at(owner, name, times, means)
+    if where == "idle":
+        world = join(Environment.read())
+        if world.rank == who:
+            means()
+        if world.leads:
+            time.sleep(60)
+        LightX2VPipeline.follow()
+        return
+    with LightX2VPipeline.from_config(config) as pipe:
+        pipe.run(request)
+
+
+def fail_at(owner: Any, name: str, times: int, means: Callable[[], None]) -> None:
+    """The `times`th call fails."""
+    real, calls = getattr(owner, name), []
+
+    def failing(*arguments: Any, **more: Any) -> Any:
+        calls.append(1)
+        if len(calls) == times:
+            means()
+        return real(*arguments, **more)
+
+    setattr(owner, name, failing)
+
+
+def bug() -> None:
+    raise ValueError("nobody thought of this")
+
+
+def starve() -> None:
+    raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB")
+
+
+def kill() -> None:
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def stop() -> None:
+    os.kill(os.getpid(), signal.SIGSTOP)
+
+
+def leave() -> None:
+    raise SystemExit(0)
+
+
+def queue(root: str) -> None:
+    """Rank 0 works on a queue. The first time, process 1 is killed in the second job; the group is started again."""
+    environment = Environment.read()
+    if environment.rank and not environment.restart:
+        fail_at(WanDiT, "forward", 5, kill)
+    if LightX2VPipeline.follow():
+        return
+    config, request = requests_of(Path(root))["base"]
+
+    def open_engine(config: EngineConfig, **more: Any) -> LightX2VPipeline:
+        return LightX2VPipeline.from_config(config, **more)
+
+    manager = JobManager(open_engine, Path(root) / "queue")
+    if not environment.restart:
+        for seed in range(3):
+            manager.submit(config, replace(request, seed=seed))
+    jobs = [manager.wait(job.id, 60) for job in manager.list()]
+    if not environment.restart:
+        time.sleep(60)  # the watch ends this process long before
+    manager.close()
+    (Path(root) / "queue.txt").write_text(" ".join(job.state for job in sorted(jobs, key=lambda job: job.request.seed)))
+
+
+def under_torchrun(case: Callable[[str], None], root: str) -> None:
+    """As `torchrun --nproc_per_node=2 --max-restarts=1` does: by its agent, with the case instead of a program."""
+    from torch.distributed.launcher.api import LaunchConfig, elastic_launch
+
+    for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"):
+        os.environ.pop(name, None)
+    config = LaunchConfig(
+        min_nodes=1,
+        max_nodes=1,
+        nproc_per_node=2,
+        max_restarts=1,
+        rdzv_backend="c10d",
+        rdzv_endpoint="localhost:0",
+        run_id="tests",
+        monitor_interval=0.1,
+        start_method="fork",
+    )
+    elastic_launch(config, case)(root)
