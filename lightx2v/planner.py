@@ -98,8 +98,8 @@ class Wishes:
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Plan:
     """`resident_blocks` of one expert stay, `ring` slots take turns with the others. `together`: the experts keep their
-    device memory while the text encoder and the VAE run. `apart`: the prompts take turns in the whole DiT. `lazy`: weights stay on disk. `host_fits`: host memory has room for the experts. `bytes`: expected on the device,
-    by stage.
+    device memory while the text encoder and the VAE run. `apart`: the prompts take turns in the whole DiT. `lazy`:
+    weights stay on disk. `host_fits`: host memory has room for the experts. `bytes`: expected on the device, by stage.
     """
 
     mode: Mode

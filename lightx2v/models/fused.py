@@ -14,7 +14,6 @@ from functools import cache
 from types import ModuleType
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from . import pointwise

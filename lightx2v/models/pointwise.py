@@ -19,7 +19,6 @@ from torch import Tensor
 from ..weights.quant import LARGEST, SMALLEST_ROW
 from .rope import rotate
 
-
 ROWS = 4096
 """Tokens with float32 copies at once: 84 MB at full width, where 720p's would take 1.5 GB."""
 
