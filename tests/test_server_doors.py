@@ -1,0 +1,156 @@
+"""Who is let in, and what is refused at the door: keys, host names, origins, sizes, rates; and what errors tell."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from fake_engine import Garage, Script
+from fastapi.routing import iter_route_contexts
+from served import SIZE, Served, serve
+
+from lightx2v.server.gate import MAX_BODY
+
+KEY = "a-key-of-some-length"
+GOOD = {"prompt": "a cat", **SIZE}
+
+
+@pytest.fixture
+def served(tmp_path: Path) -> Iterator[Served]:
+    with serve(tmp_path) as served:
+        yield served
+
+
+def every_route(served: Served) -> list[tuple[str, str]]:
+    """(method, path) of all that the application answers, the hidden ones too."""
+    found = []
+    for route in iter_route_contexts(served.client.app.routes):
+        path = re.sub(r"\{[^}]+\}", "x", str(route.path))
+        found += [(method, path) for method in sorted(route.methods or ()) if method != "HEAD"]
+    return found
+
+
+def test_without_the_key_every_route_answers_401(tmp_path: Path) -> None:
+    with serve(tmp_path, keys=[KEY]) as served:
+        routes = every_route(served)
+        assert {"/docs", "/openapi.json", "/metrics", "/health", "/v1/videos", "/v1/files/download/x"} <= {
+            p for _, p in routes
+        }
+        wrong: list[dict[str, str]] = [
+            {},
+            {"Authorization": "Bearer wrong"},
+            {"Authorization": f"Bearer {KEY[:-1]}"},
+            {"Authorization": "Basic !!!"},
+            {"Authorization": KEY},
+            {"X-API-Key": "\xff"},
+        ]
+        for headers in wrong:
+            encoded = {name: value.encode("latin1") for name, value in headers.items()}
+            for method, path in [*routes, ("GET", "/nothing"), ("POST", "/v1/nothing")]:
+                answer = served.client.request(method, path, headers=encoded, follow_redirects=False)
+                assert answer.status_code == 401, (method, path, headers)
+        assert not served.jobs.list()
+
+
+def test_the_key_is_taken_in_three_ways(tmp_path: Path) -> None:
+    with serve(tmp_path, keys=["another-long-key", KEY]) as served:
+        ways: list[dict] = [
+            {"headers": {"Authorization": f"Bearer {KEY}"}},
+            {"headers": {"X-API-Key": KEY}},
+            {"auth": ("me", KEY)},
+        ]
+        for way in ways:
+            assert served.client.get("/docs", **way).status_code == 200
+            assert served.client.get("/v1/videos", **way).status_code == 200
+
+
+@pytest.mark.parametrize("host", ["evil.example", "127.0.0.1.evil.example", "", "testserver.evil.example:8000"])
+def test_foreign_host_names_are_refused(served: Served, host: str) -> None:
+    assert served.client.get("/v1/videos", headers={"Host": host}).status_code == 403
+
+
+@pytest.mark.parametrize(
+    "headers", [{"Origin": "https://evil.example"}, {"Origin": "null"}, {"Sec-Fetch-Site": "cross-site"}]
+)
+def test_other_sites_cannot_make_a_browser_post(served: Served, headers: dict[str, str]) -> None:
+    assert served.client.post("/v1/videos", json=GOOD, headers=headers).status_code == 403
+    assert served.client.delete("/v1/tasks/all/running", headers=headers).status_code == 403
+    assert served.client.post("/v1/videos", json=GOOD, headers={"Origin": "http://testserver"}).status_code == 200
+
+
+@pytest.mark.parametrize("kind", ["text/plain", "application/x-www-form-urlencoded", "application/xml", ""])
+def test_only_json_and_forms_are_read(served: Served, kind: str) -> None:
+    answer = served.client.post("/v1/videos", content=b'{"prompt": "a cat"}', headers={"Content-Type": kind})
+    assert answer.status_code == 415
+
+
+def test_large_bodies_are_refused_whether_or_not_they_say_how_large_they_are(served: Served) -> None:
+    announced = served.client.post(
+        "/v1/videos", content=b"x", headers={"Content-Length": str(100 * 2**20), "Content-Type": "application/json"}
+    )
+    assert announced.status_code == 413
+
+    def endless() -> Iterator[bytes]:
+        for _ in range(MAX_BODY // 2**20 + 2):
+            yield b"x" * 2**20
+
+    answer = served.client.post("/v1/videos", content=endless(), headers={"Content-Type": "application/json"})
+    assert answer.status_code == 413
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        b"[" * 100_000,
+        b'{"prompt": ' + b'{"a":' * 10_000,
+        b"\xff\xfe",
+        b"",
+        b"null",
+        b"[]",
+        b'{"prompt": "a", "prompts": 1}',
+        b'{"prompt": "a", "seed": 1e400}',
+        b'{"prompt": "a", "seed": ' + b"1" * 5000 + b"}",
+        b'{"prompt": "a", "fps": NaN}',
+        b'{"prompt": "\\ud800"}',
+        b'{"prompt": "a", "size": "64x64", "height": 64}',
+        b'{"prompt": "a", "input_reference": "data:image/png;base64,bm8="}',
+    ],
+)
+def test_bodies_that_are_no_request_are_refused(served: Served, body: bytes) -> None:
+    answer = served.client.post("/v1/videos", content=body, headers={"Content-Type": "application/json"})
+    assert answer.status_code == 422, answer.text
+    assert set(answer.json()) == {"error"} and not served.jobs.list()
+
+
+def test_a_client_that_posts_without_end_is_slowed_and_reads_go_on(served: Served) -> None:
+    answers = [served.client.post("/v1/videos", json={"prompt": ""}).status_code for _ in range(160)]
+    assert answers[0] == 422 and answers[-1] == 429
+    assert served.client.get("/health").status_code == 200
+
+
+SECRETS = re.compile(r"Traceback|/home|/root|/tmp|site-packages|\.py\b|" + re.escape(KEY))
+
+
+def test_errors_tell_no_paths_no_tracebacks_and_no_keys(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    garage = Garage(script={"burst": Script(error=RuntimeError(f"at {tmp_path} with {KEY}"))})
+    with serve(tmp_path, garage, keys=[KEY]) as served:
+        served.client.headers["Authorization"] = f"Bearer {KEY}"
+        texts = [served.client.request(method, path).text for method, path in every_route(served) if "docs" not in path]
+        for body in (
+            {},
+            {"prompt": 3},
+            {"prompt": "a", "model": "other"},
+            {"prompt": "a", "input_reference": str(tmp_path)},
+        ):
+            texts += [served.client.post(path, json=body).text for path in ("/v1/videos", "/v1/tasks/video/")]
+        failed = served.end_of(served.submit("burst"))
+        assert failed["status"] == "failed" and failed["error"]["type"] == "RuntimeError"
+        texts += [str(failed), served.client.get(f"/v1/videos/{failed['id']}/events").text]
+        monkeypatch.setattr(served.jobs, "list", lambda *more, **options: 1 / 0)
+        broken = served.client.get("/v1/videos")
+        assert broken.status_code == 500 and broken.json()["error"]["type"] == "InternalError"
+        texts.append(broken.text)
+    assert len(texts) > 30
+    assert not [text for text in texts if SECRETS.search(text)]
