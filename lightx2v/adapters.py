@@ -25,7 +25,7 @@ from .models.dit import WanDiT
 from .models.quant_linear import QuantLinear
 from .request import LoraSpec
 from .weights.build import ModelWeights
-from .weights.lora import Lora, LoraReport, match_lora, noise_level
+from .weights.lora import Lora, LoraReport, match_lora, noise_level, partner_of
 from .weights.stream import TensorStream
 
 
@@ -44,18 +44,39 @@ def match_loras(specs: Iterable[LoraSpec], which: Which, weights: ModelWeights, 
     """The LoRAs among `specs` that are for this expert, found and matched. LoraError where one does not fit."""
     found = []
     for spec in specs:
-        if spec.expert != which:
+        path = file_for(spec, which, config)
+        if path is None:
             continue
-        path = find_lora(spec.path, config)
-        lora = match_lora(path, weights.plain_shapes, strength=spec.strength)
-        says = noise_level(path)
-        if says not in (None, which):
-            warning = (
-                f"{short_path(path)} is used for the {which}-noise expert; by its name it is for the {says}-noise one."
+        lora = match_lora(path, weights.plain_shapes, strength=spec.strength, allow_partial=config.lora_allow_partial)
+        warnings = []
+        if lora.report.unmatched:
+            warnings.append(
+                f"{short_path(path)} fits in part: {lora.report.applied} of {lora.report.total} layers were applied."
             )
-            lora = replace(lora, report=replace(lora.report, warnings=(warning,)))
-        found.append(lora)
+        if (says := noise_level(path)) not in (None, which):  # by lora_allow_partial, see file_for
+            warnings.append(f"{short_path(path)} is used for the {which}-noise expert, its name says {says} noise.")
+        if spec.expert == "auto" and says == which and partner_of(path) is None:
+            warnings.append(f"{short_path(path)} is for one expert, and its other half is not beside it.")
+        found.append(replace(lora, report=replace(lora.report, warnings=tuple(warnings))))
     return found
+
+
+def file_for(spec: LoraSpec, which: Which, config: EngineConfig) -> Path | None:
+    """The file that `spec` puts on this expert; None where it puts none. LoraError where the name says another one."""
+    if spec.expert not in (which, "auto"):
+        return None
+    path = find_lora(spec.path, config)
+    says = noise_level(path)
+    if says in (None, which):
+        return path
+    if spec.expert == "auto":
+        return partner_of(path)
+    if config.lora_allow_partial:
+        return path
+    raise LoraError(
+        f"{short_path(path)} is given for the {which}-noise expert; by its name it is for the {says}-noise one. "
+        "Exchange the two files. If the name is wrong, rename it, or set lora_allow_partial to true."
+    )
 
 
 def find_lora(path: str, config: EngineConfig) -> Path:
@@ -85,12 +106,15 @@ class ExpertLoras:
         config: EngineConfig,
         device: torch.device | None = None,
         through: Callable[[TensorStream], TensorStream] = iter,
+        *,
+        lazy: bool = False,
     ) -> None:
         """`dit` was loaded from `weights.with_loras(loras)`, or from `weights` where LoRAs are dynamic.
 
-        `device` is where it will run, if its weights are elsewhere now.
+        `device` is where it will run, if its weights are elsewhere now. With `lazy` they are on disk.
         """
         self.which: Which = which
+        self._lazy = lazy
         self._dit, self._weights, self._config = dit, weights, config
         self._device, self._through = device, through
         self._merged: list[Lora] = []
@@ -98,32 +122,41 @@ class ExpertLoras:
         self._kept: dict[str, Tensor] = {}
         self.applied: tuple[Applied, ...] = ()
         self.specs: tuple[LoraSpec, ...] = ()
-        if self.dynamic(weights, config):
+        if self.dynamic(weights, config, lazy):
             self._attach(loras)
         else:
             self._merged = list(loras)
         self._note(loras, config.lora_configs)
 
     @staticmethod
-    def dynamic(weights: ModelWeights, config: EngineConfig) -> bool:
-        """Whether LoRAs run beside the weights. Always where the weights come quantised: merging would round twice."""
-        return config.lora_dynamic_apply or (weights.quantised and config.build is None)
+    def dynamic(weights: ModelWeights, config: EngineConfig, lazy: bool = False) -> bool:
+        """Whether LoRAs run beside the weights. Always where the weights come quantised, since merging would round
+        twice, and where they stay on disk."""
+        return config.lora_dynamic_apply or (config.build is None and (weights.quantised or lazy))
 
     def use(self, specs: Sequence[LoraSpec]) -> None:
         """Exchanges the LoRAs for those of `specs` that are for this expert. After an error the old ones are on."""
-        wanted = tuple(spec for spec in specs if spec.expert == self.which)
+        wanted = self._for_this(specs)
         if wanted == self.specs:
             return
         loras = match_loras(wanted, self.which, self._weights, self._config)
         with torch.inference_mode(False), torch.no_grad():
-            if self.dynamic(self._weights, self._config):
+            if self.dynamic(self._weights, self._config, self._lazy):
                 self._attach(loras)
+            elif self._lazy:
+                raise LoraError(
+                    "The LoRAs are part of the weights that were built, and these stay on disk: they cannot be "
+                    "exchanged. Set lazy_load to false, or take a preset that does not build its model."
+                )
             else:
                 self._merge(loras)
         self._note(loras, wanted)
 
+    def _for_this(self, specs: Iterable[LoraSpec]) -> tuple[LoraSpec, ...]:
+        return tuple(spec for spec in specs if spec.expert in (self.which, "auto"))
+
     def _note(self, loras: Sequence[Lora], specs: Iterable[LoraSpec]) -> None:
-        self.specs = tuple(spec for spec in specs if spec.expert == self.which)
+        self.specs = self._for_this(specs)
         self.applied = tuple(Applied(expert=self.which, report=lora.report) for lora in loras)
 
     def _merge(self, loras: list[Lora]) -> None:

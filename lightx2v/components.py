@@ -75,14 +75,15 @@ def pick_device(name: str) -> torch.device:
 def load_text_encoder(
     files: ModelFiles, config: EngineConfig, precision: Precision, cancel: CancelToken | None = None
 ) -> TextEncoder:
-    """The text encoder; quantised here where the configuration wants that of a model that is built."""
+    """The text encoder; quantised as it is read where the configuration wants that and no build is kept."""
+    made = files.built.t5 if files.built else None
     return TextEncoder.load(
-        files.t5,
+        made or files.t5,
         files.tokenizer,
         dtype=precision.compute,
         device=precision.device,
         text_len=config.text_len,
-        quantise=scheme_format(config.t5_quant_scheme) if config.t5_quantized and config.build else None,
+        quantise=scheme_format(config.t5_quant_scheme) if config.t5_quantized and config.build and not made else None,
         cancel=cancel,
     )
 
@@ -99,6 +100,14 @@ def expert_weights(files: ModelFiles, which: Which, config: EngineConfig) -> Mod
             "or set dit_quantized to false."
         )
     return weights
+
+
+def built_weights(files: ModelFiles, which: Which) -> ModelWeights | None:
+    """The same with the configuration's LoRAs, from the kept build where there is one."""
+    if files.built is None:
+        return None
+    checkpoint = open_checkpoint(files.built.high if which == "high" else files.built.low)
+    return ModelWeights(checkpoint, wan_names(checkpoint.shapes), matrix=is_expert_matrix)
 
 
 def build_expert(files: ModelFiles, weights: ModelWeights, self_attention: Choice, cross_attention: Choice) -> WanDiT:

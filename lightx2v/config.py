@@ -50,6 +50,8 @@ class Environment:
     """The environment variables that this project reads. Libraries read theirs (HF_HOME, HF_TOKEN …) themselves."""
 
     models_dir: str | None = None
+    cache_dir: str | None = None
+    """Where files go that can be made again, if not below models_dir."""
     output_dir: str | None = None
     rank: int = 0
     local_rank: int = 0
@@ -69,6 +71,7 @@ class Environment:
         variables = os.environ if variables is None else variables
         names = {
             "models_dir": "LIGHTX2V_MODELS_DIR",
+            "cache_dir": "LIGHTX2V_CACHE_DIR",
             "output_dir": "LIGHTX2V_OUTPUT_DIR",
             "rank": "RANK",
             "local_rank": "LOCAL_RANK",

@@ -7,7 +7,8 @@ import logging
 import re
 import sys
 import time
-from collections.abc import Callable
+from collections import deque
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 from typing import TypeVar
 
@@ -15,10 +16,12 @@ import torch
 
 from . import preload
 from .attention import Choice, resolve_attention
+from .built import find_built, make_built
 from .components import Precision, expert_weights
 from .config import Environment
+from .conversion import PLAIN
 from .engine_config import EngineConfig, ParallelConfig
-from .errors import OutOfMemory
+from .errors import OutOfMemory, OutputError
 from .models.dit import DiTConfig
 from .models.preview import Preview
 from .offload import USUAL, Placement, Resident, offloaded, planner_for
@@ -94,8 +97,9 @@ def load_here(
     with meter.stage("load"):
         meter.emit("load")
         files = locate(config)
-        high, low = open_checkpoint(files.high), open_checkpoint(files.low)
-        warnings = list(check_experts(high, low, config.task))
+        files, warnings = with_built(files, config, precision, meter, cancel, mesh)
+        read = files.built or files
+        warnings += check_experts(open_checkpoint(read.high), open_checkpoint(read.low), config.task)
         self_attention, cross_attention = choose_attention(config, files, precision)
         placement = place(files, config, precision, self_attention, cross_attention, warnings, cancel, mesh)
         for warning in warnings:
@@ -114,6 +118,39 @@ def load_here(
         preset=preset,
         warnings=tuple(warnings),
     )
+
+
+def with_built(
+    files: ModelFiles,
+    config: EngineConfig,
+    precision: Precision,
+    meter: Meter,
+    cancel: CancelToken | None,
+    mesh: Mesh | None,
+) -> tuple[ModelFiles, list[str]]:
+    """The files with what "build" makes of them, made now if it is not there; and what there is to warn of.
+
+    Where it cannot be kept it is made in memory, as it is read. Of several processes rank 0 does it.
+    """
+    if config.build is None:
+        return files, []
+    plain = next(name for name, dtype in PLAIN.items() if dtype is precision.compute)
+
+    def telling(part: str) -> OnProgress:
+        what = {"high": "high-noise expert", "low": "low-noise expert", "t5": "text encoder"}[part]
+        return lambda event: meter.emit("load", event.step, event.total, message=f"Making the {what}: {event.message}")
+
+    def work() -> Iterator[tuple[str, torch.Tensor]]:
+        if find_built(files, config, plain) is None:
+            check_experts(open_checkpoint(files.high), open_checkpoint(files.low), config.task)
+            make_built(files, config, plain, device=precision.device, on_progress=telling, cancel=cancel)
+        yield from ()
+
+    try:
+        deque(work() if mesh is None else mesh.world.stream(work()), maxlen=0)
+        return replace(files, built=find_built(files, config, plain)), []
+    except OutputError as error:
+        return files, [f"The model was made in memory, and will be again at the next start. {error}"]
 
 
 def choose_attention(config: EngineConfig, files: ModelFiles, precision: Precision) -> tuple[Choice, Choice]:

@@ -44,7 +44,10 @@ _FILE_KEYS = (
     *("high_noise_quantized_ckpt", "low_noise_quantized_ckpt"),
     *("t5_quantized_ckpt", "t5_original_ckpt", "t5_tokenizer_path", "vae_path"),
 )
-_FLAG_KEYS = ("dit_quantized", "t5_quantized", "lora_dynamic_apply", "attention_strict", "lazy_load")
+_FLAG_KEYS = (
+    *("dit_quantized", "t5_quantized", "lora_dynamic_apply", "lora_allow_partial"),
+    *("attention_strict", "lazy_load"),
+)
 _AUTO_FLAG_KEYS = ("cpu_offload", "t5_cpu_offload", "vae_cpu_offload", "use_tiling_vae")
 
 
@@ -119,6 +122,7 @@ class EngineConfig:
     vae_path: str | None = None
     lora_configs: tuple[LoraSpec, ...] = ()
     lora_dynamic_apply: bool = False
+    lora_allow_partial: bool = False
     dtype: str = "auto"
     vae_dtype: str = "auto"
     device: str = "auto"
@@ -220,7 +224,7 @@ class EngineConfig:
             raise ConfigError(
                 "lazy_load reads blocks from disk as they are needed, so it needs cpu_offload true or auto."
             )
-        if self.lazy_load and self.lora_configs and not self.lora_dynamic_apply:
+        if self.lazy_load and self.lora_configs and not self.lora_dynamic_apply and not self.build:
             raise ConfigError("lazy_load leaves the files as they are, so LoRAs need lora_dynamic_apply true with it.")
 
     def check_heads(self, heads: int = A14B_HEADS) -> None:

@@ -21,6 +21,7 @@ from .components import (
     Precision,
     Which,
     build_expert,
+    built_weights,
     expert_dtypes,
     expert_weights,
     load_expert,
@@ -121,14 +122,16 @@ class Resident:
         for which in ("high", "low"):
             weights = expert_weights(files, which, config)
             loras = match_loras(config.lora_configs, which, weights, config)
-            used = weights if ExpertLoras.dynamic(weights, config) else weights.with_loras(loras)
+            used = built_weights(files, which)
+            if used is None:
+                used = weights if ExpertLoras.dynamic(weights, config, lazy) else weights.with_loras(loras)
             if lazy:
                 dit = build_expert(files, used, self_attention, cross_attention)
                 self.readers[which] = _reader(used, at_expert, through)
             else:
                 dit = load_expert(files, used, at_expert, self_attention, cross_attention, cancel, mesh)
             self._experts[which] = dit
-            self._loras[which] = ExpertLoras(dit, which, weights, loras, config, precision.device, through)
+            self._loras[which] = ExpertLoras(dit, which, weights, loras, config, precision.device, through, lazy=lazy)
         if self._experts["high"].config != self._experts["low"].config:
             raise CheckpointError(
                 "The two experts have different architectures. Use the high-noise and low-noise files of one model."
@@ -201,7 +204,7 @@ def planner_for(
     if mesh is not None:  # all plan alike, for the smallest device and their share of the host's memory
         free = mesh.world.wire.gather_json([machine.vram, machine.ram])
         machine = Machine(vram=min(vram for vram, _ in free), ram=min(ram for _, ram in free) // mesh.world.size)
-    if (config.lora_configs and not config.lora_dynamic_apply) or config.build:
+    if files.built is None and ((config.lora_configs and not config.lora_dynamic_apply) or config.build):
         machine = replace(machine, ram=2**62)  # merged weights are in no file, so they cannot stay on disk
     return Planner(machine=machine, model=model_sizes(files, config, precision), wishes=wishes_of(config))
 
@@ -264,7 +267,8 @@ def model_sizes(files: ModelFiles, config: EngineConfig, precision: Precision) -
     stored = sum(
         count * (1 if name in weights.formats else precision.compute.itemsize) for name, count in blocks.items()
     )
-    text, vae = open_checkpoint(files.t5), open_checkpoint(files.vae)
+    made = files.built.t5 if files.built else None
+    text, vae = open_checkpoint(made or files.t5), open_checkpoint(files.vae)
     text_sizes = sorted(math.prod(shape) * min(2, text.dtypes[name].itemsize) for name, shape in text.shapes.items())
     return Model(
         dit=DiTShape(

@@ -20,7 +20,6 @@ Task = Literal["t2v", "i2v", "flf2v"]
 Expert = Literal["high", "low"]
 
 TASKS: tuple[Task, ...] = ("t2v", "i2v", "flf2v")
-EXPERTS: tuple[Expert, ...] = ("high", "low")
 OFFICIAL_BOUNDARY: dict[Task, float] = {"t2v": 0.875, "i2v": 0.9, "flf2v": 0.9}
 """Of the base models: the high-noise expert runs at timesteps of 1000 x boundary and above."""
 
@@ -39,20 +38,24 @@ DEFAULT_NEGATIVE_PROMPT = (
 )
 """The official `sample_neg_prompt` of Wan2.2: what an empty negative prompt means while guidance is on."""
 
-_LORA_NAMES = {"high": "high_noise_model", "low": "low_noise_model"}
+_LORA_NAMES = {"high": "high_noise_model", "low": "low_noise_model", "auto": "auto"}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LoraSpec:
-    """One LoRA file for one expert. In JSON, as in LightX2V: {"name": "high_noise_model", "path", "strength"}."""
+    """One LoRA file for one expert. In JSON, as in LightX2V: {"name": "high_noise_model", "path", "strength"}.
 
-    expert: Expert
+    "auto", or no name: the file goes to the expert that its own name says, and its other half beside it to the other
+    one; a file whose name does not say goes to both.
+    """
+
+    expert: Literal["high", "low", "auto"] = "auto"
     path: str
     strength: float = 1.0
 
     def __post_init__(self) -> None:
-        if self.expert not in EXPERTS:
-            _bad("LoRA name", self.expert, "high_noise_model or low_noise_model")
+        if self.expert not in _LORA_NAMES:
+            _bad("LoRA name", self.expert, "high_noise_model, low_noise_model or auto")
         if not isinstance(self.path, str) or not self.path.strip() or "\0" in self.path:
             _bad("LoRA path", self.path, "a file or a Hub name such as owner/repo/file.safetensors")
         object.__setattr__(self, "strength", _real("LoRA strength", self.strength, -100.0, 100.0))
@@ -65,10 +68,10 @@ class LoraSpec:
         if not isinstance(data, Mapping):
             _bad("LoRA", data, 'an object such as {"name": "high_noise_model", "path": "…", "strength": 1.0}')
         _refuse_unknown(data, ("name", "expert", "path", "strength"), "LoRA key")
-        if "path" not in data or ("name" in data) == ("expert" in data):
-            _bad("LoRA", dict(data), "a path, and a name (high_noise_model or low_noise_model)")
+        if "path" not in data or ("name" in data and "expert" in data):
+            _bad("LoRA", dict(data), "a path, and a name (high_noise_model, low_noise_model or auto)")
         experts = {"high": "high", "low": "low", "high_noise_model": "high", "low_noise_model": "low"}
-        name = data.get("name", data.get("expert"))
+        name = data.get("name", data.get("expert", "auto"))
         expert: Any = experts.get(name, name) if isinstance(name, str) else name
         return cls(expert=expert, **{key: data[key] for key in ("path", "strength") if key in data})
 

@@ -11,7 +11,8 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from tiny import build_tiny
 
-from lightx2v.convert import Conversion, convert, main
+from lightx2v.conversion import Conversion, convert
+from lightx2v.convert import main
 from lightx2v.errors import BadRequest, Cancelled, OutputError
 from lightx2v.models.umt5 import TextEncoder
 from lightx2v.progress import CancelToken, Progress
@@ -20,6 +21,7 @@ from lightx2v.weights.checkpoint import open_checkpoint
 from lightx2v.weights.lora import match_lora
 from lightx2v.weights.naming import wan_names
 from lightx2v.weights.quant import is_expert_matrix
+from lightx2v.weights.safetensors_file import CHUNK
 
 
 @pytest.fixture(scope="module")
@@ -73,9 +75,11 @@ def test_a_cancelled_conversion_continues_where_it_stopped(tiny: TinyModels, lor
     assert not job.output.exists() and len(kept) > 1000
     part.write_bytes(kept + b"half a tensor")
     made: list[str] = []
-    tensor = ModelWeights.tensor
+    parts = ModelWeights.parts
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(ModelWeights, "tensor", lambda self, name: made.append(name) or tensor(self, name))
+        patch.setattr(
+            ModelWeights, "parts", lambda self, name, *a, **k: made.append(name) or parts(self, name, *a, **k)
+        )
         convert(job)
     convert(whole)
     assert job.output.read_bytes() == whole.output.read_bytes()
@@ -113,6 +117,28 @@ def test_the_text_encoder_is_converted_to_a_file_that_loads(tiny: TinyModels, tm
     assert torch.equal(states(load(output)), states(load(source, quantise=torch.float8_e4m3fn)))
     with safe_open(output, "pt") as file:
         assert {"blocks.0.attn.q.weight_scale", "token_embedding.weight"} <= set(file.keys())
+
+
+@pytest.mark.parametrize("kind", ["pth", "old pth", "safetensors"])
+def test_a_large_table_goes_through_in_pieces(tmp_path: Path, kind: str) -> None:
+    table = torch.randn(5000, 1024).bfloat16()  # 10 MB, in pieces of 4
+    tensors = {"token_embedding.weight": table, "norm.weight": torch.ones(1024), "empty": torch.zeros(0, 3)}
+    path = tmp_path / f"t5.{kind.split()[-1]}"
+    if kind == "safetensors":
+        save_file(tensors, path)
+    else:
+        torch.save(tensors, path, _use_new_zipfile_serialization=kind == "pth")
+    checkpoint = open_checkpoint(path)
+    for dtype in (None, torch.float32):
+        pieces = list(checkpoint.pieces("token_embedding.weight", dtype))
+        assert len(pieces) > 2 and max(piece.numel() for piece in pieces) * 2 <= CHUNK
+        assert torch.equal(torch.cat(pieces), table.flatten().to(dtype or torch.bfloat16))
+    whole: list[str] = []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(type(checkpoint), "tensor", lambda self, name: whole.append(name))
+        convert(Conversion(source=path, output=tmp_path / "out.safetensors", format="bf16"))
+    got = load_file(tmp_path / "out.safetensors")
+    assert torch.equal(got["token_embedding.weight"], table) and got["empty"].shape == (0, 3) and not whole
 
 
 def test_quantised_files_are_not_converted_back(tiny: TinyModels, lora: Path, tmp_path: Path) -> None:

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from dataclasses import replace
+from collections.abc import Mapping
 from pathlib import Path
 
 import pytest
@@ -11,24 +10,15 @@ import torch
 from conftest import TinyModels
 from safetensors.torch import save_file
 
-from lightx2v.adapters import ExpertLoras, match_loras
-from lightx2v.attention import resolve_attention
-from lightx2v.components import Precision, expert_weights, load_expert
-from lightx2v.config import resolve
-from lightx2v.engine_config import EngineConfig
-from lightx2v.errors import BadRequest, ConfigError, LoraError
-from lightx2v.models.dit import WanDiT
-from lightx2v.pipeline import LightX2VPipeline
-from lightx2v.request import LoraSpec, Request
+from lightx2v.errors import BadRequest, LoraError
+from lightx2v.request import LoraSpec
 from lightx2v.weights.build import ModelWeights
 from lightx2v.weights.checkpoint import open_checkpoint
-from lightx2v.weights.locate import locate
 from lightx2v.weights.lora import match_lora, noise_level, partner_of
 from lightx2v.weights.naming import wan_names, wan_to_diffusers
 from lightx2v.weights.quant import is_expert_matrix
 
 RANK = 4
-SMALL = {"height": 32, "width": 48, "frames": 5, "steps": 2, "text_len": 512}
 Tensors = dict[str, torch.Tensor]
 
 
@@ -86,6 +76,10 @@ DIALECTS = {
     "kohya-double": lambda s: (f"lora_unet__{s.replace('.', '_')}", STANDARD),
     "kohya-diffusers": lambda s: (f"lora_transformer_{wan_to_diffusers(s).replace('.', '_')}", STANDARD),
 }
+
+
+def spec(path: Path, expert: str = "high", strength: float = 1.0) -> LoraSpec:
+    return LoraSpec(expert=expert, path=str(path), strength=strength)  # type: ignore[arg-type]
 
 
 def merged(weights: ModelWeights, *loras: object) -> Tensors:
@@ -187,11 +181,45 @@ def test_one_wrong_shape_refuses_the_whole_file(weights: ModelWeights, tmp_path:
         match_lora(write(tmp_path / "x.safetensors", pairs), weights.shapes)
 
 
+def test_halves_of_different_rank_are_refused(weights: ModelWeights, tmp_path: Path) -> None:
+    pairs = random_pairs(weights.shapes)
+    pairs["blocks.1.cross_attn.k"]["up"] = torch.zeros(24, RANK + 2)
+    with pytest.raises(LoraError, match=r"1 of its layers.*cross_attn\.k\.weight has up \[24, 6\] and down \[4, 24\]"):
+        match_lora(write(tmp_path / "x.safetensors", pairs), weights.shapes)
+
+
+def test_a_lora_of_a_model_of_another_width_is_refused_with_the_count(weights: ModelWeights, tmp_path: Path) -> None:
+    wider = {name: tuple(2 * side for side in shape) for name, shape in weights.shapes.items()}
+    pairs = {stem: pair for stem, pair in random_pairs(wider).items() if stem.startswith("blocks.0")}
+    for allow_partial in (False, True):
+        with pytest.raises(LoraError, match=r"does not fit this model: 10 of its layers have other sizes.*Nothing"):
+            match_lora(write(tmp_path / "x.safetensors", pairs), weights.shapes, allow_partial=allow_partial)
+
+
+def test_a_lora_that_changes_the_images_channels_is_not_for_text_to_video(tiny: TinyModels, tmp_path: Path) -> None:
+    checkpoint = open_checkpoint(tiny.i2v / "high_noise_model")
+    name = "patch_embedding.weight"
+    tensors = {"diffusion_model.patch_embedding.diff": torch.zeros(checkpoint.shapes[name])}
+    save_file(tensors, tmp_path / "i2v.safetensors")
+    assert match_lora(tmp_path / "i2v.safetensors", checkpoint.shapes).report.applied == 1
+    with pytest.raises(LoraError, match=r"patch_embedding.*another model or task"):
+        match_lora(tmp_path / "i2v.safetensors", base_weights(tiny.t2v).shapes)
+
+
+@pytest.mark.parametrize("alpha", [float("nan"), float("inf")])
+def test_an_alpha_that_is_no_number_is_refused(weights: ModelWeights, tmp_path: Path, alpha: float) -> None:
+    path = write(tmp_path / "x.safetensors", random_pairs(weights.shapes), alpha=alpha)
+    with pytest.raises(LoraError, match=r"alpha is no finite number"):
+        match_lora(path, weights.shapes)
+
+
 def test_a_partial_match_is_refused_unless_allowed(weights: ModelWeights, tmp_path: Path) -> None:
     pairs = random_pairs(weights.shapes)
     pairs["blocks.77.ffn.0"] = pairs["blocks.0.ffn.0"]
     path = write(tmp_path / "x.safetensors", pairs)
-    with pytest.raises(LoraError, match=r"only in part.*blocks\.77"):
+    with pytest.raises(
+        LoraError, match=rf"only in part: {len(pairs) - 1} layers have a place, 1 have none.*blocks\.77"
+    ):
         match_lora(path, weights.shapes)
     report = match_lora(path, weights.shapes, allow_partial=True).report
     assert (report.applied, report.total) == (len(pairs) - 1, len(pairs))
@@ -261,164 +289,3 @@ def test_one_file_of_a_pair_finds_the_other(tmp_path: Path, given: str, partner:
     (tmp_path / partner).touch()
     assert partner_of(tmp_path / given) == tmp_path / partner
     assert partner_of(tmp_path / partner) == tmp_path / given
-
-
-# ---- on an expert ---------------------------------------------------------------------------------------------------
-
-
-def spec(path: Path, expert: str = "high", strength: float = 1.0) -> LoraSpec:
-    return LoraSpec(expert=expert, path=str(path), strength=strength)  # type: ignore[arg-type]
-
-
-def expert(folder: Path, *loras: LoraSpec, dynamic: bool = False) -> tuple[WanDiT, ExpertLoras]:
-    config = EngineConfig(
-        model_path=str(folder), device="cpu", dtype="fp32", lora_configs=loras, lora_dynamic_apply=dynamic
-    )
-    precision = Precision.of(config)
-    choice = resolve_attention("torch_sdpa", precision.device, precision.compute)
-    weights = expert_weights(locate(config), "high", config)
-    found = match_loras(config.lora_configs, "high", weights, config)
-    used = weights if ExpertLoras.dynamic(weights, config) else weights.with_loras(found)
-    dit = load_expert(locate(config), used, precision, choice, choice)
-    return dit, ExpertLoras(dit, "high", weights, found, config, precision.device)
-
-
-def output(dit: WanDiT) -> torch.Tensor:
-    g = torch.Generator().manual_seed(5)
-    with torch.inference_mode():
-        text = dit.encode_text(torch.randn(7, dit.config.text_dim, generator=g))
-        (velocity,) = dit(torch.randn(dit.config.in_dim, 2, 4, 6, generator=g), 900.0, [text])
-    return velocity
-
-
-@pytest.fixture(scope="module")
-def files(tiny: TinyModels, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
-    """Two LoRAs over every matrix; the second changes small tensors too."""
-    root, shapes = tmp_path_factory.mktemp("loras"), base_weights(tiny.t2v).shapes
-    one = write(root / "one_high_noise.safetensors", random_pairs(shapes, 1), alpha=2.0)
-    two = root / "two_high_noise.safetensors"
-    tensors = {
-        f"{n}{s}": p[k]
-        for n, p in random_pairs(shapes, 2).items()
-        for k, s in (("up", ".lora_up.weight"), ("down", ".lora_down.weight"))
-    }
-    tensors["blocks.0.diff_m"] = torch.full(shapes["blocks.0.modulation"], 0.1)
-    tensors["blocks.1.ffn.0.diff_b"] = torch.full(shapes["blocks.1.ffn.0.bias"], 0.3)
-    tensors["patch_embedding.diff"] = torch.full(shapes["patch_embedding.weight"], 0.02)
-    tensors["blocks.1.ffn.2.diff"] = torch.full(shapes["blocks.1.ffn.2.weight"], 0.02)
-    del tensors["blocks.1.ffn.2.lora_up.weight"], tensors["blocks.1.ffn.2.lora_down.weight"]
-    save_file(tensors, two)
-    return one, two
-
-
-def test_dynamic_equals_merged(tiny: TinyModels, files: tuple[Path, Path]) -> None:
-    loras = [spec(files[0]), spec(files[1], strength=-0.7)]
-    base, together = output(expert(tiny.t2v)[0]), output(expert(tiny.t2v, *loras)[0])
-    beside = output(expert(tiny.t2v, *loras, dynamic=True)[0])
-    assert torch.allclose(beside, together, rtol=1e-5, atol=1e-5 * together.abs().max().item())
-    assert (together - base).abs().max() > 0.1 * base.abs().max()
-
-
-@pytest.mark.parametrize("dynamic", [False, True])
-def test_twenty_switches_return_to_the_same_bits(tiny: TinyModels, files: tuple[Path, Path], dynamic: bool) -> None:
-    dit, loras = expert(tiny.t2v, dynamic=dynamic)
-    state = {name: tensor.clone() for name, tensor in dit.state_dict().items()}
-    base = output(dit)
-    one, two = [spec(files[0])], [spec(files[1], strength=0.5), spec(files[0], strength=-1.0)]
-    seen: dict[int, torch.Tensor] = {}
-    for turn in range(20):
-        loras.use((one, two)[turn % 2])
-        assert torch.equal(seen.setdefault(turn % 2, output(dit)), output(dit))
-    loras.use([])
-    assert equal(dict(dit.state_dict()), state) and torch.equal(output(dit), base)
-    fresh, _ = expert(tiny.t2v, *one, dynamic=dynamic)
-    assert torch.equal(output(fresh), seen[0])
-
-
-@pytest.mark.parametrize("dynamic", [False, True])
-def test_a_lora_that_does_not_fit_leaves_the_old_one_on(
-    tiny: TinyModels, files: tuple[Path, Path], tmp_path: Path, dynamic: bool
-) -> None:
-    dit, loras = expert(tiny.t2v, spec(files[0]), dynamic=dynamic)
-    before = output(dit)
-    pairs = random_pairs(base_weights(tiny.t2v).shapes, 3)
-    pairs["head.head"]["up"][0, 0] = float("inf")
-    bad = write(tmp_path / "bad.safetensors", pairs)
-    with pytest.raises(LoraError, match="infinity"):
-        loras.use([spec(bad)])
-    assert torch.equal(output(dit), before)
-    assert [a.report.path for a in loras.applied] == [f"…/{files[0].parent.name}/{files[0].name}"]
-
-
-def test_a_missing_file_says_where_it_was_looked_for(tiny: TinyModels) -> None:
-    with pytest.raises(LoraError, match="There is no LoRA none.safetensors"):
-        expert(tiny.t2v, LoraSpec(expert="high", path="none.safetensors"))
-
-
-# ---- in the pipeline ------------------------------------------------------------------------------------------------
-
-
-@pytest.fixture(scope="module")
-def loaded(tiny: TinyModels) -> Iterator[tuple[LightX2VPipeline, Request]]:
-    resolved = resolve({"model_path": str(tiny.t2v), "device": "cpu"}, SMALL)
-    with LightX2VPipeline.from_config(resolved.engine) as pipe:
-        yield pipe, Request(prompt="a red ball", **(dict(resolved.request) | {"seed": 3}))
-
-
-def latents(pipe: LightX2VPipeline, request: Request) -> torch.Tensor:
-    result = pipe.run(request, return_latents=True)
-    assert result.latents is not None
-    return result.latents
-
-
-def test_each_request_brings_its_loras(
-    loaded: tuple[LightX2VPipeline, Request], tiny: TinyModels, files: tuple[Path, Path]
-) -> None:
-    pipe, request = loaded
-    plain = latents(pipe, request)
-    with_one = replace(request, loras=(spec(files[0]),))
-    result = pipe.run(with_one, return_latents=True)
-    assert result.latents is not None and not torch.equal(result.latents, plain)
-    assert [(r["expert"], r["applied"], r["total"]) for r in result.report()["loras"]] == [("high", 26, 26)]
-    low = latents(pipe, replace(request, loras=(spec(files[0], "low"),)))
-    assert not torch.equal(low, result.latents) and not torch.equal(low, plain)
-    assert torch.equal(latents(pipe, request), plain)
-    config = resolve({"model_path": str(tiny.t2v), "device": "cpu"}, SMALL | {"lora_configs": [spec(files[0])]})
-    with LightX2VPipeline.from_config(config.engine) as fresh:
-        assert torch.equal(latents(fresh, request), result.latents)
-
-
-def test_a_file_of_the_other_expert_is_used_with_a_warning(
-    loaded: tuple[LightX2VPipeline, Request], files: tuple[Path, Path]
-) -> None:
-    pipe, request = loaded
-    report = pipe.run(replace(request, loras=(spec(files[0], "low"),))).report()
-    assert any("low-noise expert; by its name it is for the high-noise one" in text for text in report["warnings"])
-
-
-def test_a_request_with_a_bad_lora_changes_neither_expert(
-    loaded: tuple[LightX2VPipeline, Request], files: tuple[Path, Path], tmp_path: Path
-) -> None:
-    pipe, request = loaded
-    plain = latents(pipe, request)
-    with pytest.raises(LoraError):
-        pipe.run(replace(request, loras=(spec(files[0]), spec(tmp_path / "missing.safetensors", "low"))))
-    assert pipe._engine is not None and not pipe._engine.placement.loras
-    assert torch.equal(latents(pipe, request), plain)
-
-
-def test_switch_lora_is_for_the_requests_that_follow(
-    loaded: tuple[LightX2VPipeline, Request], files: tuple[Path, Path]
-) -> None:
-    pipe, request = loaded
-    plain = latents(pipe, request)
-    pipe.switch_lora([{"name": "high_noise_model", "path": str(files[0]), "strength": 1.0}])
-    assert not torch.equal(latents(pipe, request), plain)
-    assert torch.equal(latents(pipe, replace(request, loras=())), plain)
-    pipe.switch_lora([])
-    assert torch.equal(latents(pipe, request), plain)
-
-
-def test_merging_into_quantised_weights_needs_the_dynamic_way(files: tuple[Path, Path]) -> None:
-    with pytest.raises(ConfigError, match="lora_dynamic_apply"):
-        EngineConfig(dit_quantized=True, dit_quant_scheme="fp8-sgl", lora_configs=(spec(files[0]),))

@@ -19,7 +19,7 @@ from torch import Tensor
 from ..errors import CheckpointError, short_path
 from .checkpoint import Checkpoint
 from .lora import Lora
-from .quant import SCALE, Layout, check_scale, dequantise, quantise, read_layout
+from .quant import SCALE, Layout, check_scale, cosine, dequantise, quantise, read_layout
 from .safetensors_file import FLOATS
 
 IsMatrix = Callable[[str, tuple[int, ...]], bool]
@@ -50,6 +50,8 @@ class ModelWeights:
         )
         self.loras = tuple(loras)
         self._matrix, self._quantise = matrix, quantise
+        self.fidelity: dict[str, float] | None = None
+        """Where to note, if anywhere, the cosine of each weight that is quantised to what it was."""
         helpers = {*self.layout.scales.values(), *self.layout.extras}
         self.plain_shapes = {
             ours: checkpoint.shapes[name] for ours, name in self.file_names.items() if ours not in helpers
@@ -93,12 +95,12 @@ class ModelWeights:
         def cast(name: str) -> torch.dtype:
             ours = by_file[name]
             stored = self.checkpoint.dtypes[name]
-            return stored if dtype_of is None or self._made(ours) else dtype_of(ours)
+            return stored if dtype_of is None or self.made(ours) else dtype_of(ours)
 
         by_file = {self.file_names[ours]: ours for ours in self.plain_shapes if names is None or ours in names}
         for name, tensor in self.checkpoint.tensors(by_file, dtype_of=cast):
             ours = by_file[name]
-            if not self._made(ours):
+            if not self.made(ours):
                 yield ours, tensor
                 continue
             parts = self._make(ours, tensor.to(device))
@@ -111,12 +113,22 @@ class ModelWeights:
         entries = (sorted(file.entries, key=lambda name: file.entries[name].start) for file in self.checkpoint.files)
         return [ours[name] for names in entries for name in names if name in ours]
 
-    def tensor(self, name: str) -> list[tuple[str, Tensor]]:
-        """One weight, and its scale where it has one."""
-        tensor = self.checkpoint.tensor(self.file_names[name])
-        return self._make(name, tensor) if self._made(name) else [(name, tensor)]
+    def parts(
+        self, name: str, dtype_of: Callable[[str], torch.dtype], *, device: torch.device | str = "cpu"
+    ) -> Iterator[tuple[str, Tensor]]:
+        """One weight, and its scale where it has one, in the dtypes that are asked for.
 
-    def _made(self, name: str) -> bool:
+        What is not made here comes flat and in pieces, so that the text encoder's table of 2 GB takes no memory.
+        """
+        file_name = self.file_names[name]
+        if not self.made(name):
+            yield from ((name, piece) for piece in self.checkpoint.pieces(file_name, dtype_of(name)))
+            return
+        for part, tensor in self._make(name, self.checkpoint.tensor(file_name).to(device)):
+            yield part, tensor.to(dtype_of(part))
+
+    def made(self, name: str) -> bool:
+        """Whether this weight is changed, or quantised, or was; else it comes as it is stored."""
         return name in self.formats or name in self.layout.scales or any(name in lora.patches for lora in self.loras)
 
     def _make(self, name: str, tensor: Tensor) -> list[tuple[str, Tensor]]:
@@ -141,6 +153,8 @@ class ModelWeights:
             q_OI, scale_O1 = quantise(tensor, self.formats[name])
         except ValueError as error:
             raise CheckpointError(f"{self.source}: {name} cannot be quantised, {error}.") from None
+        if self.fidelity is not None:
+            self.fidelity[name] = cosine(tensor, q_OI, scale_O1)
         return [(name, q_OI), (scale_name(name), scale_O1)]
 
 

@@ -68,6 +68,10 @@ class Checkpoint:
         """One tensor in memory of its own, in the dtype it is stored in."""
         return self._home[name].read(name)
 
+    def pieces(self, name: str, dtype: torch.dtype | None = None) -> Iterator[torch.Tensor]:
+        """One tensor, cast if it is an ordinary float, flat and a few megabytes at a time."""
+        return self._home[name].pieces(name, dtype)
+
     def mapped(self, name: str) -> torch.Tensor:
         """One tensor as a memory map: bytes are read when they are touched. Treat it as read-only."""
         return self._home[name].mapped(name)

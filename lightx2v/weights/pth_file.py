@@ -10,12 +10,13 @@ import pickle
 import re
 import warnings
 import zipfile
+from collections.abc import Iterator
 from pathlib import Path
 
 import torch
 
 from ..errors import CheckpointError, short_path
-from .safetensors_file import AGAIN, Entry, cast_target
+from .safetensors_file import AGAIN, CHUNK, Entry, cast_target
 
 MIN_TORCH = (2, 10)
 REMAP_AFTER = 512 << 20
@@ -50,14 +51,32 @@ class PthFile:
 
         The map is renewed now and then, because pages once read count as resident memory.
         """
-        self._touched += self.entries[name].nbytes
-        if self._zip and self._touched > REMAP_AFTER:
-            self._touched = self.entries[name].nbytes
-            self._state = {}
-            self._state = self._open()
-        tensor = self._state[name]
+        tensor = self._touch(name, self.entries[name].nbytes)
         result = torch.empty(tensor.shape, dtype=cast_target(tensor.dtype, dtype))
         return result.copy_(tensor)
+
+    def pieces(self, name: str, dtype: torch.dtype | None = None) -> Iterator[torch.Tensor]:
+        """What `read` gives, flat and some rows at a time, for tensors that are larger than memory should hold."""
+        entry = self.entries[name]
+        target = cast_target(entry.dtype, dtype)
+        rows = entry.shape[0] if entry.shape else 0
+        if not rows or not entry.nbytes:
+            yield self.read(name, dtype).flatten()
+            return
+        most = max(1, CHUNK * rows // entry.nbytes)
+        for start in range(0, rows, most):
+            stop = min(start + most, rows)
+            part = self._touch(name, (stop - start) * entry.nbytes // rows)[start:stop]
+            yield torch.empty(part.shape, dtype=target).copy_(part).flatten()
+
+    def _touch(self, name: str, nbytes: int) -> torch.Tensor:
+        """The mapped tensor, of which so many bytes will be read."""
+        self._touched += nbytes
+        if self._zip and self._touched > REMAP_AFTER:
+            self._touched = nbytes
+            self._state = {}
+            self._state = self._open()
+        return self._state[name]
 
     def mapped(self, name: str) -> torch.Tensor:
         """The tensor as a private memory map: nothing is read before it is touched. Treat it as read-only.

@@ -14,6 +14,7 @@ from __future__ import annotations
 import json
 import math
 import struct
+from collections.abc import Iterator
 from dataclasses import dataclass
 from io import FileIO
 from pathlib import Path
@@ -91,6 +92,18 @@ class SafetensorsFile:
                 self._fill(file, chunk[: len(part)], name)
                 part.copy_(chunk[: len(part)])
         return result
+
+    def pieces(self, name: str, dtype: torch.dtype | None = None) -> Iterator[torch.Tensor]:
+        """What `read` gives, flat and a few megabytes at a time: for tensors larger than memory should hold."""
+        entry = self.entries[name]
+        target = cast_target(entry.dtype, dtype)
+        count, most = math.prod(entry.shape), CHUNK // entry.dtype.itemsize
+        with self.path.open("rb", buffering=0) as file:
+            file.seek(entry.start)
+            for start in range(0, count, most):
+                piece = torch.empty(min(most, count - start), dtype=entry.dtype)
+                self._fill(file, piece, name)
+                yield piece.to(target)
 
     def _fill(self, file: FileIO, flat: torch.Tensor, name: str) -> None:
         target = flat.view(torch.uint8).numpy().data

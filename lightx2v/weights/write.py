@@ -2,7 +2,8 @@
 
 The header is known before the first tensor is made, so it is written first. The file grows under the name
 `<target>.part` and gets its own name when it is whole. Called again with the same content, the tensors that the part
-holds already are not made again. At no time is there more than one tensor in memory.
+holds already are not made again. At no time is there more than one tensor in memory, and of those that come in pieces
+no more than a piece.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ import math
 import os
 import shutil
 import struct
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import BinaryIO
 
@@ -23,8 +24,9 @@ from ..errors import OutputError, short_path
 from ..progress import CancelToken
 from .safetensors_file import DTYPES
 
-Make = Callable[[str], Sequence[tuple[str, Tensor]]]
-"""Makes one group's tensors, of the shapes and dtypes that were announced, in that order."""
+Make = Callable[[str], Iterable[tuple[str, Tensor]]]
+"""Makes one group's tensors, of the sizes and dtypes that were announced, in that order. A large one may come in
+several pieces, one after the other under the same name."""
 
 Announced = Mapping[str, Sequence[tuple[str, tuple[int, ...], torch.dtype]]]
 """Groups in the order in which they are written: for each what its tensors will be called and look like."""
@@ -78,12 +80,21 @@ def write_safetensors(
 
 
 def _write_group(
-    file: BinaryIO, announced: Sequence[tuple[str, tuple[int, ...], torch.dtype]], made: Sequence[tuple[str, Tensor]]
+    file: BinaryIO,
+    announced: Sequence[tuple[str, tuple[int, ...], torch.dtype]],
+    made: Iterable[tuple[str, Tensor]],
 ) -> None:
-    for (name, shape, dtype), (got_name, tensor) in zip(announced, made, strict=True):
-        assert (name, shape, dtype) == (got_name, tuple(tensor.shape), tensor.dtype), (name, got_name, tensor.dtype)
+    kinds = {name: dtype for name, _, dtype in announced}
+    sizes = {name: math.prod(shape) for name, shape, _ in announced}
+    order = list(kinds)
+    for name, tensor in made:
+        assert name == order[0] and tensor.dtype == kinds[name] and tensor.numel() <= sizes[name], name
         data = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8)
         file.write(data.numpy().data)
+        sizes[name] -= tensor.numel()
+        if not sizes[name]:
+            order.pop(0)
+    assert not any(sizes.values()), order
 
 
 def _header(groups: Announced, metadata: Mapping[str, str]) -> tuple[bytes, list[int]]:
