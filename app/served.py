@@ -13,9 +13,10 @@ from typing import TYPE_CHECKING
 
 from starlette.requests import Request
 from starlette.responses import FileResponse, PlainTextResponse, Response
-from starlette.routing import Route
+from starlette.routing import BaseRoute, Route
 
 from .examples import picture
+from .mounted import api_routes
 
 if TYPE_CHECKING:
     from .studio import Studio
@@ -25,7 +26,7 @@ HEADERS = {"X-Content-Type-Options": "nosniff", "Content-Security-Policy": "defa
 FOREVER = {**HEADERS, "Cache-Control": "private, max-age=86400, immutable"}
 
 
-def routes(studio: Studio) -> list[Route]:
+def routes(studio: Studio) -> list[BaseRoute]:
     """To be mounted before gradio's own routes."""
 
     def guarded(answer: Callable[[Request], Response]) -> Callable[[Request], Response]:
@@ -64,6 +65,7 @@ def routes(studio: Studio) -> list[Route]:
         return FileResponse(path, media_type="image/png", headers=FOREVER) if path else _missing()
 
     return [
+        *api_routes(studio),
         Route("/studio/examples/{name}.png", guarded(example)),
         Route("/studio/sample.mp4", guarded(sample)),
         Route("/studio/{id}/video.mp4", guarded(video)),

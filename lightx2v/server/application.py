@@ -52,6 +52,7 @@ def create_app(
         version=__version__,
         description="Videos from text and images. Jobs go on when the client leaves; DELETE stops them.",
         redoc_url=None,
+        swagger_ui_oauth2_redirect_url=None,
     )
     app.add_middleware(Keys, keys=keys)
     if gate:
@@ -126,6 +127,7 @@ class Beside(BaseRoute):
 
     def __init__(self, app: FastAPI) -> None:
         self._app = app
+        self.original_router = app.router  # as FastAPI's included routers have, for whoever lists all routes
 
     def matches(self, scope: Scope) -> tuple[Match, Scope]:
         path = scope.get("path", "")

@@ -1,0 +1,42 @@
+"""The HTTP API beside the page: the server's own routes on the same port, over the same job manager.
+
+Where the page has a password, that is the API's key too; LIGHTX2V_API_KEY names others. A page that everybody may use
+without a password has no API unless it has such a key: callers without one could list each other's jobs. Nor has
+ZeroGPU, where a GPU is lent to a visitor's own request only.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from typing import TYPE_CHECKING
+
+from starlette.routing import BaseRoute
+
+from lightx2v.server.application import Beside, create_app
+from lightx2v.server.metrics import Metrics
+from lightx2v.server.service import Service
+
+from .exposure import Exposure
+
+if TYPE_CHECKING:
+    from .studio import Studio
+
+
+def api_routes(studio: Studio, variables: Mapping[str, str] = os.environ) -> list[BaseRoute]:
+    """To be mounted before gradio's own routes; none where there is no API."""
+    from .studio import settings_of
+
+    exposure = studio.exposure
+    keys = api_keys(exposure, variables)
+    if exposure.zerogpu or exposure.open_to_others and not keys:
+        return []
+    names = sorted((info.name for info in studio.presets), key=lambda name: name != studio.default_preset)
+    service = Service(studio.jobs, {name: settings_of(name) for name in names}, check=exposure.limits.check)
+    return [Beside(create_app(service, Metrics(), keys=keys, gate=False))]
+
+
+def api_keys(exposure: Exposure, variables: Mapping[str, str]) -> list[str]:
+    """The page's password and the keys of the environment."""
+    given = [key.strip() for key in variables.get("LIGHTX2V_API_KEY", "").split(",")]
+    return [key for key in (exposure.password, *given) if key]

@@ -1,0 +1,73 @@
+"""The API on the page's port: one job manager, the page's password as its key, none for everybody."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from fake_engine import Garage
+from served import SIZE
+from starlette.applications import Starlette
+from starlette.testclient import TestClient
+from studio_app import Page, eventually
+
+from app.exposure import PUBLIC_LIMITS, Exposure
+from app.mounted import api_routes
+from app.studio import Studio
+
+
+def test_the_page_and_the_api_share_a_port_and_a_queue(page: Page) -> None:
+    assert "gradio" in page.http.get("/").text
+    assert page.http.get("/health").json() == {"status": "ok"}
+    models = page.http.get("/v1/models").json()["data"]
+    assert models[0]["id"] == "demo_t2v_distill_lora" and len(models) > 5
+    made = page.http.post("/v1/videos", json={"prompt": "from the api", **SIZE})
+    assert made.status_code == 200, made.text
+    id = made.json()["id"]
+    eventually(lambda: page.http.get(f"/v1/videos/{id}").json()["status"] == "completed")
+    assert page.http.get(f"/v1/videos/{id}/content").content[4:8] == b"ftyp"
+    assert any(event.get("prompt") == "from the api" for event in page.painted)
+    theirs = page.ask("generate", prompt="from the page")["id"]
+    assert page.http.get(f"/v1/videos/{theirs}").status_code == 404
+    assert "/v1/videos/{id}/events" in page.http.get("/openapi.json").json()["paths"]
+    big = {"prompt": "x", "input_reference": "A" * 3_000_000}
+    assert page.http.post("/v1/videos", json=big).status_code == 422  # read, and no picture
+
+
+def client(folder: Path, exposure: Exposure, **variables: str) -> tuple[Studio, TestClient]:
+    studio = Studio(Garage(), folder, exposure)
+    return studio, TestClient(Starlette(routes=api_routes(studio, variables)))
+
+
+def test_the_pages_password_is_the_key(tmp_path: Path) -> None:
+    exposure = Exposure(open_to_others=True, user="studio", password="of-the-page", limits=PUBLIC_LIMITS)
+    studio, http = client(tmp_path, exposure)
+    try:
+        assert http.get("/v1/videos").status_code == 401
+        assert http.get("/v1/videos", auth=("studio", "of-the-page")).status_code == 200
+        body = {"prompt": "a cat", **SIZE, "num_frames": 101}
+        refused = http.post("/v1/videos", json=body, headers={"X-API-Key": "of-the-page"})
+        assert refused.status_code == 422 and "this page allows 81" in refused.json()["error"]["message"]
+    finally:
+        studio.close()
+
+
+@pytest.mark.parametrize(
+    ("exposure", "variables", "there"),
+    [
+        (Exposure(open_to_others=True), {}, False),
+        (Exposure(open_to_others=True), {"LIGHTX2V_API_KEY": "one-long-enough"}, True),
+        (Exposure(open_to_others=True, hosted=True, zerogpu=True), {"LIGHTX2V_API_KEY": "one-long-enough"}, False),
+        (Exposure(), {}, True),
+    ],
+)
+def test_where_everybody_may_come_there_is_no_api_without_a_key(
+    tmp_path: Path, exposure: Exposure, variables: dict[str, str], there: bool
+) -> None:
+    studio, http = client(tmp_path, exposure, **variables)
+    try:
+        key = {"Authorization": f"Bearer {variables['LIGHTX2V_API_KEY']}"} if variables else {}
+        assert http.get("/v1/models", headers=key).status_code == (200 if there else 404)
+        assert http.get("/v1/models").status_code == (404 if not there else 401 if variables else 200)
+    finally:
+        studio.close()
