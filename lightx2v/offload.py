@@ -245,6 +245,7 @@ def offloaded(
         planner=planner,
         readers=loaded.readers,
         dtype_of=expert_dtypes(precision),
+        read_ahead=mesh is None,  # of several processes all read together, between their other exchanges
     )
 
 

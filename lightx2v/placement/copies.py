@@ -12,6 +12,8 @@ it puts every copy off until somebody acquires the slot, and raises where the or
 
 from __future__ import annotations
 
+import threading
+from concurrent.futures import Future
 from typing import Any, Protocol
 
 import torch
@@ -19,12 +21,14 @@ from torch import Tensor
 
 
 class Slot:
-    """`item` names what the flat buffer holds or is about to hold; `copied` and `left` belong to the copies."""
+    """`item` names what the flat buffer holds or is about to hold; `reading` is the read from disk before the copy,
+    `copied` and `left` belong to the copies."""
 
     def __init__(self, buffer: Tensor) -> None:
         self.buffer = buffer
         self.item: object = None
         self.in_use = False
+        self.reading: Future[None] | None = None
         self.copied: Any = None
         self.left: Any = None
 
@@ -77,6 +81,7 @@ class HostCopies:
     def __init__(self, *, poison: bool = False) -> None:
         self.poison = poison
         self._queue: list[tuple[Slot, Tensor, object]] = []
+        self._lock = threading.Lock()
 
     def load(self, slot: Slot, source: Tensor) -> object:
         if slot.in_use:
@@ -85,9 +90,10 @@ class HostCopies:
             raise RuntimeError(f"{slot.item}: the copy does not know what to wait for")
         if self.poison:
             slot.buffer.fill_(0xFF)
-        slot.copied = object()
-        self._queue.append((slot, source, slot.copied))
-        return slot.copied
+        with self._lock:
+            slot.copied = object()
+            self._queue.append((slot, source, slot.copied))
+            return slot.copied
 
     def acquire(self, slot: Slot) -> None:
         if slot.copied is None:
@@ -100,12 +106,13 @@ class HostCopies:
         slot.in_use = False
 
     def settle(self, mark: object) -> None:
-        if any(queued is mark for _, _, queued in self._queue):
-            while True:
-                slot, source, done = self._queue.pop(0)
-                slot.buffer[: len(source)].copy_(source)
-                if done is mark:
-                    break
+        with self._lock:
+            if any(queued is mark for _, _, queued in self._queue):
+                while True:
+                    slot, source, done = self._queue.pop(0)
+                    slot.buffer[: len(source)].copy_(source)
+                    if done is mark:
+                        break
 
 
 def copies_for(device: torch.device) -> Copies:

@@ -55,7 +55,7 @@ class Offloaded:
     """Takes over the weights of `loaded`, wherever they are now.
 
     `planner` plans anew for every request; without it only out-of-memory errors change the plan. `readers` are given
-    for experts that stay on disk; these are on the meta device.
+    for experts that stay on disk; these are on the meta device, and read ahead by another thread if that is allowed.
     """
 
     def __init__(
@@ -68,6 +68,7 @@ class Offloaded:
         planner: Planner | None = None,
         readers: Mapping[Which, Reader] | None = None,
         dtype_of: Callable[[str], torch.dtype] | None = None,
+        read_ahead: bool = True,
     ) -> None:
         self._loaded = loaded
         self._text: TextEncoder | None = None
@@ -79,7 +80,7 @@ class Offloaded:
             self._vae: WanVAE | None = vae
         self._loras: tuple[LoraSpec, ...] | None = None
         self._device, self._copies, self._planner = device, copies, planner
-        self._readers, self._dtype_of = dict(readers or {}), dtype_of
+        self._readers, self._dtype_of, self._read_ahead = dict(readers or {}), dtype_of, read_ahead
         self._shuttles: dict[str, Shuttle] = {}
         self._lowered: Plan | None = None
         self._need: Need | None = None
@@ -212,7 +213,14 @@ class Offloaded:
     def _carry(self, name: str, resident: int, ring: int) -> None:
         shuttle = self._shuttles.get(name)
         if shuttle is None:
-            self._shuttles[name] = Shuttle(self._cargo(name), self._copies, self._device, resident=resident, ring=ring)
+            self._shuttles[name] = Shuttle(
+                self._cargo(name),
+                self._copies,
+                self._device,
+                resident=resident,
+                ring=ring,
+                read_ahead=self._read_ahead,
+            )
         elif (shuttle.resident, shuttle.wished_ring) != (min(resident, shuttle.blocks), ring):
             shuttle.resize(resident, ring)
 

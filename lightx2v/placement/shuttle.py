@@ -9,12 +9,14 @@ text encoder, or the VAE. Of the blocks, the first `resident` have a device slot
     resident < blocks   the rest streams: while a block runs the next ones are copied, and after the last one the first
                         ones for the next forward
 
-Nothing is ever copied back. Hooks on the blocks do the work, so the modules do not know.
+Nothing is ever copied back. Hooks on the blocks do the work, so the modules do not know. Weights that stay on disk are
+read by another thread, one piece after the other, while blocks run.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor, wait
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -51,8 +53,12 @@ class Shuttle:
         *,
         resident: int,
         ring: int = 3,
+        read_ahead: bool = True,
     ) -> None:
-        """Packs the modules' weights into host memory, where they have no reader: afterwards they are there only."""
+        """Packs the modules' weights into host memory, where they have no reader: afterwards they are there only.
+
+        Without `read_ahead` what is on disk is read where it is asked for, in the caller's thread.
+        """
         self.copies, self.device = copies, device
         self.modules = {name: each.module for name, each in cargo.items()}
         self.readers = {name: each.reader for name, each in cargo.items()}
@@ -62,6 +68,9 @@ class Shuttle:
         self.shared: list[Slot] = []
         self._hooks: list[Any] = []
         self._staging = [_Staging(), _Staging()]
+        self._thread: ThreadPoolExecutor | None = None
+        if read_ahead and any(self.readers.values()):
+            self._thread = ThreadPoolExecutor(1, "lightx2v-read")
         self._current: str | None = None
         self._next: str | None = None
         pin = device.type == "cuda"
@@ -93,6 +102,7 @@ class Shuttle:
     def free(self) -> None:
         """Gives the device memory back; the next `use` copies again."""
         for slot in [*self.own.values(), *self.shared]:
+            _stop_reading(slot)
             if slot.copied is not None:
                 self.copies.acquire(slot)  # a copy that is under way must not write into memory given back
                 self.copies.release(slot)
@@ -211,8 +221,10 @@ class Shuttle:
         piece = self.pieces[item]
         if piece.host is not None:
             self.copies.load(slot, piece.host[: piece.nbytes])
-        else:
+        elif self._thread is None:
             self._read(item, piece, slot)
+        else:
+            slot.reading = self._thread.submit(self._read, item, piece, slot)
         slot.item = item
 
     def _read(self, item: Item, piece: Piece, slot: Slot) -> None:
@@ -229,6 +241,14 @@ class Shuttle:
         staging.mark = self.copies.load(slot, staging.buffer[: piece.nbytes])
 
     def _enter(self, item: Item, slot: Slot) -> None:
+        if slot.reading is not None:
+            try:
+                slot.reading.result()
+            except BaseException:
+                slot.item = None  # the next use tries again
+                raise
+            finally:
+                slot.reading = None
         self.copies.acquire(slot)
         self.pieces[item].bind(slot.buffer)
 
@@ -251,9 +271,12 @@ class Shuttle:
     def close(self) -> None:
         """Drops all weights. The modules are on the meta device afterwards."""
         for slot in [*self.own.values(), *self.shared]:
+            _stop_reading(slot)
             if slot.copied is not None:
                 self.copies.settle(slot.copied)  # host memory is let go below
         self.free()
+        if self._thread is not None:
+            self._thread.shutdown()
         for hook in self._hooks:
             hook.remove()
         self.pieces.clear()
@@ -266,6 +289,13 @@ class _Staging:
     def __init__(self) -> None:
         self.buffer: Tensor | None = None
         self.mark: Any = None
+
+
+def _stop_reading(slot: Slot) -> None:
+    """Nothing is read into the slot any more. What a read that ran already failed with does not matter any more."""
+    if slot.reading is not None and not slot.reading.cancel():
+        wait([slot.reading])
+    slot.reading = None
 
 
 def _before(shuttle: Shuttle, name: str, index: int) -> Any:
