@@ -81,3 +81,11 @@ def short_path(path: str | PurePath, parts: int = 2) -> str:
     pure = PurePath(path)
     tail = pure.parts[-parts:]
     return str(PurePath(*tail)) if len(pure.parts) <= parts else "…/" + "/".join(tail)
+
+
+def byte_size(count: float) -> str:
+    """A number of bytes as people say it: 57.2 GB, 480 MB, 12 kB."""
+    for unit, scale in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
+        if count >= scale:
+            return f"{count / scale:.3g} {unit}" if count < 1000 * scale else f"{count / scale:.0f} {unit}"
+    return f"{count:.0f} bytes"

@@ -1,0 +1,94 @@
+"""python -m lightx2v.download: the model files of a preset, before they are needed.
+
+    python -m lightx2v.download t2v_distill_lora --dry_run      what it takes: names, bytes, free disk
+    python -m lightx2v.download t2v_distill_lora                the download; start it again after any break
+
+Exit codes: 0 all is here, 1 failed, 2 bad usage, 130 interrupted (Ctrl-C), 143 terminated.
+"""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import sys
+from collections.abc import Sequence
+
+from .config import Environment, list_presets, resolve
+from .errors import Cancelled, LightX2VError, byte_size
+from .hub import Hub, Plan, fetch, make_plan
+from .progress import Meter
+from .terminal import Interrupts, ProgressLine, logging_to, one_line
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs the command line and returns its exit code."""
+    try:
+        options = _parser().parse_args(argv)
+    except SystemExit as stop:  # argparse has said what is wrong, or shown the help
+        return int(stop.code or 0)
+    line = ProgressLine(sys.stderr)
+    level = logging.DEBUG if options.verbose else logging.INFO
+    with logging_to(sys.stderr, line, level), Interrupts() as interrupts:
+        try:
+            return _run(options, line, interrupts)
+        except (Cancelled, KeyboardInterrupt):
+            line.clear()
+            print("Stopped. What came is kept: start again to go on from there.", file=sys.stderr)
+            return interrupts.exit_code
+        except LightX2VError as error:
+            line.clear()
+            print(f"error: {error}", file=sys.stderr)
+            return error.exit_code
+
+
+def _run(options: argparse.Namespace, line: ProgressLine, interrupts: Interrupts) -> int:
+    if options.preset is None:
+        for info in list_presets():
+            print(f"{info.name:<32} {info.title}")
+        return 0
+    overrides = {"models_dir": options.models_dir} if options.models_dir else {}
+    config = resolve(options.preset, overrides, environment=Environment.read()).engine
+    hub = Hub()
+    plan = make_plan(config, hub=hub)
+    print(_table(plan))
+    if options.dry_run:
+        plan.check_space()
+        return 0
+    if plan.files:
+        with interrupts.cancelling() as token:
+            fetch(plan, meter=Meter(on_progress=line), cancel=token, hub=hub)
+        line.clear()
+    print("All files are here.")
+    return 0
+
+
+def _table(plan: Plan) -> str:
+    """What is needed: bytes, whether it is here, name; then the sums."""
+    rows = [(f"{size:,}", "here", name) for name, size in plan.found]
+    for file in plan.files:
+        state = "cached" if not file.left else f"{100 * file.here // file.file.size} %" if file.here else "to fetch"
+        rows.append((f"{file.file.size:,}", state, file.name))
+    lines = [f"{size:>16}  {state:<8}  {one_line(name)}" for size, state, name in rows]
+    lines.append(
+        f"{plan.left:>16,}  bytes to fetch ({byte_size(plan.left)}); {byte_size(plan.free)} are free in {plan.cache}"
+    )
+    return "\n".join(lines)
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="python -m lightx2v.download",
+        description="Downloads the model files that a preset needs and this machine lacks, into the cache that all "
+        "Hugging Face programs share. HF_HOME, HF_ENDPOINT, HF_TOKEN and HF_HUB_OFFLINE are respected.",
+        epilog="Exit codes: 0 all is here, 1 failed, 2 bad usage, 130 interrupted, 143 terminated.",
+        allow_abbrev=False,
+    )
+    parser.add_argument("preset", nargs="?", metavar="PRESET", help="its name or a JSON file; without it: the list")
+    parser.add_argument("--models_dir", metavar="FOLDER", help="where files are looked for first; nothing is put there")
+    parser.add_argument("--dry_run", action="store_true", help="print what it takes, and fetch nothing")
+    parser.add_argument("--verbose", action="store_true", help="log more")
+    return parser
+
+
+if __name__ == "__main__":
+    sys.exit(main())

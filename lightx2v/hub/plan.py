@@ -1,0 +1,155 @@
+"""Before a download: what a model needs, what of it is here, the exact bytes of the rest, and whether they fit."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from pathlib import Path
+
+from ..config import needed_files, search_roots
+from ..engine_config import EngineConfig, hub_name
+from ..errors import ConfigError, DownloadError, byte_size, short_path
+from .cache import CachedRepo, standard_cache
+from .listing import Hub, HubFile, list_files
+
+SPARE = 0.05
+"""Share of the download that has to be free on top of it: other programs write, too."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PlannedFile:
+    """A file that a model needs from the Hub; `here` of its bytes are on this machine already."""
+
+    file: HubFile
+    here: int
+
+    @property
+    def name(self) -> str:
+        return f"{self.file.repo}/{self.file.path}"
+
+    @property
+    def left(self) -> int:
+        return self.file.size - self.here
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Plan:
+    """`files` make up what was missing. `found` are the needed names that are here, each with its size; `known` other
+    files of the same commits whose content is here. `free` is what is free on the cache's disk, in bytes."""
+
+    files: tuple[PlannedFile, ...]
+    found: tuple[tuple[str, int], ...]
+    known: tuple[HubFile, ...]
+    cache: Path
+    free: int
+
+    @property
+    def left(self) -> int:
+        """Bytes to fetch."""
+        return sum(file.left for file in self.files)
+
+    def check_space(self) -> None:
+        """DownloadError with the numbers if what is left does not fit on the disk."""
+        need = int(self.left * (1 + SPARE))
+        if need > self.free:
+            raise DownloadError(
+                f"{byte_size(self.left)} are to be downloaded, and {byte_size(self.free)} are free on the disk of "
+                f"{short_path(self.cache)}. Free {byte_size(need - self.free)} more, or set HF_HOME to a folder on a "
+                "larger disk."
+            )
+
+
+def find(name: str, config: EngineConfig) -> Path | None:
+    """The file or folder that a path of the configuration means: a local one, or one in the shared cache."""
+    roots = [Path(name).expanduser()] if Path(name).expanduser().is_absolute() else _local(name, config)
+    local = next((path for path in roots if path.exists()), None)
+    return local or find_cached(name)
+
+
+def find_cached(name: str) -> Path | None:
+    """A file, a folder with all its parts, or a repository of the shared cache, by its name on the Hub."""
+    hub = hub_name(name)
+    return CachedRepo(standard_cache(), hub[0]).find(hub[1]) if hub else None
+
+
+def missing(config: EngineConfig) -> list[str]:
+    """The names of files and folders that `config` needs, that are not on this machine and may be on the Hub.
+
+    A model folder that is here is taken as it is: nothing is put into it or beside it.
+    """
+    own_model = any(path.is_dir() for path in _local(config.model_path, config))
+    return [
+        name
+        for name in needed_files(config)
+        if hub_name(name) and not (own_model and name.startswith(f"{config.model_path}/")) and not find(name, config)
+    ]
+
+
+def make_plan(
+    config: EngineConfig, *, hub: Hub | None = None, free: Callable[[Path], int] | None = None
+) -> Plan:  # fmt: skip
+    """Asks the Hub about what is missing, one question a repository. DownloadError where it has no answer.
+
+    `free` tells what is free at a path, in bytes.
+    """
+    hub = hub or Hub()
+    absent = missing(config)
+    found = [
+        (name, _bytes(path)) for name in needed_files(config) if name not in absent and (path := find(name, config))
+    ]
+    wanted: dict[str, list[str]] = {}
+    for name in absent:
+        repo, inside = hub_name(name) or ("", None)
+        if inside is None:
+            raise ConfigError(f"{name} names a whole repository. Name the file or the folder in it that is meant.")
+        wanted.setdefault(repo, []).append(inside + "/" * name.endswith("/"))
+    files: dict[str, PlannedFile] = {}
+    known = []
+    for repo, insides in wanted.items():
+        listing = list_files(hub, repo)
+        cached = hub.repo(repo)
+        for inside in insides:
+            chosen = [file for file in listing if file.path == inside or file.path.startswith(inside.rstrip("/") + "/")]
+            if not chosen:
+                raise DownloadError(
+                    f"{repo} has no {inside}. It has: {', '.join(sorted(_tops(listing))[:20]) or 'no files'}. "
+                    "Name one of these in the configuration."
+                )
+            files |= {f"{repo}/{file.path}": PlannedFile(file=file, here=_here(cached, file)) for file in chosen}
+        known += [file for file in listing if f"{repo}/{file.path}" not in files and cached.has(file.etag, file.size)]
+    return Plan(
+        files=tuple(sorted(files.values(), key=lambda planned: planned.file.size)),
+        found=tuple(found),
+        known=tuple(known),
+        cache=hub.cache,
+        free=(free or disk_free)(hub.cache),
+    )
+
+
+def disk_free(folder: Path) -> int:
+    """Bytes that are free on the disk of `folder`, which need not exist yet."""
+    folder = folder.absolute()
+    return shutil.disk_usage(next(path for path in (folder, *folder.parents) if path.exists())).free
+
+
+def _local(name: str, config: EngineConfig) -> list[Path]:
+    return [root / Path(name).expanduser() for root in search_roots(config)]
+
+
+def _here(cached: CachedRepo, file: HubFile) -> int:
+    if cached.has(file.etag, file.size):
+        return file.size
+    try:
+        return min(cached.partial(file.etag).stat().st_size, file.size)
+    except FileNotFoundError:
+        return 0
+
+
+def _bytes(path: Path) -> int:
+    return sum(p.stat().st_size for p in path.rglob("*") if p.is_file()) if path.is_dir() else path.stat().st_size
+
+
+def _tops(listing: Iterable[HubFile]) -> set[str]:
+    """Files and folders at the top of a repository."""
+    return {file.path.partition("/")[0] + "/" * ("/" in file.path) for file in listing}
