@@ -11,6 +11,7 @@ from __future__ import annotations
 import json
 import logging
 import time
+from collections import deque
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -96,6 +97,14 @@ def convert(
     write_safetensors(job.output, groups, make, metadata=metadata, on_bytes=tell, cancel=cancel)
     _say_fidelity(job, weights.fidelity or {})
     return True
+
+
+def fidelity(job: Conversion) -> dict[str, float]:
+    """The cosine of each layer that `job` quantises to what it was, with the LoRAs merged; nothing is written."""
+    weights, dtype_of = _plan(open_checkpoint(job.source), job)
+    for name in weights.formats:
+        deque(weights.parts(name, dtype_of), maxlen=0)
+    return dict(weights.fidelity or {})
 
 
 def _say_fidelity(job: Conversion, found: Mapping[str, float]) -> None:
