@@ -139,11 +139,16 @@ def launch(studio: Studio, *, open_browser: bool = False, mcp: bool = False, **m
         max_file_size=exposure.limits.upload,
         footer_links=["api"],
         run_history=False,
+        enable_monitoring=False,
         ssr_mode=False,
         mcp_server=mcp,
         theme=theme(),
         head=head(),
-        app_kwargs={"routes": routes(studio), "middleware": [Middleware(Guard, exposure=exposure, origins=origins)]},
+        app_kwargs={
+            "openapi_url": None,  # gradio has its own, behind the password
+            "routes": routes(studio),
+            "middleware": [Middleware(Guard, exposure=exposure, origins=origins)],
+        },
         **more,
     )
     if demo.share_url:

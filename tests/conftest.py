@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
+from huggingface_hub import constants
 from studio_app import Page, launched
 from tiny import build_tiny
 
@@ -21,10 +22,15 @@ class TinyModels:
 
 @pytest.fixture(scope="session", autouse=True)
 def cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
-    """What the engine keeps between starts goes here and not into the home folder."""
+    """What the engine keeps between starts goes here and not into the home folder. The Hub is out of reach, and its
+    cache empty; in this process, where huggingface_hub has read its settings, and in those that it starts."""
     folder = tmp_path_factory.mktemp("cache")
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("LIGHTX2V_CACHE_DIR", str(folder))
+        patch.setenv("HF_HUB_OFFLINE", "1")
+        patch.setattr(constants, "HF_HUB_OFFLINE", True)
+        patch.setenv("HF_HOME", str(folder / "huggingface"))
+        patch.setattr(constants, "HF_HUB_CACHE", str(folder / "huggingface" / "hub"))
         yield folder
 
 
@@ -38,4 +44,11 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> TinyModels:
 def page(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Page]:
     """The page as `python app.py` serves it to this machine alone, over the painting engine."""
     with launched(tmp_path_factory.mktemp("studio") / "outputs") as started:
+        yield started
+
+
+@pytest.fixture(scope="session")
+def space(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Page]:
+    """The page as a Hugging Face Space serves it to everybody: ten jobs may wait, and other limits."""
+    with launched(tmp_path_factory.mktemp("space") / "outputs", SPACE_ID="someone/studio") as started:
         yield started

@@ -1,13 +1,15 @@
 """An engine for the page's tests: draws a small moving scene instead of running a model.
 
 It reports and previews as the real one does, so everything on the page can be seen without weights. Words of the
-prompt say what else happens: "slow" takes its time, "too large" runs out of memory, "broken" has a bug.
+prompt say what else happens: "slow" takes its time, "endless" all of it, "too large" runs out of memory, "broken" has a
+bug.
 """
 
 from __future__ import annotations
 
 import json
 import time
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -39,10 +41,16 @@ class Painter:
                 file.write(json.dumps({"event": event, "at": time.time(), **what}) + "\n")
 
     def __call__(
-        self, config: EngineConfig, *, preset: str, on_progress: OnProgress, cancel: CancelToken
+        self,
+        config: EngineConfig,
+        *,
+        preset: str,
+        on_progress: OnProgress | None = None,
+        cancel: CancelToken | None = None,
     ) -> PaintingEngine:
-        on_progress(Progress(stage="load", step=0, total=1))
-        _sleep(self.load_seconds, cancel)
+        if on_progress is not None:
+            on_progress(Progress(stage="load", step=0, total=1))
+        _sleep(self.load_seconds, cancel or CancelToken())
         self.note("open", preset=preset)
         return PaintingEngine(self, config, preset)
 
@@ -51,16 +59,25 @@ class PaintingEngine:
     def __init__(self, painter: Painter, config: EngineConfig, preset: str) -> None:
         self.painter, self.config, self.preset = painter, config, preset
 
-    def run(self, request: Request, *, save_result_path: Path, on_progress: OnProgress, cancel: CancelToken) -> Result:
+    def run(
+        self,
+        request: Request,
+        *,
+        save_result_path: Path | None = None,
+        on_progress: OnProgress,
+        cancel: CancelToken,
+        return_frames: bool = False,
+    ) -> Result:
         self.painter.note("begin", prompt=request.prompt, request=request.to_json())
         try:
             return self._run(request, save_result_path, on_progress, cancel)
         finally:
             self.painter.note("end", prompt=request.prompt)
 
-    def _run(self, request: Request, path: Path, on_progress: OnProgress, cancel: CancelToken) -> Result:
+    def _run(self, request: Request, path: Path | None, on_progress: OnProgress, cancel: CancelToken) -> Result:
         meter = Meter("cpu", on_progress)
-        pace = self.painter.slow_seconds if "slow" in request.prompt else self.painter.step_seconds
+        slow = self.painter.slow_seconds if "slow" in request.prompt else self.painter.step_seconds
+        pace = 600.0 if "endless" in request.prompt else slow
         frames = paint(request)
         with meter.stage("text"):
             meter.emit("text", 0, 1)
@@ -81,24 +98,30 @@ class PaintingEngine:
                 noisy = noised(frames[len(frames) // 2], 1 - (step + 1) / request.steps, request.seed)
                 expert = "high" if step < high else "low"
                 meter.emit("denoise", step + 1, request.steps, expert, preview=lambda picture=noisy: picture)
-        with VideoWriter(path, request.width, request.height, request.fps, settings=self._settings(request)) as writer:
-            with meter.stage("decode"):
-                for start in range(0, len(frames), 4):
-                    _sleep(pace / 8, cancel)
-                    meter.emit("decode", start, len(frames))
+        with self._file(path, request) as writer, meter.stage("decode"):
+            for start in range(0, len(frames), 4):
+                _sleep(pace / 8, cancel)
+                meter.emit("decode", start, len(frames))
+                if writer is not None:
                     with meter.stage("write"):
                         writer.write(frames[start : start + 4])
-        return self._result(request, path, meter.report())
+        return self._result(request, path, frames, meter.report())
+
+    def _file(self, path: Path | None, request: Request) -> AbstractContextManager[VideoWriter | None]:
+        if path is None:
+            return nullcontext()
+        return VideoWriter(path, request.width, request.height, request.fps, settings=self._settings(request))
 
     def _settings(self, request: Request) -> dict[str, Any]:
         return {"preset": self.preset, "engine": self.config.to_json(), "request": request.to_json()}
 
-    def _result(self, request: Request, path: Path, timings: Timings) -> Result:
+    def _result(self, request: Request, path: Path | None, frames: np.ndarray, timings: Timings) -> Result:
         return Result(
-            path=str(path), frames=None, latents=None, request=request, config=self.config, height=request.height,
-            width=request.width, device=self.painter.device, preset=self.preset, text_tokens={"prompt": 14},
+            path=str(path), frames=None if path else frames, latents=None, request=request, config=self.config,
+            height=request.height, width=request.width, device=self.painter.device, preset=self.preset,
+            text_tokens={"prompt": 14},
             attention={"self": "torch_sdpa", "cross": "torch_sdpa", "reason": "fastest correct here"}, timings=timings,
-            file_bytes=path.stat().st_size,
+            file_bytes=path.stat().st_size if path else None,
         )  # fmt: skip
 
     def close(self) -> None:

@@ -9,7 +9,9 @@ import json
 import os
 import sys
 from collections.abc import Iterator
+from functools import cache
 from pathlib import Path
+from types import ModuleType, SimpleNamespace
 from typing import Any
 
 ROOT = Path(__file__).parents[1]
@@ -20,28 +22,38 @@ from importlib.util import module_from_spec, spec_from_file_location  # noqa: E4
 from page_engine import Painter  # noqa: E402
 
 
-def main() -> int:
-    spec = spec_from_file_location("studio_entry", ROOT / "app.py")  # `import app` is the package beside it
+@cache
+def entry() -> ModuleType:
+    """The module app.py; `import app` is the package beside it."""
+    spec = spec_from_file_location("studio_entry", ROOT / "app.py")
     assert spec is not None and spec.loader is not None
-    entry = module_from_spec(spec)
-    sys.modules["studio_entry"] = entry
-    spec.loader.exec_module(entry)
+    module = module_from_spec(spec)
+    sys.modules["studio_entry"] = module
+    spec.loader.exec_module(module)
+    return module
+
+
+def main() -> int:
+    app = entry()
     folder = Path(os.environ["LIGHTX2V_OUTPUT_DIR"])
     folder.mkdir(parents=True, exist_ok=True)
     if "--demo" in sys.argv:
         sys.argv.remove("--demo")
     else:
-        entry.open_engine = Painter(log=folder / "painted.jsonl")
-        entry.preload.start = lambda: None  # painting needs no torch
-    launch = entry.launch
+        painter = Painter(log=folder / "painted.jsonl")
+        app.open_engine = painter
+        app.preload.start = lambda: None  # painting needs no torch
+        sys.modules["lightx2v.pipeline"] = pipeline = ModuleType("lightx2v.pipeline")
+        pipeline.LightX2VPipeline = SimpleNamespace(from_config=painter)  # type: ignore[attr-defined]
+    launch = app.launch
 
     def launch_and_list(*args: Any, **kwargs: Any) -> Any:
         demo = launch(*args, **kwargs)
         (folder / "routes.json").write_text(json.dumps(list(routes_of(demo.app))))
         return demo
 
-    entry.launch = launch_and_list
-    return entry.main()
+    app.launch = launch_and_list
+    return app.main()
 
 
 def routes_of(router: Any) -> Iterator[tuple[str, list[str]]]:

@@ -20,7 +20,7 @@ import httpx
 
 ROOT = Path(__file__).parents[1]
 PRESET = "demo_t2v_distill_lora"
-LEAKS = re.compile(r"Traceback|File \"|/tmp/|/root/|/home/|site-packages|" + re.escape(str(ROOT)))
+LEAKS = re.compile(r"Traceback|File \"|/tmp/|/(?:root|home)/|site-packages|" + re.escape(str(ROOT)))
 """What no answer may hold: a traceback, or where something is on this machine."""
 
 PATIENCE = 120.0
@@ -35,6 +35,8 @@ class Page:
     folder: Path
     process: subprocess.Popen[str]
     log: Path
+    http: httpx.Client
+    """One for all requests: making one costs more than most requests do."""
 
     @property
     def said(self) -> str:
@@ -48,14 +50,13 @@ class Page:
 
     def ask(self, endpoint: str, *, session: httpx.Client | None = None, **values: Any) -> Any:
         """One of the page's public endpoints by plain HTTP; AssertionError with the message where it refuses."""
-        http = session or httpx
-        base = "" if session else self.url
-        url = f"{base}/gradio_api/call/v2/{endpoint}"
+        http = session or self.http
+        url = f"/gradio_api/call/v2/{endpoint}"
         # All tests are one client to the page's rate limit, which says to wait.
-        made = eventually(lambda: (r := http.post(url, json=values, timeout=PATIENCE)).status_code != 429 and r)
+        made = eventually(lambda: (r := http.post(url, json=values)).status_code != 429 and r)
         assert made.status_code == 200, made.text
         event = made.json()["event_id"]
-        answer = http.get(f"{base}/gradio_api/call/{endpoint}/{event}", timeout=PATIENCE).text
+        answer = http.get(f"/gradio_api/call/{endpoint}/{event}").text
         kind, data = re.findall(r"event: (\w+)\ndata: (.*)", answer)[-1]
         if kind != "complete":
             raise Refused(answer)
@@ -63,7 +64,7 @@ class Page:
 
     def upload(self, data: bytes, name: str) -> dict[str, Any]:
         """A file that was sent as the page sends it: what the endpoints take for an image."""
-        answer = httpx.post(f"{self.url}/gradio_api/upload", files={"files": (name, data)}, timeout=PATIENCE)
+        answer = self.http.post("/gradio_api/upload", files={"files": (name, data)})
         assert answer.status_code == 200, answer.text
         return {"path": answer.json()[0], "meta": {"_type": "gradio.FileData"}}
 
@@ -101,13 +102,16 @@ def launched(folder: Path, *flags: str, demo: bool = False, **variables: str) ->
             env=environment,
             cwd=ROOT,
         )
-    page = Page(url=f"http://127.0.0.1:{port}", folder=folder, process=process, log=log)
-    try:
-        eventually(lambda: "LightX2V Studio is on" in page.said or process.poll() is not None)
-        assert process.poll() is None, page.said
-        yield page
-    finally:
-        stop(process)
+    url = f"http://127.0.0.1:{port}"
+    # A connection each: what is refused early may cut its own.
+    with httpx.Client(base_url=url, timeout=PATIENCE, limits=httpx.Limits(max_keepalive_connections=0)) as http:
+        page = Page(url=url, folder=folder, process=process, log=log, http=http)
+        try:
+            eventually(lambda: "LightX2V Studio is on" in page.said or process.poll() is not None)
+            assert process.poll() is None, page.said
+            yield page
+        finally:
+            stop(process)
 
 
 def stop(process: subprocess.Popen[str], number: int = signal.SIGTERM) -> int:

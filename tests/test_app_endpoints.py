@@ -18,7 +18,7 @@ from studio_app import LEAKS, PRESET, Page, Refused, eventually
 
 
 def test_there_are_four_named_endpoints_and_no_others(page: Page) -> None:
-    info = httpx.get(f"{page.url}/gradio_api/info").json()
+    info = page.http.get("/gradio_api/info").json()
     assert set(info["named_endpoints"]) == {"/generate", "/status", "/cancel", "/presets"}
     assert not info["unnamed_endpoints"]
     assert set(info["named_endpoints"]["/generate"]["parameters"][0]) >= {"parameter_name", "type"}
@@ -35,9 +35,9 @@ def test_a_program_makes_a_video(page: Page) -> None:
     done = page.make("a red ball", seed=11, settings={"frames": 9})
     assert (done["report"]["seed"], done["report"]["frames"]) == (11, 9)
     assert done["report"]["timings"]["total"] > 0 and not LEAKS.search(str(done))
-    video = httpx.get(f"{page.url}/{done['video']}")
+    video = page.http.get(f"/{done['video']}")
     assert video.headers["content-type"] == "video/mp4" and video.content[4:8] == b"ftyp"
-    part = httpx.get(f"{page.url}/{done['video']}", headers={"Range": "bytes=0-9"})
+    part = page.http.get(f"/{done['video']}", headers={"Range": "bytes=0-9"})
     assert part.status_code == 206 and len(part.content) == 10, "a player seeks"
 
 
@@ -102,10 +102,10 @@ def test_a_bad_request_says_what_is_wrong_and_nothing_else(page: Page, arguments
 
 @pytest.mark.parametrize("arguments", [{}, {"prompt": 5}, {"prompt": ["x"]}, {"prompt": {"path": "/etc/passwd"}}])
 def test_arguments_of_another_type_are_refused_without_a_traceback(page: Page, arguments: dict[str, Any]) -> None:
-    answer = httpx.post(f"{page.url}/gradio_api/call/v2/generate", json=arguments)
+    answer = page.http.post("/gradio_api/call/v2/generate", json=arguments)
     text = answer.text
     if answer.status_code == 200:
-        text = httpx.get(f"{page.url}/gradio_api/call/generate/{answer.json()['event_id']}").text
+        text = page.http.get(f"/gradio_api/call/generate/{answer.json()['event_id']}").text
         assert "event: error" in text
     assert not LEAKS.search(text), text
 

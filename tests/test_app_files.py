@@ -10,7 +10,6 @@ import os
 import re
 from pathlib import Path
 
-import httpx
 import pytest
 from studio_app import LEAKS, ROOT, Page
 
@@ -53,30 +52,30 @@ def result(page: Page) -> str:
     ],
 )
 def test_no_route_gives_a_file_that_is_not_a_result(page: Page, result: str, path: str) -> None:
-    answer = httpx.get(page.url + path.format(root=ROOT, output=page.folder, result=result))
+    answer = page.http.get(path.format(root=ROOT, output=page.folder, result=result))
     assert answer.status_code in (400, 403, 404), (answer.status_code, answer.text[:200])
     assert b"root:" not in answer.content and b"SQLite" not in answer.content
     assert "Traceback" not in answer.text
 
 
 def test_a_run_gives_its_video_and_its_picture(page: Page, result: str) -> None:
-    video, poster = (httpx.get(f"{page.url}/studio/{result}/{name}") for name in ("video.mp4", "poster.jpg"))
+    video, poster = (page.http.get(f"/studio/{result}/{name}") for name in ("video.mp4", "poster.jpg"))
     assert video.content[4:8] == b"ftyp" and poster.content[:2] == b"\xff\xd8"
     for answer in (video, poster):
         assert answer.headers["x-content-type-options"] == "nosniff" and "private" in answer.headers["cache-control"]
-    download = httpx.get(f"{page.url}/studio/{result}/video.mp4?download")
+    download = page.http.get(f"/studio/{result}/video.mp4?download")
     assert f"lightx2v-{result[:8]}.mp4" in download.headers["content-disposition"]
-    assert httpx.get(f"{page.url}/studio/{NOBODY}/preview.jpg").status_code == 204
+    assert page.http.get(f"/studio/{NOBODY}/preview.jpg").status_code == 204
 
 
 def test_a_video_that_leads_out_of_the_output_folder_is_not_served(page: Page) -> None:
     """As if somebody had exchanged a result for a link to a file of the system."""
     id = str(page.make("a link", settings={"frames": 5})["id"])
-    assert httpx.get(f"{page.url}/studio/{id}/video.mp4").status_code == 200
+    assert page.http.get(f"/studio/{id}/video.mp4").status_code == 200
     video = page.folder / f"{id}.mp4"
     video.unlink()
     video.symlink_to("/etc/passwd")
-    answer = httpx.get(f"{page.url}/studio/{id}/video.mp4")
+    answer = page.http.get(f"/studio/{id}/video.mp4")
     assert answer.status_code == 404 and not LEAKS.search(answer.text)
 
 

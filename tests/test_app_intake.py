@@ -155,11 +155,11 @@ def test_an_address_is_no_picture_and_nobody_is_called(page: Page, address: str)
 
 
 def test_foreign_hosts_and_sites_are_refused(page: Page) -> None:
-    assert httpx.get(page.url, headers={"Host": "evil.example"}).status_code == 403
-    assert httpx.get(f"{page.url}/config", headers={"Host": "127.0.0.1.evil.example"}).status_code == 403
+    assert page.http.get("/", headers={"Host": "evil.example"}).status_code == 403
+    assert page.http.get("/config", headers={"Host": "127.0.0.1.evil.example"}).status_code == 403
     for path in ("queue/join", "upload", "call/generate", "call/v2/generate", "run/predict"):
         for origin in ("https://evil.example", "null", "http://127.0.0.1:1"):
-            answer = httpx.post(f"{page.url}/gradio_api/{path}", json={}, headers={"Origin": origin})
+            answer = page.http.post(f"/gradio_api/{path}", json={}, headers={"Origin": origin})
             assert answer.status_code == 403, (path, origin)
 
 
@@ -178,7 +178,12 @@ def test_foreign_hosts_and_sites_are_refused(page: Page) -> None:
 )
 def test_a_broken_body_is_refused_quietly(page: Page, body: bytes, type: str) -> None:
     for path in ("call/generate", "call/v2/generate", "queue/join", "run/predict"):
-        answer = httpx.post(f"{page.url}/gradio_api/{path}", content=body, headers={"Content-Type": type})
+        try:
+            with httpx.Client(base_url=page.url) as http:
+                answer = http.post(f"/gradio_api/{path}", content=body, headers={"Content-Type": type})
+        except httpx.TransportError:  # it was answered before all of it was sent, and the line cut
+            assert len(body) > 1_000_000
+            continue
         assert answer.status_code in (400, 404, 413, 415, 422, 429, 500) or "event_id" in answer.json(), answer.text
         assert not LEAKS.search(answer.text), answer.text[:300]
         assert len(answer.text) < 2000, "the body is not sent back"

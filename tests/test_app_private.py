@@ -10,7 +10,6 @@ import secrets
 from dataclasses import dataclass
 from typing import Any
 
-import httpx
 import pytest
 from studio_app import LEAKS, Page, eventually
 
@@ -40,8 +39,8 @@ class Keyboard:
         event = self.event(target, kind)
         data = [changes.get(self.name(id), self.components()[id]["props"].get("value")) for id in event["inputs"]]
         body = {"data": data, "fn_index": event["id"], "session_hash": secrets.token_hex(6), "event_data": sent}
-        url = f"{self.page.url}/gradio_api/run/predict"
-        answer = eventually(lambda: (r := httpx.post(url, json=body, timeout=60)).status_code != 429 and r)
+        url = "/gradio_api/run/predict"
+        answer = eventually(lambda: (r := self.page.http.post(url, json=body)).status_code != 429 and r)
         assert not LEAKS.search(answer.text), answer.text[:300]
         if answer.status_code != 200:
             return {}
@@ -50,7 +49,7 @@ class Keyboard:
 
 @pytest.fixture(scope="module")
 def keyboard(page: Page) -> Keyboard:
-    return Keyboard(page, httpx.get(f"{page.url}/config").json())
+    return Keyboard(page, page.http.get("/config").json())
 
 
 def visitor() -> dict[str, Any]:

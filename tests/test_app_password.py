@@ -1,0 +1,145 @@
+"""A launched page with a password, and how it is started.
+
+Covered: no address that others reach without a password, unless asked for; a wrong or missing password on every
+route that the server has, its documentation, files and streams among them; more requests than a person makes.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import subprocess
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from types import SimpleNamespace
+
+import httpx
+import pytest
+from painted_app import entry
+from studio_app import LEAKS, PATIENCE, ROOT, Page, launched
+
+from app.exposure import Exposure
+
+OPEN = re.compile(
+    r"/(login|login_check|token|logout|oauth/\w+|theme\.css|robots\.txt|manifest\.json|favicon\.ico|pwa_icon|pwa_icon/.*"
+    r"|static/.*|assets/.*|svelte/.*|gradio_api/(login_check|token|user|theme\.css|app_id|startup-events|dev/reload|heartbeat/.*))?/?"
+)
+"""What a browser needs to show the form where one signs in, and what says nothing about anybody."""
+
+
+@pytest.fixture(scope="module")
+def locked(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Page]:
+    """A page that other machines reach."""
+    with launched(tmp_path_factory.mktemp("locked") / "outputs", "--host", "0.0.0.0") as started:
+        yield started
+
+
+def password(page: Page) -> str:
+    return re.findall(r"User studio, password (\S+)", page.said)[0]
+
+
+@contextmanager
+def signed_in(page: Page) -> Iterator[httpx.Client]:
+    with httpx.Client(base_url=page.url, timeout=PATIENCE) as session:
+        answer = session.post("/login", data={"username": "studio", "password": password(page)})
+        assert answer.status_code == 200, answer.text
+        yield session
+
+
+def test_every_route_asks_for_the_password(locked: Page) -> None:
+    routes = json.loads((locked.folder / "routes.json").read_text())
+    assert len(routes) > 50, "the routes were listed"
+    answers = {}
+    for path, methods in routes:
+        filled = re.sub(r"\{\w+:path\}", "etc/passwd", path)
+        filled = re.sub(r"\{\w+\}", "0" * 32, filled)
+        for method in {"GET", "POST", "PUT", "DELETE"} & set(methods):
+            if method == "GET" and OPEN.fullmatch(path.replace("{path:path}", "x").replace("{id_or_token}", "x")):
+                continue
+            with locked.http.stream(method, filled, json={} if method == "POST" else None) as answer:
+                answers[method, path.rstrip("/")] = answer.status_code
+    wrong = {what: code for what, code in answers.items() if code < 400 or code >= 500}
+    assert not wrong, "nothing is served, and nothing breaks"
+    ours = {
+        what: code for what, code in answers.items() if not what[1].startswith(("/gradio_api", "/login", "/monitoring"))
+    }
+    assert set(ours.values()) == {401} and list(answers.values()).count(401) > 30
+
+
+def test_what_needs_no_password_tells_nothing(locked: Page) -> None:
+    page = locked.http.get("/").text
+    assert '"auth_required":true' in page
+    for told in ("elem_id", "demo_t2v", 'components":[{', str(locked.folder)):
+        assert told not in page, told
+
+
+def test_the_password_is_new_and_said_once(locked: Page) -> None:
+    assert locked.said.count(password(locked)) == 1 and len(password(locked)) >= 12
+
+
+@pytest.mark.parametrize("word", ["", "wrong", "x" * 100_000])
+def test_a_wrong_password_is_refused(locked: Page, word: str) -> None:
+    answer = locked.http.post("/login", data={"username": "studio", "password": word})
+    assert answer.status_code in (400, 401, 413, 422) and not LEAKS.search(answer.text)
+    assert not answer.cookies
+
+
+def test_the_right_one_opens_everything(locked: Page) -> None:
+    with signed_in(locked) as session:
+        made = locked.ask("generate", session=session, prompt="behind a door", settings={"frames": 5})
+        video = ""
+        while not video:
+            video = locked.ask("status", session=session, id=made["id"])["video"]
+        assert session.get(f"/{video}").status_code == 200
+        assert locked.http.get(f"/{video}").status_code == 401
+        assert "elem_id" in session.get("/config").text
+
+
+def test_more_requests_than_a_person_makes_are_put_off(locked: Page) -> None:
+    with signed_in(locked) as session:
+        job = locked.ask("generate", session=session, prompt="a slow one meanwhile", settings={"frames": 5})["id"]
+        codes, answer = [], None
+        while answer is None or answer.status_code != 429:
+            answer = session.post("/nothing/of/this/name")
+            codes.append(answer.status_code)
+        assert codes[:20] == [404] * 20, "a burst is served, a flood is not"
+        assert "Wait" in answer.text and answer.headers["retry-after"]
+        state = ""
+        while state not in ("succeeded", "failed"):
+            state = locked.ask("status", session=session, id=job)["state"]
+        assert state == "succeeded", "the run does not mind"
+
+
+@pytest.mark.parametrize(
+    ("flags", "said"),
+    [
+        (("--public",), "--share or --host"),
+        (("--public", "--share", "--auth", "a:b"), "--public means without"),
+        (("--mcp",), "gradio[mcp]"),
+        (("--auth", "nocolon"), "USER:PASSWORD"),
+    ],
+)
+def test_a_start_that_makes_no_sense_ends_with_a_sentence(
+    flags: tuple[str, ...], said: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert entry().main(flags) == 2
+    assert said in capsys.readouterr().err
+
+
+def test_an_unknown_preset_is_refused_by_name(tmp_path: Path) -> None:
+    command = [sys.executable, "app.py", "--output_dir", str(tmp_path), "--preset", "nonsense"]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, timeout=PATIENCE, check=False)
+    assert done.returncode == 2 and "demo_t2v_base" in done.stderr and "Traceback" not in done.stderr
+
+
+def test_a_share_link_that_could_not_be_made_is_said(capsys: pytest.CaptureFixture[str]) -> None:
+    demo = SimpleNamespace(local_url="http://127.0.0.1:7860/", share_url=None)
+    entry().announce(demo, Exposure(share=True, open_to_others=True, user="studio", password="pw123"))
+    said = capsys.readouterr().out
+    assert "no share link" in said and "api.gradio.app" in said and "User studio, password pw123" in said
+    demo.share_url = "https://abc.gradio.live"
+    entry().announce(demo, Exposure(share=True, open_to_others=True))
+    said = capsys.readouterr().out
+    assert "https://abc.gradio.live" in said and "Anybody" in said

@@ -1,0 +1,101 @@
+"""The launched page's queue, whoever asks.
+
+Covered: fifty submissions at once, of which one runs at a time, in order, up to the queue's bound; nothing of one job
+in the next; a submission while models are exchanged, of which two are never in memory; many jobs that leave no
+process, file handle or temporary file behind; jobs and results over a restart.
+"""
+
+from __future__ import annotations
+
+import signal
+import threading
+from pathlib import Path
+from typing import Any
+
+import psutil
+from studio_app import Page, Refused, launched, stop
+
+SMALL = {"height": 32, "width": 32, "frames": 1}
+
+
+def test_fifty_at_once_run_one_by_one_up_to_the_bound(space: Page) -> None:
+    first = space.ask("generate", prompt="an endless first one", settings=SMALL)["id"]
+    space.wait(first, "running")
+    taken: list[dict[str, Any]] = []
+    refused: list[str] = []
+
+    def ask(number: int) -> None:
+        try:
+            taken.append(space.ask("generate", prompt=f"number {number}", settings=SMALL))
+        except Refused as error:
+            refused.append(str(error))
+
+    threads = [threading.Thread(target=ask, args=(n,)) for n in range(50)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(120)
+    assert len(taken) == 10 and len(refused) == 40
+    assert all("queue is full" in text for text in refused), refused
+    assert sorted(job["position"] for job in taken) == list(range(1, 11))
+    space.ask("cancel", id=first)
+    for job in taken:
+        assert space.wait(job["id"])["state"] == "succeeded"
+    events = [(e["event"], e["prompt"]) for e in space.painted if e["event"] in ("begin", "end")]
+    assert events[::2] == [("begin", p) for _, p in events[1::2]], "one ends before the next begins"
+    places = {job["position"]: space.ask("status", id=job["id"]) for job in taken}
+    files = [space.folder / f"{places[n]['id']}.mp4" for n in sorted(places)]
+    assert [f.stat().st_mtime_ns for f in files] == sorted(f.stat().st_mtime_ns for f in files), "first come, first run"
+
+
+def test_a_job_is_the_same_alone_and_after_others(space: Page) -> None:
+    alone = space.make("the same", seed=5, settings=SMALL)["id"]
+    space.make("another", preset="demo_t2v_base", seed=9, negative_prompt="blur", settings={**SMALL, "steps": 3})
+    after = space.make("the same", seed=5, settings=SMALL)["id"]
+    first, second = ((space.folder / f"{id}.mp4").read_bytes() for id in (alone, after))
+    assert first == second
+
+
+def test_models_are_exchanged_without_two_in_memory(space: Page) -> None:
+    kinds = ("demo_t2v_base", "demo_t2v_fp8", "demo_t2v_distill_lora") * 2
+    settings = [{**SMALL, "steps": 2} if kind.endswith("base") else SMALL for kind in kinds]
+    jobs = [space.ask("generate", prompt="x", preset=k, settings=s) for k, s in zip(kinds, settings, strict=True)]
+    assert all(space.wait(job["id"])["state"] == "succeeded" for job in jobs)
+    held = 0
+    for event in space.painted:
+        held += {"open": 1, "close": -1}.get(event["event"], 0)
+        assert held in (0, 1)
+
+
+def test_many_jobs_leave_nothing_behind(space: Page) -> None:
+    server = psutil.Process(space.process.pid)
+
+    def run(count: int) -> tuple[int, int, int]:
+        for _ in range(count):
+            space.make("one of many", settings=SMALL)
+        return server.num_fds(), server.num_threads(), len(server.children(recursive=True))
+
+    before, after = run(3), run(9)
+    assert all(b <= a + 4 for a, b in zip(before, after, strict=True)), (before, after)
+    left = {path.suffix for path in space.folder.iterdir() if path.is_file()}
+    assert left <= {".mp4", ".sqlite", ".sqlite-wal", ".sqlite-shm", ".json", ".jsonl", ".key"}, left
+
+
+def test_a_restart_keeps_jobs_results_and_what_was_learnt(tmp_path: Path) -> None:
+    with launched(tmp_path / "outputs") as page:
+        done = page.make("before the restart", settings=SMALL)
+        key = (page.folder / "browser.key").read_text()
+        running = page.ask("generate", prompt="an endless one that is cut off")["id"]
+        page.wait(running, "running")
+        waiting = page.ask("generate", prompt="one that waits", settings=SMALL)["id"]
+        assert stop(page.process, signal.SIGTERM) == 143
+    with launched(tmp_path / "outputs") as page:
+        assert page.ask("status", id=done["id"])["state"] == "succeeded"
+        assert page.http.get(f"/studio/{done['id']}/video.mp4").status_code == 200
+        assert page.ask("status", id=running)["state"] == "interrupted"
+        assert page.wait(waiting)["state"] == "succeeded", "what waited is run"
+        assert (page.folder / "browser.key").read_text() == key, "browsers are known again"
+        again = page.ask("generate", prompt="after the restart", settings=SMALL)
+        assert again["predicted_seconds"] is not None
+        assert page.wait(again["id"])["state"] == "succeeded"
+        assert stop(page.process, signal.SIGINT) == 130

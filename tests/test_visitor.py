@@ -1,0 +1,119 @@
+"""A visitor is what their browser kept, believed in its form only; what they see follows their own runs."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+from page_engine import Painter
+
+from app.exposure import Exposure
+from app.studio import Studio, settings_of
+from app.visitor import Visitor, look
+from lightx2v.errors import BadRequest
+from lightx2v.jobs import Job
+from lightx2v.request import Request
+
+PRESET = "demo_t2v_distill_lora"
+
+
+@pytest.fixture
+def studio(tmp_path: Path) -> Iterator[Studio]:
+    opened = Studio(Painter(), tmp_path, Exposure())
+    yield opened
+    opened.close()
+
+
+def submit(studio: Studio, owner: str, prompt: str) -> Job:
+    settings = settings_of(PRESET)
+    request = Request(prompt=prompt, **{**settings.request, "seed": 3, "frames": 5})
+    return studio.submit(settings.engine, request, owner=owner, preset=PRESET)
+
+
+@pytest.mark.parametrize(
+    "stored", [None, [], "x", {"owner": "short"}, {"owner": "x" * 40 + "\n"}, {"owner": 5}, {"owner": ["a"]}], ids=str
+)
+def test_a_made_up_browser_storage_makes_a_new_visitor(stored: Any) -> None:
+    assert re.fullmatch(r"[\w-]{43}", Visitor.of(stored).owner)
+
+
+def test_what_a_browser_kept_is_believed_only_in_its_form() -> None:
+    owner = Visitor.of(None).owner
+    kept = {
+        "owner": owner, "job": "../x", "language": "xx", "compared": ["a/b", 5, "c"], "pinned": "yes", "shown": "/etc",
+    }  # fmt: skip
+    assert Visitor.of(kept, "zh") == Visitor(owner=owner, language="zh")
+    visitor = Visitor(owner=owner, language="zh", job="a" * 32, pinned=True, compared=("b" * 32,))
+    assert Visitor.of(json.loads(json.dumps(visitor.to_json()))) == visitor
+
+
+def test_the_stage_follows_the_run_unless_one_was_chosen(studio: Studio) -> None:
+    visitor = Visitor.of(None)
+    first = studio.jobs.wait(submit(studio, visitor.owner, "one").id, 60)
+    second = submit(studio, visitor.owner, "an endless one")
+    while studio.jobs.get(second.id).state == "queued":
+        studio.jobs.wait_events(second.id, timeout=0.1)
+    assert look(studio, replace(visitor, job=first.id)).visitor.job == second.id
+    assert look(studio, replace(visitor, job=first.id, pinned=True)).visitor.job == first.id
+    assert look(studio, replace(visitor, job=first.id)).finished == first
+
+
+def test_a_visitor_sees_their_own_runs_only(studio: Studio) -> None:
+    alice, bob = Visitor.of(None), Visitor.of(None)
+    job = studio.jobs.wait(submit(studio, alice.owner, "alice's secret garden").id, 60)
+    assert [run.id for run in look(studio, alice).runs] == [job.id]
+    for guess in (bob, replace(bob, job=job.id), replace(bob, compared=(job.id, job.id), editing=job.id)):
+        scene = look(studio, guess)
+        assert scene.runs == () and scene.job is None and scene.compared == () and scene.finished is None
+    assert studio.own(bob.owner, job.id) is None and studio.own("", job.id) is None
+    assert studio.runs("") == []
+
+
+def test_a_visitors_queue_is_reordered_without_moving_others(studio: Studio) -> None:
+    running = submit(studio, "a" * 40, "an endless one")
+    mine = submit(studio, "a" * 40, "mine")
+    others = submit(studio, "b" * 40, "somebody else's")
+    last = submit(studio, "a" * 40, "mine, later")
+    while studio.jobs.get(running.id).state == "queued":
+        studio.jobs.wait_events(running.id, timeout=0.1)
+    get = studio.jobs.get
+    studio.swap(get(last.id), get(mine.id))
+    assert [get(id).position for id in (last.id, others.id, mine.id)] == [1, 2, 3]
+
+
+def test_a_run_teaches_the_prediction_and_its_own_is_kept(studio: Studio) -> None:
+    assert studio.predicted_for(studio.jobs.wait(submit(studio, "o" * 40, "x").id, 60).id) is None
+    job = submit(studio, "o" * 40, "x")
+    prediction = studio.predict(job.config, job.request)
+    assert prediction is not None and prediction.source == "measured"
+    assert studio.predicted_for(job.id) == pytest.approx(prediction.seconds, rel=0.5)
+    assert set(studio.expected_of(job.id)) >= {"text", "denoise", "decode"} and "load" not in studio.expected_of(job.id)
+
+
+def test_loading_counts_only_where_the_run_before_leaves_another_model(studio: Studio) -> None:
+    for preset in ("demo_t2v_fp8", PRESET):
+        settings = settings_of(preset)
+        request = Request(prompt="x", **{**settings.request, "frames": 5, "seed": 1})
+        studio.jobs.wait(studio.submit(settings.engine, request, owner="o" * 40, preset=preset).id, 60)
+    mine, other = settings_of(PRESET).engine, settings_of("demo_t2v_fp8").engine
+    request = Request(prompt="an endless one", **settings_of(PRESET).request)
+
+    def stages(config: Any) -> set[str]:
+        prediction = studio.predict(config, request)
+        assert prediction is not None
+        return set(prediction.stages)
+
+    assert "load" not in stages(mine) and "load" in stages(other)
+    studio.submit(other, replace(request, prompt="an endless one"), owner="o" * 40, preset="demo_t2v_fp8")
+    assert "load" in stages(mine) and "load" not in stages(other), "that one will be in memory by then"
+
+
+def test_a_request_that_does_not_fit_its_engine_is_refused(studio: Studio) -> None:
+    request = Request(prompt="x", **settings_of(PRESET).request)
+    with pytest.raises(BadRequest):
+        studio.submit(settings_of("demo_i2v_base").engine, request, owner="o" * 40, preset="demo_i2v_base")
