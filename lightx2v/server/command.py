@@ -37,19 +37,19 @@ def main(argv: Sequence[str] | None = None, *, open_engine: OpenEngine | None = 
     except SystemExit as stop:  # argparse has said what is wrong, or shown the help
         return int(stop.code or 0)
     line = ProgressLine(sys.stderr)
-    with logging_to(sys.stderr, line, logging.INFO):
+    with logging_to(sys.stderr, line, logging.INFO), Interrupts() as interrupts:
         try:
             environment = Environment.read()
             keys = _keys(options)
             resolved = resolve(_preset(options), _overrides(options), environment=environment)
             if environment.together and open_engine is None and _follow():
                 return 0
-            with Interrupts() as interrupts, interrupts.cancelling() as token:
+            with interrupts.cancelling() as token:
                 loaded = Loaded.now(open_engine or load, resolved, line, token, warm=options.warmup)
             line.clear()
             return _serve(options, environment, resolved, loaded, keys)
-        except Cancelled:
-            return Cancelled.exit_code
+        except (Cancelled, KeyboardInterrupt):
+            return interrupts.exit_code
         except LightX2VError as error:
             line.clear()
             print(f"error: {error}", file=sys.stderr)
@@ -132,13 +132,13 @@ def _serve(
         log.info("Serving %s on http://%s:%d, documents on /docs", name, options.host, options.port)
         server = uvicorn.Server(config)
         try:
-            server.run()
-        except (SystemExit, KeyboardInterrupt):  # the port is taken, which uvicorn has logged; or Ctrl+C a second time
-            pass
+            server.run()  # ends with the signal that stopped it, which is a KeyboardInterrupt then
+        except SystemExit:  # the port is taken; uvicorn has logged it
+            return 1
         finally:
             jobs.close()
             loaded.close()
-    return 0 if server.started else 1
+    return 0
 
 
 def _follow() -> bool:
@@ -194,7 +194,7 @@ def is_loopback(host: str) -> bool:
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="python -m lightx2v.server",
-        description="Serves one model over HTTP. Exit codes: 0 stopped, 1 failed, 2 bad usage.",
+        description="Serves one model over HTTP. Exit codes: 1 failed, 2 bad usage, 130 or 143 stopped by a signal.",
         allow_abbrev=False,
     )
     add = parser.add_argument_group("what to serve").add_argument
