@@ -21,6 +21,7 @@ from .components import Which
 from .config import search_roots
 from .engine_config import EngineConfig
 from .errors import LoraError, short_path
+from .hub import find_cached
 from .models.dit import WanDiT
 from .models.quant_linear import QuantLinear
 from .request import LoraSpec
@@ -85,9 +86,9 @@ def find_lora(path: str, config: EngineConfig) -> Path:
     model = Path(config.model_path).expanduser()
     roots = [*search_roots(config), model, model.parent]
     places = [given] if given.is_absolute() else [root / given for root in dict.fromkeys(roots)]
-    for place in places:
-        if place.exists():
-            return place
+    found = next((place for place in places if place.exists()), None) or find_cached(path)
+    if found is not None:
+        return found
     raise LoraError(
         f"There is no LoRA {short_path(path, 3)}. Looked for {', '.join(short_path(place) for place in places)}. "
         "Check the path, or download the file."

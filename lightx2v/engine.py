@@ -14,7 +14,7 @@ from typing import TypeVar
 
 import torch
 
-from . import preload
+from . import hub, preload
 from .attention import Choice, resolve_attention
 from .built import find_built, make_built
 from .components import Precision, expert_weights
@@ -67,11 +67,19 @@ def load_engine(
     on_progress: OnProgress | None = None,
     cancel: CancelToken | None = None,
 ) -> Engine:
-    """Loads the model. Raises ConfigError, CheckpointError, OutOfMemory or Cancelled; nothing stays behind then."""
+    """Loads the model, and first fetches what this machine lacks of it.
+
+    Raises ConfigError, DownloadError, CheckpointError, OutOfMemory or Cancelled; nothing stays in memory then.
+    """
     world = world_for(config)
+
+    def download() -> None:
+        hub.ensure(config, meter=Meter(on_progress=on_progress), cancel=cancel)
+
     if world is None:
+        download()
         return load_here(config, None, preset, on_progress, cancel)
-    config, preset = world.agree_on_model(config, preset)
+    config, preset = world.agree_on_model(config, preset, prepare=download)
     with world.together():
         # Unguided steps are shared by all processes in any layout, so this one suits every request.
         layout = config.parallel or ParallelConfig.for_world(world.size, enable_cfg=True)

@@ -23,8 +23,9 @@ from types import TracebackType
 from typing import Any, Protocol
 
 from . import preload
-from .config import EngineConfig, Environment, Resolved, hub_name, list_presets, needed_files, resolve, search_roots
+from .config import EngineConfig, Environment, Resolved, hub_name, list_presets, needed_files, resolve
 from .errors import BadRequest, Cancelled, ConfigError, LightX2VError
+from .hub import find
 from .preset_keys import PER_VIDEO
 from .progress import CancelToken, OnProgress, cost
 from .request import Request
@@ -237,8 +238,8 @@ def _dry_run(resolved: Resolved, shown: dict[str, Any]) -> dict[str, Any]:
     files = []
     for name in needed_files(engine):
         hub = hub_name(name)
-        here = any((root / Path(name).expanduser()).exists() for root in search_roots(engine))
-        files.append({"name": name, "here": here, "hub": None if hub is None else {"repo": hub[0], "file": hub[1]}})
+        source = None if hub is None else {"repo": hub[0], "file": hub[1]}
+        files.append({"name": name, "here": find(name, engine) is not None, "hub": source})
     return {
         "preset": asdict(resolved.preset),
         "engine": engine.to_json(),

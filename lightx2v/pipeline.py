@@ -20,6 +20,7 @@ from typing import Any, Self
 
 import torch
 
+from . import hub
 from .config import Environment, resolve
 from .engine import Engine, free_memory, load_engine, within_memory
 from .engine_config import EngineConfig
@@ -27,7 +28,7 @@ from .errors import Busy, ConfigError, GroupFailed, LightX2VError
 from .media import check_output_path
 from .parallel.meet import join
 from .parallel.world import CLOSE, LEAVE
-from .progress import CancelToken, OnProgress
+from .progress import CancelToken, Meter, OnProgress
 from .request import LoraSpec, Request
 from .result import Result
 from .run import Run
@@ -286,15 +287,22 @@ class LightX2VPipeline:
         engine = self._engine
         if engine is None:
             raise ConfigError("No model is loaded. Call create_generator() first.")
-        wanted = replace(engine.config, lora_configs=lora_configs).lora_configs if lora_configs else ()
+        config = replace(engine.config, lora_configs=lora_configs) if lora_configs else engine.config
+        wanted = config.lora_configs if lora_configs else ()
         if not self._running.acquire(blocking=False):
             raise Busy("This pipeline is making a video. Wait for it before you exchange its LoRAs.")
         try:
             if engine.mesh is None:
+                hub.ensure(config, meter=Meter())
                 within_memory(lambda: engine.placement.use_loras(wanted), "while exchanging LoRAs")
             else:
                 world, given = engine.mesh.world, wanted
-                said = world.same("lora", lambda: [lora.to_json() for lora in given])
+
+                def fetched() -> list[dict[str, Any]]:
+                    hub.ensure(config, meter=Meter())
+                    return [lora.to_json() for lora in given]
+
+                said = world.same("lora", fetched)
                 wanted = tuple(LoraSpec.from_json(lora) for lora in said)
                 with world.together():
                     within_memory(lambda: engine.placement.use_loras(wanted), "while exchanging LoRAs")

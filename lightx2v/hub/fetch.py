@@ -34,7 +34,10 @@ SPAN = 5.0
 
 
 def ensure(config: EngineConfig, *, meter: Meter, cancel: CancelToken | None = None, hub: Hub | None = None) -> None:
-    """Fetches what `config` needs and this machine lacks; asks nobody where it lacks nothing."""
+    """Fetches what `config` needs and this machine lacks; asks nobody where it lacks nothing.
+
+    DownloadError says why that is not possible, Cancelled that somebody asked to stop.
+    """
     if not missing(config):
         return
     hub = hub or Hub()

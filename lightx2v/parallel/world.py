@@ -87,7 +87,7 @@ class World:
                 time.sleep(POLL)
             command = json.loads(self._store.get(key))
         except RuntimeError:
-            raise GroupFailed(self._watch.reason() or "Rank 0 has ended without a word.") from None
+            raise GroupFailed(self._watch.reason() or "Process 0 ended without a word.") from None
         return command["what"], command["content"]
 
     def same(self, what: str, content: Callable[[], Any]) -> Any:
@@ -103,7 +103,7 @@ class World:
         while (heard := self.peek())[0] == CLOSE:  # each closes its own
             self.skip()
         if heard[0] == LEAVE:
-            raise GroupFailed("Rank 0 has ended.")
+            raise GroupFailed("Process 0 has ended.")
         self.skip()
         if heard[0] == "refused":
             raise recall(heard[1])
@@ -133,9 +133,16 @@ class World:
         if dist.is_initialized():
             dist.destroy_process_group()
 
-    def agree_on_model(self, config: EngineConfig, preset: str) -> tuple[EngineConfig, str]:
-        """What rank 0 wants to load."""
-        said = self.same("load", lambda: {"config": config.to_json(), "preset": preset})
+    def agree_on_model(
+        self, config: EngineConfig, preset: str, *, prepare: Callable[[], None]
+    ) -> tuple[EngineConfig, str]:
+        """What rank 0 wants to load, once it has called `prepare`."""
+
+        def prepared() -> dict[str, Any]:
+            prepare()
+            return {"config": config.to_json(), "preset": preset}
+
+        said = self.same("load", prepared)
         return EngineConfig.from_json(said["config"]), said["preset"]
 
     def check_device(self, device: str) -> None:
@@ -171,11 +178,11 @@ class World:
         except BaseException as error:
             if not (missing := self._missing(work)):
                 raise
-            lost = isinstance(error, RuntimeError) and self._watch.silent(missing)
-            self._watch.fail(
-                f"{'Process ' + ', '.join(map(str, missing)) + ' ended without a word.' if lost else error}",
-                kind="GroupFailed" if lost else type(error).__name__,
-            )
+            if isinstance(error, RuntimeError) and (not self._store_lives() or self._watch.silent(missing)):
+                who = ", ".join(map(str, missing))
+                self._watch.fail(f"Process {who} ended without a word.", kind="GroupFailed")
+            else:
+                self._watch.fail(str(error), kind=type(error).__name__)
             raise GroupFailed(self._watch.reason()) from error
 
     def give_up(self, error: BaseException) -> None:
@@ -196,6 +203,13 @@ class World:
         except RuntimeError:  # the store was rank 0's
             return [0]
         return [rank for rank, count in enumerate(calls) if count != calls[self.rank]]
+
+    def _store_lives(self) -> bool:
+        """False once rank 0, whose store it is, has ended."""
+        try:
+            return self._store.check([]) or True
+        except RuntimeError:
+            return False
 
     def _forget(self, work: int) -> None:
         """Drops from the store what nobody will read any more: how this work ended, and the commands so far."""

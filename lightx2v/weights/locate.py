@@ -2,8 +2,8 @@
 
 A folder in the official layout needs no more than its name; every part can also be named by itself. A relative path is
 looked for below `models_dir`, the working folder, the project, and in and beside the model. All that is missing is
-named in one error, with the places that were looked at and what to do. Only local files: names on the Hub become
-folders before this (hub.py).
+named in one error, with the places that were looked at and what to do. A name on the Hub is looked for in the cache
+that all programs share; nothing is fetched here (hub/).
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..errors import CheckpointError, short_path
+from ..hub import find_cached
 
 if TYPE_CHECKING:
     from ..engine_config import EngineConfig
@@ -159,7 +160,8 @@ class _Search:
             roots.insert(0, Path(self.config.models_dir).expanduser())
         if beside_model and self.model is not None:
             roots += [self.model, self.model.parent, self.model.parent.parent]
-        return [root / path for root in dict.fromkeys(roots)]
+        cached = find_cached(value)
+        return [root / path for root in dict.fromkeys(roots)] + ([cached] if cached else [])
 
 
 def _below(folders: Iterable[str], name: str) -> Iterable[str]:
