@@ -155,6 +155,12 @@ class Running:
     def _file(self, rank: int) -> str:
         return str(Path(self._folder.name) / str(rank))
 
+    def wait_for(self, rank: int) -> None:
+        self._processes[rank].join(PATIENCE)
+
+    def terminate(self, rank: int) -> None:
+        self._processes[rank].terminate()
+
     def ended(self, *, but: int | None = None) -> list[Ended]:
         """Waits for all of them, or all but one that has stopped; what does not end has no exit code."""
         deadline = time.monotonic() + PATIENCE

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import atexit
+import multiprocessing
 import os
 import signal
 import time
@@ -56,7 +58,7 @@ def mistakes(root: str) -> list[Any]:
     stopped = CancelToken()
     if rank == 0:
         stopped.cancel()
-    small = replace(config, parallel=ParallelConfig(seq_p_size=2), max_tokens=80)
+    small = replace(config, parallel=ParallelConfig(seq_p_size=2), max_tokens=40)
     try:
         LightX2VPipeline.from_config(small, cancel=stopped)
     except LightX2VError as error:
@@ -65,7 +67,7 @@ def mistakes(root: str) -> list[Any]:
         attempt(request)
         attempt(replace(request, frames=9) if rank == 0 else request)
         attempt(request, save_result_path=Path(root) / "no folder" / "x.mp4")
-        cancelled("text", 1, 0)
+        cancelled("text", 1, 0, replace(request, prompt="never", negative_prompt="seen"))
         cancelled("denoise", 0, 1)
         cancelled("denoise", 2, 0)
         cancelled("denoise", 1, 1)
@@ -123,6 +125,8 @@ def failing(root: str, how: str, where: str, who: int) -> None:
         LightX2VPipeline.follow()
         return
     with LightX2VPipeline.from_config(config) as pipe:
+        if where == "between" and Environment.read().rank == who:
+            means()
         pipe.run(request)
 
 
@@ -186,6 +190,7 @@ def under_torchrun(case: Callable[[str], None], root: str) -> None:
     """As `torchrun --nproc_per_node=2 --max-restarts=1` does: by its agent, with the case instead of a program."""
     from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
+    multiprocessing.current_process()._config["daemon"] = False  # else it may not have children
     for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"):
         os.environ.pop(name, None)
     config = LaunchConfig(
@@ -199,4 +204,9 @@ def under_torchrun(case: Callable[[str], None], root: str) -> None:
         monitor_interval=0.1,
         start_method="fork",
     )
-    elastic_launch(config, case)(root)
+    elastic_launch(config, program)(case, root)
+
+
+def program(case: Callable[[str], None], root: str) -> None:
+    case(root)
+    atexit._run_exitfuncs()  # a process that was forked ends without them

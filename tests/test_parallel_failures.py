@@ -1,0 +1,88 @@
+"""Whatever happens to one of several processes: none waits for ever, and the first failure is what is told."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+
+import parallel_troubles
+import pytest
+from parallel_ranks import Ended, Running, group, tiny_models
+
+TOLD = {
+    "raise": "ValueError on process {who}: nobody thought of this",
+    "starve": "on process {who}: ",
+    "kill": "Process {who} ",
+    "stop": "Process {who} has not been heard of",
+    "exit": "",
+}
+CASES = [
+    *[("kill", where, who) for where in ("load", "denoise", "decode", "idle") for who in (0, 1)],
+    *[("raise", "load", 0), ("raise", "load", 1), ("raise", "denoise", 0), ("raise", "decode", 1)],
+    *[("starve", "denoise", 0), ("starve", "denoise", 1), ("starve", "decode", 1)],
+    *[("stop", "denoise", 0), ("stop", "denoise", 1), ("stop", "idle", 1)],
+    *[("exit", "between", 0), ("exit", "between", 1)],
+]
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tiny_models(tmp_path_factory.mktemp("failures"))
+
+
+def test_mistakes_and_cancelling_end_all_processes_alike_and_leave_nothing(root: Path) -> None:
+    both = group(2).call(parallel_troubles.mistakes, str(root))
+    leader, follower = both
+    assert leader == follower
+    loading, good, large, folder, *rest = leader
+    text, noise, late, early, decoding, lora, again, drawn, picture, pictured, world = rest
+    assert loading == "Cancelled"
+    assert large[0] == "BadRequest" and folder[0] not in ("GroupFailed", "Cancelled")
+    cancelled = ["Cancelled", "The run was cancelled."]
+    assert [text, noise, late, early] == [[*cancelled, step] for step in (-1, 0, 2, 1)]
+    assert decoding == [*cancelled, 3]
+    assert lora[0] == "LoraError"
+    assert again == good and drawn != good
+    assert picture[0] == "BadRequest" and isinstance(pictured, str)
+    assert world[0] == "ConfigError" and "2 were started" in world[1]
+
+
+def test_memory_that_runs_out_on_all_fails_the_request_alone(root: Path) -> None:
+    assert group(2).call(parallel_troubles.starved, str(root), True) == [["OutOfMemory", "made"]] * 2
+
+
+def test_who_waits_for_the_others_to_come_hears_signals(root: Path) -> None:
+    """torchrun ends the others when one is killed before they have met."""
+    running = Running(2, parallel_troubles.failing, str(root), "kill", "meet", 1)
+    running.wait_for(1)
+    running.terminate(0)
+    assert [end.code for end in running.ended()] == [-15, -9]
+
+
+def test_a_failure_of_one_process_ends_all(root: Path) -> None:
+    """All at once, since they mostly wait."""
+    started = time.monotonic()
+    groups = {case: Running(2, parallel_troubles.failing, str(root), *case) for case in CASES}
+    wrong = []
+    for (how, where, who), running in groups.items():
+        ends = running.ended(but=who if how == "stop" else None)
+        expected = {"kill": -9, "stop": None, "exit": 0}.get(how, 1)
+        told = TOLD[how].format(who=who)
+        if ends[1 - who].code != 1 or ends[who].code != expected or told not in "".join(end.said for end in ends):
+            wrong.append((how, where, who, ends))
+    assert not wrong, "\n".join(describe(case) for case in wrong)
+    assert time.monotonic() - started < 110, "some process waited until it was killed"
+
+
+def describe(case: tuple[str, str, int, list[Ended]]) -> str:
+    how, where, who, ends = case
+    said = "\n".join(f"    {rank}: {end.code}: {end.said[-1500:]}" for rank, end in enumerate(ends))
+    return f"{how} of {who} while {where}:\n{said}"
+
+
+def test_torchrun_starts_the_group_again_and_the_queue_goes_on(root: Path) -> None:
+    (end,) = Running(1, parallel_troubles.under_torchrun, parallel_troubles.queue, str(root)).ended()
+    assert end.code == 0, end.said[-3000:]
+    first, second, third = (root / "queue.txt").read_text().split()
+    assert first == third == "succeeded"
+    assert second in ("failed", "interrupted")
