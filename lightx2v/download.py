@@ -66,7 +66,7 @@ def _table(plan: Plan) -> str:
     """What is needed: bytes, whether it is here, name; then the sums."""
     rows = [(f"{size:,}", "here", name) for name, size in plan.found]
     for file in plan.files:
-        state = "cached" if not file.left else f"{100 * file.here // file.file.size} %" if file.here else "to fetch"
+        state = "cached" if file.done else f"{100 * file.here // file.file.size} %" if file.here else "to fetch"
         rows.append((f"{file.file.size:,}", state, file.name))
     lines = [f"{size:>16}  {state:<8}  {one_line(name)}" for size, state, name in rows]
     lines.append(

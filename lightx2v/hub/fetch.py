@@ -57,7 +57,7 @@ def fetch(plan: Plan, *, meter: Meter, cancel: CancelToken | None = None, hub: H
     repos = {file.file.repo: hub.repo(file.file.repo) for file in plan.files}
     for repo in repos.values():
         repo.sweep()
-    transfers = [Transfer(hub, repos[file.file.repo], file.file, file.here) for file in plan.files if file.left]
+    transfers = [Transfer(hub, repos[file.file.repo], file.file, file.here) for file in plan.files if not file.done]
     if transfers:
         log.info("Downloading %s in %d files to %s", byte_size(plan.left), len(transfers), hub.cache)
     loop = Loop(transfers, hub)

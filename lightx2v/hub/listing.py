@@ -61,7 +61,7 @@ def list_files(hub: Hub, repo: str) -> list[HubFile]:
         info = HfApi(endpoint=hub.endpoint).model_info(repo, files_metadata=True, timeout=ANSWER)
     except failures() as error:
         raise explain(error, hub, repo) from None
-    except ValueError as error:  # an answer that is no JSON: a login page, a proxy
+    except (ValueError, TypeError, LookupError, AttributeError) as error:  # no JSON, or another: a login page, a proxy
         raise DownloadError(
             f"{hub.endpoint} answered something else than a list of files ({error!s:.80}). A proxy or a login page may "
             "stand between; check HF_ENDPOINT and the network."

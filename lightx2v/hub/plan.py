@@ -19,10 +19,12 @@ SPARE = 0.05
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PlannedFile:
-    """A file that a model needs from the Hub; `here` of its bytes are on this machine already."""
+    """A file that a model needs from the Hub; `here` of its bytes are on this machine, and if it is `done` all of them,
+    checked."""
 
     file: HubFile
     here: int
+    done: bool = False
 
     @property
     def name(self) -> str:
@@ -116,7 +118,7 @@ def make_plan(
                     f"{repo} has no {inside}. It has: {', '.join(sorted(_tops(listing))[:20]) or 'no files'}. "
                     "Name one of these in the configuration."
                 )
-            files |= {f"{repo}/{file.path}": PlannedFile(file=file, here=_here(cached, file)) for file in chosen}
+            files |= {f"{repo}/{file.path}": _planned(cached, file) for file in chosen}
         known += [file for file in listing if f"{repo}/{file.path}" not in files and cached.has(file.etag, file.size)]
     return Plan(
         files=tuple(sorted(files.values(), key=lambda planned: planned.file.size)),
@@ -137,13 +139,14 @@ def _local(name: str, config: EngineConfig) -> list[Path]:
     return [root / Path(name).expanduser() for root in search_roots(config)]
 
 
-def _here(cached: CachedRepo, file: HubFile) -> int:
+def _planned(cached: CachedRepo, file: HubFile) -> PlannedFile:
     if cached.has(file.etag, file.size):
-        return file.size
+        return PlannedFile(file=file, here=file.size, done=True)
     try:
-        return min(cached.partial(file.etag).stat().st_size, file.size)
+        size = cached.partial(file.etag).stat().st_size
     except FileNotFoundError:
-        return 0
+        size = 0
+    return PlannedFile(file=file, here=size if size <= file.size else 0)
 
 
 def _bytes(path: Path) -> int:

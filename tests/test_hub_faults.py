@@ -1,0 +1,228 @@
+"""What goes wrong on the way: cuts, silence, lies, wrong contents, refusals, a full disk. And what is said of it."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from hub_models import (
+    BASE,
+    DISTILLED,
+    HIGH,
+    LOW,
+    T5,
+    assert_whole,
+    content,
+    download,
+    environment,
+    merged,
+    point_here,
+    quick,
+    small_hub,
+    snapshot,
+)
+from hub_server import Fault, HubServer, serving, sha256
+from huggingface_hub import constants
+
+from lightx2v.errors import DownloadError
+from lightx2v.hub import Hub, ensure
+from lightx2v.progress import Meter
+
+SIZE = 200_000
+"""Bytes of the file HIGH."""
+
+
+@pytest.fixture
+def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    point_here(monkeypatch, tmp_path)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("HF_TOKEN", raising=False)
+    return tmp_path
+
+
+@pytest.fixture
+def server(home: Path) -> Iterator[HubServer]:
+    with serving(small_hub()) as started:
+        yield started
+
+
+def fetch_all(server: HubServer, **patience: float) -> None:
+    ensure(merged(), meter=Meter(), hub=quick(server, **patience))  # type: ignore[arg-type]
+
+
+def ranges(server: HubServer, path: str = HIGH) -> list[str | None]:
+    return [sent.range for sent in server.sent if sent.path == path]
+
+
+def partial(home: Path, server: HubServer) -> Path:
+    """Where the bytes of HIGH are while they come."""
+    return (
+        snapshot(home, server, DISTILLED).parents[1] / "blobs" / f"{sha256(server.files[DISTILLED][HIGH])}.incomplete"
+    )
+
+
+# ---- mended by itself -----------------------------------------------------------------------------------------------
+
+
+def test_after_a_cut_it_goes_on_inside_the_file(home: Path, server: HubServer) -> None:
+    server.faults[HIGH] = [Fault(cut_after=70_000), Fault(cut_after=50_000)]
+    fetch_all(server)
+    assert ranges(server) == [None, "bytes=70000-", "bytes=120000-"] and server.bytes_of(HIGH) == SIZE
+    assert_whole(home, server)
+
+
+def test_silence_is_noticed_and_the_connection_made_anew(home: Path, server: HubServer) -> None:
+    server.faults[HIGH] = [Fault(stall_after=70_000), Fault(stall_after=0)]
+    fetch_all(server, stall=0.3)
+    assert ranges(server) == [None, "bytes=70000-", "bytes=70000-"] and server.bytes_of(HIGH) == SIZE
+    assert_whole(home, server)
+
+
+def test_many_cuts_are_no_reason_to_give_up_while_bytes_come(home: Path, server: HubServer) -> None:
+    server.faults[HIGH] = [Fault(cut_after=10_000) for _ in range(12)]
+    fetch_all(server, tries=2)
+    assert server.bytes_of(HIGH) == SIZE
+    assert_whole(home, server)
+
+
+@pytest.mark.parametrize("status", [429, 500, 503, 403])
+def test_a_busy_network_or_an_expired_address_is_asked_again(home: Path, server: HubServer, status: int) -> None:
+    server.faults[HIGH] = [Fault(status=status, retry_after="0")]
+    fetch_all(server)
+    assert_whole(home, server)
+
+
+def test_a_server_that_ignores_ranges_sends_the_file_again(home: Path, server: HubServer) -> None:
+    server.faults[HIGH] = [Fault(cut_after=70_000), Fault(no_range=True)]
+    fetch_all(server)
+    assert ranges(server) == [None, "bytes=70000-"] and server.bytes_of(HIGH) == 70_000 + SIZE
+    assert_whole(home, server)
+
+
+def test_a_range_that_is_refused_starts_the_file_over(home: Path, server: HubServer) -> None:
+    server.faults[HIGH] = [Fault(cut_after=70_000), Fault(status=416)]
+    fetch_all(server)
+    assert ranges(server) == [None, "bytes=70000-", None]
+    assert_whole(home, server)
+
+
+def test_a_part_beside_the_one_asked_for_is_not_taken(home: Path, server: HubServer) -> None:
+    server.faults[HIGH] = [Fault(cut_after=70_000), Fault(shift=10)]
+    fetch_all(server)
+    assert ranges(server) == [None, "bytes=70000-", "bytes=70000-"]
+    assert_whole(home, server)
+
+
+def test_a_partial_file_that_was_damaged_is_noticed_and_fetched_again(
+    home: Path, server: HubServer, caplog: pytest.LogCaptureFixture
+) -> None:
+    partial(home, server).parent.mkdir(parents=True)
+    partial(home, server).write_bytes(b"\0" * 150_000)
+    with caplog.at_level(logging.WARNING, "lightx2v.hub"):
+        fetch_all(server)
+    assert ranges(server) == ["bytes=150000-", None] and "damaged" in caplog.text
+    assert_whole(home, server)
+
+
+@pytest.mark.parametrize("size", [SIZE, SIZE + 5])
+def test_a_partial_file_with_all_bytes_or_more_is_checked_first(home: Path, server: HubServer, size: int) -> None:
+    partial(home, server).parent.mkdir(parents=True)
+    partial(home, server).write_bytes((server.files[DISTILLED][HIGH] + b"extra")[:size])
+    fetch_all(server)
+    assert ranges(server) == ([] if size == SIZE else [None])
+    assert_whole(home, server)
+
+
+# ---- given up, with a reason ----------------------------------------------------------------------------------------
+
+
+def test_a_wrong_content_is_thrown_away(home: Path, server: HubServer) -> None:
+    server.said[HIGH] = content(SIZE, 99)
+    with pytest.raises(DownloadError, match=rf"{HIGH} of {DISTILLED} came with another content .*thrown away"):
+        fetch_all(server)
+    blobs = snapshot(home, server, DISTILLED).parents[1] / "blobs"
+    assert sha256(server.said[HIGH]) not in {path.name for path in blobs.iterdir()}
+    assert (blobs / f"{sha256(server.said[HIGH])}.incomplete").stat().st_size == 0
+    assert not snapshot(home, server, DISTILLED).exists()
+
+
+@pytest.mark.parametrize("length", [SIZE - 1, SIZE + 1, 10**12])
+def test_a_lie_about_the_length_is_not_believed(home: Path, server: HubServer, length: int) -> None:
+    server.faults[HIGH] = [Fault(length=length) for _ in range(9)]
+    with pytest.raises(DownloadError, match=rf"the server says {length} bytes, the Hub {SIZE}\), 3 times in a row"):
+        fetch_all(server)
+    assert partial(home, server).stat().st_size == 0
+
+
+def test_a_line_that_brings_nothing_ends_the_download_and_keeps_what_came(home: Path, server: HubServer) -> None:
+    server.faults[HIGH] = [Fault(cut_after=70_000), *(Fault(cut_after=0) for _ in range(9))]
+    with pytest.raises(DownloadError, match=r"stopped at 70 kB of 200 kB \(.*\), 3 times in a row. What came is kept"):
+        fetch_all(server)
+    assert partial(home, server).stat().st_size == 70_000
+
+
+def test_an_unknown_repository_says_what_to_check(server: HubServer) -> None:
+    del server.files[BASE]
+    with pytest.raises(DownloadError, match=rf"no folder {BASE} on this machine.*Check the name.*hf auth login"):
+        fetch_all(server)
+
+
+def test_a_gated_repository_says_where_to_accept_its_conditions(
+    server: HubServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    server.gated.add(DISTILLED)
+    with pytest.raises(
+        DownloadError, match=rf"{DISTILLED} is gated: accept its conditions on {server.url}/{DISTILLED}"
+    ):
+        fetch_all(server)
+    server.token = "hf_mine"
+    monkeypatch.setenv("HF_TOKEN", "hf_mine")
+    fetch_all(server)
+
+
+def test_a_file_that_vanished_since_the_listing_is_named(server: HubServer) -> None:
+    listing = server.listing
+    server.listing = lambda repo: {  # type: ignore[method-assign]
+        **listing(repo),
+        "siblings": [*listing(repo)["siblings"], *([gone] if repo == BASE else [])],
+    }
+    gone = {"rfilename": "google/umt5-xxl/gone.json", "size": 3, "blobId": "d" * 40}
+    with pytest.raises(DownloadError, match=f"{BASE} no longer has this file"):
+        fetch_all(server)
+
+
+def test_nobody_at_the_address_names_the_network_and_the_mirror(home: Path) -> None:
+    with pytest.raises(DownloadError, match="cannot be reached .*HF_ENDPOINT"):
+        ensure(merged(), meter=Meter(), hub=Hub(endpoint="http://127.0.0.1:9"))
+
+
+def test_an_answer_that_is_no_listing_is_taken_for_a_proxy(server: HubServer) -> None:
+    server.listing = lambda repo: "<html>"  # type: ignore[method-assign, assignment, return-value]
+    with pytest.raises(DownloadError, match="answered something else than a list of files"):
+        fetch_all(server)
+
+
+def test_offline_nobody_is_asked(server: HubServer, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    with pytest.raises(DownloadError, match="HF_HUB_OFFLINE is set"):
+        fetch_all(server)
+    assert not server.asked
+
+
+def test_a_full_disk_says_so_and_the_rest_comes_later(home: Path, server: HubServer) -> None:
+    """A limit on the size of a file stands for the disk: the same error at the same place."""
+    import subprocess
+
+    from hub_models import ROOT, command
+
+    env = environment(server, home)
+    limited = ["bash", "-c", 'ulimit -f 100; exec "$@"', "bash", *command("i2v_distill_merged")]
+    ended = subprocess.run(limited, env=env, cwd=ROOT, capture_output=True, text=True, timeout=60, check=False)
+    assert ended.returncode == 1 and "could not be written to" in ended.stderr and "102 kB of 200 kB" in ended.stderr
+    kept = {path: server.bytes_of(path) for path in (HIGH, LOW, T5)}
+    again = download(env, "i2v_distill_merged")
+    assert again.returncode == 0, again.stderr
+    assert_whole(home, server)
+    assert "bytes=102400-" in ranges(server, HIGH) + ranges(server, LOW) and kept[T5] == server.bytes_of(T5) == 90_000
