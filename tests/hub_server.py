@@ -28,6 +28,7 @@ class Sent:
     range: str | None
     token: str | None
     bytes: int = 0
+    running: bool = True
 
 
 @dataclass
@@ -207,5 +208,6 @@ class _Handler(BaseHTTPRequestHandler):
                 self.hub.ending.wait(60)
         except (BrokenPipeError, ConnectionResetError):
             pass
+        sent.running = False
         if end < len(body) or fault.length is not None:
             self.close_connection = True
