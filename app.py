@@ -19,7 +19,7 @@ from app.exposure import Exposure, add_flags, decide
 from lightx2v import preload
 from lightx2v.config import Environment
 from lightx2v.errors import ConfigError, LightX2VError
-from lightx2v.terminal import Interrupts
+from lightx2v.terminal import ECHO, Interrupts
 
 if TYPE_CHECKING:
     from app.studio import Studio
@@ -29,7 +29,12 @@ log = logging.getLogger("lightx2v.page")
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Starts the page and serves it until Ctrl+C. Returns the exit code."""
-    logging.basicConfig(level=logging.INFO, format="%(message)s")
+    try:
+        environment = Environment.read()
+    except LightX2VError as error:
+        print(error, file=sys.stderr)
+        return error.exit_code
+    logging.basicConfig(level=logging.INFO, format=f"{environment.who}%(message)s")
     logging.getLogger("httpx").setLevel(logging.WARNING)
     parser = argparse.ArgumentParser(prog="app.py", description="LightX2V Studio: videos from text and images.")
     add_flags(parser)
@@ -41,7 +46,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--open", action="store_true", help="open the page in the browser")
     parser.add_argument("--mcp", action="store_true", help="also serve the tools over MCP (needs gradio[mcp])")
     args = parser.parse_args(arguments)
-    with Interrupts() as interrupts:
+    with Interrupts(echo=ECHO if environment.together else 0.0) as interrupts:
         try:
             serve(args)
         except LightX2VError as error:

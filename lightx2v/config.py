@@ -97,6 +97,11 @@ class Environment:
         """Whether this is one of several processes that work on one video."""
         return (self.world_size or 1) > 1
 
+    @property
+    def who(self) -> str:
+        """What marks this process's log lines; nothing where it is alone."""
+        return f"[rank {self.rank}] " if self.together else ""
+
     def stay_local(self) -> None:
         """The processes are on one machine and talk over loopback, whatever its name resolves to."""
         if sys.platform == "linux":

@@ -29,7 +29,7 @@ from .hub import find
 from .preset_keys import PER_VIDEO
 from .progress import CancelToken, OnProgress, cost
 from .request import Request
-from .terminal import Interrupts, ProgressLine, logging_to, one_line
+from .terminal import ECHO, Interrupts, ProgressLine, logging_to, one_line
 
 log = logging.getLogger("lightx2v.infer")
 
@@ -76,9 +76,9 @@ def main(argv: Sequence[str] | None = None, *, open_engine: OpenEngine | None = 
         print(f"error: {error}", file=sys.stderr)
         return error.exit_code
     line = ProgressLine(sys.stderr)
-    who = f"[rank {environment.rank}] " if environment.together else ""
     level = logging.DEBUG if options.verbose else logging.INFO
-    with logging_to(sys.stderr, line, level, who=who), Interrupts() as interrupts:
+    echo = ECHO if environment.together else 0.0
+    with logging_to(sys.stderr, line, level, who=environment.who), Interrupts(echo=echo) as interrupts:
         try:
             return _run(options, environment, line, interrupts, open_engine or _load_pipeline)
         except (Cancelled, KeyboardInterrupt):
@@ -269,7 +269,8 @@ def _summary(report: dict[str, Any]) -> str:
     for process in report.get("processes", [])[1:]:
         peaks = (process["timings"]["peak_vram"] or {}).values()
         allocated = max((peak["allocated"] for peak in peaks), default=0) / 2**30
-        memory += f"; process {process['rank']} " + (f"{allocated:.2f} GiB of GPU memory" if allocated else "on CPU")
+        memory += f"; process {process['rank']} " + (f"{allocated:.2f} GiB of GPU memory, " if allocated else "")
+        memory += f"{process['timings']['peak_rss'] / 2**30:.2f} GiB of RAM"
     lines = [
         f"{report['width']}x{report['height']}, {report['frames']} frames, {report['fps']:g} fps, seed "
         f"{report['seed']}, {report['device']}",

@@ -11,6 +11,7 @@ gives the same latents whatever ran before.
 from __future__ import annotations
 
 import logging
+import signal
 import threading
 from collections.abc import Sequence
 from dataclasses import replace
@@ -323,6 +324,8 @@ class LightX2VPipeline:
         world, pipe = join(environment), None
         if world.leads:
             return False
+        for number in (signal.SIGINT, signal.SIGTERM):  # rank 0 heeds them: it ends its run, and then all
+            signal.signal(number, signal.SIG_IGN)
         while True:
             what, content = world.peek()
             try:

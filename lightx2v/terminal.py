@@ -19,6 +19,8 @@ from .errors import byte_size
 from .progress import CancelToken, Progress
 
 BAR = 24
+ECHO = 3.0
+"""Seconds in which torchrun repeats a signal (see Interrupts)."""
 PLAIN_EVERY = 5.0
 """Seconds between two plain lines within one stage: a log file should not fill with steps."""
 
@@ -129,12 +131,18 @@ class _Formatter(logging.Formatter):
 
 class Interrupts:
     """Ctrl-C and SIGTERM while the block runs. Inside `cancelling` the first one asks the run to stop, which cleans up
-    behind itself; anywhere else, and on the second one, it stops at once as a KeyboardInterrupt."""
+    behind itself; anywhere else, and on the second one, it stops at once as a KeyboardInterrupt.
 
-    def __init__(self) -> None:
+    What comes within `echo` seconds of the first one is that one again: torchrun passes on to its processes what the
+    terminal has sent them already.
+    """
+
+    def __init__(self, *, echo: float = 0.0) -> None:
         self.token = CancelToken()
+        self._echo = echo
         self._number = int(signal.SIGINT)
-        self._asked = self._patient = False
+        self._first: float | None = None
+        self._patient = False
         self._before: dict[signal.Signals, Any] = {}
 
     @property
@@ -162,8 +170,10 @@ class Interrupts:
             signal.signal(number, handler)
 
     def _on_signal(self, number: int, frame: FrameType | None) -> None:
-        self._number = number
+        now, first = time.monotonic(), self._first
+        if first is not None and now - first < self._echo:
+            return
+        self._first, self._number = first or now, number
         self.token.cancel()
-        if self._asked or not self._patient:
+        if first is not None or not self._patient:
             raise KeyboardInterrupt
-        self._asked = True

@@ -28,7 +28,7 @@ from unittest import mock
 
 ROOT = Path(__file__).parents[1]
 IMPORTS = [
-    *("parallel_parts", "parallel_runs", "parallel_troubles"),
+    *("parallel_parts", "parallel_runs", "parallel_troubles", "parallel_faces"),
     *("ftfy", "tokenizers", "transformers.models.umt5.modeling_umt5", "imageio_ffmpeg"),
 ]
 PATIENCE = 120.0
@@ -148,6 +148,7 @@ class Running:
         self._processes = []
         for rank in range(size):
             variables = place(rank, size, port) | {"TORCHELASTIC_USE_AGENT_STORE": True}
+            Path(self._file(rank)).touch()
             argument = (variables, self._file(rank), case, arguments)
             self._processes.append(_context().Process(target=_run, args=argument, daemon=True))
             self._processes[-1].start()
@@ -158,8 +159,19 @@ class Running:
     def wait_for(self, rank: int) -> None:
         self._processes[rank].join(PATIENCE)
 
-    def terminate(self, rank: int) -> None:
-        self._processes[rank].terminate()
+    def wait_to_hear(self, rank: int, word: str) -> None:
+        deadline = time.monotonic() + PATIENCE
+        while word not in Path(self._file(rank)).read_text():
+            assert time.monotonic() < deadline and self._processes[rank].is_alive(), f"{rank} has not said {word}"
+            time.sleep(0.05)
+
+    def signal(self, rank: int, number: int) -> None:
+        if self._processes[rank].is_alive():
+            os.kill(self._processes[rank].pid, number)
+
+    @property
+    def pids(self) -> list[int]:
+        return [process.pid for process in self._processes]
 
     def ended(self, *, but: int | None = None) -> list[Ended]:
         """Waits for all of them, or all but one that has stopped; what does not end has no exit code."""

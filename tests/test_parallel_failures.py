@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 import time
 from pathlib import Path
 
@@ -55,7 +56,7 @@ def test_who_waits_for_the_others_to_come_hears_signals(root: Path) -> None:
     """torchrun ends the others when one is killed before they have met."""
     running = Running(2, parallel_troubles.failing, str(root), "kill", "meet", 1)
     running.wait_for(1)
-    running.terminate(0)
+    running.signal(0, signal.SIGTERM)
     assert [end.code for end in running.ended()] == [-15, -9]
 
 

@@ -23,7 +23,7 @@ from ..engine_config import EngineConfig
 from ..engine_slot import Engine, OpenEngine
 from ..errors import Cancelled, ConfigError, LightX2VError
 from ..progress import CancelToken, OnProgress
-from ..terminal import Interrupts, ProgressLine, logging_to
+from ..terminal import ECHO, Interrupts, ProgressLine, logging_to
 
 log = logging.getLogger("lightx2v.server")
 
@@ -36,10 +36,15 @@ def main(argv: Sequence[str] | None = None, *, open_engine: OpenEngine | None = 
         options = _parser().parse_args(argv)
     except SystemExit as stop:  # argparse has said what is wrong, or shown the help
         return int(stop.code or 0)
+    try:
+        environment = Environment.read()
+    except ConfigError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return error.exit_code
     line = ProgressLine(sys.stderr)
-    with logging_to(sys.stderr, line, logging.INFO), Interrupts() as interrupts:
+    echo = ECHO if environment.together else 0.0
+    with logging_to(sys.stderr, line, logging.INFO, who=environment.who), Interrupts(echo=echo) as interrupts:
         try:
-            environment = Environment.read()
             keys = _keys(options)
             resolved = resolve(_preset(options), _overrides(options), environment=environment)
             if environment.together and open_engine is None and _follow():

@@ -1,0 +1,143 @@
+"""The command line, the Python API, the server and the page on several processes: one of them talks, all work."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import httpx
+import parallel_faces
+import pytest
+from parallel_ranks import ROOT, Running, environment, free_port
+
+from lightx2v.media import probe
+
+PATIENCE = 90.0
+
+
+def test_the_command_line_under_torchrun(tmp_path: Path) -> None:
+    """The real torchrun, which chooses the layout; no process listens to others than this machine."""
+    video = tmp_path / "cat.mp4"
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+    settings = ["--preset", "demo_t2v_base", "--steps", "3", "--frames", "5", "--prompt", parallel_faces.PROMPT]
+    with subprocess.Popen(
+        [*torchrun, "-m", "lightx2v.infer", *settings, "--save_result_path", str(video)],
+        env=environment(),
+        cwd=ROOT,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    ) as process:
+        said, _ = process.communicate(timeout=PATIENCE)
+    assert process.returncode == 0, said
+    assert probe(video).frames == 5
+    for rank in (0, 1):
+        assert f"[rank {rank}] Run DiT cost" in said and f"[rank {rank}] Total Cost cost" in said
+    assert said.count("5 frames") == 1 and "process 1 " in said
+
+
+@pytest.mark.parametrize(
+    ("arguments", "told"),
+    [
+        (["--preset", "t2v_base_cfg_ulysses"], "torchrun --nproc_per_node=8, or use cfg_p_size 2, seq_p_size 1 or"),
+        (["--preset", "demo_t2v_base", "--set", 'parallel={"cfg_p_size": 2}', "--no-enable_cfg"], "seq_p_size 2"),
+        (["--preset", "demo_t2v_base", "--set", 'parallel={"seq_p_size": 3}'], "cfg_p_size 1, seq_p_size 2"),
+    ],
+)
+def test_impossible_layouts_are_refused_before_loading(arguments: list[str], told: str) -> None:
+    first, second = Running(2, parallel_faces.infer, *arguments).ended()
+    assert (first.code, second.code) == (2, 2)
+    assert told in first.said and "Load models" not in first.said and second.said == ""
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_that_torchrun_repeats_stops_all_at_one_step(tmp_path: Path, number: signal.Signals) -> None:
+    video = tmp_path / "long.mp4"
+    arguments = ["--preset", "demo_t2v_base", "--steps", "200", "--save_result_path", str(video)]
+    running = Running(2, parallel_faces.infer, *arguments)
+    running.wait_to_hear(0, "denoise")
+    for _ in range(2):
+        for rank in (0, 1):
+            running.signal(rank, number)
+    ends = running.ended()
+    assert [end.code for end in ends] == [128 + number] * 2, ends
+    assert "Stopped; no video was written." in ends[0].said and "Traceback" not in ends[0].said + ends[1].said
+    assert not list(tmp_path.iterdir())
+
+
+def test_the_tutorials_python_example(tmp_path: Path) -> None:
+    ends = Running(2, parallel_faces.example, str(tmp_path)).ended()
+    assert [end.code for end in ends] == [0, 0], ends
+    assert probe(tmp_path / "example.mp4").frames == 5
+
+
+@pytest.mark.parametrize("face", [parallel_faces.server, parallel_faces.page])
+def test_what_serves_others_makes_videos_with_all_processes(tmp_path: Path, face: object) -> None:
+    port = free_port()
+    running = Running(2, face, port, str(tmp_path))
+    try:
+        with httpx.Client(base_url=f"http://127.0.0.1:{port}", timeout=PATIENCE, trust_env=False) as client:
+            wait_for(client)
+            wish = {"model": parallel_faces.PRESET, "prompt": parallel_faces.PROMPT, "seconds": 0.3}
+            answer = client.post("/v1/videos", json=wish)
+            assert answer.status_code == 200, answer.text
+            id, deadline = answer.json()["id"], time.monotonic() + PATIENCE
+            while (state := client.get(f"/v1/videos/{id}").json())["status"] in ("queued", "in_progress"):
+                assert time.monotonic() < deadline, state
+                time.sleep(0.1)
+            assert state["status"] == "completed", state
+            assert client.get(f"/v1/videos/{id}/content").content[4:8] == b"ftyp"
+    finally:
+        for _ in range(2):
+            for rank in (0, 1):
+                running.signal(rank, signal.SIGTERM)
+        ends = running.ended()
+    assert [end.code for end in ends] == [143, 0], ends
+    assert all(f"[rank {rank}] Run DiT cost" in end.said.replace("INFO    ", "") for rank, end in enumerate(ends)), ends
+
+
+def wait_for(client: httpx.Client) -> None:
+    deadline = time.monotonic() + PATIENCE
+    while True:
+        try:
+            if client.get("/v1/models").status_code == 200:
+                return
+        except httpx.TransportError:
+            pass
+        assert time.monotonic() < deadline
+        time.sleep(0.1)
+
+
+def test_nothing_listens_to_other_machines(tmp_path: Path) -> None:
+    """Of what the processes themselves open; torchrun's own port is its business."""
+    arguments = ["--preset", "demo_t2v_base", "--steps", "200", "--save_result_path", str(tmp_path / "x.mp4")]
+    running = Running(2, parallel_faces.infer, *arguments)
+    try:
+        running.wait_to_hear(0, "denoise")
+        heard = [listening(pid) for pid in running.pids]
+    finally:
+        for rank in (0, 1):
+            running.signal(rank, signal.SIGINT)
+        running.ended()
+    assert all(heard) and set.union(*heard) == {"0100007F"}
+
+
+def listening(pid: int) -> set[str]:
+    """The addresses, in hexadecimal, on which a process accepts connections."""
+    inodes = set()
+    for entry in Path(f"/proc/{pid}/fd").iterdir():
+        try:
+            inodes.add(os.readlink(entry))
+        except OSError:
+            continue
+    found = set()
+    for table in ("tcp", "tcp6"):
+        for line in Path(f"/proc/{pid}/net/{table}").read_text().splitlines()[1:]:
+            fields = line.split()
+            if fields[3] == "0A" and f"socket:[{fields[9]}]" in inodes:
+                found.add(fields[1].partition(":")[0])
+    return found
