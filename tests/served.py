@@ -59,6 +59,7 @@ def serve(
     fetcher: Fetcher | None = None,
     input_dir: Path | None = None,
     lora_dir: Path | None = None,
+    gate: bool = True,
     **more: Any,
 ) -> Iterator[Served]:
     """The application in this process. `more` goes to JobManager."""
@@ -66,7 +67,7 @@ def serve(
     with JobManager(metrics.watching(garage), folder, max_queue=max_queue, **more) as jobs:
         pictures = Pictures(fetcher=fetcher or Fetcher(), folder=input_dir)
         service = Service(jobs, {name: resolve(name) for name in presets}, pictures=pictures, lora_dir=lora_dir)
-        app = create_app(service, metrics, keys=keys, hosts=frozenset({"testserver", "127.0.0.1"}))
+        app = create_app(service, metrics, keys=keys, hosts=frozenset({"testserver", "127.0.0.1"}), gate=gate)
         client = TestClient(app, raise_server_exceptions=False)
         yield Served(client=client, jobs=jobs, garage=garage, service=service)
 

@@ -20,7 +20,7 @@ from starlette.types import Receive, Scope, Send
 from .. import __version__
 from ..errors import Busy, LightX2VError
 from .answers import Health, problem
-from .documents import add_bodies, refusals
+from .documents import complete, refusals
 from .gate import Gate, refuse
 from .keys import Keys
 from .metrics import Counted, Metrics
@@ -64,7 +64,7 @@ def create_app(
     app.include_router(video_routes(service, submissions))
     _add_state(app, service, metrics)
     _add_errors(app, service)
-    add_bodies(app)
+    complete(app, keyed=bool(keys))
     return app
 
 
@@ -89,7 +89,7 @@ def _add_state(app: FastAPI, service: Service, metrics: Metrics) -> None:
             raise HTTPException(503, "The queue is full." if jobs.alive else "The worker has stopped.")
         return Health(status="ready")
 
-    @app.get("/metrics", tags=["state"], response_class=PlainTextResponse)
+    @app.get("/metrics", tags=["state"], response_class=PlainTextResponse, responses=refusals())
     def prometheus() -> PlainTextResponse:
         """Counters in Prometheus' text format."""
         return PlainTextResponse(metrics.text(jobs), media_type="text/plain; version=0.0.4")

@@ -13,6 +13,7 @@ import argparse
 import ipaddress
 import logging
 import os
+import socket
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -49,10 +50,14 @@ def main(argv: Sequence[str] | None = None, *, open_engine: OpenEngine | None = 
             resolved = resolve(_preset(options), _overrides(options), environment=environment)
             if environment.together and open_engine is None and _follow():
                 return 0
+            _check_port(options.host, options.port)
             with interrupts.cancelling() as token:
                 loaded = Loaded.now(open_engine or load, resolved, line, token, warm=options.warmup)
             line.clear()
-            return _serve(options, environment, resolved, loaded, keys)
+            try:
+                return _serve(options, environment, resolved, loaded, keys)
+            finally:
+                loaded.close()
         except (Cancelled, KeyboardInterrupt):
             return interrupts.exit_code
         except LightX2VError as error:
@@ -140,10 +145,19 @@ def _serve(
             server.run()  # ends with the signal that stopped it, which is a KeyboardInterrupt then
         except SystemExit:  # the port is taken; uvicorn has logged it
             return 1
-        finally:
-            jobs.close()
-            loaded.close()
     return 0
+
+
+def _check_port(host: str, port: int) -> None:
+    """ConfigError where the port cannot be had, which should not come out after minutes of loading."""
+    try:
+        kind, *_, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
+        with socket.socket(kind, socket.SOCK_STREAM) as probe:
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            probe.bind(address)
+    except (OSError, OverflowError) as error:
+        reason = getattr(error, "strerror", None) or "no such port"
+        raise ConfigError(f"{host}:{port} cannot be listened on: {reason}. Choose another --port.") from None
 
 
 def _follow() -> bool:

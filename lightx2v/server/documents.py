@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Sequence
 from typing import Any
 
 from fastapi import FastAPI
 from pydantic import BaseModel
 
 from .answers import Refusal
-from .bodies import FILES, LoraBody, TaskBody, VideoBody
+from .bodies import FILES, TaskBody, VideoBody
 
 REASONS = {
     401: "No key, or a wrong one.",
@@ -27,7 +28,8 @@ _REFERENCE = "#/components/schemas/{model}"
 
 def refusals(*statuses: int) -> dict[int | str, dict[str, Any]]:
     """`responses` of a route: these errors and those that every route has."""
-    return {status: {"model": Refusal, "description": REASONS[status]} for status in (401, 403, *statuses)}
+    content = {"application/json": {"schema": {"$ref": _REFERENCE.format(model="Refusal")}}}
+    return {status: {"content": content, "description": REASONS[status]} for status in (401, 403, *statuses)}
 
 
 def body_of(kind: type[BaseModel]) -> dict[str, Any]:
@@ -40,33 +42,36 @@ def body_of(kind: type[BaseModel]) -> dict[str, Any]:
     return {"requestBody": {"required": True, "content": content}}
 
 
-def add_bodies(app: FastAPI) -> None:
-    """Makes `app.openapi` hold the schemas that `body_of` refers to."""
+def complete(app: FastAPI, *, keyed: bool) -> None:
+    """Makes `app.openapi` hold the schemas that `body_of` refers to, and that a key is needed where one is."""
     plain = app.openapi
 
-    def with_bodies() -> dict[str, Any]:
+    def completed() -> dict[str, Any]:
         if app.openapi_schema is None:
-            schemas = plain()["components"]["schemas"]
-            for kind in (LoraBody, VideoBody, TaskBody):
+            document = plain()
+            schemas = document["components"]["schemas"]
+            for kind in (VideoBody, TaskBody, Refusal):
                 schema = kind.model_json_schema(ref_template=_REFERENCE)
-                schema.pop("$defs", None)
+                schemas |= schema.pop("$defs", {})
                 schemas[kind.__name__] = schema
-                if kind is not LoraBody:
-                    schemas[f"{kind.__name__}Form"] = _as_form(schema, kind is VideoBody)
+                if kind is not Refusal:
+                    schemas[f"{kind.__name__}Form"] = _as_form(schema, FILES[:2] if kind is VideoBody else FILES[2:])
+            if keyed:
+                document["components"]["securitySchemes"] = {"key": {"type": "http", "scheme": "bearer"}}
+                document["security"] = [{"key": []}]
         assert app.openapi_schema is not None
         return app.openapi_schema
 
-    app.openapi = with_bodies  # type: ignore[method-assign]
+    app.openapi = completed  # type: ignore[method-assign]
 
 
-def _as_form(schema: dict[str, Any], video: bool) -> dict[str, Any]:
+def _as_form(schema: dict[str, Any], files: Sequence[str]) -> dict[str, Any]:
     """Everything as text, but for files."""
     form = copy.deepcopy(schema)
-    names = FILES[:2] if video else FILES[2:]
     form["properties"] = {
         name: {key: value for key, value in about.items() if key in ("description", "maxLength", "minLength")}
         | {"type": "string"}
         for name, about in form["properties"].items()
-    } | {name: {"type": "string", "format": "binary"} for name in names}
+    } | {name: {"type": "string", "format": "binary"} for name in files}
     form["title"] += "Form"
     return form

@@ -10,6 +10,7 @@ from starlette.responses import FileResponse
 from ..config import Environment
 from ..jobs import Job
 from .answers import Metadata, QueueStatus, ServiceStatus, Task, public_path, task, task_id
+from .documents import refusals
 from .files import FILE_ANSWERS, video_file
 from .keys import owner_of
 from .service import HISTORY, Service
@@ -17,7 +18,7 @@ from .service import HISTORY, Service
 
 def overview_routes(service: Service) -> APIRouter:
     """To be included before the task routes, one of which would take `queue` for a task's id."""
-    router = APIRouter(prefix="/v1", tags=["tasks"])
+    router = APIRouter(prefix="/v1", tags=["tasks"], responses=refusals())
     names, jobs = service.names, service.jobs
 
     @router.get("/tasks/")

@@ -26,7 +26,7 @@ Id = Annotated[str, Path(min_length=1, max_length=200, description="The task's i
 
 def task_routes(service: Service, submissions: CapacityLimiter) -> APIRouter:
     """`submissions` bounds how many requests are read and their pictures fetched at one time."""
-    router = APIRouter(prefix="/v1", tags=["tasks"])
+    router = APIRouter(prefix="/v1", tags=["tasks"], responses=refusals())
     names, jobs = service.names, service.jobs
 
     @router.post("/tasks/video/", openapi_extra=body_of(TaskBody), responses=refusals(413, 415, 422, 429, 507))

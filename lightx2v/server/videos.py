@@ -26,7 +26,7 @@ Id = Annotated[str, Path(min_length=1, max_length=200, description="The job's id
 
 def video_routes(service: Service, submissions: CapacityLimiter) -> APIRouter:
     """`submissions` bounds how many requests are read and their pictures fetched at one time."""
-    router = APIRouter(prefix="/v1", tags=["videos"])
+    router = APIRouter(prefix="/v1", tags=["videos"], responses=refusals())
     names, jobs, streams = service.names, service.jobs, Streams(service)
 
     def default_fps(model: str | None) -> float:

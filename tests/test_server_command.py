@@ -1,0 +1,170 @@
+"""python -m lightx2v.server: flags, who may reach it, loading first, a clean end."""
+
+from __future__ import annotations
+
+import json
+import socket
+import threading
+import time
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+import uvicorn
+from fake_engine import FakeEngine, Garage
+from served import T2V, free_port
+
+from lightx2v.errors import CheckpointError
+from lightx2v.jobs import JobManager
+from lightx2v.server import command
+
+TUTORIAL = ["--model_cls", "wan2.2_moe", "--task", "t2v", "--model_path", "somewhere"]
+CONFIG = ["--config_json", "configs/wan22/wan_moe_t2v.json"]
+KEY = "a-key-of-some-length"
+
+
+@pytest.fixture(autouse=True)
+def without_a_key(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("LIGHTX2V_API_KEY", raising=False)
+
+
+@pytest.mark.parametrize("host", ["0.0.0.0", "::", "192.168.1.7", "example.org"])
+def test_others_are_not_let_in_without_a_key(host: str, capsys: pytest.CaptureFixture[str]) -> None:
+    garage = Garage()
+    assert command.main([*TUTORIAL, *CONFIG, "--host", host, "--port", "8000"], open_engine=garage) == 2
+    said = capsys.readouterr().err
+    assert "needs a key" in said and "LIGHTX2V_API_KEY" in said and not garage.opened
+
+
+@pytest.mark.parametrize(
+    ("flags", "word"),
+    [
+        ([], "Say what to serve"),
+        (["--preset", T2V, "--config_json", "x.json"], "Keep one of them"),
+        (["--preset", "nothing"], "There is no preset"),
+        (["--preset", T2V, "--api_key", "short"], "at least 12 characters"),
+        (["--preset", T2V, "--port", "many"], "invalid int"),
+        (["--preset", T2V, "--max_queue_size", "0"], "from 1 to 10000"),
+        (["--preset", T2V, "--result_ttl_hours", "-1"], "from 0 on"),
+        (["--preset", T2V, "--hots", "::1"], "unrecognized arguments"),
+    ],
+)
+def test_wrong_flags_are_told_and_nothing_is_loaded(
+    flags: list[str], word: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    garage = Garage()
+    assert command.main(flags, open_engine=garage) == 2
+    assert word in capsys.readouterr().err and not garage.opened
+
+
+def test_a_model_that_does_not_load_ends_the_program_before_the_port_opens(capsys: pytest.CaptureFixture[str]) -> None:
+    garage = Garage(open_error=CheckpointError("The model is not complete."))
+    assert command.main(["--preset", T2V], open_engine=garage) == 1
+    assert "The model is not complete." in capsys.readouterr().err
+
+
+class Stopped:
+    """Runs the command in this thread and stops its server once `visit` has seen it."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, visit: Any) -> None:
+        run = uvicorn.Server.run
+        self.seen: list[Any] = []
+        self.failure: list[BaseException] = []
+
+        def watched(server: uvicorn.Server, *more: Any) -> None:
+            def watch() -> None:
+                while not server.started:
+                    time.sleep(0.01)
+                url = f"http://127.0.0.1:{server.config.port}"
+                try:
+                    with httpx.Client(base_url=url, trust_env=False, timeout=20) as http:
+                        self.seen.append(visit(http))
+                except BaseException as error:
+                    self.failure.append(error)
+                server.should_exit = True
+
+            thread = threading.Thread(target=watch)
+            thread.start()
+            run(server, *more)
+            thread.join()
+
+        monkeypatch.setattr(uvicorn.Server, "run", watched)
+
+
+def made(http: httpx.Client, **headers: str) -> dict[str, Any]:
+    job = http.post("/v1/tasks/video/", json={"prompt": "a cat"}, headers=headers).json()
+    while (task := http.get(f"/v1/tasks/{job['task_id']}/status", headers=headers).json())["end_time"] is None:
+        time.sleep(0.01)
+    return task
+
+
+def test_the_tutorials_command_serves_the_model_that_was_loaded_once(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setenv("LIGHTX2V_OUTPUT_DIR", str(tmp_path / "out"))
+    garage, port = Garage(), free_port()
+    run = Stopped(monkeypatch, lambda http: (len(garage.opened), made(http), made(http)))
+    assert command.main([*TUTORIAL, *CONFIG, "--port", str(port)], open_engine=garage) == 0
+    (seen,) = run.seen
+    assert seen[0] == 1 and seen[1]["status"] == seen[2]["status"] == "completed"
+    assert len(garage.opened) == 1 and garage.alive == 0, "opened once, before the port, and closed at the end"
+    assert garage.opened[0].model_path == "somewhere" and garage.opened[0].task == "t2v"
+    assert len(list((tmp_path / "out").glob("*.mp4"))) == 2
+
+
+def test_an_engine_that_no_job_asked_for_is_closed_too(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    garage = Garage()
+    flags = ["--preset", T2V, "--port", str(free_port()), "--output_dir", str(tmp_path), "--api_key", KEY]
+    run = Stopped(
+        monkeypatch, lambda http: [http.get("/v1/videos", auth=("", key)).status_code for key in (KEY, "wrong")]
+    )
+    assert command.main(flags, open_engine=garage) == 0
+    assert run.seen == [[200, 401]] and garage.alive == 0
+
+
+def test_warming_up_runs_both_experts_briefly_and_leaves_nothing(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    requests = []
+    run_engine = FakeEngine.run
+
+    def noted(engine: FakeEngine, request: Any, **more: Any) -> Any:
+        requests.append(request)
+        return run_engine(engine, request, **more)
+
+    monkeypatch.setattr(FakeEngine, "run", noted)
+    Stopped(monkeypatch, lambda http: http.get("/ready").status_code)
+    for preset in (T2V, "demo_i2v_base"):
+        flags = ["--preset", preset, "--warmup", "--port", str(free_port()), "--output_dir", str(tmp_path)]
+        assert command.main(flags, open_engine=Garage()) == 0
+    distilled, base = requests
+    assert (distilled.frames, distilled.denoising_step_list, distilled.boundary_step_index) == (5, (1000, 250), 1)
+    assert (base.frames, base.steps, base.task) == (5, 2, "i2v")
+    assert not list(tmp_path.glob("*.mp4"))
+
+
+def test_a_taken_port_is_told_before_anything_is_loaded(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        flags = ["--preset", T2V, "--port", str(taken.getsockname()[1]), "--output_dir", str(tmp_path)]
+        garage = Garage()
+        assert command.main(flags, open_engine=garage) == 2
+    assert "cannot be listened on" in capsys.readouterr().err and not garage.opened
+
+
+def test_two_servers_on_one_folder_are_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    garage = Garage()
+    with JobManager(Garage(), tmp_path):
+        assert command.main(["--preset", T2V, "--output_dir", str(tmp_path)], open_engine=garage) == 2
+    assert "Another process is already using the jobs" in capsys.readouterr().err and garage.alive == 0
+
+
+def test_a_config_in_a_file_counts(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    file = tmp_path / "mine.json"
+    file.write_text(json.dumps({"infer_steps": 7, "target_height": 64, "target_width": 64, "target_video_length": 5}))
+    run = Stopped(monkeypatch, lambda http: http.get("/v1/models").json()["data"][0]["id"])
+    flags = [*TUTORIAL, "--config_json", str(file), "--port", str(free_port()), "--output_dir", str(tmp_path / "out")]
+    assert command.main(flags, open_engine=Garage()) == 0
+    assert run.seen == ["mine"]
