@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import runpy
+import sys
 from pathlib import Path
 
 PRESET = "demo_t2v_distill_lora"
@@ -20,10 +22,10 @@ def server(port: int, folder: str) -> int:
     return main(["--preset", PRESET, "--port", str(port), "--output_dir", folder])
 
 
-def page(port: int, folder: str) -> int:
-    import app
-
-    return app.main(["--port", str(port), "--output_dir", folder])
+def page(port: int, folder: str) -> None:
+    program = Path(__file__).parents[1] / "app.py"
+    sys.argv = [str(program), "--port", str(port), "--output_dir", folder]
+    runpy.run_path(str(program), run_name="__main__")
 
 
 def example(folder: str) -> None:

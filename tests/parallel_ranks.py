@@ -170,6 +170,10 @@ class Running:
             os.kill(self._processes[rank].pid, number)
 
     @property
+    def alive(self) -> bool:
+        return all(process.is_alive() for process in self._processes)
+
+    @property
     def pids(self) -> list[int]:
         return [process.pid for process in self._processes]
 

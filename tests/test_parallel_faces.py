@@ -81,7 +81,7 @@ def test_what_serves_others_makes_videos_with_all_processes(tmp_path: Path, face
     running = Running(2, face, port, str(tmp_path))
     try:
         with httpx.Client(base_url=f"http://127.0.0.1:{port}", timeout=PATIENCE, trust_env=False) as client:
-            wait_for(client)
+            wait_for(client, running)
             wish = {"model": parallel_faces.PRESET, "prompt": parallel_faces.PROMPT, "seconds": 0.3}
             answer = client.post("/v1/videos", json=wish)
             assert answer.status_code == 200, answer.text
@@ -100,7 +100,7 @@ def test_what_serves_others_makes_videos_with_all_processes(tmp_path: Path, face
     assert all(f"[rank {rank}] Run DiT cost" in end.said.replace("INFO    ", "") for rank, end in enumerate(ends)), ends
 
 
-def wait_for(client: httpx.Client) -> None:
+def wait_for(client: httpx.Client, running: Running) -> None:
     deadline = time.monotonic() + PATIENCE
     while True:
         try:
@@ -108,7 +108,7 @@ def wait_for(client: httpx.Client) -> None:
                 return
         except httpx.TransportError:
             pass
-        assert time.monotonic() < deadline
+        assert running.alive and time.monotonic() < deadline
         time.sleep(0.1)
 
 
