@@ -55,12 +55,12 @@ class Handlers:
         return updates | self._screen.show(visitor, {}, form=stored)
 
     def tick(self, data: Data) -> Updates:
-        """Every second or few: what changed. Also the list of files, while something is downloaded."""
+        """Every second or few: what changed. Also the list of files, while it changes."""
         visitor = Visitor.of(data[self._screen.session])
         updates = self._screen.show(visitor, data[self._screen.seen], stored=data[self._screen.session])
         if self._inputs.files is not None:
             status = self._studio.files.status(settings_of(self._screen.preset(data)).engine)
-            if status.download is not None:
+            if status.changing:
                 updates |= self._screen.editor.files(Words(visitor.language), self._screen.preset(data))
         return updates or gr.skip()
 

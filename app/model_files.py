@@ -1,15 +1,29 @@
-"""Which files a preset needs and which of them are here. Who downloads is given to the page as a `Files`."""
+"""Which files a preset needs, which of them are here, and the download of the others."""
 
 from __future__ import annotations
 
-import shutil
-from collections.abc import Sequence
-from dataclasses import dataclass
-from pathlib import Path
+import logging
+import threading
+import time
+from collections.abc import Container
+from dataclasses import dataclass, replace
+from functools import partial
 from typing import Protocol
 
-from lightx2v.config import PROJECT, needed_files
-from lightx2v.engine_config import EngineConfig
+from lightx2v.config import needed_files
+from lightx2v.engine_config import EngineConfig, hub_name
+from lightx2v.errors import Cancelled, LightX2VError
+from lightx2v.hub import Hub, ensure, find, missing
+from lightx2v.hub.listing import HubFile, list_files
+from lightx2v.hub.plan import bytes_of, disk_free, part, planned
+from lightx2v.progress import CancelToken, Meter, Progress
+
+log = logging.getLogger("lightx2v.page")
+
+ASK_AGAIN = 600.0
+"""Seconds after which a repository that could not be listed is asked for again."""
+STEADY = 5.0
+"""Seconds after a change in which pages still look at the list: longer than the time between two looks."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -39,6 +53,8 @@ class FilesStatus:
     disk_free: int
     download: Download | None = None
     can_download: bool = False
+    changing: bool = False
+    """Whether a page should look again soon."""
 
     @property
     def ready(self) -> bool:
@@ -63,26 +79,98 @@ class Files(Protocol):
     def cancel(self) -> None: ...
 
 
-class LocalFiles:
-    """Files that are on this machine already, in the model folder, the working folder or the project."""
+class HubFiles:
+    """Files on this machine, in a folder or in the cache that all programs share, and the Hub for what is missing.
 
-    def __init__(self, folders: Sequence[Path] = ()) -> None:
-        self._folders = [*folders, Path.cwd(), PROJECT]
+    What the Hub has is asked for in the background, once a repository, so that a size is there before the download.
+    """
+
+    def __init__(self, hub: Hub | None = None) -> None:
+        self._hub = hub
+        self._lock = threading.Lock()
+        self._listings: dict[str, list[HubFile]] = {}
+        self._asked: dict[str, float] = {}
+        self._changed = -STEADY
+        self._running: CancelToken | None = None
+        self._download: Download | None = None
 
     def status(self, config: EngineConfig) -> FilesStatus:
-        folders = [Path(config.models_dir), *self._folders] if config.models_dir else self._folders
-        states = []
-        for name in needed_files(config):
-            found = next((folder / name for folder in folders if (folder / name).exists()), None)
-            states.append(FileState(name=name, ready=found is not None, here=_bytes(found) if found else 0))
-        return FilesStatus(files=tuple(states), disk_free=shutil.disk_usage(folders[0]).free)
+        absent = set(missing(config))
+        states = [self._state(name, config, absent) for name in needed_files(config)]
+        with self._lock:
+            recent = time.monotonic() - self._changed < STEADY
+            return FilesStatus(
+                files=tuple(states),
+                disk_free=disk_free(self._source.cache),
+                download=self._download,
+                can_download=bool(absent),
+                changing=recent or self._running is not None,
+            )
 
     def download(self, config: EngineConfig) -> None:
-        """Nothing can be fetched without the Hub."""
+        with self._lock:
+            if self._running is not None:
+                return
+            token = self._running = CancelToken()
+            self._download = Download(done=0, total=0, per_second=0.0, eta=None)
+        threading.Thread(target=self._fetch, args=(config, token), name="download", daemon=True).start()
 
     def cancel(self) -> None:
-        """There is nothing to cancel."""
+        """Stops the download, or puts the message of a failed one away."""
+        with self._lock:
+            if self._running is not None:
+                self._running.cancel()
+            self._download, self._changed = None, time.monotonic()
 
+    @property
+    def _source(self) -> Hub:
+        return self._hub or Hub()
 
-def _bytes(path: Path) -> int:
-    return sum(p.stat().st_size for p in path.rglob("*") if p.is_file()) if path.is_dir() else path.stat().st_size
+    def _state(self, name: str, config: EngineConfig, absent: Container[str]) -> FileState:
+        if (path := find(name, config)) is not None:
+            return FileState(name=name, ready=True, here=bytes_of(path))
+        repo, inside = hub_name(name) or ("", None)
+        if name not in absent or inside is None:
+            return FileState(name=name, ready=False)
+        self._ask(repo)
+        files = [planned(self._source.repo(repo), file) for file in part(self._listings.get(repo, ()), inside)]
+        size = sum(file.file.size for file in files) if files else None
+        return FileState(name=name, ready=False, bytes=size, here=sum(file.here for file in files))
+
+    def _ask(self, repo: str) -> None:
+        """Has the repository listed, unless that was done or tried just now."""
+        with self._lock:
+            if repo in self._listings or time.monotonic() - self._asked.get(repo, -ASK_AGAIN) < ASK_AGAIN:
+                return
+            self._asked[repo] = time.monotonic()
+
+        def ask() -> None:
+            try:
+                listing = list_files(self._source, repo)
+            except LightX2VError as error:  # the download will say it to somebody who asked for one
+                log.info("%s", error)
+                return
+            with self._lock:
+                self._listings[repo], self._changed = listing, time.monotonic()
+
+        threading.Thread(target=ask, name="list", daemon=True).start()
+
+    def _fetch(self, config: EngineConfig, token: CancelToken) -> None:
+        error = ""
+        try:
+            ensure(config, meter=Meter(on_progress=partial(self._note, token)), cancel=token, hub=self._source)
+        except Cancelled:
+            pass
+        except LightX2VError as failure:
+            error = str(failure)
+        finally:
+            with self._lock:
+                self._running, self._changed = None, time.monotonic()
+                if self._download is not None:
+                    self._download = replace(self._download, error=error) if error else None
+
+    def _note(self, token: CancelToken, event: Progress) -> None:
+        speed = (event.total - event.step) / event.eta if event.eta else 0.0
+        with self._lock:
+            if not token.cancelled:
+                self._download = Download(done=event.step, total=event.total, per_second=speed, eta=event.eta)

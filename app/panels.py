@@ -150,7 +150,7 @@ def file_list(words: Words, status: FilesStatus) -> str:
     table = tag("table", tag("tbody", "".join(rows)), class_="files")
     line = tag("span", esc(words("disk_free", size=numbers.size(status.disk_free))), class_="quiet")
     download = status.download
-    if download is not None:
+    if download is not None and (download.error or not status.ready):
         share = 100 * download.done / download.total if download.total else 0
         left = words("left", time=numbers.about(download.eta)) if download.eta is not None else words("estimating")
         text = words(

@@ -31,7 +31,7 @@ from .exposure import Exposure
 from .machine import MachineReader
 from .measured import Measured, engine_key
 from .memory import bytes_needed, shape_of
-from .model_files import Files, LocalFiles
+from .model_files import Files, HubFiles
 from .served import existing
 
 log = logging.getLogger("lightx2v.page")
@@ -76,7 +76,7 @@ class Studio:
         self.folder = folder.absolute()
         self.folder.mkdir(parents=True, exist_ok=True)
         self.machine = MachineReader()
-        self.files = files or LocalFiles()
+        self.files = files or HubFiles()
         self.loaded: Loaded | None = None
         self.lender: Lender | None = None
         self._room_at_start = self.machine().vram_free or 0

@@ -98,7 +98,7 @@ def make_plan(
     hub = hub or Hub()
     absent = missing(config)
     found = [
-        (name, _bytes(path)) for name in needed_files(config) if name not in absent and (path := find(name, config))
+        (name, bytes_of(path)) for name in needed_files(config) if name not in absent and (path := find(name, config))
     ]
     wanted: dict[str, list[str]] = {}
     for name in absent:
@@ -112,13 +112,13 @@ def make_plan(
         listing = list_files(hub, repo)
         cached = hub.repo(repo)
         for inside in insides:
-            chosen = [file for file in listing if file.path == inside or file.path.startswith(inside.rstrip("/") + "/")]
+            chosen = part(listing, inside)
             if not chosen:
                 raise DownloadError(
                     f"{repo} has no {inside}. It has: {', '.join(sorted(_tops(listing))[:20]) or 'no files'}. "
                     "Name one of these in the configuration."
                 )
-            files |= {f"{repo}/{file.path}": _planned(cached, file) for file in chosen}
+            files |= {f"{repo}/{file.path}": planned(cached, file) for file in chosen}
         known += [file for file in listing if f"{repo}/{file.path}" not in files and cached.has(file.etag, file.size)]
     return Plan(
         files=tuple(sorted(files.values(), key=lambda planned: planned.file.size)),
@@ -129,17 +129,13 @@ def make_plan(
     )
 
 
-def disk_free(folder: Path) -> int:
-    """Bytes that are free on the disk of `folder`, which need not exist yet."""
-    folder = folder.absolute()
-    return shutil.disk_usage(next(path for path in (folder, *folder.parents) if path.exists())).free
+def part(listing: Iterable[HubFile], inside: str) -> list[HubFile]:
+    """The file `inside` a repository, or all files of that folder."""
+    return [file for file in listing if file.path == inside or file.path.startswith(inside.rstrip("/") + "/")]
 
 
-def _local(name: str, config: EngineConfig) -> list[Path]:
-    return [root / Path(name).expanduser() for root in search_roots(config)]
-
-
-def _planned(cached: CachedRepo, file: HubFile) -> PlannedFile:
+def planned(cached: CachedRepo, file: HubFile) -> PlannedFile:
+    """A file with what the cache has of it."""
     if cached.has(file.etag, file.size):
         return PlannedFile(file=file, here=file.size, done=True)
     try:
@@ -149,8 +145,19 @@ def _planned(cached: CachedRepo, file: HubFile) -> PlannedFile:
     return PlannedFile(file=file, here=size if size <= file.size else 0)
 
 
-def _bytes(path: Path) -> int:
+def bytes_of(path: Path) -> int:
+    """The size of a file, or of all files in a folder."""
     return sum(p.stat().st_size for p in path.rglob("*") if p.is_file()) if path.is_dir() else path.stat().st_size
+
+
+def disk_free(folder: Path) -> int:
+    """Bytes that are free on the disk of `folder`, which need not exist yet."""
+    folder = folder.absolute()
+    return shutil.disk_usage(next(path for path in (folder, *folder.parents) if path.exists())).free
+
+
+def _local(name: str, config: EngineConfig) -> list[Path]:
+    return [root / Path(name).expanduser() for root in search_roots(config)]
 
 
 def _tops(listing: Iterable[HubFile]) -> set[str]:

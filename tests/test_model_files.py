@@ -1,0 +1,99 @@
+"""The page's list of model files: what is here, what is not and how large it is, and the download behind it."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+from hub_models import BASE, DISTILLED, HIGH, LOW, T5, VAE, merged, point_here, quick, small_hub
+from hub_server import Fault, HubServer, serving
+
+from app.model_files import FilesStatus, HubFiles
+from app.panels import file_list
+from app.strings import Words
+from lightx2v.config import resolve
+
+
+@pytest.fixture
+def server(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[HubServer]:
+    point_here(monkeypatch, tmp_path)
+    monkeypatch.chdir(tmp_path)
+    with serving(small_hub()) as started:
+        yield started
+
+
+def until(files: HubFiles, condition: Callable[[FilesStatus], bool]) -> FilesStatus:
+    deadline = time.monotonic() + 30
+    while not condition(status := files.status(merged())):
+        assert time.monotonic() < deadline, status
+        time.sleep(0.01)
+    return status
+
+
+def test_the_demo_is_here_and_asks_nobody(server: HubServer) -> None:
+    status = HubFiles(quick(server)).status(resolve("demo_t2v_distill_lora").engine)
+    assert status.ready and not status.can_download and not server.asked
+    assert all(file.here > 0 for file in status.files)
+
+
+def test_sizes_come_from_the_hub_before_any_download(server: HubServer) -> None:
+    files = HubFiles(quick(server))
+    first = files.status(merged())
+    assert not first.ready and first.can_download and first.missing_bytes is None
+    status = until(files, lambda status: status.missing_bytes is not None)
+    assert status.changing and status.missing_bytes == 535_029 and not server.sent
+    sizes = {file.name: file.bytes for file in status.files}
+    assert sizes[f"{DISTILLED}/{HIGH}"] == 200_000 and sizes[f"{BASE}/google/umt5-xxl/"] == 5_000
+    assert [path.partition("?")[0] for path in server.asked if "/models/" in path].count(f"/api/models/{BASE}") == 1
+
+
+def test_the_button_brings_the_files(server: HubServer) -> None:
+    files = HubFiles(quick(server))
+    server.pace = 0.3
+    files.download(merged())
+    files.download(merged())  # a second click changes nothing
+    running = until(files, lambda status: status.download is not None and 0 < status.download.done)
+    assert running.download is not None and running.download.total == 535_029
+    assert 'data-act="cancel_download"' in file_list(Words("en"), running)
+    done = until(files, lambda status: status.download is None)
+    assert done.ready and done.changing and not done.can_download
+    assert "data-act" not in file_list(Words("en"), done)
+    assert server.bytes_of(HIGH) == 200_000 and server.bytes_of(T5) == 90_000
+
+
+def test_cancel_stops_the_download_and_the_next_one_goes_on(server: HubServer) -> None:
+    files = HubFiles(quick(server))
+    server.faults = {path: [Fault(stall_after=70_000)] for path in (HIGH, LOW)}
+    files.download(merged())
+    until(files, lambda status: server.bytes_of(HIGH) == server.bytes_of(LOW) == 70_000 and bool(status.download))
+    files.cancel()
+    assert files.status(merged()).download is None
+    deadline = time.monotonic() + 30
+    while not files.status(merged()).ready:
+        assert time.monotonic() < deadline
+        files.download(merged())  # does nothing until the cancelled one has ended
+        time.sleep(0.05)
+    assert server.bytes_of(HIGH) == 200_000 and server.bytes_of(LOW) == 200_001
+
+
+def test_a_failed_download_says_why_until_it_is_put_away(server: HubServer) -> None:
+    files = HubFiles(quick(server))
+    server.gated.add(BASE)
+    files.download(merged())
+    status = until(files, lambda status: bool(status.download and status.download.error))
+    assert status.download is not None and "accept its conditions" in status.download.error
+    assert "accept its conditions" in file_list(Words("en"), status)
+    files.cancel()
+    status = files.status(merged())
+    assert status.download is None and 'data-act="download"' in file_list(Words("en"), status)
+
+
+def test_without_the_hub_the_list_is_there_and_sizes_are_not(server: HubServer) -> None:
+    files = HubFiles(quick(server))
+    server.files.clear()
+    for _ in range(3):
+        status = files.status(merged())
+        assert not status.ready and status.missing_bytes is None and status.disk_free > 0
+    assert VAE in status.files[-1].name
