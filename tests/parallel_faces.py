@@ -6,7 +6,7 @@ import runpy
 import sys
 from pathlib import Path
 
-PRESET = "demo_t2v_distill_lora"
+PRESET = "demo_t2v_base"
 PROMPT = "a red ball rolls left over green grass"
 
 
