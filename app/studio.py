@@ -19,12 +19,12 @@ from typing import Any, Protocol
 
 from lightx2v.config import PROJECT, PresetInfo, Resolved, list_presets, resolve
 from lightx2v.engine_config import EngineConfig
-from lightx2v.errors import ConfigError, LightX2VError
+from lightx2v.errors import BadRequest, ConfigError, LightX2VError
 from lightx2v.estimate import Prediction, Rates, Work, count
 from lightx2v.image import jpeg
 from lightx2v.jobs import Engine, Job, JobManager, OpenEngine, UnknownJob
 from lightx2v.media import read_frame
-from lightx2v.progress import CancelToken, OnProgress
+from lightx2v.progress import CancelToken, OnProgress, Progress
 from lightx2v.request import Request
 
 from .exposure import Exposure
@@ -178,7 +178,14 @@ class Studio:
         self, config: EngineConfig, *, preset: str, on_progress: OnProgress, cancel: CancelToken
     ) -> Engine:
         started = time.perf_counter()
-        engine = self._open(config, preset=preset, on_progress=on_progress, cancel=cancel)
+
+        def watch(event: Progress) -> None:
+            nonlocal started
+            if event.stage == "download":  # it says nothing about how long the next loading takes
+                started = time.perf_counter()
+            on_progress(event)
+
+        engine = self._open(config, preset=preset, on_progress=watch, cancel=cancel)
         self.loaded = Loaded(config=config, preset=preset)
         return Measured(self, engine, config, time.perf_counter() - started)
 
@@ -189,7 +196,15 @@ class Studio:
     # ---- runs of one visitor ------------------------------------------------------------------------------------
 
     def submit(self, config: EngineConfig, request: Request, *, owner: str, preset: str) -> Job:
-        """Queues a run and keeps what was predicted for it."""
+        """Queues a run and keeps what was predicted for it.
+
+        Of a page that others reach, these cannot make this machine download a model.
+        """
+        if self.exposure.open_to_others and not self.exposure.hosted and not self.files.status(config).ready:
+            raise BadRequest(
+                f"The model files of {preset} are not on this machine. Choose another preset; whoever runs the page "
+                f"can fetch them with python -m lightx2v.download {preset}."
+            )
         prediction = self.predict(config, request)
         job = self.jobs.submit(config, request, owner=owner, preset=preset)
         if prediction is not None and prediction.source != "assumed":

@@ -9,11 +9,16 @@ from pathlib import Path
 import pytest
 from hub_models import BASE, DISTILLED, HIGH, LOW, T5, VAE, merged, point_here, quick, small_hub
 from hub_server import Fault, HubServer, serving
+from page_engine import Painter
 
+from app.exposure import Exposure
 from app.model_files import FilesStatus, HubFiles
 from app.panels import file_list
 from app.strings import Words
+from app.studio import Studio
 from lightx2v.config import resolve
+from lightx2v.errors import BadRequest
+from lightx2v.request import Request
 
 
 @pytest.fixture
@@ -97,3 +102,16 @@ def test_without_the_hub_the_list_is_there_and_sizes_are_not(server: HubServer) 
         status = files.status(merged())
         assert not status.ready and status.missing_bytes is None and status.disk_free > 0
     assert VAE in status.files[-1].name
+
+
+def test_others_cannot_make_this_machine_download_a_model(server: HubServer, tmp_path: Path) -> None:
+    resolved = resolve("t2v_distill_lora")
+    request = Request(prompt="a cat", **resolved.request)
+    open_page = Exposure(share=True, open_to_others=True, user="studio", password="of the occasion")
+    studio = Studio(Painter(), tmp_path / "outputs", open_page, files=HubFiles(quick(server)))
+    try:
+        with pytest.raises(BadRequest, match=r"not on this machine.*python -m lightx2v.download t2v_distill_lora"):
+            studio.submit(resolved.engine, request, owner="somebody", preset="t2v_distill_lora")
+    finally:
+        studio.close()
+    assert not server.sent
