@@ -1,7 +1,7 @@
 """What several processes send each other, counted and against the formula, and the scaling that follows from it.
 
-    torchrun --nproc_per_node=4 benchmarks/parallel_wire.py            counts bytes on the wire, on CPUs too
-    python benchmarks/parallel_wire.py --model                         the model alone, for A14B
+    torchrun --nproc_per_node=4 -m benchmarks.parallel_wire            counts bytes on the wire, on CPUs too
+    python -m benchmarks.parallel_wire --model                         the model alone, for A14B
 
 Ulysses sends q, k, v and the result: 4 (S / P) D bytes (P - 1) / P per layer and process, for S tokens of width D. The
 model adds that to the counted work of a forward; bandwidths and rates are arguments, and no number of it is measured.
@@ -58,7 +58,8 @@ def model(rate: float, links: dict[str, float]) -> None:
     """Seconds of a guided step of A14B in bf16, by layout; for each link what the exchanges add."""
     dit = DiTShape()
     print(f"\nModel, not measured: {rate / 1e12:.0f} TFLOP/s a GPU, exchanges not overlapped, two branches a step.")
-    print(f"{'video':<21} {'GPUs':>4} {'layout':>7} {'compute s':>10}" + "".join(f"{name:>22}" for name in links))
+    heads = f"{'video':<21} {'GPUs':>4} {'layout':>7} {'MB a layer':>11} {'compute s':>10}"
+    print(heads + "".join(f"{name:>22}" for name in links))
     for name, (frames, height, width) in SIZES.items():
         tokens = frames * (height // 2) * (width // 2)
         for gpus in (1, 2, 4, 8):
@@ -71,7 +72,8 @@ def model(rate: float, links: dict[str, float]) -> None:
                     f"{f'+{wire / speed:.2f} s ({compute / (compute + wire / speed):.0%})':>22}"
                     for speed in links.values()
                 )
-                print(f"{name:<21} {gpus:4} {f'{cfg}x{size}':>7} {compute:10.2f}{cells}")
+                layer = formula(tokens, dit.dim, 1, size, 2) / 1e6
+                print(f"{name:<21} {gpus:4} {f'{cfg}x{size}':>7} {layer:11.0f} {compute:10.2f}{cells}")
 
 
 def main() -> None:
