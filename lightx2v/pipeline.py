@@ -39,7 +39,12 @@ log = logging.getLogger("lightx2v.pipeline")
 
 
 class LightX2VPipeline:
-    """One loaded model. Not for two threads at once: a second `generate` while one runs is Busy."""
+    """One loaded model; as a context manager it is freed at the end.
+
+    `model_path` is a folder in the Wan2.2 layout or a Hub name; the two checkpoints are distilled or merged experts
+    that replace those of the folder. Any thread may use it, but for one video at a time: whatever would disturb a run
+    raises Busy at once. In asyncio: `await asyncio.to_thread(pipe.generate, prompt=…, cancel=token)`.
+    """
 
     def __init__(
         self,
@@ -48,10 +53,16 @@ class LightX2VPipeline:
         task: str = "t2v",
         *,
         models_dir: str | Path | None = None,
+        high_noise_original_ckpt: str | Path | None = None,
+        low_noise_original_ckpt: str | Path | None = None,
     ) -> None:
         self._overrides: dict[str, Any] = {"model_path": str(model_path), "model_cls": model_cls, "task": task}
-        if models_dir is not None:
-            self._overrides["models_dir"] = str(models_dir)
+        files = {
+            "models_dir": models_dir,
+            "high_noise_original_ckpt": high_noise_original_ckpt,
+            "low_noise_original_ckpt": low_noise_original_ckpt,
+        }
+        self._overrides |= {name: str(path) for name, path in files.items() if path is not None}
         self._defaults: dict[str, Any] = {}
         self._loras: tuple[LoraSpec, ...] | None = None
         self._engine: Engine | None = None
@@ -79,10 +90,15 @@ class LightX2VPipeline:
         *,
         offload_granularity: str = "block",
         text_encoder_offload: bool | str = "auto",
+        image_encoder_offload: bool = False,
         vae_offload: bool | str = "auto",
         lazy_load: bool = False,
     ) -> None:
-        """Keep weights in host memory: whole experts ("model") or block by block. Call before `create_generator`."""
+        """Keep weights in host memory: whole experts ("model") or block by block ("block"); with `lazy_load` on disk.
+
+        "auto" follows `cpu_offload`. `image_encoder_offload` is LightX2V's and moves nothing: Wan2.2-A14B has no image
+        encoder. Like every enable_…: before `create_generator`, which raises ConfigError for values that do not fit.
+        """
         self._before_loading("enable_offload")
         self._overrides |= {
             "cpu_offload": cpu_offload,
@@ -103,7 +119,11 @@ class LightX2VPipeline:
         quant_scheme: str = "fp8-sgl",
         text_encoder_quant_scheme: str | None = None,
     ) -> None:
-        """Load quantised experts or text encoder. Call before `create_generator`."""
+        """Load 8-bit experts or an 8-bit text encoder, from these files (paths or Hub names).
+
+        `quant_scheme` is one of LightX2V's names: "fp8…" (e4m3) or "int8…", with a scale per row or tensor as the
+        files have it. The part after the dash is a kernel of LightX2V's; here the best that runs is taken.
+        """
         self._before_loading("enable_quantize")
         self._overrides |= {
             "dit_quantized": dit_quantized,
@@ -118,12 +138,21 @@ class LightX2VPipeline:
     def enable_lora(
         self, lora_configs: Sequence[dict[str, Any] | LoraSpec], *, lora_dynamic_apply: bool = False
     ) -> None:
-        """LoRAs per expert, as {"name": "high_noise_model", "path": …, "strength": 1.0}. Before `create_generator`."""
+        """LoRAs per expert: {"name": "high_noise_model" or "low_noise_model", "path": …, "strength": 1.0}.
+
+        They are added to the weights as these are loaded, or with `lora_dynamic_apply` kept beside them, which costs
+        some time in each step and makes exchanging them quick. `create_generator` raises LoraError for a file that
+        does not fit.
+        """
         self._before_loading("enable_lora")
         self._overrides |= {"lora_configs": list(lora_configs), "lora_dynamic_apply": lora_dynamic_apply}
 
     def enable_parallel(self, cfg_p_size: int = 1, seq_p_size: int = 1, seq_p_attn_type: str = "ulysses") -> None:
-        """A mesh of processes started by torchrun. Call before `create_generator`."""
+        """Share each video among `cfg_p_size` x `seq_p_size` processes, which torchrun has to have started.
+
+        `cfg_p_size` 2 gives each of the two guidance branches its own half, `seq_p_size` splits the sequence. Without
+        this call a layout that fits the number of processes is chosen.
+        """
         self._before_loading("enable_parallel")
         self._overrides["parallel"] = {
             "cfg_p_size": cfg_p_size,
@@ -149,7 +178,13 @@ class LightX2VPipeline:
         resize_mode: str | None = None,
         dtype: str | None = None,
     ) -> None:
-        """Resolves the configuration and loads the model. What is given here goes over what the JSON says."""
+        """Resolves the configuration and loads the model. What is given here goes over what the JSON says.
+
+        `config_json` is a file in LightX2V's format or the name of a shipped preset. Sizes are in pixels (multiples of
+        16), `num_frames` is 4n + 1, `guidance_scale` one number or (high-noise expert, low-noise expert). All of it is
+        what `generate` starts from. Raises ConfigError, BadRequest, CheckpointError (LoraError), DownloadError or
+        OutOfMemory; nothing stays loaded then.
+        """
         self._before_loading("create_generator")
         given = {
             "self_attn_1_type": attn_mode,
@@ -204,7 +239,14 @@ class LightX2VPipeline:
         on_progress: OnProgress | None = None,
         cancel: CancelToken | None = None,
     ) -> Result:
-        """One video. What is not given is what `create_generator` was told. An existing file is replaced."""
+        """One video. What is not given is what `create_generator` was told. An existing file is replaced.
+
+        `save_result_path` is an mp4 (its folder has to be there), None writes none. The Result has `frames` (uint8,
+        T H W C) with `return_result_tensor`, `latents` (float32, C T h w, before the VAE) with `return_latents`, the
+        seed (-1 draws one), seconds per stage and bytes at the peaks. `on_progress` is called in this thread; `cancel`
+        is looked at between blocks and tiles. Raises BadRequest, LoraError, OutputError, OutOfMemory, NumericsError,
+        Cancelled, or Busy while another run goes on; the next run is not affected.
+        """
         given = {
             "seed": seed,
             "image_path": None if image_path is None else str(image_path),
@@ -245,7 +287,8 @@ class LightX2VPipeline:
         return_frames: bool = False,
         return_latents: bool = False,
     ) -> Result:
-        """Runs one request. `metadata` writes the settings into the file; `force` replaces an existing one."""
+        """Runs one request as `generate` does, with nothing filled in. `metadata` writes the settings into the file;
+        `force` replaces an existing one."""
         engine = self._engine
         if engine is None:
             raise ConfigError("No model is loaded. Call create_generator() first.")
@@ -360,14 +403,19 @@ class LightX2VPipeline:
         return self._engine.config.lora_configs if self._loras is None else self._loras
 
     def close(self) -> None:
-        """Frees the model. The pipeline may then load another one."""
-        self._loras = None
-        if self._engine is not None:
-            if self._engine.mesh is not None and self._engine.mesh.world.leads:
-                self._engine.mesh.world.tell(CLOSE)
-            self._engine.placement.close()
-            self._engine = None
-            free_memory()
+        """Frees the model, on the device and on the host. The pipeline may then load another one. Busy during a run."""
+        if not self._running.acquire(blocking=False):
+            raise Busy("This pipeline is making a video. Cancel it or wait for it before you close the pipeline.")
+        try:
+            self._loras = None
+            if self._engine is not None:
+                if self._engine.mesh is not None and self._engine.mesh.world.leads:
+                    self._engine.mesh.world.tell(CLOSE)
+                self._engine.placement.close()
+                self._engine = None
+                free_memory()
+        finally:
+            self._running.release()
 
     def __enter__(self) -> Self:
         return self
