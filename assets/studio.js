@@ -6,8 +6,8 @@ window.studio = (() => {
 
   // ---- theme: the person's choice, else the system's --------------------------------------------------------------
   const applyTheme = () => {
-    const saved = localStorage.getItem("studio-theme");
-    if (saved) document.body.classList.toggle("dark", saved === "dark");
+    const saved = localStorage.getItem("studio-theme"), body = document.body.classList;
+    if (saved && body.contains("dark") !== (saved === "dark")) body.toggle("dark");
   };
   const toggleTheme = () => {
     const dark = !document.body.classList.contains("dark");
@@ -200,7 +200,10 @@ window.studio = (() => {
   };
 
   // gradio sets its theme class while it mounts; ours has to be the last word.
-  new MutationObserver(applyTheme).observe(document.documentElement, { childList: true, subtree: false });
-  window.addEventListener("load", () => [0, 300, 1500].forEach((delay) => setTimeout(applyTheme, delay)));
+  const keepTheme = () => {
+    applyTheme();
+    new MutationObserver(applyTheme).observe(document.body, { attributes: true, attributeFilter: ["class"] });
+  };
+  document.readyState === "loading" ? document.addEventListener("DOMContentLoaded", keepTheme) : keepTheme();
   return { actions, picker, watched, inStep, applyTheme };
 })();

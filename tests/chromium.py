@@ -1,0 +1,111 @@
+"""A real browser over a launched page: where chromium is, a tab in it, and what people do there."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import pytest
+from studio_app import PATIENCE, Page
+
+if TYPE_CHECKING:
+    from playwright.sync_api import Browser
+    from playwright.sync_api import Page as Tab
+
+NAMES = ("chromium", "chromium-browser", "google-chrome", "chrome")
+ARGUMENTS = ("--no-sandbox", "--disable-dev-shm-usage", "--autoplay-policy=no-user-gesture-required")
+HARMLESS = ("Method not implemented.",)
+"""gradio's own, said about a function that it does not need."""
+
+
+def executable() -> str | None:
+    """A chromium of this machine; LIGHTX2V_CHROMIUM names another."""
+    found = (shutil.which(name) for name in (os.environ.get("LIGHTX2V_CHROMIUM", ""), *NAMES) if name)
+    return next(filter(None, found), None)
+
+
+@contextmanager
+def browser() -> Iterator[Browser]:
+    """One browser for a module's tests; they are skipped where there is none."""
+    sync_api = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
+    path = executable()
+    if path is None:
+        pytest.skip(f"no browser here: none of {', '.join(NAMES)} is on the PATH")
+    with sync_api.sync_playwright() as playwright:
+        opened = playwright.chromium.launch(executable_path=path, args=ARGUMENTS)
+        try:
+            yield opened
+        finally:
+            opened.close()
+
+
+@dataclass
+class Person:
+    """Somebody with a tab. `complaints` is what the browser's console says that nobody should see."""
+
+    tab: Tab
+    page: Page
+    complaints: list[str] = field(default_factory=list)
+
+    def open(self, query: str = "") -> None:
+        self.tab.goto(self.page.url + query)
+        self.tab.wait_for_selector("#preset-button")
+        self.tab.wait_for_selector("#stage .stage")
+
+    def make(self, prompt: str) -> None:
+        self.tab.fill("#prompt textarea", prompt)
+        self.tab.click("#generate")
+
+    def see(self, state: str) -> None:
+        """Waits until the stage shows a run in that state: running, done, failed, cancelled."""
+        self.tab.wait_for_selector(f"#stage .stage[data-state={state}]")
+
+    @property
+    def job(self) -> str:
+        """The run on the stage."""
+        return str(self.tab.get_attribute("#stage .stage", "data-job"))
+
+    def settle(self, script: str, argument: Any = None) -> Any:
+        """Waits until a JavaScript expression is true."""
+        return self.tab.wait_for_function(script, arg=argument)
+
+
+@contextmanager
+def person(browser: Browser, page: Page, *, width: int = 1440, height: int = 900, **options: Any) -> Iterator[Person]:
+    """A new visitor: a fresh profile with one tab. Nothing may be said on the console when they leave."""
+    context = browser.new_context(viewport={"width": width, "height": height}, **options)
+    context.set_default_timeout(PATIENCE * 1000)
+    someone = Person(tab=context.new_page(), page=page)
+    watch(someone.tab, someone.complaints)
+    someone.open()
+    try:
+        yield someone
+        assert not someone.complaints
+    finally:
+        context.close()
+
+
+def watch(tab: Tab, complaints: list[str]) -> None:
+    """Collects what the console says, failed requests and exceptions of scripts."""
+
+    def said(message: Any) -> None:
+        if message.type in ("error", "warning") and message.text not in HARMLESS:
+            complaints.append(f"{message.type}: {message.text}")
+
+    tab.on("console", said)
+    tab.on("pageerror", lambda error: complaints.append(f"script: {error}"))
+    tab.on("response", lambda r: complaints.append(f"{r.status} {r.url}") if r.status >= 400 else None)
+
+
+def downloads(tab: Tab, click: str, folder: Path) -> Path:
+    """The file that a click saves."""
+    with tab.expect_download() as waiting:
+        tab.click(click)
+    target = folder / waiting.value.suggested_filename
+    waiting.value.save_as(target)
+    return target

@@ -1,0 +1,203 @@
+"""The page in a real browser, for everybody: languages, themes, keyboard, screen readers, telephones.
+
+Covered: English and Chinese; light and dark with a contrast of 4.5 or more; every field and button has a name; all
+of it works with keys; nothing scrolls sideways at 390, 768 and 1440 pixels; the stage does not jump.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from typing import TYPE_CHECKING
+
+import pytest
+from chromium import Person, browser, person
+from studio_app import Page
+
+if TYPE_CHECKING:
+    from playwright.sync_api import Browser
+
+pytestmark = pytest.mark.browser
+
+HAN = re.compile(r"[一-鿿]")
+
+
+@pytest.fixture(scope="module")
+def chrome() -> Iterator[Browser]:
+    with browser() as opened:
+        yield opened
+
+
+@pytest.fixture
+def visitor(chrome: Browser, page: Page) -> Iterator[Person]:
+    with person(chrome, page) as someone:
+        yield someone
+
+
+LABELS = "[...document.querySelectorAll('[data-testid=block-info], #generate, [role=tab], h2')]"
+
+
+def test_the_page_speaks_chinese_to_a_chinese_browser_and_switches_back(chrome: Browser, page: Page) -> None:
+    with person(chrome, page, locale="zh-CN") as visitor:
+        tab = visitor.tab
+        visitor.settle("() => document.querySelector('#generate')?.innerText.includes('生成')")
+        tab.click("#advanced button")
+        visitor.settle("() => document.querySelector('#advanced [data-testid=block-info]')?.checkVisibility()")
+        texts = tab.evaluate(f"{LABELS}.filter(e => e.checkVisibility()).map(e => e.innerText.trim()).filter(Boolean)")
+        assert len(texts) > 15 and all(HAN.search(text) for text in texts), texts
+        tab.click("[data-act=language][data-name=en]")
+        visitor.settle("() => document.querySelector('#generate')?.innerText === 'Generate'")
+        visitor.settle(f"() => {LABELS}.every(e => !/[一-鿿]/.test(e.innerText))")
+        tab.reload()
+        visitor.settle("() => document.querySelector('#generate')?.innerText === 'Generate'")
+
+
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_text_stands_out_from_what_is_behind_it(chrome: Browser, page: Page, scheme: str) -> None:
+    """WCAG AA, from the colours that the browser computed, before a run and with a report below it."""
+    with person(chrome, page, color_scheme=scheme) as visitor:
+        assert visitor.tab.evaluate("document.body.classList.contains('dark')") == (scheme == "dark")
+        visitor.tab.click("#advanced button")
+        visitor.settle("() => document.querySelector('#advanced [data-testid=block-info]')?.checkVisibility()")
+        visitor.make("contrast")
+        visitor.see("done")
+        visitor.tab.wait_for_selector("#report .report")
+        for summary in visitor.tab.query_selector_all("#report summary"):
+            summary.click()
+        visitor.tab.click("#preset-button")
+        visitor.settle(
+            "() => document.getAnimations()"
+            ".every(a => a.playState !== 'running' || a.effect.getTiming().iterations > 9)"
+        )
+        measured = visitor.tab.evaluate(CONTRAST)
+        assert len(measured) > 60, "most of the page was looked at"
+        faint = [f"{ratio:.2f} {text!r}" for text, ratio, needed in measured if ratio < needed]
+        assert not faint, faint
+
+
+CONTRAST = """() => {
+    const canvas = document.createElement('canvas').getContext('2d', {willReadFrequently: true});
+    const rgba = (colour) => {
+        canvas.clearRect(0, 0, 1, 1); canvas.fillStyle = colour; canvas.fillRect(0, 0, 1, 1);
+        return [...canvas.getImageData(0, 0, 1, 1).data].map((v, i) => i < 3 ? v : v / 255);
+    };
+    const over = (top, below) => [0, 1, 2].map(i => top[i] * top[3] + below[i] * (1 - top[3])).concat(1);
+    const behind = (element) => {
+        const layers = [];
+        for (let e = element; e; e = e.parentElement) {
+            const layer = rgba(getComputedStyle(e).backgroundColor);
+            if (layer[3]) layers.push(layer);
+            if (layer[3] === 1) break;
+        }
+        return layers.reverse().reduce((below, top) => over(top, below), [255, 255, 255, 1]);
+    };
+    const light = (c) => [0.2126, 0.7152, 0.0722].reduce((sum, weight, i) => {
+        const v = c[i] / 255; return sum + weight * (v <= 0.03928 ? v / 12.92 : ((v + 0.055) / 1.055) ** 2.4); }, 0);
+    const found = [];
+    const walker = document.createTreeWalker(document.querySelector('.gradio-container'), NodeFilter.SHOW_TEXT);
+    while (walker.nextNode()) {
+        const text = walker.currentNode.textContent.trim(), element = walker.currentNode.parentElement;
+        const disabled = element.closest(':disabled, [aria-hidden=true], .stage, style, script');
+        if (!text || disabled || !element.checkVisibility({opacityProperty: true, visibilityProperty: true})) continue;
+        const style = getComputedStyle(element), below = behind(element), ink = over(rgba(style.color), below);
+        const [a, b] = [light(ink), light(below)].sort((x, y) => y - x);
+        const size = parseFloat(style.fontSize), large = size >= 24 || (size >= 18.66 && style.fontWeight >= 700);
+        found.push([text.slice(0, 40), (a + 0.05) / (b + 0.05), large ? 3 : 4.5]);
+    }
+    return found;
+}"""
+
+
+def test_a_chosen_theme_stays(visitor: Person) -> None:
+    visitor.tab.click("[data-act=theme]")
+    visitor.settle("() => document.body.classList.contains('dark')")
+    visitor.tab.reload()
+    visitor.settle("() => document.body.classList.contains('dark')")
+
+
+NAMELESS = """() => {
+    const kinds = 'button, input, textarea, select, [role=combobox], [role=progressbar], video';
+    const text = (e) => e?.innerText?.trim();
+    const named = (e) => text(e) || e.ariaLabel || e.title || e.placeholder || text(e.closest('label'))
+        || [...(e.labels || [])].some(text) || text(document.getElementById(e.getAttribute('aria-labelledby')));
+    return [...document.querySelectorAll(kinds)]
+        .filter(e => e.checkVisibility() && !e.closest('[aria-hidden=true]') && !named(e))
+        .map(e => e.outerHTML.slice(0, 120));
+}"""
+
+
+def test_everything_that_takes_input_has_a_name(visitor: Person) -> None:
+    tab = visitor.tab
+    tab.click("#advanced button")
+    tab.click("#mode label:nth-of-type(2)")
+    tab.wait_for_selector("#image_path")
+    visitor.make("names")
+    nameless = tab.evaluate(NAMELESS)
+    assert not nameless, nameless
+    tab.wait_for_selector("#cost .problem[role=alert]")
+    assert "first frame" in tab.inner_text("#cost"), "an image to video without an image says what it needs"
+
+
+def test_it_all_works_with_keys(visitor: Person) -> None:
+    tab = visitor.tab
+    tab.focus("#preset-button")
+    tab.keyboard.press("ArrowDown")
+    assert tab.get_attribute("#preset-button", "aria-expanded") == "true"
+    tab.keyboard.press("Home")
+    chosen = tab.get_attribute("#preset-button", "aria-activedescendant")
+    tab.keyboard.press("Enter")
+    tab.wait_for_selector(f"#{chosen}[aria-selected=true]", state="attached")
+    tab.focus("#prompt textarea")
+    tab.keyboard.type("an endless ball by keys")
+    tab.keyboard.press("Control+Enter")
+    visitor.see("running")
+    bar = "[role=progressbar]"
+    assert tab.get_attribute(bar, "aria-valuemax") == "100" and tab.get_attribute(bar, "aria-valuetext")
+    tab.keyboard.press("Tab")  # out of the text box, where Escape is the browser's
+    tab.keyboard.press("Escape")
+    visitor.see("cancelled")
+    reached = set()
+    tab.focus("#prompt textarea")
+    for _ in range(40):
+        tab.keyboard.press("Tab")
+        reached.add(tab.evaluate("document.activeElement.closest('[id]')?.id"))
+    assert {"preset-button", "generate", "offload", "restore"} <= reached, reached
+
+
+@pytest.mark.parametrize(("width", "height"), [(390, 844), (768, 1024), (1440, 900)])
+def test_no_width_scrolls_sideways_and_the_stage_does_not_jump(
+    chrome: Browser, page: Page, width: int, height: int
+) -> None:
+    with person(chrome, page, width=width, height=height) as visitor:
+        tab = visitor.tab
+        box = "JSON.stringify((({top, height, left}) => [top + scrollY, height, left].map(Math.round))"
+        box += "(document.querySelector('#stage .stage').getBoundingClientRect()))"
+        wide = "document.documentElement.scrollWidth"
+        places = [tab.evaluate(box)]
+        visitor.make("a slow ball on a screen")
+        visitor.see("running")
+        places.append(tab.evaluate(box))
+        tab.wait_for_selector("img.preview")
+        places.append(tab.evaluate(box))
+        visitor.see("done")
+        places.append(tab.evaluate(box))
+        assert len(set(places)) == 1, places
+        assert tab.evaluate(wide) == width
+        tab.click("#preset-button")
+        assert tab.evaluate(wide) == width
+        tab.keyboard.press("Escape")
+        tab.click("#advanced button")
+        visitor.settle("() => document.querySelector('#advanced [data-testid=block-info]')?.checkVisibility()")
+        assert tab.evaluate(wide) == width
+        tab.click("#tabs [role=tab]:nth-of-type(2)")
+        tab.wait_for_selector("#benchmark table")
+        assert tab.evaluate(wide) == width
+
+
+def test_five_controls_and_no_more_are_there_at_first(visitor: Person) -> None:
+    """Prompt, preset, offload, size, Generate; beside them the choice of text or image, and examples."""
+    ids = visitor.tab.evaluate(
+        "[...document.querySelectorAll('#left :not(#mode) > [data-testid=block-info], #preset-label, #generate')]"
+        ".filter(e => e.checkVisibility()).map(e => e.innerText.trim())"
+    )
+    assert ids == ["Prompt", "Preset", "Offload", "Size", "Shape", "Length", "Generate"]
