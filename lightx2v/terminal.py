@@ -15,7 +15,6 @@ from contextlib import contextmanager
 from types import FrameType, TracebackType
 from typing import Any, Self, TextIO
 
-from .errors import byte_size
 from .progress import CancelToken, Progress
 
 BAR = 24
@@ -66,9 +65,8 @@ def describe(event: Progress) -> str:
     parts = [f"{name:<13}"]
     if event.total:
         filled = BAR * event.step // event.total
-        count = f"{event.step}/{event.total}"
-        if event.stage == "download":  # in bytes
-            count = f"{byte_size(event.step)} of {byte_size(event.total)}"
+        # Of a download, counted in bytes, the message has the numbers.
+        count = f"{100 * event.step // event.total} %" if event.stage == "download" else f"{event.step}/{event.total}"
         parts.append(f"[{'#' * filled}{'.' * (BAR - filled)}] {count}")
     parts.append(clock(event.seconds))
     if event.eta is not None and round(event.eta) > 0:

@@ -131,7 +131,8 @@ class Board:
         self._seen.append((now, done))
         speed = max(0, done - before) / max(now - then, 1e-3)
         note = next((f"{t.file.path.rpartition('/')[2]}: {t.note}" for t in self._transfers if t.note), "")
-        self._meter.emit("download", done, self._total, message=f"{byte_size(speed)}/s" + (f", {note}" if note else ""))
+        message = f"{byte_size(done)} of {byte_size(self._total)}, {byte_size(speed)}/s" + (f", {note}" if note else "")
+        self._meter.emit("download", done, self._total, message=message)
 
 
 def attended(
