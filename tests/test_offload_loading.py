@@ -15,6 +15,7 @@ from PIL import Image
 from test_lora import random_pairs, spec, write
 
 from lightx2v.attention import resolve_attention
+from lightx2v.built import find_built
 from lightx2v.components import Precision, expert_weights
 from lightx2v.config import resolve
 from lightx2v.engine_config import EngineConfig
@@ -24,7 +25,7 @@ from lightx2v.pipeline import LightX2VPipeline
 from lightx2v.placement.copies import HostCopies
 from lightx2v.planner import GIB, Machine, Plan, Planner, Wishes, expert_bytes
 from lightx2v.request import LoraSpec, Request
-from lightx2v.weights.locate import locate
+from lightx2v.weights.locate import ModelFiles, locate
 
 SMALL = {"height": 32, "width": 48, "frames": 5, "steps": 2, "boundary": 0.95, "shift": 5.0}
 SWAP = Plan(mode="swap", resident_blocks=2, text="move", vae="move")
@@ -39,7 +40,9 @@ def configured(folder: Path, **overrides: Any) -> tuple[EngineConfig, Request]:
 
 
 @contextmanager
-def loaded(config: EngineConfig, plan: Plan | None, planner: Planner | None = None) -> Iterator[LightX2VPipeline]:
+def loaded(
+    config: EngineConfig, plan: Plan | None, planner: Planner | None = None, files: ModelFiles | None = None
+) -> Iterator[LightX2VPipeline]:
     """A pipeline, with a plan offloaded as on a GPU, with the CPU as the device."""
     with LightX2VPipeline.from_config(config) as pipe:
         if plan is not None:
@@ -47,7 +50,7 @@ def loaded(config: EngineConfig, plan: Plan | None, planner: Planner | None = No
             choice = resolve_attention("torch_sdpa", precision.device, precision.compute)
             copies = HostCopies(poison=True)
             placement = offloaded(
-                locate(config), config, precision, choice, choice, plan, planner=planner, copies=copies
+                files or locate(config), config, precision, choice, choice, plan, planner=planner, copies=copies
             )
             assert pipe._engine is not None
             pipe._engine = replace(pipe._engine, placement=placement)
@@ -137,6 +140,30 @@ def test_loras_beside_weights_on_disk(tiny: TinyModels, loras: tuple[LoraSpec, L
         with pytest.raises(LoraError, match="lazy_load"):
             pipe.run(replace(request, loras=(spec(difference, "high"),)))
         assert torch.equal(latents(pipe, replace(request, loras=loras)), expected)
+
+
+def test_a_request_brings_loras_to_weights_on_disk(tiny: TinyModels, loras: tuple[LoraSpec, LoraSpec]) -> None:
+    """Nothing can be merged into a file, so they run beside the weights, asked for or not."""
+    config, request = configured(tiny.t2v, lora_dynamic_apply=True)
+    with loaded(config, None) as pipe:
+        bare, expected = latents(pipe, request), latents(pipe, replace(request, loras=loras))
+    with loaded(replace(config, lora_dynamic_apply=False), replace(STREAM, lazy=True)) as pipe:
+        assert torch.equal(latents(pipe, replace(request, loras=loras)), expected)
+        assert torch.equal(latents(pipe, request), bare)
+
+
+def test_a_built_model_stays_on_disk_too(tiny: TinyModels, loras: tuple[LoraSpec, LoraSpec]) -> None:
+    config, request = configured(tiny.t2v, build="merged", lora_configs=loras)
+    expected = resident(config, request)  # builds it
+    files = locate(config)
+    built = replace(files, built=find_built(files, config, "fp32"))
+    assert built.built is not None
+    with loaded(config, replace(STREAM, lazy=True), files=built) as pipe:
+        assert torch.equal(latents(pipe, request), expected)
+        with pytest.raises(LoraError, match="cannot be exchanged"):
+            pipe.run(replace(request, loras=()))
+        assert torch.equal(latents(pipe, request), expected)
+    EngineConfig(build="merged", lora_configs=loras, lazy_load=True, cpu_offload=True)  # and so it may be asked for
 
 
 @pytest.mark.parametrize("asked", [True, False])

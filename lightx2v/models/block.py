@@ -103,7 +103,8 @@ class Block(nn.Module):
     def __init__(self, dim: int, ffn_dim: int, num_heads: int, eps: float) -> None:
         super().__init__()
         self.eps = eps
-        self.modulation = nn.Parameter(torch.randn(1, 6, dim) / dim**0.5)
+        # In place: the other division imports torch._dynamo on the meta device, which takes a second.
+        self.modulation = nn.Parameter(torch.randn(1, 6, dim).div_(dim**0.5))
         self.self_attn = QKVO(dim, num_heads, eps)
         self.norm3 = nn.LayerNorm(dim, eps)
         self.cross_attn = QKVO(dim, num_heads, eps)

@@ -138,7 +138,7 @@ class Head(nn.Module):
     def __init__(self, dim: int, out_features: int) -> None:
         super().__init__()
         self.head = nn.Linear(dim, out_features)
-        self.modulation = nn.Parameter(torch.randn(1, 2, dim) / dim**0.5)
+        self.modulation = nn.Parameter(torch.randn(1, 2, dim).div_(dim**0.5))
 
 
 class WanDiT(nn.Module):

@@ -5,8 +5,7 @@
     for name, tensor in weights.tensors():  made while it is read
 
 What has no LoRA and is not quantised comes as it is stored. A tensor that a LoRA changes is added up in float32 and
-leaves in float32, so it is rounded once, by whoever takes it; a quantised one is dequantised for that and quantised
-again in its own format.
+rounded once, to what is asked for; a quantised one is dequantised for that and quantised again in its own format.
 """
 
 from __future__ import annotations
@@ -21,6 +20,9 @@ from .checkpoint import Checkpoint
 from .lora import Lora
 from .quant import SCALE, Layout, check_scale, cosine, dequantise, quantise, read_layout
 from .safetensors_file import FLOATS
+
+ROWS = 256
+"""Of a weight that a LoRA is added to: 5 MB of float32 at full width."""
 
 IsMatrix = Callable[[str, tuple[int, ...]], bool]
 
@@ -89,7 +91,8 @@ class ModelWeights:
     ) -> Iterator[tuple[str, Tensor]]:
         """(name, tensor) of all weights, or of those in `names`, in the order they lie on disk.
 
-        `dtype_of` casts, while they are read, those that come as they are stored. The others are made on `device`.
+        `dtype_of` casts, while they are read, what is not quantised; without it sums come in float32. What is made is
+        made on `device`.
         """
 
         def cast(name: str) -> torch.dtype:
@@ -103,7 +106,8 @@ class ModelWeights:
             if not self.made(ours):
                 yield ours, tensor
                 continue
-            parts = self._make(ours, tensor.to(device))
+            wanted = torch.float32 if dtype_of is None else dtype_of(ours)
+            parts = self._make(ours, tensor.to(device), wanted)
             del tensor
             yield from parts
 
@@ -124,16 +128,15 @@ class ModelWeights:
         if not self.made(name):
             yield from ((name, piece) for piece in self.checkpoint.pieces(file_name, dtype_of(name)))
             return
-        for part, tensor in self._make(name, self.checkpoint.tensor(file_name).to(device)):
-            yield part, tensor.to(dtype_of(part))
+        yield from self._make(name, self.checkpoint.tensor(file_name).to(device), dtype_of(name))
 
     def made(self, name: str) -> bool:
         """Whether this weight is changed, or quantised, or was; else it comes as it is stored."""
         return name in self.formats or name in self.layout.scales or any(name in lora.patches for lora in self.loras)
 
-    def _make(self, name: str, tensor: Tensor) -> list[tuple[str, Tensor]]:
+    def _make(self, name: str, tensor: Tensor, dtype: torch.dtype) -> list[tuple[str, Tensor]]:
+        """The weight, in `dtype` unless it is quantised; then its scale too."""
         loras = [lora for lora in self.loras if name in lora.patches]
-        scale_O1 = None
         if name in self.layout.scales:
             scale = self.layout.scales[name]
             stored = self.checkpoint.tensor(self.file_names[scale])
@@ -141,14 +144,10 @@ class ModelWeights:
             if name in self.formats and not loras:
                 return [(name, tensor), (scale_name(name), scale_O1)]
             tensor = dequantise(tensor, scale_O1)
-        if loras:
-            # The accumulator must be a tensor of its own and at least float32; a cast makes one where it changes.
-            wide = torch.promote_types(tensor.dtype, torch.float32)
-            tensor = tensor.to(wide)
-            for lora in loras:
-                lora.add_to(name, tensor)
         if name not in self.formats:
-            return [(name, tensor.float())]
+            return [(name, added(tensor, name, loras, dtype))]
+        if loras:
+            tensor = added(tensor, name, loras, torch.float32)
         try:
             q_OI, scale_O1 = quantise(tensor, self.formats[name])
         except ValueError as error:
@@ -156,6 +155,25 @@ class ModelWeights:
         if self.fidelity is not None:
             self.fidelity[name] = cosine(tensor, q_OI, scale_O1)
         return [(name, q_OI), (scale_name(name), scale_O1)]
+
+
+def added(tensor: Tensor, name: str, loras: Sequence[Lora], dtype: torch.dtype) -> Tensor:
+    """The sum of a weight, which may be overwritten, and all that the LoRAs add to it, made in float32 at least.
+
+    On a CPU some rows at a time: the wide copies stay in its cache, and are no memory.
+    """
+    wide = torch.promote_types(tensor.dtype, torch.float32)
+    changes = [lora.change(name, tensor.device, wide) for lora in loras]
+    if not changes or not tensor.dim():
+        return tensor.to(dtype)
+    result = torch.empty_like(tensor, dtype=dtype)
+    rows = ROWS if tensor.device.type == "cpu" else len(tensor)
+    for start in range(0, len(tensor), max(rows, 1)):
+        part = tensor[start : start + rows].to(wide)
+        for change in changes:
+            change.add_to(part, start)
+        result[start : start + rows] = part
+    return result
 
 
 def scale_name(weight: str) -> str:

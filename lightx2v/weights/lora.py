@@ -83,6 +83,23 @@ class _Group:
     keys: dict[str, str] = field(default_factory=dict)
 
 
+@dataclass(frozen=True, slots=True)
+class Change:
+    """A patch with its tensors: scale * up @ down, or with `down` None scale * up."""
+
+    up: Tensor
+    down: Tensor | None
+    scale: float
+
+    def add_to(self, rows: Tensor, start: int = 0) -> None:
+        """Adds it to these rows of the tensor that it changes, in place; `start` is the first one's index."""
+        if self.down is None:
+            part = self.up.reshape(-1, *rows.shape[1:])[start : start + len(rows)]
+            rows.add_(part, alpha=self.scale)
+        else:
+            rows.view(len(rows), -1).addmm_(self.up[start : start + len(rows)], self.down, alpha=self.scale)
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Lora:
     """One file that fits one model."""
@@ -100,13 +117,15 @@ class Lora:
 
     def add_to(self, name: str, weight: Tensor) -> None:
         """Adds this file's change of the tensor `name` to `weight`, which is float32 (or float64), in place."""
+        self.change(name, weight.device, weight.dtype).add_to(weight)
+
+    def change(self, name: str, device: torch.device, dtype: torch.dtype) -> Change:
+        """This file's change of the tensor `name`, read."""
         patch = self.patches[name]
-        up = self._read(patch.up).to(weight.device, weight.dtype)
+        up = self._read(patch.up).to(device, dtype)
         if patch.down is None:
-            weight.add_(up.reshape(weight.shape), alpha=patch.scale)
-            return
-        down = self._read(patch.down).to(weight.device, weight.dtype)
-        weight.view(weight.shape[0], -1).addmm_(up.flatten(1), down.flatten(1), alpha=patch.scale)
+            return Change(up, None, patch.scale)
+        return Change(up.flatten(1), self._read(patch.down).to(device, dtype).flatten(1), patch.scale)
 
     def _read(self, key: str) -> Tensor:
         tensor = self.checkpoint.tensor(key).float()
