@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import socketserver
+import ssl
 import threading
 import time
 from dataclasses import dataclass, field
@@ -25,13 +26,23 @@ class Plan:
 
 
 class BadHTTP:
-    def __init__(self, plans: dict[str, Plan]) -> None:
+    def __init__(self, plans: dict[str, Plan], tls: ssl.SSLContext | None = None) -> None:
         self.plans = plans
         self.connections = 0
         self.asked: list[str] = []
         outer = self
 
         class Handler(socketserver.StreamRequestHandler):
+            def setup(self) -> None:
+                if tls is not None:
+                    self.request.settimeout(5)
+                    self.request = tls.wrap_socket(self.request, server_side=True)
+                super().setup()
+
+            def finish(self) -> None:
+                super().finish()
+                self.request.close()
+
             def handle(self) -> None:
                 outer.connections += 1
                 with contextlib.suppress(OSError):
@@ -40,6 +51,9 @@ class BadHTTP:
         class Server(socketserver.ThreadingTCPServer):
             daemon_threads = True
             allow_reuse_address = True
+
+            def handle_error(self, request: object, client_address: object) -> None:
+                """Of a handshake that the client broke off, nothing is said."""
 
         self._server = Server(("127.0.0.1", 0), Handler)
         self.port = int(self._server.server_address[1])

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import ipaddress
+import ssl
+import subprocess
 import threading
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 from bad_http import BadHTTP, Plan
@@ -144,6 +147,26 @@ def test_a_drip_is_cut_at_the_deadline(web: BadHTTP) -> None:
     web.plans["/slow"] = Plan(body=b"x" * 1000, headers=PICTURE, drip=0.05)
     with pytest.raises(BadRequest, match=r"within 0\.3 seconds"):
         Fetcher(permitted=lambda address: True, seconds=0.3).image(web.url("/slow"))
+
+
+def test_https_is_spoken_to_the_checked_address_and_certificates_are_looked_at(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pem = tmp_path / "cats.pem"
+    made = ["openssl", "req", "-x509", "-newkey", "rsa:2048", "-nodes", "-days", "2", "-subj", "/CN=cats.example"]
+    made += ["-addext", "subjectAltName=DNS:cats.example", "-keyout", str(pem), "-out", str(tmp_path / "cert.pem")]
+    subprocess.run(made, check=True, capture_output=True)
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    context.load_cert_chain(tmp_path / "cert.pem", pem)
+    fetcher = Fetcher(look_up=lambda host, port: ["127.0.0.1"], permitted=lambda address: True, seconds=5)
+    with BadHTTP({"/a.png": Plan(body=b"picture", headers=PICTURE)}, tls=context) as web:
+        with pytest.raises(BadRequest, match="could not be fetched"):  # nobody vouches for it yet
+            fetcher.image(f"https://cats.example:{web.port}/a.png")
+        monkeypatch.setenv("SSL_CERT_FILE", str(tmp_path / "cert.pem"))
+        assert fetcher.image(f"https://cats.example:{web.port}/a.png") == b"picture"
+        with pytest.raises(BadRequest, match="could not be fetched"):
+            fetcher.image(f"https://dogs.example:{web.port}/a.png")
+        assert web.asked == ["/a.png"]
 
 
 def test_a_look_up_that_never_answers_is_left_behind(web: BadHTTP) -> None:
