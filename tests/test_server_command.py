@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import signal
 import socket
 import threading
 import time
@@ -12,7 +14,7 @@ from typing import Any
 import httpx
 import pytest
 import uvicorn
-from fake_engine import FakeEngine, Garage
+from fake_engine import FakeEngine, Garage, Script
 from served import T2V, free_port
 
 from lightx2v.errors import CheckpointError
@@ -111,6 +113,23 @@ def test_the_tutorials_command_serves_the_model_that_was_loaded_once(
     assert len(garage.opened) == 1 and garage.alive == 0, "opened once, before the port, and closed at the end"
     assert garage.opened[0].model_path == "somewhere" and garage.opened[0].task == "t2v"
     assert len(list((tmp_path / "out").glob("*.mp4"))) == 2
+
+
+def test_a_signal_ends_it_and_the_running_job_is_interrupted(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    garage = Garage(script={"long": Script(hold=threading.Event())})
+
+    def visit(http: httpx.Client) -> str:
+        id = http.post("/v1/videos", json={"prompt": "long"}).json()["id"]
+        assert garage.started.wait(10)
+        os.kill(os.getpid(), signal.SIGTERM)
+        return id
+
+    run = Stopped(monkeypatch, visit)
+    flags = ["--preset", T2V, "--port", str(free_port()), "--output_dir", str(tmp_path)]
+    assert command.main(flags, open_engine=garage) == 128 + signal.SIGTERM
+    with JobManager(Garage(), tmp_path) as jobs:
+        assert jobs.get(run.seen[0]).state == "interrupted"
+    assert garage.alive == 0
 
 
 def test_an_engine_that_no_job_asked_for_is_closed_too(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
