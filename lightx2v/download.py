@@ -14,7 +14,7 @@ import sys
 from collections.abc import Sequence
 
 from .config import Environment, list_presets, resolve
-from .errors import Cancelled, LightX2VError, byte_size
+from .errors import Cancelled, DownloadError, LightX2VError, byte_size
 from .hub import Hub, Plan, fetch, make_plan
 from .progress import Meter
 from .terminal import Interrupts, ProgressLine, logging_to, one_line
@@ -51,6 +51,11 @@ def _run(options: argparse.Namespace, line: ProgressLine, interrupts: Interrupts
     hub = Hub()
     plan = make_plan(config, hub=hub)
     print(_table(plan))
+    if plan.lacking:
+        raise DownloadError(
+            f"{len(plan.lacking)} of these are neither on this machine nor names on the Hub: "
+            f"{', '.join(plan.lacking)}. Check model_path and --models_dir."
+        )
     if options.dry_run:
         plan.check_space()
         return 0
@@ -65,6 +70,7 @@ def _run(options: argparse.Namespace, line: ProgressLine, interrupts: Interrupts
 def _table(plan: Plan) -> str:
     """What is needed: bytes, whether it is here, name; then the sums."""
     rows = [(f"{size:,}", "here", name) for name, size in plan.found]
+    rows += [("", "missing", name) for name in plan.lacking]
     for file in plan.files:
         state = "cached" if file.done else f"{100 * file.here // file.file.size} %" if file.here else "to fetch"
         rows.append((f"{file.file.size:,}", state, file.name))

@@ -148,6 +148,13 @@ def test_without_a_preset_it_lists_them_and_an_unknown_one_is_an_error(server: H
     assert unknown.returncode == 2 and "There is no preset" in unknown.stderr and not server.asked
 
 
+def test_a_path_that_is_nowhere_is_an_error(server: HubServer, tmp_path: Path) -> None:
+    settings = tmp_path / "settings.json"
+    settings.write_text('{"task": "i2v", "model_path": "' + str(tmp_path / "models") + '"}')
+    done = download(environment(server, tmp_path / "home"), str(settings))
+    assert done.returncode == 1 and "missing" in done.stdout and "neither on this machine nor" in done.stderr
+
+
 def _written(path: Path, data: bytes) -> Path:
     path.write_bytes(data)
     return path

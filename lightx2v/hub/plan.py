@@ -38,10 +38,12 @@ class PlannedFile:
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Plan:
     """`files` make up what was missing. `found` are the needed names that are here, each with its size; `known` other
-    files of the same commits whose content is here. `free` is what is free on the cache's disk, in bytes."""
+    files of the same commits whose content is here; `lacking` needed names that are neither here nor on the Hub. `free`
+    is what is free on the cache's disk, in bytes."""
 
     files: tuple[PlannedFile, ...]
     found: tuple[tuple[str, int], ...]
+    lacking: tuple[str, ...]
     known: tuple[HubFile, ...]
     cache: Path
     free: int
@@ -97,9 +99,12 @@ def make_plan(
     """
     hub = hub or Hub()
     absent = missing(config)
-    found = [
-        (name, bytes_of(path)) for name in needed_files(config) if name not in absent and (path := find(name, config))
-    ]
+    found, lacking = [], []
+    for name in needed_files(config):
+        if (path := find(name, config)) is not None:
+            found.append((name, bytes_of(path)))
+        elif name not in absent:
+            lacking.append(name)
     wanted: dict[str, list[str]] = {}
     for name in absent:
         repo, inside = hub_name(name) or ("", None)
@@ -123,6 +128,7 @@ def make_plan(
     return Plan(
         files=tuple(sorted(files.values(), key=lambda planned: planned.file.size)),
         found=tuple(found),
+        lacking=tuple(lacking),
         known=tuple(known),
         cache=hub.cache,
         free=(free or disk_free)(hub.cache),
