@@ -6,6 +6,8 @@ import json
 import os
 import signal
 import socket
+import subprocess
+import sys
 import threading
 import time
 from pathlib import Path
@@ -17,6 +19,7 @@ import uvicorn
 from fake_engine import FakeEngine, Garage, Script
 from served import T2V, free_port
 
+from lightx2v.config import PROJECT
 from lightx2v.errors import CheckpointError
 from lightx2v.jobs import JobManager
 from lightx2v.server import command
@@ -29,6 +32,11 @@ KEY = "a-key-of-some-length"
 @pytest.fixture(autouse=True)
 def without_a_key(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("LIGHTX2V_API_KEY", raising=False)
+
+
+def test_the_server_itself_needs_no_torch() -> None:
+    code = "import sys, lightx2v.server.command, lightx2v.server.application; assert 'torch' not in sys.modules"
+    subprocess.run([sys.executable, "-c", code], check=True, cwd=PROJECT)
 
 
 @pytest.mark.parametrize("host", ["0.0.0.0", "::", "192.168.1.7", "example.org"])
