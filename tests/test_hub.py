@@ -117,6 +117,14 @@ def test_a_folder_without_all_its_shards_is_not_there(home: Path, server: HubSer
     assert missing(config) == [] and shard.stat().st_size == 700_000
 
 
+def test_two_files_of_the_same_content_are_fetched_once(home: Path, server: HubServer) -> None:
+    server.files[BASE]["low_noise_model/config.json"] = server.files[BASE][CONFIG]
+    config = resolve("i2v_base").engine
+    ensure(config, meter=Meter(), hub=quick(server))
+    assert missing(config) == []
+    assert [sent.path.rpartition("/")[2] for sent in server.sent].count("config.json") == 1
+
+
 def test_a_new_commit_with_the_same_files_costs_no_bytes(home: Path, server: HubServer) -> None:
     ensure(merged(), meter=Meter(), hub=quick(server))
     sent = len(server.sent)

@@ -44,7 +44,7 @@ def ensure(config: EngineConfig, *, meter: Meter, cancel: CancelToken | None = N
     with meter.stage("download"):
         meter.emit("download", message="Asking the Hub for the list of files.")
         plan = attended(lambda: make_plan(config, hub=hub), cancel)
-    fetch(plan, meter=meter, cancel=cancel, hub=hub)
+        fetch(plan, meter=meter, cancel=cancel, hub=hub)
 
 
 def fetch(plan: Plan, *, meter: Meter, cancel: CancelToken | None = None, hub: Hub | None = None) -> None:

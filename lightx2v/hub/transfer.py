@@ -72,6 +72,8 @@ class Transfer:
             self.done, self.note = partial.size, ""
             if partial.size == self.file.size:
                 if partial.right:
+                    self.note = "writing it to the disk"
+                    await asyncio.to_thread(partial.settle)
                     return
                 partial.begin()
                 if not resumed:
@@ -211,6 +213,10 @@ class Partial:
             self._hash.update(view[:written])
             self.size += written
             view = view[written:]
+
+    def settle(self) -> None:
+        """Waits until the disk has it: a name must not outlive a power cut that its content does not."""
+        os.fsync(self._stream.fileno())
 
     @property
     def right(self) -> bool:
