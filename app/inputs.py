@@ -108,7 +108,12 @@ def build_inputs(words: Words, resolved: Resolved, exposure: Exposure, *, tasks:
         tiers, shapes = size_choices(request), shape_choices(words, task)
         size = gr.Radio(tiers, value=tier_of(request), label=words("size"), elem_classes="segment", min_width=110)
         shape = gr.Radio(
-            shapes, value=shape_of(request, task), label=words("shape"), elem_classes="segment", min_width=150
+            shapes,
+            value=shape_of(request, task),
+            label=words("shape"),
+            elem_classes="segment",
+            min_width=150,
+            elem_id="shape",
         )
         length = gr.Radio(
             length_choices(request),

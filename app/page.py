@@ -104,6 +104,7 @@ def _wire(page: gr.Blocks, screen: Screen) -> None:
     costly = ("frames", "fps", "videos", "steps", "enable_cfg", "guidance_high", "guidance_low", "boundary", "shift")
     costly += ("denoising_step_list", "boundary_step_index", "per_line", "offload", "attention", "negative_prompt")
     changes = [named[name].input for name in costly] + [named["image_path"].change, named["last_frame_path"].change]
+    changes.append(named["prompt"].blur)  # one video for each of its lines
     gr.on(changes, handlers.edited, inputs=read, outputs=left, trigger_mode="always_last", **PRIVATE)
     paths = [component for name, component in named.items() if name.startswith("lora_") and name.endswith("_high")]
     blurred = [path.blur for path in paths if hasattr(path, "blur")]

@@ -1,0 +1,126 @@
+"""Queue, comparison, remedies, pictures and edits in a real browser, over the painting engine.
+
+Covered: several prompts are several jobs that can be moved, edited and cancelled; two runs play in step with what
+differs between them; a run that failed offers a button that makes it succeed; the part of a picture that the model
+sees is shown before the run; the last frame becomes the next first one; two visitors have two histories.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+import pytest
+from chromium import Person, browser, person
+from PIL import Image
+from studio_app import Page
+
+if TYPE_CHECKING:
+    from playwright.sync_api import Browser
+
+pytestmark = pytest.mark.browser
+
+
+@pytest.fixture(scope="module")
+def chrome() -> Iterator[Browser]:
+    with browser() as opened:
+        yield opened
+
+
+@pytest.fixture
+def visitor(chrome: Browser, page: Page) -> Iterator[Person]:
+    with person(chrome, page) as someone:
+        yield someone
+
+
+def prompts(visitor: Person, where: str) -> list[str]:
+    return [text.strip() for text in visitor.tab.locator(f"{where} .prompt").all_inner_texts()]
+
+
+def test_lines_become_jobs_that_can_be_moved_edited_and_cancelled(visitor: Person) -> None:
+    tab = visitor.tab
+    tab.click("#advanced button")
+    tab.check("#per_line input")
+    tab.fill("#prompt textarea", "an endless one\nsecond\nthird\nfourth")
+    tab.focus("#preset-button")
+    visitor.settle("() => document.querySelector('#generate').innerText.includes('4')")
+    tab.click("#generate")
+    visitor.settle("() => document.querySelectorAll('#queue li').length === 4")
+    visitor.see("running")
+    assert prompts(visitor, "#queue") == ["an endless one", "second", "third", "fourth"]
+    tab.click("#queue li:nth-child(4) [data-act=up]")
+    visitor.settle("() => document.querySelectorAll('#queue .prompt')[2].innerText === 'fourth'")
+    tab.click("#queue li:nth-child(2) [data-act=edit]")
+    visitor.settle("() => document.querySelector('#prompt textarea').value === 'second'")
+    visitor.settle("() => document.querySelector('#generate').innerText.startsWith('Save')")
+    tab.fill("#prompt textarea", "second, edited")
+    tab.click("#generate")
+    visitor.settle("() => document.querySelectorAll('#queue .prompt')[1].innerText === 'second, edited'")
+    tab.click("#queue li:nth-child(4) [data-act=cancel]")
+    visitor.settle("() => document.querySelectorAll('#queue li').length === 3")
+    tab.click("#status [data-act=stop]")
+    visitor.settle("() => document.querySelectorAll('#history .run img').length === 2")
+    assert prompts(visitor, "#history")[:2] == ["fourth", "second, edited"]
+
+
+def test_two_runs_play_in_step_and_show_what_differs(visitor: Person) -> None:
+    tab = visitor.tab
+    for prompt in ("one ball", "another ball"):
+        visitor.make(prompt)
+        visitor.settle("text => document.querySelector('#history .run .prompt')?.innerText === text", prompt)
+        visitor.see("done")
+    for place in (1, 2):
+        tab.hover(f"#history .run:nth-child({place})")
+        tab.click(f"#history .run:nth-child({place}) [data-act=compare]")
+        tab.wait_for_selector(f"#history .run:nth-child({place}).compared")
+    tab.click("#tabs [role=tab]:nth-of-type(2)")
+    tab.wait_for_selector(".compare video >> nth=1")
+    differs = tab.locator(".diff .differs th").all_inner_texts()
+    assert [name.lower() for name in differs] == ["prompt", "seed"]
+    tab.click("#compared [data-act=play]")
+    visitor.settle("() => [...document.querySelectorAll('.compare video')].every(v => v.currentTime > 0.1)")
+    tab.click("#compared [data-act=play]")
+    tab.focus("#compared .seek")
+    tab.keyboard.press("Home")
+    visitor.settle("() => [...document.querySelectorAll('.compare video')].every(v => v.currentTime < 0.05)")
+    assert "4-step LoRA" in tab.inner_text("#benchmark tbody")
+    tab.click("#compared [data-act=clear]")
+    tab.wait_for_selector("#compared .empty")
+
+
+def test_a_run_that_failed_offers_what_makes_it_succeed(visitor: Person) -> None:
+    visitor.make("a ball that is too large")
+    visitor.see("failed")
+    assert "smaller" in visitor.tab.inner_text("#stage [role=alert]")
+    visitor.tab.click("#status [data-act=retry_smaller]")
+    visitor.see("done")
+    assert "64 × 64" in visitor.tab.inner_text("#report")
+
+
+def test_the_part_that_the_model_sees_is_shown_before_the_run(visitor: Person, tmp_path: Path) -> None:
+    tab = visitor.tab
+    Image.fromarray(np.full((300, 800, 3), 120, np.uint8)).save(tmp_path / "wide.png")
+    tab.click("#mode label:nth-of-type(2)")
+    tab.set_input_files("#image_path input[type=file]", str(tmp_path / "wide.png"))
+    tab.wait_for_selector("#crop .window")
+    assert "whole picture" in tab.inner_text("#crop")
+    tab.click("#shape label:has-text('1:1')")
+    visitor.settle("() => document.querySelector('#crop').innerText.includes('bright part')")
+    window, picture = (tab.locator(s).bounding_box() for s in ("#crop .window", "#crop img"))
+    assert window and picture and window["width"] / picture["width"] == pytest.approx(300 / 800, abs=0.02)
+    visitor.make("from a picture")
+    visitor.see("done")
+    tab.click("#report [data-act=last_frame]")
+    visitor.settle("() => document.querySelector('#crop').innerText.includes('96 × 96')")
+
+
+def test_two_visitors_have_two_histories(chrome: Browser, page: Page) -> None:
+    with person(chrome, page) as alice, person(chrome, page) as bob:
+        alice.make("alice's garden")
+        alice.see("done")
+        bob.open(f"?job={alice.job}")
+        bob.tab.wait_for_selector("#history .empty")
+        assert "garden" not in bob.tab.inner_text("body")
+        assert bob.tab.is_visible("#stage .stage[data-state=sample]")
