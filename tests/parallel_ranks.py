@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import atexit
 import functools
+import gc
 import multiprocessing
 import os
 import socket
@@ -118,8 +119,13 @@ def group(size: int) -> Group:
     return Group(size)
 
 
-def _serve(variables: dict[str, object], pipe: Connection) -> None:
+def _begin(variables: dict[str, object]) -> None:
     os.environ.update({name: str(value) for name, value in variables.items()})
+    gc.freeze()  # collections need not look through what was imported
+
+
+def _serve(variables: dict[str, object], pipe: Connection) -> None:
+    _begin(variables)
     while True:
         try:
             case, arguments = pipe.recv()
@@ -194,7 +200,7 @@ class Running:
 
 def _run(variables: dict[str, object], file: str, case: Callable[..., Any], arguments: Any) -> None:
     """A program of its own, as far as that goes: its output in a file, and everything at its exit."""
-    os.environ.update({name: str(value) for name, value in variables.items()})
+    _begin(variables)
     for number in (1, 2):
         os.dup2(os.open(file, os.O_WRONLY | os.O_CREAT | os.O_APPEND), number)
     sys.stdout, sys.stderr = os.fdopen(1, "w", buffering=1), os.fdopen(2, "w", buffering=1)
@@ -208,3 +214,31 @@ def _run(variables: dict[str, object], file: str, case: Callable[..., Any], argu
         code = 1
     atexit._run_exitfuncs()
     os._exit(code)
+
+
+def under_torchrun(case: Callable[..., Any], *arguments: Any) -> None:
+    """As `torchrun --nproc_per_node=2 --max-restarts=1` does: by its agent, with the case instead of a program."""
+    from torch.distributed.launcher.api import LaunchConfig, elastic_launch
+
+    multiprocessing.current_process()._config["daemon"] = False  # else it may not have children
+    for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"):
+        os.environ.pop(name, None)
+    config = LaunchConfig(
+        min_nodes=1,
+        max_nodes=1,
+        nproc_per_node=2,
+        max_restarts=1,
+        rdzv_backend="c10d",
+        rdzv_endpoint="localhost:0",
+        run_id="tests",
+        monitor_interval=0.1,
+        start_method="fork",
+    )
+    elastic_launch(config, program)(case, *arguments)
+
+
+def program(case: Callable[..., Any], *arguments: Any) -> None:
+    code = case(*arguments)
+    atexit._run_exitfuncs()  # a process that was forked ends without them
+    if code:
+        os._exit(code)

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import atexit
-import multiprocessing
 import os
 import signal
 import time
@@ -184,29 +182,3 @@ def queue(root: str) -> None:
         time.sleep(60)  # the watch ends this process long before
     manager.close()
     (Path(root) / "queue.txt").write_text(" ".join(job.state for job in sorted(jobs, key=lambda job: job.request.seed)))
-
-
-def under_torchrun(case: Callable[[str], None], root: str) -> None:
-    """As `torchrun --nproc_per_node=2 --max-restarts=1` does: by its agent, with the case instead of a program."""
-    from torch.distributed.launcher.api import LaunchConfig, elastic_launch
-
-    multiprocessing.current_process()._config["daemon"] = False  # else it may not have children
-    for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"):
-        os.environ.pop(name, None)
-    config = LaunchConfig(
-        min_nodes=1,
-        max_nodes=1,
-        nproc_per_node=2,
-        max_restarts=1,
-        rdzv_backend="c10d",
-        rdzv_endpoint="localhost:0",
-        run_id="tests",
-        monitor_interval=0.1,
-        start_method="fork",
-    )
-    elastic_launch(config, program)(case, root)
-
-
-def program(case: Callable[[str], None], root: str) -> None:
-    case(root)
-    atexit._run_exitfuncs()  # a process that was forked ends without them

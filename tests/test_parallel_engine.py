@@ -13,7 +13,7 @@ from parallel_ranks import ROOT, group, tiny_models
 from lightx2v.media import probe
 
 TINY = ["base", "one_guided", "distilled", "i2v", "i2v_distilled", "flf2v", "flat", "tiles"]
-DEMO = ["t2v_base", "t2v_distill_lora", "t2v_fp8", "t2v_dynamic_lora", "i2v_base", "i2v_distill_lora", "i2v_fp8"]
+DEMO = ["t2v_base", "t2v_distill_lora", "t2v_fp8", "t2v_dynamic_lora", "i2v_base", "i2v_distill_lora"]
 LORA = str(ROOT / "assets/demo/loras/wan2.2_i2v_demo_high_noise_lora_rank16_4step.safetensors")
 
 
@@ -30,8 +30,8 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
     ("kind", "layouts", "names", "count"),
     [
         ("tiny", [[2, 1], [1, 2]], TINY, 16),
-        ("tiny", [[2, 2], [1, 4]], ["base", "one_guided", "distilled", "i2v", "i2v_distilled", "flat"], 12),
-        ("demo", [[2, 1], [1, 2]], DEMO, 14),
+        ("tiny", [[2, 2], [1, 4]], ["base", "one_guided", "distilled", "i2v", "i2v_distilled"], 10),
+        ("demo", [[2, 1], [1, 2]], DEMO, 12),
         ("demo", [[2, 2], [1, 4]], ["t2v_base", "t2v_distill_lora", "i2v_base", "i2v_distill_lora"], 8),
     ],
 )
@@ -86,7 +86,7 @@ def test_blocks_are_streamed_from_host_memory_or_from_rank_0s_disk(root: Path, l
 
 
 def test_nothing_piles_up_between_requests(root: Path) -> None:
-    once, *later = group(4).call(parallel_runs.again_and_again, str(root))[0]
+    once, *later = group(2).call(parallel_runs.again_and_again, str(root))[0]
     assert all(each == once for each in later)
 
 

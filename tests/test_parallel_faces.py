@@ -6,8 +6,6 @@ import os
 import re
 import signal
 import sqlite3
-import subprocess
-import sys
 import time
 from collections.abc import Callable
 from contextlib import closing
@@ -17,32 +15,29 @@ from typing import Any
 import httpx
 import parallel_faces
 import pytest
-from parallel_ranks import ROOT, Running, environment, free_port
+from parallel_ranks import Running, free_port, under_torchrun
 
 from lightx2v.media import probe
+from lightx2v.mp4 import read_settings
 
 PATIENCE = 90.0
 
 
 def test_the_command_line_under_torchrun(tmp_path: Path) -> None:
-    """The real torchrun, which chooses the layout; no process listens to others than this machine."""
+    """torchrun's agent starts the processes; the layout is chosen."""
     video = tmp_path / "cat.mp4"
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
-    settings = ["--preset", "demo_t2v_base", "--steps", "3", "--frames", "5", "--prompt", parallel_faces.PROMPT]
-    with subprocess.Popen(
-        [*torchrun, "-m", "lightx2v.infer", *settings, "--save_result_path", str(video)],
-        env=environment(),
-        cwd=ROOT,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-    ) as process:
-        said, _ = process.communicate(timeout=PATIENCE)
-    assert process.returncode == 0, said
+    arguments = ["--preset", parallel_faces.PRESET, "--steps", "3", "--save_result_path", str(video)]
+    (end,) = Running(1, under_torchrun, parallel_faces.infer, *arguments).ended()
+    assert end.code == 0, end.said
     assert probe(video).frames == 5
     for rank in (0, 1):
-        assert f"[rank {rank}] Run DiT cost" in said and f"[rank {rank}] Total Cost cost" in said
-    assert said.count("5 frames") == 1 and "process 1 " in said
+        assert f"[rank {rank}] Run DiT cost" in end.said and f"[rank {rank}] Total Cost cost" in end.said
+    assert end.said.count("5 frames") == 1 and "; process 1 0." in end.said
+    assert read_settings(video)["engine"]["parallel"] == {
+        "cfg_p_size": 2,
+        "seq_p_size": 1,
+        "seq_p_attn_type": "ulysses",
+    }
 
 
 @pytest.mark.parametrize(
