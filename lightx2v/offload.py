@@ -223,7 +223,7 @@ def offloaded(
     mesh: Mesh | None = None,
 ) -> Offloaded:
     """The model loaded for `plan`: parts that will not stay on the device go to host memory at once."""
-    log.info("Placement: %s", plan.reason)
+    log.info("Placement: %s", plan)
     host = torch.device("cpu")
     loaded = Resident(
         files,

@@ -126,6 +126,11 @@ class Plan:
         names = ("mode", "resident_blocks", "text", "vae", "tiling", "apart", "lazy", "bytes", "reason")
         return {name: getattr(self, name) for name in names}
 
+    def __str__(self) -> str:
+        """The reason, and the bytes that are expected."""
+        gib = ", ".join(f"{stage} {size / GIB:.1f}" for stage, size in self.bytes.items())
+        return f"{self.reason} Expected on the device, in GiB: {gib}." if gib else self.reason
+
     def lower(self, stage: Stage) -> Plan | None:
         """The next smaller plan after `stage` ran out of memory; None where nothing is left to give."""
         if self.mode == "resident" and self.text == "resident":

@@ -13,6 +13,7 @@ import torch
 from conftest import TinyModels
 from PIL import Image
 from test_lora import random_pairs, spec, write
+from test_offload import Exhausted
 
 from lightx2v.attention import resolve_attention
 from lightx2v.built import find_built
@@ -164,6 +165,21 @@ def test_a_built_model_stays_on_disk_too(tiny: TinyModels, loras: tuple[LoraSpec
             pipe.run(replace(request, loras=()))
         assert torch.equal(latents(pipe, request), expected)
     EngineConfig(build="merged", lora_configs=loras, lazy_load=True, cpu_offload=True)  # and so it may be asked for
+
+
+def test_out_of_memory_while_encoding_the_image_goes_on_with_less(tiny: TinyModels, tmp_path: Path) -> None:
+    Image.new("RGB", (48, 32), (200, 40, 40)).save(tmp_path / "first.png")
+    config, request = configured(tiny.i2v, task="i2v")
+    request = replace(request, image_path=str(tmp_path / "first.png"))
+    expected = resident(config, request)
+    with loaded(config, Plan(mode="resident", resident_blocks=2)) as pipe:
+        assert pipe._engine is not None
+        with pipe._engine.placement.vae() as vae:
+            fault = Exhausted(2)
+            vae.conv1.register_forward_pre_hook(fault)
+        result = pipe.run(request, return_latents=True)
+    assert fault.times == 0 and result.latents is not None and torch.equal(result.latents, expected)
+    assert len(result.warnings) == 2 and all("in the stage image" in warning for warning in result.warnings)
 
 
 @pytest.mark.parametrize("asked", [True, False])

@@ -183,6 +183,14 @@ def test_the_ladder_ends_and_never_grows(stage: str) -> None:
         assert last.tiling and not last.together
 
 
+def test_a_plan_in_words_says_what_it_expects() -> None:
+    said = str(plan(24))
+    assert (
+        said.startswith("24 GiB of device memory are free: ")
+        and f"denoise {gib(plan(24).bytes['denoise']):.1f}" in said
+    )
+
+
 def test_a_plan_is_plain_json() -> None:
     import json
 

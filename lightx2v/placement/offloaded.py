@@ -7,6 +7,7 @@ request.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import replace
@@ -26,6 +27,8 @@ from ..request import LoraSpec
 from .copies import Copies
 from .piece import Reader
 from .shuttle import Cargo, Shuttle
+
+log = logging.getLogger("lightx2v.offload")
 
 MODES = ("resident", "swap", "stream")
 PARTS = ("resident", "move", "stream")
@@ -154,9 +157,11 @@ class Offloaded:
 
     def prepare(self, need: Need) -> None:
         """Before a run: the plan for a video of this size, no larger than what out-of-memory errors left."""
-        self._need = need
+        self._need, before = need, self._plan
         if self._planner is not None:
             self._apply(self._planner.plan(need))
+            if self._plan != before:
+                log.info("Placement: %s", self._plan)
 
     def keep_below(self, plan: Plan) -> None:
         """Later requests get no larger plans than this one."""
