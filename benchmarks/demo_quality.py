@@ -248,7 +248,6 @@ def to_markdown(rows: Sequence[Row], command: str) -> str:
         "first_dB",
         "first_above_25_dB",
         "night",
-        "seconds",
     )
     used = [column for column in columns if any(column in row for row in rows)]
     lines = [f"Made by `{command}`.", "", "| what | clips | " + " | ".join(c.replace("_", " ") for c in used) + " |"]
@@ -268,7 +267,7 @@ def main() -> None:
     parser.add_argument("--prompts", type=int, default=200)
     parser.add_argument("--few", type=int, default=60, help="prompts for the effects of settings")
     parser.add_argument("--only", nargs="+", help="names of rows")
-    parser.add_argument("--json", type=Path, default=Path("benchmarks/demo_quality.json"))
+    parser.add_argument("--json", type=Path, default=Path("benchmarks/results/demo_quality.json"))
     parser.add_argument("--markdown", type=Path)
     args = parser.parse_args()
     command = f"python -m benchmarks.demo_quality --prompts {args.prompts} --few {args.few}"
@@ -282,6 +281,7 @@ def main() -> None:
             done[name] = rows[name]()
             for row in done[name]:
                 print(row, flush=True)
+            args.json.parent.mkdir(parents=True, exist_ok=True)
             args.json.write_text(json.dumps(done, indent=1) + "\n")
     table = to_markdown([row for name in rows for row in done.get(name, [])], command)
     print(table)

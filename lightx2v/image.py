@@ -42,7 +42,7 @@ _TRANSPOSE = {
 
 def load_image(source: str | Path | bytes, *, max_bytes: int = MAX_BYTES, max_pixels: int = MAX_PIXELS) -> Image.Image:
     """The first frame of a JPEG, PNG or WebP as RGB: turned as its EXIF says, transparency on white, 16 bits scaled."""
-    data = source if isinstance(source, bytes) else _read(Path(source), max_bytes)
+    data = source if isinstance(source, bytes) else _read(Path(source).expanduser(), max_bytes)
     if len(data) > max_bytes:
         raise BadRequest(f"The image is {len(data) / 2**20:.1f} MB; at most {max_bytes / 2**20:.0f} MB are taken.")
     try:

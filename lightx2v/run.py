@@ -9,6 +9,7 @@ A Run holds all that belongs to the request, so nothing of it stays behind in th
 from __future__ import annotations
 
 import logging
+import os
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
@@ -348,18 +349,25 @@ class Run:
         return tuple(self.mesh.world.wire.gather_json(mine))
 
     def settings(self) -> dict[str, Any]:
-        """What goes into the file, enough to repeat the run."""
-        return {
-            "preset": self.engine.preset,
-            "engine": self.engine.config.to_json(),
-            "request": self.request.to_json(),
-        }
+        """What goes into the file, enough to repeat the run. A video is passed on: it does not say whose home it is."""
+        engine, request = self.engine.config.to_json(), self.request.to_json()
+        return {"preset": self.engine.preset, "engine": homeless(engine), "request": homeless(request)}
 
 
 def to_uint8(frames_CTHW: Tensor) -> Tensor:
     """Frames in [-1, 1] to bytes (T, H, W, C), rounded to the nearest."""
     levels = frames_CTHW.float().add(1).mul_(127.5).round_().clamp_(0, 255)
     return levels.to(torch.uint8).permute(1, 2, 3, 0).contiguous()
+
+
+def homeless(value: Any) -> Any:
+    """JSON with every path below the user's home folder written as ~/…, which all readers of paths here expand."""
+    if isinstance(value, dict):
+        return {key: homeless(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [homeless(item) for item in value]
+    home = str(Path.home()).rstrip(os.sep) + os.sep
+    return f"~/{value.removeprefix(home)}" if isinstance(value, str) and value.startswith(home) else value
 
 
 def device_name(device: torch.device) -> str:

@@ -19,6 +19,7 @@ from PIL import Image
 
 from lightx2v.config import resolve
 from lightx2v.engine import within_memory
+from lightx2v.engine_config import EngineConfig
 from lightx2v.errors import BadRequest, Busy, Cancelled, CheckpointError, ConfigError, NumericsError, OutOfMemory
 from lightx2v.media import probe, read_settings
 from lightx2v.pipeline import LightX2VPipeline
@@ -75,6 +76,19 @@ def test_the_recorded_settings_repeat_the_run(t2v: tuple[LightX2VPipeline, Reque
     assert result.seed >= 0
     again = Request.from_json(read_settings(tmp_path / "a.mp4")["request"])
     assert torch.equal(latents(pipe, again), result.latents)
+
+
+def test_a_video_does_not_name_its_makers_home(
+    t2v: tuple[LightX2VPipeline, Request], tiny: TinyModels, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pipe, request = t2v
+    monkeypatch.setenv("HOME", str(tiny.t2v.parent))
+    pipe.run(request, save_result_path=tmp_path / "a.mp4")
+    recorded = read_settings(tmp_path / "a.mp4")
+    assert recorded["engine"]["model_path"] == f"~/{tiny.t2v.name}"
+    assert str(tiny.t2v.parent) not in json.dumps(recorded)
+    with LightX2VPipeline.from_config(EngineConfig.from_json(recorded["engine"])) as again:  # and it is found again
+        assert torch.equal(latents(again, request), latents(pipe, request))
 
 
 def test_a_run_after_another_equals_that_run_alone(t2v: tuple[LightX2VPipeline, Request], tiny: TinyModels) -> None:
