@@ -81,9 +81,7 @@ def list_files(hub: Hub, repo: str) -> list[HubFile]:
             raise DownloadError(
                 f"{hub.endpoint} lists {repo}/{sibling.rfilename:.100} without a size or a proper name."
             )
-        files.append(
-            HubFile(repo=repo, commit=str(info.sha), path=sibling.rfilename, size=size, etag=str(etag))
-        )  # fmt: skip
+        files.append(HubFile(repo=repo, commit=str(info.sha), path=sibling.rfilename, size=size, etag=str(etag)))
     return files
 
 

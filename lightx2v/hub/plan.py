@@ -90,9 +90,7 @@ def missing(config: EngineConfig) -> list[str]:
     ]
 
 
-def make_plan(
-    config: EngineConfig, *, hub: Hub | None = None, free: Callable[[Path], int] | None = None
-) -> Plan:  # fmt: skip
+def make_plan(config: EngineConfig, *, hub: Hub | None = None, free: Callable[[Path], int] | None = None) -> Plan:
     """Asks the Hub about what is missing, one question a repository. DownloadError where it has no answer.
 
     `free` tells what is free at a path, in bytes.
