@@ -90,6 +90,7 @@ class Environment:
                         f"The environment variable {names[key]} is {found[key]!r}; expected a whole number."
                     )
                 found[key] = int(found[key])
+        found.setdefault("local_rank", found.get("rank", 0))
         return cls(**found)
 
     @property

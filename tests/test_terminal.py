@@ -101,6 +101,14 @@ def test_the_first_signal_asks_a_run_to_stop_and_the_second_stops_it(number: sig
     assert signal.getsignal(number) is before
 
 
+def test_a_signal_that_torchrun_repeats_is_the_first_one_again() -> None:
+    with Interrupts(echo=60.0) as interrupts, interrupts.cancelling() as token:
+        send(signal.SIGINT)
+        send(signal.SIGINT)
+        send(signal.SIGTERM)
+        assert token.cancelled and interrupts.exit_code == 130
+
+
 def test_a_signal_outside_of_a_run_stops_at_once() -> None:
     with Interrupts() as interrupts, pytest.raises(KeyboardInterrupt):
         send(signal.SIGTERM)

@@ -31,7 +31,7 @@ from .feed import TensorStream, describe, feed, recall
 from .watch import Watch
 from .wire import Wire
 
-SETTLE = 5.0
+SETTLE = 8.0
 """Seconds in which all processes must have come out of a piece of work after it failed on one of them."""
 POLL = 0.02
 LEAVE, CLOSE = "leave", "close"
