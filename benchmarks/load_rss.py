@@ -1,6 +1,6 @@
 """Peak memory and time of loading fp32 shards as bf16, in a fresh process each, every loaded page touched.
 
-    PYTHONPATH=. python benchmarks/load_rss.py --gib 2 --tensor_mib 256
+    python -m benchmarks.load_rss --gib 2 --tensor_mib 256
 
 Makes a folder of shards of that size (page cache warm), then loads it three ways: ours (`load_into`), the way of a
 state dict (`safetensors.load_file` of every shard, then cast), and `safe_open` one tensor at a time. The bound for ours
@@ -98,7 +98,7 @@ def measure(method: str, folder: Path) -> dict[str, float]:
 
 
 def measure_in_child(method: str, folder: Path) -> dict[str, float]:
-    command = [sys.executable, __file__, "--child", method, "--folder", str(folder)]
+    command = [sys.executable, "-m", "benchmarks.load_rss", "--child", method, "--folder", str(folder)]
     quiet = os.environ | {"OMP_NUM_THREADS": "1"}  # on a shared machine OpenMP's waiting threads are what is measured
     return json.loads(subprocess.run(command, check=True, capture_output=True, text=True, env=quiet).stdout)
 
