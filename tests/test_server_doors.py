@@ -120,10 +120,14 @@ def test_large_bodies_are_refused_whether_or_not_they_say_how_large_they_are(ser
         b'{"prompt": "a", "input_reference": "data:image/png;base64,bm8="}',
     ],
 )
-def test_bodies_that_are_no_request_are_refused(served: Served, body: bytes) -> None:
+def test_bodies_that_are_no_request_are_refused_and_not_repeated_in_the_log(
+    served: Served, body: bytes, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level("INFO", logger="lightx2v")
     answer = served.client.post("/v1/videos", content=body, headers={"Content-Type": "application/json"})
     assert answer.status_code == 422, answer.text
     assert set(answer.json()) == {"error"} and not served.jobs.list()
+    assert not [record for record in caplog.records if record.name.startswith("lightx2v")]
 
 
 def test_a_client_that_posts_without_end_is_slowed_and_reads_go_on(served: Served) -> None:
