@@ -175,6 +175,9 @@ class World:
                 finally:
                     with contextlib.suppress(RuntimeError):  # the store may be gone, with rank 0
                         self._store.set(f"ended/{work}/{self.rank}", str(sum(wire.calls for wire in self._all_wires)))
+        except KeyboardInterrupt:
+            self._watch.fail("stopped by a signal", kind="KeyboardInterrupt")
+            raise
         except BaseException as error:
             if not (missing := self._missing(work)):
                 raise
