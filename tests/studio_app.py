@@ -93,6 +93,7 @@ def launched(folder: Path, *flags: str, demo: bool = False, **variables: str) ->
     command = [sys.executable, str(ROOT / "tests" / "painted_app.py"), "--port", str(port), *flags]
     environment = {**os.environ, **variables, "LIGHTX2V_OUTPUT_DIR": str(folder), "PYTHONUNBUFFERED": "1"}
     environment |= {"GRADIO_SERVER_PORT": str(port)}  # on a Space the flags say nothing
+    environment |= {"OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "PASSIVE"}  # other tests want to run too
     with log.open("w") as output:
         process = subprocess.Popen(
             [*command, *(["--demo"] if demo else [])],
