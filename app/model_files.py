@@ -95,17 +95,20 @@ class HubFiles:
         self._download: Download | None = None
 
     def status(self, config: EngineConfig) -> FilesStatus:
+        with self._lock:  # before the look at the files: a download that is over by now has left all of them
+            download = self._download
         absent = set(missing(config))
         states = [self._state(name, config, absent) for name in needed_files(config)]
         with self._lock:
             recent = time.monotonic() - self._changed < STEADY
-            return FilesStatus(
-                files=tuple(states),
-                disk_free=disk_free(self._source.cache),
-                download=self._download,
-                can_download=bool(absent),
-                changing=recent or self._running is not None,
-            )
+            changing = recent or self._running is not None
+        return FilesStatus(
+            files=tuple(states),
+            disk_free=disk_free(self._source.cache),
+            download=download,
+            can_download=bool(absent),
+            changing=changing,
+        )
 
     def download(self, config: EngineConfig) -> None:
         with self._lock:
