@@ -136,16 +136,25 @@ class LightX2VPipeline:
         }
 
     def enable_lora(
-        self, lora_configs: Sequence[dict[str, Any] | LoraSpec], *, lora_dynamic_apply: bool = False
+        self,
+        lora_configs: Sequence[dict[str, Any] | LoraSpec],
+        *,
+        lora_dynamic_apply: bool = False,
+        lora_allow_partial: bool = False,
     ) -> None:
         """LoRAs per expert: {"name": "high_noise_model" or "low_noise_model", "path": …, "strength": 1.0}.
 
+        Without a name, one half of a pair goes to the expert its file name says, and brings the other half beside it.
         They are added to the weights as these are loaded, or with `lora_dynamic_apply` kept beside them, which costs
         some time in each step and makes exchanging them quick. `create_generator` raises LoraError for a file that
-        does not fit.
+        does not fit; with `lora_allow_partial` what fits of it is used, and the report says how much.
         """
         self._before_loading("enable_lora")
-        self._overrides |= {"lora_configs": list(lora_configs), "lora_dynamic_apply": lora_dynamic_apply}
+        self._overrides |= {
+            "lora_configs": list(lora_configs),
+            "lora_dynamic_apply": lora_dynamic_apply,
+            "lora_allow_partial": lora_allow_partial,
+        }
 
     def enable_parallel(self, cfg_p_size: int = 1, seq_p_size: int = 1, seq_p_attn_type: str = "ulysses") -> None:
         """Share each video among `cfg_p_size` x `seq_p_size` processes, which torchrun has to have started.

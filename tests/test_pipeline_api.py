@@ -81,7 +81,7 @@ def test_what_is_enabled_is_what_is_loaded(monkeypatch: pytest.MonkeyPatch) -> N
         low_noise_quantized_ckpt="l8.safetensors",
         text_encoder_quantized_ckpt="t8.pth",
     )
-    pipe.enable_lora(LORAS, lora_dynamic_apply=True)
+    pipe.enable_lora(LORAS, lora_dynamic_apply=True, lora_allow_partial=True)
     pipe.create_generator(
         attn_mode="torch_sdpa", denoising_step_list=[1000, 500], boundary_step_index=1, guidance_scale=3.5
     )
@@ -94,6 +94,7 @@ def test_what_is_enabled_is_what_is_loaded(monkeypatch: pytest.MonkeyPatch) -> N
     assert (config.high_noise_quantized_ckpt, config.low_noise_quantized_ckpt) == ("h8.safetensors", "l8.safetensors")
     assert config.t5_quantized_ckpt == "t8.pth" and config.self_attn_1_type == config.cross_attn_1_type == "torch_sdpa"
     assert [lora.expert for lora in config.lora_configs] == ["high", "low"] and config.lora_dynamic_apply
+    assert config.lora_allow_partial
 
 
 def test_a_mesh_needs_its_processes(monkeypatch: pytest.MonkeyPatch) -> None:
