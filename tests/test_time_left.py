@@ -1,0 +1,58 @@
+"""The seconds left of a run: measured for the stage that runs, predicted for those to come, never guessed."""
+
+from __future__ import annotations
+
+import gradio as gr
+import pytest
+
+from app.editing import together
+from app.model_files import FilesStatus
+from app.panels import TOO_SLOW, cost_line, preset_list
+from app.panels import Offer as Offered
+from app.stage import time_left
+from app.strings import Words
+from lightx2v.estimate import Prediction
+from lightx2v.progress import Progress
+
+EXPECTED = {"load": 10.0, "text": 1.0, "denoise": 40.0, "decode": 8.0, "write": 1.0}
+
+
+@pytest.mark.parametrize(
+    ("event", "elapsed", "left"),
+    [
+        (None, 0.0, 60.0),
+        (Progress(stage="load"), 4.0, 56.0),
+        (Progress(stage="load"), 30.0, 50.0),
+        (Progress(stage="text", step=1, total=1, eta=0.0), 11.0, 49.0),
+        (Progress(stage="denoise", step=0, total=4), 11.0, 49.0),
+        (Progress(stage="denoise", step=2, total=4, eta=30.0), 41.0, 39.0),
+        (Progress(stage="decode", step=1, total=2, eta=3.0), 60.0, 4.0),
+        (Progress(stage="write", step=1, total=2, eta=0.5), 60.0, 0.5),
+    ],
+)
+def test_the_time_left_adds_what_is_to_come(event: Progress | None, elapsed: float, left: float) -> None:
+    assert time_left(event, EXPECTED, elapsed) == pytest.approx(left)
+
+
+def test_without_a_prediction_only_what_is_measured_is_told() -> None:
+    assert time_left(Progress(stage="text", step=1, total=1, eta=0.0), {}, 3.0) is None
+    assert time_left(Progress(stage="denoise", step=0, total=4), {}, 3.0) is None
+    assert time_left(Progress(stage="denoise", step=2, total=4, eta=5.0), {}, 3.0) == 5.0
+    assert time_left(None, {}, 3.0) is None
+
+
+def test_days_are_a_word() -> None:
+    ready = FilesStatus(files=(), disk_free=1)
+    slow = Prediction(stages={"denoise": TOO_SLOW + 1.0}, source="scaled")
+    offer = Offered(name="t2v_base", title="Base", about="x", prediction=slow, need=None, files=ready)
+    assert "days on this machine" in cost_line(Words("en"), slow, None, ready, None, 1)
+    assert ">days<" in preset_list(Words("en"), [offer], "t2v_base", None)
+
+
+def test_a_label_and_a_value_for_one_field_arrive_together() -> None:
+    field, other = gr.Number(), gr.Number()
+    labels = {field: gr.update(label="步数"), other: gr.update(label="偏移")}
+    merged = together(labels, {field: 4})
+    assert merged[field]["label"] == "步数" and merged[field]["value"] == 4
+    assert merged[other]["label"] == "偏移" and "value" not in merged[other]
+    assert together(labels, {field: gr.update(choices=[1])})[field]["choices"] == [1]
