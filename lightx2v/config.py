@@ -13,7 +13,7 @@ import logging
 import os
 import sys
 from collections.abc import Mapping
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -53,6 +53,8 @@ class Environment:
     cache_dir: str | None = None
     """Where files go that can be made again, if not below models_dir."""
     output_dir: str | None = None
+    api_key: str | None = field(default=None, repr=False)
+    """What the HTTP server's clients show, several with commas between."""
     rank: int = 0
     local_rank: int = 0
     world_size: int | None = None
@@ -73,6 +75,7 @@ class Environment:
             "models_dir": "LIGHTX2V_MODELS_DIR",
             "cache_dir": "LIGHTX2V_CACHE_DIR",
             "output_dir": "LIGHTX2V_OUTPUT_DIR",
+            "api_key": "LIGHTX2V_API_KEY",
             "rank": "RANK",
             "local_rank": "LOCAL_RANK",
             "world_size": "WORLD_SIZE",

@@ -12,7 +12,6 @@ from __future__ import annotations
 import argparse
 import ipaddress
 import logging
-import os
 import socket
 import sys
 from collections.abc import Sequence
@@ -46,7 +45,7 @@ def main(argv: Sequence[str] | None = None, *, open_engine: OpenEngine | None = 
     echo = ECHO if environment.together else 0.0
     with logging_to(sys.stderr, line, logging.INFO, who=environment.who), Interrupts(echo=echo) as interrupts:
         try:
-            keys = _keys(options)
+            keys = _keys(options, environment)
             resolved = resolve(_preset(options), _overrides(options), environment=environment)
             if environment.together and open_engine is None and _follow():
                 return 0
@@ -182,9 +181,9 @@ def _overrides(options: argparse.Namespace) -> dict[str, Any]:
     return {name: getattr(options, name) for name in names if getattr(options, name)}
 
 
-def _keys(options: argparse.Namespace) -> list[str]:
+def _keys(options: argparse.Namespace, environment: Environment) -> list[str]:
     """The keys to let in. ConfigError where others could reach the server without one."""
-    keys = options.api_key or [key for key in os.environ.get("LIGHTX2V_API_KEY", "").split(",") if key.strip()]
+    keys = options.api_key or [key for key in (environment.api_key or "").split(",") if key.strip()]
     if not keys and not is_loopback(options.host):
         raise ConfigError(
             f"--host {options.host} lets others reach this server, so it needs a key: set LIGHTX2V_API_KEY, or give "
