@@ -59,9 +59,11 @@ def pictures(folder: Path) -> Iterator[tuple[str, Image.Image]]:
             visitor.tab.keyboard.press("Escape")
             pick(visitor, "demo_t2v_base")
             visitor.tab.fill("#prompt textarea", PROMPTS[2])
+            visitor.tab.click("#advanced button")
+            visitor.tab.fill("#steps input", "120")  # long enough to be seen on the way
+            visitor.tab.click("#advanced button >> nth=0")
             visitor.tab.click("#generate")
-            visitor.tab.wait_for_selector("#stage img.preview")
-            visitor.settle("() => /step ([6-9]|1\\d) /.test(document.querySelector('.stage .tag')?.innerText)")
+            visitor.settle("() => /step [3-9]\\d /.test(document.querySelector('.stage .tag')?.innerText)")
             yield "running", shot(visitor)
             visitor.see("done")
             cookies = visitor.tab.context.storage_state()
