@@ -84,9 +84,9 @@ def look(studio: Studio, visitor: Visitor) -> Scene:
     """The scene of a visitor. Unless a run was chosen, the stage follows the one that runs."""
     runs = studio.runs(visitor.owner)
     if not visitor.pinned and not visitor.shown:
-        running = next((job for job in runs if job.state == "running"), None)
-        if running is not None and running.id != visitor.job:
-            visitor = replace(visitor, job=running.id)
+        now = next((job for job in runs if job.state == "running"), None) or _later(runs, visitor.job)
+        if now is not None and now.id != visitor.job:
+            visitor = replace(visitor, job=now.id)
     job = next((job for job in runs if job.id == visitor.job), None) or studio.own(visitor.owner, visitor.job)
     if job is None and visitor.job:
         visitor = replace(visitor, job="", pinned=False)
@@ -94,6 +94,15 @@ def look(studio: Studio, visitor: Visitor) -> Scene:
     finished = job if job is not None and job.state == "succeeded" else next(iter(done), None)
     compared = [run for id in visitor.compared for run in done if run.id == id]
     return Scene(visitor=visitor, job=job, finished=finished, runs=tuple(runs), compared=tuple(compared))
+
+
+def _later(runs: list[Job], shown: str) -> Job | None:
+    """The last run that began after the one that is shown ended: a short one may come and go between two looks."""
+    current = next((job for job in runs if job.id == shown and job.over), None)
+    if current is None or current.finished is None:
+        return None
+    later = [job for job in runs if job.started is not None and job.started >= current.finished]
+    return max(later, key=lambda job: job.started or 0.0, default=None)
 
 
 def _id(value: Any) -> str:

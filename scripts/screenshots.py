@@ -64,6 +64,7 @@ def pictures(folder: Path) -> Iterator[tuple[str, Image.Image]]:
             visitor.tab.click("#advanced button >> nth=0")
             visitor.tab.click("#generate")
             visitor.settle("() => /step [3-9]\\d /.test(document.querySelector('.stage .tag')?.innerText)")
+            visitor.tab.evaluate("scrollTo(0, 0)")
             yield "running", shot(visitor)
             visitor.see("done")
             cookies = visitor.tab.context.storage_state()

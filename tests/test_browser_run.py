@@ -59,6 +59,12 @@ def make_and_watch(visitor: Person, folder: Path) -> None:
             if (bar) window.seen.push([Number(bar.getAttribute('aria-valuenow')), picture ? picture.src : '']);
         }).observe(document.querySelector('#theatre'), {childList: true, subtree: true, attributes: true}); }"""
     )
+    tab.click("#preset-button")
+    tab.click("#option-demo_t2v_base")
+    tab.wait_for_selector("#option-demo_t2v_base[aria-selected=true]", state="attached")
+    tab.click("#advanced button")
+    visitor.settle("() => document.querySelector('#steps input')?.value === '20'")
+    tab.fill("#steps input", "100")  # a few seconds on any machine
     tab.fill("#prompt textarea", STAR)
     tab.press("#prompt textarea", "Control+Enter")
     visitor.see("done")
@@ -109,6 +115,7 @@ def test_stop_ends_a_run_and_the_next_one_starts(visitor: Person) -> None:
 def test_history_and_dropped_videos_bring_settings_back(visitor: Person) -> None:
     tab = visitor.tab
     tab.click("#advanced button")
+    visitor.settle("() => document.querySelector('#seed input')?.value === '-1'")
     tab.fill("#seed input", "77")
     visitor.make(STAR)
     visitor.see("done")

@@ -63,6 +63,14 @@ def test_the_stage_follows_the_run_unless_one_was_chosen(studio: Studio) -> None
     assert look(studio, replace(visitor, job=first.id)).finished == first
 
 
+def test_a_run_that_came_and_went_between_two_looks_is_shown(studio: Studio) -> None:
+    visitor = Visitor.of(None)
+    first, second = (studio.jobs.wait(submit(studio, visitor.owner, prompt).id, 60) for prompt in ("one", "two"))
+    assert look(studio, replace(visitor, job=first.id)).visitor.job == second.id
+    assert look(studio, replace(visitor, job=first.id, pinned=True)).visitor.job == first.id
+    assert look(studio, visitor).visitor.job == "", "nobody is shown a run that they did not ask for on this page"
+
+
 def test_a_visitor_sees_their_own_runs_only(studio: Studio) -> None:
     alice, bob = Visitor.of(None), Visitor.of(None)
     job = studio.jobs.wait(submit(studio, alice.owner, "alice's secret garden").id, 60)
