@@ -229,3 +229,13 @@ def test_image_to_video_runs_and_repeats_itself(tiny: TinyModels, tmp_path: Path
     with LightX2VPipeline.from_config(settings.engine) as pipe:
         first, second = (latents(pipe, settings, image_path=str(picture)) for _ in range(2))
     assert torch.equal(first, second) and first.isfinite().all()
+
+
+def test_the_demo_models_video_is_that_of_the_cpu() -> None:
+    made = {}
+    for device, dtype in (("cpu", "fp32"), ("cuda", "fp32"), ("cuda", "bf16")):
+        settings = resolve("demo_t2v_distill_lora", {"device": device, "dtype": dtype, "vae_dtype": "fp32"})
+        with LightX2VPipeline.from_config(settings.engine) as pipe:
+            made[device, dtype] = latents(pipe, settings)
+    assert off(made["cuda", "fp32"], made["cpu", "fp32"]) < 1e-2
+    assert off(made["cuda", "bf16"], made["cpu", "fp32"]) < 0.2

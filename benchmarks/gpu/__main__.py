@@ -5,6 +5,8 @@ from __future__ import annotations
 import argparse
 import importlib
 import json
+import os
+import signal
 import subprocess
 import sys
 import time
@@ -12,8 +14,21 @@ from pathlib import Path
 
 from .bench import Bench, environment
 
-SECTIONS = ("attention", "block", "forward", "versus", "coders", "offload", "offload_fp8", "cold")
+SECTIONS = (
+    "host",
+    "attention",
+    "block",
+    "forward",
+    "compiled",
+    "coders",
+    "offload",
+    "cold",
+    "versus",
+    "offload_fp8",
+)
 RESULTS = Path("benchmarks/results/gpu.jsonl")
+LEAST = 20
+"""Seconds below which no section is started."""
 
 
 def main() -> None:
@@ -24,24 +39,39 @@ def main() -> None:
     results = Path(args.results)
     results.parent.mkdir(parents=True, exist_ok=True)
     if args.inside:
-        measure(sections[0], results, tiny=args.tiny)
+        measure(sections[0], results, tiny=args.tiny, commit=args.commit)
         return
     failed = []
+    end = time.monotonic() + args.budget
     for section in sections:
         if not args.again and section in finished(results):
             print(f"{section} is in {results} already")
             continue
         if args.tiny:
-            measure(section, results, tiny=True)
+            measure(section, results, tiny=True, commit=args.commit)
+            continue
+        left = end - time.monotonic()
+        if left < LEAST:
+            failed.append(f"{section} (no time left)")
             continue
         command = [sys.executable, "-m", "benchmarks.gpu", "--inside", "--sections", section, "--results", str(results)]
-        try:
-            if subprocess.run(command, check=False, timeout=args.limit).returncode:
-                failed.append(section)
-        except subprocess.TimeoutExpired:
-            failed.append(f"{section} (over {args.limit} s)")
+        command += ["--commit", args.commit]
+        if problem := within(command, min(args.limit, left)):
+            failed.append(f"{section} ({problem})")
     if failed:
         sys.exit(f"Failed: {', '.join(failed)}")
+
+
+def within(command: list[str], seconds: float) -> str:
+    """Runs a section; why it failed, or "". Over its time it ends with all processes that it started."""
+    process = subprocess.Popen(command, start_new_session=True)
+    try:
+        code = process.wait(seconds)
+    except subprocess.TimeoutExpired:
+        os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+        return f"over {seconds:.0f} s"
+    return f"exit status {code}" if code else ""
 
 
 def parse() -> argparse.Namespace:
@@ -51,13 +81,17 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--again", action="store_true", help="run sections that are in the results too")
     parser.add_argument("--tiny", action="store_true", help="toy sizes, in this process, on any device")
     parser.add_argument("--limit", type=int, default=180, help="seconds a section may take")
+    parser.add_argument(
+        "--budget", type=float, default=float("inf"), help="seconds that all sections may take together"
+    )
+    parser.add_argument("--commit", default="", help="of the code, to be written beside the results")
     parser.add_argument("--inside", action="store_true", help=argparse.SUPPRESS)
     return parser.parse_args()
 
 
-def measure(section: str, results: Path, *, tiny: bool) -> None:
+def measure(section: str, results: Path, *, tiny: bool, commit: str) -> None:
     bench = Bench(section, results, tiny=tiny)
-    bench.write("start", **environment())
+    bench.write("start", **environment(), commit=commit)
     began = time.perf_counter()
     importlib.import_module(f"benchmarks.gpu.{section}").run(bench)
     bench.write("end", seconds=time.perf_counter() - began)

@@ -41,7 +41,6 @@ def run(bench: Bench) -> None:
         bench.clear()
         parts(bench, models["bf16"], clip, tokens)
         bench.clear()
-    compiled(bench, models["bf16"])
 
 
 def once(bench: Bench, dit: WanDiT, clip: str) -> partial[object]:
@@ -58,6 +57,7 @@ def once(bench: Bench, dit: WanDiT, clip: str) -> partial[object]:
         self_attention=dit.self_attention,
         cross_attention=dit.cross_attention,
         dtype=bench.compute,
+        chunk=dit.chunk,
     )
     return partial(dit.blocks[0], [x_BLD], 0, shared)
 
@@ -117,20 +117,3 @@ def feed_forward(bench: Bench, block: Block, y: Tensor, clip: str) -> None:
         error = ((one() - same).norm() / same.norm()).item()
         name = "feed-forward in + GELU in one"
         bench.write(f"{clip}, {name}", clip=clip, step=name, count=0, error=error, **bench.timed(one, 5))
-
-
-def compiled(bench: Bench, dit: WanDiT) -> None:
-    """torch.compile in the place of the fused kernels."""
-    if not bench.cuda:
-        return
-    clip = next(iter(bench.sizes.clips))
-    call = once(bench, dit, clip)
-    block = torch.compile(call.func, dynamic=False)
-    try:
-        with plain():
-            times = bench.timed(lambda: block(*call.args), 5)
-    except (RuntimeError, TypeError, ValueError) as failure:
-        bench.write(f"{clip}, compiled", clip=clip, steps="compiled", linears="bf16", failed=str(failure)[:200])
-        return
-    rate = bench.rate(forward_flops(dit.config, bench.sizes.tokens(clip)), times["seconds"])
-    bench.write(f"{clip}, bf16 linears, compiled", clip=clip, linears="bf16", steps="compiled", **times, **rate)

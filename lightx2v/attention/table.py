@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import logging
 import subprocess
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -136,7 +137,9 @@ def _qualify(name: str, device: torch.device, dtype: torch.dtype, head_dim: int)
     except KERNEL_FAILURES as failure:
         raise Unfit(f"its package does not import ({_one_line(failure)})") from None
     try:
-        error = self_test(fn, device, dtype, head_dim)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # torch warns once for each of its kernels that is not used
+            error = self_test(fn, device, dtype, head_dim)
     except KERNEL_FAILURES as failure:
         raise Unfit(f"its self-test failed ({_one_line(failure)})") from None
     if not error <= backend.tolerance:  # NaN fails too

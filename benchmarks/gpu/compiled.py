@@ -1,0 +1,40 @@
+"""torch.compile of each block in the place of the fused kernels: what it saves, and what it costs at first.
+
+The blocks share one compiled graph. Keys and values of the prompt are made anew, here as in the run beside it.
+"""
+
+from __future__ import annotations
+
+import time
+
+import torch
+
+from .bench import Bench, forward_flops
+from .block import plain
+from .model import expert
+
+
+@torch.inference_mode()
+def run(bench: Bench) -> None:
+    if not bench.cuda:
+        return
+    torch._dynamo.config.cache_size_limit = 64
+    dit = expert(bench, bench.sizes.dit)
+    prompt = torch.randn(bench.sizes.prompt, dit.config.text_dim, device=bench.device).to(bench.compute)
+    text = dit.encode_text(prompt, keep=False)
+    for steps in ("fused", "compiled"):
+        if steps == "compiled":
+            for block in dit.blocks:
+                block.compile(dynamic=False)
+        for number, clip in enumerate(bench.sizes.clips):
+            torch.manual_seed(0)
+            latents = torch.randn(bench.sizes.latent(clip), device=bench.device)
+            with plain() if steps == "compiled" else torch.inference_mode():
+                began = time.perf_counter()
+                dit(latents, 900.0, [text])
+                torch.cuda.synchronize()
+                first = time.perf_counter() - began
+                times = bench.timed(lambda x=latents: dit(x, 900.0, [text]), 1 if number else 3, warm_up=0)
+            rate = bench.rate(forward_flops(dit.config, bench.sizes.tokens(clip)), times["seconds"])
+            name = f"{clip}, bf16 linears, {steps}"
+            bench.write(name, clip=clip, linears="bf16", steps=steps, first=first, **times, **rate)

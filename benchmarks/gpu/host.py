@@ -1,0 +1,50 @@
+"""How fast weights come from host memory, by the kind of that memory, and whether the host waits for the copy.
+
+`registered` is what offloading uses (`placement.piece.host_buffer`); a copy that the host does not wait for returns in
+microseconds.
+"""
+
+from __future__ import annotations
+
+import time
+
+import torch
+from torch import Tensor
+
+from lightx2v.placement.piece import host_buffer
+
+from .bench import Bench
+
+SIZE = 703 << 20
+"""About one block in bf16."""
+
+
+def run(bench: Bench) -> None:
+    size = 1 << 20 if bench.tiny else SIZE
+    if bench.cuda:
+        torch.zeros(1, device=bench.device)
+        room = torch.empty(size, dtype=torch.uint8)
+        code = torch.cuda.cudart().cudaHostRegister(room.data_ptr(), size, 0)
+        bench.write("cudaHostRegister", code=str(code), is_pinned=room.is_pinned())
+        torch.cuda.cudart().cudaHostUnregister(room.data_ptr())
+    kinds = {"pageable": host_buffer(size, pin=False), "registered": host_buffer(size, pin=True)}
+    if bench.cuda:
+        kinds["torch's pinned memory"] = torch.empty(size, dtype=torch.uint8, pin_memory=True)
+    target = torch.empty(size, dtype=torch.uint8, device=bench.device)
+    for name, source in kinds.items():
+        source[:: 1 << 12] = 1  # every page is there
+        measure(bench, name, source[:size], target)
+
+
+def measure(bench: Bench, name: str, source: Tensor, target: Tensor) -> None:
+    times = bench.timed(lambda: target.copy_(source, non_blocking=True), 5)
+    if bench.cuda:
+        torch.cuda.synchronize()
+    began = time.perf_counter()
+    target.copy_(source, non_blocking=True)
+    waited = time.perf_counter() - began
+    if bench.cuda:
+        torch.cuda.synchronize()
+    rate = len(source) / times["seconds"] / 1e9
+    pinned = bench.cuda and source.is_pinned()
+    bench.write(name, gbytes_per_second=rate, host_waited=waited, is_pinned=pinned, **times)
