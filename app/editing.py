@@ -16,6 +16,7 @@ from lightx2v.image import load_image
 from lightx2v.request import Request
 
 from . import panels
+from .demo_words import unknown_words
 from .examples import examples
 from .form import EXACT, Form, plan, size_of
 from .inputs import (
@@ -145,6 +146,7 @@ class Editor:
         except LightX2VError as error:
             return panels.problem(str(error))
         config, request = planned.config, planned.requests[0]
+        outside = unknown_words(form.prompt) if settings_of(form.preset).preset.demo else []
         return panels.cost_line(
             words,
             studio.predict(config, request),
@@ -153,7 +155,7 @@ class Editor:
             studio.room,
             len(planned.requests),
             reserve=studio.lender.reservation(request) if studio.lender else None,
-        )
+        ) + panels.demo_world(words, outside)
 
     def crop(self, words: Words, values: Mapping[str, Any]) -> str:
         """What the model will see of the first frame; what is wrong with it instead, if something is."""

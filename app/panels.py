@@ -112,6 +112,14 @@ def cost_line(
     return tag("p", " · ".join(parts), class_="cost", role="status")
 
 
+def demo_world(words: Words, unknown: Sequence[str]) -> str:
+    """What the demo model knows, where a prompt holds words that it does not; else nothing."""
+    if not unknown:
+        return ""
+    said = ", ".join(unknown[:3]) + (" …" if len(unknown) > 3 else "")
+    return tag("p", esc(words("demo_world", words=said)), class_="cost", role="status")
+
+
 def problem(message: str) -> str:
     """In place of the cost: why this cannot be made as it is."""
     return tag("p", esc(message), class_="cost problem", role="alert")

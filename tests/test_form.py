@@ -7,7 +7,9 @@ from typing import Any
 
 import pytest
 
+from app.demo_words import unknown_words
 from app.editing import form_of, preset_values
+from app.examples import DEMO, DEMO_PICTURES
 from app.exposure import PUBLIC_LIMITS, Exposure, Limits
 from app.form import Form, fields_of, frames_for, pair_of, plan, size_of
 from app.studio import settings_of
@@ -142,3 +144,22 @@ def test_sizes_are_the_official_ones_and_whole_tokens() -> None:
         for shape in ("16:9", "9:16", "1:1"):
             assert all(side % 16 == 0 and side >= 32 for side in size_of(tier, shape))
     assert [frames_for(seconds, 16) for seconds in (2, 3, 5, 0.01)] == [33, 49, 81, 1]
+
+
+@pytest.mark.parametrize(
+    ("prompt", "unknown"),
+    [
+        ("a red ball rolls left over green grass at night", []),
+        ("日落时的海面上，一颗黄色的星星在旋转", []),
+        ("…", []),
+        ("A Cat plays the guitar, on a red ball with a cat!", ["Cat", "plays", "guitar", "cat"]),
+        ("夜晚的草地上，一只猫在弹吉他", ["猫", "弹吉他"]),
+    ],
+)
+def test_words_that_the_demo_model_never_saw_are_found(prompt: str, unknown: list[str]) -> None:
+    assert unknown_words(prompt) == unknown
+
+
+def test_every_example_of_the_demo_is_within_its_world() -> None:
+    texts = [*DEMO["en"], *DEMO["zh"], *(text for both in DEMO_PICTURES.values() for text in both.values())]
+    assert [text for text in texts if unknown_words(text)] == []
