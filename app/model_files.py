@@ -151,7 +151,7 @@ class HubFiles:
             try:
                 listing = list_files(self._source, repo)
             except LightX2VError as error:  # the download will say it to somebody who asked for one
-                log.info("%s", error)
+                log.debug("%s", error)
                 return
             with self._lock:
                 self._listings[repo], self._changed = listing, time.monotonic()
