@@ -131,7 +131,9 @@ def test_the_vae_in_bf16_is_close_to_float32_and_the_condition_is_the_whole_clip
 
 def test_host_buffers_are_pinned() -> None:
     buffer = host_buffer(3 << 20, pin=True)
-    assert buffer.is_pinned() and buffer.data_ptr() % 4096 == 0
+    assert buffer.data_ptr() % 4096 == 0
+    # torch asks about the beginning of the storage, and the buffer begins later, on a page of its own.
+    assert torch.from_numpy(buffer.numpy()).is_pinned()
     copies = CudaCopies(CUDA)
     slot = Slot(torch.zeros(len(buffer), dtype=torch.uint8, device=CUDA))
     copies.release(slot)

@@ -46,5 +46,5 @@ def measure(bench: Bench, name: str, source: Tensor, target: Tensor) -> None:
     if bench.cuda:
         torch.cuda.synchronize()
     rate = len(source) / times["seconds"] / 1e9
-    pinned = bench.cuda and source.is_pinned()
+    pinned = bench.cuda and torch.from_numpy(source.numpy()).is_pinned()  # of this page, not of the storage
     bench.write(name, gbytes_per_second=rate, host_waited=waited, is_pinned=pinned, **times)

@@ -92,7 +92,7 @@ def copy_rate(bench: Bench, placement: Offloaded, linears: str) -> None:
     target = torch.empty(len(piece.host), dtype=torch.uint8, device=bench.device)
     times = bench.timed(lambda: target.copy_(piece.host, non_blocking=True), 5)
     rate = piece.nbytes / times["seconds"] / 1e9
-    pinned = bench.cuda and piece.host.is_pinned()
+    pinned = bench.cuda and torch.from_numpy(piece.host.numpy()).is_pinned()
     bench.write(f"{linears}, one block to the device", linears=linears, gbytes_per_second=rate, pinned=pinned, **times)
 
 

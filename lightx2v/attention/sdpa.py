@@ -22,7 +22,7 @@ def sdpa(q_BLNH: Tensor, k_BLNH: Tensor, v_BLNH: Tensor) -> Tensor:
 
 
 def cudnn_sdpa(q_BLNH: Tensor, k_BLNH: Tensor, v_BLNH: Tensor) -> Tensor:
-    """Full attention with cuDNN's kernel: on Hopper about twice as fast as the one torch prefers."""
+    """Full attention with cuDNN's kernel: on an H100 1.5 to 1.7 times as fast as torch's FlashAttention 2."""
     with sdpa_kernel(SDPBackend.CUDNN_ATTENTION):
         return sdpa(q_BLNH, k_BLNH, v_BLNH)
 

@@ -2,7 +2,7 @@
 
 The same functions as in pointwise.py, and the ones that block.py calls. On CUDA with triton the kernels of
 triton_kernels.py stand in for them once they agreed with them on this device; gradients, other devices and a kernel
-that fails get the plain functions. At 720p that is 10 % of a forward.
+that fails get the plain functions. On an H100 that took 9 to 11 % off a forward at 480p.
 
 Without gradients x may be overwritten by each of these.
 """
