@@ -25,7 +25,7 @@ Source = Literal["measured", "scaled", "assumed"]
 """From this engine's runs, from another engine's on the same device, or from a table."""
 
 ASSUMED_FLOPS = (("H100", 580e12), ("H200", 580e12), ("H800", 580e12), ("A100", 220e12), ("RTX 4090", 150e12))
-"""Effective bf16 rate of a whole forward: measured on an H100, and an H200 and H800 compute alike; others by reports."""
+"""Effective bf16 rate of a whole forward: measured on an H100, like which H200 and H800 compute; others by reports."""
 
 KEPT = 12
 """Samples kept per stage: enough sizes for the fit, few enough that an old driver's times fade."""
