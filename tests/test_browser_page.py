@@ -173,6 +173,10 @@ def test_no_width_scrolls_sideways_and_the_stage_does_not_jump(
         box = "JSON.stringify((({top, height, left}) => [top + scrollY, height, left].map(Math.round))"
         box += "(document.querySelector('#stage .stage').getBoundingClientRect()))"
         wide = "document.documentElement.scrollWidth"
+        prompt = tab.locator("#prompt textarea")
+        prompt.fill("a slow ball on a screen")
+        prompt.blur()
+        tab.get_by_text("has no word for").wait_for()  # said before the run, below Generate
         places = [tab.evaluate(box)]
         visitor.make("a slow ball on a screen")
         visitor.see("running")
