@@ -135,7 +135,7 @@ class Editor:
         return {fields["height"]: height, fields["width"]: width}
 
     def cost(self, words: Words, values: Mapping[str, Any]) -> str:
-        """The line under the button; what is not filled in yet does not count as wrong."""
+        """What stands under the button; what is not filled in yet does not count as wrong."""
         studio = self._studio
         try:
             form = form_of(values)
@@ -146,16 +146,21 @@ class Editor:
         except LightX2VError as error:
             return panels.problem(str(error))
         config, request = planned.config, planned.requests[0]
-        outside = unknown_words(form.prompt) if settings_of(form.preset).preset.demo else []
-        return panels.cost_line(
-            words,
-            studio.predict(config, request),
-            studio.memory_need(config, request),
-            studio.files.status(config),
-            studio.room,
-            len(planned.requests),
-            reserve=studio.lender.reservation(request) if studio.lender else None,
-        ) + panels.demo_world(words, outside)
+        note = ""
+        if settings_of(form.preset).preset.demo:
+            note = panels.demo_note(words, unknown_words(form.prompt))
+        return (
+            panels.cost_line(
+                words,
+                studio.predict(config, request),
+                studio.memory_need(config, request),
+                studio.files.status(config),
+                studio.room,
+                len(planned.requests),
+                reserve=studio.lender.reservation(request) if studio.lender else None,
+            )
+            + note
+        )
 
     def crop(self, words: Words, values: Mapping[str, Any]) -> str:
         """What the model will see of the first frame; what is wrong with it instead, if something is."""

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from lightx2v.config import PROJECT, PresetInfo
 
-from .html import button, tag
+from .html import button, esc, tag
 from .strings import Words
 
 PICTURES = PROJECT / "assets" / "demo" / "examples"
@@ -61,13 +61,14 @@ FULL = {
 
 
 def examples(words: Words, info: PresetInfo) -> str:
-    """Chips for the prompts that suit a preset; with pictures for the demo's image to video."""
+    """Chips for the prompts that suit a preset, with pictures for the demo's image to video, and what it knows."""
     if info.demo and info.task != "t2v":
         chips = [_picture(name, texts[words.language]) for name, texts in DEMO_PICTURES.items() if picture(name)]
     else:
         prompts = DEMO[words.language] if info.demo else FULL["t2v" if info.task == "t2v" else "i2v"][words.language]
         chips = [button(short(text), "example", kind="chip", text=text) for text in prompts]
-    return tag("div", "".join(chips), class_="row examples")
+    world = tag("p", esc(words("demo_world")), class_="quiet world") if info.demo else ""
+    return tag("div", "".join(chips), class_="row examples") + world
 
 
 def picture(name: str) -> Path | None:

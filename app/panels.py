@@ -112,12 +112,10 @@ def cost_line(
     return tag("p", " · ".join(parts), class_="cost", role="status")
 
 
-def demo_world(words: Words, unknown: Sequence[str]) -> str:
-    """What the demo model knows, where a prompt holds words that it does not; else nothing."""
-    if not unknown:
-        return ""
-    said = ", ".join(unknown[:3]) + (" …" if len(unknown) > 3 else "")
-    return tag("p", esc(words("demo_world", words=said)), class_="cost", role="status")
+def demo_note(words: Words, unknown: Sequence[str]) -> str:
+    """The line that names what of a prompt the demo model does not know. It keeps its place where there is nothing."""
+    said = words("demo_unknown", words=", ".join(unknown)) if unknown else ""
+    return tag("p", esc(said), class_="cost one-line", role="status", title=said or None)
 
 
 def problem(message: str) -> str:

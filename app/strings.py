@@ -92,11 +92,12 @@ _TABLE: dict[str, tuple[str, str]] = {
     "cost_download": ("{size} to download", "需下载 {size}"),
     "cost_ready": ("nothing to download", "无需下载"),
     "demo_world": (
-        "The demo model has no word for: {words}. It knows a ball, box, triangle, star, heart or ring in eight colours "
-        "that rolls, rises, falls, grows, shrinks, spins or bounces on grass, sand, snow or sea: try one from above.",
-        "演示模型不认识：{words}。它只认识草地、沙滩、雪地和海面上八种颜色的球、方块、三角形、星星、爱心和圆环，"
-        "以及滚动、上升、下落、变大、变小、旋转和弹跳。可以试试上面的提示词。",
+        "The demo model knows a ball, box, triangle, star, heart or ring in eight colours that rolls, rises, falls, "
+        "grows, shrinks, spins or bounces on grass, sand, snow or sea.",
+        "演示模型认识草地、沙滩、雪地和海面上八种颜色的球、方块、三角形、星星、爱心和圆环，"
+        "以及滚动、上升、下落、变大、变小、旋转和弹跳。",
     ),
+    "demo_unknown": ("Not in the demo's world: {words}", "演示模型不认识：{words}"),
     "missing": ("files missing", "缺少文件"),
     "ready": ("ready", "就绪"),
     # stage and status

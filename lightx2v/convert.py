@@ -16,12 +16,13 @@ import argparse
 import logging
 import sys
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from .config import Environment, resolve
-from .errors import BadRequest, Cancelled, LightX2VError
-from .terminal import Interrupts, ProgressLine, logging_to
+from .errors import BadRequest
+from .terminal import Interrupts, ProgressLine, ended, logging_to
 
 if TYPE_CHECKING:
     from .conversion import Conversion
@@ -56,25 +57,21 @@ def main(argv: Sequence[str] | None = None) -> int:
         return int(stop.code or 0)
     line = ProgressLine(sys.stderr)
     with logging_to(sys.stderr, line, logging.INFO), Interrupts() as interrupts:
-        try:
-            if options.list_built or options.tidy_built:
-                show_built(options.tidy_built)
-                return 0
-            from .conversion import convert
+        stopped = "Stopped. Start it again to continue."
+        return ended(partial(_run, options, line, interrupts), line, interrupts, stopped=stopped)
 
-            for job in _jobs(options):
-                with interrupts.cancelling() as token:
-                    convert(job, force=options.force, on_progress=line, cancel=token)
-                line.clear()
-                print(job.output)
-        except (Cancelled, KeyboardInterrupt):
-            line.clear()
-            print("Stopped. Start it again to continue.", file=sys.stderr)
-            return interrupts.exit_code
-        except LightX2VError as error:
-            line.clear()
-            print(f"error: {error}", file=sys.stderr)
-            return error.exit_code
+
+def _run(options: argparse.Namespace, line: ProgressLine, interrupts: Interrupts) -> int:
+    if options.list_built or options.tidy_built:
+        show_built(options.tidy_built)
+        return 0
+    from .conversion import convert
+
+    for job in _jobs(options):
+        with interrupts.cancelling() as token:
+            convert(job, force=options.force, on_progress=line, cancel=token)
+        line.clear()
+        print(job.output)
     return 0
 
 

@@ -12,12 +12,13 @@ import argparse
 import logging
 import sys
 from collections.abc import Sequence
+from functools import partial
 
 from .config import Environment, list_presets, resolve
-from .errors import Cancelled, DownloadError, LightX2VError, byte_size
+from .errors import DownloadError, byte_size
 from .hub import Hub, Plan, fetch, make_plan
 from .progress import Meter
-from .terminal import Interrupts, ProgressLine, logging_to, one_line
+from .terminal import Interrupts, ProgressLine, ended, logging_to, one_line
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -29,16 +30,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     line = ProgressLine(sys.stderr)
     level = logging.DEBUG if options.verbose else logging.INFO
     with logging_to(sys.stderr, line, level), Interrupts() as interrupts:
-        try:
-            return _run(options, line, interrupts)
-        except (Cancelled, KeyboardInterrupt):
-            line.clear()
-            print("Stopped. What came is kept: start again to go on from there.", file=sys.stderr)
-            return interrupts.exit_code
-        except LightX2VError as error:
-            line.clear()
-            print(f"error: {error}", file=sys.stderr)
-            return error.exit_code
+        stopped = "Stopped. What came is kept: start again to go on from there."
+        return ended(partial(_run, options, line, interrupts), line, interrupts, stopped=stopped)
 
 
 def _run(options: argparse.Namespace, line: ProgressLine, interrupts: Interrupts) -> int:

@@ -18,18 +18,19 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, replace
+from functools import partial
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Protocol
 
 from . import preload
 from .config import EngineConfig, Environment, Resolved, hub_name, list_presets, needed_files, resolve
-from .errors import BadRequest, Cancelled, ConfigError, LightX2VError
+from .errors import BadRequest, ConfigError
 from .hub import find
 from .preset_keys import PER_VIDEO
 from .progress import CancelToken, OnProgress, cost
 from .request import Request
-from .terminal import ECHO, Interrupts, ProgressLine, logging_to, one_line
+from .terminal import ECHO, Interrupts, ProgressLine, ended, logging_to, one_line
 
 log = logging.getLogger("lightx2v.infer")
 
@@ -79,22 +80,8 @@ def main(argv: Sequence[str] | None = None, *, open_engine: OpenEngine | None = 
     level = logging.DEBUG if options.verbose else logging.INFO
     echo = ECHO if environment.together else 0.0
     with logging_to(sys.stderr, line, level, who=environment.who), Interrupts(echo=echo) as interrupts:
-        try:
-            return _run(options, environment, line, interrupts, open_engine or _load_pipeline)
-        except (Cancelled, KeyboardInterrupt):
-            line.clear()
-            if not environment.rank:
-                print("Stopped; no video was written.", file=sys.stderr)
-            return interrupts.exit_code
-        except LightX2VError as error:
-            line.clear()
-            log.debug("Traceback:", exc_info=True)
-            if not environment.rank:  # of several processes one tells what all of them met
-                print(f"error: {error}", file=sys.stderr)
-            return error.exit_code
-        except BrokenPipeError:  # `--list_presets | head`: the reader has left, and Python would still flush to it
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-            return 1
+        run = partial(_run, options, environment, line, interrupts, open_engine or _load_pipeline)
+        return ended(run, line, interrupts, stopped="Stopped; no video was written.", tell=not environment.rank)
 
 
 def _run(

@@ -6,16 +6,21 @@ What is shown goes to standard error; standard output is for results.
 from __future__ import annotations
 
 import logging
+import os
 import shutil
 import signal
+import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from types import FrameType, TracebackType
 from typing import Any, Self, TextIO
 
+from .errors import Cancelled, LightX2VError
 from .progress import CancelToken, Progress
+
+log = logging.getLogger("lightx2v.terminal")
 
 BAR = 24
 ECHO = 3.0
@@ -57,6 +62,13 @@ class ProgressLine:
             self._stream.write("\r\x1b[K")
             self._stream.flush()
             self._shown = ""
+
+    def say(self, text: str) -> None:
+        """Ends the bar, with a line in its place if there is something to say."""
+        self.clear()
+        if text:
+            self._stream.write(text + "\n")
+            self._stream.flush()
 
 
 def describe(event: Progress) -> str:
@@ -125,6 +137,25 @@ class _Formatter(logging.Formatter):
     def formatMessage(self, record: logging.LogRecord) -> str:
         record.message = one_line(record.message)
         return super().formatMessage(record)
+
+
+def ended(
+    call: Callable[[], int], line: ProgressLine, interrupts: Interrupts, *, stopped: str, tell: bool = True
+) -> int:
+    """The exit code of `call`, or of what ended it; `stopped` is said where that was the user. The `tell` of one of
+    several processes is false: another says what all of them met."""
+    try:
+        return call()
+    except (Cancelled, KeyboardInterrupt):
+        code, said = interrupts.exit_code, stopped
+    except LightX2VError as error:
+        log.debug("Traceback:", exc_info=True)
+        code, said = error.exit_code, f"error: {error}"
+    except BrokenPipeError:  # `--list_presets | head`: the reader has left, and Python would still flush to it
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
+    line.say(said if tell else "")
+    return code
 
 
 class Interrupts:

@@ -5,11 +5,16 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
+from chromium import Person, browser, person
 from huggingface_hub import constants
 from studio_app import Page, launched
 from tiny import build_tiny
+
+if TYPE_CHECKING:
+    from playwright.sync_api import Browser
 
 
 @dataclass(frozen=True)
@@ -52,3 +57,16 @@ def space(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Page]:
     """The page as a Hugging Face Space serves it to everybody: ten jobs may wait, and other limits."""
     with launched(tmp_path_factory.mktemp("space") / "outputs", SPACE_ID="someone/studio") as started:
         yield started
+
+
+@pytest.fixture(scope="module")
+def chrome() -> Iterator[Browser]:
+    with browser() as opened:
+        yield opened
+
+
+@pytest.fixture
+def visitor(chrome: Browser, page: Page) -> Iterator[Person]:
+    """Somebody with a tab on the launched page."""
+    with person(chrome, page) as someone:
+        yield someone

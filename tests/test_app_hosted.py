@@ -1,7 +1,7 @@
 """The launched page on a Space, with and without ZeroGPU, on this machine and without any GPU.
 
 Covered: it starts; it hides what belongs to the machine; it has limits and names them; on ZeroGPU the visitor's own
-request runs the engine, reserves a time for it, and ends it when the visitor leaves.
+request runs the engine and reserves a time for it.
 """
 
 from __future__ import annotations

@@ -7,11 +7,10 @@ of it works with keys; nothing scrolls sideways at 390, 768 and 1440 pixels; the
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 import pytest
-from chromium import Person, browser, person
+from chromium import Person, person
 from studio_app import Page
 
 if TYPE_CHECKING:
@@ -20,18 +19,6 @@ if TYPE_CHECKING:
 pytestmark = pytest.mark.browser
 
 HAN = re.compile(r"[一-鿿]")
-
-
-@pytest.fixture(scope="module")
-def chrome() -> Iterator[Browser]:
-    with browser() as opened:
-        yield opened
-
-
-@pytest.fixture
-def visitor(chrome: Browser, page: Page) -> Iterator[Person]:
-    with person(chrome, page) as someone:
-        yield someone
 
 
 LABELS = "[...document.querySelectorAll('[data-testid=block-info], #generate, [role=tab], h2')]"
@@ -173,10 +160,6 @@ def test_no_width_scrolls_sideways_and_the_stage_does_not_jump(
         box = "JSON.stringify((({top, height, left}) => [top + scrollY, height, left].map(Math.round))"
         box += "(document.querySelector('#stage .stage').getBoundingClientRect()))"
         wide = "document.documentElement.scrollWidth"
-        prompt = tab.locator("#prompt textarea")
-        prompt.fill("a slow ball on a screen")
-        prompt.blur()
-        tab.get_by_text("has no word for").wait_for()  # said before the run, below Generate
         places = [tab.evaluate(box)]
         visitor.make("a slow ball on a screen")
         visitor.see("running")

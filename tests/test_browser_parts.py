@@ -7,13 +7,12 @@ sees is shown before the run; the last frame becomes the next first one; two vis
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
 import pytest
-from chromium import Person, browser, person
+from chromium import Person, person
 from PIL import Image
 from studio_app import Page
 
@@ -21,18 +20,6 @@ if TYPE_CHECKING:
     from playwright.sync_api import Browser
 
 pytestmark = pytest.mark.browser
-
-
-@pytest.fixture(scope="module")
-def chrome() -> Iterator[Browser]:
-    with browser() as opened:
-        yield opened
-
-
-@pytest.fixture
-def visitor(chrome: Browser, page: Page) -> Iterator[Person]:
-    with person(chrome, page) as someone:
-        yield someone
 
 
 def prompts(visitor: Person, where: str) -> list[str]:

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
-from chromium import Person, browser, downloads, person
+from chromium import Person, downloads, person
 from studio_app import Page, launched
 
 from lightx2v.mp4 import read_settings
@@ -26,22 +26,10 @@ STAR = "a yellow star spins over the sea at sunset"
 
 
 @pytest.fixture(scope="module")
-def chrome() -> Iterator[Browser]:
-    with browser() as opened:
-        yield opened
-
-
-@pytest.fixture(scope="module")
 def demo(chrome: Browser, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Page]:
     """The page with the demo model itself; `chrome` first, so that nothing starts where there is no browser."""
     with launched(tmp_path_factory.mktemp("demo") / "outputs", demo=True) as started:
         yield started
-
-
-@pytest.fixture
-def visitor(chrome: Browser, page: Page) -> Iterator[Person]:
-    with person(chrome, page) as someone:
-        yield someone
 
 
 def test_from_a_prompt_to_a_video_that_plays(chrome: Browser, demo: Page, tmp_path: Path) -> None:

@@ -15,15 +15,16 @@ import logging
 import socket
 import sys
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from ..config import Environment, Resolved, resolve
 from ..engine_config import EngineConfig
 from ..engine_slot import Engine, OpenEngine
-from ..errors import Cancelled, ConfigError, LightX2VError
+from ..errors import ConfigError
 from ..progress import CancelToken, OnProgress
-from ..terminal import ECHO, Interrupts, ProgressLine, logging_to
+from ..terminal import ECHO, Interrupts, ProgressLine, ended, logging_to
 
 log = logging.getLogger("lightx2v.server")
 
@@ -44,25 +45,29 @@ def main(argv: Sequence[str] | None = None, *, open_engine: OpenEngine | None = 
     line = ProgressLine(sys.stderr)
     echo = ECHO if environment.together else 0.0
     with logging_to(sys.stderr, line, logging.INFO, who=environment.who), Interrupts(echo=echo) as interrupts:
-        try:
-            keys = _keys(options, environment)
-            resolved = resolve(_preset(options), _overrides(options), environment=environment)
-            if environment.together and open_engine is None and _follow():
-                return 0
-            _check_port(options.host, options.port)
-            with interrupts.cancelling() as token:
-                loaded = Loaded.now(open_engine or load, resolved, line, token, warm=options.warmup)
-            line.clear()
-            try:
-                return _serve(options, environment, resolved, loaded, keys)
-            finally:
-                loaded.close()
-        except (Cancelled, KeyboardInterrupt):
-            return interrupts.exit_code
-        except LightX2VError as error:
-            line.clear()
-            print(f"error: {error}", file=sys.stderr)
-            return error.exit_code
+        run = partial(_run, options, environment, line, interrupts, open_engine)
+        return ended(run, line, interrupts, stopped="")
+
+
+def _run(
+    options: argparse.Namespace,
+    environment: Environment,
+    line: ProgressLine,
+    interrupts: Interrupts,
+    open_engine: OpenEngine | None,
+) -> int:
+    keys = _keys(options, environment)
+    resolved = resolve(_preset(options), _overrides(options), environment=environment)
+    if environment.together and open_engine is None and _follow():
+        return 0
+    _check_port(options.host, options.port)
+    with interrupts.cancelling() as token:
+        loaded = Loaded.now(open_engine or load, resolved, line, token, warm=options.warmup)
+    line.clear()
+    try:
+        return _serve(options, environment, resolved, loaded, keys)
+    finally:
+        loaded.close()
 
 
 def load(config: EngineConfig, *, preset: str, on_progress: OnProgress, cancel: CancelToken) -> Engine:
