@@ -52,6 +52,9 @@ class Handlers:
         updates = self._screen.editor.fill(words, values, task=task)
         if visitor.language != "en":
             updates = together(self._screen.relabel(words, task), updates)
+        # Built open and closed here: gradio mounts a closed accordion's fields when it is first opened, and then puts
+        # the values of the last answer over what was typed meanwhile.
+        updates |= {self._inputs.advanced: gr.Accordion(open=False)}
         return updates | self._screen.show(visitor, {}, form=stored)
 
     def tick(self, data: Data) -> Updates:

@@ -146,7 +146,7 @@ def _advanced(inputs: Inputs, words: Words, resolved: Resolved, exposure: Exposu
         component = gr.Number(value=start, label=words(key or name), info=shown, min_width=120, elem_id=name, **more)
         inputs.add(name, component, key or name)
 
-    with gr.Accordion(words("advanced"), open=False, elem_id="advanced") as inputs.advanced:
+    with gr.Accordion(words("advanced"), open=True, elem_id="advanced") as inputs.advanced:
         with gr.Row(elem_classes="plain"):
             number("seed", value=-1, info="seed_info", precision=0, minimum=-1)
             component = gr.Number(
