@@ -22,11 +22,12 @@ from .config import search_roots
 from .engine_config import EngineConfig
 from .errors import LoraError, short_path
 from .hub import find_cached
+from .lora_names import noise_level
 from .models.dit import WanDiT
 from .models.quant_linear import QuantLinear
 from .request import LoraSpec
 from .weights.build import ModelWeights
-from .weights.lora import Lora, LoraReport, match_lora, noise_level, partner_of
+from .weights.lora import Lora, LoraReport, match_lora, partner_of
 from .weights.stream import TensorStream
 
 

@@ -193,6 +193,9 @@ def place(
     parts = (files, config, precision, self_attention, cross_attention)
     planner = planner_for(files, config, precision, mesh)
     if planner is None:
+        if config.cpu_offload is True:
+            device = precision.device.type.upper()
+            warnings.append(f"cpu_offload has no effect: {device} has no memory of its own to offload from.")
         return within_memory(lambda: Resident(*parts, cancel=cancel, mesh=mesh), "while loading the model")
     plan, lowered = planner.plan(USUAL), False
     while True:

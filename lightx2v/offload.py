@@ -197,8 +197,6 @@ def planner_for(
 ) -> Planner | None:
     """What plans where this model's weights live; None where the device has no memory of its own to offload from."""
     if precision.device.type != "cuda":
-        if config.cpu_offload is True:
-            log.info("cpu_offload has no effect: %s has no memory of its own.", precision.device.type.upper())
         return None
     machine = Machine(vram=torch.cuda.mem_get_info(precision.device)[0], ram=free_ram())
     if mesh is not None:  # all plan alike, for the smallest device and their share of the host's memory

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import gc
 import weakref
 from pathlib import Path
@@ -72,6 +73,12 @@ def test_out_of_memory_while_loading_goes_on_with_less_and_says_so(
     assert modes == ["resident", "resident", "swap"]
     assert report["plan"]["mode"] == "swap"  # the machine is roomy enough for more, but that failed
     assert any("while loading" in warning and "one expert" in warning for warning in report["warnings"])
+
+
+def test_offload_that_has_no_effect_is_said(tiny: TinyModels, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    engine = load_engine(dataclasses.replace(config_of(tiny.t2v), device="auto", cpu_offload=True))
+    assert engine.warnings == ("cpu_offload has no effect: CPU has no memory of its own to offload from.",)
 
 
 def test_where_nothing_is_left_to_give_loading_fails(tiny: TinyModels, monkeypatch: pytest.MonkeyPatch) -> None:

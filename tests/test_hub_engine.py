@@ -22,6 +22,7 @@ from lightx2v.engine_config import EngineConfig
 from lightx2v.errors import Cancelled, DownloadError
 from lightx2v.hub import find, missing
 from lightx2v.progress import CancelToken, Progress
+from lightx2v.request import Request
 
 REPO = "someone/tiny-wan"
 SMALL = {"steps": 2, "height": 32, "width": 32, "frames": 5}
@@ -82,6 +83,30 @@ def test_a_lora_by_its_name_is_fetched_when_it_is_wanted(server: HubServer, tmp_
     with LightX2VPipeline.from_config(config()) as pipe:
         pipe.switch_lora([{"name": "high_noise_model", "path": f"someone/loras/{name}"}])
         assert find(f"someone/loras/{name}", config()) is not None and not server.bytes_of("other.safetensors")
+
+
+@pytest.mark.parametrize("given", ["high", "low"])
+def test_one_half_of_a_pair_brings_the_other_from_the_hub(
+    server: HubServer, tmp_path: Path, tiny: TinyModels, given: str
+) -> None:
+    shapes = base_weights(tiny.t2v).plain_shapes
+    names = {which: f"style_{which}_noise.safetensors" for which in ("high", "low")}
+    files = {name: write(tmp_path / name, random_pairs(shapes, seed)) for seed, name in enumerate(names.values())}
+    server.files["someone/loras"] = {name: file.read_bytes() for name, file in files.items()}
+    with LightX2VPipeline.from_config(config()) as pipe:
+        pipe.switch_lora([{"path": f"someone/loras/{names[given]}"}])
+        report = pipe.run(Request(prompt="a cat", **SMALL)).report()
+    assert [entry["path"].rpartition("/")[2] for entry in report["loras"]] == list(names.values())
+    assert report["warnings"] == []
+
+
+def test_a_half_that_the_hub_has_alone_is_fetched_alone(server: HubServer, tmp_path: Path, tiny: TinyModels) -> None:
+    file = write(tmp_path / "a_high.safetensors", random_pairs(base_weights(tiny.t2v).plain_shapes))
+    server.files["someone/loras"] = {file.name: file.read_bytes()}
+    with LightX2VPipeline.from_config(config()) as pipe:
+        pipe.switch_lora([{"path": f"someone/loras/{file.name}"}])
+        report = pipe.run(Request(prompt="a cat", **SMALL)).report()
+    assert len(report["loras"]) == 1 and "other half is not beside it" in report["warnings"][0]
 
 
 def test_infer_fetches_then_makes_the_video(server: HubServer, tmp_path: Path) -> None:

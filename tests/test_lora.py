@@ -11,10 +11,11 @@ from conftest import TinyModels
 from safetensors.torch import save_file
 
 from lightx2v.errors import BadRequest, LoraError
+from lightx2v.lora_names import noise_level
 from lightx2v.request import LoraSpec
 from lightx2v.weights.build import ModelWeights
 from lightx2v.weights.checkpoint import open_checkpoint
-from lightx2v.weights.lora import match_lora, noise_level, partner_of
+from lightx2v.weights.lora import match_lora, partner_of
 from lightx2v.weights.naming import wan_names, wan_to_diffusers
 from lightx2v.weights.quant import is_expert_matrix
 

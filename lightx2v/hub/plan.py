@@ -10,6 +10,7 @@ from pathlib import Path
 from ..config import needed_files, search_roots
 from ..engine_config import EngineConfig, hub_name
 from ..errors import ConfigError, DownloadError, byte_size, short_path
+from ..lora_names import other_half
 from .cache import CachedRepo, standard_cache
 from .listing import Hub, HubFile, list_files
 
@@ -90,6 +91,20 @@ def missing(config: EngineConfig) -> list[str]:
     ]
 
 
+def other_halves(config: EngineConfig) -> list[str]:
+    """The names that the other halves of LoRAs would have on the Hub, where one half is given for both experts and is
+    not a local file, which has its other half beside it."""
+    names = []
+    for lora in config.lora_configs:
+        other = other_half(lora.path) if lora.expert == "auto" else None
+        if other is None or (hub_name(other) or ("", None))[1] is None:
+            continue
+        local = find(lora.path, config) != find_cached(lora.path)
+        if not local and find(other, config) is None:
+            names.append(other)
+    return names
+
+
 def make_plan(config: EngineConfig, *, hub: Hub | None = None, free: Callable[[Path], int] | None = None) -> Plan:
     """Asks the Hub about what is missing, one question a repository. DownloadError where it has no answer.
 
@@ -109,6 +124,9 @@ def make_plan(config: EngineConfig, *, hub: Hub | None = None, free: Callable[[P
         if inside is None:
             raise ConfigError(f"{name} names a whole repository. Name the file or the folder in it that is meant.")
         wanted.setdefault(repo, []).append(inside + "/" * name.endswith("/"))
+    halves = [half for half in map(hub_name, other_halves(config)) if half and half[0] in wanted]
+    for repo, inside in halves:  # they come along where the Hub has them
+        wanted[repo].append(inside or "")
     files: dict[str, PlannedFile] = {}
     known = []
     for repo, insides in wanted.items():
@@ -116,6 +134,8 @@ def make_plan(config: EngineConfig, *, hub: Hub | None = None, free: Callable[[P
         cached = hub.repo(repo)
         for inside in insides:
             chosen = part(listing, inside)
+            if not chosen and (repo, inside) in halves:
+                continue
             if not chosen:
                 raise DownloadError(
                     f"{repo} has no {inside}. It has: {', '.join(sorted(_tops(listing))[:20]) or 'no files'}. "

@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 
 from ..errors import LoraError, short_path
+from ..lora_names import other_half
 from .checkpoint import Checkpoint, open_checkpoint
 from .naming import diffusers_to_wan, wan_to_diffusers
 
@@ -310,23 +311,9 @@ def _require_fit(
         )
 
 
-def noise_level(path: str | Path) -> str | None:
-    """ "high" or "low" if the file's name says one of them and not both."""
-    found = {word.lower() for word in _LEVEL.findall(Path(path).name)}
-    return found.pop() if len(found) == 1 else None
-
-
 def partner_of(path: str | Path) -> Path | None:
     """The other half of a pair of LoRAs: the file beside `path` whose name differs in "high" and "low" only."""
     path = Path(path)
-    swap = {"high": "low", "low": "high"}
-
-    def other(match: re.Match[str]) -> str:
-        word = swap[match[0].lower()]
-        return word.upper() if match[0].isupper() else word.title() if match[0].istitle() else word
-
-    partner = path.with_name(_LEVEL.sub(other, path.name))
-    return partner if noise_level(path) and partner.is_file() else None
-
-
-_LEVEL = re.compile(r"(?<![a-z])(?:high|low)(?![a-z])|(?<![a-z])(?:high|low)(?=noise)", re.IGNORECASE)
+    name = other_half(path.name)
+    partner = path.with_name(name) if name else None
+    return partner if partner is not None and partner.is_file() else None
