@@ -123,7 +123,7 @@ class Plan:
         return self.mode != "stream"
 
     def to_json(self) -> dict[str, Any]:
-        names = ("mode", "resident_blocks", "text", "vae", "tiling", "apart", "lazy", "bytes", "reason")
+        names = ("mode", "resident_blocks", "ring", "text", "vae", "together", "tiling", "apart", "lazy", "bytes", "reason")
         return {name: getattr(self, name) for name in names}
 
     def __str__(self) -> str:
