@@ -120,14 +120,15 @@ class ExpertLoras:
         self._dit, self._weights, self._config = dit, weights, config
         self._device, self._through = device, through
         self._merged: list[Lora] = []
+        self._touched: set[str] = set()
         self._hooks: list[torch.utils.hooks.RemovableHandle] = []
         self._kept: dict[str, Tensor] = {}
         self.applied: tuple[Applied, ...] = ()
-        self.specs: tuple[LoraSpec, ...] = ()
+        self.specs: tuple[LoraSpec, ...] | None = ()
         if self.dynamic(weights, config, lazy):
             self._attach(loras)
         else:
-            self._merged = list(loras)
+            self._merged, self._touched = list(loras), _names(loras)
         self._note(loras, config.lora_configs)
 
     @staticmethod
@@ -137,22 +138,33 @@ class ExpertLoras:
         return config.lora_dynamic_apply or (config.build is None and (weights.quantised or lazy))
 
     def use(self, specs: Sequence[LoraSpec]) -> None:
-        """Exchanges the LoRAs for those of `specs` that are for this expert. After an error the old ones are on."""
+        """Exchanges the LoRAs for those of `specs` that are for this expert. After a LoraError the old ones are on.
+
+        After any other error, such as no memory, `specs` is None: the next exchange begins with the base model.
+        """
         wanted = self._for_this(specs)
         if wanted == self.specs:
             return
         loras = match_loras(wanted, self.which, self._weights, self._config)
-        with torch.inference_mode(False), torch.no_grad():
-            if self.dynamic(self._weights, self._config, self._lazy):
-                self._attach(loras)
-            elif self._lazy:
-                raise LoraError(
-                    "The LoRAs are part of the weights that were built, and these stay on disk: they cannot be "
-                    "exchanged. Set lazy_load to false, or take a preset that does not build its model."
-                )
-            else:
-                self._merge(loras)
+        before, self.specs = self.specs, None
+        try:
+            with torch.inference_mode(False), torch.no_grad():
+                self._exchange(loras)
+        except LoraError:
+            self.specs = before
+            raise
         self._note(loras, wanted)
+
+    def _exchange(self, loras: list[Lora]) -> None:
+        if self.dynamic(self._weights, self._config, self._lazy):
+            self._attach(loras)
+        elif self._lazy:
+            raise LoraError(
+                "The LoRAs are part of the weights that were built, and these stay on disk: they cannot be "
+                "exchanged. Set lazy_load to false, or take a preset that does not build its model."
+            )
+        else:
+            self._merge(loras)
 
     def _for_this(self, specs: Iterable[LoraSpec]) -> tuple[LoraSpec, ...]:
         return tuple(spec for spec in specs if spec.expert in (self.which, "auto"))
@@ -162,16 +174,16 @@ class ExpertLoras:
         self.applied = tuple(Applied(expert=self.which, report=lora.report) for lora in loras)
 
     def _merge(self, loras: list[Lora]) -> None:
-        touched = {name for lora in (*self._merged, *loras) for name in lora.patches}
+        self._touched |= _names(loras)
         try:
-            self._overwrite(self._through(self._weights.with_loras(loras).tensors(touched)))
-        except BaseException:
-            self._overwrite(self._through(self._weights.with_loras(self._merged).tensors(touched)))
+            self._overwrite(self._weights.with_loras(loras))
+        except LoraError:
+            self._overwrite(self._weights.with_loras(self._merged))
             raise
-        self._merged = loras
+        self._merged, self._touched = loras, _names(loras)
 
-    def _overwrite(self, tensors: Iterable[tuple[str, Tensor]]) -> None:
-        for name, tensor in tensors:
+    def _overwrite(self, weights: ModelWeights) -> None:
+        for name, tensor in self._through(weights.tensors(self._touched)):
             parameter = self._dit.get_parameter(name)
             # Rounded where the load rounds: on the device that holds the weight.
             parameter.copy_(tensor.to(parameter.device))
@@ -245,6 +257,10 @@ class ExpertLoras:
             yield f"{name}|up", torch.cat(ups, dim=1).t().contiguous().to(device, dtype)
         if whole is not None:
             yield f"{name}|delta", whole.to(device, dtype)
+
+
+def _names(loras: Iterable[Lora]) -> set[str]:
+    return {name for lora in loras for name in lora.patches}
 
 
 def _side_branch(

@@ -174,7 +174,7 @@ class Resident:
                 loras.use(specs)
         except LoraError:
             for which, loras in self._loras.items():
-                loras.use(before[which])
+                loras.use(before[which] or ())
             raise
 
     @property

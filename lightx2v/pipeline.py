@@ -312,14 +312,11 @@ class LightX2VPipeline:
                 return replace(request, seed=draw_seed()) if request.seed == -1 else request
 
             def video(request: Request, path: str | Path | None, return_frames: bool) -> Result:
-                engine.placement.use_loras(self._loras_of(request))
-                size = f"at {request.width}x{request.height} with {request.frames} frames"
+                run = Run(engine, request, on_progress, cancel)
+                run.use_loras(self._loras_of(request))
                 with torch.inference_mode():
                     return within_memory(
-                        lambda: Run(engine, request, on_progress, cancel).video(
-                            path, metadata, force, return_frames, return_latents
-                        ),
-                        size,
+                        lambda: run.video(path, metadata, force, return_frames, return_latents), run.size
                     )
 
             if engine.mesh is None:

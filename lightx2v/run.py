@@ -30,7 +30,7 @@ from .parallel.mesh import SharedCancel
 from .parallel.rows import Rows
 from .planner import Need, Stage
 from .progress import CancelToken, Meter, OnProgress, Timings
-from .request import Request
+from .request import LoraSpec, Request
 from .result import Result
 from .sampling import denoise, guided, initial_noise, solver_for, still_warning
 
@@ -40,7 +40,7 @@ T = TypeVar("T")
 
 
 class Run:
-    """`video` does it all; it is called once."""
+    """`use_loras`, then `video`, which does all the rest; each is called once."""
 
     def __init__(
         self,
@@ -60,6 +60,9 @@ class Run:
         self.failure: LightX2VError | None = None
         self.warnings: list[str] = []
         self.tokens: dict[str, int] = {}
+
+    def use_loras(self, specs: Sequence[LoraSpec]) -> None:
+        self.with_less("denoise", lambda: self.placement.use_loras(specs), "while exchanging LoRAs")
 
     def video(
         self, path: str | Path | None, metadata: bool, force: bool, return_frames: bool, return_latents: bool
@@ -100,20 +103,21 @@ class Run:
             loras=tuple(lora.to_json() for lora in self.placement.loras),
         )
 
-    def with_less(self, stage: Stage, call: Callable[[], T]) -> T:
+    def with_less(self, stage: Stage, call: Callable[[], T], when: str = "") -> T:
         """`call()`; when memory runs out again with more of the weights off the device, until nothing more helps."""
         if self.mesh is not None:  # not tried again: the memory may have run out on one process only
-            return within_memory(call, self.size)
+            return within_memory(call, when or self.size)
         while True:
             try:
-                return within_memory(call, self.size)
+                return within_memory(call, when or self.size)
             except OutOfMemory as error:
                 failure = error
             # Outside of the handler, where the failed call's tensors are free.
             smaller = self.placement.step_down(stage)
             if smaller is None:
                 raise failure
-            warning = f"The device ran out of memory in the stage {stage}; the run went on with {smaller}."
+            where = when or f"in the stage {stage}"
+            warning = f"The device ran out of memory {where}; the run went on with {smaller}."
             log.warning("%s", warning)
             self.warnings.append(warning)
 

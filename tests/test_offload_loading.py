@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -20,13 +20,14 @@ from lightx2v.built import find_built
 from lightx2v.components import Precision, expert_weights
 from lightx2v.config import resolve
 from lightx2v.engine_config import EngineConfig
-from lightx2v.errors import LoraError
+from lightx2v.errors import LoraError, OutOfMemory
 from lightx2v.offload import model_sizes, offloaded
 from lightx2v.pipeline import LightX2VPipeline
 from lightx2v.placement.copies import HostCopies
 from lightx2v.planner import GIB, Machine, Plan, Planner, Wishes, expert_bytes
 from lightx2v.request import LoraSpec, Request
 from lightx2v.weights.locate import ModelFiles, locate
+from lightx2v.weights.lora import Lora
 
 SMALL = {"height": 32, "width": 48, "frames": 5, "steps": 2, "boundary": 0.95, "shift": 5.0}
 SWAP = Plan(mode="swap", resident_blocks=2, text="move", vae="move")
@@ -125,6 +126,48 @@ def test_loras_go_on_after_a_step_down_within_a_run(tiny: TinyModels, loras: tup
             assert placement.step_down("denoise") and placement.step_down("denoise")
         assert placement.plan is not None and placement.plan["mode"] == "swap"
         assert torch.equal(latents(pipe, replace(request, loras=loras)), with_loras)
+        assert torch.equal(latents(pipe, request), bare)
+
+
+@pytest.mark.parametrize("dynamic", [False, True])
+@pytest.mark.parametrize("start", [0, 40, 60])
+def test_out_of_memory_while_exchanging_loras_goes_on_with_less(
+    tiny: TinyModels, loras: tuple[LoraSpec, LoraSpec], monkeypatch: pytest.MonkeyPatch, dynamic: bool, start: int
+) -> None:
+    """Within the first expert, at its end, and within the second one: what is half exchanged is never used."""
+    config, request = configured(tiny.t2v, lora_dynamic_apply=dynamic)
+    styled = replace(request, loras=loras)
+    with loaded(config, None) as pipe:
+        bare, with_loras = latents(pipe, request), latents(pipe, styled)
+    fault = Exhausted(2, start)
+    with loaded(config, Plan(mode="resident", resident_blocks=2)) as pipe:
+        with monkeypatch.context() as patch:
+            patch.setattr(Lora, "_read", starved(fault))
+            result = pipe.run(styled, return_latents=True)
+        assert fault.times == 0 and result.latents is not None and torch.equal(result.latents, with_loras)
+        assert len(result.warnings) == 2 and all("while exchanging LoRAs; the run" in w for w in result.warnings)
+        again = pipe.run(request, return_latents=True)
+        assert again.warnings == () and again.report()["plan"] == result.report()["plan"]
+        assert again.latents is not None and torch.equal(again.latents, bare)
+
+
+def starved(fault: Exhausted) -> Callable[[Lora, str], torch.Tensor]:
+    """In place of reading a LoRA's tensor."""
+    read = Lora._read
+    return lambda lora, key: fault() or read(lora, key)
+
+
+def test_an_exchange_that_nothing_helps_leaves_no_mixture(
+    tiny: TinyModels, loras: tuple[LoraSpec, LoraSpec], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config, request = configured(tiny.t2v)
+    with loaded(config, None) as pipe:  # resident, and there is nowhere to step down to
+        bare = latents(pipe, request)
+        with monkeypatch.context() as patch:
+            fault = Exhausted(10**6, 7)
+            patch.setattr(Lora, "_read", starved(fault))
+            with pytest.raises(OutOfMemory, match="while exchanging LoRAs"):
+                pipe.run(replace(request, loras=loras))
         assert torch.equal(latents(pipe, request), bare)
 
 
