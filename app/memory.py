@@ -14,16 +14,8 @@ from lightx2v.request import Request
 
 def bytes_needed(config: EngineConfig, request: Request, *, vram: int, ram: int) -> int:
     """Bytes on a device with `vram` bytes free, under the plan that the engine will choose for it."""
-    wishes = Wishes(
-        cpu_offload=config.cpu_offload,
-        granularity=config.offload_granularity,
-        text_offload=config.t5_cpu_offload,
-        vae_offload=config.vae_cpu_offload,
-        tiling=config.use_tiling_vae,
-        lazy=config.lazy_load,
-    )
     need = Need.of(request.latent_shape, guided=any(request.guided))
-    plan = choose(Machine(vram=vram, ram=ram), _model(config), need, wishes)
+    plan = choose(Machine(vram=vram, ram=ram), _model(config), need, Wishes.of(config))
     return max(plan.bytes.values())
 
 
@@ -45,6 +37,6 @@ def _model(config: EngineConfig) -> Model:
     folder = model_folder(config)
     text, vae = TEXT_WEIGHTS * (1 if config.t5_quantized else 2), VAE_WEIGHTS * 2
     if folder is not None:  # a small model has a small text encoder; its files say how small
-        text = sum(file.stat().st_size for file in folder.glob("models_t5*.pth")) or text
-        vae = sum(file.stat().st_size for file in folder.glob("*VAE*.pth")) or vae
+        text = min(text, sum(file.stat().st_size for file in folder.glob("models_t5*.pth")) or text)
+        vae = min(vae, sum(file.stat().st_size for file in folder.glob("*VAE*.pth")) or vae)
     return Model(dit=shape_of(config), weight=1 if config.dit_quantized else 2, text=text, vae=vae)

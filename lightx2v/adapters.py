@@ -123,6 +123,8 @@ class ExpertLoras:
         self._touched: set[str] = set()
         self._hooks: list[torch.utils.hooks.RemovableHandle] = []
         self._kept: dict[str, Tensor] = {}
+        self.on_disk = weights
+        """To be read where weights stay on disk: with what the LoRAs change besides matrices."""
         self.applied: tuple[Applied, ...] = ()
         self.specs: tuple[LoraSpec, ...] | None = ()
         if self.dynamic(weights, config, lazy):
@@ -190,46 +192,44 @@ class ExpertLoras:
 
     def _attach(self, loras: Sequence[Lora]) -> None:
         """The new side branches and small tensors are made first, then everything is exchanged."""
+        small = {name for name in _names(loras) if self._matrix(name) is None}
+        weights = self._weights.with_loras([lora.only(small) for lora in loras])
         branches: dict[str, dict[str, Tensor]] = {}
         changed: dict[str, Tensor] = {}
-        for key, tensor in self._through(self._additions(loras)):
+        for key, tensor in self._through(self._additions(loras, weights, small)):
             name, _, part = key.partition("|")
             if part:
                 branches.setdefault(name, {})[part] = tensor
             else:
                 changed[name] = tensor
         self._detach()
+        self.on_disk = weights
         for name, total in changed.items():
             parameter = self._dit.get_parameter(name)
-            self._kept[name] = parameter.detach().clone()
-            parameter.copy_(total)
+            if not parameter.is_meta:
+                self._kept[name] = parameter.detach().clone()
+                parameter.copy_(total)
         self._hooks = [
             self._dit.get_submodule(name.rpartition(".")[0]).register_forward_hook(_side_branch(**parts))
             for name, parts in branches.items()
         ]
 
-    def _additions(self, loras: Sequence[Lora]) -> Iterator[tuple[str, Tensor]]:
+    def _additions(self, loras: Sequence[Lora], weights: ModelWeights, small: set[str]) -> Iterator[tuple[str, Tensor]]:
         """What these LoRAs add: of a linear layer's weight "name|down" and "name|up" or "name|delta", of anything else
-        its new value."""
+        its new value. That is read even where it stays on disk, so that what is wrong with it shows now."""
         layers: dict[str, list[Lora]] = {}
         for lora in loras:
             for name in lora.patches:
                 layers.setdefault(name, []).append(lora)
         for name, group in layers.items():
-            owner = self._dit.get_submodule(name.rpartition(".")[0]) if "." in name else self._dit
-            if name.endswith(".weight") and isinstance(owner, nn.Linear | QuantLinear):
-                yield from self._branch(name, group, owner)
-                continue
-            parameter = self._dit.get_parameter(name)
-            if parameter.is_meta:
-                raise LoraError(
-                    f"{short_path(group[0].checkpoint.path)} changes {name}, which is no matrix; with lazy_load the "
-                    "file of the model is used as it is. Set lazy_load to false, or merge the LoRA into the model."
-                )
-            total = self._kept.get(name, parameter).detach().float().clone()
-            for lora in group:
-                lora.add_to(name, total)
-            yield name, total
+            if (layer := self._matrix(name)) is not None:
+                yield from self._branch(name, group, layer)
+        yield from weights.tensors(small)
+
+    def _matrix(self, name: str) -> nn.Linear | QuantLinear | None:
+        """The linear layer whose weight this is."""
+        owner = self._dit.get_submodule(name.rpartition(".")[0])
+        return owner if name.endswith(".weight") and isinstance(owner, nn.Linear | QuantLinear) else None
 
     def _detach(self) -> None:
         for hook in self._hooks:

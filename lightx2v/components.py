@@ -110,11 +110,18 @@ def built_weights(files: ModelFiles, which: Which) -> ModelWeights | None:
     return ModelWeights(checkpoint, wan_names(checkpoint.shapes), matrix=is_expert_matrix)
 
 
-def build_expert(files: ModelFiles, weights: ModelWeights, self_attention: Choice, cross_attention: Choice) -> WanDiT:
+def build_expert(
+    files: ModelFiles,
+    weights: ModelWeights,
+    precision: Precision,
+    self_attention: Choice,
+    cross_attention: Choice,
+) -> WanDiT:
     """One expert on the meta device. The weights are compared with the architecture; no tensor is read."""
     dit_config = DiTConfig.from_checkpoint(files.architecture, weights.shapes)
     with torch.device("meta"):
         dit = WanDiT(dit_config, self_attention=self_attention.fn, cross_attention=cross_attention.fn)
+    dit.cast(precision.compute)
     swap_linears(dit, weights.formats)
     check_fit(dit, weights.shapes, weights.dtypes, source_name=weights.source)
     return dit.eval()
@@ -130,7 +137,7 @@ def load_expert(
     mesh: Mesh | None = None,
 ) -> WanDiT:
     """One expert of these weights; with a mesh rank 0 reads them for all."""
-    dit = build_expert(files, weights, self_attention, cross_attention)
+    dit = build_expert(files, weights, precision, self_attention, cross_attention)
     dtype_of = expert_dtypes(precision)
     tensors = weights.tensors(dtype_of=dtype_of, device=precision.device)
     if mesh is not None:

@@ -11,6 +11,7 @@ import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import replace
+from functools import partial
 from typing import Any, Protocol
 
 import torch
@@ -122,16 +123,14 @@ class Resident:
         for which in ("high", "low"):
             weights = expert_weights(files, which, config)
             loras = match_loras(config.lora_configs, which, weights, config)
-            used = built_weights(files, which)
-            if used is None:
-                used = weights if ExpertLoras.dynamic(weights, config, lazy) else weights.with_loras(loras)
+            made = built_weights(files, which)
+            used = made or (weights if ExpertLoras.dynamic(weights, config, lazy) else weights.with_loras(loras))
+            load = build_expert if lazy else partial(load_expert, cancel=cancel, mesh=mesh)
+            dit = load(files, used, at_expert, self_attention, cross_attention)
+            on = ExpertLoras(dit, which, weights, loras, config, precision.device, through, lazy=lazy)
             if lazy:
-                dit = build_expert(files, used, self_attention, cross_attention)
-                self.readers[which] = _reader(used, at_expert, through)
-            else:
-                dit = load_expert(files, used, at_expert, self_attention, cross_attention, cancel, mesh)
-            self._experts[which] = dit
-            self._loras[which] = ExpertLoras(dit, which, weights, loras, config, precision.device, through, lazy=lazy)
+                self.readers[which] = _reader(lambda on=on, made=made: made or on.on_disk, at_expert, through)
+            self._experts[which], self._loras[which] = dit, on
         if self._experts["high"].config != self._experts["low"].config:
             raise CheckpointError(
                 "The two experts have different architectures. Use the high-noise and low-noise files of one model."
@@ -187,9 +186,11 @@ class Resident:
         self._loras.clear()
 
 
-def _reader(weights: ModelWeights, precision: Precision, through: Callable[[TensorStream], TensorStream]) -> Reader:
+def _reader(
+    weights: Callable[[], ModelWeights], precision: Precision, through: Callable[[TensorStream], TensorStream]
+) -> Reader:
     dtype_of = expert_dtypes(precision)
-    return lambda names: through(weights.tensors(names, dtype_of=dtype_of))
+    return lambda names: through(weights().tensors(names, dtype_of=dtype_of))
 
 
 def planner_for(
@@ -202,9 +203,9 @@ def planner_for(
     if mesh is not None:  # all plan alike, for the smallest device and their share of the host's memory
         free = mesh.world.wire.gather_json([machine.vram, machine.ram])
         machine = Machine(vram=min(vram for vram, _ in free), ram=min(ram for _, ram in free) // mesh.world.size)
-    if files.built is None and ((config.lora_configs and not config.lora_dynamic_apply) or config.build):
-        machine = replace(machine, ram=2**62)  # merged weights are in no file, so they cannot stay on disk
-    return Planner(machine=machine, model=model_sizes(files, config, precision), wishes=wishes_of(config))
+    if files.built is None and config.build:
+        machine = replace(machine, ram=2**62)  # what could not be kept is in no file, so it cannot stay on disk
+    return Planner(machine=machine, model=model_sizes(files, config, precision), wishes=Wishes.of(config))
 
 
 def offloaded(
@@ -247,17 +248,6 @@ def offloaded(
     )
 
 
-def wishes_of(config: EngineConfig) -> Wishes:
-    return Wishes(
-        cpu_offload=config.cpu_offload,
-        granularity="model" if config.offload_granularity == "model" else "block",
-        text_offload=config.t5_cpu_offload,
-        vae_offload=config.vae_cpu_offload,
-        tiling=config.use_tiling_vae,
-        lazy=config.lazy_load,
-    )
-
-
 def model_sizes(files: ModelFiles, config: EngineConfig, precision: Precision) -> Model:
     """What the planner needs to know, from the files' headers."""
     weights = expert_weights(files, "high", config)
@@ -283,4 +273,11 @@ def model_sizes(files: ModelFiles, config: EngineConfig, precision: Precision) -
         vae_element=precision.vae.itemsize,
         text=sum(text_sizes[:-1]),  # the largest tensor is the token table, which stays in the file
         vae=sum(map(math.prod, vae.shapes.values())) * precision.vae.itemsize,
+        loras=sum(
+            lora.elements * precision.compute.itemsize
+            for which in ("high", "low")
+            for lora in match_loras(config.lora_configs, which, weights, config)
+            if not config.build
+        ),
+        loras_beside=ExpertLoras.dynamic(weights, config),
     )

@@ -17,6 +17,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
+from .engine_config import EngineConfig
 from .estimate import DiTShape
 
 Mode = Literal["resident", "swap", "stream"]
@@ -58,7 +59,11 @@ class Machine:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Model:
-    """Sizes and bytes per value: `weight` of the blocks' matrices on the device (1 for FP8), `compute` of products."""
+    """Sizes and bytes per value: `weight` of the blocks' matrices on the device (1 for FP8), `compute` of products.
+
+    `loras` are the bytes of both experts' LoRAs in low-rank form. They are on the device where they run beside the
+    weights: always with `loras_beside`, else where the weights stay on disk.
+    """
 
     dit: DiTShape = field(default_factory=DiTShape)
     weight: float = 2
@@ -66,6 +71,8 @@ class Model:
     vae_element: int = 2
     text: int = TEXT_WEIGHTS * 2
     vae: int = VAE_WEIGHTS * 2
+    loras: int = 0
+    loras_beside: bool = False
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -93,6 +100,17 @@ class Wishes:
     vae_offload: bool | Literal["auto"] = "auto"
     tiling: bool | Literal["auto"] = "auto"
     lazy: bool = False
+
+    @classmethod
+    def of(cls, config: EngineConfig) -> Wishes:
+        return cls(
+            cpu_offload=config.cpu_offload,
+            granularity="model" if config.offload_granularity == "model" else "block",
+            text_offload=config.t5_cpu_offload,
+            vae_offload=config.vae_cpu_offload,
+            tiling=config.use_tiling_vae,
+            lazy=config.lazy_load,
+        )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -223,6 +241,7 @@ def stage_bytes(plan: Plan, model: Model, need: Need) -> dict[str, int]:
         streamed = model.dit.num_layers - plan.resident_blocks
         experts = outside_bytes(model) + per_block * (plan.resident_blocks + min(plan.ring, streamed))
     staying = (model.text if plan.text == "resident" else 0) + (model.vae if plan.vae == "resident" else 0)
+    staying += model.loras if model.loras_beside or plan.lazy else 0
     beside = staying + (experts if plan.together else 0)
     text = {"resident": 0, "move": model.text, "stream": model.text * RING // TEXT_BLOCKS}[plan.text]
     vae = model.vae if plan.vae != "resident" else 0
@@ -310,6 +329,7 @@ def _reason(plan: Plan, model: Model, machine: Machine, *, fits: bool) -> str:
     }[plan.mode]
     more = [
         *(["the weights stay on disk"] if plan.lazy and plan.mode != "resident" else []),
+        *(["the LoRAs run beside them"] if plan.lazy and plan.mode != "resident" and model.loras else []),
         *(["the VAE works in tiles"] if plan.tiling else []),
         *(["the prompts take turns"] if plan.apart else []),
     ]

@@ -12,6 +12,7 @@ import pytest
 import torch
 from conftest import TinyModels
 from PIL import Image
+from safetensors.torch import save_file
 from test_lora import random_pairs, spec, write
 from test_offload import Exhausted
 
@@ -26,6 +27,7 @@ from lightx2v.pipeline import LightX2VPipeline
 from lightx2v.placement.copies import HostCopies
 from lightx2v.planner import GIB, Machine, Plan, Planner, Wishes, expert_bytes
 from lightx2v.request import LoraSpec, Request
+from lightx2v.weights.checkpoint import open_checkpoint
 from lightx2v.weights.locate import ModelFiles, locate
 from lightx2v.weights.lora import Lora
 
@@ -171,19 +173,37 @@ def test_an_exchange_that_nothing_helps_leaves_no_mixture(
         assert torch.equal(latents(pipe, request), bare)
 
 
-def test_loras_beside_weights_on_disk(tiny: TinyModels, loras: tuple[LoraSpec, LoraSpec], tmp_path: Path) -> None:
-    config, request = configured(tiny.t2v, lora_dynamic_apply=True)
-    with loaded(config, None) as pipe:
-        expected = latents(pipe, replace(request, loras=loras))
-    difference = tmp_path / "difference.safetensors"
-    from safetensors.torch import save_file
+@pytest.fixture
+def everywhere(tiny: TinyModels, loras: tuple[LoraSpec, LoraSpec], tmp_path: Path) -> tuple[LoraSpec, ...]:
+    """LoRAs on all matrices, and on much that is no matrix."""
+    shapes = open_checkpoint(tiny.t2v / "high_noise_model").shapes
+    names = {"blocks.0.norm3.diff": "blocks.0.norm3.weight", "blocks.1.ffn.0.diff_b": "blocks.1.ffn.0.bias"}
+    names |= {"blocks.1.diff_m": "blocks.1.modulation", "patch_embedding.diff": "patch_embedding.weight"}
+    small = {f"diffusion_model.{key}": torch.full(shapes[name], 0.1) for key, name in names.items()}
+    save_file(small, tmp_path / "small.safetensors")
+    return (*loras, spec(tmp_path / "small.safetensors", "high"), spec(tmp_path / "small.safetensors", "low"))
 
-    save_file({"diffusion_model.blocks.0.norm3.diff": torch.ones(24)}, difference)
-    with loaded(config, replace(STREAM, lazy=True)) as pipe:
-        assert torch.equal(latents(pipe, replace(request, loras=loras)), expected)
-        with pytest.raises(LoraError, match="lazy_load"):
-            pipe.run(replace(request, loras=(spec(difference, "high"),)))
-        assert torch.equal(latents(pipe, replace(request, loras=loras)), expected)
+
+@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
+@pytest.mark.parametrize("given", ["by the configuration", "by the request"])
+def test_loras_beside_weights_on_disk(
+    tiny: TinyModels, everywhere: tuple[LoraSpec, ...], dtype: str, given: str, tmp_path: Path
+) -> None:
+    """Matrices run beside the weights; the rest is added as it is read."""
+    config, request = configured(tiny.t2v, lora_dynamic_apply=True, dtype=dtype)
+    styled = replace(request, loras=everywhere)
+    with loaded(config, None) as pipe:
+        bare, expected = latents(pipe, request), latents(pipe, styled)
+    broken = {"diffusion_model.blocks.0.norm3.diff": torch.full((24,), float("nan"))}
+    save_file(broken, tmp_path / "broken.safetensors")
+    at_load = replace(config, lora_configs=everywhere) if given == "by the configuration" else config
+    with loaded(at_load, replace(STREAM, lazy=True)) as pipe:
+        for _ in range(2):
+            assert torch.equal(latents(pipe, styled), expected)
+            with pytest.raises(LoraError, match="NaN"):
+                pipe.run(replace(request, loras=(*everywhere[:2], spec(tmp_path / "broken.safetensors"))))
+            assert torch.equal(latents(pipe, styled), expected)
+            assert torch.equal(latents(pipe, replace(request, loras=())), bare)
 
 
 def test_a_request_brings_loras_to_weights_on_disk(tiny: TinyModels, loras: tuple[LoraSpec, LoraSpec]) -> None:

@@ -12,8 +12,8 @@ Besides low-rank pairs a file may hold differences as they are: `.diff` (weights
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Container, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -108,6 +108,16 @@ class Lora:
     checkpoint: Checkpoint
     patches: dict[str, Patch]
     report: LoraReport
+
+    @property
+    def elements(self) -> int:
+        """Of all that it changes by."""
+        keys = (key for patch in self.patches.values() for key in (patch.up, patch.down) if key)
+        return sum(_count(self.checkpoint.shapes[key]) for key in keys)
+
+    def only(self, names: Container[str]) -> Lora:
+        """Its changes of these tensors."""
+        return replace(self, patches={name: patch for name, patch in self.patches.items() if name in names})
 
     def low_rank(self, name: str) -> tuple[Tensor, Tensor] | None:
         """(down_RI, up_OR) in float32 with all scales in `up`; None where the change is a difference."""
