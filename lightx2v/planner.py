@@ -141,8 +141,8 @@ class Plan:
         return self.mode != "stream"
 
     def to_json(self) -> dict[str, Any]:
-        names = ("mode", "resident_blocks", "ring", "text", "vae", "together", "tiling", "apart", "lazy", "bytes", "reason")
-        return {name: getattr(self, name) for name in names}
+        names = "mode resident_blocks ring text vae together tiling apart lazy bytes reason"
+        return {name: getattr(self, name) for name in names.split()}
 
     def __str__(self) -> str:
         """The reason, and the bytes that are expected."""
