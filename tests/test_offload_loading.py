@@ -16,16 +16,17 @@ from safetensors.torch import save_file
 from test_lora import random_pairs, spec, write
 from test_offload import Exhausted
 
+import lightx2v.offload
 from lightx2v.attention import resolve_attention
 from lightx2v.built import find_built
 from lightx2v.components import Precision, expert_weights
 from lightx2v.config import resolve
 from lightx2v.engine_config import EngineConfig
 from lightx2v.errors import LoraError, OutOfMemory
-from lightx2v.offload import model_sizes, offloaded
+from lightx2v.offload import model_sizes, offloaded, planner_for
 from lightx2v.pipeline import LightX2VPipeline
 from lightx2v.placement.copies import HostCopies
-from lightx2v.planner import GIB, Machine, Plan, Planner, Wishes, expert_bytes
+from lightx2v.planner import GIB, Machine, Need, Plan, Planner, Wishes, expert_bytes
 from lightx2v.request import LoraSpec, Request
 from lightx2v.weights.checkpoint import open_checkpoint
 from lightx2v.weights.locate import ModelFiles, locate
@@ -173,10 +174,14 @@ def test_an_exchange_that_nothing_helps_leaves_no_mixture(
         assert torch.equal(latents(pipe, request), bare)
 
 
+def shapes_of(folder: Path) -> dict[str, tuple[int, ...]]:
+    return open_checkpoint(folder / "high_noise_model").shapes
+
+
 @pytest.fixture
 def everywhere(tiny: TinyModels, loras: tuple[LoraSpec, LoraSpec], tmp_path: Path) -> tuple[LoraSpec, ...]:
     """LoRAs on all matrices, and on much that is no matrix."""
-    shapes = open_checkpoint(tiny.t2v / "high_noise_model").shapes
+    shapes = shapes_of(tiny.t2v)
     names = {"blocks.0.norm3.diff": "blocks.0.norm3.weight", "blocks.1.ffn.0.diff_b": "blocks.1.ffn.0.bias"}
     names |= {"blocks.1.diff_m": "blocks.1.modulation", "patch_embedding.diff": "patch_embedding.weight"}
     small = {f"diffusion_model.{key}": torch.full(shapes[name], 0.1) for key, name in names.items()}
@@ -267,6 +272,27 @@ def test_use_tiling_vae_is_honoured(tiny: TinyModels, asked: bool, tmp_path: Pat
         result = pipe.run(request, return_frames=True)
     assert seen == [asked, asked]
     assert result.frames is not None and result.frames.shape[0] == request.frames
+
+
+def test_loras_do_not_keep_a_model_in_host_memory_that_is_too_small(
+    tiny: TinyModels, everywhere: tuple[LoraSpec, ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (GIB, GIB))
+    monkeypatch.setattr(lightx2v.offload, "free_ram", lambda: 2**16)
+
+    def planned(**settings: Any) -> tuple[Plan, int]:
+        config, request = configured(tiny.t2v, device="auto", cpu_offload=True, lora_configs=everywhere, **settings)
+        on_gpu = replace(Precision.of(config), device=torch.device("cuda"))
+        planner = planner_for(locate(config), config, on_gpu)
+        assert planner is not None
+        return planner.plan(Need.of(request.latent_shape, guided=True)), planner.model.loras
+
+    plan, size = planned()
+    sizes = [sum(pair.numel() for pair in pairs.values()) for pairs in random_pairs(shapes_of(tiny.t2v)).values()]
+    small = 24 + 48 + 6 * 24 + 24 * 16 * 4
+    assert plan.lazy and plan.mode == "swap" and size == 2 * 4 * (sum(sizes) + small)
+    plan, size = planned(build="merged")
+    assert not plan.lazy and size == 0, "no file has what is only made in memory"
 
 
 def test_a_planner_counts_this_model_and_plans_for_each_request(tiny: TinyModels) -> None:

@@ -161,6 +161,19 @@ def test_weights_stay_on_disk_where_host_memory_is_short() -> None:
     assert replace(both, text="move").lower("denoise") is None, "the experts have nowhere to go"
 
 
+def test_loras_beside_the_weights_are_counted_where_they_are() -> None:
+    styled = replace(BF16, loras=GIB)
+    for ram, lazy in ((ROOMY, False), (32 * GIB, True)):
+        bare, with_loras = plan(24, ram=ram), plan(24, ram=ram, model=styled)
+        assert bare.lazy == with_loras.lazy == lazy
+        assert (with_loras == bare) != lazy and ("the LoRAs run beside them" in with_loras.reason) == lazy
+        more = [stage_bytes(bare, styled, LARGE)[stage] - bare.bytes[stage] for stage in bare.bytes]
+        assert more == [GIB * lazy] * 3
+    always = plan(24, model=replace(styled, loras_beside=True))
+    assert not always.lazy and always.resident_blocks < plan(24).resident_blocks
+    assert max(always.bytes.values()) < 24 * GIB
+
+
 @pytest.mark.parametrize("stage", ["text", "image", "denoise", "decode"])
 def test_the_ladder_ends_and_never_grows(stage: str) -> None:
     need = LARGE
