@@ -22,7 +22,7 @@ from .config import search_roots
 from .engine_config import EngineConfig
 from .errors import LoraError, short_path
 from .hub import find_cached
-from .lora_names import noise_level
+from .lora_names import noise_level, task_of
 from .models.dit import WanDiT
 from .models.quant_linear import QuantLinear
 from .request import LoraSpec
@@ -57,6 +57,8 @@ def match_loras(specs: Iterable[LoraSpec], which: Which, weights: ModelWeights, 
             )
         if (says := noise_level(path)) not in (None, which):  # by lora_allow_partial, see file_for
             warnings.append(f"{short_path(path)} is used for the {which}-noise expert, its name says {says} noise.")
+        if (task := task_of(path)) and (task == "t2v") != (config.task == "t2v"):  # it may be meant
+            warnings.append(f"{short_path(path)} is used for {config.task}, its name says {task}.")
         if spec.expert == "auto" and says == which and partner_of(path) is None:
             warnings.append(f"{short_path(path)} is for one expert, and its other half is not beside it.")
         found.append(replace(lora, report=replace(lora.report, warnings=tuple(warnings))))

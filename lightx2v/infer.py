@@ -245,7 +245,7 @@ def _dry_run(resolved: Resolved, shown: dict[str, Any]) -> dict[str, Any]:
 
 
 def _summary(report: dict[str, Any]) -> str:
-    """A finished run in three lines."""
+    """A finished run in three lines, one more for each LoRA and each warning."""
     timings = report["timings"]
     stages = ", ".join(f"{name} {seconds:.2f}" for name, seconds in timings["seconds"].items())
     memory = f"{timings['peak_rss'] / 2**30:.2f} GiB of RAM"
@@ -263,6 +263,11 @@ def _summary(report: dict[str, Any]) -> str:
         f"{report['seed']}, {report['device']}",
         f"{timings['total']:.2f} s: {stages}",
         f"peak {memory}",
+    ]
+    lines += [
+        f"LoRA {one_line(lora['path'])}: {lora['applied']} of {lora['total']} layers on the {lora['expert']}-noise "
+        f"expert, strength {lora['strength']:g}"
+        for lora in report.get("loras", [])
     ]
     return "\n".join(lines + [f"warning: {one_line(text)}" for text in report["warnings"]])
 

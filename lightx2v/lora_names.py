@@ -1,4 +1,4 @@
-"""What a LoRA's name says: the expert it is for, and what its other half is called."""
+"""What a LoRA's name says: the task and the expert it is for, and what its other half is called."""
 
 from __future__ import annotations
 
@@ -6,6 +6,15 @@ import re
 from pathlib import PurePath
 
 _LEVEL = re.compile(r"(?<![a-z])(?:high|low)(?![a-z])|(?<![a-z])(?:high|low)(?=noise)", re.IGNORECASE)
+
+
+_TASK = re.compile(r"(?<![a-z0-9])(?:t2v|i2v|flf2v)(?![a-z])", re.IGNORECASE)
+
+
+def task_of(path: str | PurePath) -> str | None:
+    """ "t2v", "i2v" or "flf2v" if the file's name says one of them and no other."""
+    found = {word.lower() for word in _TASK.findall(PurePath(path).name)}
+    return found.pop() if len(found) == 1 else None
 
 
 def noise_level(path: str | PurePath) -> str | None:

@@ -225,6 +225,17 @@ def test_a_half_alone_is_said_and_a_file_for_both_is_used_for_both(
     assert torch.equal(for_both, latents(pipe, replace(request, loras=(spec(files[0]), spec(files[0], "low")))))
 
 
+def test_a_lora_of_the_other_task_is_warned_of(
+    loaded: tuple[LightX2VPipeline, Request], files: tuple[Path, Path], tmp_path: Path
+) -> None:
+    pipe, request = loaded
+    for task, warned in (("i2v", True), ("t2v", False)):
+        named = tmp_path / f"style_{task}.safetensors"
+        named.write_bytes(files[0].read_bytes())
+        warnings = pipe.run(replace(request, loras=(spec(named),))).warnings
+        assert [f"is used for t2v, its name says {task}" in text for text in warnings] == [True] * warned
+
+
 def test_lora_allow_partial_lets_through_what_looks_wrong(
     tiny: TinyModels, halves: tuple[Path, Path], tmp_path: Path
 ) -> None:

@@ -203,7 +203,7 @@ def test_a_file_that_the_repository_does_not_have_is_named_with_those_it_has(ser
 
 
 def test_a_whole_repository_is_never_fetched(server: HubServer) -> None:
-    with pytest.raises(ConfigError, match="names a whole repository"):
+    with pytest.raises(ConfigError, match="on the Hub it would be a whole repository"):
         make_plan(replace(merged(), vae_path=BASE), hub=quick(server))
 
 

@@ -78,6 +78,7 @@ class Stage:
             attention={"self": "torch_sdpa", "cross": "torch_sdpa", "reason": "a test"},
             timings=TIMINGS,
             text_tokens={"prompt": 3},
+            loras=({"expert": "high", "path": "a.safetensors", "strength": 0.5, "applied": 49, "total": 50},),
             warnings=("the prompt is\nlong",),
         )
 
@@ -132,6 +133,7 @@ def test_it_prints_the_path_first_and_then_what_it_took(infer: Infer, tmp_path: 
         "96x96, 17 frames, 16 fps, seed 42, CPU",
         "2.75 s: text 0.50, denoise 2.00",
         "peak 3.00 GiB of GPU memory (4.00 GiB reserved), 1.00 GiB of RAM",
+        "LoRA a.safetensors: 49 of 50 layers on the high-noise expert, strength 0.5",
         "warning: the prompt is\\nlong",
     ]
     assert re.search(r"INFO +Total Cost cost \d+\.\d{6} seconds", ended.err)

@@ -11,7 +11,7 @@ from conftest import TinyModels
 from safetensors.torch import save_file
 
 from lightx2v.errors import BadRequest, LoraError
-from lightx2v.lora_names import noise_level
+from lightx2v.lora_names import noise_level, task_of
 from lightx2v.request import LoraSpec
 from lightx2v.weights.build import ModelWeights
 from lightx2v.weights.checkpoint import open_checkpoint
@@ -175,6 +175,11 @@ def test_a_lora_of_another_model_is_refused_with_names_of_both(weights: ModelWei
         match_lora(tmp_path / "x.safetensors", weights.shapes)
 
 
+def test_a_model_in_place_of_a_lora_is_called_that(weights: ModelWeights, tiny: TinyModels) -> None:
+    with pytest.raises(LoraError, match="is a whole model and no LoRA"):
+        match_lora(tiny.t2v / "high_noise_model", weights.shapes)
+
+
 def test_one_wrong_shape_refuses_the_whole_file(weights: ModelWeights, tmp_path: Path) -> None:
     pairs = random_pairs(weights.shapes)
     pairs["blocks.0.ffn.2"]["down"] = torch.zeros(RANK, 7)
@@ -274,6 +279,19 @@ def test_nan_in_a_lora_is_refused(weights: ModelWeights, tmp_path: Path) -> None
 )
 def test_the_name_tells_the_noise_level(name: str, level: str | None) -> None:
     assert noise_level(name) == level
+
+
+@pytest.mark.parametrize(
+    ("name", "task"),
+    [
+        ("wan2.2_i2v_A14b_high_noise_lora_rank64.safetensors", "i2v"),
+        ("Wan22-T2V480p-style.safetensors", "t2v"),
+        ("t2v_and_i2v.safetensors", None),
+        ("style.safetensors", None),
+    ],
+)
+def test_the_name_tells_the_task(name: str, task: str | None) -> None:
+    assert task_of(name) == task
 
 
 @pytest.mark.parametrize(

@@ -122,7 +122,10 @@ def make_plan(config: EngineConfig, *, hub: Hub | None = None, free: Callable[[P
     for name in absent:
         repo, inside = hub_name(name) or ("", None)
         if inside is None:
-            raise ConfigError(f"{name} names a whole repository. Name the file or the folder in it that is meant.")
+            raise ConfigError(
+                f"There is no {name} on this machine, and on the Hub it would be a whole repository. "
+                "Check the path, or name the file or the folder in the repository that is meant."
+            )
         wanted.setdefault(repo, []).append(inside + "/" * name.endswith("/"))
     halves = [half for half in map(hub_name, other_halves(config)) if half and half[0] in wanted]
     for repo, inside in halves:  # they come along where the Hub has them

@@ -11,9 +11,10 @@ Besides low-rank pairs a file may hold differences as they are: `.diff` (weights
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Container, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +24,7 @@ from torch import Tensor
 from ..errors import LoraError, short_path
 from ..lora_names import other_half
 from .checkpoint import Checkpoint, open_checkpoint
-from .naming import diffusers_to_wan, wan_to_diffusers
+from .naming import diffusers_to_wan, strip_prefix, wan_to_diffusers
 
 Shapes = Mapping[str, tuple[int, ...]]
 
@@ -77,11 +78,8 @@ class Patch:
     scale: float
 
 
-@dataclass(slots=True)
-class _Group:
-    """The keys of one layer while they are gathered."""
-
-    keys: dict[str, str] = field(default_factory=dict)
+Keys = dict[str, str]
+"""Of one layer: what it is ("up", "down", "alpha", "diff", …) -> the file's key."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -113,7 +111,7 @@ class Lora:
     def elements(self) -> int:
         """Of all that it changes by."""
         keys = (key for patch in self.patches.values() for key in (patch.up, patch.down) if key)
-        return sum(_count(self.checkpoint.shapes[key]) for key in keys)
+        return sum(math.prod(self.checkpoint.shapes[key]) for key in keys)
 
     def only(self, names: Container[str]) -> Lora:
         """Its changes of these tensors."""
@@ -160,12 +158,14 @@ def match_lora(path: str | Path, shapes: Shapes, *, strength: float = 1.0, allow
     patches: dict[str, Patch] = {}
     origin: dict[str, str] = {}
     unmatched, wrong, harmless = [*strangers], [], 0
-    for stem, group in groups.items():
-        for kind, keys in _changes(group, stem, source):
+    for stem, of_layer in groups.items():
+        for kind, keys in _changes(of_layer, stem, source):
             name = find(stem, kind)
+            if name is None and _HARMLESS.search(stem):
+                harmless += 1
+                continue
             if name is None:
-                harmless += bool(_HARMLESS.search(stem))
-                unmatched += [] if _HARMLESS.search(stem) else [keys[0]]
+                unmatched.append(keys[0])
                 continue
             if name in origin:
                 raise LoraError(f"{source} changes {name} twice, as {origin[name]} and as {stem}. It is mixed up.")
@@ -174,9 +174,9 @@ def match_lora(path: str | Path, shapes: Shapes, *, strength: float = 1.0, allow
             if why:
                 wrong.append(f"{name} {why}")
                 continue
-            patches[name] = Patch(keys[0], keys[1] if len(keys) > 1 else None, _scale(checkpoint, group, keys, source))
+            scale = strength * _scale(checkpoint, of_layer, keys, source)
+            patches[name] = Patch(keys[0], keys[1] if len(keys) > 1 else None, scale)
     _require_fit(source, checkpoint, shapes, len(patches), unmatched, wrong, allow_partial=allow_partial)
-    patches = {name: Patch(patch.up, patch.down, patch.scale * strength) for name, patch in patches.items()}
     report = LoraReport(
         path=source,
         strength=strength,
@@ -188,9 +188,9 @@ def match_lora(path: str | Path, shapes: Shapes, *, strength: float = 1.0, allow
     return Lora(checkpoint=checkpoint, patches=patches if strength else {}, report=report)
 
 
-def _gather(checkpoint: Checkpoint, source: str) -> tuple[dict[str, _Group], list[str]]:
+def _gather(checkpoint: Checkpoint, source: str) -> tuple[dict[str, Keys], list[str]]:
     """The file's keys by layer, and those that are of no known kind."""
-    groups: dict[str, _Group] = {}
+    groups: dict[str, Keys] = {}
     strangers: list[str] = []
     for key in checkpoint.shapes:
         if _FOREIGN.search(key):
@@ -205,16 +205,15 @@ def _gather(checkpoint: Checkpoint, source: str) -> tuple[dict[str, _Group], lis
         if kind == "mid":
             raise LoraError(f"{source}: {key:.100} belongs to a LoRA of convolutions, which is not supported.")
         stem = match["stem"].replace(".processor.", ".")
-        group = groups.setdefault(stem, _Group())
-        if kind in group.keys:
+        keys = groups.setdefault(stem, {})
+        if kind in keys:
             raise LoraError(f"{source} holds {kind} of {stem:.100} twice. It is mixed up.")
-        group.keys[kind] = key
+        keys[kind] = key
     return groups, strangers
 
 
-def _changes(group: _Group, stem: str, source: str) -> Iterable[tuple[str, tuple[str, ...]]]:
+def _changes(keys: Keys, stem: str, source: str) -> Iterable[tuple[str, tuple[str, ...]]]:
     """What one layer's keys ask for: ("weight" | "bias" | "modulation", keys)."""
-    keys = group.keys
     halves = [kind for kind in ("up", "down") if kind in keys]
     if len(halves) == 1:
         raise LoraError(f"{source}: {stem:.100} has only its {halves[0]} half. The file is incomplete: get it again.")
@@ -227,11 +226,11 @@ def _changes(group: _Group, stem: str, source: str) -> Iterable[tuple[str, tuple
             yield part, (keys[kind],)
 
 
-def _scale(checkpoint: Checkpoint, group: _Group, keys: Sequence[str], source: str) -> float:
+def _scale(checkpoint: Checkpoint, of_layer: Keys, keys: Sequence[str], source: str) -> float:
     """alpha / rank for a pair. No alpha, or one of 0 as some trainers write it, means alpha = rank."""
-    if len(keys) == 1 or "alpha" not in group.keys:
+    if len(keys) == 1 or "alpha" not in of_layer:
         return 1.0
-    key = group.keys["alpha"]
+    key = of_layer["alpha"]
     tensor = checkpoint.tensor(key)
     alpha = float(tensor) if tensor.numel() == 1 else float("nan")
     if not abs(alpha) < float("inf"):
@@ -243,24 +242,17 @@ def _misfit(found: Shapes, keys: Sequence[str], expected: tuple[int, ...]) -> st
     """Why these tensors do not make a change of a tensor of shape `expected`, or ""."""
     if len(keys) == 1:
         shape = found[keys[0]]
-        fits = shape == expected or _count(shape) == _count(expected) and shape[:1] == expected[:1]
+        fits = shape == expected or math.prod(shape) == math.prod(expected) and shape[:1] == expected[:1]
         return "" if fits else f"has a difference of {list(shape)}, the model {list(expected)}"
     up, down = found[keys[0]], found[keys[1]]
     fits = (
         len(up) >= 2
         and len(down) >= 2
         and len(expected) >= 2
-        and (up[0], _count(up[1:])) == (expected[0], down[0])
-        and _count(down[1:]) == _count(expected[1:])
+        and (up[0], math.prod(up[1:])) == (expected[0], down[0])
+        and math.prod(down[1:]) == math.prod(expected[1:])
     )
     return "" if fits else f"has up {list(up)} and down {list(down)}, the model {list(expected)}"
-
-
-def _count(shape: Iterable[int]) -> int:
-    product = 1
-    for side in shape:
-        product *= side
-    return product
 
 
 class _Finder:
@@ -308,6 +300,8 @@ def _require_fit(
             "Is it a LoRA for another model or task? Nothing of it was applied."
         )
     samples = ", ".join(f"{name:.80}" for name in unmatched[:3])
+    if not applied and any(diffusers_to_wan(strip_prefix(name)) in shapes for name in unmatched):
+        raise LoraError(f"{source} is a whole model and no LoRA ({samples}). Give it as the expert's checkpoint.")
     if not applied:
         theirs = samples or ", ".join(f"{name:.80}" for name in list(checkpoint.shapes)[:3])
         raise LoraError(
