@@ -21,7 +21,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from .config import Environment, resolve
-from .errors import BadRequest
+from .errors import BadRequest, LoraError, short_path
+from .lora_names import noise_level
 from .terminal import Interrupts, ProgressLine, ended, logging_to
 
 if TYPE_CHECKING:
@@ -87,6 +88,13 @@ def _jobs(options: argparse.Namespace) -> list[Conversion]:
     from .conversion import Conversion
 
     loras = tuple(_lora(text) for text in options.lora)
+    says = noise_level(options.source)
+    for path, _ in loras:
+        if says and noise_level(path) not in (None, says):
+            raise LoraError(
+                f"By their names {short_path(path)} is for the other expert than {short_path(options.source)}. "
+                f"Take the {says}-noise LoRA, or rename the file if its name is wrong."
+            )
     return [Conversion(source=options.source, output=options.output, format=options.format or "bf16", loras=loras)]
 
 

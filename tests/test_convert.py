@@ -168,6 +168,15 @@ def test_a_preset_that_builds_makes_all_its_files(
     assert torch.equal(high.float(), want.float())
 
 
+def test_a_lora_of_the_other_expert_is_refused(
+    tiny: TinyModels, lora: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    output = tmp_path / "x.safetensors"
+    source = str(tiny.t2v / "low_noise_model")
+    assert main(["--source", source, "--lora", f"{lora}:0.5", "--output", str(output)]) == 1
+    assert "Take the low-noise LoRA" in capsys.readouterr().err and not output.exists()
+
+
 def test_bad_usage_says_what_to_do(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["--output", str(tmp_path / "x")]) == 2
     assert "either --source" in capsys.readouterr().err
