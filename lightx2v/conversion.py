@@ -38,7 +38,7 @@ log = logging.getLogger("lightx2v.convert")
 
 PLAIN = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 FINGERPRINT = "lightx2v_sources"
-VERSION = 1
+VERSION = 2
 """Of what is computed: another one makes files anew."""
 STEPS = 1000
 """What a file's progress is counted in."""
@@ -153,7 +153,7 @@ def _plan(checkpoint: Checkpoint, job: Conversion) -> tuple[ModelWeights, Callab
         stored = checkpoint.dtypes[weights.file_names[name]]
         if weights.made(name) or stored.itemsize > compute.itemsize:
             return kept
-        return compute if stored.itemsize == compute.itemsize else stored
+        return compute if stored.itemsize == compute.itemsize and kept is compute else stored
 
     return weights, dtype_of
 

@@ -168,6 +168,16 @@ def test_a_preset_that_builds_makes_all_its_files(
     assert torch.equal(high.float(), want.float())
 
 
+@pytest.mark.parametrize("stored", [torch.float16, torch.bfloat16, torch.float32])
+def test_what_stays_float32_in_use_loses_nothing(tmp_path: Path, stored: torch.dtype) -> None:
+    source, output = build_tiny(tmp_path / "model", dtype=stored) / "high_noise_model", tmp_path / "out.safetensors"
+    convert(Conversion(source=source, output=output, format="fp8"))
+    made, original = load_file(output), dict(open_checkpoint(source).tensors())
+    for name in ("blocks.0.modulation", "blocks.1.norm3.weight", "time_projection.1.weight", "head.head.bias"):
+        assert torch.equal(made[name].float(), original[name].float()), name
+    assert made["text_embedding.0.weight"].dtype == torch.bfloat16
+
+
 def test_a_lora_of_the_other_expert_is_refused(
     tiny: TinyModels, lora: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
