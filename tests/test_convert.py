@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import resource
 from pathlib import Path
 
 import pytest
@@ -85,6 +86,23 @@ def test_a_cancelled_conversion_continues_where_it_stopped(tiny: TinyModels, lor
     assert job.output.read_bytes() == whole.output.read_bytes()
     assert len(made) == len(in_memory(source, None, None)) - len(events)
     assert job.output.read_bytes().startswith(kept)
+
+
+def test_a_disk_that_fills_up_keeps_what_was_written(tiny: TinyModels, tmp_path: Path) -> None:
+    source = tiny.t2v / "high_noise_model"
+    job, whole = (Conversion(source=source, output=tmp_path / f"{name}.safetensors", format="fp8") for name in "ab")
+    convert(whole)
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (whole.output.stat().st_size // 2, hard))
+    try:
+        with pytest.raises(OutputError, match=r"a\.safetensors could not be written: File too large"):
+            convert(job)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert not job.output.exists()
+    assert (tmp_path / "a.safetensors.part").stat().st_size == whole.output.stat().st_size // 2
+    convert(job)
+    assert job.output.read_bytes() == whole.output.read_bytes()
 
 
 def test_a_part_of_other_sources_is_not_continued(tiny: TinyModels, lora: Path, tmp_path: Path) -> None:
