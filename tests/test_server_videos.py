@@ -122,6 +122,9 @@ def test_loras_come_from_the_servers_folder_and_add_to_the_presets(tmp_path: Pat
     folder = tmp_path / "loras"
     folder.mkdir()
     (folder / "style.safetensors").write_bytes(b"x")
+    (tmp_path / "secret.safetensors").write_bytes(b"x")
+    (folder / "link.safetensors").symlink_to(tmp_path / "secret.safetensors")
+    names = ("../style.safetensors", "../secret.safetensors", "other.safetensors", "link.safetensors", "..", "")
     with serve(tmp_path / "out", lora_dir=folder) as served:
         id = served.submit(loras=[{"path": "style.safetensors", "name": "low_noise_model", "strength": 0.5}])
         job = served.jobs.get(id)
@@ -129,7 +132,7 @@ def test_loras_come_from_the_servers_folder_and_add_to_the_presets(tmp_path: Pat
         added = job.request.loras[-1]
         assert (added.expert, Path(added.path).name, added.strength) == ("low", "style.safetensors", 0.5)
         assert served.jobs.get(served.submit("again")).request.loras is None
-        for path in ("../style.safetensors", "other.safetensors", str(folder / "style.safetensors"), ".."):
+        for path in (*names, str(folder / "style.safetensors"), "style.safetensors\0", "./style.safetensors"):
             body = {"prompt": "a cat", **SIZE, "loras": [{"path": path}]}
             assert served.client.post("/v1/videos", json=body).status_code == 422, path
 
