@@ -10,6 +10,7 @@ import torch
 from conftest import TinyModels
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
+from test_lora import random_pairs, write
 from tiny import build_tiny
 
 from lightx2v.conversion import Conversion, convert
@@ -21,7 +22,7 @@ from lightx2v.weights.build import ModelWeights
 from lightx2v.weights.checkpoint import open_checkpoint
 from lightx2v.weights.lora import match_lora
 from lightx2v.weights.naming import wan_names
-from lightx2v.weights.quant import is_expert_matrix
+from lightx2v.weights.quant import GATE, dequantise, is_expert_matrix
 from lightx2v.weights.safetensors_file import CHUNK
 
 
@@ -164,6 +165,29 @@ def test_quantised_files_are_not_converted_back(tiny: TinyModels, lora: Path, tm
     for form, says in (("bf16", "cannot be brought back"), ("fp8", "already")):
         with pytest.raises(BadRequest, match=says):
             convert(Conversion(source=tmp_path / "a.safetensors", output=tmp_path / "b.safetensors", format=form))
+
+
+def test_a_lora_merged_into_8_bit_weights_is_close_to_the_exact_sum(tiny: TinyModels, tmp_path: Path) -> None:
+    """Dequantised, added up and quantised again: two roundings, and still within the gate of one."""
+    source = tiny.t2v / "high_noise_model"
+    pairs = random_pairs(open_checkpoint(source).shapes)
+    file = write(tmp_path / "lora.safetensors", pairs)
+    convert(Conversion(source=source, output=tmp_path / "fp8.safetensors", format="fp8"))
+    job = Conversion(
+        source=tmp_path / "fp8.safetensors",
+        output=tmp_path / "merged.safetensors",
+        format="fp8",
+        loras=((file, 1.0),),
+    )
+    convert(job)
+    got, exact = load_file(job.output), in_memory(source, None, None)
+    quantised = [name for name, tensor in got.items() if tensor.dtype == torch.float8_e4m3fn]
+    assert len(quantised) == 20
+    for name in quantised:
+        pair = pairs[name.removesuffix(".weight")]
+        back = dequantise(got[name], got[f"{name}_scale"])
+        want = exact[name] + pair["up"] @ pair["down"]
+        assert torch.nn.functional.cosine_similarity(back.flatten(), want.flatten(), dim=0) >= GATE, name
 
 
 def test_a_preset_that_builds_makes_all_its_files(
