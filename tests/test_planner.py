@@ -6,6 +6,7 @@ from dataclasses import replace
 
 import pytest
 
+from lightx2v.engine_config import EngineConfig
 from lightx2v.estimate import DiTShape
 from lightx2v.models.tiling import Tiling
 from lightx2v.models.vae_config import VAEConfig
@@ -152,6 +153,20 @@ def test_wishes_are_kept() -> None:
     assert plan(141, vae_offload=True).vae == "move"
     assert plan(24, vae_offload=False).vae == "resident"
     assert plan(141, lazy=True).lazy and plan(141, lazy=True).mode == "swap"
+
+
+@pytest.mark.parametrize("card", [12, 24, 48, 141])
+def test_the_words_of_a_configuration_are_these_wishes(card: int) -> None:
+    machine = Machine(vram=card * GIB, ram=ROOMY)
+    plans = {
+        word: choose(machine, BF16, LARGE, Wishes.of(EngineConfig(cpu_offload=True, offload_granularity=word)))  # type: ignore[arg-type]
+        for word in ("model", "block", "phase")
+    }
+    assert plans["block"] == plans["phase"] and plans["block"].resident_blocks == 0
+    assert plans["model"].resident_blocks > 0
+    config = EngineConfig(lazy_load=True, t5_cpu_offload=False, vae_cpu_offload=True, use_tiling_vae=True)
+    wishes = Wishes(lazy=True, text_offload=False, vae_offload=True, tiling=True)
+    assert Wishes.of(config) == wishes and Wishes.of(EngineConfig()) == Wishes()
 
 
 def test_weights_stay_on_disk_where_host_memory_is_short() -> None:
