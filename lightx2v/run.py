@@ -55,8 +55,6 @@ class Run:
         self.mesh = engine.mesh
         self.asked = cancel or CancelToken()
         self.cancel = self.asked if self.mesh is None else SharedCancel(self.mesh.world.wire, self.asked)
-        if self.mesh is not None:
-            self.mesh.count_anew()
         self.failure: LightX2VError | None = None
         self.warnings: list[str] = []
         self.tokens: dict[str, int] = {}
@@ -68,6 +66,8 @@ class Run:
         self, path: str | Path | None, metadata: bool, force: bool, return_frames: bool, return_latents: bool
     ) -> Result:
         request = self.request
+        if self.mesh is not None:
+            self.mesh.count_anew()
         self.placement.prepare(Need.of(request.latent_shape, guided=any(request.guided)))
         contexts = self.with_less("text", self.encode_text)
         condition = self.with_less("image", self.encode_images)
