@@ -282,6 +282,24 @@ def test_out_of_memory_goes_on_with_less(
     assert again.warnings == () and again.report()["plan"] == level and torch.equal(again.latents, expected)
 
 
+@pytest.mark.parametrize("start", [0, 3, 10])
+def test_no_room_for_the_blocks_themselves_goes_on_with_less(
+    pipe: LightX2VPipeline,
+    request_: Request,
+    expected: torch.Tensor,
+    monkeypatch: pytest.MonkeyPatch,
+    start: int,
+) -> None:
+    placement = offload(pipe, PLANS["swap"])
+    fault, slot = Exhausted(2, start), Shuttle._slot
+    monkeypatch.setattr(Shuttle, "_slot", lambda shuttle, nbytes: fault() or slot(shuttle, nbytes))
+    result = run(pipe, request_)
+    assert fault.times == 0 and torch.equal(result.latents, expected) and len(result.warnings) == 2
+    level = placement.plan
+    again = run(pipe, request_)
+    assert again.warnings == () and placement.plan == level and torch.equal(again.latents, expected)
+
+
 def test_out_of_memory_for_good_says_what_to_do(pipe: LightX2VPipeline, request_: Request) -> None:
     placement = offload(pipe, RESIDENT)
     with placement.expert("low") as low:
