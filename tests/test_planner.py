@@ -5,13 +5,19 @@ from __future__ import annotations
 from dataclasses import replace
 
 import pytest
+import torch
 
+from app.memory import bytes_needed
+from lightx2v.components import Precision
+from lightx2v.config import resolve
 from lightx2v.engine_config import EngineConfig
 from lightx2v.estimate import DiTShape
 from lightx2v.models.tiling import Tiling
 from lightx2v.models.vae_config import VAEConfig
+from lightx2v.offload import model_sizes
 from lightx2v.planner import (
     GIB,
+    RESERVE,
     Machine,
     Model,
     Need,
@@ -27,6 +33,8 @@ from lightx2v.planner import (
     stage_bytes,
     tile_side,
 )
+from lightx2v.request import Request
+from lightx2v.weights.locate import locate
 
 BF16, FP8 = Model(), Model(weight=1.0, text=4_700_000_000)
 LARGE = Need.of((16, 21, 90, 160), guided=True)
@@ -167,6 +175,22 @@ def test_the_words_of_a_configuration_are_these_wishes(card: int) -> None:
     config = EngineConfig(lazy_load=True, t5_cpu_offload=False, vae_cpu_offload=True, use_tiling_vae=True)
     wishes = Wishes(lazy=True, text_offload=False, vae_offload=True, tiling=True)
     assert Wishes.of(config) == wishes and Wishes.of(EngineConfig()) == Wishes()
+
+
+@pytest.mark.parametrize("name", ["demo_t2v_base", "demo_t2v_distill_lora", "demo_t2v_fp8", "demo_i2v_base"])
+@pytest.mark.parametrize("mib", [16, 32, 64, 512])
+def test_the_page_expects_what_the_engine_will_plan(name: str, mib: int) -> None:
+    """It knows the files' sizes only, the engine what is in them."""
+    found = resolve(name, {"vae_dtype": "bf16"})
+    picture = {} if found.engine.task == "t2v" else {"image_path": "a.png"}
+    request = Request(**found.request | {"prompt": "a ball"} | picture)
+    vram = RESERVE + (mib << 20)
+    precision = Precision(device=torch.device("cuda"), compute=torch.bfloat16, vae=torch.bfloat16)
+    model = model_sizes(locate(found.engine), found.engine, precision)
+    need = Need.of(request.latent_shape, guided=any(request.guided))
+    planned = choose(Machine(vram=vram, ram=ROOMY), model, need, Wishes.of(found.engine))
+    expected = max(planned.bytes.values())
+    assert bytes_needed(found.engine, request, vram=vram, ram=ROOMY) == pytest.approx(expected, rel=0.02)
 
 
 def test_weights_stay_on_disk_where_host_memory_is_short() -> None:
