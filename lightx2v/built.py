@@ -28,7 +28,7 @@ import torch
 from filelock import FileLock, Timeout
 
 from .config import Environment
-from .conversion import FINGERPRINT, Conversion, convert, fingerprint, is_made_of, recipes
+from .conversion import FINGERPRINT, VERSION, Conversion, convert, fingerprint, is_made_of, recipes
 from .engine_config import EngineConfig
 from .errors import OutputError, short_path
 from .progress import CancelToken, OnProgress
@@ -157,6 +157,8 @@ def _state(path: Path) -> State:
     try:
         about = _metadata(path)
         made = json.loads(about[FINGERPRINT])
+        if made["version"] != VERSION:
+            return "stale"
         known = [*made["of"], *made["loras"]]
         sources = [Path(source) for source in json.loads(about[PATHS])]
     except (OSError, ValueError, KeyError, TypeError, struct.error):

@@ -249,6 +249,16 @@ def test_other_settings_are_other_files_and_the_old_ones_go_when_their_source_ch
     assert {item.path for item in store.items()} == {low, new}, "what was made of the old file is gone"
 
 
+def test_what_an_older_program_made_goes(model: Path, cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    store, job = BuiltStore(cache), job_of(model)
+    with monkeypatch.context() as patch:
+        patch.setattr(conversion, "VERSION", 0)
+        old = store.make(job)
+    assert store.find(job) is None and [item.state for item in store.items()] == ["stale"]
+    new = store.make(job)
+    assert new != old and [item.path for item in store.items()] == [new]
+
+
 def test_what_was_made_of_a_disk_that_is_not_there_is_kept(model: Path, cache: Path) -> None:
     store = BuiltStore(cache)
     store.make(job_of(model))
