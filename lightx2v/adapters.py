@@ -45,17 +45,14 @@ class Applied:
 def match_loras(specs: Iterable[LoraSpec], which: Which, weights: ModelWeights, config: EngineConfig) -> list[Lora]:
     """The LoRAs among `specs` that are for this expert, found and matched. LoraError where one does not fit."""
     found = []
-    for spec in specs:
-        path = file_for(spec, which, config)
-        if path is None:
-            continue
+    for spec, path in files_for(specs, which, config):
         lora = match_lora(path, weights.plain_shapes, strength=spec.strength, allow_partial=config.lora_allow_partial)
         warnings = []
         if lora.report.unmatched:
             warnings.append(
                 f"{short_path(path)} fits in part: {lora.report.applied} of {lora.report.total} layers were applied."
             )
-        if (says := noise_level(path)) not in (None, which):  # by lora_allow_partial, see file_for
+        if (says := noise_level(path)) not in (None, which):  # by lora_allow_partial, see files_for
             warnings.append(f"{short_path(path)} is used for the {which}-noise expert, its name says {says} noise.")
         if (task := task_of(path)) and (task == "t2v") != (config.task == "t2v"):  # it may be meant
             warnings.append(f"{short_path(path)} is used for {config.task}, its name says {task}.")
@@ -65,22 +62,27 @@ def match_loras(specs: Iterable[LoraSpec], which: Which, weights: ModelWeights, 
     return found
 
 
-def file_for(spec: LoraSpec, which: Which, config: EngineConfig) -> Path | None:
-    """The file that `spec` puts on this expert; None where it puts none. LoraError where the name says another one."""
-    if spec.expert not in (which, "auto"):
-        return None
-    path = find_lora(spec.path, config)
-    says = noise_level(path)
-    if says in (None, which):
-        return path
-    if spec.expert == "auto":
-        return partner_of(path)
-    if config.lora_allow_partial:
-        return path
-    raise LoraError(
-        f"{short_path(path)} is given for the {which}-noise expert; by its name it is for the {says}-noise one. "
-        "Exchange the two files. If the name is wrong, rename it, or set lora_allow_partial to true."
-    )
+def files_for(specs: Iterable[LoraSpec], which: Which, config: EngineConfig) -> list[tuple[LoraSpec, Path]]:
+    """The files that `specs` put on this expert. LoraError where a name says that it is for the other one.
+
+    A file whose other half is for this expert brings that, unless it is given too.
+    """
+    given = [(spec, find_lora(spec.path, config)) for spec in specs if spec.expert in (which, "auto")]
+    here = {path.resolve() for _, path in given}
+    found = []
+    for spec, path in given:
+        says = noise_level(path)
+        if says in (None, which) or (spec.expert == which and config.lora_allow_partial):
+            found.append((spec, path))
+        elif spec.expert == "auto":
+            partner = partner_of(path)
+            found += [(spec, partner)] if partner is not None and partner.resolve() not in here else []
+        else:
+            raise LoraError(
+                f"{short_path(path)} is given for the {which}-noise expert; by its name it is for the {says}-noise "
+                "one. Exchange the two files. If the name is wrong, rename it, or set lora_allow_partial to true."
+            )
+    return found
 
 
 def find_lora(path: str, config: EngineConfig) -> Path:

@@ -18,7 +18,7 @@ from pathlib import Path
 
 import torch
 
-from .adapters import file_for
+from .adapters import files_for
 from .components import Which
 from .engine_config import EngineConfig
 from .errors import BadRequest, LightX2VError, LoraError, OutputError, short_path
@@ -189,8 +189,7 @@ def recipes(files: ModelFiles, config: EngineConfig, folder: Path, plain: str) -
     jobs = {}
     experts: dict[Which, Path] = {"high": files.high, "low": files.low}
     for which, source in experts.items():
-        found = ((file_for(lora, which, config), lora.strength) for lora in config.lora_configs)
-        loras = tuple((path, strength) for path, strength in found if path is not None)
+        loras = tuple((path, spec.strength) for spec, path in files_for(config.lora_configs, which, config))
         target = folder / f"{which}_noise_{kind}.safetensors"
         jobs[which] = Conversion(
             source=source,

@@ -213,6 +213,18 @@ def test_one_half_brings_the_other(loaded: tuple[LightX2VPipeline, Request], hal
         assert found == [("high", halves[0].name), ("low", halves[1].name)] and result.warnings == ()
 
 
+@pytest.mark.parametrize("experts", [("auto", "auto"), ("auto", "low"), ("high", "auto")])
+def test_both_halves_of_a_pair_go_on_once(
+    loaded: tuple[LightX2VPipeline, Request], halves: tuple[Path, Path], experts: tuple[str, str]
+) -> None:
+    pipe, request = loaded
+    both = (spec(halves[0], "high", 0.5), spec(halves[1], "low", -0.5))
+    expected = latents(pipe, replace(request, loras=both))
+    given = tuple(replace(lora, expert=expert) for lora, expert in zip(both, experts, strict=True))
+    result = pipe.run(replace(request, loras=given[::-1]), return_latents=True)
+    assert result.latents is not None and torch.equal(result.latents, expected) and len(result.loras) == 2
+
+
 def test_a_half_alone_is_said_and_a_file_for_both_is_used_for_both(
     loaded: tuple[LightX2VPipeline, Request], files: tuple[Path, Path], halves: tuple[Path, Path], tmp_path: Path
 ) -> None:
