@@ -10,7 +10,7 @@ from starlette.datastructures import Headers
 from starlette.responses import PlainTextResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from lightx2v.server.gate import MAX_BODY, SAFE_METHODS, Bucket, TooLarge, bounded, host_name, same_origin
+from lightx2v.server.gate import MAX_BODY, SAFE_METHODS, Bucket, Unread, bounded, host_name, same_origin
 
 from .exposure import Exposure
 
@@ -47,9 +47,9 @@ class Guard:
 
         try:
             await self._app(scope, bounded(receive, limit), counted_send)
-        except TooLarge:
+        except Unread as body:
             if not started:
-                await _refuse(413, "This is larger than the page accepts.")(scope, receive, send)
+                await _refuse(body.status, str(body))(scope, receive, send)
 
     def _limit(self, path: str) -> int:
         if path.startswith("/v1/"):  # the API, which takes pictures in base64

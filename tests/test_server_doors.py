@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import re
+import socket
 import tempfile
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 from fake_engine import Garage, Script
 from fastapi.routing import iter_route_contexts
-from served import SIZE, Served, serve
+from served import SIZE, Served, listening, serve
 
 from lightx2v.config import PROJECT
-from lightx2v.server.gate import MAX_BODY
+from lightx2v.server.gate import MAX_BODY, Gate
 
 KEY = "a-key-of-some-length"
 GOOD = {"prompt": "a cat", **SIZE}
@@ -74,7 +76,11 @@ def test_foreign_host_names_are_refused(served: Served, host: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "headers", [{"Origin": "https://evil.example"}, {"Origin": "null"}, {"Sec-Fetch-Site": "cross-site"}]
+    "headers",
+    [
+        *({"Origin": origin} for origin in ("https://evil.example", "null", "", "http://[", "http://testserver:3000")),
+        {"Sec-Fetch-Site": "cross-site"},
+    ],
 )
 def test_other_sites_cannot_make_a_browser_post(served: Served, headers: dict[str, str]) -> None:
     assert served.client.post("/v1/videos", json=GOOD, headers=headers).status_code == 403
@@ -102,6 +108,31 @@ def test_large_bodies_are_refused_whether_or_not_they_say_how_large_they_are(ser
     assert answer.status_code == 413
 
 
+def test_a_body_of_very_many_values_holds_nobody_up(served: Served) -> None:
+    """Reading all of them took ten seconds, in which nothing else was answered."""
+    body = b'{"prompt": "a", "more": [' + b"[]," * (MAX_BODY // 3 - 20) + b"0]}"
+    started = time.perf_counter()
+    answer = served.client.post("/v1/videos", content=body, headers={"Content-Type": "application/json"})
+    assert answer.status_code == 422 and time.perf_counter() - started < 2
+
+
+def test_a_body_that_does_not_come_is_not_waited_for_and_keeps_nobody_waiting(tmp_path: Path) -> None:
+    with serve(tmp_path) as served:
+        served.client.app = Gate(served.client.app, body_seconds=0.5)
+        with listening(served) as client:
+            head = "POST /v1/videos HTTP/1.1\r\nHost: 127.0.0.1\r\nContent-Type: application/json\r\n"
+            slow = [socket.create_connection((client.base_url.host, client.base_url.port), 10) for _ in range(50)]
+            try:
+                for connection in slow:
+                    connection.sendall(f"{head}Content-Length: 1000\r\n\r\n{{".encode())
+                assert client.post("/v1/videos", json=GOOD).status_code == 200
+                for connection in slow:
+                    assert b" 408 " in connection.recv(1000).partition(b"\r\n")[0]
+            finally:
+                for connection in slow:
+                    connection.close()
+
+
 @pytest.mark.parametrize(
     "body",
     [
@@ -115,6 +146,11 @@ def test_large_bodies_are_refused_whether_or_not_they_say_how_large_they_are(ser
         b'{"prompt": "a", "seed": 1e400}',
         b'{"prompt": "a", "seed": ' + b"1" * 5000 + b"}",
         b'{"prompt": "a", "fps": NaN}',
+        b'{"prompt": "a", "fps": Infinity, "seconds": 5}',
+        b'{"prompt": "a", "fps": -1e308, "seconds": 600}',
+        b'{"prompt": "a", "seed": true}',
+        b'{"prompt": "a", "seed": "7"}',
+        b'{"prompt": "a", "num_frames": 5.5}',
         b'{"prompt": "\\ud800"}',
         b'{"prompt": "a", "size": "64x64", "height": 64}',
         b'{"prompt": "a", "input_reference": "data:image/png;base64,bm8="}',
@@ -131,6 +167,7 @@ def test_bodies_that_are_no_request_are_refused_and_not_repeated_in_the_log(
 
 
 def test_a_client_that_posts_without_end_is_slowed_and_reads_go_on(served: Served) -> None:
+    served.client.app = Gate(served.client.app, per_second=1)  # a busy machine may not manage the usual 20
     answers = [served.client.post("/v1/videos", json={"prompt": ""}).status_code for _ in range(160)]
     assert answers[0] == 422 and answers[-1] == 429
     assert served.client.get("/health").status_code == 200

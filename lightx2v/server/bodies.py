@@ -7,6 +7,7 @@ nested deeper than Python can recurse, and because errors must not repeat what w
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Callable
 from typing import Annotated, Any, Literal, TypeVar
 
@@ -24,6 +25,8 @@ Text = Annotated[str, Field(max_length=MAX_PROMPT)]
 Picture = Annotated[str, Field(max_length=2 * MAX_BYTES)]
 Pair = float | Annotated[list[float], Field(min_length=2, max_length=2)]
 Steps = Annotated[list[int], Field(min_length=1, max_length=200)]
+MANY = 3 * MAX_PROMPT
+"""Commas in a JSON body: those of two prompts and some. Sixty megabytes of them would hold up everybody for seconds."""
 FILES = ("input_reference", "last_frame_reference", "image_file", "last_frame_file")
 
 
@@ -36,7 +39,7 @@ class UnsupportedType(BadRequest):
 class LoraBody(BaseModel):
     """A file in the server's LoRA folder, added to the LoRAs of the preset."""
 
-    model_config = ConfigDict(extra="forbid")
+    model_config = ConfigDict(extra="forbid", strict=True)
 
     path: Annotated[str, Field(min_length=1, max_length=255, description="The file's name.")]
     name: Literal["high_noise_model", "low_noise_model"] | None = Field(
@@ -52,7 +55,7 @@ class LoraBody(BaseModel):
 class VideoBody(BaseModel):
     """One video. What is not given is the preset's. In a form every value is text, lists as JSON."""
 
-    model_config = ConfigDict(extra="forbid")
+    model_config = ConfigDict(extra="forbid", strict=True)
 
     prompt: Annotated[str, Field(min_length=1, max_length=MAX_PROMPT)]
     negative_prompt: Text = Field("", description='Empty for the model\'s own, " " for none.')
@@ -64,8 +67,9 @@ class VideoBody(BaseModel):
     size: Annotated[str, Field(pattern=r"^\d{2,4}x\d{2,4}$")] | None = Field(None, description="WIDTHxHEIGHT.")
     height: int | None = None
     width: int | None = None
-    seconds: Annotated[float, Field(gt=0, le=600)] | None = Field(
-        None, description="The length; the nearest number of frames of the form 4n + 1 is made."
+    seconds: Annotated[float, Field(gt=0, le=600, strict=False)] | None = Field(
+        None,
+        description="The length, as a number or (OpenAI's clients) as text; the nearest 4n + 1 frames are made.",
     )
     num_frames: int | None = Field(None, description="4n + 1; goes before seconds.")
     fps: float | None = None
@@ -94,7 +98,8 @@ class VideoBody(BaseModel):
             settings |= {"width": int(width), "height": int(height)}
         if self.seconds is not None and self.num_frames is None:
             fps = self.fps or default_fps(self.model)
-            settings["frames"] = max(1, round((self.seconds * fps - 1) / 4) * 4 + 1)
+            if math.isfinite(fps * self.seconds):  # else fps is refused, whatever the length
+                settings["frames"] = max(1, round((self.seconds * fps - 1) / 4) * 4 + 1)
         if self.guidance_scale_2 is not None:
             if not isinstance(self.guidance_scale, float):
                 raise BadRequest(
@@ -128,7 +133,7 @@ _VIDEO_SETTINGS = {
 class TaskBody(BaseModel):
     """One video in LightX2V's words. Fields of its other models are taken only while they ask for nothing."""
 
-    model_config = ConfigDict(extra="forbid")
+    model_config = ConfigDict(extra="forbid", strict=True)
 
     prompt: Annotated[str, Field(min_length=1, max_length=MAX_PROMPT)]
     negative_prompt: Text = ""
@@ -206,7 +211,7 @@ async def read_body(request: HttpRequest, kind: type[Body]) -> tuple[Body, dict[
                 values[name] = _from_text(kind, name, value)
             else:
                 raise BadRequest(f"The form has a file {name[:40]!r}; files are {', '.join(FILES)}.")
-    return _validated(kind, {name: value for name, value in values.items() if value is not None}), files
+    return _validated(kind, {name: value for name, value in values.items() if value is not None}, form=True), files
 
 
 def _from_text(kind: type[BaseModel], name: str, text: str) -> Any:
@@ -225,15 +230,18 @@ def _from_text(kind: type[BaseModel], name: str, text: str) -> Any:
 
 
 def _parsed(raw: bytes) -> Any:
+    if raw.count(b",") > MANY:
+        raise BadRequest("The body holds more values than any video has settings.")
     try:
         return json.loads(raw)
     except (ValueError, RecursionError):
         raise BadRequest("The body is not valid JSON, or nested too deeply.") from None
 
 
-def _validated(kind: type[Body], data: Any) -> Body:
+def _validated(kind: type[Body], data: Any, *, form: bool = False) -> Body:
+    """In a form all is text; JSON has types of its own, and there "7" is no number and true not 1."""
     try:
-        return kind.model_validate(data)
+        return kind.model_validate(data, strict=False if form else None)
     except ValidationError as error:
         first = error.errors(include_url=False, include_input=False, include_context=False)[0]
         where = ".".join(str(part)[:40] for part in first["loc"]) or "the body"

@@ -6,11 +6,11 @@ the origin give it away. Refusals are plain sentences that repeat nothing of wha
 
 from __future__ import annotations
 
+import asyncio
 import threading
 import time
 from collections import OrderedDict
 from collections.abc import Set
-from urllib.parse import urlsplit
 
 from starlette.datastructures import Headers
 from starlette.responses import JSONResponse, Response
@@ -18,6 +18,8 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 MAX_BODY = 60_000_000
 """Two pictures of 20 MB in base64 and some text."""
+BODY_SECONDS = 300.0
+"""Such a body over a line of 1.6 Mbit/s. A client that sends a byte now and then must not hold its place for ever."""
 SAFE_METHODS = ("GET", "HEAD", "OPTIONS")
 
 
@@ -42,21 +44,33 @@ class Bucket:
         return allowed
 
 
-class TooLarge(Exception):
-    """The body of a request without Content-Length went past its limit."""
+class Unread(Exception):
+    """A body that is not read to its end: larger than it said, or too slow. The text is for the client."""
+
+    def __init__(self, status: int, sentence: str) -> None:
+        super().__init__(sentence)
+        self.status = status
 
 
-def bounded(receive: Receive, limit: int) -> Receive:
-    """`receive`, raising TooLarge past `limit` bytes of body."""
-    seen = 0
+def bounded(receive: Receive, limit: int, seconds: float = BODY_SECONDS) -> Receive:
+    """`receive`, raising Unread past `limit` bytes of body, or where it is not there after `seconds`."""
+    seen, whole = 0, False
+    deadline = time.monotonic() + seconds
 
     async def counted() -> Message:
-        nonlocal seen
-        message = await receive()
+        nonlocal seen, whole
+        if whole:  # what still comes is the end of the connection, which may be far
+            return await receive()
+        try:
+            async with asyncio.timeout(deadline - time.monotonic()):
+                message = await receive()
+        except TimeoutError:
+            raise Unread(408, f"The request was not complete after {seconds:g} seconds. Send it again.") from None
         if message["type"] == "http.request":
             seen += len(message.get("body", b""))
             if seen > limit:
-                raise TooLarge
+                raise Unread(413, _larger(limit))
+        whole = not message.get("more_body", False)
         return message
 
     return counted
@@ -73,16 +87,22 @@ def same_origin(headers: Headers, more: Set[str] = frozenset()) -> bool:
     if origin is None:
         return headers.get("sec-fetch-site", "none") != "cross-site"
     ours = {headers.get("host", "").lower(), headers.get("x-forwarded-host", "").lower()} - {""}
-    return urlsplit(origin).netloc.lower() in ours | more
+    return origin.partition("://")[2].lower() in ours | more
 
 
 class Gate:
     """ASGI middleware. `hosts` are the Host headers that are answered, None for any."""
 
     def __init__(
-        self, app: ASGIApp, hosts: Set[str] | None = None, *, per_second: float = 20, burst: int = 100
+        self,
+        app: ASGIApp,
+        hosts: Set[str] | None = None,
+        *,
+        per_second: float = 20,
+        burst: int = 100,
+        body_seconds: float = BODY_SECONDS,
     ) -> None:
-        self._app, self._hosts = app, hosts
+        self._app, self._hosts, self._body_seconds = app, hosts, body_seconds
         self._rate = Bucket(per_second, burst)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -101,10 +121,10 @@ class Gate:
             await send(message)
 
         try:
-            await self._app(scope, bounded(receive, MAX_BODY), noted)
-        except TooLarge:
+            await self._app(scope, bounded(receive, MAX_BODY, self._body_seconds), noted)
+        except Unread as body:
             if not started:
-                await too_large()(scope, receive, send)
+                await refuse(body.status, "BadRequest", str(body))(scope, receive, send)
 
     def _refusal(self, scope: Scope, headers: Headers) -> Response | None:
         if self._hosts is not None and host_name(headers.get("host", "")) not in self._hosts:
@@ -115,7 +135,7 @@ class Gate:
             return refuse(403, "Forbidden", "Requests from other sites are not accepted.")
         length = headers.get("content-length", "0")
         if not length.isdecimal() or len(length) > 15 or int(length) > MAX_BODY:
-            return too_large()
+            return refuse(413, "BadRequest", _larger(MAX_BODY))
         if not self._rate.take(scope["client"][0] if scope.get("client") else ""):
             sentence = "Too many requests. Wait a few seconds."
             return refuse(429, "Busy", sentence, {"Retry-After": "5"})
@@ -127,5 +147,5 @@ def refuse(status: int, kind: str, sentence: str, headers: dict[str, str] | None
     return JSONResponse({"error": {"type": kind, "message": sentence}}, status_code=status, headers=headers)
 
 
-def too_large() -> JSONResponse:
-    return refuse(413, "BadRequest", f"The request is larger than {MAX_BODY // 1_000_000} MB.")
+def _larger(limit: int) -> str:
+    return f"The request is larger than {limit // 1_000_000} MB."
