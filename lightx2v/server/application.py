@@ -8,7 +8,6 @@ import traceback
 from collections.abc import Sequence, Set
 from typing import Any
 
-from anyio import CapacityLimiter
 from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from starlette.datastructures import URLPath
@@ -26,13 +25,12 @@ from .keys import Keys
 from .metrics import Counted, Metrics
 from .overview import overview_routes
 from .service import Service
+from .submissions import Submissions
 from .tasks import task_routes
 from .videos import video_routes
 
 log = logging.getLogger("lightx2v.server")
 
-SUBMISSIONS = 16
-"""Requests that are read at one time, each for up to ten seconds while its pictures are fetched."""
 PATHS = ("/v1/", "/health", "/ready", "/metrics", "/docs", "/openapi.json")
 """Where the routes are, for whoever mounts them beside its own."""
 
@@ -58,7 +56,7 @@ def create_app(
     if gate:
         app.add_middleware(Gate, hosts=hosts)
     app.add_middleware(Counted, metrics=metrics)
-    submissions = CapacityLimiter(SUBMISSIONS)
+    submissions = Submissions(service)
     app.include_router(overview_routes(service))
     app.include_router(task_routes(service, submissions))
     app.include_router(video_routes(service, submissions))

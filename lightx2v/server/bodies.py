@@ -7,8 +7,6 @@ nested deeper than Python can recurse, and because errors must not repeat what w
 from __future__ import annotations
 
 import json
-import math
-from collections.abc import Callable
 from typing import Annotated, Any, Literal, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
@@ -89,17 +87,13 @@ class VideoBody(BaseModel):
     )
     file_name: Annotated[str, Field(max_length=200)] | None = Field(None, description="What the video is called.")
 
-    def wish(self, files: dict[str, bytes], default_fps: Callable[[str | None], float]) -> Wish:
+    def wish(self, files: dict[str, bytes]) -> Wish:
         settings: dict[str, Any] = _renamed(self, _VIDEO_SETTINGS)
         if self.size is not None:
             if self.height is not None or self.width is not None:
                 raise BadRequest("size and height, width say the same. Keep one of them.")
             width, _, height = self.size.partition("x")
             settings |= {"width": int(width), "height": int(height)}
-        if self.seconds is not None and self.num_frames is None:
-            fps = self.fps or default_fps(self.model)
-            if math.isfinite(fps * self.seconds):  # else fps is refused, whatever the length
-                settings["frames"] = max(1, round((self.seconds * fps - 1) / 4) * 4 + 1)
         if self.guidance_scale_2 is not None:
             if not isinstance(self.guidance_scale, float):
                 raise BadRequest(
@@ -112,6 +106,7 @@ class VideoBody(BaseModel):
             preset=self.model or "",
             image=files.get("input_reference", self.input_reference),
             last_frame=files.get("last_frame_reference", self.last_frame_reference),
+            seconds=self.seconds,
             settings=settings,
             loras=[lora.lora() for lora in self.loras or ()],
             client_id=self.client_id or None,

@@ -13,9 +13,11 @@ from .answers import Refusal
 from .bodies import FILES, TaskBody, VideoBody
 
 REASONS = {
+    400: "The form cannot be read.",
     401: "No key, or a wrong one.",
     403: "From another site, or for a host name that is not served.",
     404: "There is nothing of this name, or it is not yours.",
+    408: "The body did not come in time.",
     413: "The body is too large.",
     415: "The body is neither JSON nor a form.",
     422: "Something cannot be done as asked; the message says what would do.",
@@ -30,6 +32,10 @@ def refusals(*statuses: int) -> dict[int | str, dict[str, Any]]:
     """`responses` of a route: these errors and those that every route has."""
     content = {"application/json": {"schema": {"$ref": _REFERENCE.format(model="Refusal")}}}
     return {status: {"content": content, "description": REASONS[status]} for status in (401, 403, *statuses)}
+
+
+SUBMISSION = refusals(400, 408, 413, 415, 422, 429, 507)
+"""`responses` of a route that takes a job."""
 
 
 def body_of(kind: type[BaseModel]) -> dict[str, Any]:

@@ -10,17 +10,15 @@ from starlette.responses import FileResponse
 from .documents import refusals
 
 _HEADERS = {"X-Content-Type-Options": "nosniff", "Cache-Control": "private"}
-_VIDEO: dict[str, Any] = {
+_ANSWER = {
     "content": {"video/mp4": {"schema": {"type": "string", "format": "binary"}}},
     "description": "The video, or the part that was asked for.",
 }
-FILE_ANSWERS: dict[int | str, dict[str, Any]] = {
-    200: _VIDEO,
-    206: _VIDEO,
-    416: {"description": "There is no such range."},
-    **refusals(404, 422),
+VIDEO: dict[str, Any] = {
+    "response_class": FileResponse,
+    "responses": {200: _ANSWER, 206: _ANSWER, 416: {"description": "There is no such range."}, **refusals(404, 422)},
 }
-"""`responses` of a route that gives a video."""
+"""What a route that gives a video says of itself."""
 
 
 def video_file(path: Path, name: str) -> FileResponse:

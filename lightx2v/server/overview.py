@@ -11,7 +11,7 @@ from ..config import Environment
 from ..jobs import Job
 from .answers import Metadata, QueueStatus, ServiceStatus, Task, public_path, task, task_id
 from .documents import refusals
-from .files import FILE_ANSWERS, video_file
+from .files import VIDEO, video_file
 from .keys import owner_of
 from .service import HISTORY, Service
 
@@ -38,11 +38,7 @@ def overview_routes(service: Service) -> APIRouter:
             queue_available=max(0, jobs.max_queue - len(waiting)),
         )
 
-    @router.get(
-        "/files/download/{name:path}",
-        response_class=FileResponse,
-        responses=FILE_ANSWERS,
-    )
+    @router.get("/files/download/{name:path}", **VIDEO)
     def download(request: Request, name: Annotated[str, Path(max_length=200)]) -> FileResponse:
         """A finished video by the name it was given (`save_result_path`); of several the newest."""
         return video_file(*service.named(owner_of(request), name))

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import hmac
+import math
 import secrets
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
@@ -38,13 +39,15 @@ class Lora:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Wish:
-    """One video as a client asks for it. Pictures are uploaded bytes, or text that says where they are."""
+    """One video as a client asks for it. Pictures are uploaded bytes, or text that says where they are; `seconds` is
+    its length where no number of frames is among the `settings`."""
 
     prompt: str
     negative_prompt: str = ""
     preset: str = ""
     image: bytes | str | None = None
     last_frame: bytes | str | None = None
+    seconds: float | None = None
     settings: Mapping[str, Any] = field(default_factory=dict)
     loras: Sequence[Lora] = ()
     client_id: str | None = None
@@ -129,6 +132,10 @@ class Service:
         """The request but for its pictures, which stand-ins hold the place of until everything else is right."""
         base = self.presets[preset]
         settings = dict(wish.settings)
+        if wish.seconds is not None and "frames" not in settings:
+            length = wish.seconds * settings.get("fps", base.request["fps"])
+            if math.isfinite(length):  # else fps is refused, whatever the length
+                settings["frames"] = max(1, round((length - 1) / 4) * 4 + 1)
         if settings.get("seed", -1) == -1:
             known = self._known(owner, wish.client_id)
             settings["seed"] = secrets.randbelow(MAX_SEED + 1) if known is None else known.request.seed

@@ -8,50 +8,39 @@ from __future__ import annotations
 
 from typing import Annotated
 
-from anyio import CapacityLimiter
-from anyio.to_thread import run_sync
 from fastapi import APIRouter, Path, Request
 from starlette.responses import FileResponse
 
 from .answers import Stopped, Task, TaskCreated, created, task
-from .bodies import TaskBody, read_body
-from .documents import body_of, refusals
-from .files import FILE_ANSWERS, video_file
+from .bodies import TaskBody
+from .documents import SUBMISSION, body_of, refusals
+from .files import VIDEO, video_file
 from .keys import owner_of
 from .overview import active
 from .service import Service
+from .submissions import Submissions
 
 Id = Annotated[str, Path(min_length=1, max_length=200, description="The task's id, yours or the one it was given.")]
 
 
-def task_routes(service: Service, submissions: CapacityLimiter) -> APIRouter:
-    """`submissions` bounds how many requests are read and their pictures fetched at one time."""
+def task_routes(service: Service, submissions: Submissions) -> APIRouter:
     router = APIRouter(prefix="/v1", tags=["tasks"], responses=refusals())
     names, jobs = service.names, service.jobs
 
-    @router.post("/tasks/video/", openapi_extra=body_of(TaskBody), responses=refusals(413, 415, 422, 429, 507))
-    @router.post("/tasks/video/form", openapi_extra=body_of(TaskBody), responses=refusals(413, 415, 422, 429, 507))
-    @router.post(
-        "/tasks/", openapi_extra=body_of(TaskBody), responses=refusals(413, 415, 422, 429, 507), deprecated=True
-    )
+    @router.post("/tasks/video/", openapi_extra=body_of(TaskBody), responses=SUBMISSION)
+    @router.post("/tasks/video/form", openapi_extra=body_of(TaskBody), responses=SUBMISSION)
+    @router.post("/tasks/", openapi_extra=body_of(TaskBody), responses=SUBMISSION, deprecated=True)
     @router.post("/tasks/video", include_in_schema=False)
     @router.post("/tasks", include_in_schema=False)
     async def create_task(request: Request) -> TaskCreated:
         """Queues a video. The body is JSON, or a form where pictures are files."""
-        body, files = await read_body(request, TaskBody)
-        owner = owner_of(request)
-        job = await run_sync(lambda: service.submit(owner, body.wish(files)), limiter=submissions)
-        return created(job, names)
+        return created(await submissions.job(request, TaskBody), names)
 
     @router.get("/tasks/{id}/status", responses=refusals(404, 422))
     def task_status(request: Request, id: Id) -> Task:
         return task(service.job(owner_of(request), id), names)
 
-    @router.get(
-        "/tasks/{id}/result",
-        response_class=FileResponse,
-        responses=FILE_ANSWERS,
-    )
+    @router.get("/tasks/{id}/result", **VIDEO)
     def task_result(request: Request, id: Id) -> FileResponse:
         """The finished video. Ranges are served."""
         return video_file(*service.video(owner_of(request), id))

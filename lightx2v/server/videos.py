@@ -7,39 +7,30 @@ from __future__ import annotations
 
 from typing import Annotated
 
-from anyio import CapacityLimiter
-from anyio.to_thread import run_sync
 from fastapi import APIRouter, Header, Path, Query, Request
 from starlette.responses import FileResponse, StreamingResponse
 
 from ..jobs import UnknownJob
 from .answers import Deleted, Model, ModelList, Video, VideoList, deleted, video
-from .bodies import VideoBody, read_body
-from .documents import body_of, refusals
+from .bodies import VideoBody
+from .documents import SUBMISSION, body_of, refusals
 from .events import Streams
-from .files import FILE_ANSWERS, video_file
+from .files import VIDEO, video_file
 from .keys import owner_of
 from .service import HISTORY, Service
+from .submissions import Submissions
 
 Id = Annotated[str, Path(min_length=1, max_length=200, description="The job's id, or the client_id it was sent with.")]
 
 
-def video_routes(service: Service, submissions: CapacityLimiter) -> APIRouter:
-    """`submissions` bounds how many requests are read and their pictures fetched at one time."""
+def video_routes(service: Service, submissions: Submissions) -> APIRouter:
     router = APIRouter(prefix="/v1", tags=["videos"], responses=refusals())
     names, jobs, streams = service.names, service.jobs, Streams(service)
 
-    def default_fps(model: str | None) -> float:
-        preset = service.presets.get(model or "", service.presets[service.default])
-        return float(preset.request["fps"])
-
-    @router.post("/videos", openapi_extra=body_of(VideoBody), responses=refusals(413, 415, 422, 429, 507))
+    @router.post("/videos", openapi_extra=body_of(VideoBody), responses=SUBMISSION)
     async def create_video(request: Request) -> Video:
         """Queues a video. The body is JSON, or a form where pictures are files."""
-        body, files = await read_body(request, VideoBody)
-        owner = owner_of(request)
-        job = await run_sync(lambda: service.submit(owner, body.wish(files, default_fps)), limiter=submissions)
-        return video(job, names)
+        return video(await submissions.job(request, VideoBody), names)
 
     @router.get("/videos", responses=refusals(422))
     def list_videos(
@@ -61,11 +52,7 @@ def video_routes(service: Service, submissions: CapacityLimiter) -> APIRouter:
         """A job: its place in the queue, its progress, its times."""
         return video(service.job(owner_of(request), id), names)
 
-    @router.get(
-        "/videos/{id}/content",
-        response_class=FileResponse,
-        responses=FILE_ANSWERS,
-    )
+    @router.get("/videos/{id}/content", **VIDEO)
     def retrieve_content(request: Request, id: Id) -> FileResponse:
         """The finished video. Ranges are served."""
         return video_file(*service.video(owner_of(request), id))
