@@ -5,6 +5,7 @@ It shares the store with JobManager under one lock. Only this thread touches the
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import math
 import sqlite3
@@ -180,6 +181,8 @@ class JobWorker:
                     break
                 except (sqlite3.Error, OSError) as problem:  # without a record the job would run for ever
                     log.error("the end of job %s cannot be recorded yet: %s", running.id, problem)
+                    with contextlib.suppress(LightX2VError):
+                        self._purge()  # what is due to go may be what fills the disk
                     self._changed.wait(RETRY_SECONDS)
             self.running = None
             self._next_purge = 0.0

@@ -227,8 +227,7 @@ class JobManager:
         with self._session() as store:
             if self._row(store, id).state == "running":
                 raise BadRequest("This job is running. Cancel it first, and delete it when it has stopped.")
-            store.remove(id)
-            self._files.remove(id)
+            self._remove(store, id)
             self._changed.notify_all()
 
     def purge(self) -> list[str]:
@@ -248,8 +247,7 @@ class JobManager:
                     total -= sizes.get(id, 0)
                     doomed.append(id)
             for id in doomed:
-                store.remove(id)
-                self._files.remove(id)
+                self._remove(store, id)
             self._changed.notify_all()
         return doomed
 
@@ -284,6 +282,11 @@ class JobManager:
         if not isinstance(id, str) or re.fullmatch("[0-9a-f]{32}", id) is None:
             raise UnknownJob("There is no job of this id.")
         return store.job(id)
+
+    def _remove(self, store: JobStore, id: str) -> None:
+        """The files first: on a full disk nothing can be taken off the list before they are gone."""
+        self._files.remove(id)
+        store.remove(id)
 
     def _queued(self, store: JobStore, id: str, verb: str) -> Job:
         job = self._row(store, id)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import secrets
+import shutil
 import traceback
 from collections.abc import Sequence, Set
 from typing import Any
@@ -31,6 +32,8 @@ from .videos import video_routes
 
 log = logging.getLogger("lightx2v.server")
 
+ROOM = 16_000_000
+"""Bytes that have to be free for the next video."""
 PATHS = ("/v1/", "/health", "/ready", "/metrics", "/docs", "/openapi.json")
 """Where the routes are, for whoever mounts them beside its own."""
 
@@ -82,9 +85,13 @@ def _add_state(app: FastAPI, service: Service, metrics: Metrics) -> None:
 
     @app.get("/ready", tags=["state"], responses=refusals(503))
     def ready() -> Health:
-        """Whether a job would be taken now; 503 while the queue is full."""
-        if not jobs.alive or jobs.waiting >= jobs.max_queue:
-            raise HTTPException(503, "The queue is full." if jobs.alive else "The worker has stopped.")
+        """Whether a job would be taken now; 503 while the queue or the disk is full."""
+        if not jobs.alive:
+            raise HTTPException(503, "The worker has stopped.")
+        if jobs.waiting >= jobs.max_queue:
+            raise HTTPException(503, "The queue is full.")
+        if shutil.disk_usage(jobs.folder).free < ROOM:
+            raise HTTPException(503, "The disk is full.")
         return Health(status="ready")
 
     @app.get("/metrics", tags=["state"], response_class=PlainTextResponse, responses=refusals())

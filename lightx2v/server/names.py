@@ -7,11 +7,14 @@ The name lies in `<id>.name` beside the video and goes with the job.
 from __future__ import annotations
 
 import contextlib
+import logging
 import re
 from collections.abc import Iterable
 from pathlib import Path
 
-from ..errors import BadRequest, OutputError
+from ..errors import BadRequest
+
+log = logging.getLogger("lightx2v.server")
 
 MAX_NAME = 120
 _PLAIN = re.compile(r"\w[\w .()+,=@-]*")
@@ -44,10 +47,12 @@ class Names:
         self._folder = folder
 
     def keep(self, id: str, name: str) -> None:
+        """On a full disk the job, which is queued by now, goes on under its id, and the answer says so."""
         try:
             self._file(id).write_text(name, encoding="utf-8")
         except OSError as error:
-            raise OutputError(f"The video's name could not be stored: {error.strerror}.") from None
+            self._file(id).unlink(missing_ok=True)
+            log.warning("the name of job %s's video could not be stored: %s", id, error.strerror)
 
     def of(self, id: str) -> str:
         """What the job's video is called when it leaves; after its id where nobody wished anything."""

@@ -1,0 +1,89 @@
+"""Jobs on a disk that is full: what frees it works, and whoever asks is told."""
+
+from __future__ import annotations
+
+import sqlite3
+import threading
+from collections import namedtuple
+from pathlib import Path
+
+import pytest
+from fake_engine import Garage, Script
+from served import serve
+
+from lightx2v import job_worker
+from lightx2v.job_store import JobStore
+from lightx2v.server import application
+
+Usage = namedtuple("Usage", "total used free")
+
+
+class FullDisk:
+    """SQLite needs room even to delete; there is some as soon as one of the videos in `folder` is gone."""
+
+    def __init__(self, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        self._folder = folder
+        self._videos: list[Path] = []
+        for name in ("remove", "finish"):
+            monkeypatch.setattr(JobStore, name, self._guarded(getattr(JobStore, name)))
+
+    def fill(self) -> None:
+        self._videos = list(self._folder.glob("*.mp4"))
+
+    def _guarded(self, real):
+        def write(store: JobStore, *given, **more) -> None:
+            if self._videos and all(video.exists() for video in self._videos):
+                raise sqlite3.OperationalError("database or disk is full")
+            real(store, *given, **more)
+
+        return write
+
+
+def test_deleting_a_video_works_on_a_full_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    disk = FullDisk(tmp_path, monkeypatch)
+    with serve(tmp_path) as served:
+        id = served.submit(file_name="cat")
+        assert served.end_of(id)["status"] == "completed"
+        disk.fill()
+        assert served.client.delete(f"/v1/videos/{id}").json()["deleted"]
+        assert served.client.get(f"/v1/videos/{id}").status_code == 404 and not list(tmp_path.glob(f"{id}*"))
+
+
+def test_what_is_due_to_go_makes_room_for_the_video_that_was_just_made(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(job_worker, "RETRY_SECONDS", 0.01)
+    now, hold, disk = [1e9], threading.Event(), FullDisk(tmp_path, monkeypatch)
+    garage = Garage(script={"held": Script(hold=hold)})
+    with serve(tmp_path, garage, ttl=3600, clock=lambda: now[0]) as served:
+        old = served.submit()
+        assert served.end_of(old)["status"] == "completed"
+        new = served.submit("held")
+        assert garage.started.wait(10)
+        disk.fill()
+        now[0] += 3601
+        hold.set()
+        assert served.end_of(new)["status"] == "completed"
+        assert served.client.get(f"/v1/videos/{old}").status_code == 404
+
+
+def test_a_name_that_cannot_be_stored_costs_the_name_only(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with serve(tmp_path) as served:
+
+        def full(path: Path, *given, **more) -> None:
+            path.touch()
+            raise OSError(28, "No space left on device")
+
+        monkeypatch.setattr(Path, "write_text", full)
+        answer = served.client.post("/v1/tasks/video/", json={"prompt": "a cat", "save_result_path": "cat.mp4"}).json()
+        assert answer["save_result_path"] == f"{answer['task_id']}.mp4"
+        assert served.end_of(answer["task_id"])["status"] == "completed" and len(served.jobs.list()) == 1
+
+
+def test_a_server_whose_disk_is_full_is_alive_but_not_ready(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with serve(tmp_path) as served:
+        assert served.client.get("/ready").status_code == 200
+        monkeypatch.setattr(application.shutil, "disk_usage", lambda path: Usage(10**9, 10**9, 0))
+        answer = served.client.get("/ready")
+        assert answer.status_code == 503 and "disk" in answer.json()["error"]["message"]
+        assert served.client.get("/health").status_code == 200
