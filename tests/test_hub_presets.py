@@ -1,0 +1,102 @@
+"""What each shipped preset would fetch of the repositories as they are on the Hub: real names and sizes, no bytes."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hub_models import point_here, quick
+from hub_server import HubServer, serving, sha256
+
+from lightx2v.config import list_presets, resolve
+from lightx2v.hub import make_plan
+
+GB = 10**9
+SHARD = "{}_noise_model/diffusion_pytorch_model-{:05}-of-00006.safetensors"
+DISTILLED = "wan2.2_i2v_A14b_{}_noise{}_lightx2v_4step.safetensors"
+LORA = "wan2.2_{}_A14b_{}_noise_lora_rank64_lightx2v_4step_{}.safetensors"
+
+
+def base() -> dict[str, int]:
+    """Wan-AI/Wan2.2-…-A14B: both experts in float32, 57.2 GB each, and what goes with them."""
+    files = {SHARD.format(which, i): 57_200_000_000 // 6 for which in ("high", "low") for i in range(1, 7)}
+    for which in ("high", "low"):
+        files |= {f"{which}_noise_model/config.json": 250}
+        files |= {f"{which}_noise_model/diffusion_pytorch_model.safetensors.index.json": 96_000}
+    tokenizer = ("special_tokens_map.json", "spiece.model", "tokenizer.json", "tokenizer_config.json")
+    files |= {f"google/umt5-xxl/{name}": 1_000_000 for name in tokenizer}
+    files |= {"models_t5_umt5-xxl-enc-bf16.pth": 11_360_000_000, "Wan2.1_VAE.pth": 508_000_000}
+    return files | {"README.md": 5_000, "assets/logo.png": 60_000, "examples/i2v_input.JPG": 250_000}
+
+
+def distilled() -> dict[str, int]:
+    files: dict[str, int] = {}
+    for which in ("high", "low"):
+        files |= {DISTILLED.format(which, ""): 28_600_000_000, DISTILLED.format(which, "_int8"): 14_500_000_000}
+        files |= {DISTILLED.format(which, "_scaled_fp8_e4m3"): 14_500_000_000}
+        files |= {f"wan2.2_i2v_A14b_{which}_noise_lightx2v_4step_split/block_{i}.safetensors": GB for i in range(40)}
+    return files | {"README.md": 5_000}
+
+
+REPOS = {
+    "Wan-AI/Wan2.2-T2V-A14B": base(),
+    "Wan-AI/Wan2.2-I2V-A14B": base(),
+    "lightx2v/Wan2.2-Distill-Models": distilled(),
+    "lightx2v/Wan2.2-Distill-Loras": {
+        LORA.format(task, which, date): 1_200_000_000
+        for task in ("t2v", "i2v")
+        for which in ("high", "low")
+        for date in (1022, 1217)
+    },
+    "lightx2v/Encoders": {f"models_t5_umt5-xxl-enc-{kind}.pth": 6_700_000_000 for kind in ("fp8", "int8")},
+}
+LARGEST = {"base": 127 * GB, "distill_lora": 130 * GB, "distill_merged": 70 * GB, "distill_fp8": 37 * GB}
+"""Bytes that the presets of each variant take at the most."""
+
+
+class Listing(HubServer):
+    """Lists REPOS; there is nothing behind it."""
+
+    def listing(self, repo: str) -> dict[str, Any]:
+        def entry(path: str, size: int) -> dict[str, Any]:
+            lfs = {"size": size, "pointerSize": 130}
+            return {"rfilename": path, "size": size, "lfs": lfs | {"sha256": sha256(path.encode())}}
+
+        return {"id": repo, "sha": self.commit, "siblings": [entry(*file) for file in REPOS[repo].items()]}
+
+
+@pytest.fixture
+def server(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[HubServer]:
+    monkeypatch.delenv("LIGHTX2V_MODELS_DIR", raising=False)
+    point_here(monkeypatch, tmp_path / "home")
+    with serving(Listing({repo: {} for repo in REPOS})) as started:
+        yield started
+
+
+@pytest.mark.parametrize("preset", [info.name for info in list_presets() if not info.name.startswith("demo_")])
+def test_a_preset_fetches_what_it_needs_and_nothing_else(preset: str, server: HubServer) -> None:
+    found = resolve(preset)
+    plan = make_plan(found.engine, hub=quick(server), free=lambda path: 10**15)
+    task, variant = found.engine.task, found.preset.variant
+    names = {file.name.partition("/")[2].partition("/")[2]: file.file.size for file in plan.files}
+    assert not plan.lacking and {file.file.repo for file in plan.files} == {
+        f"Wan-AI/Wan2.2-{task.upper()}-A14B",
+        *({"lightx2v/Wan2.2-Distill-Loras"} if variant == "distill_lora" else ()),
+        *({"lightx2v/Wan2.2-Distill-Models"} if variant in ("distill_merged", "distill_fp8") else ()),
+        *({"lightx2v/Encoders"} if variant == "distill_fp8" else ()),
+    }
+    assert 0.8 * LARGEST[variant] < plan.left <= LARGEST[variant]
+    shards = {name for name in names if name.endswith("-of-00006.safetensors")}
+    assert len(shards) == (12 if variant in ("base", "distill_lora") else 0)
+    large = {name for name in names if names[name] > GB} - shards
+    text = "fp8" if variant == "distill_fp8" else "bf16"
+    assert {f"models_t5_umt5-xxl-enc-{text}.pth"} == {name for name in large if "t5" in name}
+    experts = {name for name in large if "A14b" in name}
+    assert len(experts) == (0 if variant == "base" else 2)
+    assert len({"high_noise" in name for name in experts}) == len(experts)
+    assert all(task in name and ("fp8" in name) == (variant == "distill_fp8") for name in experts)
+    assert large == experts | {f"models_t5_umt5-xxl-enc-{text}.pth"} and "Wan2.1_VAE.pth" in names
+    assert "high_noise_model/config.json" in names and "google/umt5-xxl/tokenizer.json" in names
+    assert not {"README.md", "assets/logo.png", "examples/i2v_input.JPG"} & set(names)
