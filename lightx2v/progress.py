@@ -272,6 +272,8 @@ class Meter:
         first_step, first_now = self._pace.get(stage, (step, now))
         if step <= first_step:  # the stage's first step, or it began again
             self._pace[stage] = (step, now)
+            if stage == "download":  # a few bytes of a small file tell nothing about gigabytes
+                return None
             pace = now / step
         else:
             pace = (now - first_now) / (step - first_step)
