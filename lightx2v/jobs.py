@@ -92,6 +92,11 @@ class JobManager:
         with self._session() as store:
             return store.counts()
 
+    def check_room(self) -> None:
+        """Busy if no job can be queued now. `submit` looks by itself; this is for whoever has work to do before it."""
+        with self._session() as store:
+            self._check_room(store)
+
     def get(self, id: str) -> Job:
         """The job as it stands; UnknownJob if there is none of this id."""
         with self._session() as store:

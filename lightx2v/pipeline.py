@@ -250,11 +250,13 @@ class LightX2VPipeline:
     ) -> Result:
         """One video. What is not given is what `create_generator` was told. An existing file is replaced.
 
-        `save_result_path` is an mp4 (its folder has to be there), None writes none. The Result has `frames` (uint8,
-        T H W C) with `return_result_tensor`, `latents` (float32, C T h w, before the VAE) with `return_latents`, the
-        seed (-1 draws one), seconds per stage and bytes at the peaks. `on_progress` is called in this thread; `cancel`
-        is looked at between blocks and tiles. Raises BadRequest, LoraError, OutputError, OutOfMemory, NumericsError,
-        Cancelled, or Busy while another run goes on; the next run is not affected.
+        `image_path` and `last_frame_path` are JPEG, PNG or WebP files; sizes are in pixels, `fps` in frames a second,
+        `guidance` is one number or (high-noise expert, low-noise expert). `save_result_path` is an mp4 (its folder has
+        to be there), None writes none. The Result has `frames` (uint8, T H W C) with `return_result_tensor`, `latents`
+        (float32, C T h w, before the VAE) with `return_latents`, the seed (-1 draws one), seconds per stage and bytes
+        at the peaks. `on_progress` is called in this thread; `cancel` is looked at between blocks and tiles. Raises
+        BadRequest, LoraError, OutputError, OutOfMemory, NumericsError, Cancelled, or Busy while another run goes on;
+        the next run is not affected.
         """
         given = {
             "seed": seed,
@@ -332,7 +334,8 @@ class LightX2VPipeline:
     def switch_lora(self, lora_configs: Sequence[dict[str, Any] | LoraSpec]) -> None:
         """Exchanges the LoRAs of both experts, now and for all requests that bring none of their own; [] is none.
 
-        The base model is not loaded again. After a LoraError the LoRAs are as they were.
+        The base model is not loaded again. After a LoraError or a DownloadError the LoRAs are as they were. Busy while
+        a video is made.
         """
         engine = self._engine
         if engine is None:

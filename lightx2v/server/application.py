@@ -86,11 +86,13 @@ def _add_state(app: FastAPI, service: Service, metrics: Metrics) -> None:
     @app.get("/ready", tags=["state"], responses=refusals(503))
     def ready() -> Health:
         """Whether a job would be taken now; 503 while the queue or the disk is full."""
-        if not jobs.alive:
-            raise HTTPException(503, "The worker has stopped.")
-        if jobs.waiting >= jobs.max_queue:
-            raise HTTPException(503, "The queue is full.")
-        if shutil.disk_usage(jobs.folder).free < ROOM:
+        health()
+        try:
+            jobs.check_room()
+        except Busy as full:
+            raise HTTPException(503, str(full)) from None
+        disk = shutil.disk_usage(jobs.folder)
+        if disk.free < ROOM <= disk.total:  # some file systems tell nothing, and then both are 0
             raise HTTPException(503, "The disk is full.")
         return Health(status="ready")
 

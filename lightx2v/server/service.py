@@ -18,7 +18,7 @@ from typing import Any
 
 from ..config import Resolved, resolve
 from ..engine_config import EngineConfig
-from ..errors import BadRequest, Busy
+from ..errors import BadRequest
 from ..jobs import Job, JobManager, UnknownJob
 from ..request import MAX_SEED, LoraSpec, Request
 from .names import Names, file_name
@@ -78,9 +78,8 @@ class Service:
         name = file_name(wish.name) if wish.name else ""
         preset = self._preset(wish)
         request, config = self._request(owner, preset, wish)
-        if (waiting := self.jobs.waiting) >= self.jobs.max_queue and self._known(owner, wish.client_id) is None:
-            # Before pictures are fetched; `submit` looks again.
-            raise Busy(f"The queue is full: {waiting} jobs are waiting, no more than that may. Try later.")
+        if self._known(owner, wish.client_id) is None:
+            self.jobs.check_room()  # before pictures are fetched
         with tempfile.TemporaryDirectory(prefix="lightx2v-") as folder:
             request = self._with_pictures(request, wish, Path(folder))
             if self._check is not None:
