@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import threading
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
 from chromium import Person, browser, person
+from fake_engine import Garage
 from huggingface_hub import constants
 from studio_app import Page, launched
 from tiny import build_tiny
+
+from lightx2v.jobs import JobManager
 
 if TYPE_CHECKING:
     from playwright.sync_api import Browser
@@ -43,6 +47,31 @@ def cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
 def tiny(tmp_path_factory: pytest.TempPathFactory) -> TinyModels:
     root = tmp_path_factory.mktemp("tiny")
     return TinyModels(t2v=build_tiny(root / "t2v", "t2v"), i2v=build_tiny(root / "i2v", "i2v", seed=10))
+
+
+@pytest.fixture
+def garage() -> Garage:
+    return Garage()
+
+
+@pytest.fixture
+def open_manager(garage: Garage, tmp_path: Path) -> Iterator[Callable[..., JobManager]]:
+    """Makes managers on tmp_path and closes them after the test."""
+    made: list[JobManager] = []
+
+    def make(**options: object) -> JobManager:
+        made.append(JobManager(options.pop("garage", garage), tmp_path, **options))  # type: ignore[arg-type]
+        return made[-1]
+
+    yield make
+    for manager in made:
+        manager.close()
+    assert not [thread for thread in threading.enumerate() if thread.name == "lightx2v-jobs"]
+
+
+@pytest.fixture
+def manager(open_manager: Callable[..., JobManager]) -> JobManager:
+    return open_manager(max_queue=1000)
 
 
 @pytest.fixture(scope="session")

@@ -1,4 +1,4 @@
-"""The DiT: equal to diffusers, equal to itself however it is cut, and fit for training."""
+"""The DiT: equal to diffusers, of the official names and sizes, exact where it must be."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from diffusers import WanTransformer3DModel
+from dit_reference import COND, LATENTS, TINY, UNCOND, diffusers_twin, draw, make, pad, relative
 from torch import Tensor
 
 from lightx2v.attention.sdpa import sdpa
@@ -15,60 +15,8 @@ from lightx2v.errors import Cancelled, CheckpointError
 from lightx2v.models import block as block_module
 from lightx2v.models.dit import CHUNK, DiTConfig, WanDiT, parameter_dtype
 from lightx2v.progress import CancelToken
-from lightx2v.weights.naming import wan_to_diffusers
 
-TINY = DiTConfig(dim=48, ffn_dim=80, freq_dim=32, text_dim=24, text_len=20, num_heads=2, num_layers=3)
-
-
-def make(config: DiTConfig = TINY, seed: int = 0, **attributes: Any) -> WanDiT:
-    """A model whose every parameter matters: biases, norms and modulation are random too."""
-    torch.manual_seed(seed)
-    dit = WanDiT(config).eval()
-    for parameter in dit.parameters():
-        if parameter.ndim == 1:
-            torch.nn.init.normal_(parameter, std=0.3)
-    for name, value in attributes.items():
-        setattr(dit, name, value)
-    return dit
-
-
-def diffusers_twin(dit: WanDiT) -> WanTransformer3DModel:
-    """diffusers' model on the same tensors."""
-    c = dit.config
-    with torch.device("meta"):
-        twin = WanTransformer3DModel(
-            num_attention_heads=c.num_heads,
-            attention_head_dim=c.head_dim,
-            in_channels=c.in_dim,
-            out_channels=c.out_dim,
-            text_dim=c.text_dim,
-            freq_dim=c.freq_dim,
-            ffn_dim=c.ffn_dim,
-            num_layers=c.num_layers,
-            eps=c.eps,
-        )
-    twin.load_state_dict({wan_to_diffusers(n): p for n, p in dit.state_dict().items()}, strict=True, assign=True)
-    twin.rope = type(twin.rope)(c.head_dim, (1, 2, 2), 1024)  # its tables are not in the state dict
-    return twin.eval()
-
-
-def pad(context_LD: Tensor, text_len: int = TINY.text_len) -> Tensor:
-    return torch.nn.functional.pad(context_LD, (0, 0, 0, text_len - context_LD.shape[0]))
-
-
-def relative(got: Tensor, expected: Tensor) -> float:
-    return ((got.double() - expected.double()).norm() / expected.double().norm()).item()
-
-
-def draw(*shape: int, seed: int = 1) -> Tensor:
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
-
-
-LATENTS = draw(16, 3, 8, 12)
-COND, UNCOND = draw(7, 24, seed=2), draw(3, 24, seed=3)
-
-
-# --- the same as diffusers ----------------------------------------------------------------------------------------
+# --- the same as diffusers -------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("timestep", [999.0, 937.5, 833.3333, 235.0, 0.0])
@@ -120,7 +68,7 @@ def test_one_block_of_full_width_equals_diffusers() -> None:
     assert relative(got, expected) <= 1e-5
 
 
-# --- names, sizes, dtypes -----------------------------------------------------------------------------------------
+# --- names, sizes, dtypes --------------------------------------------------------------------------------------------
 
 
 def test_names_and_shapes_are_those_of_the_official_checkpoints() -> None:
@@ -207,131 +155,7 @@ def test_tensors_of_something_else_are_refused(shapes: dict[str, tuple[int, ...]
         DiTConfig.from_checkpoint(None, shapes)
 
 
-# --- several prompts ----------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("stack_tokens", [0, 10_000])
-@pytest.mark.parametrize("chunk", [CHUNK, 10])
-@pytest.mark.parametrize("apart", [False, True])
-def test_prompts_together_equal_prompts_one_by_one(stack_tokens: int, chunk: int, apart: bool) -> None:
-    dit = make(stack_tokens=stack_tokens, chunk=chunk, apart=apart)
-    with torch.no_grad():
-        texts = [dit.encode_text(context) for context in (COND, UNCOND, draw(20, 24, seed=4))]
-        together = dit(LATENTS, 800.0, texts)
-        alone = [make()(LATENTS, 800.0, [text])[0] for text in texts]
-    assert len(together) == 3
-    for got, expected in zip(together, alone, strict=True):
-        assert relative(got, expected) <= (0 if chunk == CHUNK and not stack_tokens else 1e-5)
-
-
-@pytest.mark.parametrize(("stack_tokens", "calls"), [(0, 1 + 2 * 2), (10_000, 3)])
-def test_each_block_is_visited_once_and_the_first_attends_to_itself_once(stack_tokens: int, calls: int) -> None:
-    attended: list[int] = []
-
-    def counted(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        attended.append(q.shape[0])
-        return sdpa(q, k, v)
-
-    dit = make(stack_tokens=stack_tokens, self_attention=counted)
-    visits: list[int] = []
-    for n, block in enumerate(dit.blocks):
-        block.register_forward_pre_hook(lambda *_, n=n: visits.append(n))
-    with torch.no_grad():
-        dit(LATENTS, 800.0, [dit.encode_text(COND), dit.encode_text(UNCOND)])
-    assert visits == [0, 1, 2]
-    assert len(attended) == calls and attended[0] == 1
-
-
-@pytest.mark.parametrize("chunk", [1, 7, 71, 72, 1000])
-def test_a_chunk_changes_memory_not_the_result(chunk: int) -> None:
-    dit = make()
-    with torch.no_grad():
-        texts = [dit.encode_text(COND), dit.encode_text(UNCOND)]
-        whole = dit(LATENTS, 800.0, texts)
-        dit.chunk = chunk
-        pieces = dit(LATENTS, 800.0, texts)
-    assert max(map(relative, pieces, whole)) <= 1e-5
-
-
-def test_a_chunk_bounds_the_tokens_in_the_feed_forward() -> None:
-    dit, seen = make(chunk=10), []
-    dit.blocks[1].ffn[0].register_forward_pre_hook(lambda _, args: seen.append(args[0].shape[1]))
-    with torch.no_grad():
-        dit(LATENTS, 800.0, [dit.encode_text(COND)])
-    assert seen == [10] * 7 + [2]
-
-
-# --- text ---------------------------------------------------------------------------------------------------------
-
-
-def count_keys(dit: WanDiT) -> list[int]:
-    rows: list[int] = []
-    for block in dit.blocks:
-        block.cross_attn.k.register_forward_pre_hook(lambda _, args: rows.append(args[0].shape[1]))
-    return rows
-
-
-def test_keys_and_values_of_a_prompt_are_computed_once() -> None:
-    dit = make()
-    rows = count_keys(dit)
-    with torch.no_grad():
-        kept, fresh = dit.encode_text(COND), dit.encode_text(COND, keep=False)
-        first = dit(LATENTS, 800.0, [kept])[0]
-        assert rows == [8, 8, 8]  # seven rows, and one for all the padding
-        assert torch.equal(dit(LATENTS, 800.0, [kept])[0], first)
-        assert rows == [8] * 3
-        assert torch.equal(dit(LATENTS, 800.0, [fresh])[0], first)
-        assert torch.equal(dit(LATENTS, 800.0, [fresh])[0], first)
-        assert rows == [8] * 9
-
-
-def test_encoding_again_after_a_change_of_weights_sees_the_change() -> None:
-    dit = make()
-    with torch.no_grad():
-        before = dit(LATENTS, 800.0, [dit.encode_text(COND)])[0]
-        dit.blocks[1].cross_attn.v.weight.add_(1.0)
-        after = dit(LATENTS, 800.0, [dit.encode_text(COND)])[0]
-        other = make()
-        other.load_state_dict(dit.state_dict())
-        assert torch.equal(after, other(LATENTS, 800.0, [other.encode_text(COND)])[0])
-    assert relative(after, before) > 1e-3
-
-
-def test_nothing_of_one_request_stays_for_the_next() -> None:
-    dit = make()
-    with torch.no_grad():
-        alone = dit(LATENTS, 800.0, [dit.encode_text(COND)])[0]
-        dit(draw(16, 2, 6, 4), 100.0, [dit.encode_text(UNCOND), dit.encode_text(COND)])
-        assert torch.equal(dit(LATENTS, 800.0, [dit.encode_text(COND)])[0], alone)
-
-
-@pytest.mark.parametrize("rows", [1, 7, 19, 20])
-def test_padding_is_attended_to_by_kernels_without_a_mask_too(rows: int) -> None:
-    lengths: list[int] = []
-
-    def kernel(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        lengths.append(k.shape[1])
-        return sdpa(q, k, v)
-
-    context = draw(rows, 24)
-    with torch.no_grad():
-        dit, other = make(), make(cross_attention=kernel)
-        expected = dit(LATENTS, 800.0, [dit.encode_text(context)])[0]
-        got = other(LATENTS, 800.0, [other.encode_text(context)])[0]
-    assert lengths == [TINY.text_len] * 3
-    assert relative(got, expected) <= 1e-5
-
-
-def test_inputs_are_left_as_they_were() -> None:
-    dit, latents, context = make(), LATENTS.clone(), COND.clone()
-    with torch.no_grad():
-        text = dit.encode_text(context)
-        rows = text.rows_BLD.clone()
-        dit(latents, 800.0, [text, text])
-    assert torch.equal(latents, LATENTS) and torch.equal(context, COND) and torch.equal(text.rows_BLD, rows)
-
-
-# --- precision, time, cancelling ----------------------------------------------------------------------------------
+# --- precision, time, cancelling -------------------------------------------------------------------------------------
 
 
 def test_bf16_is_closer_to_float32_than_with_a_bf16_residual_stream(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -424,79 +248,6 @@ def test_tokens_may_be_cut_and_joined_from_outside() -> None:
         dit.embed = cut
         dit.finish = lambda x_BLD, *args: finish(x_BLD[:, order.argsort()], *args)
         assert relative(dit(LATENTS, 900.0, [text])[0], expected) <= 1e-5
-
-
-# --- training -----------------------------------------------------------------------------------------------------
-
-
-def batch() -> tuple[Tensor, Tensor, Tensor]:
-    context = torch.stack([pad(COND, 9), pad(UNCOND, 9)])
-    return draw(2, 16, 3, 8, 12, seed=5), torch.tensor([900.0, 123.4]), context
-
-
-def test_a_batch_of_samples_equals_each_sample_alone() -> None:
-    dit, (latents, timesteps, context) = make(), batch()
-    got = dit.forward_batch(latents, timesteps, context)
-    assert got.shape == latents.shape and got.requires_grad
-    for n, prompt in enumerate((COND, UNCOND)):
-        with torch.no_grad():
-            (alone,) = dit(latents[n], timesteps[n].item(), [dit.encode_text(prompt)])
-        assert relative(got[n].detach(), alone) <= 1e-5
-    with torch.no_grad():
-        assert relative(dit.forward_batch(latents, timesteps, context), got.detach()) <= 1e-5
-
-
-def test_a_batch_takes_a_condition() -> None:
-    config = DiTConfig(in_dim=36, dim=48, ffn_dim=80, freq_dim=32, text_dim=24, text_len=20, num_heads=2, num_layers=1)
-    dit, (latents, timesteps, context) = make(config), batch()
-    condition = draw(2, 20, 3, 8, 12, seed=6)
-    with torch.no_grad():
-        got = dit.forward_batch(latents, timesteps, context, condition)
-        (alone,) = dit(latents[1], 123.4, [dit.encode_text(UNCOND)], condition[1])
-    assert relative(got[1], alone) <= 1e-5
-
-
-@pytest.mark.parametrize("chunk", [CHUNK, 10])
-def test_gradients_equal_diffusers_for_every_parameter(chunk: int) -> None:
-    dit, (latents, timesteps, context) = make(chunk=chunk), batch()
-    twin = diffusers_twin(make()).requires_grad_()
-    target = draw(*latents.shape, seed=7)
-    latents.requires_grad_()
-    (dit.forward_batch(latents, timesteps, context) - target).square().mean().backward()
-    ours = latents.grad
-    latents.grad = None
-    padded = torch.nn.functional.pad(context, (0, 0, 0, TINY.text_len - context.shape[1]))
-    (twin(latents, timesteps, padded).sample - target).square().mean().backward()
-    assert ours is not None and latents.grad is not None and relative(ours, latents.grad) <= 1e-5
-    theirs = dict(twin.named_parameters())
-    for name, parameter in dit.named_parameters():
-        got, expected = parameter.grad, theirs[wan_to_diffusers(name)].grad
-        assert got is not None and expected is not None
-        # A key's bias hardly matters to a softmax: its gradient is what is left when larger ones cancel.
-        assert relative(got, expected) <= (2e-4 if name.endswith(".k.bias") else 2e-5), name
-
-
-def test_training_after_inference_works_on_the_same_model() -> None:
-    dit, (latents, timesteps, context) = make(), batch()
-    with torch.inference_mode():
-        dit(latents[0], 900.0, [dit.encode_text(COND)])
-    dit.train().forward_batch(latents, timesteps, context).square().mean().backward()
-    assert all(parameter.grad is not None for parameter in dit.parameters())
-
-
-def test_autocast_keeps_the_islands_in_float32() -> None:
-    dit, (latents, timesteps, context) = make(), batch()
-    seen: dict[str, torch.dtype] = {}
-    for name in ("time_embedding.0", "time_projection.1", "head.head", "blocks.1.ffn.0", "blocks.0"):
-        dit.get_submodule(name).register_forward_hook(
-            lambda _, __, out, name=name: seen.update({name: (out[0] if isinstance(out, list) else out).dtype})
-        )
-    with torch.autocast("cpu", dtype=torch.bfloat16):
-        got = dit.forward_batch(latents, timesteps, context)
-    got.square().mean().backward()
-    assert seen.pop("blocks.1.ffn.0") == torch.bfloat16
-    assert set(seen.values()) == {torch.float32} and len(seen) == 4
-    assert relative(got.detach(), dit.forward_batch(latents, timesteps, context).detach()) <= 2e-2
 
 
 def test_two_threads_may_use_one_model() -> None:

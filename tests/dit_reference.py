@@ -1,0 +1,62 @@
+"""A small DiT in which every parameter matters, diffusers' model on the same tensors, and inputs for both."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from diffusers import WanTransformer3DModel
+from torch import Tensor
+
+from lightx2v.models.dit import DiTConfig, WanDiT
+from lightx2v.weights.naming import wan_to_diffusers
+
+TINY = DiTConfig(dim=48, ffn_dim=80, freq_dim=32, text_dim=24, text_len=20, num_heads=2, num_layers=3)
+
+
+def make(config: DiTConfig = TINY, seed: int = 0, **attributes: Any) -> WanDiT:
+    """A model whose every parameter matters: biases, norms and modulation are random too."""
+    torch.manual_seed(seed)
+    dit = WanDiT(config).eval()
+    for parameter in dit.parameters():
+        if parameter.ndim == 1:
+            torch.nn.init.normal_(parameter, std=0.3)
+    for name, value in attributes.items():
+        setattr(dit, name, value)
+    return dit
+
+
+def diffusers_twin(dit: WanDiT) -> WanTransformer3DModel:
+    """diffusers' model on the same tensors."""
+    c = dit.config
+    with torch.device("meta"):
+        twin = WanTransformer3DModel(
+            num_attention_heads=c.num_heads,
+            attention_head_dim=c.head_dim,
+            in_channels=c.in_dim,
+            out_channels=c.out_dim,
+            text_dim=c.text_dim,
+            freq_dim=c.freq_dim,
+            ffn_dim=c.ffn_dim,
+            num_layers=c.num_layers,
+            eps=c.eps,
+        )
+    twin.load_state_dict({wan_to_diffusers(n): p for n, p in dit.state_dict().items()}, strict=True, assign=True)
+    twin.rope = type(twin.rope)(c.head_dim, (1, 2, 2), 1024)  # its tables are not in the state dict
+    return twin.eval()
+
+
+def pad(context_LD: Tensor, text_len: int = TINY.text_len) -> Tensor:
+    return torch.nn.functional.pad(context_LD, (0, 0, 0, text_len - context_LD.shape[0]))
+
+
+def relative(got: Tensor, expected: Tensor) -> float:
+    return ((got.double() - expected.double()).norm() / expected.double().norm()).item()
+
+
+def draw(*shape: int, seed: int = 1) -> Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+LATENTS = draw(16, 3, 8, 12)
+COND, UNCOND = draw(7, 24, seed=2), draw(3, 24, seed=3)
