@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from vae_reference import random_vae, relative_error, same_in_diffusers, statistics
 
 from lightx2v.conditioning import encode_pictures, frame_mask, prepare_pictures, to_pixels
 from lightx2v.errors import Cancelled
@@ -176,3 +177,29 @@ def test_with_the_vae_the_latents_are_those_of_a_grey_clip_with_the_given_frames
         clip[:, -1] = end
     condition = encode_pictures(vae, 17, first, end if last else None)
     torch.testing.assert_close(condition[4:], vae.encode(clip), rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("last", [False, True])
+@torch.no_grad()
+def test_the_whole_condition_equals_its_transcription_in_double_precision(last):
+    """From a picture's bytes to the 20 channels: size rule, bicubic, grey clip, diffusers' VAE, statistics, mask."""
+    area, frames, width, height = 64 * 96, 9, 100, 75
+    first, end = picture(width, height), picture(width, height, seed=1)
+    vae = random_vae(VAEConfig(dim=8, res_blocks=1))
+    prepared = prepare_pictures(first, end if last else None, height=64, width=96)
+    condition = encode_pictures(vae, frames, *prepared)
+
+    rows = int(np.sqrt(area * height / width) // 8 // 2 * 2)
+    columns = int(np.sqrt(area / (height / width)) // 8 // 2 * 2)
+    clip = np.zeros((3, frames, 8 * rows, 8 * columns))
+    for at, image in {0: first, -1: end}.items() if last else [(0, first)]:
+        scaled = (image / 255 - 0.5) / 0.5
+        axes = bicubic_matrix(height, 8 * rows), bicubic_matrix(width, 8 * columns)
+        clip[:, at] = np.einsum("oh,hwc,pw->cop", axes[0], scaled, axes[1], optimize=True)
+    reference = same_in_diffusers(vae).double()
+    mean, std = (value.double() for value in statistics(reference))
+    latents = (reference.encode(torch.from_numpy(clip)[None]).latent_dist.mode() - mean) / std
+    expected = torch.cat([reference_mask(frames, rows, columns, last=last).double(), latents[0]])
+    assert condition.shape == expected.shape == (20, 3, 8, 10)
+    assert relative_error(condition[4:].double(), expected[4:]) <= 1e-4
+    assert torch.equal(condition[:4].double(), expected[:4])

@@ -30,12 +30,12 @@ def encode(image: Image.Image, format: str, **options: object) -> bytes:
     return buffer.getvalue()
 
 
+def chunk(kind: bytes, data: bytes) -> bytes:
+    return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+
+
 def png(width: int, height: int, depth: int, colour: int, rows: bytes, *chunks: tuple[bytes, bytes]) -> bytes:
     """A PNG written by hand, for what Pillow does not write."""
-
-    def chunk(kind: bytes, data: bytes) -> bytes:
-        return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
-
     header = struct.pack(">IIBBBBB", width, height, depth, colour, 0, 0, 0)
     body = b"".join(chunk(kind, data) for kind, data in chunks)
     return (
@@ -158,6 +158,27 @@ def test_the_first_frame_of_an_animation_is_taken_without_reading_the_others() -
         image = load_image(data)
         assert tuple(pixels(image)[0, 0]) == RED
         assert getattr(image, "n_frames", 1) == 1
+
+
+def test_an_animation_of_100_000_frames_costs_what_one_picture_costs() -> None:
+    def control(number: int) -> bytes:
+        return struct.pack(">IIIIIHHBB", number, 32, 32, 0, 0, 1, 10, 0, 0)
+
+    rows = (b"\0" + bytes(RED) * 32) * 32
+    begin = [(b"acTL", struct.pack(">II", 100_000, 0)), (b"fcTL", control(0))]
+    frame = zlib.compress((b"\0" + bytes(BLUE) * 32) * 32, 9)
+    others = b"".join(
+        chunk(b"fcTL", control(n)) + chunk(b"fdAT", struct.pack(">I", n + 1) + frame) for n in range(1, 199_999, 2)
+    )
+    whole = png(32, 32, 8, 2, rows, *begin)
+    data = whole[:-12] + others + whole[-12:]
+    with Image.open(io.BytesIO(data)) as animation:
+        assert getattr(animation, "n_frames", 1) == 100_000
+    before, started = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, time.process_time()
+    image = load_image(data)
+    assert time.process_time() - started < 0.5
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 30_000
+    assert tuple(pixels(image)[0, 0]) == RED and image.size == (32, 32)
 
 
 def test_a_phone_camera_jpeg_with_a_second_picture_is_read() -> None:
