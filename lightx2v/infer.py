@@ -26,6 +26,7 @@ from typing import Any, Protocol
 from . import preload
 from .config import EngineConfig, Environment, Resolved, hub_name, list_presets, needed_files, resolve
 from .errors import BadRequest, ConfigError
+from .framing import RESIZE_MODES
 from .hub import find
 from .preset_keys import PER_VIDEO
 from .progress import CancelToken, OnProgress, cost
@@ -111,6 +112,7 @@ def _run(
         from .sampling import draw_seed  # here and not above: --dry_run and mistakes should not wait for torch
 
         request = replace(request, seed=draw_seed())
+    _check_pictures(request)
     path = _output_path(options, resolved, request, environment) if leads else None
     with cost("Total Cost"):
         engine = open_engine(resolved.engine, resolved.preset.name, on_progress)
@@ -191,6 +193,16 @@ def _recorded(video: str) -> tuple[dict[str, Any], dict[str, Any]]:
     engine = {key: value for key, value in engine.items() if key not in ("model_cls", "parallel")}
     values = {key: value for key, value in request.items() if key not in PER_VIDEO}
     return engine | values, shown | {"preset": str(settings.get("preset") or "")}
+
+
+def _check_pictures(request: Request) -> None:
+    """A file that is no picture is said now, and not after minutes of loading."""
+    if request.image_path:
+        from .image import load_image
+
+        for path in (request.image_path, request.last_frame_path):
+            if path:
+                load_image(path)
 
 
 def _output_path(options: argparse.Namespace, resolved: Resolved, request: Request, environment: Environment) -> Path:
@@ -316,7 +328,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--guidance", type=float, nargs="+", metavar="X", help="for both experts, or high-noise then low-noise")
     add("--enable_cfg", action=argparse.BooleanOptionalAction, default=None, help="guidance, at twice the time")
     add("--boundary", type=float, metavar="X", help="share of the noise levels below which the low-noise expert works")
-    add("--resize_mode", metavar="MODE", help="how an image decides the size (see lightx2v/framing.py)")
+    add("--resize_mode", metavar="MODE", help=f"how an image is fitted: {', '.join(RESIZE_MODES)}")
 
     add = parser.add_argument_group("over the preset: the engine").add_argument
     add("--task", choices=("t2v", "i2v", "flf2v"))

@@ -56,7 +56,20 @@ ENCODER = (
 
 
 def check_output_path(path: str | Path, *, force: bool = False) -> Path:
-    """The absolute path a video may be written to, or an error before any work is done."""
+    """The absolute path a video may be written to, or an error before any work is done.
+
+    A folder that takes no files and an ffmpeg that is not there are found here too, and not after the last step.
+    """
+    target = _free_name(path, force=force)
+    ffmpeg()
+    try:
+        os.rmdir(tempfile.mkdtemp(prefix=WORK_PREFIX, dir=target.parent))
+    except OSError as error:
+        raise _not_written(target, error.strerror or str(error)) from None
+    return target
+
+
+def _free_name(path: str | Path, *, force: bool) -> Path:
     name = os.fspath(path)
     if not name or "\0" in name:
         raise BadRequest("The output needs a file name without NUL characters.")
@@ -96,7 +109,7 @@ class VideoWriter:
     ) -> None:
         if width % 2 or height % 2 or width <= 0 or height <= 0:
             raise ValueError(f"yuv420p needs even sizes, got {width}x{height}")
-        self.path = check_output_path(path, force=force)
+        self.path = _free_name(path, force=force)
         self.frames = 0
         self._width, self._height = width, height
         self._fps = Fraction(fps).limit_denominator(1001)
@@ -215,8 +228,7 @@ class VideoWriter:
             raise self._failed(self._verdict())
         self._verify(folder / "video.mp4")
         self._cancel.check()
-        if not self._force:
-            check_output_path(self.path)
+        _free_name(self.path, force=self._force)
         try:
             os.replace(folder / "video.mp4", self.path)
         except OSError as error:
@@ -261,7 +273,7 @@ class VideoWriter:
         return f"ffmpeg {how}" + (f" ({words})" if words else "")
 
     def _failed(self, reason: str) -> OutputError:
-        return OutputError(f"{short_path(self.path)} could not be written: {reason}. {_free_space(self.path.parent)}")
+        return _not_written(self.path, reason)
 
 
 def read_frame(path: str | Path, index: int = -1) -> Image.Image:
@@ -306,6 +318,10 @@ def _ffmetadata(settings: dict[str, Any]) -> bytes:
     text = text.encode(errors="backslashreplace").decode()  # half a surrogate pair has no UTF-8, but JSON can name it
     escaped = "".join("\\" + c if c in "=;#\\\n" else c for c in text)
     return f";FFMETADATA1\ncomment={escaped}\n".encode()
+
+
+def _not_written(path: Path, reason: str) -> OutputError:
+    return OutputError(f"{short_path(path)} could not be written: {reason}. {_free_space(path.parent)}")
 
 
 def _free_space(folder: Path) -> str:

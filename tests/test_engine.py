@@ -17,7 +17,7 @@ import lightx2v.offload
 from lightx2v.config import resolve
 from lightx2v.engine import load_engine
 from lightx2v.engine_config import EngineConfig
-from lightx2v.errors import BadRequest, Cancelled, OutOfMemory
+from lightx2v.errors import BadRequest, Cancelled, OutOfMemory, OutputError
 from lightx2v.pipeline import LightX2VPipeline
 from lightx2v.planner import GIB, Machine, Model, Planner, Wishes
 from lightx2v.progress import CancelToken
@@ -114,12 +114,15 @@ def test_backends_are_tried_once_and_on_the_models_own_heads(tiny: TinyModels, m
     assert calls == [("auto", 12)]
 
 
-def test_a_path_that_cannot_be_written_fails_before_the_first_stage(tiny: TinyModels, tmp_path: Path) -> None:
-    taken = tmp_path / "taken.mp4"
-    taken.write_bytes(b"mine")
+@pytest.mark.parametrize("path", ["taken.mp4", "/proc/video.mp4"])
+def test_a_path_that_cannot_be_written_fails_before_the_first_stage(
+    tiny: TinyModels, tmp_path: Path, path: str
+) -> None:
+    (tmp_path / "taken.mp4").write_bytes(b"mine")
     stages: list[str] = []
     with LightX2VPipeline.from_config(config_of(tiny.t2v)) as pipe:
         request = Request(prompt="a ball", height=32, width=48, frames=5, steps=1)
-        with pytest.raises(BadRequest, match="exists already"):
-            pipe.run(request, save_result_path=taken, on_progress=lambda event: stages.append(event.stage))
-    assert stages == [] and taken.read_bytes() == b"mine"
+        with pytest.raises((BadRequest, OutputError), match="exists already|could not be written"):
+            pipe.run(request, save_result_path=tmp_path / path, on_progress=lambda event: stages.append(event.stage))
+    assert stages == []
+    assert [(file.name, file.read_bytes()) for file in tmp_path.iterdir()] == [("taken.mp4", b"mine")]

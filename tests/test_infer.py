@@ -15,6 +15,7 @@ from typing import Any
 
 import pytest
 from conftest import TinyModels
+from PIL import Image
 
 from lightx2v.config import PROJECT, EngineConfig
 from lightx2v.errors import Cancelled, CheckpointError, OutOfMemory
@@ -175,6 +176,8 @@ def test_every_flag_of_a_video_reaches_the_request(infer: Infer, stage: Stage) -
 
 
 def test_image_to_video_takes_its_pictures(infer: Infer, stage: Stage) -> None:
+    for name in ("a.png", "b.png"):
+        Image.new("RGB", (32, 32)).save(name)
     flags = ("--preset", "demo_i2v_base", "--prompt", "x", "--image_path", "a.png")
     assert infer(*flags).code == 0
     assert stage.request is not None and (stage.request.task, stage.request.image_path) == ("i2v", "a.png")
@@ -251,6 +254,20 @@ def test_bad_usage_ends_with_2_before_anything_is_loaded(
     assert message in ended.err
     assert stage.config is None
     assert ended.out == ""
+
+
+@pytest.mark.parametrize("wrong", ["--image_path", "--last_frame_path"])
+@pytest.mark.parametrize("name", ["none.png", "text.png"])
+def test_a_file_that_is_no_picture_is_refused_before_anything_is_loaded(
+    infer: Infer, stage: Stage, wrong: str, name: str, tmp_path: Path
+) -> None:
+    Image.new("RGB", (32, 32)).save("a.png")
+    Path("text.png").write_text("words")
+    pictures = {"--image_path": "a.png", "--last_frame_path": "a.png"} | {wrong: name}
+    flags = [part for pair in pictures.items() for part in pair]
+    ended = infer("--preset", "demo_i2v_base", "--task", "flf2v", "--prompt", "x", *flags)
+    assert ended.code == 2 and stage.config is None and not (tmp_path / "outputs").exists()
+    assert ("There is no image file none.png" if name == "none.png" else "JPEG, PNG or WebP only") in ended.err
 
 
 @pytest.mark.parametrize(
@@ -363,6 +380,7 @@ def test_a_video_is_repeated_from_its_own_settings(
 def test_a_repeated_video_may_differ_in_what_is_given(
     infer: Infer, stage: Stage, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    Image.new("RGB", (32, 32)).save("a.png")
     infer("--preset", "demo_i2v_base", "--prompt", "a ball", "--image_path", "a.png")
     before = stage.request
     recording(tmp_path, monkeypatch, stage)

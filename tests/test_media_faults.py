@@ -178,9 +178,10 @@ def _bundled() -> str:
     return str(next(file for file in folder.iterdir() if file.name.startswith("ffmpeg")))
 
 
-def test_a_missing_encoder_is_named(tmp_path: Path, fake_ffmpeg: Path) -> None:
-    with pytest.raises(OutputError, match="no ffmpeg"):
-        VideoWriter(tmp_path / "out" / "a.mp4", 48, 32, 16)
+def test_a_missing_encoder_is_named_and_before_any_work(tmp_path: Path, fake_ffmpeg: Path) -> None:
+    for begin in (lambda path: VideoWriter(path, 48, 32, 16), check_output_path):
+        with pytest.raises(OutputError, match="no ffmpeg"):
+            begin(tmp_path / "out" / "a.mp4")
     fake_ffmpeg.write_text("not a program")
     fake_ffmpeg.chmod(0o755)
     with pytest.raises(OutputError):
@@ -198,8 +199,9 @@ def test_a_folder_that_vanishes_is_an_error(tmp_path: Path) -> None:
 
 
 def test_a_folder_that_cannot_be_written_is_an_error() -> None:
-    with pytest.raises(OutputError, match="GiB are free"):
-        VideoWriter("/proc/a.mp4", 48, 32, 16)
+    for begin in (lambda path: VideoWriter(path, 48, 32, 16), check_output_path):
+        with pytest.raises(OutputError, match="GiB are free"):
+            begin("/proc/a.mp4")
 
 
 PRELUDE = "import sys, os, resource\nimport numpy as np\nfrom lightx2v.media import VideoWriter\n"
