@@ -66,6 +66,8 @@ class Environment:
     by_torchrun: bool = False
     port: int = 29500
     """Where they meet if they were started by something else."""
+    profiling: int = 0
+    """LightX2V's switch for the log of a Python script: with 1 or 2 it shows what each stage took."""
 
     @classmethod
     def read(cls, variables: Mapping[str, str] | None = None) -> Environment:
@@ -83,10 +85,11 @@ class Environment:
             "restart": "TORCHELASTIC_RESTART_COUNT",
             "by_torchrun": "TORCHELASTIC_USE_AGENT_STORE",
             "port": "MASTER_PORT",
+            "profiling": "PROFILING_DEBUG_LEVEL",
         }
         found: dict[str, Any] = {key: variables[name] for key, name in names.items() if variables.get(name)}
         found["by_torchrun"] = found.get("by_torchrun") == "True"
-        for key in ("rank", "local_rank", "world_size", "local_world_size", "restart", "port"):
+        for key in ("rank", "local_rank", "world_size", "local_world_size", "restart", "port", "profiling"):
             if key in found:
                 if not found[key].isdecimal() or len(found[key]) > 6:
                     raise ConfigError(

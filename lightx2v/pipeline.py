@@ -34,6 +34,7 @@ from .request import LoraSpec, Request
 from .result import Result
 from .run import Run
 from .sampling import draw_seed
+from .terminal import show_log
 
 log = logging.getLogger("lightx2v.pipeline")
 
@@ -213,7 +214,10 @@ class LightX2VPipeline:
         }
         overrides = self._overrides | {key: value for key, value in given.items() if value is not None}
         preset = config_json if config_json is not None else {}
-        resolved = resolve(preset, overrides, environment=Environment.read())
+        environment = Environment.read()
+        if environment.profiling:
+            show_log(who=environment.who)
+        resolved = resolve(preset, overrides, environment=environment)
         self._defaults = dict(resolved.request)
         self._engine = load_engine(resolved.engine, preset=resolved.preset.name)
 

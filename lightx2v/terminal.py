@@ -122,6 +122,14 @@ def logging_to(stream: TextIO, line: ProgressLine, level: int, *, who: str = "")
         logger.setLevel(before)
 
 
+def show_log(*, who: str = "") -> None:
+    """The same for a script that set up no log of its own: all that comes, from now on, on standard error."""
+    logger = logging.getLogger("lightx2v")
+    if not logger.hasHandlers():
+        logger.addHandler(_Handler(sys.stderr, ProgressLine(sys.stderr), who))
+        logger.setLevel(logging.INFO)
+
+
 class _Handler(logging.StreamHandler[TextIO]):
     def __init__(self, stream: TextIO, line: ProgressLine, who: str) -> None:
         super().__init__(stream)

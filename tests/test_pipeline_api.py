@@ -5,6 +5,10 @@ from __future__ import annotations
 import asyncio
 import gc
 import json
+import os
+import re
+import subprocess
+import sys
 import threading
 import time
 import weakref
@@ -40,7 +44,8 @@ def pipe(tiny: TinyModels) -> Iterator[LightX2VPipeline]:
         yield pipe
 
 
-def test_the_tutorials_example_runs_with_its_paths_replaced(tmp_path: Path) -> None:
+def tutorials_example(tmp_path: Path) -> str:
+    """With our paths: the demo model, a small configuration, a video in tmp_path."""
     example = (Path(__file__).parent / "data" / "tutorial_wan_moe_t2v.txt").read_text(encoding="utf-8")
     config = json.loads((PROJECT / "presets" / "demo_t2v_base.json").read_text())
     small = {"infer_steps": 2, "target_video_length": 5, "target_height": 64, "target_width": 64}
@@ -52,9 +57,26 @@ def test_the_tutorials_example_runs_with_its_paths_replaced(tmp_path: Path) -> N
     ):
         assert path in example
         example = example.replace(path, str(ours))
+    return example
+
+
+def test_the_tutorials_example_runs_with_its_paths_replaced(tmp_path: Path) -> None:
+    example = tutorials_example(tmp_path)
     exec(compile(example, "wan_moe_t2v.py", "exec"), {})
     request = read_settings(tmp_path / "video.mp4")["request"]
     assert request["seed"] == 42 and request["negative_prompt"].startswith("镜头晃动") and request["steps"] == 2
+
+
+def test_the_tutorials_variable_shows_what_each_stage_took(tmp_path: Path) -> None:
+    command = [sys.executable, "-c", tutorials_example(tmp_path)]
+    shown: dict[str, str] = {}
+    for level in ("0", "2"):
+        environment = os.environ | {"PYTHONPATH": str(PROJECT), "PROFILING_DEBUG_LEVEL": level}
+        ended = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120, check=True)
+        shown[level] = ended.stderr
+    lines = ("Load models", "Run Text Encoder", "Run DiT", "Run VAE Decoder", "RUN pipeline")
+    assert not [line for line in lines if line in shown["0"]]
+    assert all(re.search(rf"INFO +{line} cost \d+\.\d+ seconds$", shown["2"], re.MULTILINE) for line in lines)
 
 
 def test_what_is_enabled_is_what_is_loaded(monkeypatch: pytest.MonkeyPatch) -> None:
