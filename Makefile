@@ -1,8 +1,10 @@
 # Everything on a fresh machine with Python 3.11 or newer:  make app | make demo | make test
 # On Linux without a GPU, TORCH_INDEX=https://download.pytorch.org/whl/cpu avoids the large CUDA packages.
+# LOCKED=1 takes from PyPI just the files whose hashes are in requirements.lock.
 
 PYTHON ?= python3
 TORCH_INDEX ?=
+LOCKED ?=
 BIN := .venv/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt $(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX))
 PROMPT ?= a red ball rolls left over green grass at night
@@ -39,7 +41,7 @@ clean:
 	touch $@
 
 .venv/.app: .venv/.python requirements.txt constraints.txt
-	$(PIP) -r requirements.txt
+	$(if $(LOCKED),$(BIN)/python -m pip install --quiet --require-hashes -r requirements.lock,$(PIP) -r requirements.txt)
 	touch $@
 
 .venv/.dev: .venv/.app requirements-dev.txt

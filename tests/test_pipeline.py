@@ -213,6 +213,16 @@ def test_nan_ends_the_run_with_the_step(tiny: TinyModels, tmp_path: Path) -> Non
     assert not list(tmp_path.iterdir())
 
 
+def test_a_video_that_stands_still_is_warned_of(tiny: TinyModels) -> None:
+    pipe, request = load(tiny.t2v)
+    with pipe:
+        assert pipe.run(request).warnings == ()
+        with pipe._engine.placement.vae() as vae, torch.no_grad():  # type: ignore[union-attr]
+            vae.decoder.head["2"].weight.zero_()
+        (warning,) = pipe.run(request).warnings
+    assert "All frames are identical" in warning
+
+
 @pytest.mark.parametrize("where", ["text", "expert", "vae"])
 def test_out_of_memory_says_what_to_do_and_the_next_run_works(tiny: TinyModels, where: str) -> None:
     pipe, request = load(tiny.t2v)

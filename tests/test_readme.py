@@ -51,7 +51,10 @@ def test_the_tables_are_those_of_the_presets() -> None:
 @pytest.mark.parametrize("name", READMES)
 def test_the_tree_names_all_that_is_there_and_nothing_else(name: str) -> None:
     engine = {path.name for path in (ROOT / "lightx2v").iterdir() if not path.name.startswith("_")}
-    folders = {path.name for path in ROOT.iterdir() if path.is_dir() and path.name[0] not in "._"} - {"outputs", "models"}
+    folders = {path.name for path in ROOT.iterdir() if path.is_dir() and path.name[0] not in "._"} - {
+        "outputs",
+        "models",
+    }
     words = set(re.findall(r"[a-z_0-9]+", tree(name)))
     missing = [path for path in engine | folders if path.removesuffix(".py") not in words]
     assert not missing, f"no word on {sorted(missing)}"

@@ -7,6 +7,8 @@ import re
 from pathlib import Path
 
 from packaging.requirements import Requirement
+from packaging.specifiers import Specifier
+from packaging.utils import canonicalize_name
 from packaging.version import Version
 
 ROOT = Path(__file__).parents[1]
@@ -84,18 +86,45 @@ def test_no_print_outside_command_lines() -> None:
     assert not found, found
 
 
+def asked() -> list[Requirement]:
+    lines = (ROOT / "requirements.txt").read_text().splitlines()
+    return [Requirement(line) for line in lines if line and line[0] not in "#-"]
+
+
+def pinned(file: str) -> dict[str, Specifier]:
+    """The version of each package in constraints.txt or requirements.lock."""
+    lines = (ROOT / file).read_text().splitlines()
+    found = [Requirement(line.rstrip(" \\")) for line in lines if line and line[0] not in "# "]
+    return {canonicalize_name(pin.name): next(iter(pin.specifier)) for pin in found}
+
+
 def test_floors_keep_known_holes_out() -> None:
     floors = {"torch": "2.10", "gradio": "6.25", "safetensors": "0.5", "pillow": "12", "huggingface_hub": "1.16"}
-    lines = [line for line in (ROOT / "requirements.txt").read_text().splitlines() if line and line[0] not in "#-"]
-    asked = {r.name: r.specifier for r in map(Requirement, lines)}
-    tested = [line for line in (ROOT / "constraints.txt").read_text().splitlines() if line and line[0] != "#"]
-    pinned = {r.name.lower().replace("_", "-"): r.specifier for r in map(Requirement, tested)}
+    ranges = {requirement.name: requirement.specifier for requirement in asked()}
     for name, floor in floors.items():
-        just_below = Version(floor + ".dev0")
-        assert just_below not in asked[name], f"{name} accepts versions under {floor}"
-    for name, specifier in asked.items():
-        (pin,) = pinned[name.lower().replace("_", "-")]
+        assert Version(floor + ".dev0") not in ranges[name], f"{name} accepts versions under {floor}"
+    tested = pinned("constraints.txt")
+    for name, specifier in ranges.items():
+        pin = tested[canonicalize_name(name)]
         assert pin.operator == "==" and pin.version in specifier, f"{name}: the tested {pin} is outside {specifier}"
+
+
+def test_every_locked_file_has_its_hash_and_the_tested_version() -> None:
+    locked, tested = pinned("requirements.lock"), pinned("constraints.txt")
+    assert {canonicalize_name(requirement.name) for requirement in asked()} <= set(locked)
+    assert all(pin.operator == "==" for pin in locked.values())
+    assert not {name for name in locked.keys() & tested.keys() if locked[name] != tested[name]}
+    entries = re.split(r"^(?=[a-z])", (ROOT / "requirements.lock").read_text(), flags=re.MULTILINE)[1:]
+    assert len(entries) == len(locked)
+    assert all(re.search(r"--hash=sha256:[0-9a-f]{64}$", entry, re.MULTILINE) for entry in entries)
+
+
+def test_what_others_own_is_in_the_notice_or_not_here() -> None:
+    """The notice says that no code was copied, and names where the facts in ours come from."""
+    notice = (ROOT / "NOTICE").read_text()
+    assert all(origin in notice for origin in ("Wan-Video/Wan2.2", "ModelTC/LightX2V", "UniPC"))
+    foreign = re.compile(r"copyright|spdx-license|licensed under|(copied|adapted|taken) from http", re.IGNORECASE)
+    assert not [path.name for path in SOURCES if foreign.search(path.read_text())]
 
 
 def test_nothing_of_one_machine_is_named() -> None:
