@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import torch
 from diffusers import WanTransformer3DModel
+from safetensors.torch import load_file
+from tiny import DiTSizes
 from torch import Tensor
 
 from lightx2v.models.dit import DiTConfig, WanDiT
@@ -44,6 +47,26 @@ def diffusers_twin(dit: WanDiT) -> WanTransformer3DModel:
     twin.load_state_dict({wan_to_diffusers(n): p for n, p in dit.state_dict().items()}, strict=True, assign=True)
     twin.rope = type(twin.rope)(c.head_dim, (1, 2, 2), 1024)  # its tables are not in the state dict
     return twin.eval()
+
+
+def expert_in_diffusers(folder: Path) -> WanTransformer3DModel:
+    """diffusers' model on the shards of one of tiny's experts."""
+    sizes = DiTSizes()
+    tensors = {
+        name: tensor for file in sorted(folder.glob("*.safetensors")) for name, tensor in load_file(file).items()
+    }
+    model = WanTransformer3DModel(
+        num_attention_heads=sizes.num_heads,
+        attention_head_dim=sizes.dim // sizes.num_heads,
+        in_channels=tensors["patch_embedding.weight"].shape[1],
+        out_channels=sizes.out_dim,
+        text_dim=tensors["text_embedding.0.weight"].shape[1],
+        freq_dim=sizes.freq_dim,
+        ffn_dim=sizes.ffn_dim,
+        num_layers=sizes.num_layers,
+    )
+    model.load_state_dict({wan_to_diffusers(name): tensor for name, tensor in tensors.items()}, strict=True)
+    return model.eval()
 
 
 def pad(context_LD: Tensor, text_len: int = TINY.text_len) -> Tensor:

@@ -18,11 +18,9 @@ from diffusers import (
     UniPCMultistepScheduler,
     WanImageToVideoPipeline,
     WanPipeline,
-    WanTransformer3DModel,
 )
+from dit_reference import expert_in_diffusers
 from PIL import Image
-from safetensors.torch import load_file
-from tiny import DiTSizes
 from transformers import AutoTokenizer
 from umt5_reference import same_in_transformers
 from vae_reference import same_in_diffusers
@@ -33,7 +31,6 @@ from lightx2v.pipeline import LightX2VPipeline
 from lightx2v.request import Request
 from lightx2v.result import Result
 from lightx2v.sampling import initial_noise
-from lightx2v.weights.naming import wan_to_diffusers
 
 HEIGHT, WIDTH, FRAMES, STEPS, SHIFT = 32, 48, 9, 6, 5.0
 TASKS = {"t2v": WanPipeline, "i2v": WanImageToVideoPipeline, "flf2v": WanImageToVideoPipeline}
@@ -54,25 +51,6 @@ class DistilledSteps(FlowMatchEulerDiscreteScheduler):
 
     def set_timesteps(self, num_inference_steps: int, device: object = None) -> None:
         super().set_timesteps(sigmas=[1.0, 0.75, 0.5, 0.25], device=device)
-
-
-def expert_in_diffusers(folder: Path) -> WanTransformer3DModel:
-    sizes = DiTSizes()
-    tensors = {
-        name: tensor for file in sorted(folder.glob("*.safetensors")) for name, tensor in load_file(file).items()
-    }
-    model = WanTransformer3DModel(
-        num_attention_heads=sizes.num_heads,
-        attention_head_dim=sizes.dim // sizes.num_heads,
-        in_channels=tensors["patch_embedding.weight"].shape[1],
-        out_channels=sizes.out_dim,
-        text_dim=tensors["text_embedding.0.weight"].shape[1],
-        freq_dim=sizes.freq_dim,
-        ffn_dim=sizes.ffn_dim,
-        num_layers=sizes.num_layers,
-    )
-    model.load_state_dict({wan_to_diffusers(name): tensor for name, tensor in tensors.items()}, strict=True)
-    return model.eval()
 
 
 def in_diffusers(folder: Path, task: str, scheduler: Any, boundary: float) -> Any:
