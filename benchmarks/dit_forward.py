@@ -1,8 +1,8 @@
 """One forward of the DiT against diffusers' WanTransformer3DModel: the same weights, the same inputs, taking turns.
 
-    python benchmarks/dit_forward.py                 # 512 wide, 8 blocks, 2016 tokens, float32, 2 threads
-    python benchmarks/dit_forward.py --rows 512      # a prompt that fills all text rows
-    python benchmarks/dit_forward.py --guided        # two prompts, as with classifier-free guidance
+    python -m benchmarks.dit_forward                 # 512 wide, 8 blocks, 2016 tokens, float32, 2 threads
+    python -m benchmarks.dit_forward --rows 512      # a prompt that fills all text rows
+    python -m benchmarks.dit_forward --guided        # two prompts, as with classifier-free guidance
 
 The outputs are compared first. The models then run A B A B, so that a busy machine slows both; each pair gives one
 ratio of times, and the median of the ratios and their quartiles are the result. The processor time is given too: other
@@ -24,11 +24,11 @@ from typing import NamedTuple
 
 import diffusers
 import torch
-from diffusers import WanTransformer3DModel
 from torch import Tensor
 
 from lightx2v.models.dit import DiTConfig, WanDiT
-from lightx2v.weights.naming import wan_to_diffusers
+
+from .diffusers_twin import diffusers_twin
 
 
 class Times(NamedTuple):
@@ -43,7 +43,8 @@ def main() -> None:
     config = DiTConfig(
         dim=args.dim, ffn_dim=args.ffn_dim, num_heads=args.heads, num_layers=args.layers, text_dim=args.text_dim
     )
-    ours, theirs = build(config)
+    ours = build(config)
+    theirs = diffusers_twin(ours)
     frames, height, width = args.grid
     latents = torch.randn(config.in_dim, frames, 2 * height, 2 * width)
     prompts = [torch.randn(rows, config.text_dim) for rows in ((args.rows, args.rows) if args.guided else (args.rows,))]
@@ -80,22 +81,12 @@ def parse() -> argparse.Namespace:
     return parser.parse_args()
 
 
-def build(config: DiTConfig) -> tuple[WanDiT, WanTransformer3DModel]:
+def build(config: DiTConfig) -> WanDiT:
     ours = WanDiT(config).eval().requires_grad_(False)
     for parameter in ours.parameters():
         if parameter.ndim == 1:
             torch.nn.init.normal_(parameter, std=0.3)
-    theirs = WanTransformer3DModel(
-        num_attention_heads=config.num_heads,
-        attention_head_dim=config.head_dim,
-        text_dim=config.text_dim,
-        freq_dim=config.freq_dim,
-        ffn_dim=config.ffn_dim,
-        num_layers=config.num_layers,
-        eps=config.eps,
-    )
-    theirs.load_state_dict({wan_to_diffusers(name): tensor for name, tensor in ours.state_dict().items()})
-    return ours, theirs.eval().requires_grad_(False)
+    return ours
 
 
 def take_turns(first: Callable[[], object], second: Callable[[], object], rounds: int) -> list[list[Times]]:

@@ -1,6 +1,6 @@
 """What the denoising loop costs besides the model: solver, finite check, cancel check, callback.
 
-    python benchmarks/loop_overhead.py [--forward-ms 20] [--repeats 5]
+    python -m benchmarks.loop_overhead [--forward-ms 20] [--repeats 5]
 
 The model is replaced by a forward that takes a fixed time, so that everything else is overhead. The claim: below 2 % of
 a 4-step run of the demo model (20 ms a forward). At 480p read the milliseconds: there, a real forward takes seconds.

@@ -1,6 +1,6 @@
 """What streaming adds to a forward besides the copies: hooks, views, bookkeeping, as a share of the run. CPU only.
 
-    python benchmarks/offload_cpu.py [--dim 256] [--layers 8] [--side 32] [--repeats 7]
+    python -m benchmarks.offload_cpu [--dim 256] [--layers 8] [--side 32] [--repeats 7]
 
 The CPU is both host and device, so a copy is a memcpy that waits its turn; on a GPU it runs beside the computation.
 Copies and bookkeeping are therefore timed apart: the claim is that bookkeeping is below 1 % of a forward.

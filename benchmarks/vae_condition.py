@@ -1,8 +1,8 @@
 """What image-to-video saves by not encoding the same grey chunk again and again: `encode_condition` against `encode`.
 
-    python benchmarks/vae_condition.py                  # width 16, 81 frames 64x64, 2 threads
-    python benchmarks/vae_condition.py --dim 96 --size 128 128
-    python benchmarks/vae_condition.py --last           # first and last frame
+    python -m benchmarks.vae_condition                  # width 16, 81 frames 64x64, 2 threads
+    python -m benchmarks.vae_condition --dim 96 --size 128 128
+    python -m benchmarks.vae_condition --last           # first and last frame
 
 Both results are compared bit by bit first. The last line is JSON.
 """

@@ -1,8 +1,8 @@
 """The streamed VAE decoder against diffusers' AutoencoderKLWan: same weights, same latents, taking turns.
 
-    python benchmarks/vae_decode.py                               # real width, 9 frames 128x128, float32, 2 threads
-    python benchmarks/vae_decode.py --dim 16 --res-blocks 1 --frames 17  # the demo model's shape
-    python benchmarks/vae_decode.py --device cuda --dtype bf16 --alone --frames 81 --size 720 1280
+    python -m benchmarks.vae_decode                               # real width, 9 frames 128x128, float32, 2 threads
+    python -m benchmarks.vae_decode --dim 16 --res-blocks 1 --frames 17  # the demo model's shape
+    python -m benchmarks.vae_decode --device cuda --dtype bf16 --alone --frames 81 --size 720 1280
 
 The outputs are compared first. The decoders then run A B A B, so that a busy machine slows both; each pair gives one
 ratio of times, and the median of the ratios and their quartiles are the result; on a machine with other work the ratio

@@ -6,6 +6,7 @@ import gc
 import json
 import platform
 import statistics
+import subprocess
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -128,6 +129,27 @@ class Bench:
             torch.cuda.synchronize()
             found["peak_allocated"] = torch.cuda.max_memory_allocated()
             found["peak_reserved"] = torch.cuda.max_memory_reserved()
+
+    @contextmanager
+    def clock(self) -> Iterator[dict[str, float]]:
+        """The device's clock (MHz) and power (W) while inside: medians of readings ten times a second."""
+        found: dict[str, float] = {}
+        if not self.cuda:
+            yield found
+            return
+        query = ["nvidia-smi", "-i", "0", "--query-gpu=clocks.sm,power.draw.instant", "--format=csv,noheader,nounits"]
+        process = subprocess.Popen([*query, "-lms", "100"], stdout=subprocess.PIPE, text=True)
+        try:
+            yield found
+        finally:
+            process.terminate()
+            lines = process.communicate()[0].splitlines()
+        try:
+            readings = [[float(value) for value in line.split(",")] for line in lines if line.count(",") == 1]
+        except ValueError:
+            return  # a device that does not say
+        if len(readings) >= 3:
+            found["clock_mhz"], found["watts"] = (statistics.median(column) for column in zip(*readings, strict=True))
 
     def clear(self) -> None:
         gc.collect()

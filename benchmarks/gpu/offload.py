@@ -13,8 +13,9 @@ from typing import Any
 import torch
 
 from lightx2v.engine import Engine
-from lightx2v.placement.copies import copies_for
+from lightx2v.placement.copies import Copies, CudaCopies, Slot, copies_for
 from lightx2v.placement.offloaded import Offloaded
+from lightx2v.placement.piece import Piece
 from lightx2v.planner import Model as Counted
 from lightx2v.planner import Need, Plan, stage_bytes
 from lightx2v.request import Request
@@ -42,15 +43,39 @@ def measure(bench: Bench, *, fp8: bool) -> None:
     stream = replace(swap, mode="stream", resident_blocks=0)
     began = time.perf_counter()
     with torch.inference_mode():
-        copies = copies_for(bench.device)
+        copies = Watched(bench.device) if bench.cuda else copies_for(bench.device)
         placement = Offloaded(model, plan=swap, device=bench.device, copies=copies)
     bench.write(f"{linears}, weights packed into host memory", linears=linears, seconds=time.perf_counter() - began)
     bench.clear()
     copy_rate(bench, placement, linears)
     for name, plan in (("model offload (swap in place)", swap), ("block offload (streamed)", stream)):
         placement._apply(plan)
-        run_all(bench, engine(bench, placement, "t2v"), clip, f"{linears}, {name}", plan, fp8, base)
+        run_all(bench, engine(bench, placement, "t2v"), clip, f"{linears}, {name}", plan, fp8, base, copies)
     placement.close()
+
+
+class Watched(CudaCopies):
+    """Copies that know how long the computation waited for them."""
+
+    def __init__(self, device: torch.device) -> None:
+        super().__init__(device)
+        self.waits: list[tuple[str, Any, Any]] = []
+
+    def acquire(self, slot: Slot) -> None:
+        before, after = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        before.record()
+        super().acquire(slot)
+        after.record()
+        part = slot.item[0] if isinstance(slot.item, tuple) else "given back"
+        self.waits.append(("experts" if part in ("high", "low") else part, before, after))
+
+    def exposed(self) -> dict[str, float]:
+        """Seconds by part: the experts, text, vae."""
+        torch.cuda.synchronize()
+        found: dict[str, float] = {}
+        for part, before, after in self.waits:
+            found[part] = found.get(part, 0.0) + before.elapsed_time(after) / 1000
+        return found
 
 
 def request(bench: Bench, clip: str) -> Request:
@@ -59,13 +84,22 @@ def request(bench: Bench, clip: str) -> Request:
 
 
 def run_all(
-    bench: Bench, made: Engine, clip: str, name: str, plan: Plan | None, fp8: bool, base: dict[str, Any] | None = None
+    bench: Bench,
+    made: Engine,
+    clip: str,
+    name: str,
+    plan: Plan | None,
+    fp8: bool,
+    base: dict[str, Any] | None = None,
+    copies: Copies | None = None,
 ) -> dict[str, Any]:
     """Two runs; the second one is the warm one."""
     video = request(bench, clip)
     with torch.inference_mode():
         for _ in range(2):
             made.prompts.clear()
+            if isinstance(copies, Watched):
+                copies.waits.clear()
             result = Run(made, video).video(None, False, False, False, False)
     timings = result.timings
     steps = [step.seconds for step in timings.steps]
@@ -80,20 +114,26 @@ def run_all(
     if base is not None:
         numbers["denoise_over_resident"] = sum(steps) / sum(base["steps_seconds"]) - 1
         numbers["switch_stall"] = steps[2] - base["steps_seconds"][2]
+    if isinstance(copies, Watched):
+        numbers["exposed"] = copies.exposed()
     bench.write(name, **numbers)
     return numbers
 
 
 def copy_rate(bench: Bench, placement: Offloaded, linears: str) -> None:
-    """One block from pinned host memory, alone."""
-    shuttle = placement._shuttles["experts"]
-    piece = shuttle.pieces["high", 0]
-    assert piece.host is not None
-    target = torch.empty(len(piece.host), dtype=torch.uint8, device=bench.device)
-    times = bench.timed(lambda: target.copy_(piece.host, non_blocking=True), 5)
-    rate = piece.nbytes / times["seconds"] / 1e9
-    pinned = bench.cuda and torch.from_numpy(piece.host.numpy()).is_pinned()
-    bench.write(f"{linears}, one block to the device", linears=linears, gbytes_per_second=rate, pinned=pinned, **times)
+    """Blocks from pinned host memory, alone: the first one, and the slowest and the fastest of all."""
+    pieces = [piece for (_, index), piece in placement._shuttles["experts"].pieces.items() if index >= 0]
+    assert pieces[0].host is not None
+    target = torch.empty(len(pieces[0].host), dtype=torch.uint8, device=bench.device)
+
+    def seconds(piece: Piece) -> dict[str, Any]:
+        return bench.timed(lambda: target.copy_(piece.host, non_blocking=True), 2)
+
+    times = [seconds(piece) for piece in pieces]
+    rates = [round(pieces[0].nbytes / each["seconds"] / 1e9, 1) for each in times]
+    pinned = bench.cuda and torch.from_numpy(pieces[0].host.numpy()).is_pinned()
+    name = f"{linears}, one block to the device"
+    bench.write(name, linears=linears, gbytes_per_second=rates[0], rates=rates, pinned=pinned, **times[0])
 
 
 def naive_switch(bench: Bench, model: Model) -> None:

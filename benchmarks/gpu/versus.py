@@ -6,18 +6,19 @@ float32 that its own loader keeps there. It embeds the prompt inside the forward
 
 from __future__ import annotations
 
+import statistics
 from collections.abc import Callable
-from dataclasses import replace
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
-from lightx2v.models.dit import WanDiT
-from lightx2v.weights.naming import wan_to_diffusers
-
+from ..diffusers_twin import diffusers_twin
 from .bench import Bench, forward_flops
 from .model import expert
+
+ROUNDS = {"480p": 3, "720p": 2}
+WAYS = {"defaults": "native", "cuDNN attention": "_native_cudnn"}
 
 
 @torch.inference_mode()
@@ -27,60 +28,51 @@ def run(bench: Bench) -> None:
     for name, parameter in ours.named_parameters():
         if "modulation" in name:
             parameter.mul_(0.1)  # gates of size one would add up 40 blocks' rounding
-    theirs = diffusers_twin(bench, ours)
+    theirs = diffusers_twin(ours, bench.compute)
     prompt = torch.randn(bench.sizes.prompt, config.text_dim, device=bench.device).to(bench.compute)
     padded = F.pad(prompt, (0, 0, 0, config.text_len - len(prompt)))[None]
     text = ours.encode_text(prompt)
     timestep = torch.tensor([900.0], device=bench.device)
-    for number, clip in enumerate(bench.sizes.clips):
+    ways = WAYS if bench.cuda else {"defaults": "native"}
+    for clip in bench.sizes.clips:
         latents = torch.randn(bench.sizes.latent(clip), device=bench.device)
-        flops = forward_flops(config, bench.sizes.tokens(clip))
 
-        def run_ours(latents: Tensor) -> Tensor:
-            return ours(latents, 900.0, [text])[0]
-
-        def run_theirs(latents: Tensor) -> Tensor:
+        def run_theirs(latents: Tensor, backend: str) -> Tensor:
+            theirs.set_attention_backend(backend)
             return theirs(latents[None].to(bench.compute), timestep, padded, return_dict=False)[0][0]
 
-        ways = [("defaults", "native")] + ([("cuDNN attention", "_native_cudnn")] if bench.cuda else [])
-        for way, backend in ways:
-            theirs.set_attention_backend(backend)
-            found, made = {}, {}
-            for who, call in (("ours", run_ours), ("diffusers", run_theirs)):
-
-                def once(who: str = who, call: Callable[[Tensor], Tensor] = call) -> None:
-                    made[who] = call(latents).float()  # noqa: B023
-
-                with bench.peak() as peak:
-                    found[who] = bench.timed(once, 1 if number else 2, warm_up=1 - number)
-                found[who] |= peak | bench.rate(flops, found[who]["seconds"])
-            difference = ((made["diffusers"] - made["ours"]).norm() / made["ours"].norm()).item()
-            for who, numbers in found.items():
-                bench.write(f"{clip}, {who}, diffusers with {way}", clip=clip, who=who, way=way, **numbers)
-            ratio = found["ours"]["seconds"] / found["diffusers"]["seconds"]
-            bench.write(f"{clip}, ratio, {way}", clip=clip, way=way, ratio=ratio, difference=difference)
+        calls: dict[str, Callable[[], Tensor]] = {"ours": lambda x=latents: ours(x, 900.0, [text])[0]}
+        for way, backend in ways.items():
+            calls[way] = lambda x=latents, b=backend: run_theirs(x, b)
+        compare(bench, clip, calls)
+        bench.clear()
 
 
-def diffusers_twin(bench: Bench, ours: WanDiT) -> nn.Module:
-    """Their model over our tensors, which are shared where the dtype is the same."""
-    from diffusers import WanTransformer3DModel
+def compare(bench: Bench, clip: str, calls: dict[str, Callable[[], Tensor]]) -> None:
+    """Turn by turn; a ratio is the median of those within a round. The first clip's first round only warms up."""
+    made: dict[str, Tensor] = {}
+    peaks: dict[str, dict[str, int]] = {}
+    taken: dict[str, list[float]] = {who: [] for who in calls}
+    warm_up = clip == next(iter(bench.sizes.clips))
+    for number in range(ROUNDS[clip] + warm_up):
+        for who, call in calls.items():
 
-    config = replace(ours.config)
-    with torch.device("meta"):
-        theirs = WanTransformer3DModel(
-            num_attention_heads=config.num_heads,
-            attention_head_dim=config.head_dim,
-            text_dim=config.text_dim,
-            freq_dim=config.freq_dim,
-            ffn_dim=config.ffn_dim,
-            num_layers=config.num_layers,
-            eps=config.eps,
-        )
-    kept = tuple(theirs._keep_in_fp32_modules or ())
-    weights = {}
-    for name, tensor in ours.state_dict().items():
-        called = wan_to_diffusers(name)
-        weights[called] = tensor.float() if any(part in called for part in kept) else tensor.to(bench.compute)
-    theirs.load_state_dict(weights, assign=True)
-    theirs.rope = type(theirs.rope)(config.head_dim, theirs.config.patch_size, theirs.config.rope_max_seq_len)
-    return theirs.to(bench.device).eval()
+            def once(who: str = who, call: Callable[[], Tensor] = call) -> None:
+                made[who] = call().float()
+
+            with bench.peak() as peaks[who]:
+                seconds = bench.timed(once, 1, warm_up=0)["seconds"]
+            if number or not warm_up:
+                taken[who].append(seconds)
+    flops = forward_flops(bench.sizes.dit, bench.sizes.tokens(clip))
+    for who, seconds in taken.items():
+        middle = statistics.median(seconds)
+        numbers = {"seconds": middle, "least": min(seconds), "most": max(seconds), "repeats": len(seconds)}
+        name = f"{clip}, ours" if who == "ours" else f"{clip}, diffusers with {who}"
+        bench.write(name, clip=clip, who=who, **numbers, **bench.rate(flops, middle), **peaks[who])
+    for way in list(calls)[1:]:
+        ratios = [mine / other for mine, other in zip(taken["ours"], taken[way], strict=True)]
+        difference = ((made[way] - made["ours"]).norm() / made["ours"].norm()).item()
+        spread = {"least": min(ratios), "most": max(ratios), "repeats": len(ratios)}
+        ratio = statistics.median(ratios)
+        bench.write(f"{clip}, ratio, {way}", clip=clip, way=way, ratio=ratio, **spread, difference=difference)

@@ -1,4 +1,4 @@
-"""FlashAttention 3: module `flash_attn_interface`, built from the `hopper` folder of flash-attention; H100 and H200."""
+"""FlashAttention 3 for H100 and H200: package `fa3-fwd`, or `flash_attn_interface` built from flash-attention."""
 
 from __future__ import annotations
 
@@ -8,7 +8,10 @@ from .sdpa import Attention
 
 
 def load() -> Attention:
-    from flash_attn_interface import flash_attn_func  # pyright: ignore[reportMissingImports]
+    try:
+        from flash_attn_interface import flash_attn_func  # pyright: ignore[reportMissingImports]
+    except ImportError:
+        from fa3_fwd_interface import flash_attn_func  # pyright: ignore[reportMissingImports]
 
     def flash3(q_BLNH: Tensor, k_BLNH: Tensor, v_BLNH: Tensor) -> Tensor:
         out = flash_attn_func(q_BLNH, k_BLNH, v_BLNH)
