@@ -22,9 +22,9 @@ SECTIONS = (
     "compiled",
     "coders",
     "offload",
-    "cold",
-    "versus",
     "offload_fp8",
+    "versus",
+    "presets",
 )
 RESULTS = Path("benchmarks/results/gpu.jsonl")
 LEAST = 20

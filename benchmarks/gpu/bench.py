@@ -9,7 +9,7 @@ import statistics
 import subprocess
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
@@ -131,25 +131,31 @@ class Bench:
             found["peak_reserved"] = torch.cuda.max_memory_reserved()
 
     @contextmanager
-    def clock(self) -> Iterator[dict[str, float]]:
-        """The device's clock (MHz) and power (W) while inside: medians of readings ten times a second."""
-        found: dict[str, float] = {}
+    def readings(self, *columns: str) -> Iterator[list[list[float]]]:
+        """What nvidia-smi says about the device while inside, ten times a second; nothing where it is not there."""
+        found: list[list[float]] = []
         if not self.cuda:
             yield found
             return
-        query = ["nvidia-smi", "-i", "0", "--query-gpu=clocks.sm,power.draw.instant", "--format=csv,noheader,nounits"]
+        query = ["nvidia-smi", "-i", "0", f"--query-gpu={','.join(columns)}", "--format=csv,noheader,nounits"]
         process = subprocess.Popen([*query, "-lms", "100"], stdout=subprocess.PIPE, text=True)
         try:
             yield found
         finally:
             process.terminate()
-            lines = process.communicate()[0].splitlines()
-        try:
-            readings = [[float(value) for value in line.split(",")] for line in lines if line.count(",") == 1]
-        except ValueError:
-            return  # a device that does not say
-        if len(readings) >= 3:
-            found["clock_mhz"], found["watts"] = (statistics.median(column) for column in zip(*readings, strict=True))
+            for line in process.communicate()[0].splitlines():
+                with suppress(ValueError):  # cut off, or "N/A"
+                    values = [float(value) for value in line.split(",")]
+                    found += [values] if len(values) == len(columns) else []
+
+    @contextmanager
+    def clock(self) -> Iterator[dict[str, float]]:
+        """The device's clock (MHz) and power (W) while inside: medians of at least three readings."""
+        found: dict[str, float] = {}
+        with self.readings("clocks.sm", "power.draw.instant") as lines:
+            yield found
+        if len(lines) >= 3:
+            found["clock_mhz"], found["watts"] = (statistics.median(column) for column in zip(*lines, strict=True))
 
     def clear(self) -> None:
         gc.collect()

@@ -1,0 +1,257 @@
+"""The single-GPU presets as they are, each in a process of its own: from its start to the closed mp4.
+
+The files are written first, at full size and with random weights, into memory where that is large enough; so loading
+is from the page cache. They take less room than the released ones: both experts, and both tasks, share the file with
+their blocks' matrices, which is written once and read once for each expert. Matrices are bf16 or FP8; the original
+models' files are float32 and twice as large. Runs of 40 steps are cut to two.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterable, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from PIL import Image
+from torch import Tensor
+
+from lightx2v.models.dit import WanDiT
+from lightx2v.models.umt5 import build_stack, wan_name
+from lightx2v.weights.quant import SCALE, is_expert_matrix, is_text_matrix, quantise
+from lightx2v.weights.write import write_safetensors
+
+from .bench import Bench
+from .model import FP8, expert, vae, write_tokenizer
+
+NEEDED = 62e9
+"""Bytes of the files and some room."""
+
+RUNS = (
+    "i2v_distill_fp8",
+    "i2v_distill_fp8_offload",
+    "t2v_distill_lora",
+    "t2v_distill_lora_offload",
+    "i2v_distill_merged",
+    "i2v_distill_lora",
+    "t2v_base",
+    "i2v_distill_merged_offload",
+    "i2v_distill_lora_offload",
+)
+TWICE = ("t2v_distill_lora", "t2v_distill_lora_offload")
+"""Run once more in the same process, for the time of a warm run."""
+
+MODELS = {"t2v": "Wan-AI/Wan2.2-T2V-A14B", "i2v": "Wan-AI/Wan2.2-I2V-A14B"}
+DISTILLED = "lightx2v/Wan2.2-Distill-Models/wan2.2_i2v_A14b_{}_noise_{}lightx2v_4step.safetensors"
+LORA = "lightx2v/Wan2.2-Distill-Loras/wan2.2_{}_A14b_{}_noise_lora_rank64_lightx2v_4step_{}.safetensors"
+RANK = 64
+
+
+def run(bench: Bench) -> None:
+    with tempfile.TemporaryDirectory(dir=roomy()) as name:
+        folder = Path(name)
+        began = time.perf_counter()
+        write_models(bench, folder)
+        size = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file() and not path.is_symlink())
+        bench.write("files written", seconds=time.perf_counter() - began, bytes=size)
+        bench.clear()
+        for preset in RUNS:
+            if "fp8" not in preset:  # room for weights in host memory
+                shutil.rmtree(folder / "fp8", ignore_errors=True)
+            if bench.cuda or not preset.endswith("offload"):
+                fresh(bench, folder, preset)
+
+
+def fresh(bench: Bench, folder: Path, preset: str) -> None:
+    """One process, and a line for each video that it made."""
+    task, large = preset.partition("_")[0], "t2v_distill" not in preset
+    clip = list(bench.sizes.clips)[large]
+    height, width, frames = bench.sizes.clips[clip]
+    picture = folder / f"{clip}.png"
+    if not picture.exists():
+        Image.effect_noise((width, height), 60).convert("RGB").save(picture)
+    given: dict[str, Any] = {"models_dir": str(folder), "device": bench.device.type}
+    if bench.tiny:
+        given |= {"height": height, "width": width, "frames": frames}
+    if preset == "t2v_base":
+        given |= {"steps": 2}
+    asked = {"preset": preset, "given": given, "image_path": None if task == "t2v" else str(picture)}
+    asked |= {"times": 1 + (preset in TWICE), "folder": str(folder), "began": time.time()}
+    with bench.readings("memory.used") as used:
+        process = subprocess.Popen(
+            [sys.executable, "-m", "benchmarks.gpu.presets", json.dumps(asked)],
+            stdout=subprocess.PIPE,
+            text=True,
+            env=os.environ | {"TRITON_CACHE_DIR": str(folder / "triton" / preset)},
+        )
+        assert process.stdout is not None
+        found = [json.loads(line) for line in process.stdout if line.startswith("{")]
+        status = process.wait()
+    for number, numbers in enumerate(found):
+        memory = {"smi_mib": max(value for (value,) in used)} if used and not number else {}
+        bench.write(f"{preset}, {'warm' if number else 'cold'}", preset=preset, clip=clip, **numbers, **memory)
+    if status:
+        bench.write(f"{preset} failed", status=status)
+
+
+def main() -> None:
+    """The fresh process: what `python -m lightx2v.infer --preset` does, with a clock."""
+    from lightx2v import preload
+
+    preload.start()
+    from lightx2v.config import resolve
+    from lightx2v.pipeline import LightX2VPipeline
+    from lightx2v.request import Request
+
+    asked = json.loads(sys.argv[1])
+    settings = resolve(asked["preset"], asked["given"])
+    with LightX2VPipeline.from_config(settings.engine, preset=settings.preset.name) as pipe:
+        for number in range(asked["times"]):
+            began = time.time() if number else asked["began"]
+            shows = {"prompt": f"a red ball rolls left, {number}", "negative_prompt": "blurred", "seed": 1}
+            shows |= {"image_path": asked["image_path"]}
+            request = Request(**settings.request | {key: value for key, value in shows.items() if value is not None})
+            path = Path(asked["folder"]) / f"{asked['preset']}_{number}.mp4"
+            report = pipe.run(request, save_result_path=path).report()
+            seconds = time.time() - began
+            assert pipe._engine is not None
+            timings, plan = report["timings"], report["plan"] or {}
+            found = {"seconds": seconds, "load": pipe._engine.load_seconds, "total": timings["total"]}
+            found |= {
+                "stages": timings["seconds"],
+                "attention": report["attention"]["self"],
+                "bytes": report["file_bytes"],
+            }
+            found |= {"steps_seconds": [step["seconds"] for step in timings["steps"]]}
+            found |= {"peaks": timings["peak_vram"], "mode": plan.get("mode"), "lazy": plan.get("lazy")}
+            found |= {"counted": plan.get("bytes"), "peak_rss": timings["peak_rss"]}
+            found |= {"steps": len(timings["steps"]), "warnings": report["warnings"]}
+            sys.stdout.write(json.dumps(found) + "\n")
+            sys.stdout.flush()
+
+
+# ---- files ----------------------------------------------------------------------------------------------------------
+
+
+def roomy() -> Path | None:
+    """Memory that takes files, if it takes these; None for the usual folder."""
+    memory = Path("/dev/shm")  # noqa: S108
+    return memory if memory.is_dir() and shutil.disk_usage(memory).free > NEEDED else None
+
+
+def write_models(bench: Bench, folder: Path) -> None:
+    """What the presets name, below `folder`. The parts in FP8 are in folder/fp8, with links to them."""
+    jobs = [
+        *expert_files(bench, folder, fp8=False),
+        *expert_files(bench, folder, fp8=True),
+        *lora_files(bench, folder),
+    ]
+    base, other = (folder / model for model in MODELS.values())
+    vocabulary = write_tokenizer(base / "google" / "umt5-xxl")
+    for name, fp8 in ((base / "models_t5_umt5-xxl-enc-bf16.pth", False), (folder / "fp8" / "t5.safetensors", True)):
+        jobs.append((name, text_tensors(bench, vocabulary, fp8=fp8)))
+    torch.save({name: tensor.cpu() for name, tensor in vae(bench).state_dict().items()}, base / "Wan2.1_VAE.pth")
+    with ThreadPoolExecutor(4) as threads:
+        list(threads.map(lambda job: save(*job), jobs))
+    for name in ("models_t5_umt5-xxl-enc-bf16.pth", "Wan2.1_VAE.pth", "google"):
+        link(other / name, base / name)
+    link(folder / "lightx2v/Encoders/models_t5_umt5-xxl-enc-fp8.pth", folder / "fp8" / "t5.safetensors")
+
+
+Job = tuple[Path, Mapping[str, Tensor]]
+
+
+def expert_files(bench: Bench, folder: Path, *, fp8: bool) -> Iterable[Job]:
+    """A folder for each expert of each task: a link to the one file of matrices, and a file of all else."""
+    matrices = folder / ("fp8" if fp8 else "bf16") / "matrices.safetensors"
+    for task, in_dim in (("t2v", bench.sizes.dit.in_dim), ("i2v", bench.sizes.in_dim_i2v)):
+        if fp8 and task == "t2v":
+            continue
+        config = replace(bench.sizes.dit, in_dim=in_dim)
+        for seed, which in enumerate(("high", "low")):
+            one = expert(bench, replace(config, num_layers=1), fp8=fp8, seed=seed)
+            whole = repeated({name: tensor.cpu() for name, tensor in one.state_dict().items()}, config.num_layers)
+            shapes = {name: tuple(tensor.shape) for name, tensor in whole.items()}
+            large = {name: tensor for name, tensor in whole.items() if is_expert_matrix(name, shapes[name])}
+            if task == "i2v" and which == "high":
+                yield matrices, large
+            at = folder / MODELS[task] / f"{which}_noise_model"
+            if fp8:
+                at = folder / DISTILLED.format(which, "scaled_fp8_e4m3_")
+            elif task == "i2v":
+                link(folder / DISTILLED.format(which, ""), at)
+            at.mkdir(parents=True)
+            link(at / "matrices.safetensors", matrices)
+            yield at / "others.safetensors", {name: tensor for name, tensor in whole.items() if name not in large}
+            told = {**asdict(config), "model_type": task, "_class_name": "WanModel"}
+            (at / "config.json").write_text(json.dumps(told))
+
+
+def repeated(tensors: Mapping[str, Tensor], layers: int) -> dict[str, Tensor]:
+    """All blocks from the first one."""
+    found = {name: tensor for name, tensor in tensors.items() if not name.startswith("blocks.")}
+    first = {name.removeprefix("blocks.0."): tensor for name, tensor in tensors.items() if name not in found}
+    return found | {f"blocks.{i}.{name}": tensor for i in range(layers) for name, tensor in first.items()}
+
+
+def lora_files(bench: Bench, folder: Path) -> Iterable[Job]:
+    """One file under the four names: pairs for all matrices of the blocks."""
+    pairs = {}
+    for name, (out, into) in matrix_shapes(bench).items():
+        stem = name.removesuffix(".weight")
+        pairs[f"{stem}.lora_down.weight"] = torch.randn(RANK, into).bfloat16() * into**-0.5
+        pairs[f"{stem}.lora_up.weight"] = torch.randn(out, RANK).bfloat16() * 0.01
+    path = folder / "lora.safetensors"
+    yield path, repeated(pairs, bench.sizes.dit.num_layers)
+    for task, date in (("t2v", 1217), ("i2v", 1022)):
+        for which in ("high", "low"):
+            link(folder / LORA.format(task, which, date), path)
+
+
+def matrix_shapes(bench: Bench) -> dict[str, tuple[int, ...]]:
+    """Of the first block."""
+    with torch.device("meta"):
+        dit = WanDiT(replace(bench.sizes.dit, num_layers=1))
+    shapes = {name: tuple(parameter.shape) for name, parameter in dit.named_parameters()}
+    return {name: shape for name, shape in shapes.items() if is_expert_matrix(name, shape)}
+
+
+def text_tensors(bench: Bench, vocabulary: int, *, fp8: bool) -> dict[str, Tensor]:
+    """The text encoder under the official names. The table is as long as released."""
+    sizes = bench.sizes.text
+    rows = max(sizes.vocab, vocabulary)
+    tensors = {"token_embedding.weight": torch.zeros(rows, sizes.width, dtype=torch.bfloat16)}
+    tensors["token_embedding.weight"][:vocabulary] = torch.randn(vocabulary, sizes.width)
+    for name, parameter in build_stack(sizes).named_parameters():
+        shape, called = tuple(parameter.shape), wan_name(f"encoder.{name}")
+        if "norm" in called:
+            tensors[called] = torch.ones(shape, dtype=torch.bfloat16)
+            continue
+        values = torch.empty(shape, dtype=torch.bfloat16, device=bench.device).normal_(0, shape[-1] ** -0.5)
+        tensors[called] = values
+        if fp8 and is_text_matrix(called, shape):
+            tensors[called], tensors[called.removesuffix(".weight") + SCALE] = quantise(values, FP8)
+    return tensors
+
+
+def save(path: Path, tensors: Mapping[str, Tensor]) -> None:
+    groups = {name: [(name, tuple(tensor.shape), tensor.dtype)] for name, tensor in tensors.items()}
+    write_safetensors(path, groups, lambda name: [(name, tensors[name])], metadata={"made": "random"})
+
+
+def link(path: Path, target: Path) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.symlink_to(target)
+
+
+if __name__ == "__main__":
+    main()
