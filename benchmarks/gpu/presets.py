@@ -20,6 +20,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import torch
 from PIL import Image
@@ -32,6 +33,7 @@ from lightx2v.weights.write import write_safetensors
 
 from .bench import Bench
 from .model import FP8, expert, vae, write_tokenizer
+from .offload import Watched
 
 NEEDED = 62e9
 """Bytes of the files and some room."""
@@ -114,12 +116,23 @@ def main() -> None:
 
     asked = json.loads(sys.argv[1])
     settings = resolve(asked["preset"], asked["given"])
-    with LightX2VPipeline.from_config(settings.engine, preset=settings.preset.name) as pipe:
+    watched: list[Watched] = []
+
+    def copies_for(device: torch.device) -> Watched:
+        watched.append(Watched(device))
+        return watched[0]
+
+    with (
+        patch("lightx2v.offload.copies_for", copies_for),
+        LightX2VPipeline.from_config(settings.engine, preset=settings.preset.name) as pipe,
+    ):
         for number in range(asked["times"]):
             began = time.time() if number else asked["began"]
             shows = {"prompt": f"a red ball rolls left, {number}", "negative_prompt": "blurred", "seed": 1}
             shows |= {"image_path": asked["image_path"]}
             request = Request(**settings.request | {key: value for key, value in shows.items() if value is not None})
+            for copies in watched:
+                copies.waits.clear()
             path = Path(asked["folder"]) / f"{asked['preset']}_{number}.mp4"
             report = pipe.run(request, save_result_path=path).report()
             seconds = time.time() - began
@@ -134,6 +147,7 @@ def main() -> None:
             found |= {"steps_seconds": [step["seconds"] for step in timings["steps"]]}
             found |= {"peaks": timings["peak_vram"], "mode": plan.get("mode"), "lazy": plan.get("lazy")}
             found |= {"counted": plan.get("bytes"), "peak_rss": timings["peak_rss"]}
+            found |= {"exposed": watched[0].exposed() if watched else None}
             found |= {"steps": len(timings["steps"]), "warnings": report["warnings"]}
             sys.stdout.write(json.dumps(found) + "\n")
             sys.stdout.flush()

@@ -6,6 +6,7 @@ Of a measurement that is there several times the last one counts.
 from __future__ import annotations
 
 import json
+import statistics
 import sys
 from collections.abc import Callable, Iterable
 from pathlib import Path
@@ -58,13 +59,21 @@ def runs(lines: list[Line]) -> str:
 
 
 def attention(lines: list[Line]) -> str:
-    found = last(lines, "attention", "kernel")
+    """Of the newest run alone: a card's clock is not the same every day."""
+    starts = [n for n, line in enumerate(lines) if (line["section"], line["name"]) == ("attention", "start")]
+    found = last(lines[starts[-1] :] if starts else [], "attention", "kernel")
     rows = [
-        [f"{line['tokens']:,}".replace(",", " "), line["kernel"], *speed(line, 1e3), f"{line['error']:.1e}"]
+        [
+            thousands(line["tokens"]),
+            line["kernel"],
+            *speed(line, 1e3),
+            f"{line['error']:.1e}",
+            *(f"{line[key]:.0f}" if key in line else "" for key in ("clock_mhz", "watts")),
+        ]
         for line in sorted(found, key=lambda line: line["tokens"])
         if "seconds" in line
     ]
-    head = ["tokens", "kernel", "ms", "TFLOP/s", "of the peak", "error to float32"]
+    head = ["tokens", "kernel", "ms", "TFLOP/s", "of the peak", "error to float32", "MHz", "W"]
     return heading("Self-attention, 40 heads of 128, bf16", head, rows)
 
 
@@ -84,20 +93,46 @@ def block(lines: list[Line]) -> str:
 def forward(lines: list[Line]) -> str:
     found = last(lines, "forward", "linears") + last(lines, "compiled", "linears")
     rows = [
-        [line["clip"], line["linears"], line["steps"], *speed(line, 1), gb(line.get("peak_allocated"))]
+        [
+            line["clip"],
+            line["linears"],
+            line.get("attention", "cudnn"),
+            line["steps"],
+            *speed(line, 1),
+            gb(line.get("peak_allocated")),
+            number(line["first"]) if "first" in line else "",
+        ]
         for line in found
     ]
-    head = ["video", "linear layers", "element-wise steps", "s", "TFLOP/s", "of the peak", "peak GB allocated"]
-    return heading("One forward of an expert, 40 blocks", head, rows)
+    head = ["video", "linear layers", "attention", "element-wise steps", "s", "TFLOP/s", "of the peak"]
+    return heading(
+        "One forward of an expert, 40 blocks", [*head, "peak GB allocated", "the first one in its process, s"], rows
+    )
 
 
 def versus(lines: list[Line]) -> str:
-    rows = [
-        [line["clip"], line["way"], number(line["ratio"]), f"{line['difference']:.1e}"]
-        for line in last(lines, "versus", "ratio")
-    ]
-    return heading(
-        "Against diffusers: our seconds over theirs", ["video", "diffusers with", "ratio", "difference"], rows
+    rows = []
+    for line in last(lines, "versus", "ratio"):
+        clip = {found["who"]: found for found in last(lines, "versus", "who") if found["clip"] == line["clip"]}
+        ours, theirs = clip["ours"], clip[line["way"]]
+        rows += [
+            [
+                line["clip"],
+                line["way"],
+                *(number(each["seconds"]) for each in (theirs, ours)),
+                f"{line['ratio']:.3f}",
+                f"{line['least']:.3f} to {line['most']:.3f}",
+                f"{line['repeats']}",
+                *(gb(each.get("peak_allocated")) for each in (theirs, ours)),
+                f"{line['difference']:.1e}",
+            ]
+        ]
+    head = ["video", "diffusers with", "diffusers s", "ours s", "ratio", "from round to round", "rounds"]
+    text = heading(
+        "Against diffusers: one forward, bf16", [*head, "diffusers peak GB", "ours peak GB", "outputs differ by"], rows
+    )
+    return text and text + (
+        "\n\nOurs over theirs, in turns in one process, on the same weights; ours with cuDNN's attention."
     )
 
 
@@ -120,16 +155,29 @@ def offload(lines: list[Line]) -> str:
             *(number(line["stages"][stage]) for stage in ("text", "denoise", "decode")),
             share(line.get("denoise_over_resident")),
             number(line["switch_stall"] * 1e3) if "switch_stall" in line else "",
+            number(line["exposed"]["experts"] * 1e3) if "exposed" in line else "",
             *(gb(line["peaks"][stage]) for stage in ("text", "denoise", "decode")),
         ]
         for line in found
         if "peaks" in line
     ]
-    head = ["weights", "s", "text", "denoise", "decode", "denoise over resident", "switch stall ms"]
+    head = [
+        "weights",
+        "s",
+        "text",
+        "denoise",
+        "decode",
+        "denoise over resident",
+        "switch stall ms",
+        "waited for experts, ms",
+    ]
     text = heading("Whole warm runs: text to video, 480p, 4 steps", [*head, "peak GB text", "denoise", "decode"], rows)
     if not text:
         return ""
-    text += "\n\nThe second run of each. Peaks are of tensors; without writing the mp4.\n\n"
+    text += (
+        "\n\nThe second run of each, with cuDNN's attention. Peaks are of tensors; without writing the mp4. What the "
+        "computation waited for copies of the experts is measured with events on its stream.\n\n"
+    )
     counted = [
         [line["name"], stage, gb(line["peaks"][stage]), gb(size), f"{size / line['peaks'][stage] - 1:+.1%}"]
         for line in found
@@ -147,28 +195,57 @@ def offload(lines: list[Line]) -> str:
 
 
 def host(lines: list[Line]) -> str:
-    found = last(lines, "host", "gbytes_per_second") + last(lines, "offload", "gbytes_per_second")
+    sections = ("host", "offload", "offload_fp8")
     rows = [
         [
             line["name"],
             number(line["gbytes_per_second"]),
+            number(statistics.median(line["rates"])) if "rates" in line else "",
             number(line["host_waited"] * 1e3) if "host_waited" in line else "",
         ]
-        for line in found
+        for section in sections
+        for line in last(lines, section, "gbytes_per_second")
     ]
-    return heading("Copies of about 0.7 GB to the device", ["from", "GB/s", "the host waits, ms"], rows)
+    head = ["from", "GB/s", "median of many", "the host waits, ms"]
+    return heading("Copies of about 0.7 GB (FP8: 0.35 GB) to the device", head, rows)
 
 
-def cold(lines: list[Line]) -> str:
-    rows = [
-        [line["name"], number(line["seconds"]), number(line["load"]), *(number(x) for x in line["stages"].values())]
-        for line in last(lines, "cold", "stages")
-    ]
-    head = ["run", "s", "of which loading", "text", "image", "denoise", "decode"]
-    return heading("Image to video in 4 steps, FP8, from a fresh process", head, rows)
+TUTORIAL = {
+    "t2v_base": (823.5, 78940),
+    "t2v_base_offload": (839.8, 51894),
+    "t2v_distill_lora": (43.4, 71810),
+    "t2v_distill_lora_offload": (65.0, 44640),
+    "i2v_base": (430.0, 79058),
+    "i2v_base_offload": (477.6, 43666),
+    "i2v_distill_lora": (75.1, 77228),
+    "i2v_distill_lora_offload": (100.3, 34426),
+    "i2v_distill_merged": (67.0, 79108),
+    "i2v_distill_merged_offload": (88.4, 34426),
+    "i2v_distill_fp8": (57.1, 47274),
+    "i2v_distill_fp8_offload": (69.0, 29250),
+}
+"""LightX2V's tutorial for one H100: seconds with loading, MiB by nvidia-smi."""
 
 
-PARTS: tuple[Callable[[list[Line]], str], ...] = (attention, block, forward, versus, coders, offload, host, cold)
+def presets(lines: list[Line]) -> str:
+    found = {line["name"]: line for line in last(lines, "presets", "stages")}
+    rows = []
+    for preset, (seconds, mib) in TUTORIAL.items():
+        cold, warm = found.get(f"{preset}, cold"), found.get(f"{preset}, warm")
+        if cold is None:
+            continue
+        shown = [number(cold["seconds"]), number(cold["load"]), number(cold["total"])]
+        shown += [number(warm["seconds"]) if warm else "", thousands(int(cold["smi_mib"])) if "smi_mib" in cold else ""]
+        allocated = max(peak["allocated"] for peak in cold["peaks"].values()) if cold["peaks"] else None
+        steps = f"{cold['steps']} of 40" if "base" in preset else f"{cold['steps']}"
+        steps += f" of {statistics.median(cold['steps_seconds']):.2f} s"
+        tutorial = [number(seconds), thousands(mib)]
+        rows.append([preset, cold["clip"], *shown, gb(allocated), cold.get("mode") or "", steps, *tutorial])
+    head = ["preset", "video", "cold s", "of which loading", "its run", "warm s", "nvidia-smi MiB", "tensors GB"]
+    return heading("The presets, whole", [*head, "experts", "steps", "tutorial s", "tutorial MiB"], rows)
+
+
+PARTS: tuple[Callable[[list[Line]], str], ...] = (attention, block, forward, versus, presets, coders, offload, host)
 
 
 def not_run(lines: list[Line]) -> str:
@@ -205,6 +282,10 @@ def heading(title: str, head: list[str], rows: list[list[str]]) -> str:
 
 def table(head: list[str], rows: Iterable[list[str]]) -> str:
     return "\n".join("| " + " | ".join(row) + " |" for row in (head, ["---"] * len(head), *rows))
+
+
+def thousands(value: int) -> str:
+    return f"{value:,}".replace(",", " ")
 
 
 def number(value: float) -> str:
