@@ -67,10 +67,21 @@ def test_every_adapter_takes_and_returns_blnh_and_equals_sdpa(name: str, monkeyp
     torch.testing.assert_close(choice.fn(q, k, v), sdpa(q, k, v), rtol=0, atol=1e-5)
 
 
-def test_flash3_of_either_age_works(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("package", ["flash_attn_interface", "fa3_fwd_interface"])
+def test_flash3_of_either_age_and_package_works(package: str, monkeypatch: pytest.MonkeyPatch) -> None:
     pose_as(monkeypatch, (9, 0))
-    install(monkeypatch, "flash_attn_interface", flash_attn_func=lambda q, k, v: (sdpa(q, k, v), torch.zeros(1)))
+    monkeypatch.setitem(sys.modules, "flash_attn_interface", None)
+    install(monkeypatch, package, flash_attn_func=lambda q, k, v: (sdpa(q, k, v), torch.zeros(1)))
     assert resolve_attention("flash_attn3", "cpu", BF16, strict=True).name == "flash_attn3"
+    assert resolve_attention("auto", "cpu", BF16).name == "flash_attn3"
+
+
+def test_a_broken_flash3_is_not_taken_for_a_missing_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    pose_as(monkeypatch, (9, 0))
+    install(monkeypatch, "flash_attn_interface")  # without the function, as after another release of it
+    install(monkeypatch, "fa3_fwd_interface", flash_attn_func=sdpa)
+    with pytest.raises(ConfigError, match="cannot import name 'flash_attn_func'"):
+        resolve_attention("flash_attn3", "cpu", BF16, strict=True)
 
 
 def test_every_supported_name_resolves_on_a_cpu() -> None:
@@ -90,7 +101,8 @@ def test_auto_on_hopper_is_flash3_when_it_works(monkeypatch: pytest.MonkeyPatch)
 
 def test_auto_on_hopper_is_cudnn_without_flash3_and_says_why(monkeypatch: pytest.MonkeyPatch) -> None:
     pose_as(monkeypatch, (9, 0))
-    monkeypatch.setitem(sys.modules, "flash_attn_interface", None)  # importing it raises ImportError
+    for package in ("flash_attn_interface", "fa3_fwd_interface"):
+        monkeypatch.setitem(sys.modules, package, None)  # importing it raises ImportError
     monkeypatch.setitem(table.TABLE, "cudnn", table.Backend(load=lambda: sdpa, majors=frozenset({9})))
     choice = resolve_attention("auto", "cpu", BF16)
     assert choice.name == "cudnn" and "not flash_attn3: its package does not import" in choice.reason

@@ -10,7 +10,7 @@ from .sdpa import Attention
 def load() -> Attention:
     try:
         from flash_attn_interface import flash_attn_func  # pyright: ignore[reportMissingImports]
-    except ImportError:
+    except ModuleNotFoundError:
         from fa3_fwd_interface import flash_attn_func  # pyright: ignore[reportMissingImports]
 
     def flash3(q_BLNH: Tensor, k_BLNH: Tensor, v_BLNH: Tensor) -> Tensor:
