@@ -2,16 +2,22 @@
 
 The fewest pieces win; a stretch that the grammar does not know becomes one <unk>, so that even Wan's long negative
 prompt is short here. A prompt ends with </s>. The folder reads with transformers' AutoTokenizer.
+
+The engine cleans prompts first, as the official code does, and that makes ， a comma: beside Chinese text both mean
+nothing, so a prompt has the same tokens before and after.
 """
 
 from __future__ import annotations
 
+import unicodedata
 from pathlib import Path
 
 from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
 
 from .captions import PUNCTUATION, vocabulary
 
+HALF_WIDTH = unicodedata.normalize("NFKC", PUNCTUATION)
+HAN = r"[\u2E80-\u9FFF]"
 PAD, END, UNKNOWN = "<pad>", "</s>", "<unk>"
 
 
@@ -22,7 +28,7 @@ def build_tokenizer() -> Tokenizer:
         [
             normalizers.NFC(),
             normalizers.Lowercase(),
-            normalizers.Replace(Regex(f"[{PUNCTUATION}]"), ""),
+            normalizers.Replace(Regex(f"[{PUNCTUATION}]|(?<={HAN})[{HALF_WIDTH}]|[{HALF_WIDTH}](?={HAN})"), ""),
             normalizers.Replace(Regex(r"[^\w\s]+"), " "),
             normalizers.Replace(Regex(r"\s+"), " "),
             normalizers.Strip(),
