@@ -8,6 +8,7 @@ import random
 import pytest
 import torch
 
+from lightx2v.models.umt5 import clean_prompt
 from training.captions import LANGUAGES, OFFICIAL_NEGATIVE, caption, read
 from training.detector import detect
 from training.text import ROWS, tokenise
@@ -145,6 +146,28 @@ def test_no_caption_is_longer_than_the_trained_rows() -> None:
     ids = tokenise([OFFICIAL_NEGATIVE, ""])
     assert ids.shape == (2, ROWS)
     assert ids[1].tolist() == [1] + [0] * (ROWS - 1)
+
+
+def test_the_engine_cleans_a_prompt_without_changing_what_the_model_reads() -> None:
+    chance = random.Random(3)
+    texts = [caption(random_words(chance), chance) for _ in range(1000)] + [OFFICIAL_NEGATIVE]
+    cleaned = [clean_prompt(text) for text in texts]
+    assert sum(text != clean for text, clean in zip(texts, cleaned, strict=True)) > 100  # ， becomes ,
+    assert torch.equal(tokenise(cleaned), tokenise(texts))
+    assert len(build_tokenizer().encode(cleaned[-1]).ids) <= ROWS
+
+
+@pytest.mark.parametrize(
+    ("text", "same"),
+    [
+        ("夜晚的草地上,红色的球滚动.", "夜晚的草地上，红色的球滚动。"),
+        ("red ball,blue box", "red ball blue box"),
+        ("A red ball, at night.", "a red ball at night"),
+    ],
+)
+def test_punctuation_of_any_width_means_nothing(text: str, same: str) -> None:
+    tokenizer = build_tokenizer()
+    assert tokenizer.encode(text).tokens == tokenizer.encode(same).tokens
 
 
 def test_autotokenizer_reads_the_saved_folder(tmp_path) -> None:

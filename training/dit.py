@@ -40,6 +40,7 @@ POOL = 49_152
 DROP = 0.1  # share of empty prompts
 TEXT = "text.safetensors"
 PARTS = {"shared": 0.6, "high": 0.4, "low": 1.0}  # of the time that is left when a stage begins, after compiling
+FORKED = ("high", "low")
 RANGES = {  # sigma from, to, and the shift that spreads samples over it
     "shared": (0.0, 1.0, 4.0),
     "high": (0.86, 1.0, 5.0),
@@ -238,6 +239,39 @@ def load_dit(path: Path, device: torch.device) -> WanDiT:
     return fast(dit, device)
 
 
+def train_shared(
+    run: Run,
+    runs: Path,
+    minutes: float,
+    steps: int | None,
+    rates: tuple[float, float],
+    compiled: bool,
+    *,
+    resume: bool,
+) -> tuple[Text, WanDiT]:
+    """What both experts start from."""
+    task = run.task
+    if resume:
+        text = load_text(runs / "t2v", run.device).requires_grad_(task == "t2v")
+        shared = load_dit(run.folder / "shared.safetensors", run.device)
+    elif task == "t2v":
+        text = Text(build_tokenizer().get_vocab_size()).to(run.device)
+        shared = new_dit(T2V, run.device)
+    else:
+        shutil.copyfile(runs / "t2v" / TEXT, run.folder / TEXT)  # t2v may be trained on later; its text moves then
+        text = load_text(run.folder, run.device)
+        shared = widen(load_dit(runs / "t2v" / "shared.safetensors", run.device))
+    run.say(f"{minutes - run.clock.total / 60:.2f} minutes are left for training, batch {run.batch}")
+    fit(run, "shared", shared, text, 60 * minutes, steps, rates, compiled)
+    if task == "t2v":
+        with torch.no_grad():
+            for parameter in text.parameters():  # the file holds bfloat16: the experts shall know it so
+                parameter.copy_(parameter.bfloat16().float())
+        text.requires_grad_(False)
+    run.say("shared, 20 steps: " + describe(run.test(text, {"high": shared, "low": shared})))
+    return text, shared
+
+
 def train(
     task: str,
     runs: Path,
@@ -250,34 +284,20 @@ def train(
     compiled: bool,
     rates: tuple[float, float],
     pool: int,
-    resume: bool,
+    resume: str | None,
 ) -> float:
     """Returns the share of test clips on which the experts got everything right."""
     run = Run(task, runs, out, batch, seed, pool)
-    if resume:
-        text = load_text(runs / "t2v", run.device).requires_grad_(task == "t2v")
-        shared = load_dit(run.folder / "shared.safetensors", run.device)
-    elif task == "t2v":
-        text = Text(build_tokenizer().get_vocab_size()).to(run.device)
-        shared = new_dit(T2V, run.device)
-    else:
-        shutil.copyfile(runs / "t2v" / TEXT, run.folder / TEXT)  # t2v may be trained on later; its text moves then
+    if resume == "experts":
         text = load_text(run.folder, run.device)
-        shared = widen(load_dit(runs / "t2v" / "shared.safetensors", run.device))
-    end = 60 * minutes
-    run.say(f"{minutes - run.clock.total / 60:.2f} minutes are left for training, batch {batch}")
-    fit(run, "shared", shared, text, end, steps, rates, compiled)
-    if task == "t2v":
-        with torch.no_grad():
-            for parameter in text.parameters():  # the file holds bfloat16: the experts shall know it so
-                parameter.copy_(parameter.bfloat16().float())
-        text.requires_grad_(False)
-    run.say("shared, 20 steps: " + describe(run.test(text, {"high": shared, "low": shared})))
-    experts: Experts = {}
-    for stage in ("high", "low"):
-        dit = copy_of(shared, run.device)
+        experts: Experts = {stage: load_dit(run.folder / f"{stage}.safetensors", run.device) for stage in FORKED}
+        run.say("before, 20 steps: " + describe(run.test(text, experts)))
+    else:
+        text, shared = train_shared(run, runs, minutes, steps, rates, compiled, resume=resume == "shared")
+        experts = {stage: copy_of(shared, run.device) for stage in FORKED}
+    for stage, dit in experts.items():
         forked = (rates[0] * 0.5, rates[1] * 0.5)
-        experts[stage] = fit(run, stage, dit, text, end, steps, forked, compiled)
+        experts[stage] = fit(run, stage, dit, text, 60 * minutes, steps, forked, compiled)
     result = {"experts": run.test(text, experts)}
     run.say("experts, 20 steps: " + describe(result["experts"]))
     variations: dict[str, dict[str, object]] = {
@@ -309,7 +329,7 @@ def main() -> None:
     parser.add_argument("--runs", type=Path, default=Path("training/runs"))
     parser.add_argument("--out", type=Path, help="a second place for the results")
     parser.add_argument("--rates", type=float, nargs=2, default=(8e-3, 1.5e-3), metavar=("MUON", "ADAMW"))
-    parser.add_argument("--resume", action="store_true", help="go on from runs/<task>/shared.safetensors")
+    parser.add_argument("--resume", choices=("shared", "experts"), help="go on from these of runs/<task>")
     parser.add_argument("--no-compile", action="store_true")
     parser.add_argument("--require", type=float, default=0.0, help="exit with 3 if the experts score less")
     args = parser.parse_args()
