@@ -159,20 +159,21 @@ def drawn_clips(count: int) -> tuple[Row, Row]:
 
 
 def different_seeds(generate: Generate) -> Row:
-    """16 seeds of one prompt: the detector's share, and how far apart the two most alike clips are."""
-    words = {"kind": "star", "colour": "yellow", "motion": "bounce", "ground": "sand", "time": "sunset"}
+    """16 seeds of one held-out prompt: the detector's share, and how far apart the two most alike clips are."""
+    words = {"kind": "star", "colour": "yellow", "motion": "bounce", "ground": "sand", "time": "night"}
     index = torch.zeros(1, dtype=torch.long)
     for name, values in ATTRIBUTES.items():
         index = index * len(values) + values.index(words[name])
+    assert held_out(index).all()
     clips = place_clips(index.repeat(SEEDS), torch.Generator().manual_seed(0))
-    prompt = "a yellow star bounces on the beach at sunset"
-    task = Task(prompts=[prompt] * SEEDS, clips=clips, unseen=torch.zeros(SEEDS, dtype=torch.bool))
+    prompt = "a yellow star bounces on the beach at night"
+    task = Task(prompts=[prompt] * SEEDS, clips=clips, unseen=torch.ones(SEEDS, dtype=torch.bool))
     made = generate(task)
     pixels = made.frames.astype(np.float32)
     apart = [np.abs(pixels[i] - pixels[j]).mean() for i in range(SEEDS) for j in range(i)]
     right = read(made.frames).matches(clips)["all"].float().mean().item()
     return {
-        "name": "16 seeds of one prompt",
+        "name": "16 seeds of one held-out prompt",
         "clips": SEEDS,
         "all": round(right, 3),
         "closest_pair_mean_difference_of_255": round(float(min(apart)), 2),
@@ -229,6 +230,7 @@ def all_rows(count: int, few: int, folder: Path) -> dict[str, Callable[[], list[
         "shift 1": ("demo_t2v_base", {"shift": 1.0}),
         "shift 3": ("demo_t2v_base", {"shift": 3.0}),
         "4 steps without the LoRA": ("demo_t2v_base", {"steps": 4}),
+        "LoRA with shift 1": ("demo_t2v_distill_lora", {"shift": 1.0}),
         "LoRA with guidance on": ("demo_t2v_distill_lora", {"enable_cfg": True, "guidance": (4.0, 3.0)}),
     }
     for name, (preset, changes) in effects.items():

@@ -228,7 +228,7 @@ def copy_of(dit: WanDiT, device: torch.device) -> WanDiT:
 def load_text(folder: Path, device: torch.device) -> Text:
     tensors = load_file(folder / TEXT)
     text = Text(*tensors["embedding.weight"].shape)
-    text.load_state_dict({name: value.float() for name, value in tensors.items()}, strict=False)
+    text.load_state_dict({name: value.float() for name, value in tensors.items()})
     return text.to(device).requires_grad_(False)
 
 

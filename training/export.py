@@ -125,7 +125,7 @@ def _text(source: Path, folder: Path) -> list[str]:
         return [str(source)]
     tensors = load_file(source)
     text = Text(*tensors["embedding.weight"].shape)
-    text.load_state_dict({name: value.float() for name, value in tensors.items()}, strict=False)
+    text.load_state_dict({name: value.float() for name, value in tensors.items()})
     state = {name: value.bfloat16().clone() for name, value in text.wan_state_dict().items()}
     torch.save(state, folder / "models_t5_umt5-xxl-enc-bf16.pth")
     return []
