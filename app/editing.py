@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import replace
+from functools import lru_cache
 from typing import Any
 
 import gradio as gr
@@ -46,56 +47,54 @@ class Editor:
 
     # ---- presets ------------------------------------------------------------------------------------------------
 
-    def use_preset(self, words: Words, name: str, values: Mapping[str, Any]) -> Updates:
-        """Another preset: its own settings, with the prompt, pictures and seed that are there."""
-        resolved = settings_of(name)
-        kept = {"prompt", "negative_prompt", "seed", "videos", "per_line", "offload", "attention", *PICTURES}
-        kept |= {field for field in values if field.startswith("lora_")}
-        defaults = preset_values(name)
-        return self.fill(
-            words, {**defaults, **{k: v for k, v in values.items() if k in kept}}, task=resolved.preset.task
-        )
-
-    def fill(self, words: Words, values: Mapping[str, Any], *, task: str) -> Updates:
-        """Everything in the column from a full set of values (`preset_values` or `form.fields_of`)."""
-        fields, inputs = self._inputs.fields, self._inputs
-        resolved = settings_of(values["preset"])
-        asked = {**resolved.request, **{k: values[k] for k in ("height", "width", "frames", "fps")}}
+    def whole(self, values: Mapping[str, Any], *, task: str) -> dict[str, Any]:
+        """`values` (`preset_values` or `form.fields_of`) with the choices that stand for their numbers."""
+        own = settings_of(values["preset"]).request
+        asked = {**own, **{k: values[k] for k in ("height", "width", "frames", "fps")}}
         asked["resize_mode"] = None if values.get("match_image", True) else EXACT
-        values = {**values, "task": task, "shape": shape_of(asked, task)}
-        values["size"] = (
-            tier_of(asked) if tier_of(asked) in {tier for _, tier in size_choices(resolved.request)} else None
-        )
-        updates: Updates = {}
-        for name, component in fields.items():
-            if name in values and name not in ("size", "shape", "length", *PICTURES):
-                updates[component] = values[name]
+        tier, tiers = tier_of(asked), {tier for _, tier in size_choices(own)}
+        lengths = {count for _, count in length_choices(own)}
+        return {
+            **values,
+            "task": task,
+            "shape": shape_of(asked, task),
+            "size": tier if tier in tiers else None,
+            "length": asked["frames"] if asked["frames"] in lengths else None,
+        }
+
+    def fill(self, words: Words, values: Mapping[str, Any]) -> Updates:
+        """The fields that `values` (of `whole`) name, with the choices and rows that suit the preset."""
+        fields, inputs, task = self._inputs.fields, self._inputs, values["task"]
+        request = settings_of(values["preset"]).request
+        updates: Updates = {fields[name]: value for name, value in values.items() if name in fields}
+        updates |= {fields[name]: picture_of(values[name]) for name in PICTURES if name in values}
         updates[fields["task"]] = gr.update(choices=task_choices(words), value=task)
-        lengths = length_choices(resolved.request)
-        length = asked["frames"] if asked["frames"] in [count for _, count in lengths] else None
-        updates[fields["size"]] = gr.update(choices=size_choices(resolved.request), value=values["size"])
+        updates[fields["size"]] = gr.update(choices=size_choices(request), value=values["size"])
         updates[fields["shape"]] = gr.update(choices=shape_choices(words, task), value=values["shape"])
-        updates[fields["length"]] = gr.update(choices=lengths, value=length)
-        for name in PICTURES:
-            if name in values:
-                updates[fields[name]] = picture_of(values[name])
-        distilled = resolved.request["denoising_step_list"] is not None
+        updates[fields["length"]] = gr.update(choices=length_choices(request), value=values["length"])
+        distilled = request["denoising_step_list"] is not None
         updates[inputs.i2v_only] = gr.Group(visible=task == "i2v")
         updates[inputs.base_only] = gr.Row(visible=not distilled)
         updates[inputs.distilled_only] = gr.Row(visible=distilled)
         for row, box in enumerate(inputs.lora_rows):
-            used = values.get(f"lora_{row}_high") or values.get(f"lora_{row}_low")
-            updates[box] = gr.Row(visible=bool(used))
-        return updates | self.show_preset(words, values["preset"]) | {inputs.cost: self.cost(words, values)}
+            if f"lora_{row}_high" in values:
+                updates[box] = gr.Row(visible=bool(values[f"lora_{row}_high"] or values[f"lora_{row}_low"]))
+        return updates
 
-    def show_preset(self, words: Words, name: str) -> Updates:
-        """The preset list, the examples that suit it, and its files."""
-        info = settings_of(name).preset
-        updates: Updates = {
-            self._inputs.preset: self.preset_list(words, name),
-            self._inputs.examples: examples(words, info),
+    # ---- what follows from the fields ---------------------------------------------------------------------------
+
+    def parts(self, words: Words, values: Mapping[str, Any], problem: str) -> dict[str, str]:
+        """HTML by the names of `Inputs`: preset list, examples, what it costs or the `problem`, crop, model files."""
+        name = values["preset"] if values["preset"] in self._studio.tasks else self._studio.default_preset
+        parts = {
+            "preset": self.preset_list(words, name),
+            "examples": examples(words, settings_of(name).preset),
+            "cost": panels.problem(problem) if problem else self.cost(words, values),
+            "crop": self.crop(words, values),
         }
-        return updates | self.files(words, name)
+        if self._inputs.files is not None:
+            parts["files"] = panels.file_list(words, self._studio.files.status(settings_of(name).engine))
+        return parts
 
     def preset_list(self, words: Words, name: str) -> str:
         studio = self._studio
@@ -116,23 +115,11 @@ class Editor:
             )
         return panels.preset_list(words, offers, name, studio.room)
 
-    def files(self, words: Words, name: str) -> Updates:
-        """The list of model files and its heading; nothing where the page hides them."""
-        if self._inputs.files is None:
-            return {}
-        status = self._studio.files.status(settings_of(name).engine)
-        title = panels.files_title(words, status)
-        return {self._inputs.files: panels.file_list(words, status), self._inputs.files_box: gr.Accordion(label=title)}
-
-    # ---- size and cost ------------------------------------------------------------------------------------------
-
-    def resize(self, values: Mapping[str, Any]) -> Updates:
-        """Height and width from the two rows of choices."""
-        fields = self._inputs.fields
+    def size(self, values: Mapping[str, Any]) -> tuple[int, int]:
+        """(height, width) from the two rows of choices."""
         preset = settings_of(values["preset"]).request
         tier, shape = values["size"] or tier_of(preset), values["shape"]
-        height, width = size_of(tier, "16:9" if shape in (None, MATCH) and tier in (632, 960) else _square(shape))
-        return {fields["height"]: height, fields["width"]: width}
+        return size_of(tier, "16:9" if shape in (None, MATCH) and tier in (632, 960) else _square(shape))
 
     def cost(self, words: Words, values: Mapping[str, Any]) -> str:
         """What stands under the button; what is not filled in yet does not count as wrong."""
@@ -164,16 +151,10 @@ class Editor:
 
     def crop(self, words: Words, values: Mapping[str, Any]) -> str:
         """What the model will see of the first frame; what is wrong with it instead, if something is."""
-        path = values.get("image_path")
-        if not path or values["task"] != "i2v":
-            return panels.crop_preview(words, None, None)
-        try:
-            picture = load_image(path)
-            mode = None if values["shape"] == MATCH else EXACT
-            framing = frame_picture(picture.size, int(values["height"]), int(values["width"]), mode)
-        except LightX2VError as error:
-            return panels.problem(str(error))
-        return panels.crop_preview(words, picture, framing)
+        if values["task"] != "i2v":
+            return ""
+        shape = None if values["shape"] == MATCH else EXACT
+        return _crop(words.language, values.get("image_path"), values["height"], values["width"], shape)
 
     # ---- language -----------------------------------------------------------------------------------------------
 
@@ -192,7 +173,6 @@ class Editor:
         result[fields["task"]] = gr.update(choices=task_choices(words), label=words("mode"))
         result[fields["shape"]] = gr.update(choices=shape_choices(words, task), label=words("shape"))
         result[fields["offload"]] = gr.update(choices=offload_choices(words), label=words("offload"))
-        result[self._inputs.generate] = gr.update(value=words("generate"))
         result[self._inputs.advanced] = gr.update(label=words("advanced"))
         result[self._inputs.add_lora] = gr.update(value=words("add_lora"))
         return result
@@ -201,17 +181,18 @@ class Editor:
 _VARIANTS = ("base", "distill_lora", "distill_merged", "distill_fp8")
 
 
-def together(labels: Updates, values: Updates) -> Updates:
-    """Both changes of one component where both sides have one: what it says, and what it holds."""
-    merged = {**labels, **values}
-    for component in labels.keys() & values.keys():
-        value = values[component]
-        merged[component] = {**labels[component], **(value if _is_update(value) else {"value": value})}
-    return merged
-
-
-def _is_update(value: Any) -> bool:
-    return isinstance(value, dict) and value.get("__type__") == "update"
+@lru_cache(maxsize=32)
+def _crop(language: str, path: str | None, height: Any, width: Any, mode: str | None) -> str:
+    """Every look at the page asks for this, and the picture may be large."""
+    words = Words(language)
+    if not path or not height or not width:
+        return panels.crop_preview(words, None, None)
+    try:
+        picture = load_image(path)
+        framing = frame_picture(picture.size, int(height), int(width), mode)
+    except LightX2VError as error:
+        return panels.problem(str(error))
+    return panels.crop_preview(words, picture, framing)
 
 
 def preset_values(name: str) -> dict[str, Any]:

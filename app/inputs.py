@@ -33,6 +33,25 @@ FLAGS = {
 """How the command line spells what it has no flag of the same name for."""
 
 
+class Figure(gr.Number):
+    """A number as it was typed. Half of one may be out of bounds, which is no error while somebody types: `form.plan`
+    says what is wrong with it."""
+
+    is_template = True  # drawn as gradio's own
+
+    def preprocess(self, payload: float | None) -> float | int | None:
+        return payload
+
+
+class Choice(gr.Radio):
+    """One of several. Where an answer with other choices is on its way, that is no error either."""
+
+    is_template = True
+
+    def preprocess(self, payload: str | int | float | None) -> str | int | float | None:
+        return payload
+
+
 @dataclass
 class Inputs:
     """The components of the left column. `fields` are those that a Form is made of, by its names."""
@@ -43,12 +62,10 @@ class Inputs:
     hints: dict[Component, tuple[str, str]] = field(default_factory=dict)
 
     preset: Any = None
-    preset_name: Any = None
     crop: Any = None
     examples: Any = None
     generate: Any = None
     cost: Any = None
-    save_edit: Any = None
     i2v_only: Any = None
     base_only: Any = None
     distilled_only: Any = None
@@ -75,7 +92,7 @@ def build_inputs(words: Words, resolved: Resolved, exposure: Exposure, *, tasks:
     task = resolved.preset.task
     inputs.add(
         "task",
-        gr.Radio(
+        Choice(
             task_choices(words), value=task, label=words("mode"), show_label=False, elem_id="mode", visible=tasks > 1
         ),
         "mode",
@@ -98,7 +115,8 @@ def build_inputs(words: Words, resolved: Resolved, exposure: Exposure, *, tasks:
     inputs.examples = gr.HTML(apply_default_css=False, elem_id="examples", js_on_load=JS_ACT)
     with gr.Row(elem_classes="plain", elem_id="how"):
         inputs.preset = gr.HTML(apply_default_css=False, elem_id="preset", js_on_load=JS_PICK, scale=4, min_width=220)
-        inputs.preset_name = inputs.add("preset", gr.State(resolved.preset.name))
+        # In the browser, beside the other fields: so every event has the settings together with the preset they are of.
+        inputs.add("preset", gr.Textbox(resolved.preset.name, visible=False))
         offload = gr.Dropdown(
             offload_choices(words), value="auto", label=words("offload"), filterable=False, scale=1, min_width=100,
             visible=exposure.shows_paths, elem_id="offload",
@@ -106,8 +124,8 @@ def build_inputs(words: Words, resolved: Resolved, exposure: Exposure, *, tasks:
         inputs.add("offload", offload, "offload")
     with gr.Row(elem_classes="plain", elem_id="how-large"):
         tiers, shapes = size_choices(request), shape_choices(words, task)
-        size = gr.Radio(tiers, value=tier_of(request), label=words("size"), elem_classes="segment", min_width=110)
-        shape = gr.Radio(
+        size = Choice(tiers, value=tier_of(request), label=words("size"), elem_classes="segment", min_width=110)
+        shape = Choice(
             shapes,
             value=shape_of(request, task),
             label=words("shape"),
@@ -115,7 +133,7 @@ def build_inputs(words: Words, resolved: Resolved, exposure: Exposure, *, tasks:
             min_width=150,
             elem_id="shape",
         )
-        length = gr.Radio(
+        length = Choice(
             length_choices(request),
             value=request["frames"],
             label=words("seconds"),
@@ -129,7 +147,7 @@ def build_inputs(words: Words, resolved: Resolved, exposure: Exposure, *, tasks:
     inputs.cost = gr.HTML(apply_default_css=False, elem_id="cost")
     _advanced(inputs, words, resolved, exposure)
     if exposure.shows_paths:
-        with gr.Accordion(words("files"), open=False, elem_id="files") as inputs.files_box:
+        with gr.Accordion(words("files"), open=True, elem_id="files") as inputs.files_box:
             inputs.files = gr.HTML(apply_default_css=False, js_on_load=JS_ACT)
     return inputs
 
@@ -143,13 +161,13 @@ def _advanced(inputs: Inputs, words: Words, resolved: Resolved, exposure: Exposu
         flag = FLAGS.get(name, f"--{name}")
         shown = f"{flag} · {words(info)}" if info else flag
         start = request.get(name) if value is None else value
-        component = gr.Number(value=start, label=words(key or name), info=shown, min_width=120, elem_id=name, **more)
+        component = Figure(value=start, label=words(key or name), info=shown, min_width=120, elem_id=name, **more)
         inputs.add(name, component, key or name)
 
     with gr.Accordion(words("advanced"), open=True, elem_id="advanced") as inputs.advanced:
         with gr.Row(elem_classes="plain"):
             number("seed", value=-1, info="seed_info", precision=0, minimum=-1)
-            component = gr.Number(
+            component = Figure(
                 1,
                 label=words("videos"),
                 info=words("videos_info"),
@@ -206,7 +224,7 @@ def _lora_fields(inputs: Inputs, words: Words, *, visible: bool) -> None:
                     elem_id=f"lora_{row}_{part}",
                 )  # fmt: skip
                 inputs.add(f"lora_{row}_{part}", path, f"lora_{part}")
-                strength = gr.Number(1.0, label=words(f"strength_{part}"), step=0.1, scale=1, min_width=90)
+                strength = Figure(1.0, label=words(f"strength_{part}"), step=0.1, scale=1, min_width=90)
                 inputs.add(f"lora_{row}_strength_{part}", strength, f"strength_{part}")
         inputs.lora_rows.append(box)
     inputs.add_lora = gr.Button(words("add_lora"), size="sm", visible=visible, elem_id="add_lora")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import secrets
 from pathlib import Path
+from typing import Any
 
 import gradio as gr
 
@@ -11,19 +12,23 @@ from lightx2v.config import PROJECT
 
 from .api import add_endpoints
 from .clicks import Clicks
+from .editing import PICTURES
 from .handlers import Handlers
 from .inputs import JS_ACT, build_inputs
-from .screen import Screen
+from .screen import BUSY_SECONDS, Screen
 from .strings import Words
 from .studio import Studio, settings_of
+from .tab import Tab
 from .views import Outputs
 
 ASSETS = PROJECT / "assets"
 JS_WATCH = JS_ACT + " studio.watched(element); watch('value', () => studio.watched(element));"
 JS_COMPARE = JS_ACT + " studio.inStep(element);"
 STORAGE = "lightx2v-studio"
-PRIVATE = {"queue": False, "show_progress": "hidden", "api_visibility": "private"}
-"""Of every event: it answers at once and beside the queue, and is no part of the public interface."""
+JS_TELL = "(...values) => studio.tell(values)"
+PRIVATE: dict[str, Any] = {"queue": False, "show_progress": "hidden", "api_visibility": "private", "js": JS_TELL}
+"""Of every event: it says what the page shows, is answered at once and beside the queue, and is no part of the public
+interface."""
 
 
 def build_page(studio: Studio) -> gr.Blocks:
@@ -31,9 +36,10 @@ def build_page(studio: Studio) -> gr.Blocks:
     words = Words("en")
     resolved = settings_of(studio.default_preset)
     with gr.Blocks(title=words("title"), analytics_enabled=False, fill_width=True, delete_cache=(3600, 86400)) as page:
+        told = gr.JSON({}, visible=False)  # the first component, so that it is the first value of every event
         session = gr.BrowserState({}, storage_key=STORAGE, secret=_storage_secret(studio.folder))
-        seen = gr.State({})
-        timer = gr.Timer(1.0)
+        tab = gr.State(Tab())
+        timer = gr.Timer(BUSY_SECONDS, active=False)
         top = gr.HTML(apply_default_css=False, elem_id="top", js_on_load=JS_ACT)
         with gr.Tabs(elem_id="tabs"):
             with gr.Tab(words("tab_create"), id="create") as creating, gr.Row(elem_id="create"):
@@ -58,7 +64,7 @@ def build_page(studio: Studio) -> gr.Blocks:
             benchmark=benchmark, tabs=(creating, comparing), restore=restore,
         )  # fmt: skip
         add_endpoints(studio)
-        screen = Screen(studio, inputs, outputs, session, seen, timer)
+        screen = Screen(studio, inputs, outputs, told=told, session=session, tab=tab, timer=timer)
         _wire(page, screen)
     return page
 
@@ -66,50 +72,54 @@ def build_page(studio: Studio) -> gr.Blocks:
 def _wire(page: gr.Blocks, screen: Screen) -> None:
     inputs, outputs = screen.inputs, screen.outputs
     handlers, clicks = Handlers(screen), Clicks(screen)
-    state = {screen.session, screen.seen}
     fields = set(inputs.fields.values())
-    right = outputs.rendered
+    pictures = {inputs.fields[name] for name in PICTURES}
     column = {
         *fields, inputs.preset, inputs.examples, inputs.generate, inputs.cost, inputs.crop, inputs.i2v_only,
         inputs.base_only, inputs.distilled_only, inputs.advanced, inputs.add_lora, *inputs.lora_rows,
     }  # fmt: skip
     column |= {inputs.files, inputs.files_box} - {None}
-    everything = [*column, *right, *state, screen.timer, outputs.restore, *outputs.tabs]
-    left = list(column)
-    read = state | fields
+    everything = [*column, *outputs.rendered, screen.session, screen.timer, outputs.restore, *outputs.tabs]
+    state = {screen.told, screen.session, screen.tab, screen.timer, inputs.generate}
+    read = state | fields - pictures
+    # "once" would lose a second click while the first is answered; "always_last" keeps it, for what does not ask which
+    # of several buttons was pressed.
+    every: dict[str, Any] = {"inputs": read, "outputs": everything, "trigger_mode": "multiple", **PRIVATE}
+    last: dict[str, Any] = {"inputs": read, "outputs": everything, "trigger_mode": "always_last", **PRIVATE}
 
-    page.load(handlers.opened, inputs=state, outputs=everything, **PRIVATE)
-    screen.timer.tick(
-        handlers.tick, inputs=state | {inputs.fields["preset"]}, outputs=everything, trigger_mode="once", **PRIVATE
-    )
-    outputs.report.change(handlers.finished, inputs=read, outputs=left, **PRIVATE)
+    page.load(handlers.opened, inputs=read, outputs=everything, **PRIVATE)
+    screen.timer.tick(handlers.tick, inputs=read, outputs=everything, trigger_mode="once", **PRIVATE)
     if screen.studio.exposure.zerogpu:
         # The queue is ZeroGPU's own: visitors' requests for the GPU run beside each other here.
-        shown = {"show_progress": "hidden", "api_visibility": "private", "concurrency_limit": None}
-        inputs.generate.click(handlers.generate_on_gpu, inputs=read, outputs=everything, **shown)
+        shown: dict[str, Any] = {
+            "show_progress": "hidden",
+            "api_visibility": "private",
+            "concurrency_limit": None,
+            "js": JS_TELL,
+        }
+        inputs.generate.click(handlers.generate_on_gpu, inputs=read | pictures, outputs=everything, **shown)
     else:
-        inputs.generate.click(handlers.generate, inputs=read, outputs=everything, **PRIVATE)
-    for component in (inputs.examples, inputs.files, *right):
+        inputs.generate.click(handlers.generate, inputs=read | pictures, outputs=everything, **PRIVATE)
+    for component in (inputs.examples, inputs.files, *outputs.rendered):
         if component is not None:
-            component.act(clicks.act, inputs=read, outputs=everything, **PRIVATE)
-    outputs.restore.upload(handlers.restored, inputs=read | {outputs.restore}, outputs=everything, **PRIVATE)
+            component.act(clicks.act, **every)
+    outputs.restore.upload(handlers.restored, **{**every, "inputs": read | {outputs.restore}})
 
-    inputs.preset.pick(handlers.picked, inputs=read, outputs=left, **PRIVATE)
+    inputs.preset.pick(handlers.picked, **every)
     named = inputs.fields
-    named["task"].input(handlers.task_changed, inputs=read, outputs=left, **PRIVATE)
-    gr.on([named["size"].input, named["shape"].input], handlers.size_chosen, inputs=read, outputs=left, **PRIVATE)
-    named["length"].input(handlers.length_chosen, inputs=read, outputs=left, **PRIVATE)
-    typed = [named["height"].input, named["width"].input]
-    gr.on(typed, handlers.size_typed, inputs=read, outputs=left, trigger_mode="always_last", **PRIVATE)
+    named["task"].input(handlers.task_changed, **last)
+    gr.on([named["size"].input, named["shape"].input], handlers.size_chosen, **last)
+    named["length"].input(handlers.length_chosen, **last)
+    gr.on([named["height"].input, named["width"].input], handlers.size_typed, **last)
     costly = ("frames", "fps", "videos", "steps", "enable_cfg", "guidance_high", "guidance_low", "boundary", "shift")
     costly += ("denoising_step_list", "boundary_step_index", "per_line", "offload", "attention", "negative_prompt")
-    changes = [named[name].input for name in costly] + [named["image_path"].change, named["last_frame_path"].change]
-    changes.append(named["prompt"].blur)  # one video for each of its lines
-    gr.on(changes, handlers.edited, inputs=read, outputs=left, trigger_mode="always_last", **PRIVATE)
+    changes = [*(named[name].input for name in costly), named["prompt"].blur]  # one video for each of its lines
+    gr.on(changes, handlers.edited, **last)
+    gr.on([picture.change for picture in pictures], handlers.pictured, **{**last, "inputs": read | pictures})
     paths = [component for name, component in named.items() if name.startswith("lora_") and name.endswith("_high")]
     blurred = [path.blur for path in paths if hasattr(path, "blur")]
-    gr.on(blurred, handlers.paired, inputs=read, outputs=left, **PRIVATE)
-    inputs.add_lora.click(handlers.lora_added, inputs=read, outputs=left, **PRIVATE)
+    gr.on(blurred, handlers.paired, **last)
+    inputs.add_lora.click(handlers.lora_added, **last)
 
 
 def head() -> str:

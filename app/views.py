@@ -1,18 +1,14 @@
-"""The right side for one visitor: what changed since it was last sent, by component."""
+"""The right side for one visitor, as HTML."""
 
 from __future__ import annotations
 
-import hashlib
-import time
 from dataclasses import dataclass
 from typing import Any
 
 import gradio as gr
-from gradio.components import Component
 
 from . import cards, panels
 from . import compare as comparison
-from .html import tag
 from .remedies import remedies
 from .report import report
 from .stage import stage, status
@@ -53,9 +49,9 @@ class Outputs:
         }
 
 
-def render(studio: Studio, outputs: Outputs, words: Words, scene: Scene, seen: dict[str, str]) -> dict[Component, str]:
-    """HTML of the parts that differ from what `seen` says was sent; updates `seen`."""
-    parts = {
+def render(studio: Studio, words: Words, scene: Scene) -> dict[str, str]:
+    """HTML of every part of PARTS."""
+    return {
         "top": _top(studio, words),
         "stage": stage(words, scene.job, sample=studio.sample is not None, shown=scene.visitor.shown),
         "status": _status(studio, words, scene),
@@ -65,16 +61,6 @@ def render(studio: Studio, outputs: Outputs, words: Words, scene: Scene, seen: d
         "compare": comparison.compare(words, scene.compared),
         "benchmark": comparison.benchmark(words, scene.runs),
     }
-    changed: dict[Component, str] = {}
-    for name, html in parts.items():
-        digest = hashlib.sha256(html.encode()).hexdigest()[:16]
-        if seen.get(name) != digest:
-            seen[name] = digest
-            changed[getattr(outputs, name)] = html
-    # The clock of the browser may be off by hours; the script corrects it by this.
-    if outputs.status in changed:
-        changed[outputs.status] = tag("div", changed[outputs.status], data_now=f"{time.time():.2f}")
-    return changed
 
 
 def _top(studio: Studio, words: Words) -> str:

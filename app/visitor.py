@@ -81,12 +81,15 @@ class Scene:
 
 
 def look(studio: Studio, visitor: Visitor) -> Scene:
-    """The scene of a visitor. Unless a run was chosen, the stage follows the one that runs."""
+    """The scene of a visitor. Unless a run was chosen, the stage follows the one that runs; one that began is no longer
+    edited."""
     runs = studio.runs(visitor.owner)
     if not visitor.pinned and not visitor.shown:
         now = next((job for job in runs if job.state == "running"), None) or _later(runs, visitor.job)
         if now is not None and now.id != visitor.job:
             visitor = replace(visitor, job=now.id)
+    if visitor.editing and not any(job.id == visitor.editing and job.state == "queued" for job in runs):
+        visitor = replace(visitor, editing="")
     job = next((job for job in runs if job.id == visitor.job), None) or studio.own(visitor.owner, visitor.job)
     if job is None and visitor.job:
         visitor = replace(visitor, job="", pinned=False)

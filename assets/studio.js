@@ -139,6 +139,14 @@ window.studio = (() => {
     tick();
   };
 
+  // ---- what the page shows, told with every event: the version of each part, and which part is in use -----------------
+  const tell = (values) => {
+    const parts = [...document.querySelectorAll("[data-part]")];
+    const held = (part) => $("[aria-expanded=true]", part);
+    values[0] = Object.fromEntries(parts.map((part) => [part.dataset.part, held(part) ? "held" : part.dataset.version]));
+    return values;
+  };
+
   const give = (input, file) => {
     const files = new DataTransfer();
     files.items.add(file);
@@ -205,5 +213,5 @@ window.studio = (() => {
     new MutationObserver(applyTheme).observe(document.body, { attributes: true, attributeFilter: ["class"] });
   };
   document.readyState === "loading" ? document.addEventListener("DOMContentLoaded", keepTheme) : keepTheme();
-  return { actions, picker, watched, inStep, applyTheme };
+  return { actions, picker, tell, watched, inStep, applyTheme };
 })();

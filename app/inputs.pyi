@@ -1,0 +1,291 @@
+"""The left column: what to make. Gradio's own fields, so that keyboard, labels and validation are its own too."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field
+from typing import Any
+
+import gradio as gr
+from gradio.components import Component
+
+from lightx2v.attention.names import SUPPORTED as ATTENTION_NAMES
+from lightx2v.config import Resolved
+
+from .exposure import Exposure
+from .form import LORA_ROWS, OFFLOAD, frames_for
+from .strings import Words
+
+JS_ACT = "const events = ['act']; studio.actions(element, trigger);"
+JS_PICK = "const events = ['pick']; studio.picker(element, props, trigger);"
+
+SHAPES = ("16:9", "9:16", "1:1")
+MATCH = "match"
+
+FLAGS = {
+    "guidance_high": "--guidance HIGH",
+    "guidance_low": "--guidance … LOW",
+    "denoising_step_list": "--set denoising_step_list",
+    "boundary_step_index": "--set boundary_step_index",
+    "attention": "--set self_attn_1_type",
+    "loras": "--set loras",
+}
+"""How the command line spells what it has no flag of the same name for."""
+
+from gradio.events import Dependency
+
+class Figure(gr.Number):
+    """A number as it was typed. Half of one may be out of bounds, which is no error while somebody types: `form.plan`
+    says what is wrong with it."""
+
+    is_template = True  # drawn as gradio's own
+
+    def preprocess(self, payload: float | None) -> float | int | None:
+        return payload
+    from typing import Callable, Literal, Sequence, Any, TYPE_CHECKING
+    from gradio.blocks import Block
+    if TYPE_CHECKING:
+        from gradio.components import Timer
+        from gradio.components.base import Component
+
+
+class Choice(gr.Radio):
+    """One of several. Where an answer with other choices is on its way, that is no error either."""
+
+    is_template = True
+
+    def preprocess(self, payload: str | int | float | None) -> str | int | float | None:
+        return payload
+    from typing import Callable, Literal, Sequence, Any, TYPE_CHECKING
+    from gradio.blocks import Block
+    if TYPE_CHECKING:
+        from gradio.components import Timer
+        from gradio.components.base import Component
+
+
+@dataclass
+class Inputs:
+    """The components of the left column. `fields` are those that a Form is made of, by its names."""
+
+    fields: dict[str, Any] = field(default_factory=dict)
+    labels: dict[Component, tuple[str, str]] = field(default_factory=dict)
+    """Component -> (what of it is text, the key of its words); for a change of language."""
+    hints: dict[Component, tuple[str, str]] = field(default_factory=dict)
+
+    preset: Any = None
+    crop: Any = None
+    examples: Any = None
+    generate: Any = None
+    cost: Any = None
+    i2v_only: Any = None
+    base_only: Any = None
+    distilled_only: Any = None
+    lora_rows: list[Any] = field(default_factory=list)
+    add_lora: Any = None
+    advanced: Any = None
+    files_box: Any = None
+    files: Any = None
+
+    def add(self, name: str, component: Any, key: str = "", *, info: str = "") -> Any:
+        """Takes a field in, with the key of its label and of its hint."""
+        self.fields[name] = component
+        if key:
+            self.labels[component] = ("label", key)
+        if info:
+            self.hints[component] = ("info", info)
+        return component
+
+
+def build_inputs(words: Words, resolved: Resolved, exposure: Exposure, *, tasks: int = 2) -> Inputs:
+    """The column's components, in the order of decisions: what, how good, how large, go. `tasks`: how many on offer."""
+    inputs = Inputs()
+    request = resolved.request
+    task = resolved.preset.task
+    inputs.add(
+        "task",
+        Choice(
+            task_choices(words), value=task, label=words("mode"), show_label=False, elem_id="mode", visible=tasks > 1
+        ),
+        "mode",
+    )
+    with gr.Group(visible=task == "i2v", elem_id="pictures") as inputs.i2v_only:
+        with gr.Row(elem_classes="plain"):
+            for name, key in (("image_path", "image"), ("last_frame_path", "last_frame")):
+                picture = gr.Image(
+                    type="filepath", label=words(key), height=168, sources=["upload"], min_width=140,
+                    elem_id=name, buttons=["fullscreen"],
+                )  # fmt: skip
+                inputs.add(name, picture, key)
+        inputs.crop = gr.HTML(apply_default_css=False, elem_id="crop")
+    prompt = gr.Textbox(
+        label=words("prompt"), placeholder=words("prompt_hint"), lines=3, max_lines=12, elem_id="prompt",
+        max_length=exposure.limits.prompt,
+    )  # fmt: skip
+    inputs.add("prompt", prompt, "prompt")
+    inputs.hints[prompt] = ("placeholder", "prompt_hint")
+    inputs.examples = gr.HTML(apply_default_css=False, elem_id="examples", js_on_load=JS_ACT)
+    with gr.Row(elem_classes="plain", elem_id="how"):
+        inputs.preset = gr.HTML(apply_default_css=False, elem_id="preset", js_on_load=JS_PICK, scale=4, min_width=220)
+        # In the browser, beside the other fields: so every event has the settings together with the preset they are of.
+        inputs.add("preset", gr.Textbox(resolved.preset.name, visible=False))
+        offload = gr.Dropdown(
+            offload_choices(words), value="auto", label=words("offload"), filterable=False, scale=1, min_width=100,
+            visible=exposure.shows_paths, elem_id="offload",
+        )  # fmt: skip
+        inputs.add("offload", offload, "offload")
+    with gr.Row(elem_classes="plain", elem_id="how-large"):
+        tiers, shapes = size_choices(request), shape_choices(words, task)
+        size = Choice(tiers, value=tier_of(request), label=words("size"), elem_classes="segment", min_width=110)
+        shape = Choice(
+            shapes,
+            value=shape_of(request, task),
+            label=words("shape"),
+            elem_classes="segment",
+            min_width=150,
+            elem_id="shape",
+        )
+        length = Choice(
+            length_choices(request),
+            value=request["frames"],
+            label=words("seconds"),
+            elem_classes="segment",
+            min_width=110,
+        )
+        inputs.add("size", size, "size")
+        inputs.add("shape", shape, "shape")
+        inputs.add("length", length, "seconds")
+    inputs.generate = gr.Button(words("generate"), variant="primary", elem_id="generate", size="lg")
+    inputs.cost = gr.HTML(apply_default_css=False, elem_id="cost")
+    _advanced(inputs, words, resolved, exposure)
+    if exposure.shows_paths:
+        with gr.Accordion(words("files"), open=True, elem_id="files") as inputs.files_box:
+            inputs.files = gr.HTML(apply_default_css=False, js_on_load=JS_ACT)
+    return inputs
+
+
+def _advanced(inputs: Inputs, words: Words, resolved: Resolved, exposure: Exposure) -> None:
+    """Everything a Request holds. Under each label stands the name that the command line uses."""
+    request, limits = resolved.request, exposure.limits
+    distilled = request["denoising_step_list"] is not None
+
+    def number(name: str, key: str = "", *, info: str = "", value: Any = None, **more: Any) -> None:
+        flag = FLAGS.get(name, f"--{name}")
+        shown = f"{flag} · {words(info)}" if info else flag
+        start = request.get(name) if value is None else value
+        component = Figure(value=start, label=words(key or name), info=shown, min_width=120, elem_id=name, **more)
+        inputs.add(name, component, key or name)
+
+    with gr.Accordion(words("advanced"), open=True, elem_id="advanced") as inputs.advanced:
+        with gr.Row(elem_classes="plain"):
+            number("seed", value=-1, info="seed_info", precision=0, minimum=-1)
+            component = Figure(
+                1,
+                label=words("videos"),
+                info=words("videos_info"),
+                precision=0,
+                minimum=1,
+                maximum=limits.batch,
+                min_width=120,
+                elem_id="videos",
+            )
+            inputs.add("videos", component, "videos", info="videos_info")
+        inputs.add("per_line", gr.Checkbox(False, label=words("per_line"), elem_id="per_line"), "per_line")
+        negative = gr.Textbox(
+            label=words("negative_prompt"), info=words("negative_info"), lines=2, max_lines=6, max_length=limits.prompt,
+            elem_id="negative_prompt",
+        )  # fmt: skip
+        inputs.add("negative_prompt", negative, "negative_prompt", info="negative_info")
+        with gr.Row(elem_classes="plain"):
+            number("width", precision=0, minimum=32, step=16)
+            number("height", precision=0, minimum=32, step=16)
+        with gr.Row(elem_classes="plain"):
+            number("frames", precision=0, minimum=1, step=4)
+            number("fps", minimum=1)
+        cfg = gr.Checkbox(request["enable_cfg"], label=words("enable_cfg"), info="--enable_cfg", elem_id="enable_cfg")
+        inputs.add("enable_cfg", cfg, "enable_cfg")
+        with gr.Row(elem_classes="plain"):
+            for index, name in enumerate(("guidance_high", "guidance_low")):
+                number(name, value=request["guidance"][index], step=0.5)
+        with gr.Row(elem_classes="plain", visible=not distilled) as inputs.base_only:
+            number("steps", precision=0, minimum=1, maximum=limits.steps)
+            number("boundary", value=request["boundary"] or 0.875, step=0.025)
+        with gr.Row(elem_classes="plain", visible=distilled) as inputs.distilled_only:
+            steps = gr.Textbox(
+                ", ".join(map(str, request["denoising_step_list"] or ())), label=words("denoising_step_list"),
+                info=FLAGS["denoising_step_list"], min_width=180, elem_id="denoising_step_list",
+            )  # fmt: skip
+            inputs.add("denoising_step_list", steps, "denoising_step_list")
+            number("boundary_step_index", value=request["boundary_step_index"] or 0, precision=0, minimum=0)
+        with gr.Row(elem_classes="plain"):
+            number("shift", minimum=0.01, step=0.5)
+            attention = gr.Dropdown(
+                [*ATTENTION_NAMES], value="auto", label=words("attention"), info=FLAGS["attention"], min_width=120,
+                visible=exposure.shows_paths, elem_id="attention",
+            )  # fmt: skip
+            inputs.add("attention", attention, "attention")
+        _lora_fields(inputs, words, visible=exposure.shows_paths)
+
+
+def _lora_fields(inputs: Inputs, words: Words, *, visible: bool) -> None:
+    for row in range(LORA_ROWS):
+        with gr.Row(elem_classes="plain lora", visible=False) as box:
+            for part in ("high", "low"):
+                path = gr.Textbox(
+                    label=words(f"lora_{part}"), info=FLAGS["loras"], max_lines=1, scale=3, min_width=160,
+                    elem_id=f"lora_{row}_{part}",
+                )  # fmt: skip
+                inputs.add(f"lora_{row}_{part}", path, f"lora_{part}")
+                strength = Figure(1.0, label=words(f"strength_{part}"), step=0.1, scale=1, min_width=90)
+                inputs.add(f"lora_{row}_strength_{part}", strength, f"strength_{part}")
+        inputs.lora_rows.append(box)
+    inputs.add_lora = gr.Button(words("add_lora"), size="sm", visible=visible, elem_id="add_lora")
+
+
+def task_choices(words: Words) -> list[tuple[str, str]]:
+    return [(words("mode_t2v"), "t2v"), (words("mode_i2v"), "i2v")]
+
+
+def offload_choices(words: Words) -> list[tuple[str, str]]:
+    return [(words("offload_" + name), name) for name in OFFLOAD]
+
+
+def tier_of(request: dict[str, Any]) -> int:
+    """The side of the square that is about as large as the video: 632 for 480p, 960 for 720p."""
+    area = request["height"] * request["width"]
+    return next((tier for tier in (632, 960) if abs(area / tier**2 - 1) < 0.05), math.isqrt(area))
+
+
+def size_choices(request: dict[str, Any]) -> list[tuple[str, int]]:
+    """The official tiers, or three sizes around that of a small model. `request` is a preset's."""
+    tier = tier_of(request)
+    if tier in (632, 960):
+        return [("480p", 632), ("720p", 960)]
+    near = [max(32, round(tier * part / 16) * 16) for part in (2 / 3, 1, 4 / 3)]
+    return [(f"{side} px", side) for side in dict.fromkeys(near)]
+
+
+def shape_choices(words: Words, task: str) -> list[tuple[str, str]]:
+    shapes = [(shape, shape) for shape in SHAPES]
+    return [(words("shape_match"), MATCH), *shapes] if task == "i2v" else shapes
+
+
+def shape_of(request: dict[str, Any], task: str) -> str | None:
+    """The choice that fits height and width; None for a size of one's own."""
+    if task != "t2v" and request["resize_mode"] is None:
+        return MATCH
+    ratio = request["width"] / request["height"]
+    known = {"16:9": 16 / 9, "9:16": 9 / 16, "1:1": 1.0}
+    return next((name for name, value in known.items() if abs(ratio / value - 1) < 0.04), None)
+
+
+def length_choices(request: dict[str, Any]) -> list[tuple[str, int]]:
+    """Seconds to read, frames to count: 2, 3 and 5 s, or half, once and twice a short preset's."""
+    fps, whole = request["fps"], request["frames"] / request["fps"]
+    wanted = (2.0, 3.0, 5.0) if whole > 4 else (whole / 2, whole, whole * 2)
+    counts = dict.fromkeys(frames_for(seconds, fps) for seconds in wanted)
+    return [(_seconds(count / fps), count) for count in counts]
+
+
+def _seconds(value: float) -> str:
+    """A length as people say it: 81 frames at 16 a second are 5 s."""
+    return f"{value:.0f} s" if abs(value - round(value)) < 0.15 and value >= 1 else f"{value:.1f} s"
