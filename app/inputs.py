@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from abc import ABCMeta
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -33,23 +34,11 @@ FLAGS = {
 """How the command line spells what it has no flag of the same name for."""
 
 
-class Figure(gr.Number):
-    """A number as it was typed. Half of one may be out of bounds, which is no error while somebody types: `form.plan`
-    says what is wrong with it."""
-
-    is_template = True  # drawn as gradio's own
-
-    def preprocess(self, payload: float | None) -> float | int | None:
-        return payload
-
-
-class Choice(gr.Radio):
-    """One of several. Where an answer with other choices is on its way, that is no error either."""
-
-    is_template = True
-
-    def preprocess(self, payload: str | int | float | None) -> str | int | float | None:
-        return payload
+Choice: Any = ABCMeta.__new__(
+    type(gr.Radio), "Choice", (gr.Radio,), {"is_template": True, "preprocess": lambda self, payload: payload}
+)
+"""A radio that takes a choice which an answer on its way has just taken back; gradio's own calls that an error. It is
+made past gradio's metaclass, which writes an interface file beside every module with a component."""
 
 
 @dataclass
@@ -116,7 +105,7 @@ def build_inputs(words: Words, resolved: Resolved, exposure: Exposure, *, tasks:
     with gr.Row(elem_classes="plain", elem_id="how"):
         inputs.preset = gr.HTML(apply_default_css=False, elem_id="preset", js_on_load=JS_PICK, scale=4, min_width=220)
         # In the browser, beside the other fields: so every event has the settings together with the preset they are of.
-        inputs.add("preset", gr.Textbox(resolved.preset.name, visible=False))
+        inputs.add("preset", gr.Textbox(resolved.preset.name, visible=False, elem_id="preset_name"))
         offload = gr.Dropdown(
             offload_choices(words), value="auto", label=words("offload"), filterable=False, scale=1, min_width=100,
             visible=exposure.shows_paths, elem_id="offload",
@@ -124,7 +113,14 @@ def build_inputs(words: Words, resolved: Resolved, exposure: Exposure, *, tasks:
         inputs.add("offload", offload, "offload")
     with gr.Row(elem_classes="plain", elem_id="how-large"):
         tiers, shapes = size_choices(request), shape_choices(words, task)
-        size = Choice(tiers, value=tier_of(request), label=words("size"), elem_classes="segment", min_width=110)
+        size = Choice(
+            tiers,
+            value=tier_of(request),
+            label=words("size"),
+            elem_classes="segment",
+            min_width=110,
+            elem_id="size",
+        )
         shape = Choice(
             shapes,
             value=shape_of(request, task),
@@ -139,6 +135,7 @@ def build_inputs(words: Words, resolved: Resolved, exposure: Exposure, *, tasks:
             label=words("seconds"),
             elem_classes="segment",
             min_width=110,
+            elem_id="length",
         )
         inputs.add("size", size, "size")
         inputs.add("shape", shape, "shape")
@@ -157,23 +154,23 @@ def _advanced(inputs: Inputs, words: Words, resolved: Resolved, exposure: Exposu
     request, limits = resolved.request, exposure.limits
     distilled = request["denoising_step_list"] is not None
 
+    # No field has bounds of its own: half a number is out of them, which is no error while somebody types. `form.plan`
+    # says what is wrong with a whole one.
     def number(name: str, key: str = "", *, info: str = "", value: Any = None, **more: Any) -> None:
         flag = FLAGS.get(name, f"--{name}")
         shown = f"{flag} · {words(info)}" if info else flag
         start = request.get(name) if value is None else value
-        component = Figure(value=start, label=words(key or name), info=shown, min_width=120, elem_id=name, **more)
+        component = gr.Number(value=start, label=words(key or name), info=shown, min_width=120, elem_id=name, **more)
         inputs.add(name, component, key or name)
 
     with gr.Accordion(words("advanced"), open=True, elem_id="advanced") as inputs.advanced:
         with gr.Row(elem_classes="plain"):
-            number("seed", value=-1, info="seed_info", precision=0, minimum=-1)
-            component = Figure(
+            number("seed", value=-1, info="seed_info", precision=0)
+            component = gr.Number(
                 1,
                 label=words("videos"),
                 info=words("videos_info"),
                 precision=0,
-                minimum=1,
-                maximum=limits.batch,
                 min_width=120,
                 elem_id="videos",
             )
@@ -185,18 +182,18 @@ def _advanced(inputs: Inputs, words: Words, resolved: Resolved, exposure: Exposu
         )  # fmt: skip
         inputs.add("negative_prompt", negative, "negative_prompt", info="negative_info")
         with gr.Row(elem_classes="plain"):
-            number("width", precision=0, minimum=32, step=16)
-            number("height", precision=0, minimum=32, step=16)
+            number("width", precision=0, step=16)
+            number("height", precision=0, step=16)
         with gr.Row(elem_classes="plain"):
-            number("frames", precision=0, minimum=1, step=4)
-            number("fps", minimum=1)
+            number("frames", precision=0, step=4)
+            number("fps")
         cfg = gr.Checkbox(request["enable_cfg"], label=words("enable_cfg"), info="--enable_cfg", elem_id="enable_cfg")
         inputs.add("enable_cfg", cfg, "enable_cfg")
         with gr.Row(elem_classes="plain"):
             for index, name in enumerate(("guidance_high", "guidance_low")):
                 number(name, value=request["guidance"][index], step=0.5)
         with gr.Row(elem_classes="plain", visible=not distilled) as inputs.base_only:
-            number("steps", precision=0, minimum=1, maximum=limits.steps)
+            number("steps", precision=0)
             number("boundary", value=request["boundary"] or 0.875, step=0.025)
         with gr.Row(elem_classes="plain", visible=distilled) as inputs.distilled_only:
             steps = gr.Textbox(
@@ -204,9 +201,9 @@ def _advanced(inputs: Inputs, words: Words, resolved: Resolved, exposure: Exposu
                 info=FLAGS["denoising_step_list"], min_width=180, elem_id="denoising_step_list",
             )  # fmt: skip
             inputs.add("denoising_step_list", steps, "denoising_step_list")
-            number("boundary_step_index", value=request["boundary_step_index"] or 0, precision=0, minimum=0)
+            number("boundary_step_index", value=request["boundary_step_index"] or 0, precision=0)
         with gr.Row(elem_classes="plain"):
-            number("shift", minimum=0.01, step=0.5)
+            number("shift", step=0.5)
             attention = gr.Dropdown(
                 [*ATTENTION_NAMES], value="auto", label=words("attention"), info=FLAGS["attention"], min_width=120,
                 visible=exposure.shows_paths, elem_id="attention",
@@ -224,7 +221,7 @@ def _lora_fields(inputs: Inputs, words: Words, *, visible: bool) -> None:
                     elem_id=f"lora_{row}_{part}",
                 )  # fmt: skip
                 inputs.add(f"lora_{row}_{part}", path, f"lora_{part}")
-                strength = Figure(1.0, label=words(f"strength_{part}"), step=0.1, scale=1, min_width=90)
+                strength = gr.Number(1.0, label=words(f"strength_{part}"), step=0.1, scale=1, min_width=90)
                 inputs.add(f"lora_{row}_strength_{part}", strength, f"strength_{part}")
         inputs.lora_rows.append(box)
     inputs.add_lora = gr.Button(words("add_lora"), size="sm", visible=visible, elem_id="add_lora")

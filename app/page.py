@@ -36,7 +36,9 @@ def build_page(studio: Studio) -> gr.Blocks:
     words = Words("en")
     resolved = settings_of(studio.default_preset)
     with gr.Blocks(title=words("title"), analytics_enabled=False, fill_width=True, delete_cache=(3600, 86400)) as page:
-        told = gr.JSON({}, visible=False)  # the first component, so that it is the first value of every event
+        told = gr.JSON(
+            {}, visible=False, elem_id="told"
+        )  # the first component, so that it is the first value of every event
         session = gr.BrowserState({}, storage_key=STORAGE, secret=_storage_secret(studio.folder))
         tab = gr.State(Tab())
         timer = gr.Timer(BUSY_SECONDS, active=False)

@@ -44,6 +44,11 @@ def browser() -> Iterator[Browser]:
             opened.close()
 
 
+UNFINISHED = """() => [...document.querySelectorAll('#queue [data-id], #stage .stage:is([data-state=queued],'
+    + '[data-state=running])')].map(e => e.dataset.id || e.dataset.job)"""
+"""Ids of a visitor's runs that are not over, the first of them running."""
+
+
 @dataclass
 class Person:
     """Somebody with a tab. `complaints` is what the browser's console says that nobody should see."""
@@ -77,7 +82,8 @@ class Person:
 
 @contextmanager
 def person(browser: Browser, page: Page, *, width: int = 1440, height: int = 900, **options: Any) -> Iterator[Person]:
-    """A new visitor: a fresh profile with one tab. Nothing may be said on the console when they leave."""
+    """A new visitor: a fresh profile with one tab. Nothing may be said on the console when they leave. Their runs end
+    with them."""
     context = browser.new_context(viewport={"width": width, "height": height}, **options)
     context.set_default_timeout(PATIENCE * 1000)
     someone = Person(tab=context.new_page(), page=page)
@@ -87,7 +93,9 @@ def person(browser: Browser, page: Page, *, width: int = 1440, height: int = 900
         yield someone
         assert not someone.complaints
     finally:
+        left = someone.tab.evaluate(UNFINISHED)
         context.close()
+        page.stop(left)
 
 
 def watch(tab: Tab, complaints: list[str]) -> None:

@@ -10,7 +10,7 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -72,6 +72,13 @@ class Page:
         """The job's status once it is over, or in one of `states`."""
         wanted = states or ("succeeded", "failed", "cancelled", "interrupted")
         return eventually(lambda: (s := self.ask("status", id=id))["state"] in wanted and s)
+
+    def stop(self, ids: Iterable[str]) -> None:
+        """Ends those of the jobs that are not over, so that the next test finds an idle page."""
+        for id in (left := list(dict.fromkeys(ids))):
+            self.ask("cancel", id=id)
+        for id in left:
+            self.wait(id)
 
     def make(self, prompt: str = "a red ball", **values: Any) -> dict[str, Any]:
         """A finished video."""

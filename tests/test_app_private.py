@@ -7,44 +7,11 @@ touches another's runs, with the same prompt and the same picture's name; made-u
 from __future__ import annotations
 
 import secrets
-from dataclasses import dataclass
 from typing import Any
 
 import pytest
-from studio_app import LEAKS, Page, eventually
-
-
-@dataclass(frozen=True)
-class Keyboard:
-    """Presses events of a page as its script does. `config` is what every browser is told."""
-
-    page: Page
-    config: dict[str, Any]
-
-    def components(self) -> dict[int, dict[str, Any]]:
-        return {component["id"]: component for component in self.config["components"]}
-
-    def name(self, id: int) -> str:
-        props = self.components()[id]["props"]
-        return str(props.get("elem_id") or props.get("storage_key") or id)
-
-    def event(self, target: str, kind: str) -> dict[str, Any]:
-        """The event of a component, by its elem_id; the timer has none and is "timer"."""
-        found = self.components().items()
-        ids = {id for id, c in found if self.name(id) == target or c["type"] == target}
-        return next(d for d in self.config["dependencies"] if any(t[0] in ids and t[1] == kind for t in d["targets"]))
-
-    def press(self, target: str, kind: str = "click", *, sent: Any = None, **changes: Any) -> dict[str, Any]:
-        """What the event gives, by the elem_ids of its outputs; {} where it is refused. `changes`: other values."""
-        event = self.event(target, kind)
-        data = [changes.get(self.name(id), self.components()[id]["props"].get("value")) for id in event["inputs"]]
-        body = {"data": data, "fn_index": event["id"], "session_hash": secrets.token_hex(6), "event_data": sent}
-        url = "/gradio_api/run/predict"
-        answer = eventually(lambda: (r := self.page.http.post(url, json=body)).status_code != 429 and r)
-        assert not LEAKS.search(answer.text), answer.text[:300]
-        if answer.status_code != 200:
-            return {}
-        return {self.name(id): value for id, value in zip(event["outputs"], answer.json()["data"], strict=False)}
+from page_events import Keyboard
+from studio_app import Page, eventually
 
 
 @pytest.fixture(scope="module")

@@ -1,0 +1,167 @@
+"""Events of one open page that cross each other: none of them is undone by another.
+
+Covered: an event that left the browser before an earlier answer was there; many at the same time; answers that arrive
+in the wrong order; an answer has values only for the fields it is about; half a number is no error.
+"""
+
+from __future__ import annotations
+
+import re
+import secrets
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from typing import Any
+
+import pytest
+from page_events import Keyboard
+from studio_app import Page, eventually
+
+STORED, TOLD = "lightx2v-studio", "told"
+
+
+@dataclass
+class Browser:
+    """What a browser holds of one page: its storage, the versions of the parts, and all else by elem_id."""
+
+    keyboard: Keyboard
+    session: str = field(default_factory=lambda: secrets.token_hex(6))
+    holds: dict[str, Any] = field(default_factory=dict)
+
+    def press(self, target: str, kind: str = "click", *, sent: Any = None, **values: Any) -> dict[str, Any]:
+        """The answer to an event with everything that the browser holds now, or with other `values`."""
+        told = {name: version(html) for name, html in self.parts.items() if html}
+        changes = {**self.holds, TOLD: told, **values}
+        return self.keyboard.press(target, kind, sent=sent, session=self.session, **changes)
+
+    def take(self, answer: dict[str, Any]) -> None:
+        """The answer arrived."""
+        for name, value in answer.items():
+            if not (isinstance(value, dict) and value.get("__type__") == "update"):
+                self.holds[name] = value
+            elif "value" in value:
+                self.holds[name] = value["value"]
+
+    @property
+    def parts(self) -> dict[str, str]:
+        return {name: html for name, html in self.holds.items() if isinstance(html, str) and "data-version" in html}
+
+
+def version(html: str) -> str:
+    return html.split('data-version="')[1].split('"')[0]
+
+
+@pytest.fixture
+def browser(page: Page) -> Any:
+    opened = Browser(Keyboard(page, page.http.get("/config").json()))
+    opened.take(opened.press("timer", "tick"))
+    yield opened
+    page.stop(re.findall(r'data-id="([^"]+)"', str(opened.holds.get("queue"))))
+
+
+def queue_of(browser: Browser, *prompts: str) -> list[str]:
+    """Ids of runs that wait, the first of them running."""
+    browser.take(browser.press("generate", prompt="\n".join(("an endless first one", *prompts)), per_line=True))
+    browser.take(eventually(lambda: "running" in str((a := browser.press("timer", "tick")).get("stage")) and a))
+    return re.findall(r'data-act="edit"[^>]*data-id="([^"]+)"', str(browser.holds["queue"]))
+
+
+def test_an_event_from_before_an_answer_undoes_nothing(browser: Browser) -> None:
+    second, _ = queue_of(browser, "second", "third")
+    before = dict(browser.holds)
+    browser.take(browser.press("queue", "act", sent={"act": "edit", "id": second}))
+    assert browser.holds["generate"] == "Save to the queue" and browser.holds["prompt"] == "second"
+    late = [browser.press("timer", "tick", **before), browser.press("prompt", "blur", **before)]
+    late.append(browser.press("queue", "act", sent={"act": "down", "id": second}, **before))
+    for answer in late:
+        browser.take(answer)
+    assert browser.holds[STORED]["editing"] == second and browser.holds["generate"] == "Save to the queue"
+    browser.take(browser.press("generate", prompt="second, edited"))
+    assert browser.holds["generate"] == "Generate"
+    order = re.findall(r'class="prompt">([^<]+)', str(browser.holds["queue"]))
+    assert order == ["an endless first one", "third", "second, edited"]
+
+
+def test_all_of_many_clicks_at_once_count(browser: Browser, page: Page) -> None:
+    made = [page_run(browser, prompt) for prompt in ("one", "two")]
+    clicks = [("history", {"act": "compare", "id": id}) for id in made] + [("top", {"act": "language", "name": "zh"})]
+    clicks.append(("history", {"act": "restore", "id": made[0]}))
+    before = dict(browser.holds)
+    with ThreadPoolExecutor(16) as pool:
+        ticks = [pool.submit(browser.press, "timer", "tick", **before) for _ in range(6)]
+        pressed = [pool.submit(browser.press, target, "act", sent=sent, **before) for target, sent in clicks]
+        answers = [event.result() for event in [*pressed, *ticks]]
+    for answer in reversed(answers):
+        browser.take(answer)
+    browser.take(browser.press("timer", "tick"))
+    kept = browser.holds[STORED]
+    assert set(kept["compared"]) == set(made) and kept["language"] == "zh"
+    assert kept["job"] == made[0] and kept["pinned"] is True
+
+
+def page_run(browser: Browser, prompt: str) -> str:
+    browser.take(browser.press("generate", prompt=prompt))
+    browser.take(
+        eventually(lambda: 'data-state="done"' in str((a := browser.press("timer", "tick")).get("stage")) and a)
+    )
+    return str(browser.holds[STORED]["job"])
+
+
+def test_answers_in_the_wrong_order_are_put_right_by_the_next_tick(browser: Browser) -> None:
+    second, third = queue_of(browser, "second", "third")
+    early = browser.press("queue", "act", sent={"act": "edit", "id": second})
+    late = browser.press("queue", "act", sent={"act": "cancel", "id": third})
+    browser.take(late)
+    browser.take(early)
+    assert third in browser.holds["queue"], "the page shows what is not so any more"
+    told = browser.press("timer", "tick")
+    browser.take(told)
+    assert third not in browser.holds["queue"] and second in browser.holds["queue"]
+    assert not {"queue", "top", "history", "preset", "cost", "examples"} & {
+        name for name, html in browser.press("timer", "tick").items() if isinstance(html, str)
+    }, "what the page shows is not sent again"
+
+
+def test_an_answer_has_values_only_for_what_it_is_about(browser: Browser) -> None:
+    typed = {"prompt": "typed meanwhile", "seed": 77, "negative_prompt": "blur", "videos": 2}
+
+    def values(answer: dict[str, Any]) -> set[str]:
+        return {
+            name
+            for name, value in answer.items()
+            if not isinstance(value, dict) or value.get("__type__") != "update" or "value" in value
+        }
+
+    picked = browser.press("preset", "pick", sent={"name": "demo_t2v_base"}, **typed)
+    assert "steps" in values(picked) and not values(picked) & set(typed)
+    fields = {"steps", "height", "width", "frames", "fps", "shift", "shape", "offload", "attention", "mode"} | set(
+        typed
+    )
+    for target, kind in (("timer", "tick"), ("prompt", "blur"), ("generate", "click")):
+        answer = browser.press(target, kind, **{**typed, "prompt": "x"})
+        assert not values(answer) & fields, target
+    page_language = browser.press("top", "act", sent={"act": "language", "name": "zh"}, **typed)
+    assert not values(page_language) & fields
+
+
+def test_half_a_number_is_no_error_until_somebody_wants_a_video(browser: Browser) -> None:
+    answer = browser.press("width", "input", width=8)
+    assert "problem" in str(answer["cost"]) and "width" in str(answer["cost"])
+    assert browser.press("timer", "tick", width=8, steps=None), "and none to anything else"
+    answer = browser.press("width", "input", width=96)
+    assert "problem" not in str(answer["cost"])
+
+
+def test_a_choice_that_was_taken_back_meanwhile_is_no_error(browser: Browser) -> None:
+    browser.take(browser.press("preset", "pick", sent={"name": "t2v_distill_lora"}))
+    assert browser.holds["size"] == 632
+    late = browser.press("timer", "tick", preset_name="demo_t2v_distill_lora", size=96, length=17)
+    assert "option-demo_t2v_distill_lora" in str(late["preset"]), "the preset that the event's fields belong to"
+
+
+def test_a_problem_stays_until_the_fields_say_something_else(browser: Browser) -> None:
+    browser.take(browser.press("generate", prompt=""))
+    assert "problem" in browser.holds["cost"]
+    browser.take(browser.press("timer", "tick", prompt=""))
+    assert "problem" in browser.holds["cost"]
+    browser.take(browser.press("timer", "tick", prompt="a red ball"))
+    assert "problem" not in browser.holds["cost"]
