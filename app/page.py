@@ -41,7 +41,7 @@ def build_page(studio: Studio) -> gr.Blocks:
         )  # the first component, so that it is the first value of every event
         session = gr.BrowserState({}, storage_key=STORAGE, secret=_storage_secret(studio.folder))
         tab = gr.State(Tab())
-        timer = gr.Timer(BUSY_SECONDS, active=False)
+        timer = gr.Timer(BUSY_SECONDS / 2, active=False)  # no pace of `Screen`: the first answer sets one and starts it
         top = gr.HTML(apply_default_css=False, elem_id="top", js_on_load=JS_ACT)
         with gr.Tabs(elem_id="tabs"):
             with gr.Tab(words("tab_create"), id="create") as creating, gr.Row(elem_id="create"):

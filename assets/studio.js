@@ -128,6 +128,8 @@ window.studio = (() => {
     if (root) skew = Number(root.dataset.now) - Date.now() / 1000;
     const stage = $(".stage[data-job]", element);
     if (stage) {
+      if (!opened) setTimeout(retype, 150); // after the fields have got what the browser kept
+      opened = true;
       const url = new URL(location.href);
       const job = stage.dataset.job;
       if ((url.searchParams.get("job") || "") !== job) {
@@ -138,6 +140,19 @@ window.studio = (() => {
     }
     tick();
   };
+
+  // ---- what was typed while the network was lost is there again when the page has loaded itself anew --------------------
+  const texts = () => [...document.querySelectorAll("#prompt textarea, #negative_prompt textarea")];
+  addEventListener("pagehide", () => sessionStorage.setItem("studio-texts", JSON.stringify(texts().map((t) => t.value))));
+  const retype = () => {
+    const kept = JSON.parse(sessionStorage.getItem("studio-texts") || "[]");
+    texts().forEach((text, i) => {
+      if (!kept[i] || text.value === kept[i]) return;
+      text.value = kept[i];
+      text.dispatchEvent(new Event("input", { bubbles: true }));
+    });
+  };
+  let opened = false;
 
   // ---- what the page shows, told with every event: the version of each part, and which part is in use -----------------
   const tell = (values) => {

@@ -81,11 +81,22 @@ class Person:
 
 
 @contextmanager
-def person(browser: Browser, page: Page, *, width: int = 1440, height: int = 900, **options: Any) -> Iterator[Person]:
-    """A new visitor: a fresh profile with one tab. Nothing may be said on the console when they leave. Their runs end
-    with them."""
+def person(
+    browser: Browser,
+    page: Page,
+    *,
+    width: int = 1440,
+    height: int = 900,
+    script: str = "",
+    leave: bool = True,
+    **options: Any,
+) -> Iterator[Person]:
+    """A new visitor: a fresh profile with one tab, in which `script` runs before the page's own. Nothing may be said on
+    the console when they leave. Their runs end with them, unless the page itself is gone by then (`leave=False`)."""
     context = browser.new_context(viewport={"width": width, "height": height}, **options)
     context.set_default_timeout(PATIENCE * 1000)
+    if script:
+        context.add_init_script(script)
     someone = Person(tab=context.new_page(), page=page)
     watch(someone.tab, someone.complaints)
     someone.open()
@@ -93,7 +104,7 @@ def person(browser: Browser, page: Page, *, width: int = 1440, height: int = 900
         yield someone
         assert not someone.complaints
     finally:
-        left = someone.tab.evaluate(UNFINISHED)
+        left = someone.tab.evaluate(UNFINISHED) if leave else []
         context.close()
         page.stop(left)
 

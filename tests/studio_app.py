@@ -23,7 +23,7 @@ PRESET = "demo_t2v_distill_lora"
 LEAKS = re.compile(r"Traceback|File \"|/tmp/|/(?:root|home)/|site-packages|" + re.escape(str(ROOT)))
 """What no answer may hold: a traceback, or where something is on this machine."""
 
-PATIENCE = 90.0
+PATIENCE = 25.0
 """Seconds to wait for what should take one: the machine may be busy."""
 
 
@@ -92,9 +92,11 @@ class Refused(Exception):
 
 
 @contextmanager
-def launched(folder: Path, *flags: str, demo: bool = False, **variables: str) -> Iterator[Page]:
+def launched(
+    folder: Path, *flags: str, demo: bool = False, port: int | None = None, **variables: str
+) -> Iterator[Page]:
     """The page until the block ends. With `demo` the demo model runs, else the engine that paints."""
-    port = free_port()
+    port = port or free_port()
     folder.mkdir(parents=True, exist_ok=True)
     log = folder.with_name(folder.name + ".log")
     command = [sys.executable, str(ROOT / "tests" / "painted_app.py"), "--port", str(port), *flags]
