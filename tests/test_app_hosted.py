@@ -1,18 +1,21 @@
 """The launched page on a Space, with and without ZeroGPU, on this machine and without any GPU.
 
 Covered: it starts; it hides what belongs to the machine; it has limits and names them; on ZeroGPU the visitor's own
-request runs the engine and reserves a time for it.
+request runs the engine, reserves a time for it, and ends it when the visitor leaves.
 """
 
 from __future__ import annotations
 
 import json
+import secrets
 from collections.abc import Iterator
 from typing import Any
 
 import pytest
-from studio_app import ROOT, Page, Refused, launched
+from page_engine import Painter
+from studio_app import ROOT, Page, Refused, eventually, launched
 
+SLOW_STEP = Painter.slow_seconds
 HIDDEN = {"files", "offload", "attention", "add_lora"}
 
 
@@ -75,7 +78,7 @@ def GPU(duration):
 def zerogpu(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Page]:
     folder = tmp_path_factory.mktemp("zerogpu")
     (folder / "spaces.py").write_text(SPACES)
-    variables = {"SPACE_ID": "someone/studio", "SPACES_ZERO_GPU": "true", "PYTHONPATH": str(folder)}
+    variables: dict[str, Any] = {"SPACE_ID": "someone/studio", "SPACES_ZERO_GPU": "true", "PYTHONPATH": str(folder)}
     with launched(folder / "outputs", LIGHTX2V_PRESET="demo_t2v_distill_lora", **variables) as started:
         yield started
 
@@ -93,16 +96,31 @@ def test_zerogpu_has_one_preset_and_runs_it_in_the_visitors_request(zerogpu: Pag
     assert list(zerogpu.folder.glob("*.mp4"))
 
 
-def generate(page: Page, config: dict[str, Any], prompt: str) -> Iterator[str]:
+def test_who_leaves_gives_the_gpu_back(zerogpu: Page) -> None:
+    """The run of a closed tab ends at its next step, long before it is done."""
+    config, prompt = zerogpu.http.get("/config").json(), "a slow ball that nobody waits for"
+    many = ", ".join(str(1000 - 10 * step) for step in range(40))
+    for line in generate(zerogpu, config, prompt, denoising_step_list=many):
+        if "preview.jpg?step=" in line:
+            break  # the connection is closed with the tab
+    ended = eventually(lambda: [e for e in zerogpu.painted if e["event"] == "end" and e["prompt"] == prompt])
+    began = next(e for e in zerogpu.painted if e["event"] == "begin" and e["prompt"] == prompt)
+    assert ended[0]["at"] - began["at"] < 0.5 * 40 * SLOW_STEP
+    list(generate(zerogpu, config, "the next one has the GPU"))
+
+
+def generate(page: Page, config: dict[str, Any], prompt: str, **values: Any) -> Iterator[str]:
     """What the Generate button's event sends to the browser, message by message."""
     components = {c["id"]: c for c in config["components"]}
-    button = next(c["id"] for c in config["components"] if c["props"].get("elem_id") == "generate")
+    names = {id: component["props"].get("elem_id") for id, component in components.items()}
+    button = next(id for id, name in names.items() if name == "generate")
     event = next(d for d in config["dependencies"] if any(t == [button, "click"] for t in d["targets"]))
-    data = [components[id]["props"].get("value") for id in event["inputs"]]
-    data[[components[id]["props"].get("elem_id") for id in event["inputs"]].index("prompt")] = prompt
-    body = {"data": data, "fn_index": event["id"], "session_hash": "visitor"}
+    values = {"prompt": prompt, **values}
+    data = [values.get(names[id], components[id]["props"].get("value")) for id in event["inputs"]]
+    session = secrets.token_hex(6)
+    body = {"data": data, "fn_index": event["id"], "session_hash": session}
     assert page.http.post("/gradio_api/queue/join", json=body).status_code == 200
-    with page.http.stream("GET", "/gradio_api/queue/data", params={"session_hash": "visitor"}) as stream:
+    with page.http.stream("GET", "/gradio_api/queue/data", params={"session_hash": session}) as stream:
         for line in stream.iter_lines():
             yield line
             if "process_completed" in line:
