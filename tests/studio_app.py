@@ -23,7 +23,7 @@ PRESET = "demo_t2v_distill_lora"
 LEAKS = re.compile(r"Traceback|File \"|/tmp/|/(?:root|home)/|site-packages|" + re.escape(str(ROOT)))
 """What no answer may hold: a traceback, or where something is on this machine."""
 
-PATIENCE = 25.0
+PATIENCE = 90.0
 """Seconds to wait for what should take one: the machine may be busy."""
 
 
