@@ -30,8 +30,11 @@ RENAMED = {
     "sample_shift": "shift",
     "sample_guide_scale": "guidance",
     "guidance_scale": "guidance",
+    "num_inference_steps": "steps",
+    "flow_shift": "shift",
+    "boundary_ratio": "boundary",
 }
-"""LightX2V's names in JSON and Python for fields that have shorter names here."""
+"""LightX2V's names in JSON and Python, and those of diffusers, for fields that have shorter names here."""
 
 INERT: dict[str, tuple[Any, ...]] = {
     "feature_caching": ("NoCaching",),

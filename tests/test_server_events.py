@@ -61,3 +61,4 @@ def test_too_many_watchers_are_refused(tmp_path: Path, monkeypatch: pytest.Monke
         id = served.submit()
         answer = served.client.get(f"/v1/videos/{id}/events")
         assert answer.status_code == 429 and "watching already" in answer.json()["error"]["message"]
+        assert "position" not in answer.json()["error"], "it is not the queue that is full"

@@ -6,6 +6,7 @@ import base64
 import io
 import threading
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -57,6 +58,33 @@ def test_settings_in_this_familys_words(served: Served) -> None:
     request = served.jobs.get(id).request
     assert (request.width, request.height, request.frames, request.fps) == (96, 64, 9, 8.0)
     assert (request.steps, request.guidance, request.shift, request.boundary) == (3, (4.0, 2.0), 3.0, 0.5)
+
+
+@pytest.mark.parametrize(
+    ("body", "word"),
+    [
+        ({"num_frames": 18}, "num_frames is 18"),
+        ({"model": BASE, "num_inference_steps": 0}, "num_inference_steps is 0"),
+        ({"flow_shift": 0}, "flow_shift is 0"),
+        ({"model": BASE, "guidance_scale": -1000}, "guidance_scale is -1000"),
+        ({"model": BASE, "boundary_ratio": 2}, "boundary_ratio is 2"),
+    ],
+)
+def test_errors_use_the_clients_words(served: Served, body: dict, word: str) -> None:
+    answer = served.client.post("/v1/videos", json={"prompt": "a cat", **body})
+    assert answer.status_code == 422 and answer.json()["error"]["message"].startswith(word)
+
+
+def test_seconds_are_those_of_the_preset_that_the_picture_chose(served: Served) -> None:
+    """As text, too: so OpenAI's clients send them."""
+    slow = served.service.presets[I2V]
+    served.service.presets[I2V] = replace(slow, request=slow.request | {"fps": 8.0})
+    shown = "data:image/png;base64," + base64.b64encode(png()).decode()
+    for seconds in (1.1, "1.1"):
+        body = {"prompt": "a cat", "seconds": seconds, "size": "64x64"}
+        with_picture = served.client.post("/v1/videos", json=body | {"input_reference": shown}).json()
+        without = served.client.post("/v1/videos", json=body).json()
+        assert (with_picture["num_frames"], without["num_frames"]) == (9, 17)
 
 
 def test_a_picture_chooses_a_preset_that_takes_one(served: Served) -> None:

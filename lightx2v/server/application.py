@@ -105,8 +105,9 @@ def _add_state(app: FastAPI, service: Service, metrics: Metrics) -> None:
 def _add_errors(app: FastAPI, service: Service) -> None:
     @app.exception_handler(LightX2VError)
     def known(request: Request, error: LightX2VError) -> Response:
-        full = isinstance(error, Busy) and service.jobs.alive
-        content = problem(error, position=service.jobs.waiting + 1 if full else None)
+        jobs = service.jobs
+        full = isinstance(error, Busy) and jobs.alive and jobs.waiting >= jobs.max_queue
+        content = problem(error, position=jobs.waiting + 1 if full else None)
         headers = {"Retry-After": "10"} if error.status == 429 else None
         return JSONResponse(content.model_dump(exclude_none=True), status_code=error.status, headers=headers)
 

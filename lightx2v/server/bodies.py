@@ -7,6 +7,7 @@ nested deeper than Python can recurse, and because errors must not repeat what w
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from typing import Annotated, Any, Literal, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
@@ -88,7 +89,7 @@ class VideoBody(BaseModel):
     file_name: Annotated[str, Field(max_length=200)] | None = Field(None, description="What the video is called.")
 
     def wish(self, files: dict[str, bytes]) -> Wish:
-        settings: dict[str, Any] = _renamed(self, _VIDEO_SETTINGS)
+        settings = _given(self, _VIDEO_SETTINGS)
         if self.size is not None:
             if self.height is not None or self.width is not None:
                 raise BadRequest("size and height, width say the same. Keep one of them.")
@@ -99,7 +100,7 @@ class VideoBody(BaseModel):
                 raise BadRequest(
                     "guidance_scale_2 is the low-noise expert's; guidance_scale must be one number beside it."
                 )
-            settings["guidance"] = [self.guidance_scale, self.guidance_scale_2]
+            settings["guidance_scale"] = [self.guidance_scale, self.guidance_scale_2]
         return Wish(
             prompt=self.prompt,
             negative_prompt=self.negative_prompt,
@@ -114,15 +115,10 @@ class VideoBody(BaseModel):
         )
 
 
-_VIDEO_SETTINGS = {
-    **{name: name for name in ("height", "width", "fps", "enable_cfg", "denoising_step_list", "boundary_step_index")},
-    **{name: name for name in ("resize_mode", "seed")},
-    "num_frames": "frames",
-    "num_inference_steps": "steps",
-    "flow_shift": "shift",
-    "guidance_scale": "guidance",
-    "boundary_ratio": "boundary",
-}
+_VIDEO_SETTINGS = (
+    *("height", "width", "num_frames", "fps", "num_inference_steps", "flow_shift", "guidance_scale", "enable_cfg"),
+    *("boundary_ratio", "denoising_step_list", "boundary_step_index", "resize_mode", "seed"),
+)
 
 
 class TaskBody(BaseModel):
@@ -161,7 +157,9 @@ class TaskBody(BaseModel):
     reuse: bool | None = Field(None, description="Without effect.")
 
     def wish(self, files: dict[str, bytes]) -> Wish:
-        settings = _renamed(self, {name: name for name in _TASK_SETTINGS} | {"target_fps": "fps"})
+        settings = _given(self, _TASK_SETTINGS)
+        if self.target_fps is not None:
+            settings["fps"] = self.target_fps
         if self.target_shape:
             settings["target_shape"] = self.target_shape
         return Wish(
@@ -181,9 +179,9 @@ _TASK_SETTINGS = (
 )
 
 
-def _renamed(body: BaseModel, names: dict[str, str]) -> dict[str, Any]:
-    """What was given, under the names that `config.resolve` knows."""
-    return {ours: value for theirs, ours in names.items() if (value := getattr(body, theirs)) is not None}
+def _given(body: BaseModel, names: Sequence[str]) -> dict[str, Any]:
+    """What was given of these, which `config.resolve` knows under their own names, so that errors use the client's."""
+    return {name: value for name in names if (value := getattr(body, name)) is not None}
 
 
 async def read_body(request: HttpRequest, kind: type[Body]) -> tuple[Body, dict[str, bytes]]:

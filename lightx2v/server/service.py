@@ -131,10 +131,10 @@ class Service:
         """The request but for its pictures, which stand-ins hold the place of until everything else is right."""
         base = self.presets[preset]
         settings = dict(wish.settings)
-        if wish.seconds is not None and "frames" not in settings:
+        if wish.seconds is not None and "num_frames" not in settings:
             length = wish.seconds * settings.get("fps", base.request["fps"])
             if math.isfinite(length):  # else fps is refused, whatever the length
-                settings["frames"] = max(1, round((length - 1) / 4) * 4 + 1)
+                settings["num_frames"] = max(1, round((length - 1) / 4) * 4 + 1)
         if settings.get("seed", -1) == -1:
             known = self._known(owner, wish.client_id)
             settings["seed"] = secrets.randbelow(MAX_SEED + 1) if known is None else known.request.seed
