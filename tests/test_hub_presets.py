@@ -52,8 +52,8 @@ REPOS = {
     },
     "lightx2v/Encoders": {f"models_t5_umt5-xxl-enc-{kind}.pth": 6_700_000_000 for kind in ("fp8", "int8")},
 }
-LARGEST = {"base": 127 * GB, "distill_lora": 130 * GB, "distill_merged": 70 * GB, "distill_fp8": 37 * GB}
-"""Bytes that the presets of each variant take at the most."""
+SIZE = {"base": 114 * GB, "loras": 117 * GB, "merged": 57 * GB, "fp8": 29 * GB}
+"""Bytes of the experts, rounded, by where they come from."""
 
 
 class Listing(HubServer):
@@ -77,26 +77,27 @@ def server(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[HubServe
 
 @pytest.mark.parametrize("preset", [info.name for info in list_presets() if not info.name.startswith("demo_")])
 def test_a_preset_fetches_what_it_needs_and_nothing_else(preset: str, server: HubServer) -> None:
-    found = resolve(preset)
-    plan = make_plan(found.engine, hub=quick(server), free=lambda path: 10**15)
-    task, variant = found.engine.task, found.preset.variant
-    names = {file.name.partition("/")[2].partition("/")[2]: file.file.size for file in plan.files}
-    assert not plan.lacking and {file.file.repo for file in plan.files} == {
-        f"Wan-AI/Wan2.2-{task.upper()}-A14B",
-        *({"lightx2v/Wan2.2-Distill-Loras"} if variant == "distill_lora" else ()),
-        *({"lightx2v/Wan2.2-Distill-Models"} if variant in ("distill_merged", "distill_fp8") else ()),
-        *({"lightx2v/Encoders"} if variant == "distill_fp8" else ()),
-    }
-    assert 0.8 * LARGEST[variant] < plan.left <= LARGEST[variant]
-    shards = {name for name in names if name.endswith("-of-00006.safetensors")}
-    assert len(shards) == (12 if variant in ("base", "distill_lora") else 0)
-    large = {name for name in names if names[name] > GB} - shards
-    text = "fp8" if variant == "distill_fp8" else "bf16"
-    assert {f"models_t5_umt5-xxl-enc-{text}.pth"} == {name for name in large if "t5" in name}
-    experts = {name for name in large if "A14b" in name}
-    assert len(experts) == (0 if variant == "base" else 2)
-    assert len({"high_noise" in name for name in experts}) == len(experts)
-    assert all(task in name and ("fp8" in name) == (variant == "distill_fp8") for name in experts)
-    assert large == experts | {f"models_t5_umt5-xxl-enc-{text}.pth"} and "Wan2.1_VAE.pth" in names
-    assert "high_noise_model/config.json" in names and "google/umt5-xxl/tokenizer.json" in names
-    assert not {"README.md", "assets/logo.png", "examples/i2v_input.JPG"} & set(names)
+    engine = resolve(preset).engine
+    plan = make_plan(engine, hub=quick(server), free=lambda path: 10**15)
+    if engine.lora_configs:
+        kind, repos = "loras", {"lightx2v/Wan2.2-Distill-Loras"}
+    elif "distill" in preset:
+        kind, repos = "fp8" if "fp8" in preset else "merged", {"lightx2v/Wan2.2-Distill-Models"}
+    else:
+        kind, repos = "base", set[str]()
+    text, encoders = ("fp8", {"lightx2v/Encoders"}) if "fp8" in preset else ("bf16", set[str]())
+    base_repo = f"Wan-AI/Wan2.2-{engine.task.upper()}-A14B"
+    assert not plan.lacking and {file.file.repo for file in plan.files} == {base_repo, *repos, *encoders}
+    sizes = {file.file.path: file.file.size for file in plan.files}
+    rest = {path for path, size in sizes.items() if size < GB}
+    assert {"high_noise_model/config.json", "google/umt5-xxl/tokenizer.json", "Wan2.1_VAE.pth"} <= rest
+    assert not {"README.md", "assets/logo.png", "examples/i2v_input.JPG"} & rest
+    large = set(sizes) - rest - {f"models_t5_umt5-xxl-enc-{text}.pth"}
+    assert len(large) == len(sizes) - len(rest) - 1, "one text encoder"
+    shards = {SHARD.format(which, i) for which in ("high", "low") for i in range(1, 7)}
+    assert large >= shards if kind in ("base", "loras") else not large & shards
+    experts = large - shards
+    assert len(experts) == len({"high_noise" in path for path in experts}) == (0 if kind == "base" else 2)
+    assert all(engine.task in path and ("fp8" in path) == (kind == "fp8") for path in experts)
+    assert SIZE[kind] * 0.99 < sum(sizes[path] for path in large) < SIZE[kind] * 1.01
+    assert plan.left == sum(sizes.values())
