@@ -9,6 +9,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from . import errors
     from .config import EngineConfig
     from .pipeline import LightX2VPipeline
     from .request import Request
