@@ -229,6 +229,7 @@ def all_rows(count: int, few: int, folder: Path) -> dict[str, Callable[[], list[
         "guidance 8": ("demo_t2v_base", {"guidance": (8.0, 8.0)}),
         "shift 1": ("demo_t2v_base", {"shift": 1.0}),
         "shift 3": ("demo_t2v_base", {"shift": 3.0}),
+        "shift 100": ("demo_t2v_base", {"shift": 100.0}),
         "4 steps without the LoRA": ("demo_t2v_base", {"steps": 4}),
         "LoRA with shift 1": ("demo_t2v_distill_lora", {"shift": 1.0}),
         "LoRA with guidance on": ("demo_t2v_distill_lora", {"enable_cfg": True, "guidance": (4.0, 3.0)}),
