@@ -128,13 +128,15 @@ class ExpertLoras:
         self._hooks: list[torch.utils.hooks.RemovableHandle] = []
         self._kept: dict[str, Tensor] = {}
         self.on_disk = weights
-        """To be read where weights stay on disk: with what the LoRAs change besides matrices."""
+        """To be read where weights stay on disk: with all that the LoRAs change, or where they run beside the weights
+        with what they change besides matrices."""
         self.applied: tuple[Applied, ...] = ()
         self.specs: tuple[LoraSpec, ...] | None = ()
         if self.dynamic(weights, config, lazy):
             self._attach(loras)
         else:
             self._merged, self._touched = list(loras), _names(loras)
+            self.on_disk = weights.with_loras(loras)
         self._note(loras, config.lora_configs)
 
     @staticmethod

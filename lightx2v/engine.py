@@ -29,6 +29,7 @@ from .parallel.meet import join
 from .parallel.mesh import Mesh
 from .parallel.world import World
 from .placement.offloaded import describe
+from .planner import Plan
 from .progress import CancelToken, Meter, OnProgress
 from .prompts import PromptCache
 from .weights.checkpoint import open_checkpoint
@@ -192,6 +193,9 @@ def place(
     """
     parts = (files, config, precision, self_attention, cross_attention)
     planner = planner_for(files, config, precision, mesh)
+    if planner is None and config.lazy_load:
+        plan = from_disk(config)
+        return within_memory(lambda: offloaded(*parts, plan, cancel=cancel, mesh=mesh), "while loading the model")
     if planner is None:
         if config.cpu_offload is True:
             device = precision.device.type.upper()
@@ -215,6 +219,18 @@ def place(
         warnings.append(f"The device ran out of memory while loading; the model was loaded with {describe(plan)}.")
         placement.keep_below(plan)
     return placement
+
+
+def from_disk(config: EngineConfig) -> Plan:
+    """For a device whose memory is the host's: nothing is offloaded, and the experts' blocks are read as they run."""
+    return Plan(
+        mode="stream",
+        resident_blocks=0,
+        tiling=config.use_tiling_vae is True,
+        tiling_allowed=config.use_tiling_vae is not False,
+        lazy=True,
+        reason="The weights stay on disk and are read as they are needed.",
+    )
 
 
 def world_for(config: EngineConfig) -> World | None:

@@ -235,6 +235,36 @@ def test_a_built_model_stays_on_disk_too(tiny: TinyModels, loras: tuple[LoraSpec
     EngineConfig(build="merged", lora_configs=loras, lazy_load=True, cpu_offload=True)  # and so it may be asked for
 
 
+def test_what_cannot_be_built_is_made_each_time_it_is_read(
+    tiny: TinyModels, loras: tuple[LoraSpec, LoraSpec], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("LIGHTX2V_CACHE_DIR", "/proc/nowhere")
+    fp8 = {"build": "fp8", "dit_quantized": True, "dit_quant_scheme": "fp8-sgl"}
+    for settings in ({"build": "merged"}, fp8):
+        config, request = configured(tiny.t2v, lora_configs=loras, **settings)
+        expected = resident(config, request)
+        with loaded(config, replace(STREAM, lazy=True)) as pipe:
+            assert torch.equal(latents(pipe, request), expected)
+
+
+@pytest.mark.parametrize("tiling", [True, "auto"])
+def test_lazy_load_reads_from_disk_on_a_cpu_too(
+    tiny: TinyModels, everywhere: tuple[LoraSpec, ...], tiling: bool | str
+) -> None:
+    more = {"lora_dynamic_apply": True, "lora_configs": everywhere, "use_tiling_vae": tiling}
+    config, request = configured(tiny.t2v, **more)
+    expected = resident(config, request)
+    with LightX2VPipeline.from_config(replace(config, lazy_load=True)) as pipe:
+        assert pipe._engine is not None
+        shuttle = pipe._engine.placement._shuttles["experts"]  # type: ignore[attr-defined]
+        assert all(piece.host is None for piece in shuttle.pieces.values())
+        result = pipe.run(request, return_latents=True)
+        assert result.latents is not None and torch.equal(result.latents, expected)
+        plan = result.report()["plan"]
+        assert plan["lazy"] and plan["tiling"] is (tiling is True) and "stay on disk" in plan["reason"]
+        assert torch.equal(latents(pipe, request), expected)
+
+
 def test_out_of_memory_while_encoding_the_image_goes_on_with_less(tiny: TinyModels, tmp_path: Path) -> None:
     Image.new("RGB", (48, 32), (200, 40, 40)).save(tmp_path / "first.png")
     config, request = configured(tiny.i2v, task="i2v")
