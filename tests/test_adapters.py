@@ -183,6 +183,17 @@ def test_each_request_brings_its_loras(
         assert torch.equal(latents(fresh, request), result.latents)
 
 
+def test_a_whole_run_with_loras_is_the_same_either_way(tiny: TinyModels, files: tuple[Path, Path]) -> None:
+    loras = (spec(files[0]), spec(files[1], "low", -0.7))
+    made = []
+    for dynamic in (False, True):
+        settings = SMALL | {"steps": 4, "boundary": 0.9, "lora_configs": loras, "lora_dynamic_apply": dynamic}
+        resolved = resolve({"model_path": str(tiny.t2v), "device": "cpu"}, settings)
+        with LightX2VPipeline.from_config(resolved.engine) as pipe:
+            made.append(latents(pipe, Request(prompt="a red ball", **(dict(resolved.request) | {"seed": 3}))))
+    assert 0 < error(made[1], made[0].double()) <= 1e-6
+
+
 @pytest.fixture(scope="module")
 def halves(tiny: TinyModels, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
     """A pair whose names say which expert each is for."""
