@@ -39,6 +39,21 @@ window.studio = (() => {
       if (local[target.dataset.act]) return local[target.dataset.act](target);
       trigger("act", { ...target.dataset });
     });
+    stay(element);
+  };
+
+  // ---- after a row moved, the keyboard is where it was: on the same button of the same run, not at the same place -------
+  const stay = (element) => {
+    let at = null;
+    element.addEventListener("focusin", (event) => (at = { ...event.target.closest("[data-act]")?.dataset }));
+    new MutationObserver(() => {
+      const language = $("[data-act=language][aria-pressed=true]", element);
+      if (language) document.documentElement.lang = language.lang;
+      const now = document.activeElement;
+      if (!at?.id || !element.contains(now) || (now.dataset.id === at.id && !now.disabled)) return;
+      const same = [...element.querySelectorAll("button[data-id]")].filter((b) => b.dataset.id === at.id && !b.disabled);
+      (same.find((button) => button.dataset.act === at.act) || same[0])?.focus({ preventScroll: true });
+    }).observe(element, { childList: true, subtree: true, attributes: true });
   };
 
   // ---- the preset list: a button and a listbox, usable by keyboard ---------------------------------------------------

@@ -32,8 +32,10 @@ def test_the_page_speaks_chinese_to_a_chinese_browser_and_switches_back(chrome: 
         visitor.settle("() => document.querySelector('#advanced [data-testid=block-info]')?.checkVisibility()")
         texts = tab.evaluate(f"{LABELS}.filter(e => e.checkVisibility()).map(e => e.innerText.trim()).filter(Boolean)")
         assert len(texts) > 15 and all(HAN.search(text) for text in texts), texts
+        assert tab.evaluate("document.documentElement.lang") == "zh"
         tab.click("[data-act=language][data-name=en]")
         visitor.settle("() => document.querySelector('#generate')?.innerText === 'Generate'")
+        visitor.settle("() => document.documentElement.lang === 'en'")
         visitor.settle(f"() => {LABELS}.every(e => !/[一-鿿]/.test(e.innerText))")
         tab.reload()
         visitor.settle("() => document.querySelector('#generate')?.innerText === 'Generate'")

@@ -52,6 +52,33 @@ def test_lines_become_jobs_that_can_be_moved_edited_and_cancelled(visitor: Perso
     assert prompts(visitor, "#history .run:has(img)") == ["fourth", "second, edited"]
 
 
+def test_the_keyboard_stays_with_the_run_that_it_moves(visitor: Person) -> None:
+    tab = visitor.tab
+    tab.click("#advanced button")
+    tab.check("#per_line input")
+    visitor.make("an endless one\nsecond\nthird\nfourth")
+    visitor.settle("() => document.querySelectorAll('#queue li').length === 4")
+    tab.focus("#queue li:nth-child(4) [data-act=up]")
+    for place in (2, 1):
+        tab.keyboard.press("Enter")
+        visitor.settle("n => document.querySelectorAll('#queue .prompt')[n].innerText === 'fourth'", place)
+        visitor.settle("() => document.activeElement.closest('li')?.innerText.includes('fourth')")
+    tab.keyboard.press("Enter")  # the first place has no way up; the other buttons of the row are there
+    visitor.settle("() => document.activeElement.closest('li')?.innerText.includes('fourth')")
+
+
+def test_a_loras_high_noise_file_brings_its_low_noise_one(visitor: Person) -> None:
+    tab = visitor.tab
+    tab.click("#advanced button")
+    tab.click("#add_lora")
+    tab.fill("#lora_0_high input, #lora_0_high textarea", "someone/loras/style_high_noise.safetensors")
+    tab.focus("#seed input")
+    visitor.settle(
+        "() => document.querySelector('#lora_0_low :is(input, textarea)').value ==="
+        " 'someone/loras/style_low_noise.safetensors'"
+    )
+
+
 def test_two_runs_play_in_step_and_show_what_differs(visitor: Person) -> None:
     tab = visitor.tab
     for prompt in ("one ball", "another ball"):

@@ -71,6 +71,17 @@ def test_a_run_that_came_and_went_between_two_looks_is_shown(studio: Studio) -> 
     assert look(studio, visitor).visitor.job == "", "nobody is shown a run that they did not ask for on this page"
 
 
+def test_a_run_that_began_is_edited_no_longer(studio: Studio) -> None:
+    visitor = Visitor.of(None)
+    first, second = (submit(studio, visitor.owner, prompt) for prompt in ("an endless one", "waits"))
+    while studio.jobs.get(first.id).state == "queued":
+        studio.jobs.wait_events(first.id, timeout=0.1)
+    assert look(studio, replace(visitor, editing=second.id)).visitor.editing == second.id
+    assert look(studio, replace(visitor, editing=first.id)).visitor.editing == ""
+    studio.jobs.cancel(second.id)
+    assert look(studio, replace(visitor, editing=second.id)).visitor.editing == ""
+
+
 def test_a_visitor_sees_their_own_runs_only(studio: Studio) -> None:
     alice, bob = Visitor.of(None), Visitor.of(None)
     job = studio.jobs.wait(submit(studio, alice.owner, "alice's secret garden").id, 60)
