@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from functools import cache
 
 from tokenizers import Tokenizer
@@ -10,6 +11,7 @@ from lightx2v.config import PROJECT
 
 TOKENIZER = PROJECT / "assets" / "demo" / "Wan2.2-T2V-Demo" / "google" / "umt5-xxl" / "tokenizer.json"
 UNKNOWN = "<unk>"
+WORD = re.compile(r"[A-Za-z]+")
 
 
 @cache
@@ -22,9 +24,10 @@ def unknown_words(prompt: str) -> list[str]:
     tokenizer = _tokenizer()
     encoding = tokenizer.encode(prompt)
     unknown = tokenizer.token_to_id(UNKNOWN)
-    found = [
-        prompt[slice(*span)].strip()
-        for number, span in zip(encoding.ids, encoding.offsets, strict=True)
-        if number == unknown
-    ]
+    whole = {place: word[0] for word in WORD.finditer(prompt) for place in range(*word.span())}
+    found = []
+    for number, (start, end) in zip(encoding.ids, encoding.offsets, strict=True):
+        piece = prompt[start:end].strip()
+        if number == unknown:  # of "too" it knows the first two letters; "o" is not what anybody wrote
+            found.append(whole.get(end - 1, piece))
     return [word for word in dict.fromkeys(found) if any(letter.isalnum() for letter in word)]

@@ -152,6 +152,7 @@ def test_sizes_are_the_official_ones_and_whole_tokens() -> None:
         ("a red ball rolls left over green grass at night", []),
         ("日落时的海面上，一颗黄色的星星在旋转", []),
         ("…", []),
+        ("a ball that is too large", ["too", "large"]),
         ("A Cat plays the guitar, on a red ball with a cat!", ["Cat", "plays", "guitar", "cat"]),
         ("夜晚的草地上，一只猫在弹吉他", ["猫", "弹吉他"]),
     ],
