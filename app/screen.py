@@ -123,7 +123,7 @@ class Turn:
         """Every label in the visitor's language; values stay."""
         words, labels = self.words, self._screen.editor.relabel(self.words, self.values["task"])
         for component, label in (labels | self._screen.outputs.relabel(words)).items():
-            self.updates[component] = together(label, self.updates.get(component))
+            self.updates[component] = together(label, self.updates[component]) if component in self.updates else label
 
     # ---- the answer ---------------------------------------------------------------------------------------------
 
@@ -150,9 +150,8 @@ class Turn:
         data[screen.told] = told
         if inputs.files in updates:
             status = self._studio.files.status(settings_of(self.preset).engine)
-            updates[inputs.files_box] = together(
-                gr.update(label=panels.files_title(words, status)), updates.get(inputs.files_box)
-            )
+            title = gr.update(label=panels.files_title(words, status))
+            updates[inputs.files_box] = together(title, updates.get(inputs.files_box, gr.update()))
         label = self._button(words)
         if data[inputs.generate] != label:
             updates[inputs.generate] = gr.update(value=label)
@@ -196,8 +195,6 @@ class Turn:
 
 def together(label: Any, value: Any) -> Any:
     """Both changes of one component: what it says, and what it holds."""
-    if value is None:
-        return label
     if not (isinstance(value, dict) and value.get("__type__") == "update"):
         value = {"value": value}
     return {**label, **value}

@@ -5,10 +5,10 @@ from __future__ import annotations
 import gradio as gr
 import pytest
 
-from app.editing import together
 from app.model_files import FilesStatus
 from app.panels import TOO_SLOW, cost_line, preset_list
 from app.panels import Offer as Offered
+from app.screen import together
 from app.stage import time_left
 from app.strings import Words
 from lightx2v.estimate import Prediction
@@ -50,9 +50,9 @@ def test_days_are_a_word() -> None:
 
 
 def test_a_label_and_a_value_for_one_field_arrive_together() -> None:
-    field, other = gr.Number(), gr.Number()
-    labels = {field: gr.update(label="步数"), other: gr.update(label="偏移")}
-    merged = together(labels, {field: 4})
-    assert merged[field]["label"] == "步数" and merged[field]["value"] == 4
-    assert merged[other]["label"] == "偏移" and "value" not in merged[other]
-    assert together(labels, {field: gr.update(choices=[1])})[field]["choices"] == [1]
+    label = gr.update(label="步数")
+    for value in (4, None):
+        merged = together(label, value)
+        assert merged["label"] == "步数" and merged["value"] == value
+    merged = together(label, gr.update(choices=[1]))
+    assert merged["choices"] == [1] and merged["label"] == "步数" and "value" not in merged
