@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import socket
 import tempfile
+import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -131,6 +132,17 @@ def test_a_body_that_does_not_come_is_not_waited_for_and_keeps_nobody_waiting(tm
             finally:
                 for connection in slow:
                     connection.close()
+
+
+def test_answers_may_take_longer_than_bodies(tmp_path: Path) -> None:
+    hold = threading.Event()
+    with serve(tmp_path, Garage(script={"held": Script(hold=hold)})) as served:
+        id = served.submit("held")
+        served.client.app = Gate(served.client.app, body_seconds=0.1)
+        with listening(served) as client, client.stream("GET", f"/v1/videos/{id}/events") as stream:
+            assert served.garage.started.wait(10)
+            threading.Timer(0.5, hold.set).start()
+            assert "event: video" in stream.read().decode()
 
 
 @pytest.mark.parametrize(

@@ -53,14 +53,14 @@ class Unread(Exception):
 
 
 def bounded(receive: Receive, limit: int, seconds: float = BODY_SECONDS) -> Receive:
-    """`receive`, raising Unread past `limit` bytes of body, or where it is not there after `seconds`."""
-    seen, whole = 0, False
-    deadline = time.monotonic() + seconds
+    """`receive`, raising Unread past `limit` bytes of body, or where it is not whole `seconds` after somebody asks."""
+    seen, whole, deadline = 0, False, 0.0
 
     async def counted() -> Message:
-        nonlocal seen, whole
+        nonlocal seen, whole, deadline
         if whole:  # what still comes is the end of the connection, which may be far
             return await receive()
+        deadline = deadline or time.monotonic() + seconds
         try:
             async with asyncio.timeout(deadline - time.monotonic()):
                 message = await receive()
