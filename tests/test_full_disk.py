@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import base64
+import errno
 import sqlite3
 import threading
 from collections import namedtuple
 from pathlib import Path
+from tempfile import SpooledTemporaryFile
 
 import pytest
 from fake_engine import Garage, Script
-from served import serve
+from served import I2V, serve
 
 from lightx2v import job_worker
 from lightx2v.job_store import JobStore
@@ -78,6 +81,35 @@ def test_a_name_that_cannot_be_stored_costs_the_name_only(tmp_path: Path, monkey
         answer = served.client.post("/v1/tasks/video/", json={"prompt": "a cat", "save_result_path": "cat.mp4"}).json()
         assert answer["save_result_path"] == f"{answer['task_id']}.mp4"
         assert served.end_of(answer["task_id"])["status"] == "completed" and len(served.jobs.list()) == 1
+
+
+@pytest.mark.parametrize("form", [True, False])
+def test_a_picture_that_finds_no_room_is_told_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, form: bool) -> None:
+    """Starlette lays uploads of more than a megabyte on the disk, and the service all pictures."""
+    with serve(tmp_path, presets=(I2V,)) as served:
+
+        def full(*given, **more) -> None:
+            raise OSError(errno.ENOSPC, "No space left on device", "/tmp/secret")
+
+        monkeypatch.setattr(SpooledTemporaryFile, "rollover", full)
+        monkeypatch.setattr(Path, "write_bytes", full)
+        picture = bytes(2_000_000)
+        if form:
+            files = {"prompt": (None, "a cat"), "input_reference": ("a.png", picture)}
+            answer = served.client.post("/v1/videos", files=files)
+        else:
+            body = {"prompt": "a cat", "input_reference": base64.b64encode(picture).decode()}
+            answer = served.client.post("/v1/videos", json=body)
+        assert answer.status_code == 507 and "secret" not in answer.text and not served.jobs.list()
+        monkeypatch.undo()
+        assert served.client.get("/health").status_code == 200
+
+
+def test_other_troubles_of_the_system_stay_inside(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with serve(tmp_path) as served:
+        monkeypatch.setattr(served.jobs, "list", lambda *given, **more: Path("/nowhere/secret").read_text())
+        answer = served.client.get("/v1/videos")
+        assert answer.status_code == 500 and "secret" not in answer.text
 
 
 def test_a_server_whose_disk_is_full_is_alive_but_not_ready(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

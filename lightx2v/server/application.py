@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import logging
 import secrets
 import shutil
@@ -120,6 +121,14 @@ def _add_errors(app: FastAPI, service: Service) -> None:
     @app.exception_handler(HTTPException)
     def refused(request: Request, error: HTTPException) -> Response:
         return refuse(error.status_code, "HTTPError", str(error.detail), dict(error.headers or {}))
+
+    @app.exception_handler(OSError)
+    def full_disk(request: Request, error: OSError) -> Response:
+        """Pictures pass through the folder for temporary files, which may be on another disk than the videos."""
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            raise error
+        log.error("a request could not be stored: %s", error.strerror)
+        return refuse(507, "OutputError", "A disk of the server is full. Free some space there, and send it again.")
 
     @app.exception_handler(Exception)
     def unknown(request: Request, error: Exception) -> Response:
