@@ -25,6 +25,7 @@ SECTIONS = (
     "offload_fp8",
     "versus",
     "presets",
+    "parallel",
 )
 RESULTS = Path("benchmarks/results/gpu.jsonl")
 LEAST = 20

@@ -245,7 +245,95 @@ def presets(lines: list[Line]) -> str:
     return heading("The presets, whole", [*head, "experts", "steps", "tutorial s", "tutorial MiB"], rows)
 
 
-PARTS: tuple[Callable[[list[Line]], str], ...] = (attention, block, forward, versus, presets, coders, offload, host)
+def parallel(lines: list[Line]) -> str:
+    """All that several GPUs were measured to do together."""
+    alone = {
+        (line["clip"], line.get("coder")): line["seconds"]
+        for line in last(lines, "parallel", "layout")
+        if line["layout"] == "alone"
+    }
+
+    def efficiency(line: Line) -> str:
+        one = alone.get((line["clip"], line.get("coder")))
+        if one is None or line["layout"] == "alone":
+            return ""
+        return share(line.get("branches", 1) * one / line["gpus"] / line["seconds"])
+
+    sped = [
+        [
+            line["clip"],
+            "1" if line["layout"] == "alone" else f"{line['gpus']}",
+            line["layout"],
+            f"{line['branches']}",
+            number(line["seconds"]),
+            efficiency(line),
+            *(share(line[part] / line["seconds"]) if part in line else "" for part in ("exchange", "packing")),
+            gb(line.get("swapped")),
+            gb(line.get("peak_allocated")),
+        ]
+        for line in last(lines, "parallel", "branches")
+    ]
+    head = ["video", "GPUs", "layout", "prompts", "s", "efficiency", "exchanges", "packing", "GB sent", "peak GB"]
+    text = heading("Several GPUs: one step of an expert, 40 blocks, bf16", head, sped)
+    if not text:
+        return ""
+    text += (
+        "\n\nA layout is guidance branches x parts of the sequence. Efficiency is that against the same prompts one "
+        "after another on one GPU. Exchanges and packing are shares of the time; waiting for the other processes is in "
+        "them. GB sent are of one process, all-to-all alone."
+    )
+    coded = [
+        [
+            line["clip"],
+            line["coder"],
+            "1" if line["layout"] == "alone" else f"{line['gpus']}",
+            line["layout"],
+            number(line["seconds"]),
+            efficiency(line),
+        ]
+        for line in last(lines, "parallel", "coder")
+    ]
+    text += "\n\nThe VAE, bf16:\n\n" + table(["video", "what", "GPUs", "how", "s", "efficiency"], coded)
+    loaded = [
+        [f"{line['gpus']}", line["way"], gb(line["bytes"]), number(line["seconds"]), number(line["gbytes_per_second"])]
+        for line in last(lines, "parallel", "way")
+    ]
+    text += "\n\nLoading, the file in the page cache:\n\n" + table(["GPUs", "who reads", "GB", "s", "GB/s"], loaded)
+    checked = [
+        [
+            line["what"],
+            f"{line['gpus']}",
+            line["layout"],
+            line.get("dtype", ""),
+            error(line.get("error")),
+            error(line.get("largest_difference")),
+            f"{line['levels']}" if "levels" in line else "",
+            *(error(line.get(key)) for key in ("alone_to_float32", "to_float32")),
+        ]
+        for line in last(lines, "parallel", "what")
+    ]
+    head = ["what", "GPUs", "layout", "precision", "error", "largest difference", "levels of 255"]
+    text += "\n\nAgainst one GPU; errors are relative, |difference| / |reference|:\n\n"
+    text += table([*head, "one GPU to float32", "several to float32"], checked)
+    killed = [
+        [line["name"], number(line["seconds"]), f"{line['code']}", f"{line['left']}", "; ".join(line["told"])]
+        for line in last(lines, "parallel", "killed")
+    ]
+    text += "\n\nOne of two processes is killed while it denoises:\n\n"
+    return text + table(["what", "s until all have ended", "exit code", "processes left", "told"], killed)
+
+
+PARTS: tuple[Callable[[list[Line]], str], ...] = (
+    attention,
+    block,
+    forward,
+    versus,
+    presets,
+    coders,
+    offload,
+    host,
+    parallel,
+)
 
 
 def not_run(lines: list[Line]) -> str:
@@ -295,6 +383,10 @@ def number(value: float) -> str:
 
 def share(value: float | None) -> str:
     return "" if value is None else f"{value:.1%}"
+
+
+def error(value: float | None) -> str:
+    return "" if value is None else f"{value:.1e}"
 
 
 def gb(size: int | None) -> str:

@@ -40,11 +40,13 @@ class Ulysses:
         wire, (batch, local, all_heads, width) = self.wire, q_BlNH.shape
         lengths, heads = shares(tokens, wire.size), shares(all_heads, wire.size)
         mine = heads[wire.rank]
-        packed = torch.stack([q_BlNH, k_BlNH, v_BlNH]).permute(2, 3, 0, 1, 4)  # l N 3 B H
         out, back = [local * count for count in heads], [length * mine for length in lengths]
-        rows = torch.cat([part.reshape(-1, 3, batch, width) for part in packed.split(heads, dim=1)])
-        del packed
-        q_BLnH, k_BLnH, v_BLnH = wire.swap(rows, out, back).unflatten(0, (tokens, mine)).permute(2, 3, 0, 1, 4)
+        rows = q_BlNH.new_empty(local * all_heads, 3, batch, width)
+        for place, x_BlNH in enumerate((q_BlNH, k_BlNH, v_BlNH)):  # one copy, straight to where it is sent from
+            for part, x_BlnH in zip(rows.split(out), x_BlNH.split(heads, dim=2), strict=True):
+                part.view(local, x_BlnH.shape[2], 3, batch, width)[:, :, place] = x_BlnH.permute(1, 2, 0, 3)
+        rows = wire.swap(rows, out, back)
+        q_BLnH, k_BLnH, v_BLnH = rows.unflatten(0, (tokens, mine)).permute(2, 3, 0, 1, 4)
         out_BLnH = attention(q_BLnH, k_BLnH, v_BLnH) if mine else v_BLnH
         del rows, q_BLnH, k_BLnH, v_BLnH
         rows = wire.swap(out_BLnH.permute(1, 2, 0, 3).reshape(-1, batch, width), back, out)
