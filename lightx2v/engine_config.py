@@ -257,19 +257,13 @@ class EngineConfig:
         )
 
     def check_request(self, request: Request) -> None:
-        """Raises if this engine cannot make this video: another task, too many tokens, an idle guidance branch."""
+        """Raises if this engine cannot make this video: another task, too many tokens."""
         if (self.task == "t2v") != (request.task == "t2v"):
             raise BadRequest(
                 f"The request's task is {request.task}, but the engine was loaded for {self.task}. "
                 f"Choose a preset for {request.task}."
             )
         request.check_tokens(self.max_tokens)
-        if self.parallel and self.parallel.cfg_p_size == 2 and not any(request.guided):
-            raise ConfigError(
-                "parallel.cfg_p_size is 2, but there is no guidance to share (enable_cfg is false or guidance is 1): "
-                "half of the GPUs would repeat the work of the others. "
-                f"Use cfg_p_size 1, seq_p_size {self.parallel.world_size}."
-            )
 
     def to_json(self) -> dict[str, Any]:
         """Every field as plain JSON types. `from_json` gives an equal EngineConfig back."""

@@ -92,7 +92,8 @@ def make(root: str, kind: str, names: list[str], layouts: list[list[int]]) -> li
             if not layouts:
                 ends.append({"name": name} | kept(pipe, request, Path(root) / f"{kind}-{name}"))
             for cfg, seq in layouts:
-                pipe._engine = replace(pipe._engine, mesh=Mesh(join(Environment.read()), cfg, seq))
+                layout = replace(config, parallel=ParallelConfig(cfg_p_size=cfg, seq_p_size=seq))
+                pipe._engine = replace(pipe._engine, config=layout, mesh=Mesh(join(Environment.read()), cfg, seq))
                 label = f"{name}-{cfg}x{seq}"
                 ends.append({"name": label} | kept(pipe, request, Path(root) / f"{kind}-{label}"))
     return ends

@@ -10,7 +10,16 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from lightx2v.config import PRESETS, PROJECT, Environment, Resolved, needed_files, read_json, resolve
+from lightx2v.config import (
+    PRESETS,
+    PROJECT,
+    Environment,
+    ParallelConfig,
+    Resolved,
+    needed_files,
+    read_json,
+    resolve,
+)
 from lightx2v.errors import BadRequest, ConfigError, LightX2VError
 from lightx2v.request import Request
 
@@ -230,8 +239,9 @@ def test_the_preset_of_another_task_is_refused_unless_its_model_is_replaced() ->
     assert resolve("i2v_base", {"task": "flf2v"}).request["task"] == "flf2v"
 
 
-def test_guidance_on_two_gpus_without_guidance_is_refused_at_resolve() -> None:
-    assert "Use cfg_p_size 1, seq_p_size 8" in refused("t2v_base_cfg_ulysses", {"enable_cfg": False})
+def test_lightx2vs_distilled_files_have_a_guidance_branch_without_guidance() -> None:
+    resolved = resolve("t2v_base_cfg_ulysses", {"enable_cfg": False})
+    assert resolved.engine.parallel == ParallelConfig(cfg_p_size=2, seq_p_size=4)
 
 
 # ---- environment -----------------------------------------------------------------------------------------------------

@@ -67,6 +67,8 @@ def check_report(report: dict[str, Any], size: int) -> None:
         assert len(timings["steps"]) == report["request"]["steps"]
         assert timings["peak_rss"] > 0 and "peak_vram" in timings
         assert any(process["sent"].values())
+        if not report["request"]["enable_cfg"]:  # in a layout with two branches too nobody repeats another's work
+            assert any("swap" in kinds for kinds in process["sent"].values())
     assert not any("write" in process["timings"]["seconds"] for process in processes[1:])
 
 

@@ -44,7 +44,10 @@ def test_the_command_line_under_torchrun(tmp_path: Path) -> None:
     ("arguments", "told"),
     [
         (["--preset", "t2v_base_cfg_ulysses"], "torchrun --nproc_per_node=8, or use cfg_p_size 2, seq_p_size 1 or"),
-        (["--preset", "demo_t2v_base", "--set", 'parallel={"cfg_p_size": 2}', "--no-enable_cfg"], "seq_p_size 2"),
+        (
+            ["--preset", "demo_t2v_base", "--set", 'parallel={"cfg_p_size": 2, "seq_p_size": 2}', "--no-enable_cfg"],
+            "or use cfg_p_size 1, seq_p_size 2.",
+        ),
         (["--preset", "demo_t2v_base", "--set", 'parallel={"seq_p_size": 3}'], "cfg_p_size 1, seq_p_size 2"),
     ],
 )
