@@ -155,6 +155,8 @@ def test_sizes_are_the_official_ones_and_whole_tokens() -> None:
         ("a ball that is too large", ["too", "large"]),
         ("A Cat plays the guitar, on a red ball with a cat!", ["Cat", "plays", "guitar", "cat"]),
         ("夜晚的草地上，一只猫在弹吉他", ["猫", "弹吉他"]),
+        ("two red balls,dinosaur", ["two", "balls", "dinosaur"]),
+        ("红色的robot,在海面上", ["robot"]),
     ],
 )
 def test_words_that_the_demo_model_never_saw_are_found(prompt: str, unknown: list[str]) -> None:
