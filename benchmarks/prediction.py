@@ -42,7 +42,7 @@ def main() -> int:
             return Request(prompt="a red ball rolls left over green grass at night", **fields)
 
         def once(size: tuple[int, int, int]) -> dict[str, float]:
-            path = Path(folder) / "video.mp4"
+            path = Path(folder) / f"{len(list(Path(folder).iterdir()))}.mp4"
             result = pipeline.run(request(size), save_result_path=path)
             return {name: s for name, s in result.timings.seconds.items() if name != "load"}
 
