@@ -29,7 +29,7 @@ OVER: frozenset[State] = frozenset(("succeeded", "failed", "cancelled", "interru
 
 INTERRUPTED = {"type": "Interrupted", "message": "The program stopped while this job was running. Run it again."}
 
-_VERSION = 1
+_VERSION = 2
 _SCHEMA = """
 CREATE TABLE jobs (
     number INTEGER PRIMARY KEY AUTOINCREMENT,
@@ -44,6 +44,7 @@ CREATE TABLE jobs (
     created REAL NOT NULL,
     started REAL,
     finished REAL,
+    ending INTEGER,         -- 1, 2, 3 ... in the order in which jobs ended, whatever the clock said
     result TEXT,
     error TEXT,
     UNIQUE (owner, client_id)
@@ -150,6 +151,9 @@ class JobStore:
             if version == 0:
                 for statement in _SCHEMA.split(";\n"):
                     self._db.execute(statement)
+            elif version < 2:
+                self._db.execute("ALTER TABLE jobs ADD COLUMN ending INTEGER")
+            if version < _VERSION:
                 self._db.execute(f"PRAGMA user_version={_VERSION}")
 
     @contextmanager
@@ -212,8 +216,11 @@ class JobStore:
         return [id for (id,) in self._db.execute("SELECT id FROM jobs WHERE state = 'queued' ORDER BY place, number")]
 
     def over(self) -> list[tuple[str, float]]:
-        """(id, when it ended) of the jobs that are over, the oldest first."""
-        sql = "SELECT id, coalesce(finished, created) AS ended FROM jobs WHERE instr(?, state) ORDER BY ended, number"
+        """(id, when it ended) of the jobs that are over, in the order in which they ended."""
+        sql = (
+            "SELECT id, coalesce(finished, created) AS ended FROM jobs WHERE instr(?, state)"
+            " ORDER BY ending, ended, number"
+        )
         return [(row["id"], row["ended"]) for row in self._db.execute(sql, (" ".join(OVER),))]
 
     def counts(self) -> dict[State, int]:
@@ -237,7 +244,9 @@ class JobStore:
         values = (state, time, None if result is None else _dump(result), None if error is None else _dump(error), id)
         with self.transaction():
             self._db.execute(
-                "UPDATE jobs SET state = ?, place = NULL, finished = ?, result = ?, error = ? WHERE id = ?", values
+                "UPDATE jobs SET state = ?, place = NULL, finished = ?, result = ?, error = ?,"
+                " ending = (SELECT coalesce(max(ending), 0) + 1 FROM jobs) WHERE id = ?",
+                values,
             )
             self.add_event(id, time, "state", {"state": state, "error": error} if error else {"state": state})
 

@@ -244,7 +244,8 @@ class JobManager:
             doomed = [id for id, ended in over if self._ttl is not None and ended < self._clock() - self._ttl]
             if self._size_cap is not None:
                 sizes = self._files.sizes()
-                kept = [id for id, _ in over[len(doomed) :]]
+                gone = set(doomed)  # not the list's beginning, if the clock was put back
+                kept = [id for id, _ in over if id not in gone]
                 total = sum(sizes.get(id, 0) for id in kept)
                 for id in kept[:-1]:
                     if total <= self._size_cap:
