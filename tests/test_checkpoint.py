@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
+import os
 import pickle
 import random
 import shutil
 import struct
+import threading
 import time
 import tracemalloc
 import zipfile
@@ -430,3 +432,43 @@ def test_an_old_torch_reads_safetensors_and_no_pickles(
     monkeypatch.setattr(torch, "__version__", version)
     refused(tmp_path / "m.pth", version, "2.10", "pip install --upgrade torch")
     assert_same(open_checkpoint(tmp_path / "m.safetensors"), weights)
+
+
+# ---- on the way to a device -----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", ["safetensors", "pth"])
+@pytest.mark.parametrize("dtype", [None, torch.bfloat16])
+def test_tensors_that_pass_are_the_same_in_the_same_order(tmp_path: Path, kind: str, dtype: torch.dtype | None) -> None:
+    torch.manual_seed(0)
+    shapes = [(3, 5), (), (0, 4), (2000, 700), (7,), (1500, 1000), (1,), (64, 64)]
+    tensors = {f"t{n}": torch.randn(shape) for n, shape in enumerate(shapes)}
+    path = tmp_path / f"model.{kind}"
+    save_file(tensors, path) if kind == "safetensors" else torch.save(tensors, path)
+    checkpoint = open_checkpoint(path)
+    dtype_of = None if dtype is None else lambda _: dtype
+    kept = list(checkpoint.tensors(dtype_of=dtype_of))
+    with torch.inference_mode():  # as a run is
+        passed = [(name, tensor.clone()) for name, tensor in checkpoint.tensors(dtype_of=dtype_of, passing=True)]
+    assert [name for name, _ in passed] == [name for name, _ in kept]
+    assert all(torch.equal(a, b) and a.dtype == b.dtype for (_, a), (_, b) in zip(passed, kept, strict=True))
+
+
+def test_reading_ahead_ends_with_its_reader(tmp_path: Path) -> None:
+    path = tmp_path / "model.safetensors"
+    save_file({f"t{n}": torch.randn(1000, 100) for n in range(20)}, path)
+    passing = open_checkpoint(path).tensors(passing=True)
+    next(passing)
+    assert any(thread.name.startswith("lightx2v-load") for thread in threading.enumerate())
+    passing.close()
+    assert not any(thread.name.startswith("lightx2v-load") for thread in threading.enumerate())
+
+
+def test_a_file_that_becomes_shorter_while_it_is_read_ahead_is_said(tmp_path: Path) -> None:
+    path = tmp_path / "model.safetensors"
+    save_file({f"t{n}": torch.randn(1000, 100) for n in range(20)}, path)
+    passing = open_checkpoint(path).tensors(passing=True)
+    next(passing)
+    os.truncate(path, path.stat().st_size // 2)
+    with pytest.raises(CheckpointError, match="became shorter"):
+        list(passing)

@@ -92,8 +92,9 @@ class ModelWeights:
         """(name, tensor) of all weights, or of those in `names`, in the order they lie on disk.
 
         `dtype_of` casts, while they are read, what is not quantised; without it sums come in float32. What is made is
-        made on `device`.
+        made on `device`; all comes there where that is not the CPU.
         """
+        passing = torch.device(device).type != "cpu"
 
         def cast(name: str) -> torch.dtype:
             ours = by_file[name]
@@ -101,10 +102,10 @@ class ModelWeights:
             return stored if dtype_of is None or self.made(ours) else dtype_of(ours)
 
         by_file = {self.file_names[ours]: ours for ours in self.plain_shapes if names is None or ours in names}
-        for name, tensor in self.checkpoint.tensors(by_file, dtype_of=cast):
+        for name, tensor in self.checkpoint.tensors(by_file, dtype_of=cast, passing=passing):
             ours = by_file[name]
             if not self.made(ours):
-                yield ours, tensor
+                yield ours, tensor.to(device)
                 continue
             wanted = torch.float32 if dtype_of is None else dtype_of(ours)
             parts = self._make(ours, tensor.to(device), wanted)

@@ -11,17 +11,24 @@ pickle. Each file is checked when the checkpoint is opened, so a broken download
 from __future__ import annotations
 
 import json
+import math
 import re
-from collections.abc import Callable, Container, Iterator
+from collections import deque
+from collections.abc import Callable, Container, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from itertools import islice
 from pathlib import Path, PurePath
 
 import torch
 
 from ..errors import CheckpointError, short_path
 from .pth_file import PthFile
-from .safetensors_file import AGAIN, CHUNK, Entry, SafetensorsFile
+from .safetensors_file import AGAIN, CHUNK, Entry, SafetensorsFile, cast_target
 
 TensorFile = SafetensorsFile | PthFile
+
+AHEAD = 3
+"""Tensors on their way to a device that are read before they are asked for; 141 MB each at full size in bf16."""
 
 PICKLES = (".pth", ".pt", ".bin")
 SHARD_OF = re.compile(r"(?P<stem>.*)-(?P<index>\d{5})-of-(?P<count>\d{5})(?P<suffix>\.\w+)", re.IGNORECASE)
@@ -77,18 +84,56 @@ class Checkpoint:
         return self._home[name].mapped(name)
 
     def tensors(
-        self, names: Container[str] | None = None, *, dtype_of: Callable[[str], torch.dtype] | None = None
+        self,
+        names: Container[str] | None = None,
+        *,
+        dtype_of: Callable[[str], torch.dtype] | None = None,
+        passing: bool = False,
     ) -> Iterator[tuple[str, torch.Tensor]]:
         """All tensors, or those in `names`, one at a time, in the order they lie on disk.
 
         With `dtype_of` (the file's name of a tensor -> dtype) ordinary floats are cast while they are read, which
         takes no memory for the dtype on disk. Without it they come as stored, e.g. to merge a LoRA before rounding.
+
+        `passing` tensors go on to a device: each is there until the next one is asked for, and AHEAD of them are read
+        meanwhile by threads, into memory that is used again and again. Fresh memory costs more time than the reading.
         """
+        chosen = [
+            (file, name, dtype_of(name) if dtype_of else None)
+            for file in self.files
+            for name, _ in sorted(file.entries.items(), key=lambda item: item[1].start)
+            if names is None or name in names
+        ]
+        if passing:
+            yield from _ahead(chosen)
+            return
         staging = torch.empty(CHUNK, dtype=torch.uint8)
-        for file in self.files:
-            for name, _ in sorted(file.entries.items(), key=lambda item: item[1].start):
-                if names is None or name in names:
-                    yield name, file.read(name, dtype_of(name) if dtype_of else None, staging)
+        for file, name, dtype in chosen:
+            yield name, file.read(name, dtype, staging)
+
+
+def _ahead(chosen: Sequence[tuple[TensorFile, str, torch.dtype | None]]) -> Iterator[tuple[str, torch.Tensor]]:
+    """The tensors, read by AHEAD threads into as many buffers, each as large as the largest tensor."""
+    sizes = (
+        math.prod(file.entries[name].shape) * cast_target(file.entries[name].dtype, dtype).itemsize
+        for file, name, dtype in chosen
+    )
+    largest, coming = max(sizes, default=0), iter(chosen)
+    reading: deque[tuple[str, Future[torch.Tensor], torch.Tensor]] = deque()
+    with ThreadPoolExecutor(AHEAD, "lightx2v-load") as threads:
+
+        def start(room: torch.Tensor) -> None:
+            for file, name, dtype in islice(coming, 1):
+                reading.append((name, threads.submit(file.read, name, dtype, None, room), room))
+
+        with torch.inference_mode(False):  # the threads, which write into them, are not in it
+            rooms = [torch.empty(largest, dtype=torch.uint8) for _ in range(min(AHEAD, len(chosen)))]
+        for room in rooms:
+            start(room)
+        while reading:
+            name, read, room = reading.popleft()
+            yield name, read.result()
+            start(room)
 
 
 def open_checkpoint(path: str | Path) -> Checkpoint:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import pickle
 import re
+import threading
 import warnings
 import zipfile
 from collections.abc import Iterator
@@ -16,7 +17,7 @@ from pathlib import Path
 import torch
 
 from ..errors import CheckpointError, short_path
-from .safetensors_file import AGAIN, CHUNK, Entry, cast_target
+from .safetensors_file import AGAIN, CHUNK, Entry, cast_target, empty
 
 MIN_TORCH = (2, 10)
 REMAP_AFTER = 512 << 20
@@ -45,15 +46,22 @@ class PthFile:
         self._state = self._open()
         self.entries = {name: _entry(path, name, tensor) for name, tensor in self._state.items()}
         self._touched = 0
+        self._lock = threading.Lock()
 
-    def read(self, name: str, dtype: torch.dtype | None = None, staging: torch.Tensor | None = None) -> torch.Tensor:
-        """The tensor in memory of its own; an ordinary float is cast to `dtype` on the way.
+    def read(
+        self,
+        name: str,
+        dtype: torch.dtype | None = None,
+        staging: torch.Tensor | None = None,
+        room: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """The tensor in memory of its own, or in `room`; an ordinary float is cast to `dtype` on the way.
 
         The map is renewed now and then, because pages once read count as resident memory.
         """
-        tensor = self._touch(name, self.entries[name].nbytes)
-        result = torch.empty(tensor.shape, dtype=cast_target(tensor.dtype, dtype))
-        return result.copy_(tensor)
+        with self._lock:
+            tensor = self._touch(name, self.entries[name].nbytes)
+        return empty(tuple(tensor.shape), cast_target(tensor.dtype, dtype), room).copy_(tensor)
 
     def pieces(self, name: str, dtype: torch.dtype | None = None) -> Iterator[torch.Tensor]:
         """What `read` gives, flat and some rows at a time, for tensors that are larger than memory should hold."""
@@ -66,7 +74,8 @@ class PthFile:
         most = max(1, CHUNK * rows // entry.nbytes)
         for start in range(0, rows, most):
             stop = min(start + most, rows)
-            part = self._touch(name, (stop - start) * entry.nbytes // rows)[start:stop]
+            with self._lock:
+                part = self._touch(name, (stop - start) * entry.nbytes // rows)[start:stop]
             yield torch.empty(part.shape, dtype=target).copy_(part).flatten()
 
     def _touch(self, name: str, nbytes: int) -> torch.Tensor:

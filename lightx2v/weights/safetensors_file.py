@@ -73,14 +73,21 @@ class SafetensorsFile:
         self.path = path
         self.entries, self.metadata = read_header(path)
 
-    def read(self, name: str, dtype: torch.dtype | None = None, staging: torch.Tensor | None = None) -> torch.Tensor:
-        """The tensor in memory of its own; an ordinary float is cast to `dtype` chunk by chunk on the way.
+    def read(
+        self,
+        name: str,
+        dtype: torch.dtype | None = None,
+        staging: torch.Tensor | None = None,
+        room: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """The tensor in memory of its own, or at the beginning of `room`, which is bytes enough for it.
 
-        `staging` is CHUNK bytes to do that in; whoever reads many tensors brings one for all.
+        An ordinary float is cast to `dtype` chunk by chunk on the way. `staging` is CHUNK bytes to do that in; whoever
+        reads many tensors brings one for all.
         """
         entry = self.entries[name]
         target = cast_target(entry.dtype, dtype)
-        result = torch.empty(entry.shape, dtype=target)
+        result = empty(entry.shape, target, room)
         flat = result.view(-1)
         with self.path.open("rb", buffering=0) as file:
             file.seek(entry.start)
@@ -129,6 +136,13 @@ class SafetensorsFile:
 def cast_target(stored: torch.dtype, wanted: torch.dtype | None) -> torch.dtype:
     """The dtype in which a tensor leaves its file."""
     return wanted if wanted in FLOATS and stored in FLOATS else stored
+
+
+def empty(shape: tuple[int, ...], dtype: torch.dtype, room: torch.Tensor | None) -> torch.Tensor:
+    """A tensor to be written to, at the beginning of `room` if that is given."""
+    if room is None:
+        return torch.empty(shape, dtype=dtype)
+    return room[: math.prod(shape) * dtype.itemsize].view(dtype).view(shape)
 
 
 def read_header(path: Path) -> tuple[dict[str, Entry], dict[str, str]]:

@@ -2,7 +2,7 @@
 
 The module is built on the meta device, so it takes no memory; each tensor is cast and moved as it comes, and the
 parameters are put in place only after the last one fitted. At no time is there more than the finished part plus one
-tensor, and a module is never seen half loaded.
+tensor, or on the way to a GPU the few that are read ahead, and a module is never seen half loaded.
 
 A stream is any iterable of (name, tensor), so reading, renaming, merging a LoRA and quantising are generators in a row.
 """
