@@ -20,7 +20,33 @@ def test_the_last_run_of_a_measurement_counts() -> None:
 def test_sections_that_did_not_end_are_listed() -> None:
     page = tables.page([START, LINE | {"seconds": 1.0}, {"section": "host", "name": "end"}])
     missing = page.partition("## Not run")[2]
-    assert "`forward`: not finished" in missing and "`cold`: not run" in missing and "`host`" not in missing
+    assert "`forward`: not finished" in missing and "`presets`: not run" in missing and "`host`" not in missing
+
+
+def test_presets_stand_beside_the_tutorial_and_those_that_were_not_run_are_named() -> None:
+    start = START | {"section": "presets"}
+    run = {
+        "seconds": 89.4,
+        "load": 33.7,
+        "total": 51.6,
+        "stages": {},
+        "steps": 4,
+        "steps_seconds": [13.3, 8.6, 8.7, 8.7],
+    }
+    run |= {
+        "section": "presets",
+        "preset": "i2v_distill_fp8",
+        "name": "i2v_distill_fp8, cold",
+        "clip": "720p",
+        "mode": "resident",
+        "smi_mib": 47275.0,
+    }
+    page = tables.page([start, run | {"peaks": {"decode": {"allocated": 43_300_000_000}}}])
+    row = "| i2v_distill_fp8 | 720p | 89.4 | 33.7 | 51.6 |  | 47 275 | 43.3 | resident | 4 of 8.70 s | 57.1 | 47 274 |"
+    assert row in page
+    missing = page.partition("## Not run")[2]
+    assert "`presets`: not finished; without `t2v_base`, `t2v_base_offload`" in missing
+    assert "i2v_distill_fp8`," not in missing
 
 
 def test_the_page_is_the_one_that_the_results_make(tmp_path: Path, monkeypatch) -> None:

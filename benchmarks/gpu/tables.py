@@ -337,7 +337,7 @@ PARTS: tuple[Callable[[list[Line]], str], ...] = (
 
 
 def not_run(lines: list[Line]) -> str:
-    """Sections of which no run came to its end."""
+    """Sections of which no run came to its end, and the presets of which none did."""
     ended = {line["section"] for line in lines if line["name"] == "end"}
     begun = {line["section"] for line in lines}
     missing = [
@@ -345,6 +345,9 @@ def not_run(lines: list[Line]) -> str:
         for section in SECTIONS
         if section not in ended
     ]
+    found = {line["preset"] for line in last(lines, "presets", "stages")}
+    without = ", ".join(f"`{preset}`" for preset in TUTORIAL if preset not in found)
+    missing = [f"{each}; without {without}" if found and "`presets`" in each else each for each in missing]
     return "## Not run\n\n" + "\n".join(missing or ["Every section was run."])
 
 
