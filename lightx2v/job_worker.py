@@ -181,7 +181,7 @@ class JobWorker:
                     break
                 except (sqlite3.Error, OSError) as problem:  # without a record the job would run for ever
                     log.error("the end of job %s cannot be recorded yet: %s", running.id, problem)
-                    with contextlib.suppress(LightX2VError):
+                    with contextlib.suppress(OSError, LightX2VError):
                         self._purge()  # what is due to go may be what fills the disk
                     self._changed.wait(RETRY_SECONDS)
             self.running = None

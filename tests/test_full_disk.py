@@ -15,6 +15,7 @@ from fake_engine import Garage, Script
 from served import I2V, serve
 
 from lightx2v import job_worker
+from lightx2v.job_files import JobFiles
 from lightx2v.job_store import JobStore
 from lightx2v.server import application
 
@@ -68,6 +69,37 @@ def test_what_is_due_to_go_makes_room_for_the_video_that_was_just_made(
         hold.set()
         assert served.end_of(new)["status"] == "completed"
         assert served.client.get(f"/v1/videos/{old}").status_code == 404
+
+
+def test_a_folder_that_cannot_be_read_ends_no_worker(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(job_worker, "RETRY_SECONDS", 0.01)
+    real, troubles = JobStore.finish, [1, 2, 3]
+
+    def finish(store: JobStore, *given, **more) -> None:
+        if troubles and troubles.pop():
+            raise sqlite3.OperationalError("disk I/O error")
+        real(store, *given, **more)
+
+    def sizes(files: JobFiles) -> dict[str, int]:
+        if troubles:
+            raise OSError(errno.EIO, "Input/output error")
+        return {}
+
+    monkeypatch.setattr(JobStore, "finish", finish)
+    with serve(tmp_path, size_cap=1) as served:
+        monkeypatch.setattr(JobFiles, "sizes", sizes)
+        assert served.end_of(served.submit())["status"] == "completed"
+        assert served.client.get("/health").status_code == 200 and not troubles
+
+
+def test_what_cannot_be_written_at_the_end_of_a_transaction_is_not_begun_either(tmp_path: Path) -> None:
+    store = JobStore(tmp_path / "jobs.sqlite")
+    with pytest.raises(sqlite3.IntegrityError), store.transaction():
+        store._db.execute("PRAGMA defer_foreign_keys=ON")  # of a job that is not there: found out by COMMIT
+        store.add_event("0" * 32, 0.0, "state", {})
+    with store.transaction():
+        assert not store._db.execute("SELECT count(*) FROM events").fetchone()[0]
+    store.close()
 
 
 def test_a_name_that_cannot_be_stored_costs_the_name_only(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
