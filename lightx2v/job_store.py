@@ -265,8 +265,9 @@ class JobStore:
         with self.transaction():
             self._db.executemany("UPDATE jobs SET place = ? WHERE id = ?", enumerate(ids, 1))
 
-    def set_request(self, id: str, request: Request) -> None:
-        self._db.execute("UPDATE jobs SET request = ? WHERE id = ?", (_dump(request.to_json()), id))
+    def change(self, id: str, *, config: EngineConfig, request: Request, preset: str) -> None:
+        values = (_dump(config.to_json()), _dump(request.to_json()), preset, id)
+        self._db.execute("UPDATE jobs SET config = ?, request = ?, preset = ? WHERE id = ?", values)
 
     def remove(self, id: str) -> None:
         self._db.execute("DELETE FROM jobs WHERE id = ?", (id,))

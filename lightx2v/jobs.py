@@ -215,15 +215,17 @@ class JobManager:
             self._changed.notify_all()
             return self.get(id)
 
-    def edit(self, id: str, request: Request) -> Job:
-        """Replaces the request of a job that still waits; it keeps its place."""
+    def edit(self, id: str, request: Request, *, config: EngineConfig | None = None, preset: str | None = None) -> Job:
+        """Replaces the request of a job that still waits, and its engine where one is given; it keeps its place."""
         with self._session() as store:
             job = self._queued(store, id, "changed")
-        job.config.check_request(request)
+        config = config or job.config
+        preset = job.preset if preset is None else _label("preset", preset)
+        config.check_request(request)
         own = self._files.with_own_pictures(id, request)
         with self._session() as store:
             self._queued(store, id, "changed")
-            store.set_request(id, own)
+            store.change(id, config=config, request=own, preset=preset)
             self._changed.notify_all()
             return self.get(id)
 

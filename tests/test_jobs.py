@@ -204,6 +204,18 @@ def test_a_waiting_job_can_be_changed_and_keeps_its_place(manager: JobManager, g
     assert garage.ran[:2] == ["held", "better"]
 
 
+def test_a_waiting_job_can_be_given_another_engine_though_the_queue_is_full(
+    manager: JobManager, garage: Garage
+) -> None:
+    _, event = start_held(manager, garage)
+    jobs = [manager.submit(CONFIG, ask(str(n))) for n in range(manager.max_queue)]
+    changed = manager.edit(jobs[1].id, ask("other"), config=OTHER, preset="another")
+    assert (changed.position, changed.config, changed.preset) == (2, OTHER, "another")
+    event.set()
+    assert done(manager, changed).state == "succeeded"
+    assert garage.ran[:3] == ["held", "0", "other"]
+
+
 def test_a_job_the_engine_could_never_run_is_refused_when_submitted(manager: JobManager) -> None:
     with pytest.raises(BadRequest, match="task"):
         manager.submit(PICTURED, ask())
