@@ -63,7 +63,7 @@ class Clicks:
             turn.change(compared=())
 
     def _act_on_job(self, turn: Turn, name: str, job: Job) -> None:
-        visitor, words = turn.visitor, turn.words
+        visitor = turn.visitor
         if name in ("stop", "cancel"):
             self._studio.stop(job)
         elif name == "delete":
@@ -76,8 +76,6 @@ class Clicks:
                 self._studio.swap(job, waiting[place])
         elif name == "compare":
             turn.visitor = visitor.with_compared(job.id)
-            count = len(turn.visitor.compared)
-            gr.Info(words("compare_two" if count == 2 else "compare_one"), title=words("compare"), duration=4)
         elif name == "restore":
             turn.change(job=job.id, pinned=True, shown="")
             turn.fill_run(job.preset, job.config, job.request)

@@ -10,7 +10,6 @@ import re
 import secrets
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
-from pathlib import Path
 from typing import Any, Self
 
 from lightx2v.config import resolve
@@ -164,11 +163,6 @@ def size_of(tier: int, shape: str) -> tuple[int, int]:
 def frames_for(seconds: float, fps: float) -> int:
     """The count of the form 4n + 1 nearest to that many seconds."""
     return max(1, round((seconds * fps - 1) / 4) * 4 + 1)
-
-
-def existing_picture(path: str | None) -> str | None:
-    """A restored picture's path while the file is still there."""
-    return path if path and Path(path).is_file() else None
 
 
 def _overrides(form: Form, exposure: Exposure) -> dict[str, Any]:

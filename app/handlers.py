@@ -64,17 +64,15 @@ class Handlers:
     def generate(self, data: Data) -> Updates:
         """One click: one job or several, or new settings for the job that is edited."""
         with self._screen.turn(data) as turn:
-            words = turn.words
+            turn.tab.problem = None
             try:
                 planned = plan(form_of(turn.values), self._studio.tasks, self._studio.exposure)
                 if turn.visitor.editing:
                     self._save_edit(turn.visitor, planned)
                     turn.change(editing="")
                 else:
-                    jobs = self._submit_all(turn.visitor, planned)
+                    jobs = self._submit_all(turn, planned)
                     turn.change(job=jobs[0].id, pinned=False, shown="")
-                    if len(jobs) > 1:
-                        gr.Info(words("queued_n", n=len(jobs)), title=words("queue"), duration=4)
             except LightX2VError as error:
                 turn.refuse(error)
             return turn.answer()
@@ -83,6 +81,7 @@ class Handlers:
         """On ZeroGPU: the event owns the run, and ends it when the visitor leaves. See `zerogpu.py`."""
         lender, planned, refused = self._studio.lender, None, gr.skip()
         with self._screen.turn(data) as turn:
+            turn.tab.problem = None
             try:
                 planned = plan(form_of(turn.values), self._studio.tasks, self._studio.exposure)
                 if lender is None or planned.config != lender.config:
@@ -101,33 +100,26 @@ class Handlers:
                     updates = turn.answer()
                 yield updates
 
-    def _submit_all(self, visitor: Visitor, planned: Plan) -> list[Job]:
+    def _submit_all(self, turn: Turn, planned: Plan) -> list[Job]:
         """Queues every request; where one is refused, those that are queued stay and the reason is told."""
         jobs: list[Job] = []
         for request in planned.requests:
             try:
-                job = self._studio.submit(planned.config, request, owner=visitor.owner, preset=planned.preset)
+                job = self._studio.submit(planned.config, request, owner=turn.visitor.owner, preset=planned.preset)
             except LightX2VError as error:
                 if not jobs:
                     raise
-                gr.Warning(f"{len(jobs)} / {len(planned.requests)}: {error}")
+                turn.refuse(BadRequest(f"{len(jobs)} / {len(planned.requests)}: {error}"))
                 break
             jobs.append(job)
         return jobs
 
     def _save_edit(self, visitor: Visitor, planned: Plan) -> None:
-        """The edited job gets the new settings; with another engine it is a new job in the same place."""
+        """The edited job gets the new settings."""
         job = self._studio.own(visitor.owner, visitor.editing)
-        request = planned.requests[0]
         if job is None or job.state != "queued":
             raise BadRequest("The run that you edited has begun or is gone. Press Generate again for a new one.")
-        if job.config == planned.config and job.preset == planned.preset:
-            self._studio.jobs.edit(job.id, request)
-        else:
-            new = self._studio.submit(planned.config, request, owner=visitor.owner, preset=planned.preset)
-            self._studio.jobs.move(new.id, job.position or 1)
-            self._studio.jobs.cancel(job.id)
-            self._studio.jobs.delete(job.id)
+        self._studio.edit(job, planned.config, planned.requests[0], preset=planned.preset)
 
     # ---- editing the form ---------------------------------------------------------------------------------------
 
@@ -209,7 +201,6 @@ class Handlers:
                 turn.fill_run(*self._from_settings(read_settings(file)))
                 turn.change(job="", pinned=True, shown=self._studio.show_file(Path(file)))
                 turn.tab.problem = None
-                gr.Info(turn.words("restored"), duration=3)
             except LightX2VError as error:
                 turn.refuse(error)
             return turn.answer()

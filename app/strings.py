@@ -200,7 +200,6 @@ _TABLE: dict[str, tuple[str, str]] = {
         "在历史中用对比按钮选择两个已完成的视频。",
     ),
     "compare_one": ("One run is chosen. Choose a second one in the history.", "已选一个，请在历史中再选一个。"),
-    "compare_two": ("Two runs are chosen: see the Compare tab.", "已选两个，请查看“对比”页。"),
     "play_both": ("Play or pause both", "同时播放或暂停"),
     "seek_both": ("Position in both videos", "同步进度"),
     "setting": ("setting", "设置"),
@@ -241,8 +240,6 @@ _TABLE: dict[str, tuple[str, str]] = {
     "demo": ("Demo", "演示"),
     # messages
     "not_yours": ("That run is not there any more.", "该运行已不存在。"),
-    "restored": ("Settings restored.", "设置已恢复。"),
-    "queued_n": ("{n} videos queued.", "已排队 {n} 个视频。"),
     "zerogpu_reserves": ("reserves {n} s of your GPU quota", "将占用 {n} 秒 GPU 配额"),
 }
 

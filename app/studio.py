@@ -200,16 +200,30 @@ class Studio:
 
         Of a page that others reach, these cannot make this machine download a model.
         """
+        self._check_files(config, preset)
+        prediction = self.predict(config, request)
+        job = self.jobs.submit(config, request, owner=owner, preset=preset)
+        self._expect(job.id, prediction)
+        return job
+
+    def edit(self, job: Job, config: EngineConfig, request: Request, *, preset: str) -> None:
+        """Gives a run that waits other settings, as `submit` would take them; it keeps its place."""
+        self._check_files(config, preset)
+        prediction = self.predict(config, request)
+        self.jobs.edit(job.id, request, config=config, preset=preset)
+        self._expect(job.id, prediction)
+
+    def _check_files(self, config: EngineConfig, preset: str) -> None:
         if self.exposure.open_to_others and not self.exposure.hosted and not self.files.status(config).ready:
             raise BadRequest(
                 f"The model files of {preset} are not on this machine. Choose another preset; whoever runs the page "
                 f"can fetch them with python -m lightx2v.download {preset}."
             )
-        prediction = self.predict(config, request)
-        job = self.jobs.submit(config, request, owner=owner, preset=preset)
+
+    def _expect(self, job_id: str, prediction: Prediction | None) -> None:
+        self._predicted.pop(job_id, None)
         if prediction is not None and prediction.source != "assumed":
-            _remember(self._predicted, job.id, prediction)
-        return job
+            _remember(self._predicted, job_id, prediction)
 
     def own(self, owner: str, job_id: str) -> Job | None:
         """The run if it is this visitor's, else None, whether or not it exists."""
@@ -220,7 +234,8 @@ class Studio:
         """A visitor's runs, the newest first."""
         if not owner:
             return []
-        adopted = [job for job in reversed(self._adopted.values()) if job.owner == owner]
+        # A list first: another visitor's run may be adopted meanwhile.
+        adopted = [job for job in reversed(list(self._adopted.values())) if job.owner == owner]
         return [*adopted, *self.jobs.list(owner, limit=HISTORY)]
 
     def adopt(self, job: Job) -> None:

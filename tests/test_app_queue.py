@@ -1,18 +1,21 @@
 """The launched page's queue, whoever asks.
 
-Covered: fifty submissions at once, of which one runs at a time, in order, up to the queue's bound; nothing of one job
-in the next; a submission while models are exchanged, of which two are never in memory; many jobs that leave no
-process, file handle or temporary file behind; jobs and results over a restart.
+Covered: fifty submissions at once, of which one runs at a time, in order, up to the queue's bound; what one click asks
+for beyond it; nothing of one job in the next; a submission while models are exchanged, of which two are never in
+memory; many jobs that leave no process, file handle or temporary file behind; jobs and results over a restart.
 """
 
 from __future__ import annotations
 
+import re
+import secrets
 import signal
 import threading
 from pathlib import Path
 from typing import Any
 
 import psutil
+from page_events import Keyboard
 from studio_app import Page, Refused, launched, stop
 
 SMALL = {"height": 32, "width": 32, "frames": 1}
@@ -46,6 +49,23 @@ def test_fifty_at_once_run_one_by_one_up_to_the_bound(space: Page) -> None:
     places = {job["position"]: space.ask("status", id=job["id"]) for job in taken}
     files = [space.folder / f"{places[n]['id']}.mp4" for n in sorted(places)]
     assert [f.stat().st_mtime_ns for f in files] == sorted(f.stat().st_mtime_ns for f in files), "first come, first run"
+
+
+def test_what_the_queue_does_not_take_of_one_click_is_told(space: Page) -> None:
+    keyboard, session = Keyboard(space, space.http.get("/config").json()), secrets.token_hex(6)
+    first = space.ask("generate", prompt="an endless first one", settings=SMALL)["id"]
+    space.wait(first, "running")
+
+    def click() -> dict[str, Any]:
+        return keyboard.press("generate", session=session, prompt="a\nb\nc\nd", per_line=True)
+
+    *_, taken, refused = [click() for _ in range(3)]
+    queued = set(re.findall(r'data-id="(\w+)"', refused["queue"]))
+    space.stop([*queued, first])
+    again = click()
+    space.stop(re.findall(r'data-id="(\w+)"', again["queue"]))
+    assert len(queued) == 10 and "2 / 4: The queue is full" in refused["cost"]
+    assert "The queue is full" not in taken["cost"] + again["cost"]
 
 
 def test_a_job_is_the_same_alone_and_after_others(space: Page) -> None:

@@ -114,6 +114,18 @@ def test_a_run_teaches_the_prediction_and_its_own_is_kept(studio: Studio) -> Non
     assert set(studio.expected_of(job.id)) >= {"text", "denoise", "decode"} and "load" not in studio.expected_of(job.id)
 
 
+def test_what_is_expected_of_an_edited_run_is_that_of_its_new_settings(studio: Studio) -> None:
+    owner = "o" * 40
+    studio.jobs.wait(submit(studio, owner, "x").id, 60)
+    running, job = submit(studio, owner, "an endless one"), submit(studio, owner, "x")
+    while studio.jobs.get(running.id).state == "queued":
+        studio.jobs.wait_events(running.id, timeout=0.1)
+    before = studio.predicted_for(job.id)
+    studio.edit(job, job.config, replace(job.request, frames=49), preset=job.preset)
+    after = studio.predicted_for(job.id)
+    assert before is not None and after is not None and after > 2 * before
+
+
 def test_loading_counts_only_where_the_run_before_leaves_another_model(studio: Studio) -> None:
     for preset in ("demo_t2v_fp8", PRESET):
         settings = settings_of(preset)
