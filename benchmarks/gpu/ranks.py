@@ -11,7 +11,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -436,15 +436,10 @@ def main() -> None:
     bench = Ranks(world, Path(given["results"]), tiny=given["tiny"], largest=given["largest"])
     for part, whole in PARTS:
         began = time.perf_counter()
-        with world.together() if whole else nothing():
+        with world.together() if whole else nullcontext():
             part(bench)
         bench.write(f"part {part.__name__}", part_seconds=time.perf_counter() - began)
         bench.clear()
-
-
-@contextmanager
-def nothing() -> Iterator[None]:
-    yield
 
 
 if __name__ == "__main__":
