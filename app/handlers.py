@@ -39,7 +39,9 @@ class Handlers:
         """The page was loaded: the visitor is known again, and sees the run that the address names."""
         stored = data[self._screen.session]
         with self._screen.turn(data) as turn:
-            turn.visitor = Visitor.of(stored, request.headers.get("accept-language", ""))
+            known = Visitor.of(stored, request.headers.get("accept-language", ""))
+            # A new visitor may have pressed something before this is answered.
+            turn.visitor = known if stored else replace(known, owner=turn.visitor.owner)
             asked = request.query_params.get("job", "")
             if asked and self._studio.own(turn.visitor.owner, asked) is not None:
                 turn.change(job=asked, pinned=turn.visitor.pinned and turn.visitor.job == asked)

@@ -21,7 +21,7 @@ from . import panels
 from .editing import PICTURES, Editor, Updates, form_of, preset_values
 from .form import fields_of
 from .html import tag
-from .inputs import Inputs
+from .inputs import MATCH, Inputs
 from .strings import Words
 from .studio import Studio, settings_of
 from .tab import Tab
@@ -65,7 +65,7 @@ class Screen:
             form_of({**values, "prompt": "…"})
         except (LightX2VError, TypeError, ValueError):
             return None
-        return {**values, "match_image": values.get("shape") == "match"}
+        return {**values, "match_image": values.get("shape") == MATCH}
 
 
 class Turn:

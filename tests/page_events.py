@@ -24,9 +24,11 @@ class Keyboard:
         return str(props.get("elem_id") or props.get("storage_key") or id)
 
     def event(self, target: str, kind: str) -> dict[str, Any]:
-        """The event of a component, by its elem_id; the timer has none and is "timer"."""
+        """The event of a component, by its elem_id; the timer has none and is "timer", the whole page is "page"."""
         found = self.components().items()
         ids = {id for id, c in found if self.name(id) == target or c["type"] == target}
+        if target == "page":
+            ids = {t[0] for d in self.config["dependencies"] for t in d["targets"]} - self.components().keys()
         return next(d for d in self.config["dependencies"] if any(t[0] in ids and t[1] == kind for t in d["targets"]))
 
     def press(

@@ -81,6 +81,14 @@ def test_an_event_from_before_an_answer_undoes_nothing(browser: Browser) -> None
     assert order == ["an endless first one", "third", "second, edited"]
 
 
+def test_what_a_new_visitor_pressed_before_the_page_was_answered_is_theirs(page: Page) -> None:
+    new = Browser(Keyboard(page, page.http.get("/config").json()))
+    early = new.press("generate", prompt="one")
+    new.take(new.press("page", "load"))
+    assert early[STORED]["job"] and early[STORED]["job"] == new.holds[STORED]["job"]
+    assert early[STORED]["owner"] == new.holds[STORED]["owner"]
+
+
 def test_all_of_many_clicks_at_once_count(browser: Browser, page: Page) -> None:
     made = [page_run(browser, prompt) for prompt in ("one", "two")]
     clicks = [("history", {"act": "compare", "id": id}) for id in made] + [("top", {"act": "language", "name": "zh"})]
