@@ -115,10 +115,9 @@ class Editor:
             )
         return panels.preset_list(words, offers, name, studio.room)
 
-    def size(self, values: Mapping[str, Any]) -> tuple[int, int]:
+    def size(self, preset: str, values: Mapping[str, Any]) -> tuple[int, int]:
         """(height, width) from the two rows of choices."""
-        preset = settings_of(values["preset"]).request
-        tier, shape = values["size"] or tier_of(preset), values["shape"]
+        tier, shape = values["size"] or tier_of(settings_of(preset).request), values["shape"]
         return size_of(tier, "16:9" if shape in (None, MATCH) and tier in (632, 960) else _square(shape))
 
     def cost(self, words: Words, values: Mapping[str, Any]) -> str:

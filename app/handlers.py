@@ -146,7 +146,7 @@ class Handlers:
     def size_chosen(self, data: Data) -> Updates:
         """Height and width from the two rows of choices."""
         with self._screen.turn(data) as turn:
-            height, width = self._screen.editor.size(turn.values)
+            height, width = self._screen.editor.size(turn.preset, turn.values)
             return self._derived(turn, height=height, width=width)
 
     def length_chosen(self, data: Data) -> Updates:

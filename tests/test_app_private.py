@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 from page_events import Keyboard
-from studio_app import Page, eventually
+from studio_app import PRESET, Page, eventually
 
 
 @pytest.fixture(scope="module")
@@ -102,6 +102,14 @@ def test_the_text_of_a_field_never_becomes_a_path(page: Page, keyboard: Keyboard
     assert said and eventually(lambda: began(page, str(text)))
     request = next(e["request"] for e in page.painted if e.get("prompt") == str(text) and "request" in e)
     assert request["image_path"] is None and request["prompt"] == str(text)
+
+
+def test_a_size_is_looked_up_in_a_preset_on_offer_and_in_no_other_file(keyboard: Keyboard) -> None:
+    pressed = [
+        keyboard.press("shape", "input", shape="1:1", size=None, preset_name=name)
+        for name in (PRESET, "presets/t2v_base.json")
+    ]
+    assert pressed[0]["height"] and pressed[0]["height"] == pressed[1]["height"]
 
 
 @pytest.mark.parametrize("stored", [None, [], "x", {"owner": ""}, {"owner": "short"}, {"owner": ["a"] * 40}], ids=str)
