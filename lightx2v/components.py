@@ -163,5 +163,7 @@ def load_vae(files: ModelFiles, precision: Precision, mesh: Mesh | None = None) 
     with torch.device("meta"):
         vae = WanVAE(VAEConfig.from_shapes(checkpoint.shapes))
     through = iter if mesh is None else mesh.world.stream
+    if precision.vae is torch.float32:  # else CUDA rounds what goes into a convolution to 10 bits, and bands differ
+        torch.backends.cudnn.allow_tf32 = False
     load_into(vae, checkpoint, dtype_of=lambda _: precision.vae, device=precision.device, through=through)
     return vae.eval()

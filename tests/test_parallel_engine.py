@@ -89,7 +89,7 @@ def test_blocks_are_streamed_from_host_memory_or_from_rank_0s_disk(root: Path, l
 
 def test_nothing_piles_up_between_requests(root: Path) -> None:
     once, *later = group(2).call(parallel_runs.again_and_again, str(root))[0]
-    assert all(each == once for each in later)
+    assert later == [once, once]
 
 
 def test_the_others_follow_a_server(root: Path) -> None:

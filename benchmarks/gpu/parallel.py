@@ -60,22 +60,24 @@ def start(bench: Bench, devices: list[int], *, largest: bool) -> subprocess.Pope
 
 
 def kill(bench: Bench, devices: list[int]) -> None:
-    """kill -9 of one process in the middle of a demo video: seconds until the group has ended, and how."""
-    for who in (1, 0):
-        with tempfile.TemporaryDirectory() as folder:
-            said = Path(folder) / "said"
-            command = ["-m", "lightx2v.infer", "--preset", "demo_t2v_base", "--prompt", "a red ball", "--steps", "200"]
-            command += ["--save_result_path", str(Path(folder) / "x.mp4")]
-            with said.open("w") as output:
-                group = torchrun(bench, devices[:2], *command, stdout=output, stderr=output)
-                ranks = wait_until_it_denoises(group, said)
-                os.kill(ranks[who], signal.SIGKILL)
-                began = time.monotonic()
-                code = group.wait(PATIENCE)
-                seconds = time.monotonic() - began
-            words = re.findall(r"error: (.*)", said.read_text("utf-8"))
-            left = sum(Path(f"/proc/{pid}").exists() for pid in ranks)
-        bench.write(f"kill -9 of process {who}", killed=who, seconds=seconds, code=code, left=left, told=words[:1])
+    """kill -9 of one process in the middle of its work: seconds until the group has ended, and how."""
+    with tempfile.TemporaryDirectory() as folder:
+        video = ["lightx2v.infer", "--preset", "demo_t2v_base", "--prompt", "a red ball", "--steps", "200"]
+        video += ["--save_result_path", str(Path(folder) / "x.mp4")]
+        for what, command in {"a demo video": video, "full-size forwards": ["benchmarks.gpu.forwards"]}.items():
+            for who in (1, 0):
+                said = Path(folder) / "said"
+                with said.open("w") as output:
+                    group = torchrun(bench, devices[:2], "-m", *command, stdout=output, stderr=output)
+                    ranks = wait_until_it_denoises(group, said)
+                    os.kill(ranks[who], signal.SIGKILL)
+                    began = time.monotonic()
+                    code = group.wait(PATIENCE)
+                    seconds = time.monotonic() - began
+                words = re.findall(r"error: (.*)", said.read_text("utf-8"))
+                left = sum(Path(f"/proc/{pid}").exists() for pid in ranks)
+                name = f"kill -9 of process {who}, {what}"
+                bench.write(name, killed=who, work=what, seconds=seconds, code=code, left=left, told=words[:1])
 
 
 def wait_until_it_denoises(group: subprocess.Popen[str], said: Path) -> list[int]:

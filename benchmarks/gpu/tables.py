@@ -253,6 +253,9 @@ def parallel(lines: list[Line]) -> str:
         if line["layout"] == "alone"
     }
 
+    def in_order(line: Line) -> tuple[str, int]:
+        return line["clip"], 0 if line["layout"] == "alone" else line["gpus"]
+
     def efficiency(line: Line) -> str:
         one = alone.get((line["clip"], line.get("coder")))
         if one is None or line["layout"] == "alone":
@@ -271,14 +274,16 @@ def parallel(lines: list[Line]) -> str:
             gb(line.get("swapped")),
             gb(line.get("peak_allocated")),
         ]
-        for line in last(lines, "parallel", "branches")
+        for line in sorted(last(lines, "parallel", "branches"), key=in_order)
     ]
     head = ["video", "GPUs", "layout", "prompts", "s", "efficiency", "exchanges", "packing", "GB sent", "peak GB"]
     text = heading("Several GPUs: one step of an expert, 40 blocks, bf16", head, sped)
     if not text:
         return ""
+    devices = " and ".join(sorted({line["device"] for line in lines if line["section"] == "parallel"}))
     text += (
-        "\n\nA layout is guidance branches x parts of the sequence. Efficiency is that against the same prompts one "
+        f"\n\nOn {devices}. "
+        "A layout is guidance branches x parts of the sequence. Efficiency is that against the same prompts one "
         "after another on one GPU. Exchanges and packing are shares of the time; waiting for the other processes is in "
         "them. GB sent are of one process, all-to-all alone."
     )
@@ -291,7 +296,7 @@ def parallel(lines: list[Line]) -> str:
             number(line["seconds"]),
             efficiency(line),
         ]
-        for line in last(lines, "parallel", "coder")
+        for line in sorted(last(lines, "parallel", "coder"), key=in_order)
     ]
     text += "\n\nThe VAE, bf16:\n\n" + table(["video", "what", "GPUs", "how", "s", "efficiency"], coded)
     loaded = [

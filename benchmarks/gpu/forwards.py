@@ -1,0 +1,34 @@
+"""Forwards of some blocks over all processes, one after another without end: for `parallel.kill`."""
+
+from __future__ import annotations
+
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+
+from lightx2v.config import Environment
+from lightx2v.parallel.meet import join
+from lightx2v.parallel.mesh import Mesh
+
+from .model import expert
+from .ranks import Ranks, call_of
+
+
+@torch.inference_mode()
+def main() -> None:
+    world = join(Environment.read())
+    bench = Ranks(world, Path("/dev/null"), tiny=not torch.cuda.is_available(), largest=True)
+    dit = expert(bench, replace(bench.sizes.dit, num_layers=bench.sizes.few_layers))
+    call = call_of(bench, dit, list(bench.sizes.clips)[-1], Mesh(world, 1, world.size), 1)
+    with world.together():
+        while True:
+            call()
+            bench.ready()
+            sys.stdout.write("denoise\n")
+            sys.stdout.flush()
+
+
+if __name__ == "__main__":
+    main()
