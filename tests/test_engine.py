@@ -91,6 +91,16 @@ def test_offload_that_has_no_effect_is_said(tiny: TinyModels, monkeypatch: pytes
     assert engine.warnings == ("cpu_offload has no effect: CPU has no memory of its own to offload from.",)
 
 
+@pytest.mark.parametrize(("dtype", "rounded"), [("fp32", False), ("bf16", True)])
+def test_float32_convolutions_are_not_rounded_to_tf32(
+    tiny: TinyModels, monkeypatch: pytest.MonkeyPatch, dtype: str, rounded: bool
+) -> None:
+    """On CUDA torch would, by default; several processes then differ by more than one."""
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", True)
+    load_engine(dataclasses.replace(config_of(tiny.t2v), vae_dtype=dtype))
+    assert torch.backends.cudnn.allow_tf32 == rounded
+
+
 def test_where_nothing_is_left_to_give_loading_fails(tiny: TinyModels, monkeypatch: pytest.MonkeyPatch) -> None:
     def starved(*_: Any, **__: Any) -> Any:
         raise torch.OutOfMemoryError("CUDA out of memory")
