@@ -198,6 +198,7 @@ def again_and_again(root: str) -> list[Any]:
         with LightX2VPipeline.from_config(config) as pipe:
             for seed in range(2):
                 pipe.run(replace(request, seed=seed, frames=1))
+        world._store.num_keys()  # an answer: what this process has put into the store has arrived there
         world.wire.agree(True, all_of_them=True)
         left.append([world._store.num_keys(), len(dist.distributed_c10d._world.pg_map), len(world._all_wires)])
         world.wire.agree(True, all_of_them=True)
