@@ -47,6 +47,8 @@ class Screen:
         self.studio, self.inputs, self.outputs = studio, inputs, outputs
         self.told, self.session, self.tab, self.timer = told, session, tab, timer
         self.editor = Editor(studio, inputs)
+        self.typed = inputs.fields.keys() - {*PICTURES}
+        """The names of the fields that a browser keeps. A picture is a path, and one that it names is not read."""
 
     @contextmanager
     def turn(self, data: Data) -> Iterator[Turn]:
@@ -60,7 +62,8 @@ class Screen:
         kept = stored.get("form") if isinstance(stored, dict) else None
         if not isinstance(kept, dict) or self.studio.tasks.get(str(kept.get("preset"))) != kept.get("task"):
             return None
-        values = {**preset_values(kept["preset"]), **{k: v for k, v in kept.items() if v is not None}}
+        kept = {name: value for name, value in kept.items() if name in self.typed and value is not None}
+        values = {**preset_values(kept["preset"]), **kept}
         try:
             form_of({**values, "prompt": "…"})
         except (LightX2VError, TypeError, ValueError):
@@ -165,8 +168,7 @@ class Turn:
 
     @property
     def _typed(self) -> dict[str, Any]:
-        """The fields without the pictures."""
-        return {name: value for name, value in self.values.items() if name in self._inputs.fields.keys() - {*PICTURES}}
+        return {name: value for name, value in self.values.items() if name in self._screen.typed}
 
     def _problem(self) -> str:
         if self.tab.problem is not None and self.tab.problem[1] != self._typed:

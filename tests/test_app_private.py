@@ -112,6 +112,14 @@ def test_a_size_is_looked_up_in_a_preset_on_offer_and_in_no_other_file(keyboard:
     assert pressed[0]["height"] and pressed[0]["height"] == pressed[1]["height"]
 
 
+def test_a_picture_that_made_up_storage_names_is_not_read(keyboard: Keyboard) -> None:
+    form = {"preset": "demo_i2v_distill_lora", "task": "i2v", "prompt": "kept"}
+    form |= dict.fromkeys(("image_path", "last_frame_path"), "assets/screenshots/running.webp")
+    said = keyboard.press("page", "load", **{"lightx2v-studio": {**visitor(), "form": form}})
+    assert said["prompt"] == "kept" and "running" not in str(said) and "<img" not in said["crop"]
+    assert not any("path" in (said[name] or {}) for name in ("image_path", "last_frame_path"))
+
+
 @pytest.mark.parametrize("stored", [None, [], "x", {"owner": ""}, {"owner": "short"}, {"owner": ["a"] * 40}], ids=str)
 def test_made_up_storage_is_a_new_visitor_without_runs(page: Page, keyboard: Keyboard, stored: Any) -> None:
     page.make("somebody's", settings={"frames": 5})
