@@ -103,7 +103,7 @@ class Clicks:
             raise BadRequest(turn.words("not_yours"))
         values = preset_values(self._studio.default_for("i2v", job.preset))
         values |= {key: getattr(job.request, key) for key in ("prompt", "height", "width", "frames", "fps")}
-        turn.fill({**values, "match_image": True}, task="i2v")
+        turn.fill({**values, "match_image": True, "last_frame_path": None}, task="i2v")
         turn.updates[self._inputs.fields["image_path"]] = read_frame(path, -1)
 
 

@@ -121,7 +121,12 @@ class Handlers:
         job = self._studio.own(visitor.owner, visitor.editing)
         if job is None or job.state != "queued":
             raise BadRequest("The run that you edited has begun or is gone. Press Generate again for a new one.")
-        self._studio.edit(job, planned.config, planned.requests[0], preset=planned.preset)
+        request, *more = planned.requests
+        if more:
+            raise BadRequest(
+                f"One run is edited, and these are {1 + len(more)}. Set videos to 1, and leave one prompt in the box."
+            )
+        self._studio.edit(job, planned.config, request, preset=planned.preset)
 
     # ---- editing the form ---------------------------------------------------------------------------------------
 

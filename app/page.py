@@ -203,7 +203,8 @@ _MEASURES = {
 def _storage_secret(folder: Path) -> str:
     """One key for the browser's storage that lives as long as the output folder, so that a restart forgets nobody."""
     file = folder / "browser.key"
-    if not file.is_file():
-        file.write_text(secrets.token_hex(16), encoding="ascii")
-        file.chmod(0o600)
-    return file.read_text(encoding="ascii").strip()
+    file.touch(mode=0o600)
+    if not (key := file.read_text(encoding="ascii").strip()):
+        key = secrets.token_hex(16)
+        file.write_text(key, encoding="ascii")
+    return key

@@ -87,6 +87,7 @@ class Studio:
         self._predicted: OrderedDict[str, Prediction] = OrderedDict()
         self._adopted: OrderedDict[str, Job] = OrderedDict()
         self._lock = threading.Lock()
+        self._adopting = threading.Lock()
         shipped = [info for info in list_presets() if info.gpus == 1 and not info.offload]
         self.presets = [info for info in shipped if only is None or info.name in only]
         if not self.presets or default_preset and default_preset not in self.tasks:
@@ -240,13 +241,18 @@ class Studio:
 
     def adopt(self, job: Job) -> None:
         """Takes in a run as it stands that is none of the job manager's (ZeroGPU). A restart forgets it."""
-        _remember(self._adopted, job.id, job)
+        with self._adopting:
+            known = self._adopted.get(job.id)
+            asked = known is not None and known.cancelling and not job.over
+            _remember(self._adopted, job.id, replace(job, cancelling=True) if asked else job)
 
     def stop(self, job: Job) -> None:
         """Asks a run to end: at its next step, or at once while it waits."""
-        if job.id in self._adopted:
-            self.adopt(replace(self._adopted[job.id], cancelling=True))
-        else:
+        with self._adopting:
+            known = self._adopted.get(job.id)
+            if known is not None:
+                self._adopted[job.id] = replace(known, cancelling=True)
+        if known is None:
             self.jobs.cancel(job.id)
 
     def stopping(self, job_id: str) -> bool:

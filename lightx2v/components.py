@@ -6,7 +6,8 @@ run is decided in offload.py.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Literal
 
@@ -163,7 +164,17 @@ def load_vae(files: ModelFiles, precision: Precision, mesh: Mesh | None = None) 
     with torch.device("meta"):
         vae = WanVAE(VAEConfig.from_shapes(checkpoint.shapes))
     through = iter if mesh is None else mesh.world.stream
-    if precision.vae is torch.float32:  # else CUDA rounds what goes into a convolution to 10 bits, and bands differ
-        torch.backends.cudnn.allow_tf32 = False
     load_into(vae, checkpoint, dtype_of=lambda _: precision.vae, device=precision.device, through=through)
     return vae.eval()
+
+
+@contextmanager
+def whole_float32() -> Iterator[None]:
+    """In it float32 convolutions are computed in float32; by itself CUDA rounds what goes into them to 10 bits, and
+    bands of several processes then differ by more than one level. bf16 is not touched."""
+    before = torch.backends.cudnn.allow_tf32
+    torch.backends.cudnn.allow_tf32 = False
+    try:
+        yield
+    finally:
+        torch.backends.cudnn.allow_tf32 = before

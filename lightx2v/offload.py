@@ -28,6 +28,7 @@ from .components import (
     load_expert,
     load_text_encoder,
     load_vae,
+    whole_float32,
 )
 from .engine_config import EngineConfig
 from .errors import CheckpointError, LoraError
@@ -158,7 +159,8 @@ class Resident:
     @contextmanager
     def vae(self) -> Iterator[WanVAE]:
         assert self._vae is not None, "the placement is closed"
-        yield self._vae
+        with whole_float32():
+            yield self._vae
 
     def prepare(self, need: Need) -> None:
         pass

@@ -81,6 +81,15 @@ def test_an_event_from_before_an_answer_undoes_nothing(browser: Browser) -> None
     assert order == ["an endless first one", "third", "second, edited"]
 
 
+def test_one_run_is_edited_into_one(browser: Browser) -> None:
+    (second,) = queue_of(browser, "second")
+    browser.take(browser.press("queue", "act", sent={"act": "edit", "id": second}))
+    browser.take(browser.press("generate", prompt="one\nand another", per_line=True))
+    assert "One run is edited, and these are 2" in str(browser.holds["cost"])
+    browser.take(browser.press("generate", prompt="only one", per_line=True))
+    assert re.findall(r'class="prompt">([^<]+)', str(browser.holds["queue"])) == ["an endless first one", "only one"]
+
+
 def test_what_a_new_visitor_pressed_before_the_page_was_answered_is_theirs(page: Page) -> None:
     new = Browser(Keyboard(page, page.http.get("/config").json()))
     early = new.press("generate", prompt="one")

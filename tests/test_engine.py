@@ -18,7 +18,9 @@ from lightx2v.config import resolve
 from lightx2v.engine import load_engine
 from lightx2v.engine_config import EngineConfig
 from lightx2v.errors import BadRequest, Cancelled, OutOfMemory, OutputError
+from lightx2v.offload import Resident
 from lightx2v.pipeline import LightX2VPipeline
+from lightx2v.placement.offloaded import Offloaded
 from lightx2v.planner import GIB, Machine, Model, Planner, Wishes
 from lightx2v.progress import CancelToken
 from lightx2v.request import Request
@@ -91,14 +93,19 @@ def test_offload_that_has_no_effect_is_said(tiny: TinyModels, monkeypatch: pytes
     assert engine.warnings == ("cpu_offload has no effect: CPU has no memory of its own to offload from.",)
 
 
-@pytest.mark.parametrize(("dtype", "rounded"), [("fp32", False), ("bf16", True)])
-def test_float32_convolutions_are_not_rounded_to_tf32(
-    tiny: TinyModels, monkeypatch: pytest.MonkeyPatch, dtype: str, rounded: bool
+@pytest.mark.parametrize("placement", [Resident, Offloaded])
+def test_float32_convolutions_of_the_vae_are_not_rounded_to_tf32(
+    tiny: TinyModels, monkeypatch: pytest.MonkeyPatch, placement: type
 ) -> None:
-    """On CUDA torch would, by default; several processes then differ by more than one."""
+    """On CUDA torch would, by default; several processes then differ by more than one. A program's own are its own."""
     monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", True)
-    load_engine(dataclasses.replace(config_of(tiny.t2v), vae_dtype=dtype))
-    assert torch.backends.cudnn.allow_tf32 == rounded
+    if placement is Offloaded:
+        monkeypatch.setattr(lightx2v.engine, "planner_for", roomy)
+    engine = load_engine(config_of(tiny.t2v))
+    assert type(engine.placement) is placement and torch.backends.cudnn.allow_tf32
+    with engine.placement.vae():
+        assert not torch.backends.cudnn.allow_tf32
+    assert torch.backends.cudnn.allow_tf32
 
 
 def test_where_nothing_is_left_to_give_loading_fails(tiny: TinyModels, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import errno
+import os
 import sqlite3
 import threading
 from collections import namedtuple
@@ -150,4 +151,7 @@ def test_a_server_whose_disk_is_full_is_alive_but_not_ready(tmp_path: Path, monk
         monkeypatch.setattr(application.shutil, "disk_usage", lambda path: Usage(10**9, 10**9, 0))
         answer = served.client.get("/ready")
         assert answer.status_code == 503 and "disk" in answer.json()["error"]["message"]
+        monkeypatch.setattr(application.shutil, "disk_usage", lambda path: os.statvfs("/no/such/folder"))
+        answer = served.client.get("/ready")
+        assert answer.status_code == 503 and "cannot be read: No such file" in answer.json()["error"]["message"]
         assert served.client.get("/health").status_code == 200

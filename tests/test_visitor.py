@@ -13,6 +13,7 @@ import pytest
 from page_engine import Painter
 
 from app.exposure import Exposure
+from app.page import _storage_secret
 from app.studio import Studio, settings_of
 from app.visitor import Visitor, look
 from lightx2v.errors import BadRequest
@@ -148,3 +149,21 @@ def test_a_request_that_does_not_fit_its_engine_is_refused(studio: Studio) -> No
     request = Request(prompt="x", **settings_of(PRESET).request)
     with pytest.raises(BadRequest):
         studio.submit(settings_of("demo_i2v_base").engine, request, owner="o" * 40, preset="demo_i2v_base")
+
+
+def test_a_stop_stays_asked_for_when_the_run_reports_its_next_step(studio: Studio) -> None:
+    job = replace(submit(studio, "x" * 40, "one"), id="b" * 32, state="running")
+    studio.adopt(job)
+    studio.stop(job)
+    studio.adopt(job)  # of a step that ended meanwhile
+    assert studio.stopping(job.id)
+    studio.adopt(replace(job, state="cancelled"))
+    assert not studio.stopping(job.id)
+
+
+def test_the_storages_key_is_its_owners_and_kept(tmp_path: Path) -> None:
+    key = _storage_secret(tmp_path)
+    assert len(key) == 32 and _storage_secret(tmp_path) == key
+    assert (tmp_path / "browser.key").stat().st_mode & 0o777 == 0o600
+    (tmp_path / "browser.key").write_text("")  # what a crash in between leaves
+    assert len(_storage_secret(tmp_path)) == 32

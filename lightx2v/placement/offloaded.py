@@ -17,7 +17,7 @@ import torch
 from torch import nn
 
 from ..adapters import Applied
-from ..components import Which
+from ..components import Which, whole_float32
 from ..models.dit import WanDiT
 from ..models.tiling import Tiling
 from ..models.umt5 import TextEncoder
@@ -112,7 +112,7 @@ class Offloaded:
     @contextmanager
     def vae(self) -> Iterator[WanVAE]:
         assert self._vae is not None, "the placement is closed"
-        with self._visit("vae", self._vae):
+        with whole_float32(), self._visit("vae", self._vae):
             yield self._vae
 
     @contextmanager

@@ -92,7 +92,10 @@ def _add_state(app: FastAPI, service: Service, metrics: Metrics) -> None:
             jobs.check_room()
         except Busy as full:
             raise HTTPException(503, str(full)) from None
-        disk = shutil.disk_usage(jobs.folder)
+        try:
+            disk = shutil.disk_usage(jobs.folder)
+        except OSError as error:
+            raise HTTPException(503, f"The output folder cannot be read: {error.strerror}.") from None
         if disk.free < ROOM <= disk.total:  # some file systems tell nothing, and then both are 0
             raise HTTPException(503, "The disk is full.")
         return Health(status="ready")
