@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from parallel_runs import digest, requests_of
 
 from lightx2v.config import Environment
@@ -108,6 +109,8 @@ def failing(root: str, how: str, where: str, who: int) -> None:
     if Environment.read().rank == who:
         if where == "meet":
             means()
+        if where == "connect":
+            fail_at(dist, "init_process_group", 1, means)
         if where in ("load", "denoise", "decode"):
             owner, name, times = {
                 "load": (stream, "_place", 3),
@@ -117,7 +120,10 @@ def failing(root: str, how: str, where: str, who: int) -> None:
             fail_at(owner, name, times, means)
     if where == "idle":
         world = join(Environment.read())
+        world._store.set(f"idle/{world.rank}", "1")
         if world.rank == who:
+            while not world._store.check([f"idle/{1 - who}"]):  # the other one has met all, too
+                time.sleep(0.02)
             means()
         if world.leads:
             time.sleep(60)

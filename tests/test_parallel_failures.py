@@ -60,6 +60,12 @@ def test_who_waits_for_the_others_to_come_hears_signals(root: Path) -> None:
     assert [end.code for end in running.ended()] == [-15, -9]
 
 
+def test_who_is_alone_while_they_connect_says_so(root: Path) -> None:
+    killed, alone = Running(2, parallel_troubles.failing, str(root), "kill", "connect", 0).ended()
+    assert (killed.code, alone.code) == (-9, 1)
+    assert "Process 1 cannot connect to the others" in alone.said and "one of them has ended" in alone.said
+
+
 def test_a_failure_of_one_process_ends_all(root: Path) -> None:
     """All at once, since they mostly wait."""
     started = time.monotonic()

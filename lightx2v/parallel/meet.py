@@ -45,7 +45,11 @@ def join(environment: Environment) -> World:
     watch = Watch(dist.PrefixStore(f"lightx2v/{environment.restart}/watch", heard), rank, size)
     backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
     group = dist.PrefixStore("group", own)
-    dist.init_process_group(backend, store=group, rank=rank, world_size=size, timeout=TIMEOUT)
+    try:
+        dist.init_process_group(backend, store=group, rank=rank, world_size=size, timeout=TIMEOUT)
+    except RuntimeError as error:
+        reason = str(error).partition("\n")[0]
+        raise GroupFailed(f"Process {rank} cannot connect to the others ({reason}): one of them has ended.") from None
     log.info("Process %d of %d is on %s.", rank, size, device)
     world = World(rank, size, device, dist.PrefixStore("lightx2v", own), watch)
     atexit.register(world.leave)
