@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import re
+import sys
 import threading
 import time
 from collections.abc import Iterator
@@ -92,6 +93,13 @@ def git_sha1(content: bytes) -> str:
     return hashlib.sha1(b"blob %d\0" % len(content) + content, usedforsecurity=False).hexdigest()
 
 
+class Listener(ThreadingHTTPServer):
+    def handle_error(self, request: Any, client_address: Any) -> None:
+        """A client that was killed or cancelled is what many tests are about, and nothing to print."""
+        if not isinstance(sys.exception(), ConnectionError):
+            super().handle_error(request, client_address)
+
+
 @contextmanager
 def serving(server: HubServer) -> Iterator[HubServer]:
     """Runs both addresses while the block does."""
@@ -140,7 +148,7 @@ def serving(server: HubServer) -> Iterator[HubServer]:
 
         do_HEAD = do_GET
 
-    listeners = [ThreadingHTTPServer(("127.0.0.1", 0), handler) for handler in (Hub, Cdn)]
+    listeners = [Listener(("127.0.0.1", 0), handler) for handler in (Hub, Cdn)]
     server.url, server.cdn = (f"http://127.0.0.1:{listener.server_address[1]}" for listener in listeners)
     for listener in listeners:
         listener.daemon_threads = True
