@@ -119,7 +119,7 @@ def shot(visitor: Person) -> Image.Image:
     """What is on the screen, once everything on it has been drawn."""
     visitor.settle("() => [...document.images].every(i => i.complete)")
     visitor.settle("() => [...document.querySelectorAll('video')].every(v => v.readyState >= 2)")
-    return Image.open(io.BytesIO(visitor.tab.screenshot())).convert("RGB")
+    return Image.open(io.BytesIO(visitor.tab.screenshot(animations="disabled"))).convert("RGB")
 
 
 if __name__ == "__main__":
