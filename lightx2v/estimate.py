@@ -30,6 +30,9 @@ ASSUMED_FLOPS = (("H100", 580e12), ("H200", 580e12), ("H800", 580e12), ("A100", 
 KEPT = 12
 """Samples kept per stage: enough sizes for the fit, few enough that an old driver's times fade."""
 
+FAR = 8
+"""How many times the largest measured size a fitted line is believed."""
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class DiTShape:
@@ -182,16 +185,22 @@ class Rates:
 
 
 def _fit(samples: Iterable[list[float]], calls: int, size: float) -> float:
-    """Seconds for `calls` of `size`, from t = calls (a + b size), a, b >= 0, least squares of the relative error."""
+    """Seconds for `calls` of `size`, from t = calls (a + b size), a, b >= 0, least squares of the relative error.
+
+    Sizes within a factor of two of each other are one size: what lies between their times is noise, which a line
+    through them would carry to any distance. Far beyond the largest measured size time is proportional to the work.
+    """
     rows = [(c / t, c * s / t) for c, s, t in samples]
+    sizes = [y / x for x, y in rows]
     aa, bb = sum(x * x for x, _ in rows), sum(y * y for _, y in rows)
     ab, a1, b1 = sum(x * y for x, y in rows), sum(x for x, _ in rows), sum(y for _, y in rows)
     determinant = aa * bb - ab * ab
     a, b = 0.0, b1 / bb  # one size only: time is proportional to the work
-    if determinant > 1e-9 * aa * bb:
+    if max(sizes) >= 2 * min(sizes):
         a, b = (a1 * bb - b1 * ab) / determinant, (b1 * aa - a1 * ab) / determinant
         if a < 0:
             a, b = 0.0, b1 / bb
         elif b < 0:
             a, b = a1 / aa, 0.0
-    return calls * (a + b * size)
+    near = min(size, FAR * max(sizes))
+    return calls * (a + b * near) * (size / near)

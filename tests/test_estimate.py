@@ -69,6 +69,32 @@ def test_three_runs_predict_an_unseen_size_within_a_quarter(tmp_path: Path, unse
     assert predicted.seconds == pytest.approx(sum(simulated_seconds(target, noise).values()), rel=0.25)
 
 
+@pytest.mark.parametrize("slow", [0, 1])
+def test_noise_between_runs_of_the_demo_says_nothing_wild_about_the_full_model(tmp_path: Path, slow: int) -> None:
+    """The demo's two models differ by 0.4 % in work: a line through their times would have any slope."""
+    rates = Rates(tmp_path / "rates.json")
+    for name, shape in enumerate(
+        (DEMO, DiTShape(dim=128, ffn_dim=512, num_layers=6, text_dim=64, text_len=32, in_dim=36))
+    ):
+        rates.record("cpu", f"demo {name}", count(distilled(), shape), {"denoise": 0.09 if name == slow else 0.08})
+    full = count(distilled(height=480, width=832, frames=81))
+    predicted = rates.predict("cpu", "t2v", full, loaded=True)
+    rate = 4 * count(distilled(), DEMO).size["denoise"] / 0.085
+    assert predicted is not None
+    assert predicted.stages["denoise"] == pytest.approx(4 * full.size["denoise"] / rate, rel=0.1)
+
+
+def test_a_flat_fit_still_grows_far_beyond_what_was_measured(tmp_path: Path) -> None:
+    rates = Rates(tmp_path / "rates.json")
+    for side, seconds in ((64, 0.1), (128, 0.09)):
+        rates.record("cpu", "demo", count(distilled(height=side, width=side), DEMO), {"denoise": seconds})
+    largest = count(distilled(height=128, width=128), DEMO).size["denoise"]
+    full = count(distilled(height=480, width=832, frames=81))
+    predicted = rates.predict("cpu", "t2v", full, loaded=True)
+    assert predicted is not None
+    assert predicted.stages["denoise"] == pytest.approx(0.095 * full.size["denoise"] / (8 * largest), rel=0.05)
+
+
 def test_what_was_learnt_survives_a_restart_and_is_kept_per_device_and_engine(tmp_path: Path) -> None:
     work = count(distilled(), DEMO)
     Rates(tmp_path / "rates.json").record("cpu", "demo", work, {"denoise": 2.0, "decode": 1.0, "load": 5.0})
