@@ -156,6 +156,7 @@ def launch(studio: Studio, *, open_browser: bool = False, mcp: bool = False, **m
         },
         **more,
     )
+    studio.address = (demo.share_url or demo.local_url or studio.address).rstrip("/")
     if demo.share_url:
         origins.add(demo.share_url.partition("://")[2].strip("/").lower())
     return demo

@@ -10,13 +10,21 @@ from lightx2v.progress import STAGES
 
 from . import numbers
 from .html import button, esc, tag
-from .snippets import snippets
+from .snippets import ADDRESS, snippets
 from .strings import Words
 
 BAR = ("load", "text", "image", "high", "low", "decode", "write")
 
 
-def report(words: Words, job: Job | None, *, predicted: float | None = None, can_continue: bool = True) -> str:
+def report(
+    words: Words,
+    job: Job | None,
+    *,
+    predicted: float | None = None,
+    can_continue: bool = True,
+    address: str = ADDRESS,
+    key: bool = False,
+) -> str:
     """The panel under the stage for the last finished run; an empty text before there is one."""
     if job is None or job.state != "succeeded" or not job.result:
         return ""
@@ -29,7 +37,11 @@ def report(words: Words, job: Job | None, *, predicted: float | None = None, can
         _buttons(words, job, can_continue=can_continue),
         *(tag("p", esc(warning), class_="warn") for warning in result.get("warnings", ())),
         tag("details", tag("summary", esc(words("details"))) + _details(words, job)),
-        tag("details", tag("summary", esc(words("settings_as"))) + _snippets(words, job), class_="snippets"),
+        tag(
+            "details",
+            tag("summary", esc(words("settings_as"))) + _snippets(words, snippets(job, address=address, key=key)),
+            class_="snippets",
+        ),
     ]
     return tag("section", "".join(parts), class_="card report", aria_label=words("last_run"))
 
@@ -176,9 +188,9 @@ def _table(head: list[str], rows: list[list[str]]) -> str:
     return tag("table", tag("thead", top) + tag("tbody", body))
 
 
-def _snippets(words: Words, job: Job) -> str:
+def _snippets(words: Words, texts: Mapping[str, str]) -> str:
     blocks = []
-    for name, text in snippets(job).items():
+    for name, text in texts.items():
         copy = button(words("copy"), "copy", kind="small", name=words("copy_what", what=name))
         blocks.append(
             tag("figure", tag("figcaption", esc(name) + copy) + tag("pre", tag("code", esc(text)), tabindex=0))

@@ -12,11 +12,19 @@ from lightx2v.errors import LightX2VError
 from lightx2v.jobs import Job
 from lightx2v.request import Request
 
+ADDRESS = "http://127.0.0.1:7860"
+OVER_HTTP = {
+    "frames": "num_frames", "steps": "num_inference_steps", "shift": "flow_shift", "guidance": "guidance_scale",
+    "boundary": "boundary_ratio", "image_path": "input_reference", "last_frame_path": "last_frame_reference",
+}  # fmt: skip
+"""What /v1/videos calls a setting, where it has another name for it."""
 
-def snippets(job: Job) -> dict[str, str]:
-    """Name -> text, ready to be copied."""
+
+def snippets(job: Job, *, address: str = ADDRESS, key: bool = False) -> dict[str, str]:
+    """Name -> text, ready to be copied. `address` is the page's own, which asks for a key if `key`."""
     changed = changed_settings(job)
-    return {"CLI": _cli(job, changed), "Python": _python(job, changed), "curl": _curl(job, changed), "JSON": _json(job)}
+    curl = _curl(job, changed, address, key)
+    return {"CLI": _cli(job, changed), "Python": _python(job, changed), "curl": curl, "JSON": _json(job)}
 
 
 def changed_settings(job: Job) -> dict[str, Any]:
@@ -79,13 +87,24 @@ def _python(job: Job, changed: dict[str, Any]) -> str:
     )
 
 
-def _curl(job: Job, changed: dict[str, Any]) -> str:
-    body = json.dumps({"preset": job.preset, **changed}, ensure_ascii=False, indent=2)
-    return (
-        "curl http://127.0.0.1:8000/v1/tasks/video \\\n"
-        "  -H 'Content-Type: application/json' \\\n"
-        f"  -d {shlex.quote(body)}"
-    )
+def _curl(job: Job, changed: dict[str, Any], address: str, key: bool) -> str:
+    words = [f"curl {address}/v1/videos"]
+    if key:
+        words.append('-H "Authorization: Bearer $LIGHTX2V_API_KEY"')
+    if job.preset:
+        words.append(f"-F model={shlex.quote(job.preset)}")
+    for name, value in changed.items():
+        if name == "cpu_offload" or value is None:  # the server's own, not one video's
+            continue
+        if name == "steps" and job.request.denoising_step_list is not None:  # the list says how many
+            continue
+        field = OVER_HTTP.get(name, name)
+        if field.endswith("_reference"):
+            words.append(f"-F {shlex.quote(f'{field}=@{value}')}")
+        else:
+            text = value if isinstance(value, str) else json.dumps(value)
+            words.append(f"--form-string {shlex.quote(f'{field}={text}')}")  # -F would read a file after @ or <
+    return " \\\n  ".join(words)
 
 
 def _json(job: Job) -> str:

@@ -33,6 +33,7 @@ from .measured import Measured, engine_key
 from .memory import bytes_needed, shape_of
 from .model_files import Files, HubFiles
 from .served import existing
+from .snippets import ADDRESS
 
 log = logging.getLogger("lightx2v.page")
 
@@ -73,6 +74,7 @@ class Studio:
         only: Container[str] | None = None,
     ) -> None:
         self.exposure = exposure
+        self.address = ADDRESS
         self.folder = folder.absolute()
         self.folder.mkdir(parents=True, exist_ok=True)
         self.machine = MachineReader()

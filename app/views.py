@@ -78,7 +78,7 @@ def _status(studio: Studio, words: Words, scene: Scene) -> str:
 def _report(studio: Studio, words: Words, scene: Scene) -> str:
     done = scene.finished
     predicted = studio.predicted_for(done.id) if done else None
-    return report(words, done, predicted=predicted)
+    return report(words, done, predicted=predicted, address=studio.address, key=bool(studio.exposure.password))
 
 
 def _past(scene: Scene) -> list[Any]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import re
 import shlex
@@ -11,7 +12,9 @@ from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
 
+import httpx
 import pytest
+from starlette.requests import Request as HttpRequest
 
 from app import cards, compare, numbers, panels, report, stage
 from app.html import button, esc, tag
@@ -26,6 +29,7 @@ from lightx2v.framing import frame_picture
 from lightx2v.jobs import Job
 from lightx2v.progress import Progress
 from lightx2v.request import Request
+from lightx2v.server.bodies import VideoBody, read_body
 
 ROOT = Path(__file__).parents[1]
 EVIL = "\"><script>alert(1)</script><img src=x onerror=alert(2)>' onmouseover=alert(3) {{7}} ${7}"
@@ -260,6 +264,37 @@ def test_settings_pasted_into_the_command_line_ask_for_the_same_video(capsys: py
     assert Request.from_json(shown) == odd.request
     compile(snippets(odd)["Python"], "snippet", "exec")
     assert json.loads(snippets(odd)["JSON"])["request"]["prompt"] == odd.request.prompt
+
+
+@pytest.mark.parametrize("image", [None, "assets/demo/examples/blue_ball_beach.png"])
+def test_settings_pasted_into_curl_are_what_the_server_takes(image: str | None) -> None:
+    odd = job("succeeded", prompt='@it\'s a "ball"; `x`\nsecond line')
+    request = replace(odd.request, width=128, guidance=(2.0, 1.0), enable_cfg=True, shift=3.0, frames=9, fps=8.0)
+    if image:
+        request = replace(request, task="i2v", image_path=image)
+    odd = replace(odd, request=request, config=replace(odd.config, cpu_offload=True))
+    words = shlex.split(snippets(odd, address="http://127.0.0.1:7899", key=True)["curl"].replace("\\\n", " "))
+    assert words[:4] == ["curl", "http://127.0.0.1:7899/v1/videos", "-H", "Authorization: Bearer $LIGHTX2V_API_KEY"]
+    assert set(words[4::2]) == {"-F", "--form-string"}
+    files = {"input_reference": (ROOT / image).read_bytes()} if image else {}
+    sent = dict(word.split("=", 1) for word in words[5::2])
+    assert {name for name, value in sent.items() if value.startswith("@assets")} == set(files)
+    form = {name: value if name not in files else (image, files[name]) for name, value in sent.items()}
+    parts = [(name, value if isinstance(value, tuple) else (None, value)) for name, value in form.items()]
+    message = httpx.Request("POST", "http://x/v1/videos", files=parts)
+
+    async def receive() -> dict[str, Any]:
+        return {"type": "http.request", "body": message.read(), "more_body": False}
+
+    headers = [(name.lower().encode(), value.encode()) for name, value in message.headers.items()]
+    scope = {"type": "http", "method": "POST", "headers": headers}
+    body, pictures = asyncio.run(read_body(HttpRequest(scope, receive), VideoBody))
+    wish = body.wish(pictures)
+    assert wish.preset == "demo_t2v_distill_lora" and wish.prompt == odd.request.prompt and pictures == files
+    assert wish.settings == {
+        "width": 128, "num_frames": 9, "fps": 8.0, "flow_shift": 3.0, "guidance_scale": [2.0, 1.0],
+        "enable_cfg": True, "seed": 7,
+    }  # fmt: skip
 
 
 def test_numbers_read_as_people_write_them() -> None:
