@@ -49,7 +49,7 @@ def probe(path: str | Path) -> VideoInfo:
                 return _track_info(trak)
     except (struct.error, ValueError):
         raise _not_mp4(path) from None
-    raise BadRequest(f"{short_path(path)} holds no video.")
+    raise BadRequest(f"{Path(path).name} holds no video.")
 
 
 def read_settings(path: str | Path) -> dict[str, Any]:
@@ -60,9 +60,9 @@ def read_settings(path: str | Path) -> dict[str, Any]:
         comment = bytes(_find(meta[4:], b"ilst", _COMMENT, b"data")[8:])
         settings = json.loads(comment)[SETTINGS_KEY]
     except (struct.error, ValueError, KeyError, TypeError, RecursionError):
-        raise BadRequest(f"{short_path(path)} holds no settings of ours; was it saved by another program?") from None
+        raise BadRequest(f"{Path(path).name} holds no settings of ours; was it saved by another program?") from None
     if not isinstance(settings, dict):
-        raise BadRequest(f"The settings in {short_path(path)} are not an object.")
+        raise BadRequest(f"The settings in {Path(path).name} are not an object.")
     return settings
 
 
@@ -130,4 +130,4 @@ def _find(data: memoryview, *path: bytes) -> memoryview:
 
 
 def _not_mp4(path: str | Path) -> BadRequest:
-    return BadRequest(f"{short_path(path)} is not a complete mp4 file.")
+    return BadRequest(f"{Path(path).name} is not a complete mp4 file.")
