@@ -163,10 +163,7 @@ class Editor:
         for component, (what, key) in self._inputs.labels.items():
             updates[component] = {what: words(key)}
         for component, (what, key) in self._inputs.hints.items():
-            text = words(key)
-            if key in ("seed_info", "videos_info"):
-                text = f"--{component.elem_id} · {text}" if component.elem_id == "seed" else text
-            updates.setdefault(component, {})[what] = text
+            updates.setdefault(component, {})[what] = words(key)
         result: Updates = {component: gr.update(**parts) for component, parts in updates.items()}
         fields = self._inputs.fields
         result[fields["task"]] = gr.update(choices=task_choices(words), label=words("mode"))

@@ -157,11 +157,10 @@ def _advanced(inputs: Inputs, words: Words, resolved: Resolved, exposure: Exposu
     # No field has bounds of its own: half a number is out of them, which is no error while somebody types. `form.plan`
     # says what is wrong with a whole one.
     def number(name: str, key: str = "", *, info: str = "", value: Any = None, **more: Any) -> None:
-        flag = FLAGS.get(name, f"--{name}")
-        shown = f"{flag} · {words(info)}" if info else flag
+        shown = words(info) if info else FLAGS.get(name, f"--{name}")
         start = request.get(name) if value is None else value
         component = gr.Number(value=start, label=words(key or name), info=shown, min_width=120, elem_id=name, **more)
-        inputs.add(name, component, key or name)
+        inputs.add(name, component, key or name, info=info)
 
     with gr.Accordion(words("advanced"), open=True, elem_id="advanced") as inputs.advanced:
         with gr.Row(elem_classes="plain"):

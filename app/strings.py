@@ -46,7 +46,7 @@ _TABLE: dict[str, tuple[str, str]] = {
     "advanced": ("Advanced", "高级设置"),
     "files": ("Model files", "模型文件"),
     "seed": ("Seed", "随机种子"),
-    "seed_info": ("-1: a new one every time", "-1：每次随机"),
+    "seed_info": ("--seed · -1: a new one every time", "--seed · -1：每次随机"),
     "videos": ("Videos", "视频数量"),
     "videos_info": ("one seed each", "每个用不同种子"),
     "per_line": ("One video per line of the prompt", "提示词每行生成一个视频"),
