@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 from app.exposure import Exposure, add_flags, decide
 from lightx2v import preload
 from lightx2v.config import Environment
-from lightx2v.errors import ConfigError, LightX2VError
+from lightx2v.errors import ConfigError, LightX2VError, OutputError, short_path
 from lightx2v.terminal import ECHO, Interrupts
 
 if TYPE_CHECKING:
@@ -111,7 +111,13 @@ def open_engine(config: Any, *, preset: str, on_progress: Any, cancel: Any) -> A
 def prepare_environment(output: Path) -> None:
     """Settings that gradio reads when it is imported: nothing is sent home, and uploads stay in our own folder."""
     uploads = output.absolute() / "uploads"
-    uploads.mkdir(parents=True, exist_ok=True)
+    try:
+        uploads.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise OutputError(
+            f"The folder {short_path(uploads)} cannot be made: {error.strerror}. Give a folder that can be written to "
+            "with --output_dir."
+        ) from None
     os.environ["GRADIO_TEMP_DIR"] = str(uploads)
     os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"
     # The self-check of the server's start goes to loopback; a proxy would swallow it.

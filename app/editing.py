@@ -14,7 +14,7 @@ from PIL import Image
 from lightx2v.errors import LightX2VError
 from lightx2v.framing import frame_picture
 from lightx2v.image import load_image
-from lightx2v.request import Request
+from lightx2v.request import MAX_SIDE, Request
 
 from . import panels
 from .demo_words import unknown_words
@@ -181,11 +181,11 @@ _VARIANTS = ("base", "distill_lora", "distill_merged", "distill_fp8")
 def _crop(language: str, path: str | None, height: Any, width: Any, mode: str | None) -> str:
     """Every look at the page asks for this, and the picture may be large."""
     words = Words(language)
-    if not path or not height or not width:
+    if not path or not all(isinstance(side, int) and 0 < side <= MAX_SIDE for side in (height, width)):
         return panels.crop_preview(words, None, None)
     try:
         picture = load_image(path)
-        framing = frame_picture(picture.size, int(height), int(width), mode)
+        framing = frame_picture(picture.size, height, width, mode)
     except LightX2VError as error:
         return panels.problem(str(error))
     return panels.crop_preview(words, picture, framing)

@@ -40,6 +40,15 @@ Choice: Any = ABCMeta.__new__(
 """A radio that takes a choice which an answer on its way has just taken back; gradio's own calls that an error. It is
 made past gradio's metaclass, which writes an interface file beside every module with a component."""
 
+Picture: Any = ABCMeta.__new__(
+    type(gr.Image),
+    "Picture",
+    (gr.Image,),
+    {"is_template": True, "preprocess": lambda self, payload: payload.path if payload else None},
+)
+"""An image as it was uploaded, for `load_image` to check. gradio itself decodes any size, makes transparency black and
+16-bit grey white, and fails without a word for the visitor on what is no picture."""
+
 
 @dataclass
 class Inputs:
@@ -89,8 +98,8 @@ def build_inputs(words: Words, resolved: Resolved, exposure: Exposure, *, tasks:
     with gr.Group(visible=task == "i2v", elem_id="pictures") as inputs.i2v_only:
         with gr.Row(elem_classes="plain"):
             for name, key in (("image_path", "image"), ("last_frame_path", "last_frame")):
-                picture = gr.Image(
-                    type="filepath", label=words(key), height=168, sources=["upload"], min_width=140,
+                picture = Picture(
+                    type="filepath", format="png", label=words(key), height=168, sources=["upload"], min_width=140,
                     elem_id=name, buttons=["fullscreen"],
                 )  # fmt: skip
                 inputs.add(name, picture, key)
@@ -236,7 +245,7 @@ def offload_choices(words: Words) -> list[tuple[str, str]]:
 
 def tier_of(request: dict[str, Any]) -> int:
     """The side of the square that is about as large as the video: 632 for 480p, 960 for 720p."""
-    area = request["height"] * request["width"]
+    area = max(0, request["height"] * request["width"])  # what somebody typed may be -1
     return next((tier for tier in (632, 960) if abs(area / tier**2 - 1) < 0.05), math.isqrt(area))
 
 
@@ -258,7 +267,7 @@ def shape_of(request: dict[str, Any], task: str) -> str | None:
     """The choice that fits height and width; None for a size of one's own."""
     if task != "t2v" and request["resize_mode"] is None:
         return MATCH
-    ratio = request["width"] / request["height"]
+    ratio = request["width"] / request["height"] if request["height"] else 0.0
     known = {"16:9": 16 / 9, "9:16": 9 / 16, "1:1": 1.0}
     return next((name for name, value in known.items() if abs(ratio / value - 1) < 0.04), None)
 

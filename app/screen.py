@@ -66,7 +66,8 @@ class Screen:
         values = {**preset_values(kept["preset"]), **kept}
         try:
             form_of({**values, "prompt": "…"})
-        except (LightX2VError, TypeError, ValueError):
+            self.editor.whole({**values, "match_image": False}, task=kept["task"])
+        except (LightX2VError, TypeError, ValueError, ArithmeticError):
             return None
         return {**values, "match_image": values.get("shape") == MATCH}
 
@@ -81,7 +82,7 @@ class Turn:
         if tab.visitor is None:
             tab.visitor = Visitor.of(data[screen.session])
         self.visitor: Visitor = tab.visitor
-        fields = {name: data[component] for name, component in self._inputs.fields.items() if component in data}
+        fields = {name: _plain(data[component]) for name, component in self._inputs.fields.items() if component in data}
         self.values: dict[str, Any] = {**dict.fromkeys(PICTURES), **tab.pictures, **fields}
         """The fields as they will stand in the browser after the answer."""
 
@@ -193,6 +194,14 @@ class Turn:
         videos = values["videos"] if isinstance(values["videos"], (int, float)) else 1
         count = max(1, lines) * max(1, int(videos))
         return words("generate") if count == 1 else words("generate_n", n=count)
+
+
+def _plain(value: Any) -> Any:
+    """What somebody typed, as the answer can hold it: a number of 20 digits is no integer in its JSON, and half a
+    character no text."""
+    if isinstance(value, str):
+        return value.encode("utf-16-le", "surrogatepass").decode("utf-16-le", "ignore")
+    return float(value) if isinstance(value, int) and 2**63 <= abs(value) < 2**1023 else value
 
 
 def together(label: Any, value: Any) -> Any:

@@ -311,7 +311,9 @@ class Studio:
                 try:
                     data = jpeg(read_frame(video, job.request.frames // 2), max_side=POSTER_SIDE)
                     self._posters.mkdir(exist_ok=True)
-                    poster.write_bytes(data)
+                    new = poster.with_suffix(".new")
+                    new.write_bytes(data)
+                    new.replace(poster)  # half a poster, of a full disk or a kill, would be kept for ever
                 except (LightX2VError, OSError) as error:
                     log.warning("No poster for %s: %s", job_id, error)
                     return None

@@ -13,13 +13,15 @@ import threading
 import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import httpx
 import numpy as np
 import pytest
+from page_events import Keyboard
 from PIL import Image
-from studio_app import LEAKS, Page, Refused
+from studio_app import LEAKS, Page, Refused, eventually
 
 I2V = {"preset": "demo_i2v_distill_lora", "settings": {"frames": 5}}
 
@@ -97,6 +99,66 @@ def test_odd_but_honest_pictures_are_taken(page: Page, name: str) -> None:
     done = page.make(f"picture {name}", image=page.upload(TAKEN[name], name), **I2V)
     assert done["state"] == "succeeded"
     assert any(e["event"] == "begin" and e["request"]["image_path"] for e in page.painted)
+
+
+def grey16() -> bytes:
+    data = io.BytesIO()
+    Image.fromarray(np.linspace(0, 65535, 96 * 64, dtype=np.uint16).reshape(64, 96)).save(data, "PNG")
+    return data.getvalue()
+
+
+@pytest.fixture(scope="module")
+def keyboard(page: Page) -> Keyboard:
+    return Keyboard(page, page.http.get("/config").json())
+
+
+@pytest.mark.parametrize("name", [*TAKEN, "grey16.png"])
+def test_a_run_of_the_page_gets_the_very_picture_that_was_chosen(page: Page, keyboard: Keyboard, name: str) -> None:
+    data = TAKEN.get(name) or grey16()
+    prompt = f"the very {name}"
+    form = {"mode": "i2v", "preset_name": I2V["preset"], "frames": 5, "width": 96, "height": 96}
+    keyboard.press("generate", prompt=prompt, image_path=page.upload(data, name), **form)
+    begun = eventually(lambda: next((e for e in page.painted if e.get("prompt") == prompt and "request" in e), None))
+    assert Path(begun["request"]["image_path"]).read_bytes() == data
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_what_is_no_picture_is_said_below_the_fields(page: Page, keyboard: Keyboard, name: str) -> None:
+    said = keyboard.press(
+        "image_path", "change", mode="i2v", shape="match", image_path=page.upload(REFUSED[name], name)
+    )
+    assert "problem" in said["crop"]
+
+
+@pytest.mark.parametrize("size", [{"height": -16}, {"height": 0}, {"width": 10**9}, {"width": None}], ids=str)
+@pytest.mark.parametrize("task", ["t2v", "i2v"])
+def test_a_size_that_is_being_typed_stops_no_page(
+    page: Page, keyboard: Keyboard, task: str, size: dict[str, Any]
+) -> None:
+    session = f"typing {task}"
+    form = {"mode": task, "preset_name": f"demo_{task}_distill_lora", "shape": "match" if task == "i2v" else "1:1"}
+    keyboard.press("image_path", "change", session=session, image_path=page.upload(picture(), "a.png"), **form)
+    said = keyboard.press("height", "input", session=session, told={"cost": "", "crop": "?"}, **{**form, **size})
+    assert "problem" in said["cost"] and "problem" not in str(said["crop"])
+    # A page that is opened now has what was typed again.
+    opened = keyboard.press("page", "load", **{"lightx2v-studio": said["lightx2v-studio"]})
+    assert opened["top"] and all(opened[name] == value for name, value in size.items() if value is not None)
+
+
+def test_a_runs_picture_comes_back_without_loss(page: Page, keyboard: Keyboard) -> None:
+    noise = np.random.default_rng(7).integers(0, 256, (64, 96, 3), np.uint8)
+    data = io.BytesIO()
+    Image.fromarray(noise).save(data, "PNG")
+    person = {"lightx2v-studio": {"owner": "p" * 40}}
+    form = {"mode": "i2v", "preset_name": I2V["preset"], "frames": 5, "prompt": "a picture of noise", **person}
+    keyboard.press("generate", image_path=page.upload(data.getvalue(), "noise.png"), **form)
+    begun = eventually(lambda: next((e for e in page.painted if e.get("prompt") == form["prompt"]), None))
+    id = Path(begun["request"]["image_path"]).name.partition(".")[0]
+    page.wait(id)
+    answer = keyboard.answer("history", "act", sent={"act": "restore", "id": id}, **person)
+    said = keyboard.values("history", "act", answer)
+    with Image.open(said["image_path"]["path"]) as shown:
+        assert np.array_equal(np.asarray(shown), noise)
 
 
 class Listener:

@@ -21,6 +21,7 @@ from painted_app import entry
 from studio_app import LEAKS, PATIENCE, ROOT, Page, launched
 
 from app.exposure import Exposure
+from lightx2v.errors import OutputError
 
 OPEN = re.compile(
     r"/(login|login_check|token|logout|oauth/\w+|theme\.css|robots\.txt|manifest\.json|favicon\.ico|pwa_icon|pwa_icon/.*"
@@ -126,6 +127,13 @@ def test_a_start_that_makes_no_sense_ends_with_a_sentence(
 ) -> None:
     assert entry().main(flags) == 2
     assert said in capsys.readouterr().err
+
+
+def test_an_output_folder_that_cannot_be_is_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "file").touch()
+    assert entry().main(["--output_dir", str(tmp_path / "file")]) == OutputError.exit_code
+    said = capsys.readouterr().err
+    assert "file/uploads cannot be made" in said and "--output_dir" in said
 
 
 def test_an_unknown_preset_is_refused_by_name(tmp_path: Path) -> None:

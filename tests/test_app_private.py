@@ -68,6 +68,17 @@ def test_hidden_events_take_only_what_the_page_offers(page: Page, keyboard: Keyb
     assert not began(page, prompt)
 
 
+@pytest.mark.parametrize("number", [2**63, -(2**63) - 1, 10**20])
+def test_a_number_of_twenty_digits_is_refused_and_said(keyboard: Keyboard, number: int) -> None:
+    said = keyboard.press("generate", prompt="a red ball", seed=number, **{"lightx2v-studio": visitor()})
+    assert "problem" in said["cost"] and "seed is" in said["cost"]
+
+
+def test_half_a_character_in_the_prompt_stops_nothing(page: Page, keyboard: Keyboard) -> None:
+    said = keyboard.press("generate", prompt="half a \ud83d ball", **{"lightx2v-studio": visitor()})
+    assert "problem" not in said["cost"] and eventually(lambda: began(page, "half a  ball"))
+
+
 def test_two_visitors_do_not_see_each_others_runs(page: Page, keyboard: Keyboard) -> None:
     """The same prompt and settings from two people are two runs, each with its own file."""
     alice, bob = visitor(), visitor()
