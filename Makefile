@@ -32,8 +32,8 @@ format: .venv/.dev
 screenshots: .venv/.dev  ## pictures of the page's main states, into assets/screenshots
 	$(BIN)/python scripts/screenshots.py
 
-clean:
-	rm -rf .venv outputs
+clean:  ## removes .venv; videos stay in outputs
+	rm -rf .venv
 
 .venv/.python:
 	$(PYTHON) -c "import sys; sys.exit(sys.version_info < (3, 11) and 'Python 3.11 or newer is needed, this is ' + sys.version)"

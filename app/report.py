@@ -24,12 +24,14 @@ def report(
     can_continue: bool = True,
     address: str = ADDRESS,
     key: bool = False,
+    earlier: bool = False,
 ) -> str:
-    """The panel under the stage for the last finished run; an empty text before there is one."""
+    """The panel under the stage for the last finished run; an empty text before there is one. `earlier` says that the
+    stage shows something else by now."""
     if job is None or job.state != "succeeded" or not job.result:
         return ""
     result = job.result
-    head = tag("h2", esc(words("last_run"))) + tag("span", esc(_subtitle(words, job)), class_="quiet")
+    head = tag("h2", esc(words("earlier_run" if earlier else "last_run"))) + tag("span", esc(_subtitle(words, job)), class_="quiet")
     parts = [
         tag("header", head),
         _chips(words, result, predicted),

@@ -78,7 +78,11 @@ def _status(studio: Studio, words: Words, scene: Scene) -> str:
 def _report(studio: Studio, words: Words, scene: Scene) -> str:
     done = scene.finished
     predicted = studio.predicted_for(done.id) if done else None
-    return report(words, done, predicted=predicted, address=studio.address, key=bool(studio.exposure.password))
+    on_stage = done is not None and not scene.visitor.shown and scene.job is not None and scene.job.id == done.id
+    return report(
+        words, done, predicted=predicted, address=studio.address, key=bool(studio.exposure.password),
+        earlier=not on_stage,
+    )  # fmt: skip
 
 
 def _past(scene: Scene) -> list[Any]:
