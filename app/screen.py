@@ -12,6 +12,7 @@ from typing import Any
 
 import gradio as gr
 from gradio.components import Component
+from gradio.context import Context, LocalContext
 
 from lightx2v.engine_config import EngineConfig
 from lightx2v.errors import LightX2VError
@@ -47,6 +48,8 @@ class Screen:
         self.studio, self.inputs, self.outputs = studio, inputs, outputs
         self.told, self.session, self.tab, self.timer = told, session, tab, timer
         self.editor = Editor(studio, inputs)
+        self._newest = Context.id
+        """Of the page's own components none has a greater number."""
         self.typed = inputs.fields.keys() - {*PICTURES}
         """The names of the fields that a browser keeps. A picture is a path, and one that it names is not read."""
 
@@ -55,7 +58,17 @@ class Screen:
         """The event that brought `data` is answered; other events of the same page wait."""
         tab = data[self.tab]
         with tab.lock:
+            self._forget_copies()
             yield Turn(self, tab, data)
+
+    def _forget_copies(self) -> None:
+        """gradio makes a component anew for every output of an answer, and keeps each in the page's session under a
+        number of its own that nothing asks for: a quarter of a megabyte a tick, for as long as the page is open."""
+        session = LocalContext.blocks_config.get(None)
+        if session is not None:
+            newest = self._newest
+            for number in [number for number in session.blocks if number > newest]:
+                session.blocks.pop(number, None)
 
     def stored_values(self, stored: Any) -> dict[str, Any] | None:
         """The fields that the browser kept, if they still make sense here. What was left empty is the preset's."""

@@ -7,6 +7,7 @@ touches another's runs, with the same prompt and the same picture's name; made-u
 from __future__ import annotations
 
 import secrets
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -137,3 +138,17 @@ def test_made_up_storage_is_a_new_visitor_without_runs(page: Page, keyboard: Key
     seen = keyboard.press("timer", "tick", **{"lightx2v-studio": stored})
     assert "restore" not in str(seen["history"]).split("drop_hint")[0].split("</header>")[-1]
     assert len(seen["lightx2v-studio"]["owner"]) >= 32
+
+
+def test_a_page_that_stays_open_takes_no_more_memory(page: Page, keyboard: Keyboard) -> None:
+    def resident() -> int:
+        status = Path(f"/proc/{page.process.pid}/status").read_text()
+        return int(status.split("VmRSS:")[1].split()[0]) // 1024
+
+    sent = {"session": "stays open", "lightx2v-studio": visitor()}
+    for _ in range(30):
+        keyboard.press("timer", "tick", **sent)
+    before = resident()
+    for _ in range(80):
+        keyboard.press("timer", "tick", **sent)
+    assert resident() - before < 10, "MB; a copy of every field for each look takes 20"
