@@ -24,6 +24,7 @@ def report(
     can_continue: bool = True,
     address: str = ADDRESS,
     key: bool = False,
+    paths: bool = True,
     earlier: bool = False,
 ) -> str:
     """The panel under the stage for the last finished run; an empty text before there is one. `earlier` says that the
@@ -31,7 +32,9 @@ def report(
     if job is None or job.state != "succeeded" or not job.result:
         return ""
     result = job.result
-    head = tag("h2", esc(words("earlier_run" if earlier else "last_run"))) + tag("span", esc(_subtitle(words, job)), class_="quiet")
+    head = tag("h2", esc(words("earlier_run" if earlier else "last_run"))) + tag(
+        "span", esc(_subtitle(words, job)), class_="quiet"
+    )
     parts = [
         tag("header", head),
         _chips(words, result, predicted),
@@ -41,7 +44,8 @@ def report(
         tag("details", tag("summary", esc(words("details"))) + _details(words, job)),
         tag(
             "details",
-            tag("summary", esc(words("settings_as"))) + _snippets(words, snippets(job, address=address, key=key)),
+            tag("summary", esc(words("settings_as")))
+            + _snippets(words, snippets(job, address=address, key=key, paths=paths)),
             class_="snippets",
         ),
     ]

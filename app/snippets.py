@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import json
 import shlex
-from dataclasses import MISSING, fields
+from dataclasses import MISSING, fields, replace
+from pathlib import PurePath
 from typing import Any
 
 from lightx2v.config import resolve
@@ -20,8 +21,13 @@ OVER_HTTP = {
 """What /v1/videos calls a setting, where it has another name for it."""
 
 
-def snippets(job: Job, *, address: str = ADDRESS, key: bool = False) -> dict[str, str]:
-    """Name -> text, ready to be copied. `address` is the page's own, which asks for a key if `key`."""
+def snippets(job: Job, *, address: str = ADDRESS, key: bool = False, paths: bool = True) -> dict[str, str]:
+    """Name -> text, ready to be copied. `address` is the page's own, which asks for a key if `key`. Without `paths` a
+    picture is its bare name: where this machine keeps it is nobody's business on a page for others."""
+    if not paths:
+        pictures = {name: getattr(job.request, name) for name in ("image_path", "last_frame_path")}
+        bare = {name: PurePath(path).name for name, path in pictures.items() if path}
+        job = replace(job, request=replace(job.request, **bare))
     changed = changed_settings(job)
     curl = _curl(job, changed, address, key)
     return {"CLI": _cli(job, changed), "Python": _python(job, changed), "curl": curl, "JSON": _json(job)}

@@ -154,6 +154,7 @@ _TABLE: dict[str, tuple[str, str]] = {
     "retry_shorter": ("Try with {n} frames", "以 {n} 帧重试"),
     # report
     "last_run": ("Report", "运行报告"),
+    "earlier_run": ("Report of an earlier run", "较早一次的运行报告"),
     "total": ("total", "总时间"),
     "a_step_short": ("a step", "每步"),
     "peak_vram": ("peak VRAM", "峰值显存"),

@@ -81,7 +81,7 @@ def _report(studio: Studio, words: Words, scene: Scene) -> str:
     on_stage = done is not None and not scene.visitor.shown and scene.job is not None and scene.job.id == done.id
     return report(
         words, done, predicted=predicted, address=studio.address, key=bool(studio.exposure.password),
-        earlier=not on_stage,
+        paths=studio.exposure.shows_paths, earlier=not on_stage,
     )  # fmt: skip
 
 

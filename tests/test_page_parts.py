@@ -310,3 +310,18 @@ def test_presets_have_a_short_name_in_each_language() -> None:
     assert Words("en").preset("demo_i2v_fp8") == "Demo · 4-step FP8"
     assert Words("zh").preset("t2v_base") == "原始模型"
     assert Words("en").preset("somebody's.json") == "somebody's.json"
+
+
+def test_a_page_for_others_does_not_say_where_pictures_are_kept() -> None:
+    own = settings_of("demo_i2v_distill_lora")
+    request = Request(prompt="x", image_path="/srv/pictures/a.png", **{**own.request, "seed": 1})
+    done = job("succeeded", config=own.engine, preset="demo_i2v_distill_lora", request=request)
+    assert "/srv/pictures" in report.report(Words("en"), done)
+    html = report.report(Words("en"), done, paths=False)
+    assert "a.png" in html and "/srv/pictures" not in html
+
+
+def test_a_report_under_another_run_says_so() -> None:
+    done = job("succeeded")
+    assert "earlier" not in report.report(Words("en"), done)
+    assert "Report of an earlier run" in report.report(Words("en"), done, earlier=True)
