@@ -12,7 +12,7 @@ import sys
 import time
 from pathlib import Path
 
-from .bench import Bench, environment
+from .bench import Bench, Wanted, environment
 
 SECTIONS = (
     "host",
@@ -23,8 +23,11 @@ SECTIONS = (
     "coders",
     "offload",
     "offload_fp8",
+    "streaming",
+    "streaming_720p",
     "versus",
     "presets",
+    "demo",
     "parallel",
 )
 RESULTS = Path("benchmarks/results/gpu.jsonl")
@@ -40,7 +43,7 @@ def main() -> None:
     results = Path(args.results)
     results.parent.mkdir(parents=True, exist_ok=True)
     if args.inside:
-        measure(sections[0], results, tiny=args.tiny, commit=args.commit)
+        measure(sections[0], results, args)
         return
     failed = []
     end = time.monotonic() + args.budget
@@ -49,14 +52,16 @@ def main() -> None:
             print(f"{section} is in {results} already")
             continue
         if args.tiny:
-            measure(section, results, tiny=True, commit=args.commit)
+            measure(section, results, args)
             continue
         left = end - time.monotonic()
         if left < LEAST:
             failed.append(f"{section} (no time left)")
             continue
         command = [sys.executable, "-m", "benchmarks.gpu", "--inside", "--sections", section, "--results", str(results)]
-        command += ["--commit", args.commit]
+        command += ["--commit", args.commit, "--presets", args.presets, "--gpus", str(args.gpus)]
+        command += ["--models", args.models] if args.models else []
+        command += [f"--{name}" for name in ("whole", "again") if getattr(args, name)]
         if problem := within(command, min(args.limit, left)):
             failed.append(f"{section} ({problem})")
     if failed:
@@ -86,16 +91,25 @@ def parse() -> argparse.Namespace:
         "--budget", type=float, default=float("inf"), help="seconds that all sections may take together"
     )
     parser.add_argument("--commit", default="", help="of the code, to be written beside the results")
+    parser.add_argument("--presets", default="", help="of the section presets only these: t2v_base,i2v_base")
+    parser.add_argument("--gpus", type=int, default=1, help="that the presets share")
+    parser.add_argument("--models", help="a folder in which the presets' files are kept, 67 GB; they are written once")
+    parser.add_argument("--whole", action="store_true", help="presets of 40 steps run all of them, and not two")
     parser.add_argument("--inside", action="store_true", help=argparse.SUPPRESS)
     return parser.parse_args()
 
 
-def measure(section: str, results: Path, *, tiny: bool, commit: str) -> None:
-    bench = Bench(section, results, tiny=tiny)
-    bench.write("start", **environment(), commit=commit)
+def measure(section: str, results: Path, args: argparse.Namespace) -> None:
+    """A section of which a part was wanted has no "end"."""
+    presets = tuple(args.presets.split(",")) if args.presets else ()
+    models = Path(args.models) if args.models else None
+    wanted = Wanted(presets=presets, gpus=args.gpus, models=models, whole=args.whole, again=args.again)
+    bench = Bench(section, results, tiny=args.tiny, wanted=wanted)
+    bench.write("start", **environment(), commit=args.commit)
     began = time.perf_counter()
     importlib.import_module(f"benchmarks.gpu.{section}").run(bench)
-    bench.write("end", seconds=time.perf_counter() - began)
+    if section != "presets" or not presets:
+        bench.write("end", seconds=time.perf_counter() - began)
 
 
 def finished(results: Path) -> set[str]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import json
+import os
 import platform
 import statistics
 import subprocess
@@ -70,9 +71,22 @@ TINY = Sizes(
 )
 
 
+@dataclass(frozen=True, kw_only=True)
+class Wanted:
+    """What the command line says about presets: which of them, on how many GPUs, from models that are kept in
+    `models`, with all their steps; and `again` although they are in the results."""
+
+    presets: tuple[str, ...] = ()
+    gpus: int = 1
+    models: Path | None = None
+    whole: bool = False
+    again: bool = False
+
+
 class Bench:
-    def __init__(self, section: str, results: Path, *, tiny: bool) -> None:
+    def __init__(self, section: str, results: Path, *, tiny: bool, wanted: Wanted | None = None) -> None:
         self.section, self.results, self.tiny = section, results, tiny
+        self.wanted = wanted or Wanted()
         self.sizes = TINY if tiny else FULL
         self.device = torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
         self.compute = torch.bfloat16 if self.cuda else torch.float32
@@ -93,6 +107,13 @@ class Bench:
         with self.results.open("a", encoding="utf-8") as file:
             file.write(json.dumps(line | ({"tiny": True} if self.tiny else {})) + "\n")
         print(f"{self.section:10} {name:44} {_brief(numbers)}", flush=True)
+
+    def measured(self, key: str) -> set[str]:
+        """What the lines of this section in the results have for `key`; nothing where all is to be run again."""
+        if self.wanted.again or not self.results.exists():
+            return set()
+        lines = map(json.loads, self.results.read_text("utf-8").splitlines())
+        return {line[key] for line in lines if line["section"] == self.section and key in line}
 
     def timed(self, call: Callable[[], object], repeats: int, *, warm_up: int = 1) -> dict[str, Any]:
         """Median, smallest and largest seconds of a call, on the device's own clock where it has one."""
@@ -137,7 +158,8 @@ class Bench:
         if not self.cuda:
             yield found
             return
-        query = ["nvidia-smi", "-i", "0", f"--query-gpu={','.join(columns)}", "--format=csv,noheader,nounits"]
+        card = os.environ.get("CUDA_VISIBLE_DEVICES", "0").partition(",")[0]
+        query = ["nvidia-smi", "-i", card, f"--query-gpu={','.join(columns)}", "--format=csv,noheader,nounits"]
         process = subprocess.Popen([*query, "-lms", "100"], stdout=subprocess.PIPE, text=True)
         try:
             yield found

@@ -103,7 +103,13 @@ def run_all(
             result = Run(made, video).video(None, False, False, False, False)
     timings = result.timings
     steps = [step.seconds for step in timings.steps]
-    numbers: dict[str, Any] = {"clip": clip, "total": timings.total, "stages": timings.seconds, "steps_seconds": steps}
+    numbers: dict[str, Any] = {
+        "clip": clip,
+        "attention": made.self_attention.name,
+        "total": timings.total,
+        "stages": timings.seconds,
+        "steps_seconds": steps,
+    }
     if timings.peak_vram is not None:
         peaks = {stage: peak.allocated for stage, peak in timings.peak_vram.items()}
         reserved = max(peak.reserved for peak in timings.peak_vram.values())

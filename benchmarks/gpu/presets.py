@@ -1,9 +1,12 @@
-"""The single-GPU presets as they are, each in a process of its own: from its start to the closed mp4.
+"""The presets as they are, each in a process of its own: from its start to the closed mp4.
 
 The files are written first, at full size and with random weights, into memory where that is large enough; so loading
 is from the page cache. They take less room than the released ones: both experts, and both tasks, share the file with
 their blocks' matrices, which is written once and read once for each expert. Matrices are bf16 or FP8; the original
-models' files are float32 and twice as large. Runs of 40 steps are cut to two.
+models' files are float32 and twice as large. Runs of 40 steps are cut to two, if all of them are not wanted.
+
+Presets that are in the results already are not run again. With `--models` the files stay, so that another call, or one
+on another GPU at the same time, need not write them.
 """
 
 from __future__ import annotations
@@ -15,14 +18,16 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
 
 import torch
+from filelock import FileLock
 from PIL import Image
 from torch import Tensor
 
@@ -39,18 +44,23 @@ NEEDED = 62e9
 """Bytes of the files and some room."""
 
 RUNS = (
-    "i2v_distill_fp8",
-    "i2v_distill_fp8_offload",
-    "t2v_distill_lora",
     "t2v_distill_lora_offload",
     "i2v_distill_merged",
     "i2v_distill_lora",
-    "t2v_base",
     "i2v_distill_merged_offload",
     "i2v_distill_lora_offload",
+    "i2v_distill_fp8",
+    "i2v_distill_fp8_offload",
+    "t2v_distill_lora",
+    "t2v_base",
+    "i2v_base",
+    "t2v_base_offload",
+    "i2v_base_offload",
 )
-TWICE = ("t2v_distill_lora", "t2v_distill_lora_offload")
+TWICE = ("t2v_distill_lora", "t2v_distill_lora_offload", "i2v_distill_merged", "i2v_distill_fp8")
 """Run once more in the same process, for the time of a warm run."""
+CUT = 2
+"""Steps of a run of 40."""
 
 MODELS = {"t2v": "Wan-AI/Wan2.2-T2V-A14B", "i2v": "Wan-AI/Wan2.2-I2V-A14B"}
 DISTILLED = "lightx2v/Wan2.2-Distill-Models/wan2.2_i2v_A14b_{}_noise_{}lightx2v_4step.safetensors"
@@ -59,38 +69,56 @@ RANK = 64
 
 
 def run(bench: Bench) -> None:
-    with tempfile.TemporaryDirectory(dir=roomy()) as name:
-        folder = Path(name)
-        began = time.perf_counter()
-        write_models(bench, folder)
-        size = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file() and not path.is_symlink())
-        bench.write("files written", seconds=time.perf_counter() - began, bytes=size)
-        bench.clear()
-        for preset in RUNS:
-            if "fp8" not in preset:  # room for weights in host memory
-                shutil.rmtree(folder / "fp8", ignore_errors=True)
-            if bench.cuda or not preset.endswith("offload"):
+    presets = bench.wanted.presets or RUNS
+    if unknown := set(presets) - set(RUNS):
+        sys.exit(f"There is no preset {min(unknown)} here. Presets: {', '.join(RUNS)}.")
+    done = bench.measured("preset")
+    with models(bench) as folder:
+        for preset in presets:
+            if preset not in done and (bench.cuda or not preset.endswith("offload")):
                 fresh(bench, folder, preset)
 
 
+@contextmanager
+def models(bench: Bench) -> Iterator[Path]:
+    """The folder with the files, written now if they are not there."""
+    kept = bench.wanted.models
+    with nullcontext(kept) if kept else tempfile.TemporaryDirectory(dir=roomy()) as name:
+        folder = Path(name)
+        folder.mkdir(parents=True, exist_ok=True)
+        whole = folder / "whole"
+        with FileLock(folder / "lock"):
+            if not whole.exists():
+                began = time.perf_counter()
+                write_models(bench, folder)
+                size = sum(path.stat().st_size for path in folder.rglob("*") if not path.is_symlink())
+                bench.write("files written", seconds=time.perf_counter() - began, bytes=size)
+                bench.clear()
+                whole.touch()
+        yield folder
+
+
 def fresh(bench: Bench, folder: Path, preset: str) -> None:
-    """One process, and a line for each video that it made."""
-    task, large = preset.partition("_")[0], "t2v_distill" not in preset
+    """One process, or one for each GPU, and a line for each video that was made."""
+    task, large, gpus = preset.partition("_")[0], "t2v_distill" not in preset, bench.wanted.gpus
     clip = list(bench.sizes.clips)[large]
     height, width, frames = bench.sizes.clips[clip]
-    picture = folder / f"{clip}.png"
-    if not picture.exists():
-        Image.effect_noise((width, height), 60).convert("RGB").save(picture)
+    picture = folder / f"{preset}.png"
+    Image.effect_noise((width, height), 60).convert("RGB").save(picture)
     given: dict[str, Any] = {"models_dir": str(folder), "device": bench.device.type}
     if bench.tiny:
         given |= {"height": height, "width": width, "frames": frames}
-    if preset == "t2v_base":
-        given |= {"steps": 2}
+    if "base" in preset and not bench.wanted.whole:
+        given |= {"steps": CUT}
     asked = {"preset": preset, "given": given, "image_path": None if task == "t2v" else str(picture)}
-    asked |= {"times": 1 + (preset in TWICE), "folder": str(folder), "began": time.time()}
+    asked |= {"times": 1 + (preset in TWICE and gpus == 1), "folder": str(folder), "began": time.time()}
+    command = [sys.executable, "-m"]
+    if gpus > 1:
+        command += ["torch.distributed.run", f"--nproc_per_node={gpus}", "--rdzv-backend=c10d"]
+        command += ["--rdzv-endpoint=localhost:0", "-m"]
     with bench.readings("memory.used") as used:
         process = subprocess.Popen(
-            [sys.executable, "-m", "benchmarks.gpu.presets", json.dumps(asked)],
+            [*command, "benchmarks.gpu.presets", json.dumps(asked)],
             stdout=subprocess.PIPE,
             text=True,
             env=os.environ | {"TRITON_CACHE_DIR": str(folder / "triton" / preset)},
@@ -98,11 +126,14 @@ def fresh(bench: Bench, folder: Path, preset: str) -> None:
         assert process.stdout is not None
         found = [json.loads(line) for line in process.stdout if line.startswith("{")]
         status = process.wait()
+    together = {"gpus": gpus} if gpus > 1 else {}
+    where = f" on {gpus} GPUs" if together else ""
     for number, numbers in enumerate(found):
         memory = {"smi_mib": max(value for (value,) in used)} if used and not number else {}
-        bench.write(f"{preset}, {'warm' if number else 'cold'}", preset=preset, clip=clip, **numbers, **memory)
+        name = f"{preset}{where}, {'warm' if number else 'cold'}"
+        bench.write(name, preset=preset, clip=clip, **numbers, **memory, **together)
     if status:
-        bench.write(f"{preset} failed", status=status)
+        bench.write(f"{preset}{where} failed", status=status)
 
 
 def main() -> None:
@@ -110,12 +141,13 @@ def main() -> None:
     from lightx2v import preload
 
     preload.start()
-    from lightx2v.config import resolve
+    from lightx2v.config import Environment, resolve
     from lightx2v.pipeline import LightX2VPipeline
     from lightx2v.request import Request
 
     asked = json.loads(sys.argv[1])
     settings = resolve(asked["preset"], asked["given"])
+    leads = Environment.read().rank == 0
     watched: list[Watched] = []
 
     def copies_for(device: torch.device) -> Watched:
@@ -133,9 +165,11 @@ def main() -> None:
             request = Request(**settings.request | {key: value for key, value in shows.items() if value is not None})
             for copies in watched:
                 copies.waits.clear()
-            path = Path(asked["folder"]) / f"{asked['preset']}_{number}.mp4"
-            report = pipe.run(request, save_result_path=path).report()
+            path = Path(asked["folder"]) / f"{asked['preset']}_{number}.mp4" if leads else None
+            report = pipe.run(request, save_result_path=path, force=True).report()
             seconds = time.time() - began
+            if not leads:
+                continue
             assert pipe._engine is not None
             timings, plan = report["timings"], report["plan"] or {}
             found = {"seconds": seconds, "load": pipe._engine.load_seconds, "total": timings["total"]}

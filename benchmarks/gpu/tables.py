@@ -151,6 +151,7 @@ def offload(lines: list[Line]) -> str:
     rows = [
         [
             line["name"],
+            line.get("attention", "cudnn"),
             number(line["total"]),
             *(number(line["stages"][stage]) for stage in ("text", "denoise", "decode")),
             share(line.get("denoise_over_resident")),
@@ -163,6 +164,7 @@ def offload(lines: list[Line]) -> str:
     ]
     head = [
         "weights",
+        "attention",
         "s",
         "text",
         "denoise",
@@ -175,7 +177,7 @@ def offload(lines: list[Line]) -> str:
     if not text:
         return ""
     text += (
-        "\n\nThe second run of each, with cuDNN's attention. Peaks are of tensors; without writing the mp4. What the "
+        "\n\nThe second run of each. Peaks are of tensors; without writing the mp4. What the "
         "computation waited for copies of the experts is measured with events on its stream.\n\n"
     )
     counted = [
@@ -191,6 +193,28 @@ def offload(lines: list[Line]) -> str:
         f"\n\nBy `.to()` both ways, from {line['measured_blocks']} blocks: {number(line['seconds'])} s for a switch of "
         f"experts, of which {number(line['come'])} s are the copy to the device."
         for line in naive
+    )
+
+
+def streaming(lines: list[Line]) -> str:
+    rows = [
+        [
+            line["clip"],
+            line["way"],
+            line["attention"],
+            number(line["seconds"]),
+            f"{line['ratio'] - 1:+.2%}",
+            f"{line['least'] - 1:+.2%} to {line['most'] - 1:+.2%}",
+            number(line["waited"] * 1e3) if "waited" in line else "",
+        ]
+        for section in ("streaming", "streaming_720p")
+        for line in last(lines, section, "way")
+    ]
+    head = ["video", "of 40 blocks", "attention", "s", "over all blocks kept", "from round to round", "waited, ms"]
+    text = heading("Streaming in bf16: one forward, its blocks from host memory", head, rows)
+    return text and text + (
+        "\n\nIn turns in one process, so that all ways meet the same clock. What the computation waited for copies is "
+        "measured with events on its stream."
     )
 
 
@@ -230,19 +254,23 @@ TUTORIAL = {
 def presets(lines: list[Line]) -> str:
     found = {line["name"]: line for line in last(lines, "presets", "stages")}
     rows = []
-    for preset, (seconds, mib) in TUTORIAL.items():
-        cold, warm = found.get(f"{preset}, cold"), found.get(f"{preset}, warm")
+    for preset, gpus in ((preset, gpus) for preset in TUTORIAL for gpus in (1, 2, 4)):
+        name = preset if gpus == 1 else f"{preset} on {gpus} GPUs"
+        cold, warm = found.get(f"{name}, cold"), found.get(f"{name}, warm")
         if cold is None:
             continue
         shown = [number(cold["seconds"]), number(cold["load"]), number(cold["total"])]
         shown += [number(warm["seconds"]) if warm else "", thousands(int(cold["smi_mib"])) if "smi_mib" in cold else ""]
         allocated = max(peak["allocated"] for peak in cold["peaks"].values()) if cold["peaks"] else None
-        steps = f"{cold['steps']} of 40" if "base" in preset else f"{cold['steps']}"
+        steps = f"{cold['steps']} of 40" if "base" in preset and cold["steps"] < 40 else f"{cold['steps']}"
         steps += f" of {statistics.median(cold['steps_seconds']):.2f} s"
-        tutorial = [number(seconds), thousands(mib)]
-        rows.append([preset, cold["clip"], *shown, gb(allocated), cold.get("mode") or "", steps, *tutorial])
+        waited = number(cold["exposed"]["experts"] * 1e3) if "experts" in (cold.get("exposed") or {}) else ""
+        seconds, mib = TUTORIAL[preset]
+        tutorial = [number(seconds), thousands(mib)] if gpus == 1 else ["", ""]
+        rows.append([name, cold["clip"], *shown, gb(allocated), cold.get("mode") or "", steps, waited, *tutorial])
     head = ["preset", "video", "cold s", "of which loading", "its run", "warm s", "nvidia-smi MiB", "tensors GB"]
-    return heading("The presets, whole", [*head, "experts", "steps", "tutorial s", "tutorial MiB"], rows)
+    head += ["experts", "steps", "waited for experts, ms", "tutorial s", "tutorial MiB"]
+    return heading("The presets, whole", head, rows)
 
 
 def parallel(lines: list[Line]) -> str:
@@ -336,6 +364,7 @@ PARTS: tuple[Callable[[list[Line]], str], ...] = (
     presets,
     coders,
     offload,
+    streaming,
     host,
     parallel,
 )
@@ -345,13 +374,15 @@ def not_run(lines: list[Line]) -> str:
     """Sections of which no run came to its end, and the presets of which none did."""
     ended = {line["section"] for line in lines if line["name"] == "end"}
     begun = {line["section"] for line in lines}
+    found = {line["preset"] for line in last(lines, "presets", "stages") if "gpus" not in line}
+    without = ", ".join(f"`{preset}`" for preset in TUTORIAL if preset not in found)
+    if not without:  # they may have been run a few at a time
+        ended.add("presets")
     missing = [
         f"- `{section}`: {'not finished' if section in begun else 'not run'}"
         for section in SECTIONS
         if section not in ended
     ]
-    found = {line["preset"] for line in last(lines, "presets", "stages")}
-    without = ", ".join(f"`{preset}`" for preset in TUTORIAL if preset not in found)
     missing = [f"{each}; without {without}" if found and "`presets`" in each else each for each in missing]
     return "## Not run\n\n" + "\n".join(missing or ["Every section was run."])
 
