@@ -136,11 +136,18 @@ def load_expert(
     cross_attention: Choice,
     cancel: CancelToken | None = None,
     mesh: Mesh | None = None,
+    made_on: torch.device | None = None,
 ) -> WanDiT:
-    """One expert of these weights; with a mesh rank 0 reads them for all."""
+    """One expert of these weights; with a mesh rank 0 reads them for all.
+
+    `made_on` is where LoRAs are added and weights quantised: the device that will compute with them, even if they
+    go to host memory. There it takes seconds, and minutes on a CPU.
+    """
     dit = build_expert(files, weights, precision, self_attention, cross_attention)
     dtype_of = expert_dtypes(precision)
-    tensors = weights.tensors(dtype_of=dtype_of, device=precision.device)
+    makes = any(weights.made(name) and name not in weights.layout.scales for name in weights.plain_shapes)
+    at = made_on if made_on is not None and makes else precision.device
+    tensors = weights.tensors(dtype_of=dtype_of, device=at)
     if mesh is not None:
         tensors, cancel = mesh.world.stream(tensors, cancel), None
     stream_into(

@@ -126,7 +126,7 @@ class Resident:
             loras = match_loras(config.lora_configs, which, weights, config)
             made = built_weights(files, which)
             used = made or (weights if ExpertLoras.dynamic(weights, config, lazy) else weights.with_loras(loras))
-            load = build_expert if lazy else partial(load_expert, cancel=cancel, mesh=mesh)
+            load = build_expert if lazy else partial(load_expert, cancel=cancel, mesh=mesh, made_on=precision.device)
             dit = load(files, used, at_expert, self_attention, cross_attention)
             on = ExpertLoras(dit, which, weights, loras, config, precision.device, through, lazy=lazy)
             if lazy:
