@@ -191,10 +191,10 @@ class ExpertLoras:
         self._merged, self._touched = loras, _names(loras)
 
     def _overwrite(self, weights: ModelWeights) -> None:
-        for name, tensor in self._through(weights.tensors(self._touched)):
+        # Added up and rounded where the load does it: on the device that will compute, wherever the weight is now.
+        for name, tensor in self._through(weights.tensors(self._touched, device=self._device or "cpu")):
             parameter = self._dit.get_parameter(name)
-            # Rounded where the load rounds: on the device that holds the weight.
-            parameter.copy_(tensor.to(parameter.device))
+            parameter.copy_(tensor.to(parameter.dtype))
 
     def _attach(self, loras: Sequence[Lora]) -> None:
         """The new side branches and small tensors are made first, then everything is exchanged."""

@@ -14,6 +14,7 @@ from unittest.mock import patch
 import pytest
 import torch
 from conftest import TinyModels
+from test_lora import random_pairs, spec, write
 from test_offload import LAYERS, PLANS
 from tiny import DiTSizes, build_tiny
 from torch import nn
@@ -30,6 +31,7 @@ from lightx2v.placement.copies import CudaCopies, Slot
 from lightx2v.placement.piece import host_buffer
 from lightx2v.placement.shuttle import Cargo, Shuttle
 from lightx2v.request import Request
+from lightx2v.weights.checkpoint import open_checkpoint
 from lightx2v.weights.locate import locate
 from lightx2v.weights.quant import is_expert_matrix, quantise
 
@@ -219,6 +221,29 @@ def test_every_plan_gives_the_resident_models_latents(
     assert not torch.equal(latents(other, settings, prompt="something else", steps=3), expected)
     assert torch.equal(latents(other, settings), expected)
     placement.close()
+
+
+def test_loras_give_the_same_bits_wherever_the_experts_live_and_after_an_exchange(folder: Path) -> None:
+    low_rank = random_pairs(open_checkpoint(folder / "high_noise_model").shapes)
+    path = write(folder.parent / "lora.safetensors", low_rank)
+    small = {
+        "height": 64,
+        "width": 96,
+        "frames": 9,
+        "steps": 4,
+        "boundary": 0.9,
+        "shift": 5.0,
+        "lora_configs": [spec(path, strength=0.1)],
+    }
+    made = []
+    for offload in ({}, {"cpu_offload": True, "offload_granularity": "block"}):
+        settings = resolve({"model_path": str(folder), "device": "cuda"} | offload, small)
+        with LightX2VPipeline.from_config(settings.engine) as pipe:
+            made.append(latents(pipe, settings))
+            bare = latents(pipe, settings, loras=())
+            assert not torch.equal(bare, made[0])
+            made.append(latents(pipe, settings))
+    assert all(torch.equal(each, made[0]) for each in made)
 
 
 def test_image_to_video_runs_and_repeats_itself(tiny: TinyModels, tmp_path: Path) -> None:

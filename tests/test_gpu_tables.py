@@ -40,13 +40,25 @@ def test_presets_stand_beside_the_tutorial_and_those_that_were_not_run_are_named
         "clip": "720p",
         "mode": "resident",
         "smi_mib": 47275.0,
+        "exposed": {"experts": 0.0006},
+        "device": "NVIDIA H100 80GB HBM3",
+        "peaks": {"decode": {"allocated": 43_300_000_000}},
     }
-    page = tables.page([start, run | {"peaks": {"decode": {"allocated": 43_300_000_000}}}])
-    row = "| i2v_distill_fp8 | 720p | 89.4 | 33.7 | 51.6 |  | 47 275 | 43.3 | resident | 4 of 8.70 s | 57.1 | 47 274 |"
-    assert row in page
+    base = {"preset": "t2v_base", "where": " at 480p", "name": "t2v_base at 480p, cold", "clip": "480p", "steps": 40}
+    page = tables.page([start, run, run | base])
+    numbers = "89.4 | 33.7 | 51.6 |  | 47 275 | 43.3 | resident"
+    assert f"| i2v_distill_fp8 | H100 | 720p | {numbers} | 4 of 8.70 s | 0.6 | 57.1 | 47 274 |" in page
+    assert f"| t2v_base at 480p | H100 | 480p | {numbers} | 40 of 8.70 s | 0.6 |  |  |" in page
     missing = page.partition("## Not run")[2]
     assert "`presets`: not finished; without `t2v_base`, `t2v_base_offload`" in missing
     assert "i2v_distill_fp8`," not in missing
+
+
+def test_streaming_is_told_against_all_blocks_kept() -> None:
+    way = {"section": "streaming", "name": "x", "way": "no block kept", "clip": "480p", "attention": "cudnn"}
+    way |= {"seconds": 2.0, "ratio": 1.0123, "least": 1.01, "most": 1.02, "waited": 0.0005}
+    page = tables.page([START, way])
+    assert "| 480p | no block kept | cudnn | 2 | +1.23% | +1.00% to +2.00% | 0.5 |" in page
 
 
 def test_the_page_is_the_one_that_the_results_make(tmp_path: Path, monkeypatch) -> None:

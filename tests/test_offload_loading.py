@@ -17,9 +17,10 @@ from test_lora import random_pairs, spec, write
 from test_offload import Exhausted
 
 import lightx2v.offload
+from lightx2v.adapters import ExpertLoras, match_loras
 from lightx2v.attention import resolve_attention
 from lightx2v.built import find_built
-from lightx2v.components import Precision, expert_weights
+from lightx2v.components import Precision, expert_weights, load_expert
 from lightx2v.config import resolve
 from lightx2v.engine_config import EngineConfig
 from lightx2v.errors import LoraError, OutOfMemory
@@ -28,6 +29,7 @@ from lightx2v.pipeline import LightX2VPipeline
 from lightx2v.placement.copies import HostCopies
 from lightx2v.planner import GIB, Machine, Need, Plan, Planner, Wishes, expert_bytes
 from lightx2v.request import LoraSpec, Request
+from lightx2v.weights.build import ModelWeights
 from lightx2v.weights.checkpoint import open_checkpoint
 from lightx2v.weights.locate import ModelFiles, locate
 from lightx2v.weights.lora import Lora
@@ -154,10 +156,10 @@ def test_out_of_memory_while_exchanging_loras_goes_on_with_less(
         assert again.latents is not None and torch.equal(again.latents, bare)
 
 
-def starved(fault: Exhausted) -> Callable[[Lora, str], torch.Tensor]:
+def starved(fault: Exhausted) -> Callable[..., torch.Tensor]:
     """In place of reading a LoRA's tensor."""
     read = Lora._read
-    return lambda lora, key: fault() or read(lora, key)
+    return lambda lora, key, *device: fault() or read(lora, key, *device)
 
 
 def test_an_exchange_that_nothing_helps_leaves_no_mixture(
@@ -172,6 +174,31 @@ def test_an_exchange_that_nothing_helps_leaves_no_mixture(
             with pytest.raises(OutOfMemory, match="while exchanging LoRAs"):
                 pipe.run(replace(request, loras=loras))
         assert torch.equal(latents(pipe, request), bare)
+
+
+def test_loras_are_added_on_the_device_that_computes_also_to_weights_in_host_memory(
+    tiny: TinyModels, loras: tuple[LoraSpec, LoraSpec], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = replace(configured(tiny.t2v)[0], lora_configs=loras)
+    precision, files = Precision.of(config), locate(config)
+    choice = resolve_attention("torch_sdpa", precision.device, precision.compute)
+    weights = expert_weights(files, "high", config)
+    merged = weights.with_loras(match_loras(loras, "high", weights, config))
+    real, asked = ModelWeights.tensors, []
+
+    def tensors(self: ModelWeights, names: Any = None, *, dtype_of: Any = None, device: Any = "cpu") -> Any:
+        asked.append(torch.device(device).type)
+        return real(self, names, dtype_of=dtype_of)
+
+    monkeypatch.setattr(ModelWeights, "tensors", tensors)
+    elsewhere = torch.device("cuda")
+    for each in (weights, merged):
+        load_expert(files, each, precision, choice, choice, made_on=elsewhere)
+    dit = load_expert(files, merged, precision, choice, choice)
+    on = ExpertLoras(dit, "high", weights, list(merged.loras), config, elsewhere)
+    on.use(())
+    assert asked == ["cpu", "cuda", "cpu", "cuda"]
+    assert torch.equal(dit.blocks[0].ffn[0].weight, dict(real(weights))["blocks.0.ffn.0.weight"])
 
 
 def shapes_of(folder: Path) -> dict[str, tuple[int, ...]]:

@@ -60,6 +60,7 @@ def main() -> None:
             continue
         command = [sys.executable, "-m", "benchmarks.gpu", "--inside", "--sections", section, "--results", str(results)]
         command += ["--commit", args.commit, "--presets", args.presets, "--gpus", str(args.gpus)]
+        command += ["--clip", args.clip]
         command += ["--models", args.models] if args.models else []
         command += [f"--{name}" for name in ("whole", "again") if getattr(args, name)]
         if problem := within(command, min(args.limit, left)):
@@ -92,6 +93,7 @@ def parse() -> argparse.Namespace:
     )
     parser.add_argument("--commit", default="", help="of the code, to be written beside the results")
     parser.add_argument("--presets", default="", help="of the section presets only these: t2v_base,i2v_base")
+    parser.add_argument("--clip", default="", help="480p or 720p, for presets at another size than their own")
     parser.add_argument("--gpus", type=int, default=1, help="that the presets share")
     parser.add_argument("--models", help="a folder in which the presets' files are kept, 67 GB; they are written once")
     parser.add_argument("--whole", action="store_true", help="presets of 40 steps run all of them, and not two")
@@ -103,7 +105,7 @@ def measure(section: str, results: Path, args: argparse.Namespace) -> None:
     """A section of which a part was wanted has no "end"."""
     presets = tuple(args.presets.split(",")) if args.presets else ()
     models = Path(args.models) if args.models else None
-    wanted = Wanted(presets=presets, gpus=args.gpus, models=models, whole=args.whole, again=args.again)
+    wanted = Wanted(presets=presets, clip=args.clip, gpus=args.gpus, models=models, whole=args.whole, again=args.again)
     bench = Bench(section, results, tiny=args.tiny, wanted=wanted)
     bench.write("start", **environment(), commit=args.commit)
     began = time.perf_counter()

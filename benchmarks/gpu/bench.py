@@ -73,10 +73,11 @@ TINY = Sizes(
 
 @dataclass(frozen=True, kw_only=True)
 class Wanted:
-    """What the command line says about presets: which of them, on how many GPUs, from models that are kept in
-    `models`, with all their steps; and `again` although they are in the results."""
+    """What the command line says about presets: which of them, at the size of which clip, on how many GPUs, from models
+    that are kept in `models`, with all their steps; and `again` although they are in the results."""
 
     presets: tuple[str, ...] = ()
+    clip: str = ""
     gpus: int = 1
     models: Path | None = None
     whole: bool = False

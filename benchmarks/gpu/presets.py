@@ -101,12 +101,12 @@ def models(bench: Bench) -> Iterator[Path]:
 def fresh(bench: Bench, folder: Path, preset: str) -> None:
     """One process, or one for each GPU, and a line for each video that was made."""
     task, large, gpus = preset.partition("_")[0], "t2v_distill" not in preset, bench.wanted.gpus
-    clip = list(bench.sizes.clips)[large]
+    clip = bench.wanted.clip or list(bench.sizes.clips)[large]
     height, width, frames = bench.sizes.clips[clip]
     picture = folder / f"{preset}.png"
     Image.effect_noise((width, height), 60).convert("RGB").save(picture)
     given: dict[str, Any] = {"models_dir": str(folder), "device": bench.device.type}
-    if bench.tiny:
+    if bench.tiny or bench.wanted.clip:
         given |= {"height": height, "width": width, "frames": frames}
     if "base" in preset and not bench.wanted.whole:
         given |= {"steps": CUT}
@@ -127,11 +127,11 @@ def fresh(bench: Bench, folder: Path, preset: str) -> None:
         found = [json.loads(line) for line in process.stdout if line.startswith("{")]
         status = process.wait()
     together = {"gpus": gpus} if gpus > 1 else {}
-    where = f" on {gpus} GPUs" if together else ""
+    where = f" at {clip}" * bool(bench.wanted.clip) + f" on {gpus} GPUs" * bool(together)
     for number, numbers in enumerate(found):
         memory = {"smi_mib": max(value for (value,) in used)} if used and not number else {}
         name = f"{preset}{where}, {'warm' if number else 'cold'}"
-        bench.write(name, preset=preset, clip=clip, **numbers, **memory, **together)
+        bench.write(name, preset=preset, where=where, clip=clip, **numbers, **memory, **together)
     if status:
         bench.write(f"{preset}{where} failed", status=status)
 

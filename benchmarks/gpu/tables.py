@@ -252,13 +252,14 @@ TUTORIAL = {
 
 
 def presets(lines: list[Line]) -> str:
+    """Of each preset; and after it the same at another size or on several GPUs, to which the tutorial has no number."""
     found = {line["name"]: line for line in last(lines, "presets", "stages")}
+    cold_runs = [line for name, line in found.items() if name.endswith(", cold")]
     rows = []
-    for preset, gpus in ((preset, gpus) for preset in TUTORIAL for gpus in (1, 2, 4)):
-        name = preset if gpus == 1 else f"{preset} on {gpus} GPUs"
-        cold, warm = found.get(f"{name}, cold"), found.get(f"{name}, warm")
-        if cold is None:
-            continue
+    order = list(TUTORIAL)
+    for cold in sorted(cold_runs, key=lambda line: (order.index(line["preset"]), line.get("where", ""))):
+        preset, where = cold["preset"], cold.get("where", "")
+        warm = found.get(f"{preset}{where}, warm")
         shown = [number(cold["seconds"]), number(cold["load"]), number(cold["total"])]
         shown += [number(warm["seconds"]) if warm else "", thousands(int(cold["smi_mib"])) if "smi_mib" in cold else ""]
         allocated = max(peak["allocated"] for peak in cold["peaks"].values()) if cold["peaks"] else None
@@ -266,9 +267,11 @@ def presets(lines: list[Line]) -> str:
         steps += f" of {statistics.median(cold['steps_seconds']):.2f} s"
         waited = number(cold["exposed"]["experts"] * 1e3) if "experts" in (cold.get("exposed") or {}) else ""
         seconds, mib = TUTORIAL[preset]
-        tutorial = [number(seconds), thousands(mib)] if gpus == 1 else ["", ""]
-        rows.append([name, cold["clip"], *shown, gb(allocated), cold.get("mode") or "", steps, waited, *tutorial])
-    head = ["preset", "video", "cold s", "of which loading", "its run", "warm s", "nvidia-smi MiB", "tensors GB"]
+        tutorial = ["", ""] if where else [number(seconds), thousands(mib)]
+        device = cold["device"].split()[1]
+        named = [f"{preset}{where}", device, cold["clip"]]
+        rows.append([*named, *shown, gb(allocated), cold.get("mode") or "", steps, waited, *tutorial])
+    head = ["preset", "on", "video", "cold s", "of which loading", "its run", "warm s", "nvidia-smi MiB", "tensors GB"]
     head += ["experts", "steps", "waited for experts, ms", "tutorial s", "tutorial MiB"]
     return heading("The presets, whole", head, rows)
 
@@ -374,7 +377,7 @@ def not_run(lines: list[Line]) -> str:
     """Sections of which no run came to its end, and the presets of which none did."""
     ended = {line["section"] for line in lines if line["name"] == "end"}
     begun = {line["section"] for line in lines}
-    found = {line["preset"] for line in last(lines, "presets", "stages") if "gpus" not in line}
+    found = {line["preset"] for line in last(lines, "presets", "stages") if not line.get("where")}
     without = ", ".join(f"`{preset}`" for preset in TUTORIAL if preset not in found)
     if not without:  # they may have been run a few at a time
         ended.add("presets")

@@ -131,13 +131,17 @@ class Lora:
     def change(self, name: str, device: torch.device, dtype: torch.dtype) -> Change:
         """This file's change of the tensor `name`, read."""
         patch = self.patches[name]
-        up = self._read(patch.up).to(device, dtype)
+        up = self._read(patch.up, device).to(dtype)
         if patch.down is None:
             return Change(up, None, patch.scale)
-        return Change(up.flatten(1), self._read(patch.down).to(device, dtype).flatten(1), patch.scale)
+        return Change(up.flatten(1), self._read(patch.down, device).to(dtype).flatten(1), patch.scale)
 
-    def _read(self, key: str) -> Tensor:
-        tensor = self.checkpoint.tensor(key).float()
+    def _read(self, key: str, device: torch.device | str = "cpu") -> Tensor:
+        """In float32, and looked at, on `device`: with many cores a CPU is slow at so many small tensors."""
+        tensor = self.checkpoint.tensor(key)
+        if tensor.dtype is torch.float64:  # not every device has that
+            tensor = tensor.float()
+        tensor = tensor.to(device).float()
         if not bool(torch.isfinite(tensor).all()):
             raise LoraError(
                 f"{short_path(self.checkpoint.path)}: {key} holds NaN or infinity. The file is damaged: get it again."
