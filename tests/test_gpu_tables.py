@@ -50,6 +50,8 @@ def test_presets_stand_beside_the_tutorial_and_those_that_were_not_run_are_named
     assert f"| i2v_distill_fp8 | H100 | 720p | {numbers} | 4 of 8.70 s | 0.6 | 57.1 | 47 274 |" in page
     assert f"| t2v_base at 480p | H100 | 480p | {numbers} | 40 of 8.70 s | 0.6 |  |  |" in page
     missing = page.partition("## Not run")[2]
+    assert "- all steps of" not in missing
+    assert "- all steps of `t2v_base`: 2 of 40" in tables.page([start, run | base | {"where": "", "steps": 2}])
     assert "`presets`: not finished; without `t2v_base`, `t2v_base_offload`" in missing
     assert "i2v_distill_fp8`," not in missing
 

@@ -22,7 +22,7 @@ from .model import attention, expert
 from .offload import Watched
 
 CARD = 24e9
-"""Bytes that are free on a small card, for which the planner is asked how many blocks stay."""
+"""Bytes that are free on a small card: so many blocks are kept, once, as the planner would, but not more than half."""
 
 
 def run(bench: Bench) -> None:

@@ -276,6 +276,15 @@ def presets(lines: list[Line]) -> str:
     return heading("The presets, whole", head, rows)
 
 
+def demo(lines: list[Line]) -> str:
+    rows = [
+        [line["preset"], line["device"].split()[1], line["dtype"], error(line["error"])]
+        for line in last(lines, "demo", "error")
+    ]
+    head = ["preset", "on", "precision", "off by"]
+    return heading("The demo model's latents against those of a CPU in float32", head, rows)
+
+
 def parallel(lines: list[Line]) -> str:
     """All that several GPUs were measured to do together."""
     alone = {
@@ -353,7 +362,7 @@ def parallel(lines: list[Line]) -> str:
     text += table([*head, "one GPU to float32", "several to float32"], checked)
     killed = [
         [line["name"], number(line["seconds"]), f"{line['code']}", f"{line['left']}", "; ".join(line["told"])]
-        for line in last(lines, "parallel", "killed")
+        for line in last(lines, "parallel", "work")
     ]
     text += "\n\nOne of two processes is killed while it denoises:\n\n"
     return text + table(["what", "s until all have ended", "exit code", "processes left", "told"], killed)
@@ -369,6 +378,7 @@ PARTS: tuple[Callable[[list[Line]], str], ...] = (
     offload,
     streaming,
     host,
+    demo,
     parallel,
 )
 
@@ -387,6 +397,10 @@ def not_run(lines: list[Line]) -> str:
         if section not in ended
     ]
     missing = [f"{each}; without {without}" if found and "`presets`" in each else each for each in missing]
+    cut = {line["preset"]: line["steps"] for line in last(lines, "presets", "stages") if not line.get("where")}
+    missing += [
+        f"- all steps of `{name}`: {steps} of 40" for name, steps in cut.items() if "base" in name and steps < 40
+    ]
     return "## Not run\n\n" + "\n".join(missing or ["Every section was run."])
 
 
