@@ -30,6 +30,19 @@ ASSUMED_FLOPS = (("H100", 580e12), ("H200", 580e12), ("H800", 580e12), ("A100", 
 KEPT = 12
 """Samples kept per stage: enough sizes for the fit, few enough that an old driver's times fade."""
 
+VERSION = 2
+"""Of the file of rates; since 2 the VAE's calls are its chunks. Another version's counts are not these."""
+
+OVERHEAD = {"denoise": 0.0025, "decode": 0.013, "image": 0.008, "write": 0.025}
+"""Seconds that a call of a stage takes however small it is, until runs of different sizes tell: starting kernels or,
+for "write", ffmpeg. From the demo model on a CPU, and of the same order on a GPU, where full sizes make it vanish."""
+
+DOUBT = 0.02
+"""Weight of OVERHEAD against the measured times: about (4 % of noise / 30 %) squared."""
+
+CACHED = 1e-3
+"""Seconds: a stage that took less found its result in a cache, which says nothing about the next prompt."""
+
 FAR = 8
 """How many times the largest measured size a fitted line is believed."""
 
@@ -107,13 +120,14 @@ def count(request: Request, shape: DiTShape | None = None, size: tuple[int, int]
     high = high_noise_steps(request)
     guided_high, guided_low = request.guided
     forwards = high * (1 + guided_high) + (request.steps - high) * (1 + guided_low)
-    pixels = float(height * width * request.frames)
-    calls = {"text": 1 + (request.negative_text is not None), "denoise": forwards, "decode": 1, "write": 1}
-    work = {"text": 1.0, "denoise": dit_flops(shape or DiTShape(), tokens), "decode": 8.5e6 * pixels, "write": pixels}
+    pixels, chunks = float(height * width * request.frames), request.latent_shape[1]
+    calls = {"text": 1 + (request.negative_text is not None), "denoise": forwards, "decode": chunks, "write": 1}
+    work = {"text": 1.0, "denoise": dit_flops(shape or DiTShape(), tokens), "write": pixels}
+    work["decode"] = 8.5e6 * pixels / chunks
     if request.task != "t2v":
         # The grey tail of the condition clip is not recomputed once its encoding is constant: about 20 frames count.
-        calls["image"] = 1
-        work["image"] = 5.1e6 * height * width * min(request.frames, 21)
+        calls["image"] = min(chunks, 6)
+        work["image"] = 5.1e6 * height * width * min(request.frames, 21) / calls["image"]
     return Work(calls=calls, size=work)
 
 
@@ -133,7 +147,7 @@ class Rates:
         with self._lock:
             stages = self._data.setdefault(device, {}).setdefault(engine, {})
             for stage, took in seconds.items():
-                if took <= 0 or stage == "download" or (stage not in work.calls and stage != "load"):
+                if took < CACHED or (stage not in work.calls and stage != "load"):
                     continue
                 calls, size = work.calls.get(stage, 1), work.size.get(stage, 1.0)
                 if calls:
@@ -151,9 +165,9 @@ class Rates:
             for stage, calls in wanted.items():
                 size = work.size.get(stage, 1.0)
                 if samples := own.get(stage):
-                    stages[stage], source = _fit(samples, calls, size), "measured"
+                    stages[stage], source = _fit(stage, samples, calls, size), "measured"
                 elif borrowed := [s for e in others for s in e.get(stage, []) if stage != "load"]:
-                    stages[stage], source = _fit(borrowed, calls, size), "scaled"
+                    stages[stage], source = _fit(stage, borrowed, calls, size), "scaled"
                 else:
                     rate = next((flops for name, flops in ASSUMED_FLOPS if name in device), None)
                     if stage == "denoise" and rate is None:
@@ -168,7 +182,8 @@ class Rates:
 
     def _read(self) -> dict[str, Any]:
         try:
-            return json.loads(self._path.read_text(encoding="utf-8"))["devices"]
+            read = json.loads(self._path.read_text(encoding="utf-8"))
+            return read["devices"] if read["version"] == VERSION else {}
         except FileNotFoundError:
             return {}
         except (OSError, ValueError, KeyError, TypeError):
@@ -178,29 +193,29 @@ class Rates:
     def _write(self) -> None:
         new = self._path.with_suffix(".new")
         try:
-            new.write_text(json.dumps({"version": 1, "devices": self._data}), encoding="utf-8")
+            new.write_text(json.dumps({"version": VERSION, "devices": self._data}), encoding="utf-8")
             os.replace(new, self._path)
         except OSError as error:
             log.warning("The measured times could not be kept: %s", error.strerror)
 
 
-def _fit(samples: Iterable[list[float]], calls: int, size: float) -> float:
+def _fit(stage: str, samples: Iterable[list[float]], calls: int, size: float) -> float:
     """Seconds for `calls` of `size`, from t = calls (a + b size), a, b >= 0, least squares of the relative error.
 
-    Sizes within a factor of two of each other are one size: what lies between their times is noise, which a line
-    through them would carry to any distance. Far beyond the largest measured size time is proportional to the work.
+    DOUBT keeps a near OVERHEAD as long as the sizes are too close to each other to tell: a line through two equal ones
+    would carry their noise to any distance. Far beyond the largest measured size time is proportional to the work.
     """
     rows = [(c / t, c * s / t) for c, s, t in samples]
     sizes = [y / x for x, y in rows]
     aa, bb = sum(x * x for x, _ in rows), sum(y * y for _, y in rows)
     ab, a1, b1 = sum(x * y for x, y in rows), sum(x for x, _ in rows), sum(y for _, y in rows)
+    likely = min(OVERHEAD.get(stage, 0.0), 0.5 * a1 / aa)
+    aa, a1 = aa * (1 + DOUBT), a1 + DOUBT * likely * aa
     determinant = aa * bb - ab * ab
-    a, b = 0.0, b1 / bb  # one size only: time is proportional to the work
-    if max(sizes) >= 2 * min(sizes):
-        a, b = (a1 * bb - b1 * ab) / determinant, (b1 * aa - a1 * ab) / determinant
-        if a < 0:
-            a, b = 0.0, b1 / bb
-        elif b < 0:
-            a, b = a1 / aa, 0.0
+    a, b = (a1 * bb - b1 * ab) / determinant, (b1 * aa - a1 * ab) / determinant
+    if a < 0:
+        a, b = 0.0, b1 / bb
+    elif b < 0:
+        a, b = a1 / aa, 0.0
     near = min(size, FAR * max(sizes))
     return calls * (a + b * near) * (size / near)

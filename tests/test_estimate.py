@@ -8,7 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from lightx2v.estimate import DiTShape, Rates, count, dit_flops, high_noise_steps
+from benchmarks.prediction import ONE_SIZE, THREE_SIZES, UNSEEN, Runs
+from lightx2v.estimate import OVERHEAD, DiTShape, Rates, count, dit_flops, high_noise_steps
 from lightx2v.request import Request
 
 DEMO = DiTShape(dim=128, ffn_dim=512, num_layers=6, text_dim=64, text_len=32)
@@ -30,7 +31,7 @@ def simulated_seconds(request: Request, noise: random.Random) -> dict[str, float
     ideal = {
         "text": 0.01,
         "denoise": work.calls["denoise"] * per_forward,
-        "decode": 0.05 + work.size["decode"] / 30e12 * 8,
+        "decode": work.calls["decode"] * (0.012 + work.size["decode"] / 4e12),
         "write": 0.05 + work.size["write"] / 2e7,
     }
     return {stage: seconds * noise.uniform(0.96, 1.04) for stage, seconds in ideal.items()}
@@ -69,6 +70,39 @@ def test_three_runs_predict_an_unseen_size_within_a_quarter(tmp_path: Path, unse
     assert predicted.seconds == pytest.approx(sum(simulated_seconds(target, noise).values()), rel=0.25)
 
 
+@pytest.mark.parametrize("preset", ["demo_t2v_base", "demo_t2v_distill_lora"])
+def test_three_runs_of_the_demo_predict_sizes_that_it_has_not_seen(preset: str) -> None:
+    """The fastest runs so far count; where other programs disturb them, further rounds come nearer to the truth."""
+    runs, wrong = Runs(preset), {}
+    for _ in range(6):
+        runs.round()
+        errors = {(size, taught): runs.error(size, taught) for taught in (THREE_SIZES, ONE_SIZE) for size in UNSEEN}
+        wrong = {case: error for case, error in errors.items() if abs(error) > 0.25}
+        if not wrong:
+            break
+    runs.close()
+    assert not wrong
+
+
+def test_a_text_from_the_cache_does_not_say_how_long_the_next_one_takes(tmp_path: Path) -> None:
+    rates, work = Rates(tmp_path / "rates.json"), count(distilled(), DEMO)
+    for text in (3.0, 0.0001, 0.0):
+        rates.record("gpu", "t2v", work, {"text": text, "denoise": 2.0})
+    predicted = rates.predict("gpu", "t2v", work, loaded=True)
+    assert predicted is not None and predicted.stages["text"] == pytest.approx(3.0)
+
+
+def test_what_every_step_takes_whatever_the_size_is_learnt(tmp_path: Path) -> None:
+    """As where blocks come over a slow bus: seconds a step, beside which the assumed overhead is nothing."""
+    rates = Rates(tmp_path / "rates.json")
+    small, large, unseen = (count(distilled(height=side, width=side), DEMO) for side in (64, 160, 96))
+    for work in (small, large):
+        rates.record("gpu", "t2v", work, {"denoise": 4 * (2.0 + work.size["denoise"] / 5e9)})
+    predicted = rates.predict("gpu", "t2v", unseen, loaded=True)
+    assert predicted is not None
+    assert predicted.stages["denoise"] == pytest.approx(4 * (2.0 + unseen.size["denoise"] / 5e9), rel=0.05)
+
+
 @pytest.mark.parametrize("slow", [0, 1])
 def test_noise_between_runs_of_the_demo_says_nothing_wild_about_the_full_model(tmp_path: Path, slow: int) -> None:
     """The demo's two models differ by 0.4 % in work: a line through their times would have any slope."""
@@ -79,7 +113,7 @@ def test_noise_between_runs_of_the_demo_says_nothing_wild_about_the_full_model(t
         rates.record("cpu", f"demo {name}", count(distilled(), shape), {"denoise": 0.09 if name == slow else 0.08})
     full = count(distilled(height=480, width=832, frames=81))
     predicted = rates.predict("cpu", "t2v", full, loaded=True)
-    rate = 4 * count(distilled(), DEMO).size["denoise"] / 0.085
+    rate = count(distilled(), DEMO).size["denoise"] / (0.085 / 4 - OVERHEAD["denoise"])
     assert predicted is not None
     assert predicted.stages["denoise"] == pytest.approx(4 * full.size["denoise"] / rate, rel=0.1)
 
