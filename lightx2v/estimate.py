@@ -121,9 +121,10 @@ def count(request: Request, shape: DiTShape | None = None, size: tuple[int, int]
     guided_high, guided_low = request.guided
     forwards = high * (1 + guided_high) + (request.steps - high) * (1 + guided_low)
     pixels, chunks = float(height * width * request.frames), request.latent_shape[1]
-    calls = {"text": 1 + (request.negative_text is not None), "denoise": forwards, "decode": chunks, "write": 1}
-    work = {"text": 1.0, "denoise": dit_flops(shape or DiTShape(), tokens), "write": pixels}
-    work["decode"] = 8.5e6 * pixels / chunks
+    # A step is one call: both texts of guidance go through the blocks together.
+    calls = {"text": 1 + (request.negative_text is not None), "denoise": request.steps, "decode": chunks, "write": 1}
+    work = {"text": 1.0, "write": pixels, "decode": 8.5e6 * pixels / chunks}
+    work["denoise"] = dit_flops(shape or DiTShape(), tokens) * forwards / request.steps
     if request.task != "t2v":
         # The grey tail of the condition clip is not recomputed once its encoding is constant: about 20 frames count.
         calls["image"] = min(chunks, 6)

@@ -51,9 +51,12 @@ def test_steps_of_the_two_experts_follow_the_schedule() -> None:
 def test_guidance_doubles_the_forwards_only_of_the_guided_expert() -> None:
     both = Request(prompt="x", steps=40, shift=12.0)
     low_only = Request(prompt="x", steps=40, shift=12.0, guidance=(1.0, 3.0))
-    assert count(both).calls["denoise"] == 80
-    assert count(low_only).calls["denoise"] == 26 + 28
-    assert count(distilled()).calls["denoise"] == 4
+    for request, forwards in ((both, 80), (low_only, 26 + 28), (distilled(), 4)):
+        work = count(request)
+        assert work.calls["denoise"] == request.steps
+        assert work.calls["denoise"] * work.size["denoise"] == pytest.approx(
+            forwards * dit_flops(DiTShape(), request.tokens)
+        )
 
 
 @pytest.mark.parametrize("unseen", [(160, 128, 33), (64, 64, 9), (128, 128, 17), (224, 224, 33)])
