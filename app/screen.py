@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import hashlib
+import os
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import gradio as gr
@@ -131,9 +131,9 @@ class Turn:
             preset = self._studio.default_for("t2v" if request.task == "t2v" else "i2v")
         values = fields_of(preset, config, request)
         for name in PICTURES:
-            path = values[name]
-            inside = path and Path(path).resolve().is_relative_to(self._studio.folder.resolve())
-            values[name] = path if inside else None
+            path = self._studio.folder / (values[name] or "")  # a video names its picture by its place beside it
+            inside = path.resolve().is_relative_to(self._studio.folder.resolve()) and os.path.isfile(path)
+            values[name] = str(path) if inside else None
         self.fill(values, task=values["task"])
 
     def relabel(self) -> None:

@@ -28,6 +28,7 @@ from lightx2v.jobs import Job
 from lightx2v.media import VideoWriter
 from lightx2v.progress import CancelToken, OnProgress, Progress
 from lightx2v.request import Request
+from lightx2v.settings import recorded_settings
 
 from .studio import Studio
 
@@ -103,7 +104,7 @@ class GpuLender:
     def _finish(self, job: Job, frames: Any, report: dict[str, Any]) -> Job:
         """Writes the video; adds to the report what only this side knows."""
         path = self._studio.folder / f"{job.id}.mp4"
-        settings = {"preset": job.preset, "engine": job.config.to_json(), "request": job.request.to_json()}
+        settings = recorded_settings(job.preset, job.config, job.request, path)
         started = time.perf_counter()
         height, width = frames.shape[1:3]
         try:

@@ -9,7 +9,6 @@ A Run holds all that belongs to the request, so nothing of it stays behind in th
 from __future__ import annotations
 
 import logging
-import os
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
@@ -33,6 +32,7 @@ from .progress import CancelToken, Meter, OnProgress, Timings
 from .request import LoraSpec, Request
 from .result import Result
 from .sampling import denoise, guided, initial_noise, solver_for, still_warning
+from .settings import recorded_settings
 
 log = logging.getLogger("lightx2v.run")
 
@@ -261,7 +261,8 @@ class Run:
         _, chunks, height, width = latents_CTHW.shape
         kept: list[np.ndarray] = []
         seen: list[np.ndarray] = []
-        settings = self.settings() if metadata else None
+        engine = self.engine
+        settings = recorded_settings(engine.preset, engine.config, self.request, path) if metadata else None
         writer = None
 
         def open_writer() -> None:
@@ -352,26 +353,11 @@ class Run:
         }
         return tuple(self.mesh.world.wire.gather_json(mine))
 
-    def settings(self) -> dict[str, Any]:
-        """What goes into the file, enough to repeat the run. A video is passed on: it does not say whose home it is."""
-        engine, request = self.engine.config.to_json(), self.request.to_json()
-        return {"preset": self.engine.preset, "engine": homeless(engine), "request": homeless(request)}
-
 
 def to_uint8(frames_CTHW: Tensor) -> Tensor:
     """Frames in [-1, 1] to bytes (T, H, W, C), rounded to the nearest."""
     levels = frames_CTHW.float().add(1).mul_(127.5).round_().clamp_(0, 255)
     return levels.to(torch.uint8).permute(1, 2, 3, 0).contiguous()
-
-
-def homeless(value: Any) -> Any:
-    """JSON with every path below the user's home folder written as ~/…, which all readers of paths here expand."""
-    if isinstance(value, dict):
-        return {key: homeless(item) for key, item in value.items()}
-    if isinstance(value, list):
-        return [homeless(item) for item in value]
-    home = str(Path.home()).rstrip(os.sep) + os.sep
-    return f"~/{value.removeprefix(home)}" if isinstance(value, str) and value.startswith(home) else value
 
 
 def device_name(device: torch.device) -> str:

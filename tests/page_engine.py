@@ -12,7 +12,6 @@ import time
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
@@ -23,6 +22,7 @@ from lightx2v.media import VideoWriter
 from lightx2v.progress import CancelToken, Meter, OnProgress, Progress, Timings
 from lightx2v.request import Request
 from lightx2v.result import Result
+from lightx2v.settings import recorded_settings
 
 
 @dataclass
@@ -110,10 +110,13 @@ class PaintingEngine:
     def _file(self, path: Path | None, request: Request) -> AbstractContextManager[VideoWriter | None]:
         if path is None:
             return nullcontext()
-        return VideoWriter(path, request.width, request.height, request.fps, settings=self._settings(request))
-
-    def _settings(self, request: Request) -> dict[str, Any]:
-        return {"preset": self.preset, "engine": self.config.to_json(), "request": request.to_json()}
+        return VideoWriter(
+            path,
+            request.width,
+            request.height,
+            request.fps,
+            settings=recorded_settings(self.preset, self.config, request, path),
+        )
 
     def _result(self, request: Request, path: Path | None, frames: np.ndarray, timings: Timings) -> Result:
         return Result(

@@ -7,6 +7,7 @@ pictures, of which none is ever fetched; foreign hosts and sites; bodies that ar
 from __future__ import annotations
 
 import io
+import json
 import socket
 import struct
 import threading
@@ -22,6 +23,8 @@ import pytest
 from page_events import Keyboard
 from PIL import Image
 from studio_app import LEAKS, Page, Refused, eventually
+
+from lightx2v.mp4 import read_settings
 
 I2V = {"preset": "demo_i2v_distill_lora", "settings": {"frames": 5}}
 
@@ -158,6 +161,13 @@ def test_a_runs_picture_comes_back_without_loss(page: Page, keyboard: Keyboard) 
     answer = keyboard.answer("history", "act", sent={"act": "restore", "id": id}, **person)
     said = keyboard.values("history", "act", answer)
     with Image.open(said["image_path"]["path"]) as shown:
+        assert np.array_equal(np.asarray(shown), noise)
+    # The video brings it back too, and does not say where it is kept.
+    video = page.folder / f"{id}.mp4"
+    assert str(page.folder) not in json.dumps(read_settings(video)["request"])
+    dropped = page.upload(video.read_bytes(), "mine.mp4")
+    answer = keyboard.answer("restore", "upload", restore=dropped, **person)
+    with Image.open(keyboard.values("restore", "upload", answer)["image_path"]["path"]) as shown:
         assert np.array_equal(np.asarray(shown), noise)
 
 

@@ -26,6 +26,7 @@ from lightx2v.pipeline import LightX2VPipeline
 from lightx2v.progress import CancelToken, Progress
 from lightx2v.request import Request
 from lightx2v.result import Result
+from lightx2v.settings import find_picture
 
 SMALL = {"height": 32, "width": 48, "frames": 5, "steps": 4, "text_len": 512}
 
@@ -169,6 +170,10 @@ def test_an_image_becomes_a_video_of_its_shape(tiny: TinyModels, tmp_path: Path,
     assert result.width > result.height, "the image gives the shape"
     assert probe(tmp_path / "out.mp4").frames == 5
     assert again.latents is not None and again.latents.isfinite().all()
+    settings = read_settings(tmp_path / "out.mp4")
+    assert settings["request"]["image_path"] == "first.png", "its folder is nobody's business"
+    assert str(tmp_path) not in json.dumps(settings["request"])
+    assert find_picture(settings, "image_path", tmp_path / "out.mp4") == tmp_path / "first.png"
 
 
 def test_a_model_of_the_other_task_is_named(tiny: TinyModels) -> None:
