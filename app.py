@@ -19,7 +19,7 @@ from app.exposure import Exposure, add_flags, decide
 from lightx2v import preload
 from lightx2v.config import Environment
 from lightx2v.errors import ConfigError, LightX2VError, OutputError, short_path
-from lightx2v.terminal import ECHO, Interrupts
+from lightx2v.terminal import ECHO, Flags, Interrupts
 
 if TYPE_CHECKING:
     from app.studio import Studio
@@ -36,7 +36,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return error.exit_code
     logging.basicConfig(level=logging.INFO, format=f"{environment.who}%(message)s")
     logging.getLogger("httpx").setLevel(logging.WARNING)
-    parser = argparse.ArgumentParser(prog="app.py", description="LightX2V Studio: videos from text and images.")
+    parser = Flags(prog="app.py", description="LightX2V Studio: videos from text and images.")
     add_flags(parser)
     preset = os.environ.get("LIGHTX2V_PRESET", "")
     parser.add_argument("--preset", default=preset, help="the preset that is chosen at first; the only one on ZeroGPU")

@@ -11,11 +11,11 @@ from PIL import Image
 from lightx2v.estimate import Prediction
 from lightx2v.framing import Framing
 from lightx2v.image import jpeg
+from lightx2v.machine import Machine
 
 from . import numbers
 from .exposure import Exposure
 from .html import button, esc, tag
-from .machine import Machine
 from .model_files import FilesStatus
 from .strings import LANGUAGES, Words
 

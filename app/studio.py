@@ -23,14 +23,14 @@ from lightx2v.errors import BadRequest, ConfigError, LightX2VError
 from lightx2v.estimate import Prediction, Rates, Work, count
 from lightx2v.image import jpeg
 from lightx2v.jobs import Engine, Job, JobManager, OpenEngine, UnknownJob
+from lightx2v.machine import MachineReader
 from lightx2v.media import read_frame
+from lightx2v.memory import bytes_needed, shape_of
 from lightx2v.progress import CancelToken, OnProgress, Progress
 from lightx2v.request import Request
 
 from .exposure import Exposure
-from .machine import MachineReader
 from .measured import Measured, engine_key
-from .memory import bytes_needed, shape_of
 from .model_files import Files, HubFiles
 from .served import existing
 from .snippets import ADDRESS

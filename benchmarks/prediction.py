@@ -14,9 +14,9 @@ from pathlib import Path
 
 from PIL import Image
 
-from app.memory import shape_of
 from lightx2v.config import resolve
 from lightx2v.estimate import Rates, Work, count
+from lightx2v.memory import shape_of
 from lightx2v.pipeline import LightX2VPipeline
 from lightx2v.request import Request
 

@@ -68,10 +68,12 @@ class Environment:
     """Where they meet if they were started by something else."""
     profiling: int = 0
     """LightX2V's switch for the log of a Python script: with 1 or 2 it shows what each stage took."""
+    visible_gpus: str | None = None
+    """CUDA's own list, which the driver's tool does not heed; an empty one means none."""
 
     @classmethod
     def read(cls, variables: Mapping[str, str] | None = None) -> Environment:
-        """From `variables`, by default those of this process. An empty one counts as not set."""
+        """From `variables`, by default those of this process. An empty one of ours counts as not set."""
         variables = os.environ if variables is None else variables
         names = {
             "models_dir": "LIGHTX2V_MODELS_DIR",
@@ -89,6 +91,7 @@ class Environment:
         }
         found: dict[str, Any] = {key: variables[name] for key, name in names.items() if variables.get(name)}
         found["by_torchrun"] = found.get("by_torchrun") == "True"
+        found["visible_gpus"] = variables.get("CUDA_VISIBLE_DEVICES")
         for key in ("rank", "local_rank", "world_size", "local_world_size", "restart", "port", "profiling"):
             if key in found:
                 if not found[key].isdecimal() or len(found[key]) > 6:

@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING
 from .config import Environment, resolve
 from .errors import BadRequest, LoraError, short_path
 from .lora_names import noise_level
-from .terminal import Interrupts, ProgressLine, ended, logging_to
+from .terminal import Flags, Interrupts, ProgressLine, ended, logging_to
 
 if TYPE_CHECKING:
     from .conversion import Conversion
@@ -111,7 +111,7 @@ def _lora(text: str) -> tuple[Path, float]:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+    parser = Flags(
         prog="python -m lightx2v.convert",
         description=(__doc__ or "").partition("\n\n")[0],
         epilog=(__doc__ or "").partition("\n\n")[2],

@@ -18,7 +18,7 @@ from .config import Environment, list_presets, resolve
 from .errors import DownloadError, byte_size
 from .hub import Hub, Plan, fetch, make_plan
 from .progress import Meter
-from .terminal import Interrupts, ProgressLine, ended, logging_to, one_line
+from .terminal import Flags, Interrupts, ProgressLine, ended, logging_to, one_line
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -75,7 +75,7 @@ def _table(plan: Plan) -> str:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+    parser = Flags(
         prog="python -m lightx2v.download",
         description="Downloads the model files that a preset needs and this machine lacks, into the cache that all "
         "Hugging Face programs share. HF_HOME, HF_ENDPOINT, HF_TOKEN and HF_HUB_OFFLINE are respected.",

@@ -29,7 +29,7 @@ from .parallel.meet import join
 from .parallel.mesh import Mesh
 from .parallel.world import World
 from .placement.offloaded import describe
-from .planner import Plan
+from .planner import from_disk
 from .progress import CancelToken, Meter, OnProgress
 from .prompts import PromptCache
 from .weights.checkpoint import open_checkpoint
@@ -219,18 +219,6 @@ def place(
         warnings.append(f"The device ran out of memory while loading; the model was loaded with {describe(plan)}.")
         placement.keep_below(plan)
     return placement
-
-
-def from_disk(config: EngineConfig) -> Plan:
-    """For a device whose memory is the host's: nothing is offloaded, and the experts' blocks are read as they run."""
-    return Plan(
-        mode="stream",
-        resident_blocks=0,
-        tiling=config.use_tiling_vae is True,
-        tiling_allowed=config.use_tiling_vae is not False,
-        lazy=True,
-        reason="The weights stay on disk and are read as they are needed.",
-    )
 
 
 def world_for(config: EngineConfig) -> World | None:

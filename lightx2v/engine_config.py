@@ -309,8 +309,10 @@ def refuse_unknown(data: Mapping[Any, Any], known: Sequence[str], where: str) ->
 
 
 def nearest(word: str, known: Sequence[str]) -> str:
-    """A sentence that names the entry of `known` nearest to `word`."""
-    return f"The nearest known one is {difflib.get_close_matches(word[:100], known, n=1, cutoff=0.0)[0]!r}."
+    """A sentence that names the entry of `known` nearest to `word`; one with all of its parts and more comes first."""
+    parts = set(word.split("_"))
+    whole = [name for name in known if parts <= set(name.split("_"))]
+    return f"The nearest known one is {difflib.get_close_matches(word[:100], whole or known, n=1, cutoff=0.0)[0]!r}."
 
 
 def _bad(key: str, got: Any, expected: str) -> NoReturn:

@@ -25,13 +25,16 @@ from typing import Any, Protocol
 
 from . import preload
 from .config import EngineConfig, Environment, Resolved, hub_name, list_presets, needed_files, resolve
-from .errors import BadRequest, ConfigError
+from .errors import BadRequest, ConfigError, short_path
 from .framing import RESIZE_MODES
 from .hub import find
+from .machine import MachineReader
+from .memory import on_card, on_machine
 from .preset_keys import PER_VIDEO
 from .progress import CancelToken, OnProgress, cost
 from .request import Request
-from .terminal import ECHO, Interrupts, ProgressLine, ended, logging_to, one_line
+from .settings import PICTURES, find_picture
+from .terminal import ECHO, Flags, Interrupts, ProgressLine, ended, logging_to, one_line
 
 log = logging.getLogger("lightx2v.infer")
 
@@ -102,8 +105,10 @@ def _run(
         return 0
     resolved, shown = _settings(options, environment)
     if options.dry_run:
-        print(json.dumps(_dry_run(resolved, shown), indent=2, ensure_ascii=False))
+        print(json.dumps(_dry_run(resolved, shown, options.card), indent=2, ensure_ascii=False))
         return 0
+    if options.card is not None:
+        raise BadRequest("--card only asks whether a run would fit. Add --dry_run, or leave it out.")
     if "prompt" not in shown:
         raise BadRequest('There is no prompt. Describe the video: --prompt "a cat surfs".')
     resolved.engine.check_world(environment.world_size or 1, enable_cfg=resolved.request["enable_cfg"])
@@ -152,7 +157,7 @@ def _settings(options: argparse.Namespace, environment: Environment) -> tuple[Re
     shown: dict[str, Any] = {}
     preset: str | dict[str, Any]
     if options.from_video is not None:
-        preset, shown = _recorded(options.from_video)
+        preset, shown = _recorded(options.from_video, [key for key in PICTURES if getattr(options, key) is not None])
     elif options.preset or options.config_json:
         preset = options.preset or options.config_json
     elif options.model_path:
@@ -179,8 +184,9 @@ def _settings(options: argparse.Namespace, environment: Environment) -> tuple[Re
     return resolved, shown
 
 
-def _recorded(video: str) -> tuple[dict[str, Any], dict[str, Any]]:
-    """The settings inside one of our videos: those of a preset, and what it shows (with its preset's name)."""
+def _recorded(video: str, given: Sequence[str]) -> tuple[dict[str, Any], dict[str, Any]]:
+    """The settings inside one of our videos: those of a preset, and what it shows (with its preset's name). Its
+    pictures are looked for, but for those that are `given`."""
     from .mp4 import read_settings
 
     settings = read_settings(video)
@@ -188,6 +194,14 @@ def _recorded(video: str) -> tuple[dict[str, Any], dict[str, Any]]:
     if not isinstance(engine, dict) or not isinstance(request, dict):
         raise BadRequest("The settings in this video have no engine and no request; it cannot be repeated.")
     shown = {key: request[key] for key in PER_VIDEO if key in request}
+    for key in PICTURES:
+        if shown.get(key) and key not in given:
+            if (picture := find_picture(settings, key, video)) is None:
+                raise BadRequest(
+                    f"The picture {short_path(str(shown[key]))} that this video was made from is neither here nor "
+                    f"beside the video. Give it with --{key}."
+                )
+            shown[key] = str(picture)
     # The class follows from the step list: a request may have one even where the engine was loaded without.
     # And the number of processes is this run's own; it changes nothing in the video.
     engine = {key: value for key, value in engine.items() if key not in ("model_cls", "parallel")}
@@ -227,8 +241,9 @@ def _output_path(options: argparse.Namespace, resolved: Resolved, request: Reque
 # ---- what is shown --------------------------------------------------------------------------------------------------
 
 
-def _dry_run(resolved: Resolved, shown: dict[str, Any]) -> dict[str, Any]:
-    """The resolved configuration and what a run of it would take. Looks for local files, and at nothing else."""
+def _dry_run(resolved: Resolved, shown: dict[str, Any], card: float | None) -> dict[str, Any]:
+    """The resolved configuration and what a run of it would take, here or on another `card`. Looks for local files and
+    at the machine, and at nothing else."""
     stand_in = {"prompt": "prompt", "image_path": "image", "last_frame_path": "image"}
     needed = {"t2v": ("prompt",), "i2v": ("prompt", "image_path"), "flf2v": tuple(stand_in)}[resolved.engine.task]
     request = Request.from_json(resolved.request | {key: stand_in[key] for key in needed if key not in shown} | shown)
@@ -239,6 +254,8 @@ def _dry_run(resolved: Resolved, shown: dict[str, Any]) -> dict[str, Any]:
         hub = hub_name(name)
         source = None if hub is None else {"repo": hub[0], "file": hub[1]}
         files.append({"name": name, "here": find(name, engine) is not None, "hub": source})
+    here = MachineReader()()
+    memory = on_machine(engine, request, here) if card is None else on_card(engine, request, card)
     return {
         "preset": asdict(resolved.preset),
         "engine": engine.to_json(),
@@ -251,6 +268,7 @@ def _dry_run(resolved: Resolved, shown: dict[str, Any]) -> dict[str, Any]:
             "forwards_per_step": {"high": 1 + guided[0], "low": 1 + guided[1]},
             "seconds_of_video": request.seconds,
             "processes": resolved.preset.gpus,
+            "memory": {"device": here.name if card is None else f"a card of {card:g} GB", **memory.to_json()},
         },
         "notes": list(resolved.notes),
     }
@@ -296,7 +314,7 @@ _OVERRIDES = frozenset(
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+    parser = Flags(
         prog="python -m lightx2v.infer",
         usage="python -m lightx2v.infer --preset NAME --prompt TEXT [options]",
         description="Makes one video with Wan2.2 from a prompt, and an image for i2v.",
@@ -352,8 +370,9 @@ def _parser() -> argparse.ArgumentParser:
     add(
         "--dry_run",
         action="store_true",
-        help="print the resolved configuration and plan as JSON; load and fetch nothing",
+        help="print the resolved configuration, plan and memory as JSON; load and fetch nothing",
     )
+    add("--card", type=_card, metavar="GB", help="with --dry_run: on a card of that size instead of this machine's")
     add("--verbose", action="store_true", help="log more, and tracebacks")
     add("--return_result_tensor", action="store_true", help=argparse.SUPPRESS)  # LightX2V's; means nothing here
     return parser
@@ -367,6 +386,16 @@ def _assignment(text: str) -> tuple[str, Any]:
         return key.strip(), json.loads(value, parse_constant=_no_constant)
     except (ValueError, RecursionError):
         return key.strip(), value
+
+
+def _card(text: str) -> float:
+    try:
+        size = float(text)
+    except ValueError:
+        size = 0.0
+    if not 1 <= size <= 10_000:
+        raise argparse.ArgumentTypeError(f"{text!r} is no size from 1 to 10000")
+    return size
 
 
 def _no_constant(word: str) -> Any:

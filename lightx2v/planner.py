@@ -254,6 +254,13 @@ def stage_bytes(plan: Plan, model: Model, need: Need) -> dict[str, int]:
     return {stage: int(weights[stage] + SLACK * work[stage]) for stage in work}
 
 
+def host_bytes(plan: Plan, model: Model) -> int:
+    """The weights that wait in host memory; what is read from disk as it is needed is none of them."""
+    experts = 0 if plan.mode == "resident" or plan.lazy else 2 * expert_bytes(model)
+    text = 0 if plan.text == "resident" else model.text
+    return int(experts + text + (0 if plan.vae == "resident" else model.vae))
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Planner:
     """`choose` for one loaded model on one machine."""
@@ -284,6 +291,18 @@ def choose(machine: Machine, model: Model, need: Need, wishes: Wishes | None = N
             return replace(plan, bytes=needed, reason=_reason(plan, model, machine, fits=True))
     least = min(variants, key=lambda plan: max(stage_bytes(plan, model, need).values()))
     return replace(least, bytes=stage_bytes(least, model, need), reason=_reason(least, model, machine, fits=False))
+
+
+def from_disk(config: EngineConfig) -> Plan:
+    """For a device whose memory is the host's: nothing is offloaded, and the experts' blocks are read as they run."""
+    return Plan(
+        mode="stream",
+        resident_blocks=0,
+        tiling=config.use_tiling_vae is True,
+        tiling_allowed=config.use_tiling_vae is not False,
+        lazy=True,
+        reason="The weights stay on disk and are read as they are needed.",
+    )
 
 
 def _candidates(model: Model, wishes: Wishes, *, lazy: bool) -> list[Plan]:

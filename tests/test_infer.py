@@ -9,7 +9,7 @@ import sys
 import textwrap
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +20,7 @@ from PIL import Image
 from lightx2v.config import PROJECT, EngineConfig
 from lightx2v.errors import Cancelled, CheckpointError, OutOfMemory
 from lightx2v.infer import main
+from lightx2v.machine import Machine
 from lightx2v.progress import CancelToken, OnProgress, Peak, Progress, StepTime, Timings
 from lightx2v.request import Request
 from lightx2v.result import Result
@@ -221,10 +222,13 @@ def test_an_existing_file_is_kept_unless_forced(infer: Infer, stage: Stage, tmp_
         (("--preset", "demo_t2v_base"), "There is no prompt"),
         (("--preset", "demo_t2v_base", "--prompt", ""), "it is empty"),
         (("--preset", "demo_t2v_bose", "--prompt", "x"), "nearest known one is 'demo_t2v_base'"),
-        (("--preset", "demo_t2v_base", "--config_json", "a.json"), "not allowed with argument"),
+        (("--preset", "demo_t2v_base", "--config_json", "a.json"), "cannot be used together with --preset"),
         (("--preset", "demo_t2v_base", "--prompt", "x", "--height", "100"), "Nearest valid value: 96."),
         (("--preset", "demo_t2v_base", "--prompt", "x", "--num_frames", "16"), "frames is 16"),
-        (("--preset", "demo_t2v_base", "--prompt", "x", "--seed", "1.5"), "invalid int value"),
+        (
+            ("--preset", "demo_t2v_base", "--prompt", "x", "--seed", "1.5"),
+            "--seed: '1.5' is no whole number. Usage: --seed N,",
+        ),
         (("--preset", "demo_t2v_base", "--prompt", "x", "--guidance", "1", "2", "3"), "guidance is"),
         (("--preset", "demo_t2v_base", "--prompt", "x", "--shift", "nan"), "shift is nan"),
         (
@@ -241,7 +245,27 @@ def test_an_existing_file_is_kept_unless_forced(infer: Infer, stage: Stage, tmp_
         (("--preset", "demo_t2v_base", "--prompt", "x", "--save_result_path", "."), "exists"),
         (("--preset", "demo_t2v_base", "--prompt", "x", "--save_result_path", "a" * 300 + ".mp4"), "304 bytes long"),
         (("--preset", "t2v_base_cfg_ulysses", "--prompt", "x"), "torchrun --nproc_per_node=8"),
-        (("--preset", "demo_t2v_base", "--prompt", "x", "--promt", "y"), "unrecognized arguments"),
+        (("--preset", "demo_t2v_base", "--prompt", "x", "--promt", "y"), "no flag --promt. The nearest is --prompt."),
+        (("--preset", "demo_i2v_base", "--prompt", "x", "--image"), "no flag --image. The nearest is --image_path."),
+        (
+            ("--prompt", "x", "--image_path"),
+            "--image_path: its value is missing. Usage: --image_path IMAGE, first frame",
+        ),
+        (
+            ("--preset", "demo_t2v_base", "--prompt", "a", "cat"),
+            "'cat' belongs to no flag. Text with spaces needs quotes",
+        ),
+        (
+            ("--preset", "demo_t2v_base", "--task", "v2v"),
+            "'v2v' is none of its choices. Usage: --task {t2v,i2v,flf2v}.",
+        ),
+        (
+            ("--preset", "demo_t2v_base", "--target_shape", "3"),
+            "--target_shape: it takes 2 values. Usage: --target_shape H W",
+        ),
+        (("--preset", "demo_t2v_lora", "--prompt", "x"), "The nearest known one is 'demo_t2v_distill_lora'."),
+        (("--preset", "demo_t2v_base", "--prompt", "x", "--card", "12"), "Add --dry_run"),
+        (("--preset", "demo_t2v_base", "--dry_run", "--card", "nan"), "'nan' is no size from 1 to 10000"),
         (("--from", "none.mp4"), "There is no file"),
     ],
     ids=lambda value: " ".join(value)[-40:] if isinstance(value, tuple) else "",
@@ -252,6 +276,7 @@ def test_bad_usage_ends_with_2_before_anything_is_loaded(
     ended = infer(*flags)
     assert ended.code == 2
     assert message in ended.err
+    assert ended.err.startswith("error: ") and "usage:" not in ended.err
     assert stage.config is None
     assert ended.out == ""
 
@@ -317,6 +342,41 @@ def test_a_dry_run_prints_the_plan_and_loads_nothing(infer: Infer, stage: Stage,
         "here": False,
         "hub": {"repo": "lightx2v/Encoders", "file": "models_t5_umt5-xxl-enc-fp8.pth"},
     }
+
+
+@pytest.mark.parametrize(
+    ("preset", "card", "fits", "stays"),
+    [("i2v_distill_fp8", 6, False, False), ("i2v_base", 12, True, False), ("t2v_base", 80, True, True)],
+)
+def test_a_dry_run_says_whether_a_card_is_enough(infer: Infer, preset: str, card: int, fits: bool, stays: bool) -> None:
+    memory = json.loads(infer("--preset", preset, "--dry_run", "--card", str(card)).out)["plan"]["memory"]
+    assert memory["device"] == f"a card of {card} GB" and memory["free_gib"] == card - 1
+    assert memory["device_peak_gib"] == max(memory["device_gib"].values())
+    assert memory["fits"] == fits == (memory["device_peak_gib"] < card - 1)
+    assert ("both experts stay on the device" in memory["plan"]) == stays
+    waiting = 0 if stays else 33 if "fp8" in preset else 63
+    assert memory["host_gib"] == pytest.approx(waiting, abs=1)
+
+
+def test_without_a_card_a_dry_run_looks_at_this_machine(infer: Infer, monkeypatch: pytest.MonkeyPatch) -> None:
+    def memory(machine: Machine, *flags: str) -> dict[str, Any]:
+        monkeypatch.setattr("lightx2v.machine.MachineReader.__call__", lambda self: machine)
+        return json.loads(infer("--preset", "t2v_base", "--dry_run", *flags).out)["plan"]["memory"]
+
+    plain = Machine(name="a laptop", cores=4, ram_free=16 << 30, ram_total=16 << 30)
+    on_host = memory(plain)
+    assert (on_host["device"], on_host["device_peak_gib"], on_host["fits"]) == ("a laptop", None, False)
+    assert on_host["host_gib"] > 2 * 14.3e9 * 4 / 2**30, "both experts in float32"
+    lazy = memory(plain, "--set", "lazy_load=true")
+    assert lazy["host_gib"] < on_host["host_gib"] / 3 and "read as they are needed" in lazy["plan"]
+    with_gpu = replace(plain, name="a card", ram_free=128 << 30, vram_free=23 << 30, vram_total=24 << 30)
+    on_device = memory(with_gpu)
+    assert (on_device["device"], on_device["free_gib"], on_device["fits"]) == ("a card", 23, True)
+    assert 15 < on_device["device_peak_gib"] < 23 and on_device["host_gib"] == pytest.approx(63, abs=1)
+    assert "on disk" in memory(replace(with_gpu, ram_free=16 << 30))["plan"]
+    assert memory(with_gpu, "--set", "device=cpu") == on_host | {
+        "device": "a card", "free_gib": 128, "fits": on_host["host_gib"] < 128,
+    }  # fmt: skip
 
 
 def test_a_dry_run_needs_no_prompt_and_no_gpus_and_finds_what_is_here(infer: Infer, tmp_path: Path) -> None:
@@ -390,6 +450,23 @@ def test_a_repeated_video_may_differ_in_what_is_given(
     assert changed == {"prompt", "seed", "steps"}
 
 
+def test_a_repeated_videos_picture_is_found_or_asked_for(
+    infer: Infer, stage: Stage, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("a.png", "other.png"):
+        Image.new("RGB", (32, 32)).save(name)
+    infer("--preset", "demo_i2v_base", "--prompt", "a ball", "--image_path", "a.png")
+    recording(tmp_path, monkeypatch, stage)
+    Path("kept").mkdir()
+    Path("a.png").rename("kept/a.png")
+    assert infer("--from", "kept/first.mp4", "--seed", "9").code == 0, "beside the video"
+    assert stage.request is not None and stage.request.image_path == "kept/a.png"
+    ended = infer("--from", "first.mp4", "--seed", "10")
+    assert (ended.code, "picture a.png" in ended.err, "Give it with --image_path." in ended.err) == (2, True, True)
+    assert infer("--from", "first.mp4", "--seed", "10", "--image_path", "other.png").code == 0
+    assert stage.request.image_path == "other.png"
+
+
 @pytest.mark.parametrize("settings", [{}, {"engine": 1, "request": {}}, {"engine": {}, "request": {"x": 1}}])
 def test_a_video_with_other_settings_is_refused(
     infer: Infer, stage: Stage, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, settings: dict[str, Any]
@@ -405,6 +482,7 @@ SLOW = """
 import sys, time
 from pathlib import Path
 from lightx2v.infer import main
+from lightx2v.machine import Machine
 
 class Engine:
     def run(self, request, *, save_result_path, on_progress, cancel, metadata, force):

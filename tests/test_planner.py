@@ -7,11 +7,11 @@ from dataclasses import replace
 import pytest
 import torch
 
-from app.memory import bytes_needed
 from lightx2v.components import Precision
 from lightx2v.config import resolve
 from lightx2v.engine_config import EngineConfig
 from lightx2v.estimate import DiTShape
+from lightx2v.memory import bytes_needed
 from lightx2v.models.tiling import Tiling
 from lightx2v.models.vae_config import VAEConfig
 from lightx2v.offload import model_sizes

@@ -24,7 +24,7 @@ from ..engine_config import EngineConfig
 from ..engine_slot import Engine, OpenEngine
 from ..errors import ConfigError
 from ..progress import CancelToken, OnProgress
-from ..terminal import ECHO, Interrupts, ProgressLine, ended, logging_to
+from ..terminal import ECHO, Flags, Interrupts, ProgressLine, ended, logging_to
 
 log = logging.getLogger("lightx2v.server")
 
@@ -215,7 +215,7 @@ def is_loopback(host: str) -> bool:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+    parser = Flags(
         prog="python -m lightx2v.server",
         description="Serves one model over HTTP. Exit codes: 1 failed, 2 bad usage, 130 or 143 stopped by a signal.",
         allow_abbrev=False,

@@ -13,6 +13,8 @@ from pathlib import Path
 
 import psutil
 
+from .config import Environment
+
 FRESH_SECONDS = 3.0
 
 
@@ -62,8 +64,8 @@ class MachineReader:
 
 def _gpu() -> tuple[str, int, int] | None:
     """Name, free and total bytes of the first GPU that this process may use."""
-    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
-    if visible == "" or visible == "-1":
+    visible = Environment.read().visible_gpus
+    if visible in ("", "-1"):
         return None
     first = (visible or "0").split(",")[0].strip()
     command = [

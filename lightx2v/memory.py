@@ -1,0 +1,117 @@
+"""How much memory a run will take at its highest: the engine's own planner, asked before anything is loaded."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+from . import planner
+from .config import PROJECT
+from .engine_config import EngineConfig
+from .estimate import DiTShape
+from .machine import Machine
+from .planner import GIB, RESERVE, TEXT_WEIGHTS, VAE_WEIGHTS, Model, Need, Plan, Wishes
+from .request import Request
+
+CARD_KEEPS = GIB
+"""Of a card's nominal size: what the driver and the CUDA context take."""
+ENOUGH = 2**62
+"""Bytes of host memory beside a card that somebody asks about, so that what it takes is told."""
+SIZES = {"bf16": 2, "fp16": 2, "fp32": 4}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Forecast:
+    """`device` bytes by stage, None without a GPU; `host` bytes: weights that wait there, without a GPU everything;
+    `free` bytes of the one that has to hold the run."""
+
+    plan: Plan
+    device: dict[str, int] | None
+    host: int
+    free: int
+    fits: bool
+
+    def to_json(self) -> dict[str, Any]:
+        """In GiB."""
+        stages = {stage: _gib(size) for stage, size in (self.device or {}).items()}
+        return {
+            "free_gib": _gib(self.free),
+            "device_peak_gib": max(stages.values(), default=None),
+            "device_gib": stages or None,
+            "host_gib": _gib(self.host),
+            "fits": self.fits,
+            "plan": self.plan.reason,
+        }
+
+
+def on_card(config: EngineConfig, request: Request, size: float) -> Forecast:
+    """On a card of `size` GB, beside enough host memory."""
+    return on_device(config, request, vram=max(0, int(size * GIB) - CARD_KEEPS), ram=ENOUGH)
+
+
+def on_machine(config: EngineConfig, request: Request, machine: Machine) -> Forecast:
+    """With what is free there now."""
+    ram = machine.ram_free // (config.parallel.world_size if config.parallel else 1)
+    if machine.vram_free is not None and config.device != "cpu":
+        return on_device(config, request, vram=machine.vram_free, ram=ram)
+    model = _model(config, 4)  # products are computed in float32
+    plan = Plan(mode="resident", resident_blocks=model.dit.num_layers, reason="All of it is in host memory.")
+    if config.lazy_load:
+        plan = planner.from_disk(config)
+    peak = max(planner.stage_bytes(plan, model, _need(request)).values())
+    return Forecast(plan=plan, device=None, host=peak, free=ram, fits=peak <= ram)
+
+
+def on_device(config: EngineConfig, request: Request, *, vram: int, ram: int) -> Forecast:
+    """With so many bytes free, under the plan that the engine will choose for them."""
+    model = _model(config, 2)
+    plan = planner.choose(planner.Machine(vram=vram, ram=ram), model, _need(request), Wishes.of(config))
+    fits = max(plan.bytes.values()) + RESERVE <= vram
+    return Forecast(plan=plan, device=plan.bytes, host=planner.host_bytes(plan, model), free=vram, fits=fits)
+
+
+def bytes_needed(config: EngineConfig, request: Request, *, vram: int, ram: int) -> int:
+    """Bytes of device memory at the highest, where `vram` bytes are free."""
+    return max(on_device(config, request, vram=vram, ram=ram).plan.bytes.values())
+
+
+def model_folder(config: EngineConfig) -> Path | None:
+    """The model's folder if it is on this machine."""
+    path = Path(config.model_path)
+    places = [Path(config.models_dir) / path] if config.models_dir else []
+    return next((place for place in (*places, path, PROJECT / path) if place.is_dir()), None)
+
+
+@lru_cache(maxsize=64)
+def shape_of(config: EngineConfig) -> DiTShape:
+    """The sizes of the model, from its folder; A14B's where it is not here."""
+    return DiTShape.of_model(model_folder(config))
+
+
+@lru_cache(maxsize=64)
+def _model(config: EngineConfig, natural: int) -> Model:
+    """`natural`: bytes of a value where the configuration leaves that to the device."""
+    compute, vae_element = (SIZES.get(dtype, natural) for dtype in (config.dtype, config.vae_dtype))
+    text_element = 1 if config.t5_quantized else compute
+    text, vae = TEXT_WEIGHTS * text_element, VAE_WEIGHTS * vae_element
+    if (folder := model_folder(config)) is not None:  # a small model's files, of 16 bits, say how small its parts are
+        text = min(text, _file_bytes(folder, "models_t5*.pth") * text_element // 2 or text)
+        vae = min(vae, _file_bytes(folder, "*VAE*.pth") * vae_element // 2 or vae)
+    return Model(
+        dit=shape_of(config), weight=1 if config.dit_quantized else compute, compute=compute, vae_element=vae_element,
+        text=text, vae=vae,
+    )  # fmt: skip
+
+
+def _file_bytes(folder: Path, pattern: str) -> int:
+    return sum(file.stat().st_size for file in folder.glob(pattern))
+
+
+def _need(request: Request) -> Need:
+    return Need.of(request.latent_shape, guided=any(request.guided))
+
+
+def _gib(size: int) -> float:
+    return round(size / GIB, 2)
