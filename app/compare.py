@@ -11,11 +11,17 @@ from lightx2v.jobs import Job
 
 from . import numbers
 from .html import button, esc, tag
-from .report import peak_vram, step_seconds
+from .report import made_in, peak_vram, step_seconds
 from .strings import Words
 
 SHOWN_ALWAYS = ("prompt", "seed")
 NOT_COMPARED = ("image_path", "last_frame_path", "task")
+_GUIDED = {
+    (False, False): "offload_off",
+    (True, True): "offload_on",
+    (True, False): "phase_high",
+    (False, True): "phase_low",
+}
 
 
 def compare(words: Words, jobs: Sequence[Job]) -> str:
@@ -35,22 +41,33 @@ def compare(words: Words, jobs: Sequence[Job]) -> str:
 
 
 def benchmark(words: Words, jobs: Sequence[Job]) -> str:
-    """One row for each preset, size and offload that ran to its end; the tutorial's table from this machine's runs."""
-    groups: dict[tuple[str, str, str, str], list[Job]] = defaultdict(list)
+    """One row for each kind of run that came to its end; the tutorial's table from this machine's runs."""
+    groups: dict[tuple[str, str, int, str, str, str], list[Job]] = defaultdict(list)
     for job in jobs:
         if job.state == "succeeded" and job.result:
             request, result = job.request, job.result
             size = f"{result.get('width', request.width)} × {result.get('height', request.height)} × {request.frames}"
             offload = {True: "on", False: "off"}.get(job.config.cpu_offload, "auto")  # type: ignore[call-overload]
-            groups[(words.preset(job.preset), size, words("offload_" + offload), str(result.get("device", "")))].append(
-                job
+            guided = words(_GUIDED[request.guided])
+            device = str(result.get("device", ""))
+            task = words("mode_" + ("t2v" if request.task == "t2v" else "i2v"))
+            kind = (
+                f"{task} · {words.preset(job.preset)}",
+                size,
+                request.steps,
+                guided,
+                words("offload_" + offload),
+                device,
             )
+            groups[kind].append(job)
     head = tag("header", tag("h2", esc(words("benchmark"))) + tag("span", esc(words("benchmark_hint")), class_="quiet"))
     if not groups:
         return tag("section", head + tag("p", esc(words("benchmark_empty")), class_="quiet empty"), class_="card")
     names = (
         "preset",
         "size",
+        "steps",
+        "guidance",
         "offload",
         "device",
         "total",
@@ -89,7 +106,7 @@ def _video(words: Words, job: Job, side: str) -> str:
     )  # fmt: skip
     timings = (job.result or {})["timings"]
     vram = peak_vram(timings)
-    facts = [words.preset(job.preset), numbers.seconds(timings["total"]), numbers.memory(vram[0]) if vram else ""]
+    facts = [words.preset(job.preset), numbers.seconds(made_in(timings)), numbers.memory(vram[0]) if vram else ""]
     caption = tag("strong", side) + tag("span", esc(" · ".join(filter(None, facts))), class_="quiet")
     poster = tag("img", src=f"studio/{job.id}/poster.jpg", alt="", class_="ambient")
     return tag("figure", tag("div", poster + video, class_="stage") + tag("figcaption", caption))
@@ -114,7 +131,7 @@ def _measured(jobs: Sequence[Job]) -> list[str]:
     decode = [t["seconds"].get("decode", 0.0) for t in timings]
     vram = [peak[0] for peak in map(peak_vram, timings) if peak]
     return [
-        numbers.seconds(statistics.median(t["total"] - t["seconds"].get("load", 0.0) for t in timings)),
+        numbers.seconds(statistics.median(map(made_in, timings))),
         numbers.seconds(statistics.median(steps)) if steps else "–",
         numbers.seconds(statistics.median(decode)),
         numbers.memory(max(vram)) if vram else "–",

@@ -135,14 +135,16 @@ class Editor:
         note = ""
         if settings_of(form.preset).preset.demo:
             note = panels.demo_note(words, unknown_words(form.prompt))
+        prediction = studio.predict(config, request)
         return (
             panels.cost_line(
                 words,
-                studio.predict(config, request),
+                prediction,
                 studio.memory_need(config, request),
                 studio.files.status(config),
                 studio.room,
                 len(planned.requests),
+                unknown=studio.not_predicted(config, request, prediction) if prediction else (),
                 reserve=studio.lender.reservation(request) if studio.lender else None,
             )
             + note
@@ -171,6 +173,8 @@ class Editor:
         result[fields["offload"]] = gr.update(choices=offload_choices(words), label=words("offload"))
         result[self._inputs.advanced] = gr.update(label=words("advanced"))
         result[self._inputs.add_lora] = gr.update(value=words("add_lora"))
+        for remove in self._inputs.remove_lora:
+            result[remove] = gr.update(value=words("remove_lora"))
         return result
 
 

@@ -15,6 +15,7 @@ from typing import Any, Self
 from lightx2v.config import resolve
 from lightx2v.engine_config import EngineConfig
 from lightx2v.errors import BadRequest
+from lightx2v.hub import find_lora
 from lightx2v.request import LoraSpec, Request
 
 from .exposure import Exposure
@@ -186,6 +187,8 @@ def _overrides(form: Form, exposure: Exposure) -> dict[str, Any]:
     if form.attention != "auto":
         values |= {"self_attn_1_type": form.attention, "cross_attn_1_type": form.attention}
     if specs := _lora_specs(form.loras):  # on top of the preset's own; exchanged between runs without loading again
+        for lora in specs:
+            find_lora(lora.path, preset.engine)  # said now, and not when its turn has come
         values["loras"] = [*preset.engine.lora_configs, *specs]
     return values
 
@@ -211,8 +214,8 @@ def _lora_rows(loras: list[LoraSpec]) -> dict[str, Any]:
 
 def _prompts(form: Form, most: int) -> list[str]:
     lines = [line.strip() for line in form.prompt.splitlines() if line.strip()] if form.per_line else [form.prompt]
-    if not lines:
-        raise BadRequest("The prompt is empty. Describe the video.")
+    if not any(line.strip() for line in lines):
+        raise BadRequest("The prompt is empty. Say what is seen and what moves, or choose an example.")
     if not 1 <= form.videos <= most:
         raise BadRequest(f"videos is {form.videos}; expected a number from 1 to {most}.")
     if len(lines) * form.videos > most:

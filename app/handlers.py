@@ -182,13 +182,14 @@ class Handlers:
             return turn.answer()
 
     def paired(self, data: Data) -> Updates:
-        """A high-noise LoRA by name brings its low-noise one."""
-        fields, updates = self._inputs.fields, {}
-        for row in range(LORA_ROWS):
-            high, low = fields[f"lora_{row}_high"], fields[f"lora_{row}_low"]
-            if data[high] and not data[low] and (pair := pair_of(str(data[high]))):
-                updates[low] = pair
-        return updates or gr.skip()
+        """A high-noise LoRA by name brings its low-noise one; of one that is not there the cost says so."""
+        with self._screen.turn(data) as turn:
+            pairs = {}
+            for row in range(LORA_ROWS):
+                high, low = (turn.values[f"lora_{row}_{part}"] for part in ("high", "low"))
+                if high and not low and (pair := pair_of(str(high))):
+                    pairs[f"lora_{row}_low"] = pair
+            return self._derived(turn, **pairs)
 
     def lora_added(self, data: Data) -> Updates:
         """One more row: the first that holds nothing."""
@@ -197,6 +198,13 @@ class Handlers:
             if not data[fields[f"lora_{row}_high"]] and not data[fields[f"lora_{row}_low"]]:
                 return {box: gr.Row(visible=True)}
         return gr.skip()
+
+    def lora_removed(self, row: int, data: Data) -> Updates:
+        """The row is emptied and goes; the others stay where they are."""
+        with self._screen.turn(data) as turn:
+            turn.updates[self._inputs.lora_rows[row]] = gr.Row(visible=False)
+            empty = {"high": "", "low": "", "strength_high": 1.0, "strength_low": 1.0}
+            return self._derived(turn, **{f"lora_{row}_{part}": value for part, value in empty.items()})
 
     def restored(self, data: Data) -> Updates:
         """One of our videos was dropped or chosen: it is shown, and its settings are filled in."""
@@ -213,7 +221,7 @@ class Handlers:
             return turn.answer()
 
     def _from_settings(self, settings: Mapping[str, Any]) -> tuple[str, EngineConfig, Request]:
-        """Preset, engine and request of a video's settings. A picture it names is anybody's path, and not read."""
+        """Preset, engine and request of a video's settings. A picture it names is looked for among our own."""
         data = settings.get("request")
         if not isinstance(data, Mapping):
             raise BadRequest("The video carries no settings of this app. Use one that was made here.")

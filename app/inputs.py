@@ -68,6 +68,7 @@ class Inputs:
     base_only: Any = None
     distilled_only: Any = None
     lora_rows: list[Any] = field(default_factory=list)
+    remove_lora: list[Any] = field(default_factory=list)
     add_lora: Any = None
     advanced: Any = None
     files_box: Any = None
@@ -100,9 +101,10 @@ def build_inputs(words: Words, resolved: Resolved, exposure: Exposure, *, tasks:
             for name, key in (("image_path", "image"), ("last_frame_path", "last_frame")):
                 picture = Picture(
                     type="filepath", format="png", label=words(key), height=168, sources=["upload"], min_width=140,
-                    elem_id=name, buttons=["fullscreen"],
+                    elem_id=name, buttons=["fullscreen"], placeholder=words("image_hint"),
                 )  # fmt: skip
                 inputs.add(name, picture, key)
+                inputs.hints[picture] = ("placeholder", "image_hint")
         inputs.crop = gr.HTML(apply_default_css=False, elem_id="crop")
     prompt = gr.Textbox(
         label=words("prompt"), placeholder=words("prompt_hint"), lines=3, max_lines=12, elem_id="prompt",
@@ -231,6 +233,8 @@ def _lora_fields(inputs: Inputs, words: Words, *, visible: bool) -> None:
                 inputs.add(f"lora_{row}_{part}", path, f"lora_{part}")
                 strength = gr.Number(1.0, label=words(f"strength_{part}"), step=0.1, scale=1, min_width=90)
                 inputs.add(f"lora_{row}_strength_{part}", strength, f"strength_{part}")
+            remove = gr.Button(words("remove_lora"), size="sm", min_width=90, elem_id=f"remove_lora_{row}")
+        inputs.remove_lora.append(remove)
         inputs.lora_rows.append(box)
     inputs.add_lora = gr.Button(words("add_lora"), size="sm", visible=visible, elem_id="add_lora")
 

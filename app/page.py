@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import re
 import secrets
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -79,6 +81,7 @@ def _wire(page: gr.Blocks, screen: Screen) -> None:
     column = {
         *fields, inputs.preset, inputs.examples, inputs.generate, inputs.cost, inputs.crop, inputs.i2v_only,
         inputs.base_only, inputs.distilled_only, inputs.advanced, inputs.add_lora, *inputs.lora_rows,
+        *inputs.remove_lora,
     }  # fmt: skip
     column |= {inputs.files, inputs.files_box} - {None}
     everything = [*column, *outputs.rendered, screen.session, screen.timer, outputs.restore, *outputs.tabs]
@@ -118,10 +121,11 @@ def _wire(page: gr.Blocks, screen: Screen) -> None:
     changes = [*(named[name].input for name in costly), named["prompt"].blur]  # one video for each of its lines
     gr.on(changes, handlers.edited, **last)
     gr.on([picture.change for picture in pictures], handlers.pictured, **{**last, "inputs": read | pictures})
-    paths = [component for name, component in named.items() if name.startswith("lora_") and name.endswith("_high")]
-    blurred = [path.blur for path in paths if hasattr(path, "blur")]
-    gr.on(blurred, handlers.paired, **last)
+    paths = [component for name, component in named.items() if re.fullmatch(r"lora_\d_(high|low)", name)]
+    gr.on([path.blur for path in paths], handlers.paired, **last)
     inputs.add_lora.click(handlers.lora_added, **last)
+    for row, remove in enumerate(inputs.remove_lora):
+        remove.click(partial(handlers.lora_removed, row), **last)
 
 
 def head() -> str:

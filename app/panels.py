@@ -100,10 +100,12 @@ def cost_line(
     room: int | None,
     count: int,
     *,
+    unknown: Sequence[str] = (),
     reserve: int | None = None,
 ) -> str:
-    """Under the button: seconds, memory against the `room` there is, bytes to download; or the lent GPU's seconds."""
-    parts = [_time(words, prediction, count)]
+    """Under the button: seconds, and which stages they leave out because they are `unknown`; memory against the `room`
+    there is, bytes to download; or the lent GPU's seconds."""
+    parts = [_time(words, prediction, count, unknown)]
     if need is not None and room is not None:
         level, key = _level(need, room)
         text = words(key, need=numbers.memory(need), free=numbers.memory(room))
@@ -208,14 +210,16 @@ def _level(need: int, free: int) -> tuple[str, str]:
     return ("tight", "cost_tight") if need > TIGHT * free else ("ok", "cost_fits")
 
 
-def _time(words: Words, prediction: Prediction | None, count: int) -> str:
+def _time(words: Words, prediction: Prediction | None, count: int, unknown: Sequence[str]) -> str:
     if prediction is None:
         return esc(words("cost_unknown"))
     if prediction.seconds > TOO_SLOW:
         return tag("strong", esc(words("cost_days")))
+    load = prediction.stages.get("load", 0.0) if count > 1 else 0.0  # several videos wait for it once
     key = "cost_assumed" if prediction.source == "assumed" else "cost_time"
-    text = words(key, time=numbers.about(prediction.seconds))
-    return tag("strong", esc(text if count == 1 else f"{count} × {text}"))
+    text = words(key, time=numbers.about(prediction.seconds - load))
+    more = [words(f"cost_{stage}") for stage in dict.fromkeys([*(["load"] if load else []), *unknown])]
+    return tag("strong", esc(" ".join([text if count == 1 else f"{count} × {text}", *more])))
 
 
 def _files_text(words: Words, files: FilesStatus) -> str:

@@ -32,9 +32,8 @@ def report(
     if job is None or job.state != "succeeded" or not job.result:
         return ""
     result = job.result
-    head = tag("h2", esc(words("earlier_run" if earlier else "last_run"))) + tag(
-        "span", esc(_subtitle(words, job)), class_="quiet"
-    )
+    title = words("earlier_run" if earlier else "last_run")
+    head = tag("h2", esc(title)) + tag("span", esc(_subtitle(words, job)), class_="quiet")
     parts = [
         tag("header", head),
         _chips(words, result, predicted),
@@ -49,7 +48,7 @@ def report(
             class_="snippets",
         ),
     ]
-    return tag("section", "".join(parts), class_="card report", aria_label=words("last_run"))
+    return tag("section", "".join(parts), class_="card report", aria_label=title)
 
 
 def step_seconds(timings: Mapping[str, Any]) -> float | None:
@@ -57,6 +56,11 @@ def step_seconds(timings: Mapping[str, Any]) -> float | None:
     times = [step["seconds"] for step in timings.get("steps", ())]
     times = times[1:] if len(times) > 2 else times
     return sum(times) / len(times) if times else None
+
+
+def made_in(timings: Mapping[str, Any]) -> float:
+    """Seconds without loading, which only the first run of an engine waits for."""
+    return timings["total"] - timings["seconds"].get("load", 0.0)
 
 
 def peak_vram(timings: Mapping[str, Any]) -> tuple[int, int] | None:
@@ -157,11 +161,17 @@ def _details(words: Words, job: Job) -> str:
         (words("device"), result.get("device", "")),
         (words("attention"), attention_line(result)),
         (words("peak_ram"), numbers.memory(timings["peak_rss"])),
-        (words("prompt_tokens"), ", ".join(f"{k} {v}" for k, v in (result.get("text_tokens") or {}).items())),
+        (
+            words("prompt_tokens"),
+            ", ".join(f"{words(k)} {v}" for k, v in (result.get("text_tokens") or {}).items()),
+        ),
         ("LoRA", _lora_line(words, result)),
         (words("memory"), str((result.get("plan") or {}).get("reason", ""))),
-        ("shift", f"{job.request.shift:g}"),
-        ("guidance", " / ".join(f"{g:g}" for g in job.request.guidance) if any(job.request.guided) else words("off")),
+        (words("shift"), f"{job.request.shift:g}"),
+        (
+            words("guidance"),
+            " / ".join(f"{g:g}" for g in job.request.guidance) if any(job.request.guided) else words("off"),
+        ),
         (words("run"), job.id),
     ]
     items = (tag("dt", esc(name)) + tag("dd", esc(value)) for name, value in facts if value)

@@ -197,9 +197,8 @@ def _clock(words: Words, job: Job, event: Progress | None, expected: Mapping[str
 
 
 def _took(job: Job) -> str:
-    if job.started is None or job.finished is None:
-        return ""
-    return numbers.seconds(max(0.0, job.finished - job.started))
+    """The report's own total: loading is in it, waiting for a download is not."""
+    return numbers.seconds((job.result or {})["timings"]["total"])
 
 
 def _waiting(words: Words, job: Job) -> str:

@@ -25,6 +25,7 @@ _TABLE: dict[str, tuple[str, str]] = {
     "mode": ("Make a video from", "生成方式"),
     "image": ("First frame", "首帧图片"),
     "last_frame": ("Last frame (optional)", "尾帧图片（可选）"),
+    "image_hint": ("Drop an image here, or click to choose one", "将图片拖到此处，或点击选择"),
     "prompt": ("Prompt", "提示词"),
     "prompt_hint": (
         "What is seen, what moves, how the camera moves.  Ctrl+Enter makes the video.",
@@ -59,6 +60,7 @@ _TABLE: dict[str, tuple[str, str]] = {
     "shift": ("Shift", "偏移"),
     "guidance_high": ("Guidance, high noise", "引导强度（高噪声）"),
     "guidance_low": ("Guidance, low noise", "引导强度（低噪声）"),
+    "guidance": ("Guidance", "引导"),
     "enable_cfg": ("Guidance (doubles the work)", "启用引导（计算量翻倍）"),
     "boundary": ("Boundary between the experts", "专家切换边界"),
     "denoising_step_list": ("Denoising steps", "去噪时间步"),
@@ -74,6 +76,7 @@ _TABLE: dict[str, tuple[str, str]] = {
     "strength_high": ("Strength, high", "强度（高）"),
     "strength_low": ("Strength, low", "强度（低）"),
     "add_lora": ("Add a LoRA", "添加 LoRA"),
+    "remove_lora": ("Remove", "移除"),
     "restore_file": ("Restore from a video …", "从视频恢复…"),
     # crop preview
     "crop_sizes": ("{from_size} → {to_size}", "{from_size} → {to_size}"),
@@ -83,6 +86,8 @@ _TABLE: dict[str, tuple[str, str]] = {
     # cost line
     "cost_time": ("about {time}", "约 {time}"),
     "cost_assumed": ("about {time} (a guess; exact after the first run)", "约 {time}（粗略估计，首次运行后更准确）"),
+    "cost_load": ("+ loading", "+ 加载"),
+    "cost_image": ("+ reading the image", "+ 编码图片"),
     "cost_days": ("days on this machine", "本机需要数天"),
     "days": ("days", "数天"),
     "cost_unknown": ("time known after the first run", "首次运行后可预估时间"),

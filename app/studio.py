@@ -131,11 +131,23 @@ class Studio:
 
     def predict(self, config: EngineConfig, request: Request) -> Prediction | None:
         """How long this will take here; loading counts unless this very engine will be in memory when it begins."""
+        return self._predict(config, request, self._next_engine)
+
+    def not_predicted(self, config: EngineConfig, request: Request, prediction: Prediction) -> list[str]:
+        """Of "load" and "image", what this run will do and what nothing is known of yet."""
+        comes = {"load": config != self._next_engine, "image": "image" in self._work(config, request).calls}
+        return [stage for stage, does in comes.items() if does and stage not in prediction.stages]
+
+    @property
+    def _next_engine(self) -> EngineConfig | None:
+        """The one that will be in memory when all that is queued has run."""
         before = self.jobs.list(states=("queued", "running"), limit=1)
-        return self._predict(config, request, before[0].config if before else self._engine)
+        return before[0].config if before else self._engine
 
     @property
     def _engine(self) -> EngineConfig | None:
+        if self.lender is not None:
+            return self.lender.config
         return self.loaded.config if self.loaded is not None else None
 
     def _predict(self, config: EngineConfig, request: Request, engine: EngineConfig | None) -> Prediction | None:

@@ -18,10 +18,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .components import Which
-from .config import search_roots
 from .engine_config import EngineConfig
 from .errors import LoraError, short_path
-from .hub import find_cached
+from .hub import find_lora
 from .lora_names import noise_level, task_of
 from .models.dit import WanDiT
 from .models.quant_linear import QuantLinear
@@ -83,21 +82,6 @@ def files_for(specs: Iterable[LoraSpec], which: Which, config: EngineConfig) -> 
                 "one. Exchange the two files. If the name is wrong, rename it, or set lora_allow_partial to true."
             )
     return found
-
-
-def find_lora(path: str, config: EngineConfig) -> Path:
-    """The file of a LoRA: absolute, or below one of the places where the configuration's files are looked for."""
-    given = Path(path).expanduser()
-    model = Path(config.model_path).expanduser()
-    roots = [*search_roots(config), model, model.parent]
-    places = [given] if given.is_absolute() else [root / given for root in dict.fromkeys(roots)]
-    found = next((place for place in places if place.exists()), None) or find_cached(path)
-    if found is not None:
-        return found
-    raise LoraError(
-        f"There is no LoRA {short_path(path, 3)}. Looked for {', '.join(short_path(place) for place in places)}. "
-        "Check the path, or download the file."
-    )
 
 
 class ExpertLoras:

@@ -30,6 +30,8 @@ def test_the_page_speaks_chinese_to_a_chinese_browser_and_switches_back(chrome: 
         visitor.settle("() => document.querySelector('#generate')?.innerText.includes('生成')")
         tab.click("#advanced button")
         visitor.settle("() => document.querySelector('#advanced [data-testid=block-info]')?.checkVisibility()")
+        tab.click("#mode label:nth-of-type(2)")
+        visitor.settle("() => document.querySelector('#image_path')?.innerText.includes('将图片拖到此处')")
         texts = tab.evaluate(f"{LABELS}.filter(e => e.checkVisibility()).map(e => e.innerText.trim()).filter(Boolean)")
         assert len(texts) > 15 and all(HAN.search(text) for text in texts), texts
         assert tab.evaluate("document.documentElement.lang") == "zh"
@@ -171,6 +173,11 @@ def test_no_width_scrolls_sideways_and_the_stage_does_not_jump(
         visitor.see("done")
         places.append(tab.evaluate(box))
         assert len(set(places)) == 1, places
+        cut = tab.evaluate(
+            "[...document.querySelectorAll('.phases span, .run .quiet')]"
+            ".filter(e => !e.checkVisibility() || e.scrollWidth > e.clientWidth).map(e => e.innerText)"
+        )
+        assert not cut, "phases and presets are named in full"
         assert tab.evaluate(wide) == width
         tab.click("#preset-button")
         assert tab.evaluate(wide) == width

@@ -77,6 +77,13 @@ def test_a_loras_high_noise_file_brings_its_low_noise_one(visitor: Person) -> No
         "() => document.querySelector('#lora_0_low :is(input, textarea)').value ==="
         " 'someone/loras/style_low_noise.safetensors'"
     )
+    visitor.settle("() => document.querySelector('#cost .problem')?.innerText.startsWith('There is no LoRA')")
+    tab.click("#remove_lora_0")
+    tab.wait_for_selector("#lora_0_high", state="hidden")
+    visitor.settle("() => document.querySelector('#cost .cost') && !document.querySelector('#cost .problem')")
+    tab.click("#add_lora")
+    tab.wait_for_selector("#lora_0_high", state="visible")
+    assert tab.input_value("#lora_0_high :is(input, textarea)") == ""
 
 
 def test_two_runs_play_in_step_and_show_what_differs(visitor: Person) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -13,7 +14,7 @@ from app.examples import DEMO, DEMO_PICTURES
 from app.exposure import PUBLIC_LIMITS, Exposure, Limits
 from app.form import Form, fields_of, frames_for, pair_of, plan, size_of
 from app.studio import settings_of
-from lightx2v.errors import BadRequest, LightX2VError
+from lightx2v.errors import BadRequest, LightX2VError, LoraError
 from lightx2v.request import LoraSpec
 
 PRESETS = {"demo_t2v_distill_lora": "t2v", "t2v_base": "t2v", "i2v_distill_fp8": "i2v", "demo_i2v_base": "i2v"}
@@ -104,7 +105,12 @@ def test_an_image_preset_asks_for_its_image() -> None:
     assert (made.task, made.resize_mode) == ("flf2v", "fixed_shape")
 
 
-def test_loras_come_on_top_of_the_presets_own_without_a_new_engine() -> None:
+def test_loras_come_on_top_of_the_presets_own_without_a_new_engine(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "me" / "style").mkdir(parents=True)
+    (tmp_path / "me" / "style" / "high.safetensors").touch()
+    monkeypatch.chdir(tmp_path)
     rows = {"lora_0_high": "me/style/high.safetensors", "lora_0_low": "", "lora_0_strength_high": 0.5}
     plain, styled = (plan(form(**extra), PRESETS, HERE) for extra in ({}, rows))
     assert plain.config == styled.config
@@ -112,6 +118,28 @@ def test_loras_come_on_top_of_the_presets_own_without_a_new_engine() -> None:
     added = LoraSpec(expert="high", path="me/style/high.safetensors", strength=0.5)
     assert plain.requests[0].loras is None
     assert styled.requests[0].loras == (*own, added)
+
+
+@pytest.mark.parametrize(
+    ("path", "advice"),
+    [
+        ("me/style/high.safetensors", "hf download me/style high.safetensors"),
+        ("/nowhere/low.safetensors", "Check the path."),
+        ("~nobody/low.safetensors", "Check the path."),
+        ("x" * 300, "Check the path."),
+    ],
+)
+def test_a_lora_that_is_not_there_is_said_before_anything_is_queued(path: str, advice: str) -> None:
+    for part in ("high", "low"):
+        with pytest.raises(LoraError, match="There is no LoRA") as caught:
+            plan(form(**{f"lora_1_{part}": path}), PRESETS, HERE)
+        assert advice in str(caught.value)
+
+
+def test_an_empty_prompt_is_said_in_one_way() -> None:
+    for changes in ({"prompt": ""}, {"prompt": " \n "}, {"prompt": "\n", "per_line": True}):
+        with pytest.raises(BadRequest, match="The prompt is empty. Say what is seen"):
+            plan(form(**changes), PRESETS, HERE)
 
 
 def test_a_page_for_others_takes_no_paths_and_no_offload() -> None:

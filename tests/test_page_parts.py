@@ -324,4 +324,44 @@ def test_a_page_for_others_does_not_say_where_pictures_are_kept() -> None:
 def test_a_report_under_another_run_says_so() -> None:
     done = job("succeeded")
     assert "earlier" not in report.report(Words("en"), done)
-    assert "Report of an earlier run" in report.report(Words("en"), done, earlier=True)
+    html = report.report(Words("en"), done, earlier=True)
+    assert "<h2>Report of an earlier run</h2>" in html and 'aria-label="Report of an earlier run"' in html
+
+
+def test_done_in_is_the_reports_total() -> None:
+    done = job("succeeded")
+    assert "Done in 6.0\u202fs" in stage.status(Words("en"), done), "not the 7 s from its start to its end"
+    assert "6.0\u202fs" in report.report(Words("en"), done)
+
+
+def test_what_was_measured_is_compared_with_its_like_only() -> None:
+    def took(seconds: float, **changes: Any) -> Job:
+        done = job("succeeded", result=result(timings={**result()["timings"], "total": seconds + 1.0}))
+        return replace(done, request=replace(done.request, **changes))
+
+    base = {"denoising_step_list": None, "boundary_step_index": None}
+    runs = [
+        took(2.0), took(2.2), took(3.0, **base, steps=20), took(5.0, **base, steps=20, enable_cfg=True),
+        took(4.0, **base, steps=20, enable_cfg=True, guidance=(1.0, 4.0)),
+    ]  # fmt: skip
+    html = compare.benchmark(Words("en"), runs)
+    rows = [re.findall(r"<t[hd][^>]*>(.*?)</t[hd]>", row) for row in re.findall(r"<tr>(.*?)</tr>", html)][1:]
+    assert [(row[2], row[3], row[6], row[-1]) for row in rows] == [
+        ("4", "off", "2.1\u202fs", "2"), ("20", "low noise", "4.0\u202fs", "1"), ("20", "off", "3.0\u202fs", "1"),
+        ("20", "on", "5.0\u202fs", "1"),
+    ]  # fmt: skip
+    assert "2.0\u202fs" in compare.compare(Words("en"), runs[:2]), "loading is left out there as well"
+
+
+def test_the_cost_names_what_is_not_in_its_seconds() -> None:
+    here = FilesStatus(files=(FileState(name="a", ready=True),), disk_free=1)
+
+    def said(stages: dict[str, float], count: int = 1, unknown: tuple[str, ...] = ()) -> str:
+        prediction = Prediction(stages=stages, source="measured")
+        html = panels.cost_line(Words("en"), prediction, None, here, None, count, unknown=unknown)
+        return re.findall("<strong>(.*?)</strong>", html)[0].replace("\u202f", " ")
+
+    assert said({"denoise": 12.0}) == "about 12 s"
+    assert said({"denoise": 12.0}, unknown=("load", "image")) == "about 12 s + loading + reading the image"
+    assert said({"load": 8.0, "denoise": 12.0}) == "about 20 s"
+    assert said({"load": 8.0, "denoise": 12.0}, count=3) == "3 × about 12 s + loading", "they wait for it once"

@@ -16,6 +16,7 @@ from app.exposure import Exposure
 from app.page import _storage_secret
 from app.studio import Studio, settings_of
 from app.visitor import Visitor, look
+from app.zerogpu import GpuLender
 from lightx2v.errors import BadRequest
 from lightx2v.jobs import Job
 from lightx2v.request import Request
@@ -143,6 +144,23 @@ def test_loading_counts_only_where_the_run_before_leaves_another_model(studio: S
     assert "load" not in stages(mine) and "load" in stages(other)
     studio.submit(other, replace(request, prompt="an endless one"), owner="o" * 40, preset="demo_t2v_fp8")
     assert "load" in stages(mine) and "load" not in stages(other), "that one will be in memory by then"
+
+
+def test_what_nothing_is_known_of_yet_is_named(studio: Studio) -> None:
+    mine, other = settings_of(PRESET).engine, settings_of("demo_i2v_distill_lora")
+    request = Request(prompt="x", **settings_of(PRESET).request)
+    pictured = Request(prompt="x", image_path="a.png", **other.request)
+
+    def unknown(config: Any, request: Request) -> list[str]:
+        prediction = studio.predict(config, request)
+        assert prediction is not None
+        return studio.not_predicted(config, request, prediction)
+
+    studio.jobs.wait(submit(studio, "o" * 40, "x").id, 60)
+    assert unknown(mine, request) == []
+    assert unknown(other.engine, pictured) == ["load", "image"]
+    studio.lender = GpuLender(lambda **_: lambda run: run, Painter(), other.engine, studio)  # type: ignore[arg-type]
+    assert unknown(other.engine, pictured) == ["image"], "on ZeroGPU the one model is always loaded"
 
 
 def test_a_request_that_does_not_fit_its_engine_is_refused(studio: Studio) -> None:

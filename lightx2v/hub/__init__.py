@@ -14,6 +14,6 @@ from __future__ import annotations
 
 from .fetch import ensure, fetch
 from .listing import Hub
-from .plan import Plan, PlannedFile, find, find_cached, make_plan, missing
+from .plan import Plan, PlannedFile, find, find_cached, find_lora, make_plan, missing
 
-__all__ = ["Hub", "Plan", "PlannedFile", "ensure", "fetch", "find", "find_cached", "make_plan", "missing"]
+__all__ = ["Hub", "Plan", "PlannedFile", "ensure", "fetch", "find", "find_cached", "find_lora", "make_plan", "missing"]

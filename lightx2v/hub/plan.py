@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
@@ -9,7 +10,7 @@ from pathlib import Path
 
 from ..config import needed_files, search_roots
 from ..engine_config import EngineConfig, hub_name
-from ..errors import ConfigError, DownloadError, byte_size, short_path
+from ..errors import ConfigError, DownloadError, LoraError, byte_size, short_path
 from ..lora_names import other_half
 from .cache import CachedRepo, standard_cache
 from .listing import Hub, HubFile, list_files
@@ -76,6 +77,22 @@ def find_cached(name: str) -> Path | None:
     """A file, a folder with all its parts, or a repository of the shared cache, by its name on the Hub."""
     hub = hub_name(name)
     return CachedRepo(standard_cache(), hub[0]).find(hub[1]) if hub else None
+
+
+def find_lora(path: str, config: EngineConfig) -> Path:
+    """The file of a LoRA: absolute, below one of the places where the configuration's files are looked for, or in the
+    shared cache. LoraError where it is nowhere."""
+    given, model = (Path(os.path.expanduser(name)) for name in (path, config.model_path))
+    roots = [*search_roots(config), model, model.parent]
+    places = [given] if given.is_absolute() else [root / given for root in dict.fromkeys(roots)]
+    found = next((place for place in places if os.path.exists(place)), None) or find_cached(path)
+    if found is not None:
+        return found
+    hub, looked = hub_name(path), dict.fromkeys(short_path(place, 3) for place in places)
+    raise LoraError(
+        f"There is no LoRA {short_path(path, 3)}. Looked for {', '.join(looked)}. "
+        + (f"Download it with: hf download {hub[0]} {hub[1]}" if hub and hub[1] else "Check the path.")
+    )
 
 
 def missing(config: EngineConfig) -> list[str]:
