@@ -19,11 +19,20 @@ from lightx2v.hub import find_lora
 from lightx2v.request import LoraSpec, Request
 
 from .exposure import Exposure
+from .strings import Words
 
 LORA_ROWS = 4
 OFFLOAD: dict[str, bool | str] = {"auto": "auto", "on": True, "off": False}
 EXACT = "fixed_shape"
 """The resize mode of a video that is not to follow the shape of its first frame."""
+
+
+class Unfilled(BadRequest):
+    """A field that has to be filled in and is not; `key` names the words for it."""
+
+    def __init__(self, key: str) -> None:
+        super().__init__(Words("en")(key))
+        self.key = key
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -91,7 +100,7 @@ def plan(form: Form, presets: Mapping[str, str], exposure: Exposure) -> Plan:
     if form.preset not in presets or presets[form.preset] != form.task:
         raise BadRequest(f"There is no preset {form.preset[:60]!r} for {form.task}. Choose one from the list.")
     if form.task == "i2v" and not form.image_path:
-        raise BadRequest("Image to video needs a first frame. Choose an image, or switch to text to video.")
+        raise Unfilled("image_missing")
     resolved = resolve(form.preset, _overrides(form, exposure))
     pictures: dict[str, Any] = (
         {"image_path": form.image_path, "last_frame_path": form.last_frame_path} if form.task == "i2v" else {}
@@ -215,7 +224,7 @@ def _lora_rows(loras: list[LoraSpec]) -> dict[str, Any]:
 def _prompts(form: Form, most: int) -> list[str]:
     lines = [line.strip() for line in form.prompt.splitlines() if line.strip()] if form.per_line else [form.prompt]
     if not any(line.strip() for line in lines):
-        raise BadRequest("The prompt is empty. Say what is seen and what moves, or choose an example.")
+        raise Unfilled("prompt_empty")
     if not 1 <= form.videos <= most:
         raise BadRequest(f"videos is {form.videos}; expected a number from 1 to {most}.")
     if len(lines) * form.videos > most:

@@ -20,7 +20,7 @@ from lightx2v.request import Request
 
 from . import panels
 from .editing import PICTURES, Editor, Updates, form_of, preset_values
-from .form import fields_of
+from .form import Unfilled, fields_of
 from .html import tag
 from .inputs import MATCH, Inputs
 from .strings import Words
@@ -114,7 +114,7 @@ class Turn:
 
     def refuse(self, error: LightX2VError) -> None:
         """Says in place of the cost what is wrong, until the fields are changed."""
-        self.tab.problem = str(error), self._typed
+        self.tab.problem = self.words(error.key) if isinstance(error, Unfilled) else str(error), self._typed
 
     # ---- fields -------------------------------------------------------------------------------------------------
 

@@ -245,6 +245,14 @@ _TABLE: dict[str, tuple[str, str]] = {
     "about_distill_fp8": ("distilled, half the memory", "蒸馏，内存减半"),
     "demo": ("Demo", "演示"),
     # messages
+    "prompt_empty": (
+        "The prompt is empty. Say what is seen and what moves, or choose an example.",
+        "提示词为空。请描述画面和动作，或选择一个示例。",
+    ),
+    "image_missing": (
+        "Image to video needs a first frame. Choose an image, or switch to text to video.",
+        "图生视频需要首帧图片。请选择一张图片，或切换到文生视频。",
+    ),
     "not_yours": ("That run is not there any more.", "该运行已不存在。"),
     "zerogpu_reserves": ("reserves {n} s of your GPU quota", "将占用 {n} 秒 GPU 配额"),
 }

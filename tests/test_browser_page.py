@@ -35,6 +35,8 @@ def test_the_page_speaks_chinese_to_a_chinese_browser_and_switches_back(chrome: 
         texts = tab.evaluate(f"{LABELS}.filter(e => e.checkVisibility()).map(e => e.innerText.trim()).filter(Boolean)")
         assert len(texts) > 15 and all(HAN.search(text) for text in texts), texts
         assert tab.evaluate("document.documentElement.lang") == "zh"
+        tab.click("#generate")
+        visitor.settle("() => document.querySelector('#cost .problem')?.innerText.includes('图生视频需要首帧图片')")
         tab.click("[data-act=language][data-name=en]")
         visitor.settle("() => document.querySelector('#generate')?.innerText === 'Generate'")
         visitor.settle("() => document.documentElement.lang === 'en'")
