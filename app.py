@@ -19,12 +19,17 @@ from app.exposure import Exposure, add_flags, decide
 from lightx2v import preload
 from lightx2v.config import Environment
 from lightx2v.errors import ConfigError, LightX2VError, OutputError, short_path
+from lightx2v.server.command import check_port
 from lightx2v.terminal import ECHO, Flags, Interrupts
 
 if TYPE_CHECKING:
     from app.studio import Studio
 
 log = logging.getLogger("lightx2v.page")
+
+OPEN_PAGES = 500
+"""Beyond it the page that was silent for longest is forgotten, and begins anew when it speaks. Each takes half a
+megabyte, whoever asks for it, and gradio's own 10 000 would take five gigabytes."""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -54,6 +59,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
             return error.exit_code
         except KeyboardInterrupt:
             pass
+        except BrokenPipeError:  # `python app.py | head -1`: gradio says its last words to a reader who has left
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     # A page is stopped by a signal; without one it followed another process to its end.
     return interrupts.exit_code if interrupts.token.cancelled else 0
 
@@ -65,6 +72,8 @@ def serve(args: argparse.Namespace) -> None:
         raise ConfigError('--mcp needs one more package. Install it with: pip install "gradio[mcp]"')
     if Environment.read().together and follow():
         return
+    if not exposure.hosted:  # gradio would try for ever, or fail with a traceback
+        check_port(args.host, args.port or 0)
     prepare_environment(Path(args.output_dir))
     studio = open_studio(Path(args.output_dir), exposure, args.preset)
     try:
@@ -148,6 +157,7 @@ def launch(studio: Studio, *, open_browser: bool = False, mcp: bool = False, **m
         quiet=True,
         show_error=False,
         max_file_size=exposure.limits.upload,
+        state_session_capacity=OPEN_PAGES,
         footer_links=["api"],
         run_history=False,
         enable_monitoring=False,

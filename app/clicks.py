@@ -15,6 +15,7 @@ from lightx2v.media import read_frame
 from .editing import Updates, picture_of, preset_values
 from .examples import picture
 from .form import new_seed
+from .inputs import text_of
 from .remedies import remedied
 from .screen import Data, Screen, Turn
 from .strings import LANGUAGES
@@ -46,12 +47,12 @@ class Clicks:
             return turn.answer()
 
     def _act_on_page(self, turn: Turn, name: str, sent: Mapping[str, Any]) -> None:
-        if name == "language" and sent.get("name") in LANGUAGES:
-            turn.change(language=sent["name"])
+        if name == "language" and (language := str(sent.get("name"))) in LANGUAGES:
+            turn.change(language=language)
             turn.relabel()
         elif name == "example":
             fields = self._inputs.fields
-            turn.values["prompt"] = turn.updates[fields["prompt"]] = str(sent.get("text", ""))[:2000]
+            turn.values["prompt"] = turn.updates[fields["prompt"]] = text_of(sent.get("text", ""))
             if (path := picture(str(sent.get("picture", "")))) is not None:
                 turn.updates[fields["image_path"]] = picture_of(str(path))
         elif name in ("download", "cancel_download") and self._inputs.files is not None:
@@ -71,7 +72,8 @@ class Clicks:
             turn.change(compared=tuple(id for id in visitor.compared if id != job.id))
         elif name in ("up", "down"):
             waiting = sorted((j for j in self._studio.runs(visitor.owner) if j.position), key=lambda j: j.position or 0)
-            place = [j.id for j in waiting].index(job.id) + (-1 if name == "up" else 1) if job.position else -1
+            ids = [j.id for j in waiting]  # without the job, if it has begun meanwhile
+            place = ids.index(job.id) + (-1 if name == "up" else 1) if job.id in ids else -1
             if 0 <= place < len(waiting):
                 self._studio.swap(job, waiting[place])
         elif name == "compare":

@@ -22,6 +22,7 @@ from .examples import examples
 from .form import EXACT, Form, plan, size_of
 from .inputs import (
     MATCH,
+    SHAPES,
     Inputs,
     length_choices,
     offload_choices,
@@ -117,8 +118,10 @@ class Editor:
 
     def size(self, preset: str, values: Mapping[str, Any]) -> tuple[int, int]:
         """(height, width) from the two rows of choices."""
-        tier, shape = values["size"] or tier_of(settings_of(preset).request), values["shape"]
-        return size_of(tier, "16:9" if shape in (None, MATCH) and tier in (632, 960) else _square(shape))
+        own = tier_of(settings_of(preset).request)
+        tier = values["size"] if values["size"] is not None and 0 < values["size"] <= MAX_SIDE else own
+        shape = values["shape"] if values["shape"] in SHAPES else None
+        return size_of(tier, shape or ("16:9" if tier in (632, 960) else "1:1"))
 
     def cost(self, words: Words, values: Mapping[str, Any]) -> str:
         """What stands under the button; what is not filled in yet does not count as wrong."""
@@ -228,7 +231,3 @@ def picture_of(path: str | None) -> Image.Image | None:
         return load_image(path) if path else None
     except LightX2VError:
         return None
-
-
-def _square(shape: str | None) -> str:
-    return "1:1" if shape in (None, MATCH) else shape

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from abc import ABCMeta
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -12,6 +13,7 @@ from gradio.components import Component
 
 from lightx2v.attention.names import SUPPORTED as ATTENTION_NAMES
 from lightx2v.config import Resolved
+from lightx2v.request import MAX_PROMPT
 
 from .exposure import Exposure
 from .form import LORA_ROWS, OFFLOAD, frames_for
@@ -22,6 +24,9 @@ JS_PICK = "const events = ['pick']; studio.picker(element, props, trigger);"
 
 SHAPES = ("16:9", "9:16", "1:1")
 MATCH = "match"
+
+HUGE = 1e300
+"""Larger numbers are none that anybody means, and some of them no floats."""
 
 FLAGS = {
     "guidance_high": "--guidance HIGH",
@@ -34,18 +39,39 @@ FLAGS = {
 """How the command line spells what it has no flag of the same name for."""
 
 
-Choice: Any = ABCMeta.__new__(
-    type(gr.Radio), "Choice", (gr.Radio,), {"is_template": True, "preprocess": lambda self, payload: payload}
-)
-"""A radio that takes a choice which an answer on its way has just taken back; gradio's own calls that an error. It is
-made past gradio's metaclass, which writes an interface file beside every module with a component."""
+def text_of(sent: Any) -> str:
+    """What somebody typed, without half characters, which no JSON holds; cut where every limit is passed."""
+    text = "" if sent is None else str(sent)[: MAX_PROMPT + 1]
+    return text.encode("utf-16-le", "surrogatepass").decode("utf-16-le", "ignore")
 
-Picture: Any = ABCMeta.__new__(
-    type(gr.Image),
-    "Picture",
-    (gr.Image,),
-    {"is_template": True, "preprocess": lambda self, payload: payload.path if payload else None},
-)
+
+def _number(component: Any, sent: Any) -> float | int | None:
+    """What somebody typed; a number of 20 digits is no integer in JSON. None for what is no number."""
+    if not isinstance(sent, (int, float)) or sent != sent:
+        return None
+    small = gr.Number.round_to_precision(max(-HUGE, min(sent, HUGE)), component.precision)
+    return small if abs(small) < 2**63 else float(small)
+
+
+def _choice(component: Any, sent: Any) -> str | int | None:
+    """What may have been on offer. An answer on its way may have taken it back, which gradio calls an error."""
+    if type(sent) is not type(component.choices[0][1]):
+        return None
+    return text_of(sent) if isinstance(sent, str) else max(0, min(sent, 2**31))
+
+
+def _tolerant(kind: type[Component], preprocess: Callable[[Any, Any], Any]) -> Any:
+    """A component of gradio that takes anything; its own answer to a wrong type is a traceback in the log. Made past
+    gradio's metaclass, which writes an interface file beside every module with a component."""
+    return ABCMeta.__new__(type(kind), kind.__name__, (kind,), {"is_template": True, "preprocess": preprocess})
+
+
+Textbox = _tolerant(gr.Textbox, lambda _, sent: text_of(sent))
+Dropdown = _tolerant(gr.Dropdown, lambda _, sent: text_of(sent))
+Checkbox = _tolerant(gr.Checkbox, lambda _, sent: sent if isinstance(sent, bool) else None)
+Number = _tolerant(gr.Number, _number)
+Choice = _tolerant(gr.Radio, _choice)
+Picture = _tolerant(gr.Image, lambda _, sent: sent.path if sent else None)
 """An image as it was uploaded, for `load_image` to check. gradio itself decodes any size, makes transparency black and
 16-bit grey white, and fails without a word for the visitor on what is no picture."""
 
@@ -106,7 +132,7 @@ def build_inputs(words: Words, resolved: Resolved, exposure: Exposure, *, tasks:
                 inputs.add(name, picture, key)
                 inputs.hints[picture] = ("placeholder", "image_hint")
         inputs.crop = gr.HTML(apply_default_css=False, elem_id="crop")
-    prompt = gr.Textbox(
+    prompt = Textbox(
         label=words("prompt"), placeholder=words("prompt_hint"), lines=3, max_lines=12, elem_id="prompt",
         max_length=exposure.limits.prompt,
     )  # fmt: skip
@@ -116,8 +142,8 @@ def build_inputs(words: Words, resolved: Resolved, exposure: Exposure, *, tasks:
     with gr.Row(elem_classes="plain", elem_id="how"):
         inputs.preset = gr.HTML(apply_default_css=False, elem_id="preset", js_on_load=JS_PICK, scale=4, min_width=220)
         # In the browser, beside the other fields: so every event has the settings together with the preset they are of.
-        inputs.add("preset", gr.Textbox(resolved.preset.name, visible=False, elem_id="preset_name"))
-        offload = gr.Dropdown(
+        inputs.add("preset", Textbox(resolved.preset.name, visible=False, elem_id="preset_name"))
+        offload = Dropdown(
             offload_choices(words), value="auto", label=words("offload"), filterable=False, scale=1, min_width=100,
             visible=exposure.shows_paths, elem_id="offload",
         )  # fmt: skip
@@ -170,13 +196,13 @@ def _advanced(inputs: Inputs, words: Words, resolved: Resolved, exposure: Exposu
     def number(name: str, key: str = "", *, info: str = "", value: Any = None, **more: Any) -> None:
         shown = words(info) if info else FLAGS.get(name, f"--{name}")
         start = request.get(name) if value is None else value
-        component = gr.Number(value=start, label=words(key or name), info=shown, min_width=120, elem_id=name, **more)
+        component = Number(value=start, label=words(key or name), info=shown, min_width=120, elem_id=name, **more)
         inputs.add(name, component, key or name, info=info)
 
     with gr.Accordion(words("advanced"), open=True, elem_id="advanced") as inputs.advanced:
         with gr.Row(elem_classes="plain"):
             number("seed", value=-1, info="seed_info", precision=0)
-            component = gr.Number(
+            component = Number(
                 1,
                 label=words("videos"),
                 info=words("videos_info"),
@@ -185,8 +211,8 @@ def _advanced(inputs: Inputs, words: Words, resolved: Resolved, exposure: Exposu
                 elem_id="videos",
             )
             inputs.add("videos", component, "videos", info="videos_info")
-        inputs.add("per_line", gr.Checkbox(False, label=words("per_line"), elem_id="per_line"), "per_line")
-        negative = gr.Textbox(
+        inputs.add("per_line", Checkbox(False, label=words("per_line"), elem_id="per_line"), "per_line")
+        negative = Textbox(
             label=words("negative_prompt"), info=words("negative_info"), lines=2, max_lines=6, max_length=limits.prompt,
             elem_id="negative_prompt",
         )  # fmt: skip
@@ -197,7 +223,7 @@ def _advanced(inputs: Inputs, words: Words, resolved: Resolved, exposure: Exposu
         with gr.Row(elem_classes="plain"):
             number("frames", precision=0, step=4)
             number("fps")
-        cfg = gr.Checkbox(request["enable_cfg"], label=words("enable_cfg"), info="--enable_cfg", elem_id="enable_cfg")
+        cfg = Checkbox(request["enable_cfg"], label=words("enable_cfg"), info="--enable_cfg", elem_id="enable_cfg")
         inputs.add("enable_cfg", cfg, "enable_cfg")
         with gr.Row(elem_classes="plain"):
             for index, name in enumerate(("guidance_high", "guidance_low")):
@@ -206,7 +232,7 @@ def _advanced(inputs: Inputs, words: Words, resolved: Resolved, exposure: Exposu
             number("steps", precision=0)
             number("boundary", value=request["boundary"] or 0.875, step=0.025)
         with gr.Row(elem_classes="plain", visible=distilled) as inputs.distilled_only:
-            steps = gr.Textbox(
+            steps = Textbox(
                 ", ".join(map(str, request["denoising_step_list"] or ())), label=words("denoising_step_list"),
                 info=FLAGS["denoising_step_list"], min_width=180, elem_id="denoising_step_list",
             )  # fmt: skip
@@ -214,7 +240,7 @@ def _advanced(inputs: Inputs, words: Words, resolved: Resolved, exposure: Exposu
             number("boundary_step_index", value=request["boundary_step_index"] or 0, precision=0)
         with gr.Row(elem_classes="plain"):
             number("shift", step=0.5)
-            attention = gr.Dropdown(
+            attention = Dropdown(
                 [*ATTENTION_NAMES], value="auto", label=words("attention"), info=FLAGS["attention"], min_width=120,
                 visible=exposure.shows_paths, elem_id="attention",
             )  # fmt: skip
@@ -226,12 +252,12 @@ def _lora_fields(inputs: Inputs, words: Words, *, visible: bool) -> None:
     for row in range(LORA_ROWS):
         with gr.Row(elem_classes="plain lora", visible=False) as box:
             for part in ("high", "low"):
-                path = gr.Textbox(
+                path = Textbox(
                     label=words(f"lora_{part}"), info=FLAGS["loras"], max_lines=1, scale=3, min_width=160,
                     elem_id=f"lora_{row}_{part}",
                 )  # fmt: skip
                 inputs.add(f"lora_{row}_{part}", path, f"lora_{part}")
-                strength = gr.Number(1.0, label=words(f"strength_{part}"), step=0.1, scale=1, min_width=90)
+                strength = Number(1.0, label=words(f"strength_{part}"), step=0.1, scale=1, min_width=90)
                 inputs.add(f"lora_{row}_strength_{part}", strength, f"strength_{part}")
             remove = gr.Button(words("remove_lora"), size="sm", min_width=90, elem_id=f"remove_lora_{row}")
         inputs.remove_lora.append(remove)

@@ -11,6 +11,7 @@ from typing import Any
 import gradio as gr
 
 from lightx2v.config import PROJECT
+from lightx2v.errors import OutputError, short_path
 
 from .api import add_endpoints
 from .clicks import Clicks
@@ -207,8 +208,14 @@ _MEASURES = {
 def _storage_secret(folder: Path) -> str:
     """One key for the browser's storage that lives as long as the output folder, so that a restart forgets nobody."""
     file = folder / "browser.key"
-    file.touch(mode=0o600)
-    if not (key := file.read_text(encoding="ascii").strip()):
-        key = secrets.token_hex(16)
-        file.write_text(key, encoding="ascii")
+    try:
+        file.touch(mode=0o600)
+        if not (key := file.read_text(encoding="ascii").strip()):
+            key = secrets.token_hex(16)
+            file.write_text(key, encoding="ascii")
+    except (OSError, UnicodeDecodeError) as error:
+        raise OutputError(
+            f"{short_path(file)} cannot be read or written: {getattr(error, 'strerror', 'it is no text')}. Move it "
+            "away, and a new one is made, or give another folder with --output_dir."
+        ) from None
     return key

@@ -73,9 +73,11 @@ class Screen:
     def stored_values(self, stored: Any) -> dict[str, Any] | None:
         """The fields that the browser kept, if they still make sense here. What was left empty is the preset's."""
         kept = stored.get("form") if isinstance(stored, dict) else None
-        if not isinstance(kept, dict) or self.studio.tasks.get(str(kept.get("preset"))) != kept.get("task"):
+        if not isinstance(kept, dict) or self.studio.tasks.get(str(kept.get("preset")), "") != kept.get("task"):
             return None
         kept = {name: value for name, value in kept.items() if name in self.typed and value is not None}
+        kept = {name: self.inputs.fields[name].preprocess(value) for name, value in kept.items()}
+        kept = {name: value for name, value in kept.items() if value is not None}  # of a wrong type
         values = {**preset_values(kept["preset"]), **kept}
         try:
             form_of({**values, "prompt": "…"})
@@ -95,7 +97,7 @@ class Turn:
         if tab.visitor is None:
             tab.visitor = Visitor.of(data[screen.session])
         self.visitor: Visitor = tab.visitor
-        fields = {name: _plain(data[component]) for name, component in self._inputs.fields.items() if component in data}
+        fields = {name: data[component] for name, component in self._inputs.fields.items() if component in data}
         self.values: dict[str, Any] = {**dict.fromkeys(PICTURES), **tab.pictures, **fields}
         """The fields as they will stand in the browser after the answer."""
 
@@ -207,14 +209,6 @@ class Turn:
         videos = values["videos"] if isinstance(values["videos"], (int, float)) else 1
         count = max(1, lines) * max(1, int(videos))
         return words("generate") if count == 1 else words("generate_n", n=count)
-
-
-def _plain(value: Any) -> Any:
-    """What somebody typed, as the answer can hold it: a number of 20 digits is no integer in its JSON, and half a
-    character no text."""
-    if isinstance(value, str):
-        return value.encode("utf-16-le", "surrogatepass").decode("utf-16-le", "ignore")
-    return float(value) if isinstance(value, int) and 2**63 <= abs(value) < 2**1023 else value
 
 
 def together(label: Any, value: Any) -> Any:

@@ -184,10 +184,10 @@ class Rates:
     def _read(self) -> dict[str, Any]:
         try:
             read = json.loads(self._path.read_text(encoding="utf-8"))
-            return read["devices"] if read["version"] == VERSION else {}
+            return _checked(read["devices"]) if read["version"] == VERSION else {}
         except FileNotFoundError:
             return {}
-        except (OSError, ValueError, KeyError, TypeError):
+        except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
             log.warning("The measured times in %s cannot be read; measuring again.", self._path.name)
             return {}
 
@@ -198,6 +198,20 @@ class Rates:
             os.replace(new, self._path)
         except OSError as error:
             log.warning("The measured times could not be kept: %s", error.strerror)
+
+
+def _checked(devices: dict[str, Any]) -> dict[str, Any]:
+    """`devices` as they are; an error where a file that somebody wrote by hand has other shapes or values."""
+    samples = [
+        sample
+        for engines in devices.values()
+        for stages in engines.values()
+        for kept in stages.values()
+        for sample in kept
+    ]
+    if not all(0 < number < 1e30 for calls, size, took in samples for number in (calls, size, took)):
+        raise ValueError("a sample that nobody measured")
+    return devices
 
 
 def _fit(stage: str, samples: Iterable[list[float]], calls: int, size: float) -> float:

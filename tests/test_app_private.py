@@ -80,6 +80,39 @@ def test_half_a_character_in_the_prompt_stops_nothing(page: Page, keyboard: Keyb
     assert "problem" not in said["cost"] and eventually(lambda: began(page, "half a  ball"))
 
 
+WRONG = [None, [], {"a": 1}, "x", "\ud83d", -1.5, float("nan"), float("inf"), 10**400, "x" * 300_000]
+
+
+@pytest.mark.parametrize("wrong", WRONG, ids=lambda wrong: str(wrong)[:9].encode("ascii", "replace").decode())
+def test_what_is_of_a_wrong_type_stops_no_event_and_leaves_no_traceback(
+    page: Page, keyboard: Keyboard, wrong: Any
+) -> None:
+    me = {"lightx2v-studio": visitor()}
+    keyboard.press("generate", prompt="a run to click on", **me)
+    seen = eventually(lambda: 'data-id="' in str(s := keyboard.press("timer", "tick", **me)) and str(s))
+    id = seen.split('data-id="')[1][:32]
+    before = page.said.count("Traceback")
+    fields = {"mode", "size", "shape", "length", "preset_name", "prompt", "offload", "attention", "enable_cfg"}
+    fields |= {"width", "fps", "seed", "videos", "per_line", "denoising_step_list", "lora_0_high"}
+    sent: list[tuple[str, str, dict[str, Any]]] = [("timer", "tick", {name: wrong}) for name in sorted(fields)]
+    sent += [(name, "input", {name: wrong}) for name in ("mode", "size", "shape", "length", "height")]
+    sent += [("generate", "click", {name: wrong, "width": 33}) for name in ("mode", "preset_name", "offload")]
+    sent += [("preset", "pick", {"sent": {"name": wrong}}), ("timer", "tick", {"told": wrong})]
+    clicks = [wrong, {"act": wrong, "id": id}, {"act": "restore", "id": wrong}]
+    clicks += [
+        {"act": act, "id": id, "name": wrong, "text": wrong, "picture": wrong} for act in ("language", "example")
+    ]
+    sent += [("history", "act", {"sent": click}) for click in clicks]
+    kept = [wrong, {"preset": PRESET}, *({"preset": PRESET, "task": "t2v", name: wrong} for name in ("prompt", "size"))]
+    for form in kept:
+        sent.append(("page", "load", {"lightx2v-studio": {**visitor(), "form": form}}))
+    for target, kind, changes in sent:
+        answer = keyboard.answer(target, kind, **{**me, **changes})
+        assert answer.status_code == 200, (target, kind, str(changes)[:200], answer.text[:200])
+        assert len(answer.content) < 200_000, "text is cut, wherever it is shown again"
+    assert page.said.count("Traceback") == before
+
+
 def test_two_visitors_do_not_see_each_others_runs(page: Page, keyboard: Keyboard) -> None:
     """The same prompt and settings from two people are two runs, each with its own file."""
     alice, bob = visitor(), visitor()

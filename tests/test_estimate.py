@@ -151,8 +151,23 @@ def test_a_known_gpu_has_an_assumed_rate_before_its_first_run(tmp_path: Path) ->
     assert 700 < predicted.seconds < 950
 
 
-def test_a_broken_file_of_rates_is_measured_anew(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    (tmp_path / "r.json").write_text("{not json")
+@pytest.mark.parametrize(
+    "text",
+    [
+        "{not json",
+        '{"devices": [1]}',
+        '{"devices": {"cpu": [1]}}',
+        '{"devices": {"cpu": {"demo": {"denoise": 5}}}}',
+        '{"devices": {"cpu": {"demo": {"denoise": [[1, 2]]}}}}',
+        '{"devices": {"cpu": {"demo": {"denoise": [[1, "2", 3]]}}}}',
+        '{"devices": {"cpu": {"demo": {"denoise": [[1, 2, 0]]}}}}',
+        '{"devices": {"cpu": {"demo": {"denoise": [[1, 1e999, NaN]]}}}}',
+        '{"devices":' + "[" * 100_000,
+    ],
+    ids=lambda text: text[:60],
+)
+def test_a_broken_file_of_rates_is_measured_anew(tmp_path: Path, caplog: pytest.LogCaptureFixture, text: str) -> None:
+    (tmp_path / "r.json").write_text(text)
     rates = Rates(tmp_path / "r.json")
     assert "cannot be read" in caplog.text
     rates.record("cpu", "demo", count(distilled()), {"denoise": 1.0})

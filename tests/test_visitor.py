@@ -7,11 +7,13 @@ import re
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 from page_engine import Painter
 
+from app.clicks import Clicks
 from app.exposure import Exposure
 from app.page import _storage_secret
 from app.studio import Studio, settings_of
@@ -185,3 +187,14 @@ def test_the_storages_key_is_its_owners_and_kept(tmp_path: Path) -> None:
     assert (tmp_path / "browser.key").stat().st_mode & 0o777 == 0o600
     (tmp_path / "browser.key").write_text("")  # what a crash in between leaves
     assert len(_storage_secret(tmp_path)) == 32
+
+
+@pytest.mark.parametrize("act", ["up", "down"])
+def test_a_run_that_begins_before_its_click_arrives_stays_where_it_is(studio: Studio, act: str) -> None:
+    running = submit(studio, "alice", "endless")
+    waiting = submit(studio, "alice", "another")
+    turn: Any = SimpleNamespace(visitor=Visitor(owner="alice"))
+    clicks = Clicks(SimpleNamespace(studio=studio, inputs=None))  # type: ignore[arg-type]
+    clicks._act_on_job(turn, act, replace(running, state="queued", position=1))
+    assert studio.jobs.get(waiting.id).position == 1
+    studio.stop(running)

@@ -60,7 +60,7 @@ def _run(
     resolved = resolve(_preset(options), _overrides(options), environment=environment)
     if environment.together and open_engine is None and _follow():
         return 0
-    _check_port(options.host, options.port)
+    check_port(options.host, options.port)
     with interrupts.cancelling() as token:
         loaded = Loaded.now(open_engine or load, resolved, line, token, warm=options.warmup)
     line.clear()
@@ -152,16 +152,20 @@ def _serve(
     return 0
 
 
-def _check_port(host: str, port: int) -> None:
-    """ConfigError where the port cannot be had, which should not come out after minutes of loading."""
+def check_port(host: str, port: int) -> None:
+    """ConfigError where the port cannot be had, which should not come out after minutes of loading. Port 0 is any."""
     try:
-        kind, *_, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
+        if not 0 <= port <= 65535:  # getaddrinfo takes some of them, for another port
+            raise OverflowError
+        kind, *_, at = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
         with socket.socket(kind, socket.SOCK_STREAM) as probe:
             probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-            probe.bind(address)
+            probe.bind(at)
     except (OSError, OverflowError) as error:
         reason = getattr(error, "strerror", None) or "no such port"
-        raise ConfigError(f"{host}:{port} cannot be listened on: {reason}. Choose another --port.") from None
+        address = f"{host}:{port}" if port else host
+        other = "--port" if port else "--host"
+        raise ConfigError(f"{address} cannot be listened on: {reason}. Choose another {other}.") from None
 
 
 def _follow() -> bool:
