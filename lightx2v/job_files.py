@@ -22,6 +22,10 @@ class JobFiles:
     def __init__(self, folder: Path) -> None:
         self.folder = folder
 
+    def keep_folder(self) -> None:
+        """Makes the folder again if somebody removed it: the run whose video goes there need not be lost."""
+        self.folder.mkdir(parents=True, exist_ok=True)
+
     def video(self, id: str) -> Path:
         return self.folder / f"{id}.mp4"
 

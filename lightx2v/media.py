@@ -79,6 +79,10 @@ def _free_name(path: str | Path, *, force: bool) -> Path:
     try:
         if target.is_dir():
             raise BadRequest(f"The output {short_path(target)} is a folder; give a file name such as video.mp4.")
+        if target.exists() and not target.is_file():  # --force as root would put a video in place of /dev/null
+            raise BadRequest(
+                f"The output {short_path(target)} is a device or a pipe; give a file name such as video.mp4."
+            )
         if target.exists() and not force:
             raise BadRequest(f"{short_path(target)} exists already. Choose another name, or force overwriting it.")
         if not target.parent.is_dir():

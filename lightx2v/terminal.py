@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import difflib
+import io
 import logging
 import os
 import re
@@ -203,6 +204,8 @@ def ended(
 ) -> int:
     """The exit code of `call`, or of what ended it; `stopped` is said where that was the user. The `tell` of one of
     several processes is false: another says what all of them met."""
+    if isinstance(sys.stdout, io.TextIOWrapper):  # a terminal without … or 球 is no reason to fail after the last step
+        sys.stdout.reconfigure(errors="backslashreplace")
     try:
         return call()
     except (Cancelled, KeyboardInterrupt):

@@ -397,6 +397,22 @@ def test_what_a_dry_run_prints_resolves_to_the_same(infer: Infer) -> None:
     assert (again["engine"], again["request"]) == (data["engine"], data["request"])
 
 
+def test_a_terminal_that_has_no_such_letters_is_no_reason_to_fail() -> None:
+    command = [
+        sys.executable,
+        "-m",
+        "lightx2v.infer",
+        "--preset",
+        "demo_t2v_distill_lora",
+        "--prompt",
+        "球",
+        "--dry_run",
+    ]
+    environment = {**os.environ, "PYTHONIOENCODING": "ascii"}
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=PROJECT, check=False)
+    assert done.returncode == 0 and "\\u7403" in done.stdout and "Traceback" not in done.stderr, done.stderr
+
+
 def test_the_presets_are_listed(infer: Infer) -> None:
     lines = infer("--list_presets").out.splitlines()
     assert lines[0].split()[0] == "demo_t2v_base"

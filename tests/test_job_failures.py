@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import shutil
+import threading
 from collections.abc import Callable
 
 import pytest
@@ -170,3 +172,17 @@ def test_an_engine_that_fails_to_close_does_not_stop_the_queue(
     for config in (CONFIG, OTHER):
         assert done(manager, manager.submit(config, ask())).state == "succeeded"
     assert "closing the engine failed" in caplog.text
+
+
+def test_a_folder_that_is_removed_while_a_job_runs_costs_no_video(manager: JobManager, garage: Garage) -> None:
+    hold = threading.Event()
+    garage.script["held"] = Script(hold=hold)
+    running = manager.submit(CONFIG, ask("held"))
+    assert garage.started.wait(10)
+    shutil.rmtree(manager.folder)
+    hold.set()
+    first = done(manager, running)
+    assert first.state == "succeeded" and first.path is not None and first.path.is_file(), first.error
+    shutil.rmtree(manager.folder)
+    second = done(manager, manager.submit(CONFIG, ask("next")))
+    assert second.state == "succeeded" and second.path is not None and second.path.is_file(), second.error

@@ -52,6 +52,15 @@ def test_impossible_names_are_refused_before_any_work(tmp_path: Path) -> None:
         check_output_path(tmp_path / "/".join(["x" * 250] * 20) / "a.mp4")
 
 
+def test_a_pipe_or_a_device_is_never_replaced(tmp_path: Path) -> None:
+    """As root, `--save_result_path /dev/null --force` would put a video where the machine's /dev/null was."""
+    pipe = tmp_path / "pipe.mp4"
+    os.mkfifo(pipe)
+    for name in (pipe, Path("/dev/null")):
+        with pytest.raises(BadRequest, match="a device or a pipe"):
+            check_output_path(name, force=True)
+
+
 def test_a_failed_run_leaves_nothing(tmp_path: Path) -> None:
     with pytest.raises(ZeroDivisionError), VideoWriter(tmp_path / "a.mp4", 48, 32, 16) as writer:
         writer.write(clip())
