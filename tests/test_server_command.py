@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import signal
@@ -138,6 +139,34 @@ def test_a_signal_ends_it_and_the_running_job_is_interrupted(monkeypatch: pytest
     with JobManager(Garage(), tmp_path) as jobs:
         assert jobs.get(run.seen[0]).state == "interrupted"
     assert garage.alive == 0
+
+
+def test_very_many_connections_are_refused_and_headers_without_end_cut(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr(command, "MAX_CONNECTIONS", 20)
+
+    def visit(http: httpx.Client) -> tuple[list[int], bytes]:
+        address = (http.base_url.host, http.base_url.port)
+        codes = [http.get("/health").status_code]
+        idle = [socket.create_connection(address) for _ in range(20)]
+        time.sleep(0.5)  # until they are accepted
+        codes.append(http.get("/health").status_code)
+        for connection in idle:
+            connection.close()
+        time.sleep(0.5)
+        codes.append(http.get("/health").status_code)
+        with socket.create_connection(address, 10) as endless:
+            with contextlib.suppress(OSError):
+                endless.sendall(b"GET / HTTP/1.1\r\nX: " + b"a" * 10_000_000)
+            answer = endless.recv(20)
+        return codes, answer
+
+    run = Stopped(monkeypatch, visit)
+    flags = ["--preset", T2V, "--port", str(free_port()), "--output_dir", str(tmp_path)]
+    assert command.main(flags, open_engine=Garage()) == 0 and not run.failure, run.failure
+    codes, answer = run.seen[0]
+    assert codes == [200, 503, 200] and answer.startswith(b"HTTP/1.1 400")
 
 
 def test_an_engine_that_no_job_asked_for_is_closed_too(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import socket
 import tempfile
@@ -16,6 +17,7 @@ from fastapi.routing import iter_route_contexts
 from served import SIZE, Served, listening, serve
 
 from lightx2v.config import PROJECT
+from lightx2v.server import submissions
 from lightx2v.server.gate import MAX_BODY, Gate
 
 KEY = "a-key-of-some-length"
@@ -132,6 +134,26 @@ def test_a_body_that_does_not_come_is_not_waited_for_and_keeps_nobody_waiting(tm
             finally:
                 for connection in slow:
                     connection.close()
+
+
+def test_large_bodies_wait_unread_until_there_is_room_for_them(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A hundred of them at once took six gigabytes."""
+    monkeypatch.setattr(submissions, "BODIES", MAX_BODY)
+    large = json.dumps({**GOOD, "input_reference": "A" * 2_000_000}).encode()  # of a model that takes no picture
+    head = "POST /v1/videos HTTP/1.1\r\nHost: 127.0.0.1\r\nContent-Type: application/json\r\nContent-Length: "
+    with serve(tmp_path) as served, listening(served) as client:
+        address = (client.base_url.host, client.base_url.port)
+        with socket.create_connection(address, 10) as first, socket.create_connection(address, 10) as second:
+            first.sendall(f"{head}{MAX_BODY}\r\n\r\n{{".encode())
+            assert client.post("/v1/videos", json=GOOD).status_code == 200, "small ones need no room"
+            second.sendall(f"{head}{len(large)}\r\n\r\n".encode())
+            threading.Thread(target=second.sendall, args=(large,), daemon=True).start()
+            second.settimeout(1)
+            with pytest.raises(TimeoutError):
+                second.recv(1000)
+            first.close()  # and what it held is free again
+            second.settimeout(10)
+            assert b" 422 " in second.recv(1000).partition(b"\r\n")[0]
 
 
 def test_answers_may_take_longer_than_bodies(tmp_path: Path) -> None:

@@ -29,6 +29,8 @@ from ..terminal import ECHO, Flags, Interrupts, ProgressLine, ended, logging_to
 log = logging.getLogger("lightx2v.server")
 
 MIN_KEY = 12
+MAX_CONNECTIONS = 500
+"""Further ones are answered 503 at once. Systems often let a program have 1024 files, connections among them."""
 
 
 def main(argv: Sequence[str] | None = None, *, open_engine: OpenEngine | None = None) -> int:
@@ -141,6 +143,8 @@ def _serve(
             access_log=False,
             server_header=False,
             timeout_graceful_shutdown=3,
+            http="h11",  # httptools, where somebody has it, takes headers without end
+            limit_concurrency=MAX_CONNECTIONS,
         )
         logging.getLogger("uvicorn.error").setLevel(logging.WARNING)
         log.info("Serving %s on http://%s:%d, documents on /docs", name, options.host, options.port)
