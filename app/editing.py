@@ -13,7 +13,7 @@ from PIL import Image
 
 from lightx2v.errors import LightX2VError
 from lightx2v.framing import frame_picture
-from lightx2v.image import load_image
+from lightx2v.image import DECODING, load_image
 from lightx2v.request import MAX_SIDE, Request
 
 from . import panels
@@ -190,12 +190,13 @@ def _crop(language: str, path: str | None, height: Any, width: Any, mode: str | 
     words = Words(language)
     if not path or not all(isinstance(side, int) and 0 < side <= MAX_SIDE for side in (height, width)):
         return panels.crop_preview(words, None, None)
-    try:
-        picture = load_image(path)
-        framing = frame_picture(picture.size, height, width, mode)
-    except LightX2VError as error:
-        return panels.problem(str(error))
-    return panels.crop_preview(words, picture, framing)
+    with DECODING:
+        try:
+            picture = load_image(path)
+            framing = frame_picture(picture.size, height, width, mode)
+        except LightX2VError as error:
+            return panels.problem(str(error))
+        return panels.crop_preview(words, picture, framing)
 
 
 def preset_values(name: str) -> dict[str, Any]:

@@ -6,6 +6,9 @@ could talk to a server on this machine (DNS rebinding), nor does it bound the si
 
 from __future__ import annotations
 
+import errno
+import logging
+
 from starlette.datastructures import Headers
 from starlette.responses import PlainTextResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
@@ -13,6 +16,8 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from lightx2v.server.gate import MAX_BODY, SAFE_METHODS, Bucket, Unread, bounded, host_name, same_origin
 
 from .exposure import Exposure
+
+log = logging.getLogger("lightx2v.page")
 
 MAX_JSON = 1_000_000
 
@@ -50,6 +55,13 @@ class Guard:
         except Unread as body:
             if not started:
                 await _refuse(body.status, str(body))(scope, receive, send)
+        except OSError as error:
+            if started or error.errno not in (errno.ENOSPC, errno.EDQUOT):
+                raise
+            log.error("an upload could not be stored: %s", error.strerror)
+            await _refuse(507, "A disk of the server is full. Free some space there, and send it again.")(
+                scope, receive, send
+            )
 
     def _limit(self, path: str) -> int:
         if path.startswith("/v1/"):  # the API, which takes pictures in base64

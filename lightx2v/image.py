@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import io
 import struct
+import threading
 import zlib
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,8 @@ FORMATS = ("JPEG", "PNG", "WEBP")
 MAX_BYTES = 20 * 2**20
 MAX_PIXELS = 64_000_000
 """Above the 50 megapixels of phone cameras; at most 256 MB while an image with alpha is decoded."""
+DECODING = threading.Lock()
+"""Held by what decodes a picture for somebody who waits and drops it again: a quarter of a gigabyte at a time."""
 MIN_SIDE = 16
 MAX_RATIO = 10
 
@@ -64,7 +67,8 @@ def load_image(source: str | Path | bytes, *, max_bytes: int = MAX_BYTES, max_pi
 def store_image(source: str | Path | bytes, stem: Path) -> Path:
     """Checks a picture as `load_image` does and keeps its bytes as `stem` plus its own suffix."""
     data = source if isinstance(source, bytes) else _read(Path(source), MAX_BYTES)
-    load_image(data)
+    with DECODING:
+        load_image(data)
     suffix = ".png" if data.startswith(b"\x89PNG") else ".webp" if data.startswith(b"RIFF") else ".jpg"
     target = stem.with_name(stem.name + suffix)
     try:

@@ -54,7 +54,7 @@ class LoraSpec:
     strength: float = 1.0
 
     def __post_init__(self) -> None:
-        if self.expert not in _LORA_NAMES:
+        if self.expert not in tuple(_LORA_NAMES):  # what a file says here may be a list, which no dict looks up
             _bad("LoRA name", self.expert, "high_noise_model, low_noise_model or auto")
         if not isinstance(self.path, str) or not self.path.strip() or "\0" in self.path:
             _bad("LoRA path", self.path, "a file or a Hub name such as owner/repo/file.safetensors")

@@ -1,22 +1,35 @@
 """The page on a machine with something in the way: it says in a sentence what, and what to do, and ends or goes on.
 
-Covered: a port or address that cannot be had, a folder in use, files of its own folder that are none, a reader that
-leaves, two signals at once.
+Covered: a port or address that cannot be had, a file of its own folder that is none, a reader that leaves, two signals
+at once, very many open pages, large pictures.
 """
 
 from __future__ import annotations
 
+import inspect
 import os
 import signal
 import socket
 import subprocess
 import sys
+import threading
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
+import gradio as gr
 import pytest
+from page_engine import Painter
+from painted_app import entry
+from PIL import Image
 from studio_app import ROOT, free_port, launched
+
+from app import editing, page
+from app.exposure import Exposure
+from app.studio import Studio
 
 PAINTED = (sys.executable, str(ROOT / "tests" / "painted_app.py"))
 
@@ -81,11 +94,49 @@ def test_a_reader_that_leaves_ends_nothing_and_leaves_no_traceback(tmp_path: Pat
 
 
 def test_two_signals_at_once_end_it_as_one(tmp_path: Path) -> None:
-    with launched(tmp_path / "out") as page:
-        id = page.ask("generate", prompt="an endless run")["id"]
-        page.wait(id, "running")
+    with launched(tmp_path / "out") as opened:
+        id = opened.ask("generate", prompt="an endless run")["id"]
+        opened.wait(id, "running")
         for _ in range(2):
-            page.process.send_signal(signal.SIGTERM)
-        assert page.process.wait(60) == 143 and "Traceback" not in page.said, page.said
-    with launched(tmp_path / "out") as page:
-        assert page.ask("status", id=id)["state"] == "interrupted"
+            opened.process.send_signal(signal.SIGTERM)
+        assert opened.process.wait(60) == 143 and "Traceback" not in opened.said, opened.said
+    with launched(tmp_path / "out") as opened:
+        assert opened.ask("status", id=id)["state"] == "interrupted"
+
+
+def test_pages_that_were_opened_and_left_do_not_fill_the_memory(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Half a megabyte each, and whoever asks under a new name has opened one: gradio keeps 10 000 of them."""
+    asked: dict[str, Any] = {}
+    demo = SimpleNamespace(launch=lambda **flags: asked.update(flags), local_url="http://127.0.0.1:7860/", share_url="")
+    monkeypatch.setattr(page, "build_page", lambda studio: demo)
+    studio = Studio(Painter(), tmp_path, Exposure())
+    try:
+        entry().launch(studio)
+    finally:
+        studio.close()
+    assert asked["state_session_capacity"] <= 500
+    assert inspect.signature(gr.Blocks.launch).parameters["state_session_capacity"].default > 500
+
+
+def test_pictures_are_looked_at_one_after_the_other(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each may take a quarter of a gigabyte, and forty visitors are answered at a time."""
+    now, most = 0, 0
+
+    def look(path: str) -> Image.Image:
+        nonlocal now, most
+        now += 1
+        most = max(most, now)
+        time.sleep(0.05)
+        now -= 1
+        return Image.new("RGB", (64, 64))
+
+    monkeypatch.setattr(editing, "load_image", look)
+    sizes = range(32, 32 + 8 * 16, 16)
+    threads = [threading.Thread(target=editing._crop, args=("en", "a.png", 64, width, None)) for width in sizes]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(10)
+    assert most == 1

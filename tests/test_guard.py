@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 from collections.abc import Iterator
 
 import pytest
@@ -87,3 +88,17 @@ def test_clients_do_not_share_a_bucket() -> None:
     bucket = Bucket(per_second=0.001, burst=2)
     assert [bucket.take("a") for _ in range(3)] == [True, True, False]
     assert bucket.take("b")
+
+
+@pytest.mark.parametrize(("number", "status"), [(errno.ENOSPC, 507), (errno.EDQUOT, 507), (errno.EIO, 500)])
+def test_an_upload_onto_a_full_disk_is_told(number: int, status: int) -> None:
+    async def full(request: Request) -> PlainTextResponse:
+        raise OSError(number, "of the disk", "/somebody/uploads/a.png")
+
+    app = Starlette(
+        routes=[Route("/gradio_api/upload", full, methods=["POST"])],
+        middleware=[Middleware(Guard, exposure=Exposure(), origins=set())],
+    )
+    answer = TestClient(app, base_url=HERE, raise_server_exceptions=False).post("/gradio_api/upload", content=b"x")
+    assert answer.status_code == status and "somebody" not in answer.text
+    assert ("disk of the server is full" in answer.text) == (status == 507)

@@ -220,7 +220,15 @@ def test_resize_modes_are_those_of_the_framing() -> None:
 
 @pytest.mark.parametrize(
     "value",
-    [{}, {"expert": "high"}, {"name": "middle", "path": "a"}, {"name": "high_noise_model", "path": ""}, "a", 3],
+    [
+        {},
+        {"expert": "high"},
+        {"name": "middle", "path": "a"},
+        {"name": "high_noise_model", "path": ""},
+        "a",
+        3,
+        {"name": [], "path": "a"},
+    ],
 )
 def test_a_lora_needs_an_expert_and_a_path(value: object) -> None:
     assert "LoRA" in refused(loras=[value])
