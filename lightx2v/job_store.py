@@ -133,8 +133,8 @@ class JobStore:
                     "Stop it first, or give this one another output folder."
                 ) from None
             raise OutputError(
-                f"{short_path(file)} cannot be used: {error}. Free some disk space, or move the file away to start "
-                "with an empty history; the videos stay."
+                f"{short_path(file)} cannot be used: {error}. Free some disk space, make the folder writable, or move "
+                "the file away to start with an empty history; the videos stay."
             ) from None
         except BaseException:
             self._db.close()
