@@ -220,6 +220,11 @@ def ended(
     return code
 
 
+class Interrupted(KeyboardInterrupt):
+    """Not KeyboardInterrupt itself: Python ends as if by Ctrl-C, whatever the exit code, once one of those has passed
+    through a module that runs Python from C, as torch does while it is imported."""
+
+
 class Interrupts:
     """Ctrl-C and SIGTERM while the block runs. Inside `cancelling` the first one asks the run to stop, which cleans up
     behind itself; anywhere else, and on the second one, it stops at once as a KeyboardInterrupt.
@@ -267,4 +272,4 @@ class Interrupts:
         self._first, self._number = first or now, number
         self.token.cancel()
         if first is not None or not self._patient:
-            raise KeyboardInterrupt
+            raise Interrupted

@@ -4,9 +4,14 @@ import io
 import logging
 import os
 import signal
+import subprocess
+import sys
+import textwrap
+from pathlib import Path
 
 import pytest
 
+from lightx2v.config import PROJECT
 from lightx2v.progress import Progress
 from lightx2v.terminal import Interrupts, ProgressLine, clock, describe, logging_to, one_line
 
@@ -113,3 +118,24 @@ def test_a_signal_outside_of_a_run_stops_at_once() -> None:
     with Interrupts() as interrupts, pytest.raises(KeyboardInterrupt):
         send(signal.SIGTERM)
     assert interrupts.token.cancelled
+
+
+def test_the_exit_code_is_the_signals_even_inside_a_module_that_runs_python_from_c(tmp_path: Path) -> None:
+    """torch is one while it is imported. A KeyboardInterrupt itself would make it 130 there."""
+    program = """
+        import ctypes, sys
+        from lightx2v.terminal import Interrupts
+
+        run = ctypes.pythonapi.PyRun_String
+        run.restype = ctypes.py_object
+        run.argtypes = (ctypes.c_char_p, ctypes.c_int, ctypes.py_object, ctypes.py_object)
+        with Interrupts() as interrupts:
+            try:
+                run(b"import os, signal; os.kill(os.getpid(), signal.SIGTERM); list(range(1000))", 257, {}, {})
+            except KeyboardInterrupt:
+                sys.exit(interrupts.exit_code)
+    """
+    (tmp_path / "stopped.py").write_text(textwrap.dedent(program))
+    environment = {**os.environ, "PYTHONPATH": f"{PROJECT}{os.pathsep}{tmp_path}"}
+    done = subprocess.run([sys.executable, "-m", "stopped"], capture_output=True, env=environment, check=False)
+    assert done.returncode == 143, done
