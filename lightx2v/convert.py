@@ -22,8 +22,9 @@ from typing import TYPE_CHECKING
 
 from .config import Environment, resolve
 from .errors import BadRequest, LoraError, short_path
+from .flags import Flags
 from .lora_names import noise_level
-from .terminal import Flags, Interrupts, ProgressLine, ended, logging_to
+from .terminal import Interrupts, ProgressLine, ended, logging_to
 
 if TYPE_CHECKING:
     from .conversion import Conversion

@@ -16,9 +16,10 @@ from functools import partial
 
 from .config import Environment, list_presets, resolve
 from .errors import DownloadError, byte_size
+from .flags import Flags
 from .hub import Hub, Plan, fetch, make_plan
 from .progress import Meter
-from .terminal import Flags, Interrupts, ProgressLine, ended, logging_to, one_line
+from .terminal import Interrupts, ProgressLine, ended, logging_to, one_line
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -5,12 +5,9 @@ What is shown goes to standard error; standard output is for results.
 
 from __future__ import annotations
 
-import argparse
-import difflib
 import io
 import logging
 import os
-import re
 import shutil
 import signal
 import sys
@@ -19,7 +16,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from types import FrameType, TracebackType
-from typing import Any, NoReturn, Self, TextIO
+from typing import Any, Self, TextIO
 
 from .errors import Cancelled, LightX2VError
 from .progress import CancelToken, Progress
@@ -31,54 +28,6 @@ ECHO = 3.0
 """Seconds in which torchrun repeats a signal (see Interrupts)."""
 PLAIN_EVERY = 5.0
 """Seconds between two plain lines within one stage: a log file should not fill with steps."""
-
-
-class Flags(argparse.ArgumentParser):
-    """Says what is wrong with a flag as all else here does: what, what was got, what was expected, what to do next."""
-
-    def __init__(self, *args: Any, **settings: Any) -> None:
-        super().__init__(*args, exit_on_error=False, **settings)
-
-    def parse_args(self, args: Any = None, namespace: Any = None) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride]
-        try:
-            options, unknown = self.parse_known_args(args, namespace)
-        except argparse.ArgumentError as error:
-            self.error(self._wrong(error))
-        if unknown:
-            self.error(self._unknown(unknown))
-        return options
-
-    def error(self, message: str) -> NoReturn:
-        self.exit(2, f"error: {message.rstrip('.')}. --help shows every flag.\n")
-
-    def _wrong(self, error: argparse.ArgumentError) -> str:
-        message = str(error.message)
-        for found, said in _PLAINER.items():
-            message = re.sub(found, said, message)
-        action = next((each for each in self._actions if "/".join(each.option_strings) == error.argument_name), None)
-        if action is None:
-            return f"{error.argument_name or 'the command line'}: {message}."
-        usage = self._get_formatter()._format_args(action, action.dest.upper())
-        about = f", {action.help}" if action.help else ""
-        return f"{error.argument_name}: {message}. Usage: {action.option_strings[0]} {usage}{about}."
-
-    def _unknown(self, words: list[str]) -> str:
-        flag = next((word.partition("=")[0] for word in words if word.startswith("-")), "")
-        if not flag:
-            return f"{words[0]!r} belongs to no flag. Text with spaces needs quotes."
-        known = [name for action in self._actions if action.help != argparse.SUPPRESS for name in action.option_strings]
-        return f"There is no flag {flag}. The nearest is {difflib.get_close_matches(flag, known, n=1, cutoff=0.0)[0]}."
-
-
-_PLAINER = {
-    "expected (one|at least one) argument": "its value is missing",
-    r"expected (\d+) arguments": r"it takes \1 values",
-    r"invalid int value: (.+)": r"\1 is no whole number",
-    r"invalid float value: (.+)": r"\1 is no number",
-    r"invalid choice: (.+) \(choose from .+\)": r"\1 is none of its choices",
-    "not allowed with argument": "cannot be used together with",
-}
-"""argparse's words, and ours for a person."""
 
 
 class ProgressLine:

@@ -263,6 +263,8 @@ def test_an_existing_file_is_kept_unless_forced(infer: Infer, stage: Stage, tmp_
             ("--preset", "demo_t2v_base", "--target_shape", "3"),
             "--target_shape: it takes 2 values. Usage: --target_shape H W",
         ),
+        (("--preset", "demo_t2v_base", "--verbose=2"), "it takes no value, and this is '2'. Usage: --verbose,"),
+        (("--preset", "demo_t2v_base", "--return_result_tensor=1"), "this is '1'. --help shows"),
         (("--preset", "demo_t2v_lora", "--prompt", "x"), "The nearest known one is 'demo_t2v_distill_lora'."),
         (("--preset", "demo_t2v_base", "--prompt", "x", "--card", "12"), "Add --dry_run"),
         (("--preset", "demo_t2v_base", "--dry_run", "--card", "nan"), "'nan' is no size from 1 to 10000"),
@@ -498,7 +500,6 @@ SLOW = """
 import sys, time
 from pathlib import Path
 from lightx2v.infer import main
-from lightx2v.machine import Machine
 
 class Engine:
     def run(self, request, *, save_result_path, on_progress, cancel, metadata, force):

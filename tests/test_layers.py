@@ -12,7 +12,7 @@ PACKAGE = ROOT / "lightx2v"
 
 # A module may import from its own layer's left only, or from a neighbour listed in the same set.
 LAYERS: list[set[str]] = [
-    {"errors", "framing", "lora_names", "request", "progress", "terminal"},
+    {"errors", "flags", "framing", "lora_names", "request", "progress", "terminal"},
     {"attention"},  # below the configuration, which checks the backends' names
     {
         "engine_config",

@@ -23,8 +23,9 @@ from ..config import Environment, Resolved, resolve
 from ..engine_config import EngineConfig
 from ..engine_slot import Engine, OpenEngine
 from ..errors import ConfigError
+from ..flags import Flags
 from ..progress import CancelToken, OnProgress
-from ..terminal import ECHO, Flags, Interrupts, ProgressLine, ended, logging_to
+from ..terminal import ECHO, Interrupts, ProgressLine, ended, logging_to
 
 log = logging.getLogger("lightx2v.server")
 
