@@ -43,6 +43,9 @@ DOUBT = 0.02
 CACHED = 1e-3
 """Seconds: a stage that took less found its result in a cache, which says nothing about the next prompt."""
 
+CACHED_TEXT = 0.01
+"""Of the slowest known one: on a busy machine a text from the cache takes some milliseconds, and a new one seconds."""
+
 FAR = 8
 """How many times the largest measured size a fitted line is believed."""
 
@@ -150,9 +153,10 @@ class Rates:
             for stage, took in seconds.items():
                 if took < CACHED or (stage not in work.calls and stage != "load"):
                     continue
-                calls, size = work.calls.get(stage, 1), work.size.get(stage, 1.0)
-                if calls:
-                    stages[stage] = [*stages.get(stage, []), [calls, size, took]][-KEPT:]
+                calls, size, known = work.calls.get(stage, 1), work.size.get(stage, 1.0), stages.get(stage, [])
+                if stage == "text" and any(took < CACHED_TEXT * new for _, _, new in known):
+                    continue
+                stages[stage] = [*known, [calls, size, took]][-KEPT:]
             self._write()
 
     def predict(self, device: str, engine: str, work: Work, *, loaded: bool) -> Prediction | None:
