@@ -1,4 +1,4 @@
-"""What a video says about how it was made: enough to make it again, and nothing of where its maker keeps things."""
+"""What a video says about how it was made: enough to make it again; of pictures their names, and not their places."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def _portable(path: Path, video: str | Path | None) -> str:
     whole = Path(os.path.expanduser(path))
     if not whole.is_absolute():
         return str(path)
-    whole = whole.resolve()
+    whole = whole.parent.resolve() / whole.name  # a link is named as it is, not as what it leads to
     folders = [Path(video).parent.resolve()] if video else []
     folder = next((each for each in (*folders, Path.cwd()) if whole.is_relative_to(each)), whole.parent)
     return str(whole.relative_to(folder))
@@ -46,7 +46,8 @@ def _portable(path: Path, video: str | Path | None) -> str:
 
 def _content_hash(path: Path) -> str | None:
     try:
-        return hashlib.sha256(Path(os.path.expanduser(path)).read_bytes()).hexdigest()[:16]
+        with open(os.path.expanduser(path), "rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()[:16]
     except OSError:
         return None
 

@@ -21,6 +21,7 @@ def working_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     for folder in (here / "pictures", tmp_path / "outputs", tmp_path / "secret"):
         folder.mkdir(parents=True)
         (folder / "cat.png").write_bytes(folder.name.encode())
+    (here / "link.png").symlink_to(tmp_path / "secret" / "cat.png")
     monkeypatch.chdir(here)
     monkeypatch.setenv("HOME", str(tmp_path / "nobody"))
     return here
@@ -31,6 +32,7 @@ def working_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     [
         ("pictures/cat.png", "pictures/cat.png", "pictures/cat.png"),
         ("{}/here/pictures/cat.png", "pictures/cat.png", "pictures/cat.png"),
+        ("{}/here/link.png", "link.png", "link.png"),
         ("{}/outputs/cat.png", "cat.png", "{}/outputs/cat.png"),
         ("{}/secret/cat.png", "cat.png", None),  # beside the video lies another picture of that name
         ("{}/secret/gone.png", "gone.png", None),
