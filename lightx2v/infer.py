@@ -198,9 +198,10 @@ def _recorded(video: str, given: Sequence[str]) -> tuple[dict[str, Any], dict[st
     for key in PICTURES:
         if shown.get(key) and key not in given:
             if (picture := find_picture(settings, key, video)) is None:
+                name = one_line(short_path(str(shown[key])))[:100]
                 raise BadRequest(
-                    f"The picture {short_path(str(shown[key]))} that this video was made from is neither here nor "
-                    f"beside the video. Give it with --{key}."
+                    f"The picture {name} that this video was made from is neither here nor beside the video, or its "
+                    f"content has changed. Give it with --{key}."
                 )
             shown[key] = str(picture)
     # The class follows from the step list: a request may have one even where the engine was loaded without.
@@ -255,8 +256,11 @@ def _dry_run(resolved: Resolved, shown: dict[str, Any], card: float | None) -> d
         hub = hub_name(name)
         source = None if hub is None else {"repo": hub[0], "file": hub[1]}
         files.append({"name": name, "here": find(name, engine) is not None, "hub": source})
-    here = MachineReader()()
-    memory = on_machine(engine, request, here) if card is None else on_card(engine, request, card)
+    if card is None:
+        here = MachineReader()()
+        device, memory = here.name, on_machine(engine, request, here)
+    else:
+        device, memory = f"a card of {card:g} GB", on_card(engine, request, card)
     return {
         "preset": asdict(resolved.preset),
         "engine": engine.to_json(),
@@ -269,7 +273,7 @@ def _dry_run(resolved: Resolved, shown: dict[str, Any], card: float | None) -> d
             "forwards_per_step": {"high": 1 + guided[0], "low": 1 + guided[1]},
             "seconds_of_video": request.seconds,
             "processes": resolved.preset.gpus,
-            "memory": {"device": here.name if card is None else f"a card of {card:g} GB", **memory.to_json()},
+            "memory": {"device": device, **memory.to_json()},
         },
         "notes": list(resolved.notes),
     }

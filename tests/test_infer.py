@@ -24,6 +24,7 @@ from lightx2v.machine import Machine
 from lightx2v.progress import CancelToken, OnProgress, Peak, Progress, StepTime, Timings
 from lightx2v.request import Request
 from lightx2v.result import Result
+from lightx2v.settings import recorded_settings
 
 TUTORIAL = PROJECT / "tests" / "data" / "tutorial"
 TIMINGS = Timings(
@@ -441,7 +442,7 @@ def recording(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, stage: Stage, settings: dict[str, Any] | None = None
 ) -> None:
     assert stage.config is not None and stage.request is not None
-    recorded = {"preset": stage.preset, "engine": stage.config.to_json(), "request": stage.request.to_json()}
+    recorded = recorded_settings(str(stage.preset), stage.config, stage.request, None)
     monkeypatch.setattr("lightx2v.mp4.read_settings", lambda path: recorded if settings is None else settings)
 
 
@@ -483,6 +484,12 @@ def test_a_repeated_videos_picture_is_found_or_asked_for(
     assert (ended.code, "picture a.png" in ended.err, "Give it with --image_path." in ended.err) == (2, True, True)
     assert infer("--from", "first.mp4", "--seed", "10", "--image_path", "other.png").code == 0
     assert stage.request.image_path == "other.png"
+    Image.new("RGB", (32, 32), "red").save("a.png")
+    assert "or its content has changed" in infer("--from", "first.mp4", "--seed", "10").err
+    forged = {"engine": {}, "request": {"image_path": "\x1b[2J\n" * 1000}}
+    recording(tmp_path, monkeypatch, stage, forged)
+    ended = infer("--from", "first.mp4")
+    assert (ended.code, "\x1b" in ended.err, len(ended.err.splitlines())) == (2, False, 1) and len(ended.err) < 300
 
 
 @pytest.mark.parametrize("settings", [{}, {"engine": 1, "request": {}}, {"engine": {}, "request": {"x": 1}}])
