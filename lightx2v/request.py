@@ -9,6 +9,7 @@ from __future__ import annotations
 import difflib
 import math
 import operator
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 from typing import Any, Literal, NoReturn, Self
@@ -282,9 +283,17 @@ def _text(name: str, value: Any) -> str:
 def _path(name: str, value: Any) -> str | None:
     if value is None or value == "":
         return None
-    if not isinstance(value, str) or not value.strip() or "\0" in value:
+    if not isinstance(value, str) or not value.strip() or not _names_a_file(value):
         _bad(name, value, "the path of a JPEG, PNG or WebP image")
     return value
+
+
+def _names_a_file(path: str) -> bool:
+    """Whether a file could be called that: the system's calls raise on NUL and on half a character."""
+    try:
+        return b"\0" not in os.fsencode(path)
+    except UnicodeEncodeError:
+        return False
 
 
 def _flag(name: str, value: Any) -> bool:

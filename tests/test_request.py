@@ -179,7 +179,8 @@ def test_each_task_takes_its_images() -> None:
     assert "needs last_frame_path" in refused(task="flf2v", image_path="a.png")
     assert "t2v takes no image" in refused(image_path="a.png")
     assert "Use task flf2v" in refused(task="i2v", image_path="a.png", last_frame_path="b.png")
-    assert "image_path is" in refused(task="i2v", image_path="a\0.png")
+    for nobodys in ("a\0.png", "\ud800.png"):
+        assert "image_path is" in refused(task="i2v", image_path=nobodys)
     assert "task is 't2i'" in refused(task="t2i")
 
 
