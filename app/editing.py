@@ -85,14 +85,17 @@ class Editor:
     # ---- what follows from the fields ---------------------------------------------------------------------------
 
     def parts(self, words: Words, values: Mapping[str, Any], problem: str) -> dict[str, str]:
-        """HTML by the names of `Inputs`: preset list, examples, what it costs or the `problem`, crop, model files."""
+        """HTML by the names of `Inputs`: preset list, examples, crop, model files, what it costs or the `problem`."""
         name = values["preset"] if values["preset"] in self._studio.tasks else self._studio.default_preset
         parts = {
             "preset": self.preset_list(words, name),
             "examples": examples(words, settings_of(name).preset),
-            "cost": panels.problem(problem) if problem else self.cost(words, values),
             "crop": self.crop(words, values),
         }
+        if problem:
+            parts["cost"] = panels.problem(problem)
+        elif self._studio.tasks.get(values["preset"]) == values["task"]:  # not while a run's fields are being filled in
+            parts["cost"] = self.cost(words, values)
         if self._inputs.files is not None:
             parts["files"] = panels.file_list(words, self._studio.files.status(settings_of(name).engine))
         return parts

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 import secrets
 from functools import partial
 from pathlib import Path
@@ -16,6 +15,7 @@ from lightx2v.errors import OutputError, short_path
 from .api import add_endpoints
 from .clicks import Clicks
 from .editing import PICTURES
+from .form import LORA_ROWS
 from .handlers import Handlers
 from .inputs import JS_ACT, build_inputs
 from .screen import BUSY_SECONDS, Screen
@@ -120,10 +120,10 @@ def _wire(page: gr.Blocks, screen: Screen) -> None:
     costly = ("frames", "fps", "videos", "steps", "enable_cfg", "guidance_high", "guidance_low", "boundary", "shift")
     costly += ("denoising_step_list", "boundary_step_index", "per_line", "offload", "attention", "negative_prompt")
     changes = [*(named[name].input for name in costly), named["prompt"].blur]  # one video for each of its lines
+    changes += [named[f"lora_{row}_low"].blur for row in range(LORA_ROWS)]
     gr.on(changes, handlers.edited, **last)
     gr.on([picture.change for picture in pictures], handlers.pictured, **{**last, "inputs": read | pictures})
-    paths = [component for name, component in named.items() if re.fullmatch(r"lora_\d_(high|low)", name)]
-    gr.on([path.blur for path in paths], handlers.paired, **last)
+    gr.on([named[f"lora_{row}_high"].blur for row in range(LORA_ROWS)], handlers.paired, **last)
     inputs.add_lora.click(handlers.lora_added, **last)
     for row, remove in enumerate(inputs.remove_lora):
         remove.click(partial(handlers.lora_removed, row), **last)

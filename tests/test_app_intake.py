@@ -171,6 +171,12 @@ def test_a_runs_picture_comes_back_without_loss(page: Page, keyboard: Keyboard) 
         assert np.array_equal(np.asarray(shown), noise)
 
 
+def test_a_picture_that_comes_before_its_task_is_no_problem(keyboard: Keyboard) -> None:
+    """As while a browser fills in the fields of a run of the other task."""
+    said = keyboard.press("image_path", "change", mode="t2v", preset_name=I2V["preset"])
+    assert "preset" in said["preset"] and said["cost"]["__type__"] == "update" and "problem" not in str(said["cost"])
+
+
 class Listener:
     """A server on this machine that counts who comes."""
 

@@ -78,6 +78,10 @@ def test_a_loras_high_noise_file_brings_its_low_noise_one(visitor: Person) -> No
         " 'someone/loras/style_low_noise.safetensors'"
     )
     visitor.settle("() => document.querySelector('#cost .problem')?.innerText.startsWith('There is no LoRA')")
+    tab.fill("#lora_0_low :is(input, textarea)", "")
+    tab.focus("#seed input")
+    visitor.settle("() => document.querySelector('#cost .problem')?.innerText.startsWith('There is no LoRA')")
+    assert tab.input_value("#lora_0_low :is(input, textarea)") == "", "who takes it away again means that"
     tab.click("#remove_lora_0")
     tab.wait_for_selector("#lora_0_high", state="hidden")
     visitor.settle("() => document.querySelector('#cost .cost') && !document.querySelector('#cost .problem')")
