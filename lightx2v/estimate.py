@@ -206,14 +206,9 @@ class Rates:
 
 def _checked(devices: dict[str, Any]) -> dict[str, Any]:
     """`devices` as they are; an error where a file that somebody wrote by hand has other shapes or values."""
-    samples = [
-        sample
-        for engines in devices.values()
-        for stages in engines.values()
-        for kept in stages.values()
-        for sample in kept
-    ]
-    if not all(0 < number < 1e30 for calls, size, took in samples for number in (calls, size, took)):
+    stages = [stage for engines in devices.values() for engine in engines.values() for stage in engine.values()]
+    numbers = [number for samples in stages for calls, size, took in samples for number in (calls, size, took)]
+    if not all(type(number) in (int, float) and CACHED <= number < 1e30 for number in numbers):
         raise ValueError("a sample that nobody measured")
     return devices
 

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import json
 import random
+import time
 from pathlib import Path
 
 import pytest
 
 from benchmarks.prediction import ONE_SIZE, THREE_SIZES, UNSEEN, Runs
+from lightx2v import progress
 from lightx2v.estimate import OVERHEAD, DiTShape, Rates, count, dit_flops, high_noise_steps
 from lightx2v.request import Request
 
@@ -73,11 +75,12 @@ def test_three_runs_predict_an_unseen_size_within_a_quarter(tmp_path: Path, unse
     assert predicted.seconds == pytest.approx(sum(simulated_seconds(target, noise).values()), rel=0.25)
 
 
-@pytest.mark.parametrize("preset", ["demo_t2v_base", "demo_t2v_distill_lora"])
-def test_three_runs_of_the_demo_predict_sizes_that_it_has_not_seen(preset: str) -> None:
-    """The fastest runs so far count; where other programs disturb them, further rounds come nearer to the truth."""
-    runs, wrong = Runs(preset), {}
-    for _ in range(6):
+def test_three_runs_of_the_demo_predict_sizes_that_it_has_not_seen(monkeypatch: pytest.MonkeyPatch) -> None:
+    """In seconds of the processor, which other programs on the machine lengthen least; the fastest runs so far count,
+    and further rounds come nearer to what they take undisturbed."""
+    runs, wrong = Runs("demo_t2v_distill_lora"), {}
+    monkeypatch.setattr(progress.time, "perf_counter", time.process_time)
+    for _ in range(8):
         runs.round()
         errors = {(size, taught): runs.error(size, taught) for taught in (THREE_SIZES, ONE_SIZE) for size in UNSEEN}
         wrong = {case: error for case, error in errors.items() if abs(error) > 0.25}
@@ -155,14 +158,16 @@ def test_a_known_gpu_has_an_assumed_rate_before_its_first_run(tmp_path: Path) ->
     "text",
     [
         "{not json",
-        '{"devices": [1]}',
-        '{"devices": {"cpu": [1]}}',
-        '{"devices": {"cpu": {"demo": {"denoise": 5}}}}',
-        '{"devices": {"cpu": {"demo": {"denoise": [[1, 2]]}}}}',
-        '{"devices": {"cpu": {"demo": {"denoise": [[1, "2", 3]]}}}}',
-        '{"devices": {"cpu": {"demo": {"denoise": [[1, 2, 0]]}}}}',
-        '{"devices": {"cpu": {"demo": {"denoise": [[1, 1e999, NaN]]}}}}',
-        '{"devices":' + "[" * 100_000,
+        '{"version": 2, "devices": [1]}',
+        '{"version": 2, "devices": {"cpu": [1]}}',
+        '{"version": 2, "devices": {"cpu": {"demo": {"denoise": 5}}}}',
+        '{"version": 2, "devices": {"cpu": {"demo": {"denoise": [[1, 2]]}}}}',
+        '{"version": 2, "devices": {"cpu": {"demo": {"denoise": [[1, "2", 3]]}}}}',
+        '{"version": 2, "devices": {"cpu": {"demo": {"denoise": [[1, 2, 0]]}}}}',
+        '{"version": 2, "devices": {"cpu": {"demo": {"denoise": [[5, 1e9, 1e-320]]}}}}',
+        '{"version": 2, "devices": {"cpu": {"demo": {"denoise": [[true, true, true]]}}}}',
+        '{"version": 2, "devices": {"cpu": {"demo": {"denoise": [[1, 1e999, NaN]]}}}}',
+        '{"version": 2, "devices":' + "[" * 100_000,
     ],
     ids=lambda text: text[:60],
 )
