@@ -33,7 +33,7 @@ KEPT = 12
 VERSION = 2
 """Of the file of rates; since 2 the VAE's calls are its chunks. Another version's counts are not these."""
 
-OVERHEAD = {"denoise": 0.0025, "decode": 0.013, "image": 0.008, "write": 0.025}
+OVERHEAD = {"denoise": 0.004, "decode": 0.013, "image": 0.008, "write": 0.025}
 """Seconds that a call of a stage takes however small it is, until runs of different sizes tell: starting kernels or,
 for "write", ffmpeg. From the demo model on a CPU, and of the same order on a GPU, where full sizes make it vanish."""
 
@@ -223,7 +223,7 @@ def _fit(stage: str, samples: Iterable[list[float]], calls: int, size: float) ->
     sizes = [y / x for x, y in rows]
     aa, bb = sum(x * x for x, _ in rows), sum(y * y for _, y in rows)
     ab, a1, b1 = sum(x * y for x, y in rows), sum(x for x, _ in rows), sum(y for _, y in rows)
-    likely = min(OVERHEAD.get(stage, 0.0), 0.5 * a1 / aa)
+    likely = min(OVERHEAD.get(stage, 0.0), 0.8 * a1 / aa)
     aa, a1 = aa * (1 + DOUBT), a1 + DOUBT * likely * aa
     determinant = aa * bb - ab * ab
     a, b = (a1 * bb - b1 * ab) / determinant, (b1 * aa - a1 * ab) / determinant
