@@ -33,9 +33,10 @@ KEPT = 12
 VERSION = 2
 """Of the file of rates; since 2 the VAE's calls are its chunks. Another version's counts are not these."""
 
-OVERHEAD = {"denoise": 0.004, "decode": 0.013, "image": 0.008, "write": 0.025}
-"""Seconds that a call of a stage takes however small it is, until runs of different sizes tell: starting kernels or,
-for "write", ffmpeg. From the demo model on a CPU, and of the same order on a GPU, where full sizes make it vanish."""
+OVERHEAD = {"denoise": 4e8, "decode": 1.2e11, "image": 7e10, "write": 6e5}
+"""What starting a call costs (kernels, or for "write" ffmpeg), as the size that takes as long: so it holds on a slow
+machine and on a fast one, and full sizes make it vanish. From the demo model on a CPU, for as long as runs of different
+sizes do not tell better."""
 
 DOUBT = 0.02
 """Weight of OVERHEAD against the measured times: about (4 % of noise / 30 %) squared."""
@@ -216,17 +217,17 @@ def _checked(devices: dict[str, Any]) -> dict[str, Any]:
 def _fit(stage: str, samples: Iterable[list[float]], calls: int, size: float) -> float:
     """Seconds for `calls` of `size`, from t = calls (a + b size), a, b >= 0, least squares of the relative error.
 
-    DOUBT keeps a near OVERHEAD as long as the sizes are too close to each other to tell: a line through two equal ones
-    would carry their noise to any distance. Far beyond the largest measured size time is proportional to the work.
+    DOUBT keeps a near b OVERHEAD as long as the sizes are too close to each other to tell: a line through two equal
+    ones would carry their noise to any distance. Far beyond the largest measured size time is proportional to the work.
     """
     rows = [(c / t, c * s / t) for c, s, t in samples]
     sizes = [y / x for x, y in rows]
     aa, bb = sum(x * x for x, _ in rows), sum(y * y for _, y in rows)
     ab, a1, b1 = sum(x * y for x, y in rows), sum(x for x, _ in rows), sum(y for _, y in rows)
-    likely = min(OVERHEAD.get(stage, 0.0), 0.8 * a1 / aa)
-    aa, a1 = aa * (1 + DOUBT), a1 + DOUBT * likely * aa
-    determinant = aa * bb - ab * ab
-    a, b = (a1 * bb - b1 * ab) / determinant, (b1 * aa - a1 * ab) / determinant
+    start, doubt = OVERHEAD.get(stage, 0.0), DOUBT * aa  # one more equation, of that weight: a = b start
+    p, q, r = aa + doubt, ab - doubt * start, bb + doubt * start * start
+    determinant = p * r - q * q
+    a, b = (a1 * r - b1 * q) / determinant, (b1 * p - a1 * q) / determinant
     if a < 0:
         a, b = 0.0, b1 / bb
     elif b < 0:
