@@ -128,20 +128,6 @@ class JobManager:
             self._changed.wait_for(lambda: self._worker.closing or self._row(store, id).over, timeout)
             return self.get(id)
 
-    def wait_events(self, id: str, after: int = 0, timeout: float | None = None) -> list[JobEvent]:
-        """As `events`, but blocks until there are some, the job is over or `timeout` seconds have passed."""
-        with self._session() as store:
-            self._changed.wait_for(
-                lambda: self._worker.closing or self.events(id, after) or self._row(store, id).over, timeout
-            )
-            return self.events(id, after)
-
-    def subscribe(self, id: str, after: int = 0) -> Iterator[JobEvent]:
-        """Every event of the job, as it comes, until the job is over."""
-        while events := self.wait_events(id, after):
-            yield from events
-            after = events[-1].id
-
     # ---- changing -----------------------------------------------------------------------------------------------
 
     def submit(

@@ -57,14 +57,6 @@ def test_events_tell_the_whole_story_in_order(manager: JobManager) -> None:
     assert manager.events(job.id, after=10**30) == [] and manager.events(job.id, after=-5) == events
 
 
-def test_a_subscriber_sees_every_event_until_the_end(manager: JobManager, garage: Garage) -> None:
-    garage.script["slow"] = Script(seconds=0.005)
-    job = manager.submit(CONFIG, ask("slow"))
-    seen = list(manager.subscribe(job.id))
-    assert seen == manager.events(job.id) and seen[-1].data["state"] == "succeeded"
-    assert list(manager.subscribe(job.id, after=seen[-1].id)) == []
-
-
 def test_progress_is_visible_while_it_runs(manager: JobManager, garage: Garage) -> None:
     job, event = start_held(manager, garage)
     job = manager.get(job.id)
@@ -78,8 +70,7 @@ def test_waiting_ends_at_its_timeout(manager: JobManager, garage: Garage) -> Non
     job, event = start_held(manager, garage)
     started = time.monotonic()
     assert manager.wait(job.id, 0.05).state == "running"
-    assert manager.wait_events(job.id, after=10**6, timeout=0.05) == []
-    assert 0.1 <= time.monotonic() - started < 2
+    assert 0.05 <= time.monotonic() - started < TIMEOUT
     event.set()
 
 

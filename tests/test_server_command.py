@@ -69,10 +69,25 @@ def test_wrong_flags_are_told_and_nothing_is_loaded(
     assert word in capsys.readouterr().err and not garage.opened
 
 
-def test_a_model_that_does_not_load_ends_the_program_before_the_port_opens(capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_model_that_does_not_load_ends_the_program_before_the_port_opens(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     garage = Garage(open_error=CheckpointError("The model is not complete."))
-    assert command.main(["--preset", T2V], open_engine=garage) == 1
+    assert command.main(["--preset", T2V, "--output_dir", str(tmp_path)], open_engine=garage) == 1
     assert "The model is not complete." in capsys.readouterr().err
+
+
+def test_a_folder_that_cannot_be_had_is_told_before_the_model_is_loaded(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    garage, file = Garage(), tmp_path / "file"
+    file.touch()
+    flags = ["--preset", T2V, "--port", str(free_port()), "--output_dir"]
+    assert command.main([*flags, str(file)], open_engine=garage) == 1
+    assert "jobs.sqlite cannot be opened" in capsys.readouterr().err
+    with JobManager(Garage(), tmp_path):
+        assert command.main([*flags, str(tmp_path)], open_engine=garage) == 2
+    assert "Another process is already using the jobs" in capsys.readouterr().err and not garage.opened
 
 
 class Stopped:

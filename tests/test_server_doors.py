@@ -116,7 +116,7 @@ def test_a_body_of_very_many_values_holds_nobody_up(served: Served) -> None:
     body = b'{"prompt": "a", "more": [' + b"[]," * (MAX_BODY // 3 - 20) + b"0]}"
     started = time.perf_counter()
     answer = served.client.post("/v1/videos", content=body, headers={"Content-Type": "application/json"})
-    assert answer.status_code == 422 and time.perf_counter() - started < 2
+    assert answer.status_code == 422 and time.perf_counter() - started < 5
 
 
 def test_a_body_that_does_not_come_is_not_waited_for_and_keeps_nobody_waiting(tmp_path: Path) -> None:

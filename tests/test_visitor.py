@@ -61,7 +61,7 @@ def test_the_stage_follows_the_run_unless_one_was_chosen(studio: Studio) -> None
     first = studio.jobs.wait(submit(studio, visitor.owner, "one").id, 60)
     second = submit(studio, visitor.owner, "an endless one")
     while studio.jobs.get(second.id).state == "queued":
-        studio.jobs.wait_events(second.id, timeout=0.1)
+        studio.jobs.wait(second.id, 0.1)
     assert look(studio, replace(visitor, job=first.id)).visitor.job == second.id
     assert look(studio, replace(visitor, job=first.id, pinned=True)).visitor.job == first.id
     assert look(studio, replace(visitor, job=first.id)).finished == first
@@ -79,7 +79,7 @@ def test_a_run_that_began_is_edited_no_longer(studio: Studio) -> None:
     visitor = Visitor.of(None)
     first, second = (submit(studio, visitor.owner, prompt) for prompt in ("an endless one", "waits"))
     while studio.jobs.get(first.id).state == "queued":
-        studio.jobs.wait_events(first.id, timeout=0.1)
+        studio.jobs.wait(first.id, 0.1)
     assert look(studio, replace(visitor, editing=second.id)).visitor.editing == second.id
     assert look(studio, replace(visitor, editing=first.id)).visitor.editing == ""
     studio.jobs.cancel(second.id)
@@ -103,7 +103,7 @@ def test_a_visitors_queue_is_reordered_without_moving_others(studio: Studio) -> 
     others = submit(studio, "b" * 40, "somebody else's")
     last = submit(studio, "a" * 40, "mine, later")
     while studio.jobs.get(running.id).state == "queued":
-        studio.jobs.wait_events(running.id, timeout=0.1)
+        studio.jobs.wait(running.id, 0.1)
     get = studio.jobs.get
     studio.swap(get(last.id), get(mine.id))
     assert [get(id).position for id in (last.id, others.id, mine.id)] == [1, 2, 3]
@@ -123,7 +123,7 @@ def test_what_is_expected_of_an_edited_run_is_that_of_its_new_settings(studio: S
     studio.jobs.wait(submit(studio, owner, "x").id, 60)
     running, job = submit(studio, owner, "an endless one"), submit(studio, owner, "x")
     while studio.jobs.get(running.id).state == "queued":
-        studio.jobs.wait_events(running.id, timeout=0.1)
+        studio.jobs.wait(running.id, 0.1)
     before = studio.predicted_for(job.id)
     studio.edit(job, job.config, replace(job.request, frames=49), preset=job.preset)
     after = studio.predicted_for(job.id)

@@ -24,6 +24,7 @@ from ..engine_config import EngineConfig
 from ..engine_slot import Engine, OpenEngine
 from ..errors import ConfigError
 from ..flags import Flags
+from ..job_store import JobStore
 from ..progress import CancelToken, OnProgress
 from ..terminal import ECHO, Interrupts, ProgressLine, ended, logging_to
 
@@ -64,11 +65,13 @@ def _run(
     if environment.together and open_engine is None and _follow():
         return 0
     check_port(options.host, options.port)
+    folder = Path(options.output_dir or environment.output_dir or "outputs")
+    JobStore(folder / "jobs.sqlite").close()  # in use or not writable: neither should come out after minutes of loading
     with interrupts.cancelling() as token:
         loaded = Loaded.now(open_engine or load, resolved, line, token, warm=options.warmup)
     line.clear()
     try:
-        return _serve(options, environment, resolved, loaded, keys)
+        return _serve(options, folder, resolved, loaded, keys)
     finally:
         loaded.close()
 
@@ -112,9 +115,7 @@ class Loaded:
             engine.close()
 
 
-def _serve(
-    options: argparse.Namespace, environment: Environment, resolved: Resolved, loaded: Loaded, keys: list[str]
-) -> int:
+def _serve(options: argparse.Namespace, folder: Path, resolved: Resolved, loaded: Loaded, keys: list[str]) -> int:
     import uvicorn
 
     from ..jobs import JobManager
@@ -126,7 +127,7 @@ def _serve(
     metrics = Metrics()
     jobs = JobManager(
         metrics.watching(loaded),
-        options.output_dir or environment.output_dir or "outputs",
+        folder,
         max_queue=options.max_queue_size,
         ttl=options.result_ttl_hours * 3600 or None,
         size_cap=int(options.result_cap_gb * 1e9) or None,
