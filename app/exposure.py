@@ -8,13 +8,14 @@ loopback, gets a password made up for the occasion, unless `--public` says that 
 from __future__ import annotations
 
 import argparse
-import ipaddress
+import os
 import secrets
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 
 from lightx2v.errors import BadRequest, ConfigError
 from lightx2v.request import MAX_FRAMES, MAX_PROMPT, MAX_SIDE, Request
+from lightx2v.server.command import is_loopback
 
 MEGABYTE = 1_000_000
 
@@ -84,7 +85,8 @@ class Exposure:
 def add_flags(parser: argparse.ArgumentParser) -> None:
     """The flags of the command line that `decide` reads."""
     parser.add_argument("--host", default="127.0.0.1", help="address to listen on (default: this machine only)")
-    parser.add_argument("--port", type=int, help="port (default: the first free one from 7860)")
+    port = os.environ.get("GRADIO_SERVER_PORT") or None
+    parser.add_argument("--port", type=int, default=port, help="port (default: the first free one from 7860)")
     parser.add_argument("--share", action="store_true", help="make a public link; prints it with a user and password")
     parser.add_argument("--public", action="store_true", help="let others in without a password")
     parser.add_argument(
@@ -122,12 +124,3 @@ def decide(args: argparse.Namespace, variables: Mapping[str, str]) -> Exposure:
     if not args.public and not exposure.password:
         exposure = replace(exposure, user="studio", password=secrets.token_urlsafe(12))
     return exposure
-
-
-def is_loopback(host: str) -> bool:
-    if host.lower() == "localhost":
-        return True
-    try:
-        return ipaddress.ip_address(host.strip("[]")).is_loopback
-    except ValueError:
-        return False

@@ -54,6 +54,13 @@ def test_flags_that_contradict_each_other_are_refused(flags: tuple[str, ...], na
         started(*flags)
 
 
+def test_gradios_variable_is_the_port_where_no_flag_says_another(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("GRADIO_SERVER_PORT", "7999")
+    assert started().port == 7999 and started("--port", "8123").port == 8123
+    monkeypatch.setenv("GRADIO_SERVER_PORT", "")
+    assert started().port is None
+
+
 @pytest.mark.parametrize("host", ["localhost", "127.0.0.1", "127.0.0.5", "::1", "[::1]"])
 def test_loopback_in_any_spelling_is_this_machine(host: str) -> None:
     assert not started("--host", host).open_to_others
