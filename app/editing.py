@@ -15,6 +15,7 @@ from lightx2v.errors import LightX2VError
 from lightx2v.framing import frame_picture
 from lightx2v.image import DECODING, load_image
 from lightx2v.request import MAX_SIDE, Request
+from lightx2v.settings import PICTURES
 
 from . import panels
 from .demo_words import unknown_words
@@ -36,8 +37,6 @@ from .strings import Words
 from .studio import Studio, settings_of
 
 Updates = dict[Component, Any]
-
-PICTURES = ("image_path", "last_frame_path")
 
 
 class Editor:
@@ -106,7 +105,7 @@ class Editor:
         for info in studio.for_task(settings_of(name).preset.task):
             resolved = settings_of(info.name)
             request = stand_in(resolved.request)
-            about = words("about_" + info.variant) if info.variant in _VARIANTS else info.summary
+            about = words("about_" + info.variant)
             offers.append(
                 panels.Offer(
                     name=info.name,
@@ -182,9 +181,6 @@ class Editor:
         for remove in self._inputs.remove_lora:
             result[remove] = gr.update(value=words("remove_lora"))
         return result
-
-
-_VARIANTS = ("base", "distill_lora", "distill_merged", "distill_fp8")
 
 
 @lru_cache(maxsize=32)

@@ -20,8 +20,9 @@ from lightx2v.errors import BadRequest, LightX2VError
 from lightx2v.jobs import Job
 from lightx2v.mp4 import read_settings
 from lightx2v.request import Request
+from lightx2v.settings import PICTURES
 
-from .editing import PICTURES, Updates, form_of, preset_values
+from .editing import Updates, form_of, preset_values
 from .form import LORA_ROWS, Plan, pair_of, plan
 from .screen import Data, Screen, Turn
 from .visitor import Visitor

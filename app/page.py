@@ -11,10 +11,10 @@ import gradio as gr
 
 from lightx2v.config import PROJECT
 from lightx2v.errors import OutputError, short_path
+from lightx2v.settings import PICTURES
 
 from .api import add_endpoints
 from .clicks import Clicks
-from .editing import PICTURES
 from .form import LORA_ROWS
 from .handlers import Handlers
 from .inputs import JS_ACT, build_inputs

@@ -17,9 +17,10 @@ from gradio.context import Context, LocalContext
 from lightx2v.engine_config import EngineConfig
 from lightx2v.errors import LightX2VError
 from lightx2v.request import Request
+from lightx2v.settings import PICTURES
 
 from . import panels
-from .editing import PICTURES, Editor, Updates, form_of, preset_values
+from .editing import Editor, Updates, form_of, preset_values
 from .form import Unfilled, fields_of
 from .html import tag
 from .inputs import MATCH, Inputs

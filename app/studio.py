@@ -17,7 +17,7 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any, Protocol
 
-from lightx2v.config import PROJECT, PresetInfo, Resolved, list_presets, resolve
+from lightx2v.config import PROJECT, VARIANTS, PresetInfo, Resolved, list_presets, resolve
 from lightx2v.engine_config import EngineConfig
 from lightx2v.errors import BadRequest, ConfigError, LightX2VError
 from lightx2v.estimate import Prediction, Rates, Work, count
@@ -121,7 +121,7 @@ class Studio:
     def _choose_default(self) -> str:
         """The first real preset whose files are here, on a machine with a GPU; else the demo in four steps."""
         if self.machine().gpu:
-            for info in sorted(self.presets, key=lambda info: -_SPEED.index(info.variant)):
+            for info in sorted(self.presets, key=lambda info: -VARIANTS.index(info.variant)):
                 if not info.demo and self.files.status(settings_of(info.name).engine).ready:
                     return info.name
         demos = [info.name for info in self.presets if info.demo and info.task == "t2v"]
@@ -343,9 +343,6 @@ class Studio:
 
     def close(self) -> None:
         self.jobs.close()
-
-
-_SPEED = ("base", "distill_lora", "distill_merged", "distill_fp8")
 
 
 @lru_cache(maxsize=128)

@@ -243,5 +243,5 @@ window.studio = (() => {
     new MutationObserver(applyTheme).observe(document.body, { attributes: true, attributeFilter: ["class"] });
   };
   document.readyState === "loading" ? document.addEventListener("DOMContentLoaded", keepTheme) : keepTheme();
-  return { actions, picker, tell, watched, inStep, applyTheme };
+  return { actions, picker, tell, watched, inStep };
 })();

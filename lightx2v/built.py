@@ -115,11 +115,11 @@ class BuiltStore:
                 found.append(BuiltItem(path=path, size=path.stat().st_size, state=_state(path), whole=whole))
         return sorted(found, key=lambda item: (-item.size, item.path.name))
 
-    def tidy(self, cancel: CancelToken | None = None) -> list[BuiltItem]:
+    def tidy(self) -> list[BuiltItem]:
         """Removes what is stale, and says what it was."""
         if not self.folder.is_dir():
             return []
-        with self._alone(cancel):
+        with self._alone(None):
             return self._tidy()
 
     def _tidy(self) -> list[BuiltItem]:

@@ -43,6 +43,7 @@ PROJECT = Path(__file__).resolve().parent.parent
 PRESETS = PROJECT / "presets"
 MAX_JSON_BYTES = 1 << 20
 VARIANTS = ("base", "distill_lora", "distill_merged", "distill_fp8")
+"""From slow to fast."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

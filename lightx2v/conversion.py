@@ -19,7 +19,7 @@ from pathlib import Path
 import torch
 
 from .adapters import files_for
-from .components import Which
+from .components import DTYPES, Which
 from .engine_config import EngineConfig
 from .errors import BadRequest, LightX2VError, LoraError, OutputError, short_path
 from .models.dit import parameter_dtype
@@ -36,7 +36,6 @@ from .weights.write import write_safetensors
 
 log = logging.getLogger("lightx2v.convert")
 
-PLAIN = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 FINGERPRINT = "lightx2v_sources"
 VERSION = 2
 """Of what is computed: another one makes files anew."""
@@ -48,7 +47,7 @@ STEPS = 1000
 class Conversion:
     """One file to make. `loras` are (path, strength), in the order in which they are added.
 
-    `format` is one of PLAIN or of the 8-bit formats; `plain` is that of what is not quantised in the latter.
+    `format` is one of DTYPES or of the 8-bit formats; `plain` is that of what is not quantised in the latter.
     """
 
     source: Path
@@ -123,7 +122,7 @@ def _say_fidelity(job: Conversion, found: Mapping[str, float]) -> None:
 
 def _plan(checkpoint: Checkpoint, job: Conversion) -> tuple[ModelWeights, Callable[[str], torch.dtype]]:
     """The weights to write, and the dtype each gets: what stays float32 in use is kept as precise as it is stored."""
-    compute = PLAIN[job.plain if job.format in FORMATS else job.format]
+    compute = DTYPES[job.plain if job.format in FORMATS else job.format]
     text = any(wan_name(name) == "token_embedding.weight" for name in checkpoint.shapes)
     names = {name: wan_name(name) for name in checkpoint.shapes} if text else wan_names(checkpoint.shapes)
     for name in [name for name, ours in names.items() if text and ours == "encoder.embed_tokens.weight"]:

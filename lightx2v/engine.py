@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import gc
 import logging
 import re
-import sys
 import time
 from collections import deque
 from collections.abc import Callable, Iterator
@@ -17,11 +15,11 @@ import torch
 from . import hub, preload
 from .attention import Choice, resolve_attention
 from .built import find_built, make_built
-from .components import Precision, expert_weights
+from .components import DTYPES, Precision, expert_weights
 from .config import Environment
-from .conversion import PLAIN
 from .engine_config import EngineConfig, ParallelConfig
 from .errors import OutOfMemory, OutputError
+from .machine import free_memory
 from .models.dit import DiTConfig
 from .models.preview import Preview
 from .offload import USUAL, Placement, Resident, offloaded, planner_for
@@ -143,7 +141,7 @@ def with_built(
     """
     if config.build is None:
         return files, []
-    plain = next(name for name, dtype in PLAIN.items() if dtype is precision.compute)
+    plain = next(name for name, dtype in DTYPES.items() if dtype is precision.compute)
 
     def telling(part: str) -> OnProgress:
         what = {"high": "high-noise expert", "low": "low-noise expert", "t5": "text encoder"}[part]
@@ -253,10 +251,3 @@ def within_memory(call: Callable[[], T], when: str) -> T:
         f"Out of memory {when} ({first_line}). "
         "Make the video smaller or shorter, turn offload on, or take an FP8 preset."
     )
-
-
-def free_memory() -> None:
-    """Gives unreachable tensors back to the device."""
-    gc.collect()
-    if "torch" in sys.modules and torch.cuda.is_available():
-        torch.cuda.empty_cache()

@@ -227,7 +227,7 @@ class EngineConfig:
         if self.lazy_load and self.lora_configs and not self.lora_dynamic_apply and not self.build:
             raise ConfigError("lazy_load leaves the files as they are, so LoRAs need lora_dynamic_apply true with it.")
 
-    def check_heads(self, heads: int = A14B_HEADS) -> None:
+    def check_heads(self, heads: int) -> None:
         """Raises ConfigError if Ulysses cannot give every process one of the model's `heads`."""
         size = self.parallel.seq_p_size if self.parallel else 1
         if size > heads:
@@ -236,7 +236,7 @@ class EngineConfig:
                 f"one. Possible sizes: 1 to {heads}."
             )
 
-    def check_world(self, world_size: int, heads: int = A14B_HEADS, *, enable_cfg: bool) -> None:
+    def check_world(self, world_size: int, *, enable_cfg: bool) -> None:
         """Raises ConfigError if the mesh does not fill the `world_size` processes that were started."""
         if self.parallel is None or self.parallel.world_size == world_size:
             return
@@ -247,7 +247,7 @@ class EngineConfig:
             else [
                 f"cfg_p_size {cfg}, seq_p_size {world_size // cfg}"
                 for cfg in ((2, 1) if enable_cfg else (1,))
-                if world_size % cfg == 0 and world_size // cfg <= heads
+                if world_size % cfg == 0 and world_size // cfg <= A14B_HEADS
             ]
         )
         raise ConfigError(

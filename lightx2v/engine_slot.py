@@ -7,7 +7,6 @@ a message that a person can act on. The traceback goes to the log, and nothing k
 from __future__ import annotations
 
 import errno
-import gc
 import json
 import logging
 import sys
@@ -18,6 +17,7 @@ from typing import Any, Protocol
 
 from .engine_config import EngineConfig
 from .errors import Cancelled, GroupFailed, LightX2VError, OutOfMemory, OutputError
+from .machine import free_memory
 from .progress import CancelToken, OnProgress
 from .request import Request
 
@@ -166,11 +166,3 @@ def release(error: BaseException) -> None:
         traceback.clear_frames(error_.__traceback__)
         error_.__traceback__ = None
         pending += [error_.__cause__, error_.__context__]
-
-
-def free_memory() -> None:
-    """Gives what nothing refers to any more back, on the device too if there is one in use."""
-    gc.collect()
-    torch = sys.modules.get("torch")
-    if torch is not None and torch.cuda.is_initialized():
-        torch.cuda.empty_cache()

@@ -43,20 +43,20 @@ _TRANSPOSE = {
 }
 
 
-def load_image(source: str | Path | bytes, *, max_bytes: int = MAX_BYTES, max_pixels: int = MAX_PIXELS) -> Image.Image:
+def load_image(source: str | Path | bytes) -> Image.Image:
     """The first frame of a JPEG, PNG or WebP as RGB: turned as its EXIF says, transparency on white, 16 bits scaled."""
-    data = source if isinstance(source, bytes) else _read(Path(source).expanduser(), max_bytes)
-    if len(data) > max_bytes:
-        raise BadRequest(f"The image is {len(data) / 2**20:.1f} MB; at most {max_bytes / 2**20:.0f} MB are taken.")
+    data = source if isinstance(source, bytes) else _read(Path(source).expanduser())
+    if len(data) > MAX_BYTES:
+        raise BadRequest(f"The image is {len(data) / 2**20:.1f} MB; at most {MAX_BYTES / 2**20:.0f} MB are taken.")
     try:
         image = Image.open(io.BytesIO(data), formats=FORMATS)
     except Image.UnidentifiedImageError:
         raise BadRequest("This file is not a picture we read: JPEG, PNG or WebP only.") from None
     except (Image.DecompressionBombError, Image.DecompressionBombWarning):
-        raise BadRequest(f"The image has too many pixels; at most {max_pixels / 1e6:.0f} million are taken.") from None
+        raise BadRequest(f"The image has too many pixels; at most {MAX_PIXELS / 1e6:.0f} million are taken.") from None
     except _BROKEN:
         raise _broken() from None
-    _check_size(image.width, image.height, max_pixels)
+    _check_size(image.width, image.height)
     try:
         image.load()
         return _to_rgb(_upright(image))
@@ -66,7 +66,7 @@ def load_image(source: str | Path | bytes, *, max_bytes: int = MAX_BYTES, max_pi
 
 def store_image(source: str | Path | bytes, stem: Path) -> Path:
     """Checks a picture as `load_image` does and keeps its bytes as `stem` plus its own suffix."""
-    data = source if isinstance(source, bytes) else _read(Path(source), MAX_BYTES)
+    data = source if isinstance(source, bytes) else _read(Path(source))
     with DECODING:
         load_image(data)
     suffix = ".png" if data.startswith(b"\x89PNG") else ".webp" if data.startswith(b"RIFF") else ".jpg"
@@ -79,33 +79,33 @@ def store_image(source: str | Path | bytes, stem: Path) -> Path:
     return target
 
 
-def jpeg(picture: Image.Image | Any, *, max_side: int | None = None, quality: int = 85) -> bytes:
+def jpeg(picture: Image.Image | Any, *, max_side: int | None = None) -> bytes:
     """A picture, or a uint8 (H, W, 3) array, as JPEG bytes, made smaller where a side is longer than `max_side`."""
     image = picture if isinstance(picture, Image.Image) else Image.fromarray(np.asarray(picture))
     if max_side is not None and max(image.size) > max_side:
         image = image.copy()
         image.thumbnail((max_side, max_side))
     buffer = io.BytesIO()
-    image.save(buffer, "JPEG", quality=quality)
+    image.save(buffer, "JPEG", quality=85)
     return buffer.getvalue()
 
 
-def _read(path: Path, max_bytes: int) -> bytes:
+def _read(path: Path) -> bytes:
     try:
         if not path.is_file():  # a folder; or a pipe or a device, which could be read for ever
             raise BadRequest(f"There is no image file {short_path(path)}.")
         with path.open("rb") as file:
-            return file.read(max_bytes + 1)
+            return file.read(MAX_BYTES + 1)
     except (OSError, ValueError) as error:  # ValueError: a NUL in the name
         reason = getattr(error, "strerror", None) or "not a usable name"
         raise BadRequest(f"The image {short_path(path)} cannot be read: {reason}.") from None
 
 
-def _check_size(width: int, height: int, max_pixels: int) -> None:
-    if width * height > max_pixels:
+def _check_size(width: int, height: int) -> None:
+    if width * height > MAX_PIXELS:
         raise BadRequest(
             f"The image is {width}x{height}, {width * height / 1e6:.0f} million pixels; "
-            f"at most {max_pixels / 1e6:.0f} million are taken. Make it smaller first."
+            f"at most {MAX_PIXELS / 1e6:.0f} million are taken. Make it smaller first."
         )
     if min(width, height) < MIN_SIDE:
         raise BadRequest(f"The image is {width}x{height}; each side must have at least {MIN_SIDE} pixels.")

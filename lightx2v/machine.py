@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import platform
 import re
 import subprocess
+import sys
 import threading
 import time
 from dataclasses import dataclass
@@ -60,6 +62,14 @@ class MachineReader:
         return Machine(
             name=name, cores=cores, ram_free=free, ram_total=total, vram_free=vram_free, vram_total=vram_total
         )
+
+
+def free_memory() -> None:
+    """Gives what nothing refers to any more back, on the device too if there is one in use."""
+    gc.collect()
+    torch = sys.modules.get("torch")
+    if torch is not None and torch.cuda.is_initialized():
+        torch.cuda.empty_cache()
 
 
 def _gpu() -> tuple[str, int, int] | None:

@@ -23,9 +23,10 @@ import torch
 
 from . import hub
 from .config import Environment, resolve
-from .engine import Engine, free_memory, load_engine, within_memory
+from .engine import Engine, load_engine, within_memory
 from .engine_config import EngineConfig
 from .errors import Busy, ConfigError, GroupFailed, LightX2VError
+from .machine import free_memory
 from .media import check_output_path
 from .parallel.meet import join
 from .parallel.world import CLOSE, LEAVE

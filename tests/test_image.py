@@ -174,9 +174,9 @@ def test_an_animation_of_100_000_frames_costs_what_one_picture_costs() -> None:
     data = whole[:-12] + others + whole[-12:]
     with Image.open(io.BytesIO(data)) as animation:
         assert getattr(animation, "n_frames", 1) == 100_000
-    before, started = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, time.process_time()
+    before, started = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, time.thread_time()
     image = load_image(data)
-    assert time.process_time() - started < 0.5
+    assert time.thread_time() - started < 0.5
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 30_000
     assert tuple(pixels(image)[0, 0]) == RED and image.size == (32, 32)
 
@@ -229,11 +229,11 @@ def test_a_bomb_is_refused_from_its_header() -> None:
     code = (
         "import sys, resource, time\n"
         "from lightx2v.image import load_image\nfrom lightx2v.errors import BadRequest\n"
-        "before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss\nstarted = time.monotonic()\n"
+        "before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss\nstarted = time.process_time()\n"
         "try:\n    load_image(sys.stdin.buffer.read())\n"
         "except BadRequest as error:\n    print(error)\n"
         "used = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before\n"
-        "assert used < 50_000, used\nassert time.monotonic() - started < 5"
+        "assert used < 50_000, used\nassert time.process_time() - started < 5"
     )
     for side in (20_000, 12_000, 8_500):
         bomb = png(side, side, 1, 0, b"\0" * 1000)
@@ -242,10 +242,13 @@ def test_a_bomb_is_refused_from_its_header() -> None:
         assert b"million" in done.stdout, done.stdout
 
 
-def test_the_pixel_limit_names_size_and_limit() -> None:
+def test_the_pixel_limit_names_size_and_limit(monkeypatch: pytest.MonkeyPatch) -> None:
+    data = encode(Image.new("L", (1000, 100)), "PNG")
+    monkeypatch.setattr("lightx2v.image.MAX_PIXELS", 99_999)
     with pytest.raises(BadRequest, match="1000x100"):
-        load_image(encode(Image.new("L", (1000, 100)), "PNG"), max_pixels=99_999)
-    assert load_image(encode(Image.new("L", (1000, 100)), "PNG"), max_pixels=100_000).size == (1000, 100)
+        load_image(data)
+    monkeypatch.setattr("lightx2v.image.MAX_PIXELS", 100_000)
+    assert load_image(data).size == (1000, 100)
 
 
 def test_50_megabytes_are_refused_without_reading_them_all(tmp_path: Path) -> None:
@@ -262,12 +265,12 @@ def test_50_megabytes_are_refused_without_reading_them_all(tmp_path: Path) -> No
 def test_a_text_chunk_bomb_in_a_png_is_refused_or_ignored_quickly() -> None:
     bomb = b"Comment\0\0" + zlib.compress(bytes(100 * 2**20), 9)
     data = png(16, 16, 8, 2, (b"\0" + b"\x80" * 48) * 16, (b"zTXt", bomb))
-    before, started = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, time.monotonic()
+    before, started = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, time.thread_time()
     try:
         load_image(data)
     except BadRequest:
         pass
-    assert time.monotonic() - started < 5
+    assert time.thread_time() - started < 5
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 60_000
 
 
@@ -298,7 +301,7 @@ def test_messages_do_not_map_the_server(tmp_path: Path) -> None:
 
 
 @pytest.mark.filterwarnings("ignore::UserWarning:PIL")
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 @given(format=st.sampled_from(["JPEG", "PNG", "WEBP"]), data=st.data())
 def test_damaged_bytes_only_ever_give_our_errors(format: str, data: st.DataObject) -> None:
     noise = Image.fromarray(np.random.default_rng(1).integers(0, 255, (24, 24, 4), dtype=np.uint8))
@@ -307,10 +310,12 @@ def test_damaged_bytes_only_ever_give_our_errors(format: str, data: st.DataObjec
     raw = bytearray(encode(noise.convert("RGB") if format == "JPEG" else noise, format, exif=exif))
     for _ in range(data.draw(st.integers(1, 8))):
         raw[data.draw(st.integers(0, len(raw) - 1))] = data.draw(st.integers(0, 255))
-    try:
-        assert load_image(bytes(raw), max_pixels=10**6).mode == "RGB"
-    except LightX2VError as error:
-        assert isinstance(error, BadRequest)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("lightx2v.image.MAX_PIXELS", 10**6)
+        try:
+            assert load_image(bytes(raw)).mode == "RGB"
+        except LightX2VError as error:
+            assert isinstance(error, BadRequest)
 
 
 # ---- out ----------------------------------------------------------------------------------------------------------

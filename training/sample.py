@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import torch
 from torch import Tensor
 
@@ -106,6 +104,3 @@ def judge(
 
 def describe(result: dict[str, float]) -> str:
     return " ".join(f"{name} {value:.3f}" for name, value in result.items())
-
-
-Say = Callable[[str], None]

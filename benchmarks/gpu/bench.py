@@ -199,12 +199,12 @@ def environment() -> dict[str, Any]:
     return found
 
 
-def forward_flops(config: DiTConfig, tokens: int, *, layers: int | None = None) -> float:
+def forward_flops(config: DiTConfig, tokens: int) -> float:
     """Of one forward's blocks; text keys and values are made once for all steps and not counted."""
     dim, ffn = config.dim, config.ffn_dim
     linears = tokens * (12 * dim * dim + 4 * dim * ffn)
     attention = 4 * tokens * dim * (tokens + config.text_len)
-    return (config.num_layers if layers is None else layers) * (linears + attention)
+    return config.num_layers * (linears + attention)
 
 
 def _brief(numbers: dict[str, Any]) -> str:

@@ -108,10 +108,8 @@ class Model:
     has_text = True
     loras: tuple[Applied, ...] = ()
 
-    def __init__(self, bench: Bench, task: str, *, fp8: bool = False, layers: int | None = None) -> None:
+    def __init__(self, bench: Bench, task: str, *, fp8: bool = False) -> None:
         config = bench.sizes.dit if task == "t2v" else replace(bench.sizes.dit, in_dim=bench.sizes.in_dim_i2v)
-        if layers is not None:
-            config = replace(config, num_layers=layers)
         self._experts = {name: expert(bench, config, fp8=fp8, seed=n) for n, name in enumerate(("high", "low"))}
         self._vae, self._text = vae(bench), text_encoder(bench)
 

@@ -115,7 +115,6 @@ class Board:
 
     def __init__(self, transfers: list[Transfer], total: int, meter: Meter) -> None:
         self._transfers, self._total, self._meter = transfers, total, meter
-        self._whole = sum(transfer.file.size for transfer in transfers)
         self._seen: deque[tuple[float, int]] = deque([(time.monotonic(), 0)])
 
     def tell(self, *, last: bool = False) -> None:

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ..config import PROJECT
 from ..errors import CheckpointError, short_path
 from ..hub import find_cached
 
@@ -24,9 +25,6 @@ VAE_NAME = "Wan2.1_VAE.pth"
 T5_NAME = "models_t5_umt5-xxl-enc-{}.pth"
 SHARED_FOLDERS = ("distill_int8", "distill_fp8", "distill_models", "int8", "fp8", "original", "")
 """Where below the model folder LightX2V looks for T5 and VAE, in its order."""
-
-PROJECT = Path(__file__).parents[2]
-"""The demo model's presets say `assets/demo/...` wherever the program is started from."""
 
 ARCHITECTURE_FOLDERS = (
     "",
@@ -155,7 +153,7 @@ class _Search:
         path = Path(value).expanduser()
         if path.is_absolute():
             return [path]
-        roots = [Path.cwd(), PROJECT]
+        roots = [Path.cwd(), PROJECT]  # the demo's presets say `assets/demo/…` wherever the program is started from
         if self.config.models_dir:
             roots.insert(0, Path(self.config.models_dir).expanduser())
         if beside_model and self.model is not None:

@@ -29,25 +29,16 @@ def load_into(
     *,
     dtype_of: DtypeOf,
     device: torch.device | str,
-    names: Mapping[str, str] | None = None,
     through: Callable[[TensorStream], TensorStream] = iter,
 ) -> None:
     """A checkpoint as it is into `module` (on the meta device): compared by its headers, then read.
 
-    `names` maps the file's names to the module's and leaves out what it does not hold. `through` sees all that is
-    read, and gives what is taken.
+    `through` sees all that is read, and gives what is taken.
     """
-    names = names if names is not None else {name: name for name in checkpoint.shapes}
     source = short_path(checkpoint.path)
-    check_fit(
-        module,
-        {ours: checkpoint.shapes[name] for name, ours in names.items()},
-        {ours: checkpoint.dtypes[name] for name, ours in names.items()},
-        source_name=source,
-    )
-    tensors = checkpoint.tensors(names, dtype_of=lambda name: dtype_of(names[name]))
-    renamed = ((names[name], tensor) for name, tensor in tensors)
-    stream_into(module, through(renamed), dtype_of=dtype_of, device=device, source_name=source)
+    check_fit(module, checkpoint.shapes, checkpoint.dtypes, source_name=source)
+    tensors = checkpoint.tensors(dtype_of=dtype_of)
+    stream_into(module, through(tensors), dtype_of=dtype_of, device=device, source_name=source)
 
 
 def stream_into(
