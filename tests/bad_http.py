@@ -11,6 +11,8 @@ from dataclasses import dataclass, field
 from types import TracebackType
 from typing import Self
 
+from patience import PATIENCE
+
 
 @dataclass
 class Plan:
@@ -35,7 +37,7 @@ class BadHTTP:
         class Handler(socketserver.StreamRequestHandler):
             def setup(self) -> None:
                 if tls is not None:
-                    self.request.settimeout(5)
+                    self.request.settimeout(PATIENCE)
                     self.request = tls.wrap_socket(self.request, server_side=True)
                 super().setup()
 

@@ -11,7 +11,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pytest
-from studio_app import PATIENCE, Page
+from patience import PATIENCE
+from studio_app import Page
 
 if TYPE_CHECKING:
     from playwright.sync_api import Browser

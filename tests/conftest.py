@@ -9,9 +9,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
+import torch
 from chromium import Person, browser, person
 from fake_engine import Garage
 from huggingface_hub import constants
+from hypothesis import settings
+from page_events import Keyboard
 from studio_app import Page, launched
 from tiny import build_tiny
 
@@ -19,6 +22,15 @@ from lightx2v.jobs import JobManager
 
 if TYPE_CHECKING:
     from playwright.sync_api import Browser
+
+
+settings.load_profile("ci")  # the same examples every time, and no time limit for each: a machine may stand still
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtest_setup() -> None:
+    """Every test draws the same numbers, alone and after others."""
+    torch.manual_seed(0)
 
 
 @dataclass(frozen=True)
@@ -79,6 +91,12 @@ def page(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Page]:
     """The page as `python app.py` serves it to this machine alone, over the painting engine."""
     with launched(tmp_path_factory.mktemp("studio") / "outputs") as started:
         yield started
+
+
+@pytest.fixture(scope="session")
+def keyboard(page: Page) -> Keyboard:
+    """The events of that page."""
+    return Keyboard(page, page.http.get("/config").json())
 
 
 @pytest.fixture(scope="session")

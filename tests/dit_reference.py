@@ -29,26 +29,6 @@ def make(config: DiTConfig = TINY, seed: int = 0, **attributes: Any) -> WanDiT:
     return dit
 
 
-def diffusers_twin(dit: WanDiT) -> WanTransformer3DModel:
-    """diffusers' model on the same tensors."""
-    c = dit.config
-    with torch.device("meta"):
-        twin = WanTransformer3DModel(
-            num_attention_heads=c.num_heads,
-            attention_head_dim=c.head_dim,
-            in_channels=c.in_dim,
-            out_channels=c.out_dim,
-            text_dim=c.text_dim,
-            freq_dim=c.freq_dim,
-            ffn_dim=c.ffn_dim,
-            num_layers=c.num_layers,
-            eps=c.eps,
-        )
-    twin.load_state_dict({wan_to_diffusers(n): p for n, p in dit.state_dict().items()}, strict=True, assign=True)
-    twin.rope = type(twin.rope)(c.head_dim, (1, 2, 2), 1024)  # its tables are not in the state dict
-    return twin.eval()
-
-
 def expert_in_diffusers(folder: Path) -> WanTransformer3DModel:
     """diffusers' model on the shards of one of tiny's experts."""
     sizes = DiTSizes()

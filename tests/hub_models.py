@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 from hub_server import HubServer
 from huggingface_hub import constants
+from patience import PATIENCE
 
 from lightx2v.config import resolve
 from lightx2v.engine_config import EngineConfig
@@ -79,7 +80,7 @@ def command(*arguments: str) -> list[str]:
 
 def download(env: Mapping[str, str], *arguments: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
-        command(*arguments), env=dict(env), cwd=ROOT, capture_output=True, text=True, timeout=60, check=False
+        command(*arguments), env=dict(env), cwd=ROOT, capture_output=True, text=True, timeout=PATIENCE, check=False
     )
 
 

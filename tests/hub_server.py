@@ -12,7 +12,7 @@ import re
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -47,6 +47,8 @@ class Fault:
     shift: int = 0
     """How far the part that is sent is beside the one asked for."""
     retry_after: str | None = None
+    after: Callable[[], bool] = lambda: True
+    """The body is sent once this is so."""
 
 
 @dataclass
@@ -206,6 +208,8 @@ class _Handler(BaseHTTPRequestHandler):
     def send_body(self, sent: Sent, body: bytes, fault: Fault) -> None:
         ends = [end for end in (fault.cut_after, fault.stall_after) if end is not None]
         end = min([len(body), *ends])
+        while not fault.after() and not self.hub.ending.wait(0.01):
+            pass
         try:
             for at in range(0, end, 1 << 16):
                 piece = body[at : min(end, at + (1 << 16))]

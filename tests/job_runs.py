@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import threading
-import time
-from collections.abc import Callable
 
 from fake_engine import Garage, Script
+from patience import PATIENCE
 
 from lightx2v.engine_config import EngineConfig
 from lightx2v.jobs import Job, JobManager
@@ -15,7 +14,6 @@ from lightx2v.request import Request
 CONFIG = EngineConfig(model_path="models/a", model_cls="wan2.2_moe", task="t2v")
 OTHER = EngineConfig(model_path="models/b", model_cls="wan2.2_moe", task="t2v")
 PICTURED = EngineConfig(model_path="models/a", model_cls="wan2.2_moe", task="i2v")
-TIMEOUT = 20.0
 
 
 def ask(prompt: str = "calm", **fields: object) -> Request:
@@ -23,7 +21,7 @@ def ask(prompt: str = "calm", **fields: object) -> Request:
 
 
 def done(manager: JobManager, job: Job) -> Job:
-    job = manager.wait(job.id, TIMEOUT)
+    job = manager.wait(job.id, PATIENCE)
     assert job.over, job
     return job
 
@@ -39,12 +37,5 @@ def start_held(manager: JobManager, garage: Garage, **options: object) -> tuple[
     event = hold(garage, **options)
     garage.started.clear()
     job = manager.submit(CONFIG, ask("held"))
-    assert garage.started.wait(TIMEOUT)
+    assert garage.started.wait(PATIENCE)
     return job, event
-
-
-def wait_until(condition: Callable[[], bool]) -> None:
-    deadline = time.monotonic() + TIMEOUT
-    while not condition():
-        assert time.monotonic() < deadline
-        time.sleep(0.005)

@@ -1,8 +1,8 @@
 """An engine for the page's tests: draws a small moving scene instead of running a model.
 
 It reports and previews as the real one does, so everything on the page can be seen without weights. Words of the
-prompt say what else happens: "slow" takes its time, "endless" all of it, "too large" runs out of memory, "broken" has a
-bug.
+prompt say what else happens: "slow" takes its time, "endless" all of it, "held" waits after its first step until it is
+let go, "too large" runs out of memory, "broken" has a bug.
 """
 
 from __future__ import annotations
@@ -39,6 +39,9 @@ class Painter:
         if self.log is not None:
             with self.log.open("a") as file:
                 file.write(json.dumps({"event": event, "at": time.time(), **what}) + "\n")
+
+    def may_go_on(self, prompt: str) -> bool:
+        return self.log is None or self.log.with_name(f"{prompt}.go").exists()
 
     def __call__(
         self,
@@ -98,6 +101,8 @@ class PaintingEngine:
                 noisy = noised(frames[len(frames) // 2], 1 - (step + 1) / request.steps, request.seed)
                 expert = "high" if step < high else "low"
                 meter.emit("denoise", step + 1, request.steps, expert, preview=lambda picture=noisy: picture)
+                while "held" in request.prompt and not step and not self.painter.may_go_on(request.prompt):
+                    _sleep(0.02, cancel)
         with self._file(path, request) as writer, meter.stage("decode"):
             for start in range(0, len(frames), 4):
                 _sleep(pace / 8, cancel)

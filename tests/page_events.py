@@ -8,7 +8,8 @@ from dataclasses import dataclass
 from typing import Any
 
 import httpx
-from studio_app import LEAKS, Page, eventually
+from patience import eventually
+from studio_app import LEAKS, Page
 
 
 @dataclass(frozen=True)

@@ -14,7 +14,6 @@ import functools
 import gc
 import multiprocessing
 import os
-import socket
 import sys
 import time
 import traceback
@@ -26,6 +25,8 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 from unittest import mock
+
+from patience import free_port
 
 ROOT = Path(__file__).parents[1]
 IMPORTS = [
@@ -47,12 +48,6 @@ def place(rank: int, size: int, port: int) -> dict[str, object]:
     """What a launcher tells each of its processes."""
     whole = {"WORLD_SIZE": size, "LOCAL_WORLD_SIZE": size, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
     return {"RANK": rank, "LOCAL_RANK": rank} | whole
-
-
-def free_port() -> int:
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        return listener.getsockname()[1]
 
 
 @functools.cache

@@ -104,7 +104,7 @@ def failing(root: str, how: str, where: str, who: int) -> None:
     """Process `who` fails in the middle of what all do together, or while the others wait for a command."""
     config, request = requests_of(Path(root))["base"]
     if how == "stop" or where == "idle":
-        watch.SILENCE = 5.0  # not 15, so that the test is not that long
+        watch.SILENCE = 10.0  # not 15, so that the test is not that long
     means = {"raise": bug, "kill": kill, "stop": stop, "starve": starve, "exit": leave}[how]
     if Environment.read().rank == who:
         if where == "meet":

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import socket
 import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -14,6 +13,7 @@ import httpx
 import uvicorn
 from fake_engine import Garage
 from fastapi.testclient import TestClient
+from patience import PATIENCE, free_port
 
 from lightx2v.config import resolve
 from lightx2v.fetch import Fetcher
@@ -44,7 +44,7 @@ class Served:
 
     def end_of(self, id: str) -> dict[str, Any]:
         """The job when it is over."""
-        self.jobs.wait(self.jobs.get(id).id, 20)
+        self.jobs.wait(self.jobs.get(id).id, PATIENCE)
         return self.client.get(f"/v1/videos/{id}").json()
 
 
@@ -81,17 +81,11 @@ def listening(served: Served) -> Iterator[httpx.Client]:
     thread = threading.Thread(target=server.run, daemon=True)
     thread.start()
     try:
-        with httpx.Client(base_url=f"http://127.0.0.1:{port}", timeout=20, trust_env=False) as client:
+        with httpx.Client(base_url=f"http://127.0.0.1:{port}", timeout=PATIENCE, trust_env=False) as client:
             while not server.started:
                 assert thread.is_alive()
                 thread.join(0.01)
             yield client
     finally:
         server.should_exit = True
-        thread.join(10)
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
+        thread.join(PATIENCE)

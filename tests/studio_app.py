@@ -6,25 +6,21 @@ import json
 import os
 import re
 import signal
-import socket
 import subprocess
 import sys
-import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import httpx
+from patience import PATIENCE, eventually, free_port
 
 ROOT = Path(__file__).parents[1]
 PRESET = "demo_t2v_distill_lora"
 LEAKS = re.compile(r"Traceback|File \"|/tmp/|/(?:root|home)/|site-packages|" + re.escape(str(ROOT)))
 """What no answer may hold: a traceback, or where something is on this machine."""
-
-PATIENCE = 90.0
-"""Seconds to wait for what should take one: the machine may be busy."""
 
 
 @dataclass(frozen=True)
@@ -80,6 +76,10 @@ class Page:
         for id in left:
             self.wait(id)
 
+    def let_go(self, prompt: str) -> None:
+        """Lets the painting engine go on with a run of this prompt, which has "held" in it."""
+        (self.folder / f"{prompt}.go").touch()
+
     def make(self, prompt: str = "a red ball", **values: Any) -> dict[str, Any]:
         """A finished video."""
         done = self.wait(self.ask("generate", prompt=prompt, **values)["id"])
@@ -129,23 +129,8 @@ def stop(process: subprocess.Popen[str], number: int = signal.SIGTERM) -> int:
     if process.poll() is None:
         process.send_signal(number)
     try:
-        return process.wait(30)
+        return process.wait(PATIENCE)
     except subprocess.TimeoutExpired:
         process.kill()
         process.wait()
         raise
-
-
-def eventually(condition: Callable[[], Any]) -> Any:
-    """What `condition` gives once it gives something; AssertionError when it does not for a long time."""
-    deadline = time.monotonic() + PATIENCE
-    while not (value := condition()):
-        assert time.monotonic() < deadline, f"still {value!r} after {PATIENCE:.0f} s"
-        time.sleep(0.03)
-    return value
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])

@@ -12,6 +12,7 @@ import torch
 from conftest import TinyModels
 from safetensors.torch import save_file
 from test_lora import base_weights, equal, random_pairs, spec, write
+from test_pipeline import latents
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
@@ -158,12 +159,6 @@ def loaded(tiny: TinyModels) -> Iterator[tuple[LightX2VPipeline, Request]]:
     resolved = resolve({"model_path": str(tiny.t2v), "device": "cpu"}, SMALL)
     with LightX2VPipeline.from_config(resolved.engine) as pipe:
         yield pipe, Request(prompt="a red ball", **(dict(resolved.request) | {"seed": 3}))
-
-
-def latents(pipe: LightX2VPipeline, request: Request) -> torch.Tensor:
-    result = pipe.run(request, return_latents=True)
-    assert result.latents is not None
-    return result.latents
 
 
 def test_each_request_brings_its_loras(

@@ -14,7 +14,8 @@ from typing import Any
 
 import pytest
 from page_events import Keyboard
-from studio_app import Page, eventually
+from patience import eventually
+from studio_app import Page
 
 STORED, TOLD = "lightx2v-studio", "told"
 

@@ -12,10 +12,9 @@ from collections.abc import Iterator
 from typing import Any
 
 import pytest
-from page_engine import Painter
-from studio_app import ROOT, Page, Refused, eventually, launched
+from patience import eventually
+from studio_app import ROOT, Page, Refused, launched
 
-SLOW_STEP = Painter.slow_seconds
 HIDDEN = {"files", "offload", "attention", "add_lora"}
 
 
@@ -99,13 +98,13 @@ def test_zerogpu_has_one_preset_and_runs_it_in_the_visitors_request(zerogpu: Pag
 def test_who_leaves_gives_the_gpu_back(zerogpu: Page) -> None:
     """The run of a closed tab ends at its next step, long before it is done."""
     config, prompt = zerogpu.http.get("/config").json(), "a slow ball that nobody waits for"
+    videos = set(zerogpu.folder.glob("*.mp4"))
     many = ", ".join(str(1000 - 10 * step) for step in range(40))
     for line in generate(zerogpu, config, prompt, denoising_step_list=many):
         if "preview.jpg?step=" in line:
             break  # the connection is closed with the tab
-    ended = eventually(lambda: [e for e in zerogpu.painted if e["event"] == "end" and e["prompt"] == prompt])
-    began = next(e for e in zerogpu.painted if e["event"] == "begin" and e["prompt"] == prompt)
-    assert ended[0]["at"] - began["at"] < 0.5 * 40 * SLOW_STEP
+    assert eventually(lambda: any(e["event"] == "end" and e["prompt"] == prompt for e in zerogpu.painted))
+    assert set(zerogpu.folder.glob("*.mp4")) == videos, "it was not made to its end"
     list(generate(zerogpu, config, "the next one has the GPU"))
 
 

@@ -12,12 +12,8 @@ from typing import Any
 
 import pytest
 from page_events import Keyboard
-from studio_app import PRESET, Page, eventually
-
-
-@pytest.fixture(scope="module")
-def keyboard(page: Page) -> Keyboard:
-    return Keyboard(page, page.http.get("/config").json())
+from patience import eventually
+from studio_app import PRESET, Page
 
 
 def visitor() -> dict[str, Any]:
@@ -179,9 +175,13 @@ def test_a_page_that_stays_open_takes_no_more_memory(page: Page, keyboard: Keybo
         return int(status.split("VmRSS:")[1].split()[0]) // 1024
 
     sent = {"session": "stays open", "lightx2v-studio": visitor()}
-    for _ in range(30):
-        keyboard.press("timer", "tick", **sent)
-    before = resident()
-    for _ in range(80):
-        keyboard.press("timer", "tick", **sent)
-    assert resident() - before < 10, "MB; a copy of every field for each look takes 20"
+
+    def grown(looks: int) -> int:
+        before = resident()
+        for _ in range(looks):
+            keyboard.press("timer", "tick", **sent)
+        return resident() - before
+
+    grown(30)
+    # What else the page does meanwhile may take some once; what is kept of every look is taken every time.
+    assert any(grown(80) < 10 for _ in range(4)), "MB; a copy of every field for each look takes 20"

@@ -24,8 +24,9 @@ import gradio as gr
 import pytest
 from page_engine import Painter
 from painted_app import entry
+from patience import PATIENCE, free_port
 from PIL import Image
-from studio_app import ROOT, free_port, launched
+from studio_app import ROOT, launched
 
 from app import editing, page
 from app.exposure import Exposure
@@ -38,7 +39,7 @@ def ends(folder: Path, *flags: str) -> tuple[int, str]:
     """The exit code of a page that does not start, and all that it says."""
     environment = {**os.environ, "LIGHTX2V_OUTPUT_DIR": str(folder)}
     done = subprocess.run(
-        [*PAINTED, *flags], capture_output=True, text=True, timeout=60, env=environment, cwd=ROOT, check=False
+        [*PAINTED, *flags], capture_output=True, text=True, timeout=PATIENCE, env=environment, cwd=ROOT, check=False
     )
     return done.returncode, done.stdout + done.stderr
 
@@ -90,7 +91,7 @@ def test_a_reader_that_leaves_ends_nothing_and_leaves_no_traceback(tmp_path: Pat
         process.stdout.close()
         process.send_signal(signal.SIGTERM)
         said = process.stderr.read()
-        assert process.wait(30) == 143 and "Traceback" not in said and "BrokenPipe" not in said, said
+        assert process.wait(PATIENCE) == 143 and "Traceback" not in said and "BrokenPipe" not in said, said
 
 
 def test_two_signals_at_once_end_it_as_one(tmp_path: Path) -> None:
@@ -99,7 +100,7 @@ def test_two_signals_at_once_end_it_as_one(tmp_path: Path) -> None:
         opened.wait(id, "running")
         for _ in range(2):
             opened.process.send_signal(signal.SIGTERM)
-        assert opened.process.wait(60) == 143 and "Traceback" not in opened.said, opened.said
+        assert opened.process.wait(PATIENCE) == 143 and "Traceback" not in opened.said, opened.said
     with launched(tmp_path / "out") as opened:
         assert opened.ask("status", id=id)["state"] == "interrupted"
 

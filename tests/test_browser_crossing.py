@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING
 
 import pytest
 from chromium import Person, person
-from studio_app import Page, free_port, launched
+from patience import free_port
+from studio_app import Page, launched
 
 if TYPE_CHECKING:
     from playwright.sync_api import Browser

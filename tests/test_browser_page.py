@@ -49,7 +49,7 @@ def test_the_page_speaks_chinese_to_a_chinese_browser_and_switches_back(chrome: 
 def test_text_stands_out_from_what_is_behind_it(chrome: Browser, page: Page, scheme: str) -> None:
     """WCAG AA, from the colours that the browser computed, before a run and with a report below it."""
     with person(chrome, page, color_scheme=scheme) as visitor:
-        assert visitor.tab.evaluate("document.body.classList.contains('dark')") == (scheme == "dark")
+        visitor.settle("dark => document.body.classList.contains('dark') === dark", scheme == "dark")
         visitor.tab.click("#advanced button")
         visitor.settle("() => document.querySelector('#advanced [data-testid=block-info]')?.checkVisibility()")
         visitor.make("contrast")
@@ -125,9 +125,9 @@ def test_everything_that_takes_input_has_a_name(visitor: Person) -> None:
     tab.click("#mode label:nth-of-type(2)")
     tab.wait_for_selector("#image_path")
     visitor.make("names")
+    tab.wait_for_selector("#cost .problem[role=alert]")
     nameless = tab.evaluate(NAMELESS)
     assert not nameless, nameless
-    tab.wait_for_selector("#cost .problem[role=alert]")
     assert "first frame" in tab.inner_text("#cost"), "an image to video without an image says what it needs"
 
 
@@ -167,11 +167,13 @@ def test_no_width_scrolls_sideways_and_the_stage_does_not_jump(
         box += "(document.querySelector('#stage .stage').getBoundingClientRect()))"
         wide = "document.documentElement.scrollWidth"
         places = [tab.evaluate(box)]
-        visitor.make("a slow ball on a screen")
+        prompt = f"a ball held on a screen of {width}"
+        visitor.make(prompt)
         visitor.see("running")
         places.append(tab.evaluate(box))
         tab.wait_for_selector("img.preview")
         places.append(tab.evaluate(box))
+        page.let_go(prompt)
         visitor.see("done")
         places.append(tab.evaluate(box))
         assert len(set(places)) == 1, places
@@ -182,6 +184,7 @@ def test_no_width_scrolls_sideways_and_the_stage_does_not_jump(
         assert not cut, "phases and presets are named in full"
         assert tab.evaluate(wide) == width
         tab.click("#preset-button")
+        visitor.settle("() => document.querySelector('#preset-button').ariaExpanded === 'true'")
         assert tab.evaluate(wide) == width
         tab.keyboard.press("Escape")
         tab.click("#advanced button")

@@ -64,15 +64,16 @@ def make_and_watch(visitor: Person, folder: Path) -> None:
     running = [percent for percent in seen if percent]
     assert running == sorted(running) and len(set(running)) > 2 and running[-1] == 100, running
     assert visitor.job in tab.url
-    report = tab.inner_text("#report")
-    assert "total" in report and "peak RAM" in report and "Seed" in report
+    for word in ("total", "peak RAM", "Seed"):
+        visitor.settle("word => document.querySelector('#report').innerText.includes(word)", word)
     file = downloads(tab, "#report a[download]", folder)
     assert read_settings(str(file))["request"]["prompt"] == STAR
 
 
 def test_a_reload_and_a_second_tab_find_the_run_again(visitor: Person) -> None:
     tab = visitor.tab
-    visitor.make("a slow red ball rolls left")
+    prompt = "a red ball held on its way left"
+    visitor.make(prompt)
     visitor.see("running")
     job = visitor.job
     tab.reload()
@@ -81,9 +82,10 @@ def test_a_reload_and_a_second_tab_find_the_run_again(visitor: Person) -> None:
     other.goto(visitor.page.url)
     other.wait_for_selector(f"#stage .stage[data-job='{job}']")
     other.close()
+    visitor.page.let_go(prompt)
     visitor.see("done")
     assert visitor.job == job, "it went on while nobody looked"
-    assert tab.input_value("#prompt textarea") == "a slow red ball rolls left"
+    assert tab.input_value("#prompt textarea") == prompt
 
 
 def test_stop_ends_a_run_and_the_next_one_starts(visitor: Person) -> None:
@@ -111,13 +113,14 @@ def test_history_and_dropped_videos_bring_settings_back(visitor: Person) -> None
     tab.fill("#prompt textarea", "something else")
     tab.click(f"#history [data-act=restore][data-id='{first}']")
     visitor.settle("text => document.querySelector('#prompt textarea').value === text", STAR)
-    assert tab.input_value("#seed input") == "77"
+    visitor.settle("() => document.querySelector('#seed input').value === '77'")
 
+    tab.fill("#seed input", "6")
     tab.fill("#prompt textarea", "something else again")
     drop(visitor, visitor.page.folder / f"{first}.mp4")
     visitor.settle("text => document.querySelector('#prompt textarea').value === text", STAR)
     visitor.see("shown")
-    assert tab.input_value("#seed input") == "77"
+    visitor.settle("() => document.querySelector('#seed input').value === '77'")
 
 
 def test_a_foreign_video_says_why_nothing_was_restored(visitor: Person, tmp_path: Path) -> None:

@@ -337,15 +337,15 @@ def test_a_hostile_header_is_refused(tmp_path: Path, header: object, word: str) 
 def test_a_header_bomb_costs_nothing(tmp_path: Path, length: int) -> None:
     path = write_raw(tmp_path / "m.safetensors", {"a": entry(0, 8)}, length=length)
     tracemalloc.start()
-    start = time.perf_counter()
+    start = time.thread_time()
     refused(path, "m.safetensors")
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
-    assert time.perf_counter() - start < 5
+    assert time.thread_time() - start < 5
     assert peak < 1 << 20
 
 
-@settings(max_examples=300, deadline=1000, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=300, suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow])
 @given(seed=st.integers(0, 2**32 - 1), whole=st.booleans())
 def test_mutated_headers_open_or_are_refused(tmp_path: Path, seed: int, whole: bool) -> None:
     """Bytes flipped, cut, doubled or inserted: a checkpoint or a CheckpointError, at once, never anything else."""
@@ -367,11 +367,14 @@ def test_mutated_headers_open_or_are_refused(tmp_path: Path, seed: int, whole: b
             case _:
                 data[at:at] = data[at : at + rng.randint(1, 40)]
     path.write_bytes(data)
+    start = time.thread_time()
     try:
         checkpoint = open_checkpoint(path)
         read = dict(checkpoint.tensors())
     except CheckpointError:
         return
+    finally:
+        assert time.thread_time() - start < 1
     assert sum(tensor.numel() * tensor.element_size() for tensor in read.values()) < len(data)
 
 

@@ -7,9 +7,10 @@ from typing import Any
 
 import pytest
 import torch
-from dit_reference import COND, LATENTS, TINY, UNCOND, diffusers_twin, draw, make, pad, relative
+from dit_reference import COND, LATENTS, TINY, UNCOND, draw, make, pad, relative
 from torch import Tensor
 
+from benchmarks.diffusers_twin import diffusers_twin
 from lightx2v.attention.sdpa import sdpa
 from lightx2v.errors import Cancelled, CheckpointError
 from lightx2v.models import block as block_module

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import pytest
 import torch
-from dit_reference import COND, TINY, UNCOND, diffusers_twin, draw, make, pad, relative
+from dit_reference import COND, TINY, UNCOND, draw, make, pad, relative
 from torch import Tensor
 
+from benchmarks.diffusers_twin import diffusers_twin
 from lightx2v.models.dit import CHUNK, DiTConfig
 from lightx2v.weights.naming import wan_to_diffusers
 

@@ -5,8 +5,7 @@ from __future__ import annotations
 import os
 import signal
 import subprocess
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
 
@@ -25,11 +24,12 @@ from hub_models import (
     small_hub,
     snapshot,
 )
-from hub_server import HubServer, serving
+from hub_server import Fault, HubServer, serving
+from patience import PATIENCE, eventually
 
 PRESET = "i2v_distill_merged"
 SIZE = 12_000_000
-"""Bytes of each distilled expert: some seconds at the server's pace."""
+"""Bytes of each distilled expert."""
 
 
 @pytest.fixture
@@ -44,11 +44,9 @@ def start(env: dict[str, str], *arguments: str) -> subprocess.Popen[str]:
     )
 
 
-def wait_for(condition: Callable[[], bool]) -> None:
-    deadline = time.monotonic() + 60
-    while not condition():
-        assert time.monotonic() < deadline, "it did not happen in a minute"
-        time.sleep(0.01)
+def stall(server: HubServer, after: int) -> None:
+    """Nothing more comes of either expert after so many bytes, in whatever is the next to ask for it."""
+    server.faults = {path: [Fault(stall_after=after)] for path in (HIGH, LOW)}
 
 
 def partial_bytes(home: Path) -> dict[str, int]:
@@ -60,16 +58,14 @@ def partial_bytes(home: Path) -> dict[str, int]:
 
 
 def test_a_killed_download_goes_on_inside_the_files(server: HubServer, tmp_path: Path) -> None:
-    server.pace = 0.01
+    stall(server, 4_000_000)
     env = environment(server, tmp_path)
     first = start(env)
-    wait_for(lambda: sum(partial_bytes(tmp_path).values()) > 6_000_000)
+    eventually(lambda: sum(partial_bytes(tmp_path).values()) > 6_000_000)
     first.kill()
     first.communicate()
     kept = sum(partial_bytes(tmp_path).values())
-    wait_for(lambda: not any(sent.bytes < SIZE and sent.running for sent in server.sent))
     before = len(server.sent)
-    server.pace = 0.0
     again = download(env, PRESET)
     assert again.returncode == 0, again.stderr
     resumed = server.sent[before:]
@@ -84,7 +80,7 @@ def test_two_downloads_at_once_bring_each_byte_once(server: HubServer, tmp_path:
     env = environment(server, tmp_path)
     both = [start(env), start(env)]
     for process in both:
-        _, errors = process.communicate(timeout=120)
+        _, errors = process.communicate(timeout=PATIENCE)
         assert process.returncode == 0, errors
     for repo, path in [(DISTILLED, HIGH), (DISTILLED, LOW), (BASE, T5)]:
         assert server.bytes_of(path) == len(server.files[repo][path]), path
@@ -92,27 +88,26 @@ def test_two_downloads_at_once_bring_each_byte_once(server: HubServer, tmp_path:
 
 
 def test_when_one_of_two_is_killed_the_other_takes_over(server: HubServer, tmp_path: Path) -> None:
-    server.pace = 0.01
+    stall(server, 2_000_000)
     env = environment(server, tmp_path)
     first = start(env)
-    wait_for(lambda: server.bytes_of(HIGH) > 1_000_000 and server.bytes_of(LOW) > 1_000_000)
-    second = start(env, "--verbose")
+    eventually(lambda: server.bytes_of(HIGH) == server.bytes_of(LOW) == 2_000_000)
     asked = len(server.asked)
-    wait_for(lambda: len(server.asked) >= asked + 2)  # the second has its plan and finds the files taken
+    second = start(env, "--verbose")
+    eventually(lambda: len(server.asked) >= asked + 2)  # the second has its plan and finds the files taken
     first.kill()
     first.communicate()
-    server.pace = 0.0
-    _, errors = second.communicate(timeout=60)
+    _, errors = second.communicate(timeout=PATIENCE)
     assert second.returncode == 0, errors
     assert_whole(tmp_path, server)
 
 
 def test_ctrl_c_ends_it_and_what_came_is_kept(server: HubServer, tmp_path: Path) -> None:
-    server.pace = 0.01
+    stall(server, 4_000_000)
     process = start(environment(server, tmp_path))
-    wait_for(lambda: sum(partial_bytes(tmp_path).values()) > 2_000_000)
+    eventually(lambda: sum(partial_bytes(tmp_path).values()) > 2_000_000)
     process.send_signal(signal.SIGINT)
-    _, errors = process.communicate(timeout=30)
+    _, errors = process.communicate(timeout=PATIENCE)
     assert process.returncode == 130 and "What came is kept" in errors and "Traceback" not in errors
     assert sum(partial_bytes(tmp_path).values()) > 2_000_000
 

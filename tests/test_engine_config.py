@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from test_request import JUNK
 
 from lightx2v.engine_config import QUANT_SCHEMES, EngineConfig, ParallelConfig, hub_name
 from lightx2v.errors import BadRequest, ConfigError
@@ -227,13 +228,6 @@ def test_json_with_an_unknown_key_names_the_nearest() -> None:
 )
 def test_names_on_the_hub_are_told_from_paths(path: str, expected: tuple[str, str | None] | None) -> None:
     assert hub_name(path) == expected
-
-
-JUNK = st.recursive(
-    st.none() | st.booleans() | st.integers() | st.floats() | st.text(st.characters(), max_size=8),
-    lambda inner: st.lists(inner, max_size=4) | st.dictionaries(st.text(max_size=4), inner, max_size=3),
-    max_leaves=6,
-)
 
 
 @given(st.dictionaries(st.sampled_from([field.name for field in dataclasses.fields(EngineConfig)]), JUNK))

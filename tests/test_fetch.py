@@ -11,12 +11,13 @@ from pathlib import Path
 
 import pytest
 from bad_http import BadHTTP, Plan
+from patience import PATIENCE
 
 from lightx2v.errors import BadRequest
 from lightx2v.fetch import Fetcher, is_public
 
 PICTURE = {"Content-Type": "image/png"}
-LOCAL = Fetcher(permitted=lambda address: address.is_loopback, seconds=5)
+LOCAL = Fetcher(permitted=lambda address: address.is_loopback, seconds=PATIENCE)
 """Takes the loopback server of the tests for the internet."""
 
 
@@ -140,13 +141,13 @@ def test_redirects_are_followed_to_the_internet_and_nowhere_else(web: BadHTTP) -
 def test_answers_that_are_no_picture_or_too_much(web: BadHTTP, plan: Plan, word: str) -> None:
     web.plans["/b"] = plan
     with pytest.raises(BadRequest, match=word):
-        Fetcher(permitted=lambda address: True, max_bytes=1000).image(web.url("/b"))
+        Fetcher(permitted=lambda address: True, max_bytes=1000, seconds=PATIENCE).image(web.url("/b"))
 
 
 def test_a_drip_is_cut_at_the_deadline(web: BadHTTP) -> None:
     web.plans["/slow"] = Plan(body=b"x" * 1000, headers=PICTURE, drip=0.05)
-    with pytest.raises(BadRequest, match=r"within 0\.3 seconds"):
-        Fetcher(permitted=lambda address: True, seconds=0.3).image(web.url("/slow"))
+    with pytest.raises(BadRequest, match=r"within 1\.5 seconds"):
+        Fetcher(permitted=lambda address: True, seconds=1.5).image(web.url("/slow"))
 
 
 def test_https_is_spoken_to_the_checked_address_and_certificates_are_looked_at(
@@ -158,7 +159,7 @@ def test_https_is_spoken_to_the_checked_address_and_certificates_are_looked_at(
     subprocess.run(made, check=True, capture_output=True)
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
     context.load_cert_chain(tmp_path / "cert.pem", pem)
-    fetcher = Fetcher(look_up=lambda host, port: ["127.0.0.1"], permitted=lambda address: True, seconds=5)
+    fetcher = Fetcher(look_up=lambda host, port: ["127.0.0.1"], permitted=lambda address: True, seconds=PATIENCE)
     with BadHTTP({"/a.png": Plan(body=b"picture", headers=PICTURE)}, tls=context) as web:
         with pytest.raises(BadRequest, match="could not be fetched"):  # nobody vouches for it yet
             fetcher.image(f"https://cats.example:{web.port}/a.png")

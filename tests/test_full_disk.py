@@ -13,6 +13,7 @@ from tempfile import SpooledTemporaryFile
 
 import pytest
 from fake_engine import Garage, Script
+from patience import PATIENCE
 from served import I2V, serve
 
 from lightx2v import job_worker
@@ -64,7 +65,7 @@ def test_what_is_due_to_go_makes_room_for_the_video_that_was_just_made(
         old = served.submit()
         assert served.end_of(old)["status"] == "completed"
         new = served.submit("held")
-        assert garage.started.wait(10)
+        assert garage.started.wait(PATIENCE)
         disk.fill()
         now[0] += 3601
         hold.set()

@@ -14,6 +14,7 @@ from conftest import TinyModels
 from hub_models import ROOT, environment, point_here
 from hub_server import Fault, HubServer, serving
 from huggingface_hub import constants
+from patience import PATIENCE
 from test_lora import base_weights, random_pairs, write
 
 from lightx2v import LightX2VPipeline
@@ -117,7 +118,7 @@ def test_infer_fetches_then_makes_the_video(server: HubServer, tmp_path: Path) -
     env = environment(server, tmp_path / "home", OMP_NUM_THREADS="1", CUDA_VISIBLE_DEVICES="")
     ended = subprocess.run(
         [*run, "--save_result_path", str(tmp_path / "a.mp4")],
-        env=env, cwd=ROOT, capture_output=True, text=True, timeout=120, check=False,
+        env=env, cwd=ROOT, capture_output=True, text=True, timeout=PATIENCE, check=False,
     )  # fmt: skip
     assert ended.returncode == 0, ended.stderr
     assert (tmp_path / "a.mp4").stat().st_size > 0 and "Download models cost" in ended.stderr

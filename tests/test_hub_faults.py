@@ -25,6 +25,7 @@ from hub_models import (
 )
 from hub_server import Fault, HubServer, serving, sha256
 from huggingface_hub import constants
+from patience import PATIENCE
 
 from lightx2v.errors import DownloadError
 from lightx2v.hub import Hub, ensure
@@ -75,7 +76,7 @@ def test_after_a_cut_it_goes_on_inside_the_file(home: Path, server: HubServer) -
 
 def test_silence_is_noticed_and_the_connection_made_anew(home: Path, server: HubServer) -> None:
     server.faults[HIGH] = [Fault(stall_after=70_000), Fault(stall_after=0)]
-    fetch_all(server, stall=0.3)
+    fetch_all(server, stall=2.0)
     assert ranges(server) == [None, "bytes=70000-", "bytes=70000-"] and server.bytes_of(HIGH) == SIZE
     assert_whole(home, server)
 
@@ -218,9 +219,10 @@ def test_a_full_disk_says_so_and_the_rest_comes_later(home: Path, server: HubSer
     from hub_models import ROOT, command
 
     env = environment(server, home)
-    server.pace = 0.05  # the text encoder, with half of the bytes, is there before the experts fail
+    text = snapshot(home, server, BASE).parents[1] / "blobs" / sha256(server.files[BASE][T5])
+    server.faults = {path: [Fault(after=text.exists)] for path in (HIGH, LOW)}  # the text encoder is there by then
     limited = ["bash", "-c", 'ulimit -f 100; exec "$@"', "bash", *command("i2v_distill_merged")]
-    ended = subprocess.run(limited, env=env, cwd=ROOT, capture_output=True, text=True, timeout=60, check=False)
+    ended = subprocess.run(limited, env=env, cwd=ROOT, capture_output=True, text=True, timeout=PATIENCE, check=False)
     assert ended.returncode == 1 and "could not be written to" in ended.stderr and "102 kB of 200 kB" in ended.stderr
     kept = {path: server.bytes_of(path) for path in (HIGH, LOW, T5)}
     again = download(env, "i2v_distill_merged")

@@ -7,7 +7,6 @@ import signal
 import subprocess
 import sys
 import textwrap
-import time
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -15,6 +14,7 @@ from typing import Any
 
 import pytest
 from conftest import TinyModels
+from patience import PATIENCE
 from PIL import Image
 
 from lightx2v.config import PROJECT, EngineConfig
@@ -514,7 +514,7 @@ class Engine:
         temporary.touch()
         try:
             print("running", flush=True)
-            for _ in range(1000):
+            for _ in range(30_000):
                 cancel.check()
                 time.sleep(0.02)
         finally:
@@ -525,7 +525,7 @@ class Engine:
 def open_engine(config, preset, on_progress):
     if sys.argv[1] == "load":
         print("loading", flush=True)
-        time.sleep(20)
+        time.sleep(600)
     if sys.argv[1] == "fault":
         raise TypeError("nobody foresaw\\x1b this")
     return Engine()
@@ -550,9 +550,7 @@ def test_a_signal_ends_it_cleanly_and_soon(where: str, number: signal.Signals, c
     with process:
         assert process.stdout is not None and process.stdout.readline() in ("loading\n", "running\n")
         process.send_signal(number)
-        started = time.monotonic()
-        out, err = process.communicate(timeout=10)
-    assert time.monotonic() - started < 5
+        out, err = process.communicate(timeout=PATIENCE)  # left alone it would go on for ten minutes
     assert process.returncode == code
     assert out == ("closed\n" if where == "run" else "")
     assert err.splitlines()[-1] == "Stopped; no video was written."

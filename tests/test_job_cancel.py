@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import pytest
 from fake_engine import Garage, Script
-from job_runs import CONFIG, ask, done, start_held, wait_until
+from job_runs import CONFIG, ask, done, start_held
+from patience import eventually
 
 from lightx2v.errors import Cancelled
 from lightx2v.jobs import JobManager
@@ -26,7 +27,7 @@ def test_a_running_job_is_cancelled_within_a_step(stage: str, manager: JobManage
 def test_cancelling_while_the_model_loads_stops_the_loading(manager: JobManager, garage: Garage) -> None:
     garage.open_seconds = 60
     job = manager.submit(CONFIG, ask())
-    wait_until(lambda: manager.get(job.id).progress is not None)
+    eventually(lambda: manager.get(job.id).progress is not None)
     manager.cancel(job.id)
     assert done(manager, job).state == "cancelled" and garage.opened == []
 

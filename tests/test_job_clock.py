@@ -6,7 +6,8 @@ import sqlite3
 from collections.abc import Callable
 
 from fake_engine import Garage, tiny_mp4
-from job_runs import CONFIG, ask, done, wait_until
+from job_runs import CONFIG, ask, done
+from patience import eventually
 
 from lightx2v.jobs import JobManager
 
@@ -18,7 +19,7 @@ def test_a_clock_that_is_put_back_does_not_make_new_videos_old(open_manager: Cal
     for n in range(5):
         jobs.append(done(manager, manager.submit(CONFIG, ask(f"{n}"))))
         now[0] -= 3000
-        wait_until(lambda: len(manager.list()) <= 2)
+        eventually(lambda: len(manager.list()) <= 2)
         assert {job.id for job in manager.list()} == {job.id for job in jobs[-2:]}
 
 
@@ -49,5 +50,5 @@ def test_jobs_of_the_first_version_are_older_than_those_that_end_now(
     now[0] -= 5000
     with JobManager(garage, folder, size_cap=2 * len(tiny_mp4()) + 10, clock=lambda: now[0]) as again:
         new = done(again, again.submit(CONFIG, ask("new")))
-        wait_until(lambda: len(again.list()) == 2)
+        eventually(lambda: len(again.list()) == 2)
         assert {job.id for job in again.list()} == {old[1].id, new.id}

@@ -8,7 +8,8 @@ from collections.abc import Callable
 
 import pytest
 from fake_engine import Garage, Script
-from job_runs import CONFIG, OTHER, ask, done, wait_until
+from job_runs import CONFIG, OTHER, ask, done
+from patience import PATIENCE, eventually
 
 from lightx2v.engine_slot import explain, release
 from lightx2v.errors import BadRequest, Busy, OutOfMemory
@@ -130,7 +131,7 @@ def test_a_lost_device_stops_the_worker_and_turns_health_red(
     first = manager.submit(CONFIG, ask("assert"))
     job = done(manager, first)
     assert job.state == "failed" and job.error is not None and "Restart" in job.error["message"]
-    wait_until(lambda: not manager.alive)
+    eventually(lambda: not manager.alive)
     with pytest.raises(Busy, match="restart"):
         manager.submit(CONFIG, ask())
     assert manager.get(first.id).state == "failed"
@@ -147,7 +148,7 @@ def test_a_killed_worker_turns_health_red_and_old_ids_still_answer(
     killed = manager.submit(CONFIG, ask("kill"))
     job = done(manager, killed)
     assert job.state == "interrupted" and job.error is not None and "worker has stopped" in job.error["message"]
-    wait_until(lambda: not manager.alive)
+    eventually(lambda: not manager.alive)
     assert manager.get(old.id).state == "succeeded"
     assert garage.alive == 0
     with pytest.raises(Busy):
@@ -178,7 +179,7 @@ def test_a_folder_that_is_removed_while_a_job_runs_costs_no_video(manager: JobMa
     hold = threading.Event()
     garage.script["held"] = Script(hold=hold)
     running = manager.submit(CONFIG, ask("held"))
-    assert garage.started.wait(10)
+    assert garage.started.wait(PATIENCE)
     shutil.rmtree(manager.folder)
     hold.set()
     first = done(manager, running)

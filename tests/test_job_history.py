@@ -8,7 +8,8 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 from fake_engine import Garage, Script, tiny_mp4
-from job_runs import CONFIG, TIMEOUT, ask, done, start_held, wait_until
+from job_runs import CONFIG, ask, done, start_held
+from patience import PATIENCE, eventually
 
 from lightx2v.errors import BadRequest
 from lightx2v.jobs import JobManager, UnknownJob
@@ -38,11 +39,11 @@ def test_waiting_for_a_job_that_is_deleted_ends(manager: JobManager, garage: Gar
     _, event = start_held(manager, garage)
     job = manager.submit(CONFIG, ask("waiting"))
     with ThreadPoolExecutor(1) as pool:
-        waiter = pool.submit(manager.wait, job.id, TIMEOUT)
+        waiter = pool.submit(manager.wait, job.id, PATIENCE)
         time.sleep(0.05)
         manager.delete(job.id)
         with pytest.raises(UnknownJob):
-            waiter.result(TIMEOUT)
+            waiter.result(PATIENCE)
     event.set()
 
 
@@ -82,10 +83,10 @@ def test_results_go_by_size_the_oldest_first_and_never_the_newest(
     jobs = [done(manager, manager.submit(CONFIG, ask(f"{n}"))) for n in range(4)]
     foreign = manager.folder / "holiday.mp4"
     foreign.write_bytes(bytes(10 * size))
-    wait_until(lambda: len(manager.list()) == 2)
+    eventually(lambda: len(manager.list()) == 2)
     assert {job.id for job in manager.list()} == {jobs[2].id, jobs[3].id}
     big = done(manager, manager.submit(CONFIG, ask("big")))
-    wait_until(lambda: len(manager.list()) == 1)
+    eventually(lambda: len(manager.list()) == 1)
     assert manager.get(big.id).path is not None and foreign.exists()
 
 

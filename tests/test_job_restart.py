@@ -11,7 +11,8 @@ from pathlib import Path
 
 import pytest
 from fake_engine import Garage
-from job_runs import CONFIG, TIMEOUT, ask, done, start_held
+from job_runs import CONFIG, ask, done, start_held
+from patience import PATIENCE, eventually
 
 from lightx2v import job_worker
 from lightx2v.errors import BadRequest, Busy, ConfigError, OutputError
@@ -74,7 +75,7 @@ time.sleep(60)
         process.kill()
         process.wait()
     with JobManager(garage, tmp_path) as manager:
-        assert manager.wait(ids[2], TIMEOUT).state == "succeeded"
+        assert manager.wait(ids[2], PATIENCE).state == "succeeded"
         assert [manager.get(id).state for id in ids] == ["succeeded", "interrupted", "succeeded"]
         assert not (tmp_path / ".lightx2v-abc").exists()
 
@@ -92,7 +93,7 @@ def test_an_engine_that_hangs_does_not_keep_the_program_from_ending(
     job, event = start_held(manager, garage, ignore_cancel=True)
     started = time.monotonic()
     assert not manager.close(timeout=0.1)
-    assert time.monotonic() - started < TIMEOUT
+    assert time.monotonic() - started < PATIENCE
     event.set()
     assert manager.close()
     assert open_manager().get(job.id).state == "interrupted"
@@ -139,7 +140,7 @@ def test_a_database_that_cannot_be_used_is_named(tmp_path: Path, garage: Garage)
 
 
 def test_a_full_disk_under_the_database_delays_and_loses_nothing(
-    manager: JobManager, garage: Garage, monkeypatch: pytest.MonkeyPatch
+    manager: JobManager, garage: Garage, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     monkeypatch.setattr(job_worker, "RETRY_SECONDS", 0.01)
     held, event = start_held(manager, garage)
@@ -147,11 +148,12 @@ def test_a_full_disk_under_the_database_delays_and_loses_nothing(
     with manager._lock:
         manager._store._db.execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchall()
         manager._store._db.execute(f"PRAGMA max_page_count = {pages}")
-        with pytest.raises(OutputError, match="disk full"):
-            while True:
-                manager.submit(CONFIG, ask("x" * 10_000))
+        for length in (10_000, 1):  # to the last page, and in that to the last row
+            with pytest.raises(OutputError, match="disk full"):
+                while True:
+                    manager.submit(CONFIG, ask("x" * length))
     event.set()
-    time.sleep(0.1)
+    eventually(lambda: caplog.text.count("cannot be recorded yet") > 1)
     assert manager.alive
     with manager._lock:
         manager._store._db.execute("PRAGMA max_page_count = 1000000")

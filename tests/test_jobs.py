@@ -15,7 +15,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 from fake_engine import Garage, Script, tiny_mp4
-from job_runs import CONFIG, OTHER, PICTURED, TIMEOUT, ask, done, hold, start_held
+from job_runs import CONFIG, OTHER, PICTURED, ask, done, hold, start_held
+from patience import PATIENCE
 from PIL import Image
 
 from lightx2v import job_worker
@@ -70,7 +71,7 @@ def test_waiting_ends_at_its_timeout(manager: JobManager, garage: Garage) -> Non
     job, event = start_held(manager, garage)
     started = time.monotonic()
     assert manager.wait(job.id, 0.05).state == "running"
-    assert 0.05 <= time.monotonic() - started < TIMEOUT
+    assert 0.05 <= time.monotonic() - started < PATIENCE
     event.set()
 
 
@@ -83,7 +84,7 @@ def test_previews_are_small_jpegs_at_most_twice_a_second(manager: JobManager, ga
 
     event = hold(garage, steps=30, seconds=0.002, at=("denoise", 30), preview=preview)
     job = manager.submit(CONFIG, ask("held"))
-    assert garage.started.wait(TIMEOUT)
+    assert garage.started.wait(PATIENCE)
     shown = manager.get(job.id).preview
     assert shown is not None and Image.open(io.BytesIO(shown)).size == (104, 60)
     event.set()
@@ -217,7 +218,7 @@ def test_seconds_until_the_start_add_up(open_manager: Callable[..., JobManager],
     manager = open_manager(predict=lambda config, request: request.frames / 1.0, clock=lambda: 1000.0)
     garage.script["slow"] = Script(at=("text", 1), hold=(event := threading.Event()))
     manager.submit(CONFIG, ask("slow", frames=81))
-    assert garage.started.wait(TIMEOUT)
+    assert garage.started.wait(PATIENCE)
     jobs = [manager.submit(CONFIG, ask(frames=frames)) for frames in (5, 9, 13)]
     assert [manager.get(job.id).starts_in for job in jobs] == [81.0, 86.0, 95.0]
     assert [job.starts_in for job in manager.list(states=["queued"])] == [95.0, 86.0, 81.0]

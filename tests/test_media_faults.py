@@ -16,6 +16,7 @@ from pathlib import Path
 
 import pytest
 from clips import assert_nothing_left, clip, write
+from patience import PATIENCE
 
 from lightx2v import media
 from lightx2v.errors import BadRequest, Cancelled, OutputError
@@ -94,16 +95,17 @@ def test_cancelling_leaves_nothing(tmp_path: Path) -> None:
     assert_nothing_left(tmp_path)
 
 
-def test_cancelling_ends_an_encoder_that_hangs(tmp_path: Path, fake_ffmpeg: Path) -> None:
-    script(fake_ffmpeg, "time.sleep(60)")
+def test_cancelling_ends_an_encoder_that_hangs(
+    tmp_path: Path, fake_ffmpeg: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(media, "STALL_SECONDS", 600)
+    script(fake_ffmpeg, "time.sleep(600)")  # longer than a test may take
     token = CancelToken()
     timer = threading.Timer(0.3, token.cancel)
-    started = time.monotonic()
     timer.start()
     with pytest.raises(Cancelled), VideoWriter(tmp_path / "out" / "a.mp4", 512, 512, 16, cancel=token) as writer:
         writer.write(clip(5, 512, 512))
     timer.join()
-    assert time.monotonic() - started < 5
     assert_nothing_left(tmp_path / "out")
 
 
@@ -276,10 +278,8 @@ def test_a_signal_while_writing_leaves_nothing(number: signal.Signals, code: int
     with process.stdout:
         process.stdout.readline()
         time.sleep(0.2)
-        started = time.monotonic()
         process.send_signal(number)
-        assert process.wait(timeout=10) == code
-    assert time.monotonic() - started < 5
+        assert process.wait(PATIENCE) == code  # left alone it would write for ever
     assert_nothing_left(tmp_path)
 
 
@@ -297,9 +297,9 @@ def test_memory_stays_bounded_while_a_long_video_streams(tmp_path: Path) -> None
 
 def test_many_writers_leak_neither_processes_nor_descriptors_nor_threads(tmp_path: Path) -> None:
     write(tmp_path / "warm.mp4", clip())
-    files, threads = len(os.listdir("/proc/self/fd")), threading.active_count()
+    files, threads = len(os.listdir("/proc/self/fd")), set(threading.enumerate())
     for number in range(4):
         write(tmp_path / f"{number}.mp4", clip(1, 16, 16))
         VideoWriter(tmp_path / "no.mp4", 16, 16, 16).abort()
-    assert len(os.listdir("/proc/self/fd")) == files and threading.active_count() == threads
+    assert len(os.listdir("/proc/self/fd")) <= files and not set(threading.enumerate()) - threads
     assert len(list(tmp_path.iterdir())) == 5

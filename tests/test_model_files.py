@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import time
+import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -10,7 +10,9 @@ import pytest
 from hub_models import BASE, DISTILLED, HIGH, LOW, T5, VAE, merged, point_here, quick, small_hub
 from hub_server import Fault, HubServer, serving
 from page_engine import Painter
+from patience import PATIENCE, eventually
 
+from app import model_files
 from app.exposure import Exposure
 from app.model_files import FilesStatus, HubFiles
 from app.panels import file_list
@@ -25,16 +27,13 @@ from lightx2v.request import Request
 def server(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[HubServer]:
     point_here(monkeypatch, tmp_path)
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(model_files, "STEADY", 2 * PATIENCE)  # a change is still one when a test comes to look
     with serving(small_hub()) as started:
         yield started
 
 
 def until(files: HubFiles, condition: Callable[[FilesStatus], bool]) -> FilesStatus:
-    deadline = time.monotonic() + 30
-    while not condition(status := files.status(merged())):
-        assert time.monotonic() < deadline, status
-        time.sleep(0.01)
-    return status
+    return eventually(lambda: condition(status := files.status(merged())) and status)
 
 
 def test_the_demo_is_here_and_asks_nobody(server: HubServer) -> None:
@@ -55,13 +54,14 @@ def test_sizes_come_from_the_hub_before_any_download(server: HubServer) -> None:
 
 
 def test_the_button_brings_the_files(server: HubServer) -> None:
-    files = HubFiles(quick(server))
-    server.pace = 0.3
+    files, looked = HubFiles(quick(server)), threading.Event()
+    server.faults[LOW] = [Fault(after=looked.is_set)]
     files.download(merged())
     files.download(merged())  # a second click changes nothing
     running = until(files, lambda status: status.download is not None and 0 < status.download.done)
     assert running.download is not None and running.download.total == 535_029
     assert 'data-act="cancel_download"' in file_list(Words("en"), running)
+    looked.set()
     done = until(files, lambda status: status.download is None)
     assert done.ready and done.changing and not done.can_download
     assert "data-act" not in file_list(Words("en"), done)
@@ -72,14 +72,12 @@ def test_cancel_stops_the_download_and_the_next_one_goes_on(server: HubServer) -
     files = HubFiles(quick(server))
     server.faults = {path: [Fault(stall_after=70_000)] for path in (HIGH, LOW)}
     files.download(merged())
-    until(files, lambda status: server.bytes_of(HIGH) == server.bytes_of(LOW) == 70_000 and bool(status.download))
+    come = 535_029 - 200_000 - 200_001 + 2 * 70_000  # all but what stays away of the two
+    until(files, lambda status: status.download is not None and status.download.done == come)
     files.cancel()
     assert files.status(merged()).download is None
-    deadline = time.monotonic() + 30
-    while not files.status(merged()).ready:
-        assert time.monotonic() < deadline
-        files.download(merged())  # does nothing until the cancelled one has ended
-        time.sleep(0.05)
+    # A download does nothing until the cancelled one has ended.
+    eventually(lambda: files.status(merged()).ready or files.download(merged()))
     assert server.bytes_of(HIGH) == 200_000 and server.bytes_of(LOW) == 200_001
 
 

@@ -44,7 +44,7 @@ def test_the_prompt_is_not_in_the_list_of_processes(tmp_path: Path) -> None:
         assert b"rawvideo" in command and b"secret" not in command
 
 
-@settings(max_examples=15, deadline=None)
+@settings(max_examples=15)
 @given(text=st.text(st.characters(codec=None), max_size=300), long=st.booleans())
 def test_any_text_survives_in_the_settings(text: str, long: bool, tmp_path_factory: pytest.TempPathFactory) -> None:
     given_ = {"prompt": text * (1 + 99 * long)}
@@ -96,7 +96,7 @@ def test_foreign_comments_are_not_taken_for_settings(tmp_path: Path) -> None:
             read_settings(copy)
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 @given(data=st.data())
 def test_damaged_files_only_ever_give_our_errors(
     data: st.DataObject, sample: bytes, tmp_path_factory: pytest.TempPathFactory

@@ -15,6 +15,7 @@ from PIL import Image
 from safetensors.torch import save_file
 from test_lora import random_pairs, spec, write
 from test_offload import Exhausted
+from test_pipeline import latents
 
 import lightx2v.offload
 from lightx2v.adapters import ExpertLoras, match_loras
@@ -62,12 +63,6 @@ def loaded(
             assert pipe._engine is not None
             pipe._engine = replace(pipe._engine, placement=placement)
         yield pipe
-
-
-def latents(pipe: LightX2VPipeline, request: Request) -> torch.Tensor:
-    result = pipe.run(request, return_latents=True)
-    assert result.latents is not None
-    return result.latents
 
 
 def resident(config: EngineConfig, request: Request) -> torch.Tensor:

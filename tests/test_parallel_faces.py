@@ -6,7 +6,6 @@ import os
 import re
 import signal
 import sqlite3
-import time
 from collections.abc import Callable
 from contextlib import closing
 from pathlib import Path
@@ -15,12 +14,11 @@ from typing import Any
 import httpx
 import parallel_faces
 import pytest
-from parallel_ranks import Running, free_port, under_torchrun
+from parallel_ranks import Running, under_torchrun
+from patience import PATIENCE, eventually, free_port
 
 from lightx2v.media import probe
 from lightx2v.mp4 import read_settings
-
-PATIENCE = 90.0
 
 
 def test_the_command_line_under_torchrun(tmp_path: Path) -> None:
@@ -114,10 +112,8 @@ def state(client: httpx.Client, id: str) -> str:
 
 
 def wait_until(running: Running, ready: Callable[[], bool]) -> None:
-    deadline = time.monotonic() + PATIENCE
-    while not ready():
-        assert running.alive and time.monotonic() < deadline, running.ended()
-        time.sleep(0.05)
+    eventually(lambda: ready() or not running.alive)
+    assert running.alive, running.ended()
 
 
 def test_nothing_listens_to_other_machines(tmp_path: Path) -> None:

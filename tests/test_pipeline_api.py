@@ -19,6 +19,7 @@ from typing import Any
 import pytest
 import torch
 from conftest import TinyModels
+from patience import PATIENCE
 
 from lightx2v import pipeline
 from lightx2v.config import PROJECT
@@ -165,7 +166,7 @@ def test_asyncio_goes_on_while_a_video_is_made_and_what_would_disturb_it_is_refu
     async def story() -> None:
         run = asyncio.to_thread(pipe.generate, prompt="a cat", on_progress=on_progress, cancel=token)
         task = asyncio.create_task(run)
-        await asyncio.to_thread(begun.wait, 30)
+        assert await asyncio.to_thread(begun.wait, PATIENCE)
         for disturbing in (
             lambda: pipe.generate(prompt="a dog"),
             lambda: pipe.switch_lora([]),

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from patience import eventually
 from vae_reference import random_vae
 
 from lightx2v.errors import CheckpointError
@@ -65,9 +66,10 @@ def test_a_vae_without_factors_gets_fitted_ones(tmp_path):
 def test_a_preview_at_480p_takes_under_five_milliseconds():
     preview = Preview(torch.randn(17, 3))
     latents = torch.randn(16, 21, 60, 104)
-    seconds = []
-    for _ in range(20):
+
+    def seconds() -> float:
         start = time.perf_counter()
         assert preview(latents).shape == (60, 104, 3)
-        seconds.append(time.perf_counter() - start)
-    assert min(seconds) < 0.005
+        return time.perf_counter() - start
+
+    assert eventually(lambda: seconds() < 0.005)  # undisturbed, that is

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from patience import PATIENCE
 from test_offload import CPU, forward, toy
 
 from lightx2v.errors import CheckpointError
@@ -67,7 +68,7 @@ def test_the_next_blocks_are_read_while_one_runs(expected: dict[str, torch.Tenso
     shuttle = on_disk(note, resident=0, ring=3)
     waited: list[bool] = []
     # Block 0 runs until block 2 is being read: in the thread that runs blocks that would never be.
-    shuttle.modules["h"][0].register_forward_hook(lambda *_: waited.append(begun[2].wait(20)))
+    shuttle.modules["h"][0].register_forward_hook(lambda *_: waited.append(begun[2].wait(PATIENCE)))
     begun[2].clear()
     assert torch.equal(forward(shuttle, "h"), expected["h"])
     assert waited == [True]
@@ -96,7 +97,7 @@ def test_giving_the_memory_back_waits_for_a_read_that_has_begun(expected: dict[s
     def slow(_: str, names: frozenset[str]) -> None:
         if any(key.startswith("0.") for key in names):
             reading.set()
-            assert go.wait(20)
+            assert go.wait(PATIENCE)
 
     go.set()
     shuttle = on_disk(slow, resident=0, ring=2)
@@ -106,7 +107,7 @@ def test_giving_the_memory_back_waits_for_a_read_that_has_begun(expected: dict[s
         reading.clear()
 
     hook = shuttle.modules["h"][4].register_forward_pre_hook(hold)
-    assert torch.equal(forward(shuttle, "h"), expected["h"]) and reading.wait(20) and not go.is_set()
+    assert torch.equal(forward(shuttle, "h"), expected["h"]) and reading.wait(PATIENCE) and not go.is_set()
     hook.remove()
     threading.Timer(0.05, go.set).start()
     shuttle.free()

@@ -17,7 +17,7 @@ from pathlib import Path
 
 import httpx
 import pytest
-from served import free_port
+from patience import PATIENCE, free_port
 
 from lightx2v import infer
 from lightx2v.config import PROJECT
@@ -134,13 +134,13 @@ def test_the_server_on_two_processes_and_post_py_work_together(tmp_path: Path) -
     with (tmp_path / "log").open("w") as log:
         server = subprocess.Popen(line, env=environment, cwd=tmp_path, stdout=log, stderr=log)
     try:
-        with httpx.Client(base_url=f"http://127.0.0.1:{port}", trust_env=False, timeout=30) as http:
+        with httpx.Client(base_url=f"http://127.0.0.1:{port}", trust_env=False, timeout=PATIENCE) as http:
             while not _ready(http):
                 assert server.poll() is None, (tmp_path / "log").read_text()
                 time.sleep(0.1)
             url = f"http://127.0.0.1:{port}/v1/tasks/video/"
             post = [sys.executable, str(scripts / "post.py"), "--url", url]
-            done = subprocess.run(post, capture_output=True, text=True, timeout=60)
+            done = subprocess.run(post, capture_output=True, text=True, timeout=PATIENCE)
             assert done.returncode == 0, done.stderr
             status = done.stdout.split("status: ")[1].strip()
             while (task := http.get(status).json())["status"] in ("pending", "processing"):
@@ -150,13 +150,13 @@ def test_the_server_on_two_processes_and_post_py_work_together(tmp_path: Path) -
             assert http.get("/v1/service/metadata").json()["nproc_per_node"] == 2
     finally:
         server.terminate()
-        server.wait(60)
+        server.wait(PATIENCE)
 
 
 def _ready(http: httpx.Client) -> bool:
     try:
         return http.get("/ready").status_code == 200
-    except httpx.ConnectError:
+    except httpx.TransportError:
         return False
 
 

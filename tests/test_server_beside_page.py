@@ -6,10 +6,11 @@ from pathlib import Path
 
 import pytest
 from fake_engine import Garage
+from patience import eventually
 from served import SIZE
 from starlette.applications import Starlette
 from starlette.testclient import TestClient
-from studio_app import Page, eventually
+from studio_app import Page
 
 from app.exposure import PUBLIC_LIMITS, Exposure
 from app.mounted import api_routes

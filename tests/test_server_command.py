@@ -18,7 +18,8 @@ import httpx
 import pytest
 import uvicorn
 from fake_engine import FakeEngine, Garage, Script
-from served import T2V, free_port
+from patience import PATIENCE, eventually, free_port
+from served import T2V
 
 from lightx2v.config import PROJECT
 from lightx2v.errors import CheckpointError
@@ -104,7 +105,7 @@ class Stopped:
                     time.sleep(0.01)
                 url = f"http://127.0.0.1:{server.config.port}"
                 try:
-                    with httpx.Client(base_url=url, trust_env=False, timeout=20) as http:
+                    with httpx.Client(base_url=url, trust_env=False, timeout=PATIENCE) as http:
                         self.seen.append(visit(http))
                 except BaseException as error:
                     self.failure.append(error)
@@ -144,7 +145,7 @@ def test_a_signal_ends_it_and_the_running_job_is_interrupted(monkeypatch: pytest
 
     def visit(http: httpx.Client) -> str:
         id = http.post("/v1/videos", json={"prompt": "long"}).json()["id"]
-        assert garage.started.wait(10)
+        assert garage.started.wait(PATIENCE)
         os.kill(os.getpid(), signal.SIGTERM)
         return id
 
@@ -163,15 +164,14 @@ def test_very_many_connections_are_refused_and_headers_without_end_cut(
 
     def visit(http: httpx.Client) -> tuple[list[int], bytes]:
         address = (http.base_url.host, http.base_url.port)
-        codes = [http.get("/health").status_code]
+        health = lambda: http.get("/health").status_code  # noqa: E731
+        codes = [health()]
         idle = [socket.create_connection(address) for _ in range(20)]
-        time.sleep(0.5)  # until they are accepted
-        codes.append(http.get("/health").status_code)
+        codes.append(eventually(lambda: (code := health()) != 200 and code))  # once they are accepted
         for connection in idle:
             connection.close()
-        time.sleep(0.5)
-        codes.append(http.get("/health").status_code)
-        with socket.create_connection(address, 10) as endless:
+        codes.append(eventually(lambda: (code := health()) != 503 and code))
+        with socket.create_connection(address, PATIENCE) as endless:
             with contextlib.suppress(OSError):
                 endless.sendall(b"GET / HTTP/1.1\r\nX: " + b"a" * 10_000_000)
             answer = endless.recv(20)

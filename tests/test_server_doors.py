@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 from fake_engine import Garage, Script
 from fastapi.routing import iter_route_contexts
+from patience import PATIENCE
 from served import SIZE, Served, listening, serve
 
 from lightx2v.config import PROJECT
@@ -114,17 +115,17 @@ def test_large_bodies_are_refused_whether_or_not_they_say_how_large_they_are(ser
 def test_a_body_of_very_many_values_holds_nobody_up(served: Served) -> None:
     """Reading all of them took ten seconds, in which nothing else was answered."""
     body = b'{"prompt": "a", "more": [' + b"[]," * (MAX_BODY // 3 - 20) + b"0]}"
-    started = time.perf_counter()
+    started = time.process_time()
     answer = served.client.post("/v1/videos", content=body, headers={"Content-Type": "application/json"})
-    assert answer.status_code == 422 and time.perf_counter() - started < 5
+    assert answer.status_code == 422 and time.process_time() - started < 5
 
 
 def test_a_body_that_does_not_come_is_not_waited_for_and_keeps_nobody_waiting(tmp_path: Path) -> None:
     with serve(tmp_path) as served:
-        served.client.app = Gate(served.client.app, body_seconds=0.5)
+        served.client.app = Gate(served.client.app, body_seconds=2)
         with listening(served) as client:
             head = "POST /v1/videos HTTP/1.1\r\nHost: 127.0.0.1\r\nContent-Type: application/json\r\n"
-            slow = [socket.create_connection((client.base_url.host, client.base_url.port), 10) for _ in range(50)]
+            slow = [socket.create_connection((client.base_url.host, client.base_url.port), PATIENCE) for _ in range(50)]
             try:
                 for connection in slow:
                     connection.sendall(f"{head}Content-Length: 1000\r\n\r\n{{".encode())
@@ -143,7 +144,7 @@ def test_large_bodies_wait_unread_until_there_is_room_for_them(tmp_path: Path, m
     head = "POST /v1/videos HTTP/1.1\r\nHost: 127.0.0.1\r\nContent-Type: application/json\r\nContent-Length: "
     with serve(tmp_path) as served, listening(served) as client:
         address = (client.base_url.host, client.base_url.port)
-        with socket.create_connection(address, 10) as first, socket.create_connection(address, 10) as second:
+        with socket.create_connection(address) as first, socket.create_connection(address) as second:
             first.sendall(f"{head}{MAX_BODY}\r\n\r\n{{".encode())
             assert client.post("/v1/videos", json=GOOD).status_code == 200, "small ones need no room"
             second.sendall(f"{head}{len(large)}\r\n\r\n".encode())
@@ -152,7 +153,7 @@ def test_large_bodies_wait_unread_until_there_is_room_for_them(tmp_path: Path, m
             with pytest.raises(TimeoutError):
                 second.recv(1000)
             first.close()  # and what it held is free again
-            second.settimeout(10)
+            second.settimeout(PATIENCE)
             assert b" 422 " in second.recv(1000).partition(b"\r\n")[0]
 
 
@@ -160,10 +161,10 @@ def test_answers_may_take_longer_than_bodies(tmp_path: Path) -> None:
     hold = threading.Event()
     with serve(tmp_path, Garage(script={"held": Script(hold=hold)})) as served:
         id = served.submit("held")
-        served.client.app = Gate(served.client.app, body_seconds=0.1)
+        served.client.app = Gate(served.client.app, body_seconds=0.5)
         with listening(served) as client, client.stream("GET", f"/v1/videos/{id}/events") as stream:
-            assert served.garage.started.wait(10)
-            threading.Timer(0.5, hold.set).start()
+            assert served.garage.started.wait(PATIENCE)
+            threading.Timer(1, hold.set).start()
             assert "event: video" in stream.read().decode()
 
 

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 from fake_engine import Garage, Script
+from patience import PATIENCE
 from served import listening, serve
 
 from lightx2v.server import events
@@ -44,7 +45,7 @@ def test_events_come_while_the_job_runs_and_a_client_that_leaves_costs_nothing(t
     garage = Garage(script={"hold": Script(hold=hold)})
     with serve(tmp_path, garage) as served, listening(served) as client:
         id = served.submit("hold")
-        assert garage.started.wait(10)
+        assert garage.started.wait(PATIENCE)
         with client.stream("GET", f"/v1/videos/{id}/events") as stream:
             assert stream.headers["content-type"].startswith("text/event-stream")
             lines = stream.iter_lines()

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 from fake_engine import Garage, Script
+from patience import PATIENCE
 from served import SIZE, serve
 
 
@@ -17,7 +18,7 @@ def test_fifty_at_once_one_runs_the_queue_is_bounded_and_the_rest_is_told_so(tmp
     garage = Garage(script={"first": Script(hold=hold)})
     with serve(tmp_path, garage, max_queue=10) as served:
         first = served.submit("first")
-        assert garage.started.wait(10)
+        assert garage.started.wait(PATIENCE)
         with ThreadPoolExecutor(16) as pool:
             bodies = [{"prompt": f"number {n}", **SIZE} for n in range(50)]
             answers = list(pool.map(lambda body: served.client.post("/v1/videos", json=body), bodies))
@@ -60,7 +61,7 @@ def test_a_cancelled_job_is_cancelled_for_good(tmp_path: Path, at: tuple[str, in
     garage = Garage(script={"hold": Script(hold=threading.Event(), at=at)})
     with serve(tmp_path, garage) as served:
         id, after = served.submit("hold"), served.submit("after")
-        assert garage.started.wait(10)
+        assert garage.started.wait(PATIENCE)
         for _ in range(2):
             assert served.client.delete(f"/v1/tasks/{id}").status_code == 200
         assert served.end_of(id)["status"] == "cancelled"
@@ -75,7 +76,7 @@ def test_a_cancel_that_comes_too_late_to_stop_the_engine_still_holds(tmp_path: P
     garage = Garage(script={"deaf": Script(hold=hold, at=("write", 4), ignore_cancel=True)})
     with serve(tmp_path, garage) as served:
         id = served.submit("deaf")
-        assert garage.started.wait(10)
+        assert garage.started.wait(PATIENCE)
         assert served.client.delete(f"/v1/videos/{id}").json()["cancelling"]
         hold.set()
         assert served.end_of(id)["status"] == "cancelled"
@@ -88,7 +89,7 @@ def test_jobs_names_and_results_survive_a_restart_and_the_interrupted_one_runs_a
         done = served.submit("done", file_name="kept.mp4")
         served.end_of(done)
         running, waiting = served.submit("hold", client_id="mine"), served.submit("waiting", file_name="late.mp4")
-        assert garage.started.wait(10)
+        assert garage.started.wait(PATIENCE)
     with serve(tmp_path) as served:
         assert served.client.get("/v1/files/download/kept.mp4").status_code == 200
         interrupted = served.client.get("/v1/videos/mine").json()
@@ -136,7 +137,7 @@ def test_a_client_that_leaves_does_not_stop_its_job(tmp_path: Path) -> None:
     garage = Garage(script={"long": Script(hold=hold)})
     with serve(tmp_path, garage) as served:
         id = served.submit("long")
-        assert garage.started.wait(10)
+        assert garage.started.wait(PATIENCE)
         served.client.close()
         hold.set()
-        assert served.jobs.wait(id, 20).state == "succeeded"
+        assert served.jobs.wait(id, PATIENCE).state == "succeeded"

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 from fake_engine import Garage, Script
+from patience import PATIENCE
 from served import BASE, Served, listening, serve
 
 from lightx2v.request import DEFAULT_NEGATIVE_PROMPT
@@ -32,13 +33,13 @@ def test_the_tutorials_post_py_works_unchanged(served: Served) -> None:
     script = (Path(__file__).parent / "data" / "tutorial_post.txt").read_text(encoding="utf-8")
     with listening(served) as client:
         script = script.replace("localhost:8000", f"127.0.0.1:{client.base_url.port}")
-        done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=60)
+        done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=PATIENCE)
     assert done.returncode == 0, done.stderr
     response = done.stderr.split("response: ")[-1]
     assert "'task_status': 'pending'" in response and "'save_result_path': 'cat_boxing_seed42.mp4'" in response
     match = re.search(r"'task_id': '(\w+)'", response)
     assert match is not None
-    job = served.jobs.wait(match[1], 20)
+    job = served.jobs.wait(match[1], PATIENCE)
     assert job.state == "succeeded" and job.request.seed == 42 and job.request.negative_prompt.startswith("镜头晃动")
     video = served.client.get("/v1/files/download/cat_boxing_seed42.mp4")
     assert video.status_code == 200 and video.content == job.path.read_bytes()
@@ -48,7 +49,7 @@ def test_a_task_goes_from_pending_to_completed_and_its_video_can_be_fetched(serv
     hold = threading.Event()
     served.garage.script["a cat"] = Script(hold=hold)
     id = create(served, seed=7)
-    assert served.garage.started.wait(10)
+    assert served.garage.started.wait(PATIENCE)
     status = served.client.get(f"/v1/tasks/{id}/status").json()
     assert status["status"] == "processing" and status["progress"]["stage"] == "denoise" and status["end_time"] is None
     assert served.client.get(f"/v1/tasks/{id}/result").status_code == 404
@@ -57,7 +58,7 @@ def test_a_task_goes_from_pending_to_completed_and_its_video_can_be_fetched(serv
     service = served.client.get("/v1/service/status").json()
     assert service["service_status"] == "busy" and service["active_tasks"] == [id]
     hold.set()
-    served.jobs.wait(id, 20)
+    served.jobs.wait(id, PATIENCE)
     status = served.client.get(f"/v1/tasks/{id}/status").json()
     assert status["status"] == "completed" and status["error"] is None and status["end_time"] >= status["start_time"]
     assert status["save_result_path"] == f"{id}.mp4"
@@ -112,12 +113,12 @@ def test_stopping_one_and_all(tmp_path: Path) -> None:
     garage = Garage(script={"hold": Script(hold=threading.Event())})
     with serve(tmp_path, garage) as served:
         running, waiting, last = create(served, prompt="hold"), create(served), create(served)
-        assert garage.started.wait(10)
+        assert garage.started.wait(PATIENCE)
         stop = served.client.delete(f"/v1/tasks/{waiting}").json()
         assert stop["stop_status"] == "success"
         assert served.client.delete(f"/v1/tasks/{waiting}").json()["stop_status"] == "do_nothing"
         assert served.client.delete("/v1/tasks/all/running").json()["stop_status"] == "success"
-        assert {served.jobs.wait(id, 20).state for id in (running, waiting, last)} == {"cancelled"}
+        assert {served.jobs.wait(id, PATIENCE).state for id in (running, waiting, last)} == {"cancelled"}
         assert served.client.delete("/v1/tasks/all/running").json()["stop_status"] == "do_nothing"
         assert not list(tmp_path.glob("*.mp4"))
 

@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 from bad_http import BadHTTP, Plan
 from fake_engine import Garage, Script
+from patience import PATIENCE
 from PIL import Image
 from served import BASE, I2V, SIZE, T2V, Served, serve
 
@@ -107,7 +108,8 @@ def test_pictures_as_uploads_one_for_the_start_and_one_for_the_end(served: Serve
 
 def test_a_picture_by_its_address(tmp_path: Path) -> None:
     with BadHTTP({"/cat.png": Plan(body=png(), headers={"Content-Type": "image/png"})}) as web:
-        with serve(tmp_path, presets=(I2V,), fetcher=Fetcher(permitted=lambda address: True)) as served:
+        fetcher = Fetcher(permitted=lambda address: True, seconds=PATIENCE)
+        with serve(tmp_path, presets=(I2V,), fetcher=fetcher) as served:
             id = served.submit(input_reference=web.url("/cat.png"))
             assert Path(served.jobs.get(id).request.image_path).read_bytes() == png()
 
@@ -188,7 +190,7 @@ def test_delete_cancels_what_runs_and_removes_what_is_over(tmp_path: Path) -> No
     garage = Garage(script={"hold": Script(hold=threading.Event())})
     with serve(tmp_path, garage) as served:
         id = served.submit("hold")
-        assert garage.started.wait(10)
+        assert garage.started.wait(PATIENCE)
         first = served.client.delete(f"/v1/videos/{id}").json()
         assert first["deleted"] is False
         assert served.end_of(id)["status"] == "cancelled"
@@ -207,7 +209,7 @@ def test_jobs_belong_to_the_key_that_sent_them(tmp_path: Path) -> None:
         body = {"prompt": "a secret", **SIZE, "client_id": "same", "file_name": "same.mp4"}
         one, two = (served.client.post("/v1/videos", json=body, headers=who).json()["id"] for who in (alice, bob))
         assert one != two
-        served.jobs.wait(one, 20)
+        served.jobs.wait(one, PATIENCE)
         for path in (
             f"/v1/videos/{one}",
             f"/v1/videos/{one}/content",

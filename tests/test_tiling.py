@@ -6,7 +6,7 @@ import itertools
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from vae_reference import random_vae
 
@@ -49,7 +49,6 @@ def smooth_video(frames: int, height: int, width: int) -> torch.Tensor:
     return 0.8 * torch.stack(waves)
 
 
-@settings(deadline=None)
 @given(st.integers(1, 60), st.integers(1, 9), st.integers(2, 40), st.data())
 def test_tiles_cover_every_pixel_once(height, width, size, data):
     tiling = Tiling(size=size, overlap=data.draw(st.integers(0, size // 2)))

@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 from page_engine import Painter
+from patience import PATIENCE, eventually
 
 from app.clicks import Clicks
 from app.exposure import Exposure
@@ -39,6 +40,11 @@ def submit(studio: Studio, owner: str, prompt: str) -> Job:
     return studio.submit(settings.engine, request, owner=owner, preset=PRESET)
 
 
+def begin(studio: Studio, job: Job) -> None:
+    """Waits until the run is no longer queued."""
+    eventually(lambda: studio.jobs.get(job.id).state != "queued")
+
+
 @pytest.mark.parametrize(
     "stored", [None, [], "x", {"owner": "short"}, {"owner": "x" * 40 + "\n"}, {"owner": 5}, {"owner": ["a"]}], ids=str
 )
@@ -58,10 +64,9 @@ def test_what_a_browser_kept_is_believed_only_in_its_form() -> None:
 
 def test_the_stage_follows_the_run_unless_one_was_chosen(studio: Studio) -> None:
     visitor = Visitor.of(None)
-    first = studio.jobs.wait(submit(studio, visitor.owner, "one").id, 60)
+    first = studio.jobs.wait(submit(studio, visitor.owner, "one").id, PATIENCE)
     second = submit(studio, visitor.owner, "an endless one")
-    while studio.jobs.get(second.id).state == "queued":
-        studio.jobs.wait(second.id, 0.1)
+    begin(studio, second)
     assert look(studio, replace(visitor, job=first.id)).visitor.job == second.id
     assert look(studio, replace(visitor, job=first.id, pinned=True)).visitor.job == first.id
     assert look(studio, replace(visitor, job=first.id)).finished == first
@@ -69,7 +74,7 @@ def test_the_stage_follows_the_run_unless_one_was_chosen(studio: Studio) -> None
 
 def test_a_run_that_came_and_went_between_two_looks_is_shown(studio: Studio) -> None:
     visitor = Visitor.of(None)
-    first, second = (studio.jobs.wait(submit(studio, visitor.owner, prompt).id, 60) for prompt in ("one", "two"))
+    first, second = (studio.jobs.wait(submit(studio, visitor.owner, prompt).id, PATIENCE) for prompt in ("one", "two"))
     assert look(studio, replace(visitor, job=first.id)).visitor.job == second.id
     assert look(studio, replace(visitor, job=first.id, pinned=True)).visitor.job == first.id
     assert look(studio, visitor).visitor.job == "", "nobody is shown a run that they did not ask for on this page"
@@ -78,8 +83,7 @@ def test_a_run_that_came_and_went_between_two_looks_is_shown(studio: Studio) -> 
 def test_a_run_that_began_is_edited_no_longer(studio: Studio) -> None:
     visitor = Visitor.of(None)
     first, second = (submit(studio, visitor.owner, prompt) for prompt in ("an endless one", "waits"))
-    while studio.jobs.get(first.id).state == "queued":
-        studio.jobs.wait(first.id, 0.1)
+    begin(studio, first)
     assert look(studio, replace(visitor, editing=second.id)).visitor.editing == second.id
     assert look(studio, replace(visitor, editing=first.id)).visitor.editing == ""
     studio.jobs.cancel(second.id)
@@ -88,7 +92,7 @@ def test_a_run_that_began_is_edited_no_longer(studio: Studio) -> None:
 
 def test_a_visitor_sees_their_own_runs_only(studio: Studio) -> None:
     alice, bob = Visitor.of(None), Visitor.of(None)
-    job = studio.jobs.wait(submit(studio, alice.owner, "alice's secret garden").id, 60)
+    job = studio.jobs.wait(submit(studio, alice.owner, "alice's secret garden").id, PATIENCE)
     assert [run.id for run in look(studio, alice).runs] == [job.id]
     for guess in (bob, replace(bob, job=job.id), replace(bob, compared=(job.id, job.id), editing=job.id)):
         scene = look(studio, guess)
@@ -102,28 +106,29 @@ def test_a_visitors_queue_is_reordered_without_moving_others(studio: Studio) -> 
     mine = submit(studio, "a" * 40, "mine")
     others = submit(studio, "b" * 40, "somebody else's")
     last = submit(studio, "a" * 40, "mine, later")
-    while studio.jobs.get(running.id).state == "queued":
-        studio.jobs.wait(running.id, 0.1)
+    begin(studio, running)
     get = studio.jobs.get
     studio.swap(get(last.id), get(mine.id))
     assert [get(id).position for id in (last.id, others.id, mine.id)] == [1, 2, 3]
 
 
 def test_a_run_teaches_the_prediction_and_its_own_is_kept(studio: Studio) -> None:
-    assert studio.predicted_for(studio.jobs.wait(submit(studio, "o" * 40, "x").id, 60).id) is None
-    job = submit(studio, "o" * 40, "x")
-    prediction = studio.predict(job.config, job.request)
+    first = studio.jobs.wait(submit(studio, "o" * 40, "x").id, PATIENCE)
+    assert studio.predicted_for(first.id) is None
+    prediction = studio.predict(first.config, first.request)
     assert prediction is not None and prediction.source == "measured"
-    assert studio.predicted_for(job.id) == pytest.approx(prediction.seconds, rel=0.5)
+    job = submit(studio, "o" * 40, "x")
+    assert studio.predicted_for(job.id) == prediction.seconds
     assert set(studio.expected_of(job.id)) >= {"text", "denoise", "decode"} and "load" not in studio.expected_of(job.id)
 
 
 def test_what_is_expected_of_an_edited_run_is_that_of_its_new_settings(studio: Studio) -> None:
     owner = "o" * 40
-    studio.jobs.wait(submit(studio, owner, "x").id, 60)
-    running, job = submit(studio, owner, "an endless one"), submit(studio, owner, "x")
-    while studio.jobs.get(running.id).state == "queued":
-        studio.jobs.wait(running.id, 0.1)
+    running = submit(studio, owner, "an endless one")
+    begin(studio, running)
+    took = {"text": 0.01, "denoise": 1.0, "decode": 0.5, "write": 0.1}
+    studio.learn(running.config, running.request, took)
+    job = submit(studio, owner, "x")
     before = studio.predicted_for(job.id)
     studio.edit(job, job.config, replace(job.request, frames=49), preset=job.preset)
     after = studio.predicted_for(job.id)
@@ -134,7 +139,7 @@ def test_loading_counts_only_where_the_run_before_leaves_another_model(studio: S
     for preset in ("demo_t2v_fp8", PRESET):
         settings = settings_of(preset)
         request = Request(prompt="x", **{**settings.request, "frames": 5, "seed": 1})
-        studio.jobs.wait(studio.submit(settings.engine, request, owner="o" * 40, preset=preset).id, 60)
+        studio.jobs.wait(studio.submit(settings.engine, request, owner="o" * 40, preset=preset).id, PATIENCE)
     mine, other = settings_of(PRESET).engine, settings_of("demo_t2v_fp8").engine
     request = Request(prompt="an endless one", **settings_of(PRESET).request)
 
@@ -158,7 +163,7 @@ def test_what_nothing_is_known_of_yet_is_named(studio: Studio) -> None:
         assert prediction is not None
         return studio.not_predicted(config, request, prediction)
 
-    studio.jobs.wait(submit(studio, "o" * 40, "x").id, 60)
+    studio.jobs.wait(submit(studio, "o" * 40, "x").id, PATIENCE)
     assert unknown(mine, request) == []
     assert unknown(other.engine, pictured) == ["load", "image"]
     studio.lender = GpuLender(lambda **_: lambda run: run, Painter(), other.engine, studio)  # type: ignore[arg-type]
@@ -193,6 +198,7 @@ def test_the_storages_key_is_its_owners_and_kept(tmp_path: Path) -> None:
 def test_a_run_that_begins_before_its_click_arrives_stays_where_it_is(studio: Studio, act: str) -> None:
     running = submit(studio, "alice", "endless")
     waiting = submit(studio, "alice", "another")
+    begin(studio, running)
     turn: Any = SimpleNamespace(visitor=Visitor(owner="alice"))
     clicks = Clicks(SimpleNamespace(studio=studio, inputs=None))  # type: ignore[arg-type]
     clicks._act_on_job(turn, act, replace(running, state="queued", position=1))
