@@ -195,6 +195,21 @@ def test_no_width_scrolls_sideways_and_the_stage_does_not_jump(
         assert tab.evaluate(wide) == width
 
 
+def test_nothing_lies_over_the_button_of_a_telephone_but_an_open_list(chrome: Browser, page: Page) -> None:
+    on_top = """name => {
+        const {left, top, width, height} = document.querySelector('#generate').getBoundingClientRect();
+        return !!document.elementFromPoint(left + width / 4, top + height / 2).closest(name); }"""
+    meet = "const top = name => document.querySelector(name).getBoundingClientRect().top;"
+    meet += "scrollBy(0, top('#preset-button') - top('#generate'));"
+    with person(chrome, page, width=390, height=500) as visitor:
+        tab = visitor.tab
+        tab.evaluate(meet)
+        assert tab.evaluate(on_top, "#generate"), "the preset's row scrolls under it"
+        tab.evaluate("scrollBy(0, 160)")
+        tab.click("#preset-button")
+        assert tab.evaluate(on_top, "[role=listbox]"), "who chooses a preset reads all of them"
+
+
 def test_five_controls_and_no_more_are_there_at_first(visitor: Person) -> None:
     """Prompt, preset, offload, size, Generate; beside them the choice of text or image, and examples."""
     ids = visitor.tab.evaluate(
