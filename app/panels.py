@@ -49,8 +49,8 @@ def header(words: Words, machine: Machine, loaded: str, exposure: Exposure, *, a
     state = tag("i", "", class_="dot ok" if alive else "dot bad")
     chips = [
         tag("span", state + esc(name if alive else words("worker_dead")), class_="chip"),
-        tag("span", esc(ram), class_="chip wide"),
-        tag("span", esc(words("loaded", name=loaded) if loaded else words("nothing_loaded")), class_="chip wide"),
+        tag("span", esc(ram), class_="chip"),
+        tag("span", esc(words("loaded", name=loaded) if loaded else words("nothing_loaded")), class_="chip"),
     ]
     if exposure.open_to_others and not exposure.hosted:
         text = words("shared") if exposure.auth else words("public")

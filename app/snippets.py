@@ -1,4 +1,4 @@
-"""One run as text for the other faces: command line, Python, HTTP and plain JSON. Pasted, each repeats the run."""
+"""One run as text for other faces: command line, Python and HTTP, which repeat it, and all that it held as JSON."""
 
 from __future__ import annotations
 

@@ -64,7 +64,7 @@ _TABLE: dict[str, tuple[str, str]] = {
     "enable_cfg": ("Guidance (doubles the work)", "启用引导（计算量翻倍）"),
     "boundary": ("Boundary between the experts", "专家切换边界"),
     "denoising_step_list": ("Denoising steps", "去噪时间步"),
-    "boundary_step_index": ("Step where the low-noise expert begins", "低噪声专家起始步"),
+    "boundary_step_index": ("Low-noise expert from step", "低噪声专家起始步"),
     "height": ("Height", "高"),
     "width": ("Width", "宽"),
     "frames": ("Frames", "帧数"),

@@ -19,11 +19,14 @@ window.studio = (() => {
   const local = {
     theme: toggleTheme,
     copy: (target) => {
-      const text = $("code", target.closest("figure")).textContent;
-      navigator.clipboard?.writeText(text).then(() => {
+      const code = $("code", target.closest("figure"));
+      const copied = () => {
         target.classList.add("copied");
         setTimeout(() => target.classList.remove("copied"), 1500);
-      });
+      };
+      if (navigator.clipboard) return navigator.clipboard.writeText(code.textContent).then(copied);
+      getSelection().selectAllChildren(code); // browsers have no clipboard for a page over http from another machine
+      if (document.execCommand("copy")) copied();
     },
     play: (target) => {
       const videos = pair(target);

@@ -130,7 +130,7 @@ class JobStore:
             if "locked" in str(error):
                 raise ConfigError(
                     f"Another process is already using the jobs in {short_path(file.parent)}. "
-                    "Stop it first, or give this one another output folder."
+                    "Stop it first, or give this one another folder with --output_dir."
                 ) from None
             raise OutputError(
                 f"{short_path(file)} cannot be used: {error}. Free some disk space, make the folder writable, or move "

@@ -183,6 +183,8 @@ def test_no_width_scrolls_sideways_and_the_stage_does_not_jump(
         )
         assert not cut, "phases and presets are named in full"
         assert tab.evaluate(wide) == width
+        chips = "[...document.querySelectorAll('.top .chip')].map(e => e.checkVisibility())"
+        assert tab.evaluate(chips) == [True] * 3, "device, free memory, what is loaded"
         tab.click("#preset-button")
         visitor.settle("() => document.querySelector('#preset-button').ariaExpanded === 'true'")
         assert tab.evaluate(wide) == width
@@ -208,6 +210,21 @@ def test_nothing_lies_over_the_button_of_a_telephone_but_an_open_list(chrome: Br
         tab.evaluate("scrollBy(0, 160)")
         tab.click("#preset-button")
         assert tab.evaluate(on_top, "[role=listbox]"), "who chooses a preset reads all of them"
+
+
+@pytest.mark.parametrize("script", ["", "Object.defineProperty(Navigator.prototype, 'clipboard', {value: undefined})"])
+def test_settings_are_copied_also_where_the_browser_has_no_clipboard(chrome: Browser, page: Page, script: str) -> None:
+    """It has none for a page that came over http from another machine."""
+    with person(chrome, page, script=script) as visitor:
+        tab = visitor.tab
+        visitor.make("a ball")
+        visitor.see("done")
+        tab.click("#report .snippets summary")
+        tab.click("#report figure:first-of-type [data-act=copy]")
+        tab.wait_for_selector("#report [data-act=copy].copied")
+        tab.fill("#prompt textarea", "")
+        tab.press("#prompt textarea", "Control+V")
+        assert tab.input_value("#prompt textarea") == tab.inner_text("#report figure:first-of-type code")
 
 
 def test_five_controls_and_no_more_are_there_at_first(visitor: Person) -> None:
