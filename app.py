@@ -119,7 +119,7 @@ def open_engine(config: Any, *, preset: str, on_progress: Any, cancel: Any) -> A
 
 
 def prepare_environment(output: Path) -> None:
-    """Settings that gradio reads when it is imported: nothing is sent home, and uploads stay in our own folder."""
+    """Settings that gradio and torch read when they are imported: nothing is sent home, uploads stay in our folder."""
     uploads = output.absolute() / "uploads"
     try:
         uploads.mkdir(parents=True, exist_ok=True)
@@ -130,6 +130,9 @@ def prepare_environment(output: Path) -> None:
         ) from None
     os.environ["GRADIO_TEMP_DIR"] = str(uploads)
     os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"
+    # Threads that spin while they wait for each other take the cores from the browser, and it takes them back: on two
+    # cores beside one busy program a run of the demo takes two to three times as long then.
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     # The self-check of the server's start goes to loopback; a proxy would swallow it.
     for name in ("NO_PROXY", "no_proxy"):
         known = [host for host in os.environ.get(name, "").split(",") if host]

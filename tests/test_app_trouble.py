@@ -69,6 +69,19 @@ def test_an_address_of_another_machine_is_told_instead_of_being_tried_for_ever(t
     assert code == 2 and said.startswith("192.0.2.1 cannot be listened on") and len(said.splitlines()) == 1
 
 
+@pytest.mark.parametrize(("given", "used"), [({}, "PASSIVE"), ({"OMP_WAIT_POLICY": "ACTIVE"}, "ACTIVE")])
+def test_threads_leave_the_cores_to_the_browser_unless_told_otherwise(
+    tmp_path: Path, given: dict[str, str], used: str
+) -> None:
+    """torch reads it once, when it is imported."""
+    script = "import os, pathlib, runpy, sys; main = runpy.run_path('app.py');"
+    script += "main['prepare_environment'](pathlib.Path(sys.argv[1]));"
+    script += "print(os.environ['OMP_WAIT_POLICY'], 'torch' in sys.modules)"
+    environment = {name: value for name, value in os.environ.items() if name != "OMP_WAIT_POLICY"} | given
+    command = [sys.executable, "-c", script, str(tmp_path)]
+    assert subprocess.check_output(command, text=True, env=environment, cwd=ROOT).split() == [used, "False"]
+
+
 @pytest.mark.parametrize("content", [None, b"\xff\xfe"], ids=["folder", "no text"])
 def test_a_key_file_that_is_none_is_told(tmp_path: Path, content: bytes | None) -> None:
     key = tmp_path / "browser.key"
