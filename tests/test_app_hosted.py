@@ -12,6 +12,7 @@ from collections.abc import Iterator
 from typing import Any
 
 import pytest
+from page_engine import Painter
 from patience import eventually
 from studio_app import ROOT, Page, Refused, launched
 
@@ -103,7 +104,9 @@ def test_who_leaves_gives_the_gpu_back(zerogpu: Page) -> None:
     for line in generate(zerogpu, config, prompt, denoising_step_list=many):
         if "preview.jpg?step=" in line:
             break  # the connection is closed with the tab
-    assert eventually(lambda: any(e["event"] == "end" and e["prompt"] == prompt for e in zerogpu.painted))
+    ended = eventually(lambda: [e for e in zerogpu.painted if e["event"] == "end" and e["prompt"] == prompt])
+    began = next(e for e in zerogpu.painted if e["event"] == "begin" and e["prompt"] == prompt)
+    assert ended[0]["at"] - began["at"] < 0.5 * 40 * Painter.slow_seconds
     assert set(zerogpu.folder.glob("*.mp4")) == videos, "it was not made to its end"
     list(generate(zerogpu, config, "the next one has the GPU"))
 

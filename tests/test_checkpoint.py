@@ -341,7 +341,7 @@ def test_a_header_bomb_costs_nothing(tmp_path: Path, length: int) -> None:
     refused(path, "m.safetensors")
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
-    assert time.thread_time() - start < 5
+    assert time.thread_time() - start < 1
     assert peak < 1 << 20
 
 

@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import textwrap
+import time
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -550,7 +551,9 @@ def test_a_signal_ends_it_cleanly_and_soon(where: str, number: signal.Signals, c
     with process:
         assert process.stdout is not None and process.stdout.readline() in ("loading\n", "running\n")
         process.send_signal(number)
+        started = time.monotonic()
         out, err = process.communicate(timeout=PATIENCE)  # left alone it would go on for ten minutes
+    assert time.monotonic() - started < 5
     assert process.returncode == code
     assert out == ("closed\n" if where == "run" else "")
     assert err.splitlines()[-1] == "Stopped; no video was written."

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import time
+
 import pytest
 from fake_engine import Garage, Script
 from job_runs import CONFIG, ask, done, start_held
@@ -15,9 +17,11 @@ from lightx2v.jobs import JobManager
 def test_a_running_job_is_cancelled_within_a_step(stage: str, manager: JobManager, garage: Garage) -> None:
     job, _ = start_held(manager, garage, at=(stage, 2))
     after = manager.submit(CONFIG, ask("after"))
+    started = time.monotonic()
     asked = manager.cancel(job.id)
     assert asked.state in ("running", "cancelled") and (asked.cancelling or asked.over)
     job = done(manager, job)
+    assert time.monotonic() - started < 2
     assert job.state == "cancelled" and job.error is None and job.path is None
     assert not (manager.folder / f"{job.id}.mp4").exists()
     assert done(manager, after).state == "succeeded"

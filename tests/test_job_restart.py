@@ -93,7 +93,7 @@ def test_an_engine_that_hangs_does_not_keep_the_program_from_ending(
     job, event = start_held(manager, garage, ignore_cancel=True)
     started = time.monotonic()
     assert not manager.close(timeout=0.1)
-    assert time.monotonic() - started < PATIENCE
+    assert time.monotonic() - started < 2
     event.set()
     assert manager.close()
     assert open_manager().get(job.id).state == "interrupted"

@@ -71,7 +71,7 @@ def test_waiting_ends_at_its_timeout(manager: JobManager, garage: Garage) -> Non
     job, event = start_held(manager, garage)
     started = time.monotonic()
     assert manager.wait(job.id, 0.05).state == "running"
-    assert 0.05 <= time.monotonic() - started < PATIENCE
+    assert 0.05 <= time.monotonic() - started < 2
     event.set()
 
 

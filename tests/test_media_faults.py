@@ -102,10 +102,12 @@ def test_cancelling_ends_an_encoder_that_hangs(
     script(fake_ffmpeg, "time.sleep(600)")  # longer than a test may take
     token = CancelToken()
     timer = threading.Timer(0.3, token.cancel)
+    started = time.monotonic()
     timer.start()
     with pytest.raises(Cancelled), VideoWriter(tmp_path / "out" / "a.mp4", 512, 512, 16, cancel=token) as writer:
         writer.write(clip(5, 512, 512))
     timer.join()
+    assert time.monotonic() - started < 5
     assert_nothing_left(tmp_path / "out")
 
 
@@ -278,8 +280,10 @@ def test_a_signal_while_writing_leaves_nothing(number: signal.Signals, code: int
     with process.stdout:
         process.stdout.readline()
         time.sleep(0.2)
+        started = time.monotonic()
         process.send_signal(number)
         assert process.wait(PATIENCE) == code  # left alone it would write for ever
+    assert time.monotonic() - started < 5
     assert_nothing_left(tmp_path)
 
 

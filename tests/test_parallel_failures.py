@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import signal
+import time
 from pathlib import Path
 
 import parallel_troubles
@@ -67,6 +68,7 @@ def test_who_is_alone_while_they_connect_says_so(root: Path) -> None:
 
 def test_a_failure_of_one_process_ends_all(root: Path) -> None:
     """All at once, since they mostly wait. Who had to be ended here has no exit code."""
+    started = time.monotonic()
     groups = {case: Running(2, parallel_troubles.failing, str(root), *case) for case in CASES}
     wrong = []
     for (how, where, who), running in groups.items():
@@ -76,6 +78,7 @@ def test_a_failure_of_one_process_ends_all(root: Path) -> None:
         if ends[1 - who].code != 1 or ends[who].code != expected or told not in "".join(end.said for end in ends):
             wrong.append((how, where, who, ends))
     assert not wrong, "\n".join(describe(case) for case in wrong)
+    assert time.monotonic() - started < 110, "some process waited until it was killed"
 
 
 def describe(case: tuple[str, str, int, list[Ended]]) -> str:

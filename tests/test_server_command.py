@@ -164,7 +164,10 @@ def test_very_many_connections_are_refused_and_headers_without_end_cut(
 
     def visit(http: httpx.Client) -> tuple[list[int], bytes]:
         address = (http.base_url.host, http.base_url.port)
-        health = lambda: http.get("/health").status_code  # noqa: E731
+
+        def health() -> int:
+            return http.get("/health").status_code
+
         codes = [health()]
         idle = [socket.create_connection(address) for _ in range(20)]
         codes.append(eventually(lambda: (code := health()) != 200 and code))  # once they are accepted
