@@ -20,11 +20,12 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from .cli.parser import Flags
+from .cli.signals import Interrupts
+from .cli.terminal import ProgressLine, ended, logging_to
 from .config import Environment, resolve
 from .errors import BadRequest, LoraError, short_path
-from .flags import Flags
 from .lora_names import noise_level
-from .terminal import Interrupts, ProgressLine, ended, logging_to
 
 if TYPE_CHECKING:
     from .conversion import Conversion

@@ -14,12 +14,13 @@ import sys
 from collections.abc import Sequence
 from functools import partial
 
+from .cli.parser import Flags
+from .cli.signals import Interrupts
+from .cli.terminal import ProgressLine, ended, logging_to, one_line
 from .config import Environment, list_presets, resolve
 from .errors import DownloadError, byte_size
-from .flags import Flags
 from .hub import Hub, Plan, fetch, make_plan
 from .progress import Meter
-from .terminal import Interrupts, ProgressLine, ended, logging_to, one_line
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -24,9 +24,11 @@ from types import TracebackType
 from typing import Any, Protocol
 
 from . import preload
+from .cli.parser import Flags
+from .cli.signals import ECHO, Interrupts
+from .cli.terminal import ProgressLine, ended, logging_to, one_line
 from .config import EngineConfig, Environment, Resolved, hub_name, list_presets, needed_files, resolve
 from .errors import BadRequest, ConfigError, short_path
-from .flags import Flags
 from .framing import RESIZE_MODES
 from .hub import find
 from .machine import MachineReader
@@ -35,7 +37,6 @@ from .preset_keys import PER_VIDEO
 from .progress import CancelToken, OnProgress, cost
 from .request import Request
 from .settings import PICTURES, find_picture
-from .terminal import ECHO, Interrupts, ProgressLine, ended, logging_to, one_line
 
 log = logging.getLogger("lightx2v.infer")
 

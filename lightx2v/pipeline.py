@@ -22,6 +22,7 @@ from typing import Any, Self
 import torch
 
 from . import hub
+from .cli.terminal import show_log
 from .config import Environment, resolve
 from .engine import Engine, load_engine, within_memory
 from .engine_config import EngineConfig
@@ -35,7 +36,6 @@ from .request import LoraSpec, Request
 from .result import Result
 from .run import Run
 from .sampling import draw_seed
-from .terminal import show_log
 
 log = logging.getLogger("lightx2v.pipeline")
 

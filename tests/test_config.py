@@ -10,16 +10,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from lightx2v.config import (
-    PRESETS,
-    PROJECT,
-    Environment,
-    ParallelConfig,
-    Resolved,
-    needed_files,
-    read_json,
-    resolve,
-)
+from lightx2v.config import PRESETS, PROJECT, Environment, ParallelConfig, Resolved, needed_files, read_json, resolve
 from lightx2v.errors import BadRequest, ConfigError, LightX2VError
 from lightx2v.request import Request
 

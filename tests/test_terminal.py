@@ -11,9 +11,10 @@ from pathlib import Path
 
 import pytest
 
+from lightx2v.cli.signals import Interrupts
+from lightx2v.cli.terminal import ProgressLine, clock, describe, logging_to, one_line
 from lightx2v.config import PROJECT
 from lightx2v.progress import Progress
-from lightx2v.terminal import Interrupts, ProgressLine, clock, describe, logging_to, one_line
 
 
 class Terminal(io.StringIO):

@@ -19,14 +19,15 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from ..cli.parser import Flags
+from ..cli.signals import ECHO, Interrupts
+from ..cli.terminal import ProgressLine, ended, logging_to
 from ..config import Environment, Resolved, resolve
 from ..engine_config import EngineConfig
 from ..engine_slot import Engine, OpenEngine
 from ..errors import ConfigError
-from ..flags import Flags
 from ..job_store import JobStore
 from ..progress import CancelToken, OnProgress
-from ..terminal import ECHO, Interrupts, ProgressLine, ended, logging_to
 
 log = logging.getLogger("lightx2v.server")
 

@@ -1,0 +1,71 @@
+"""Signals of a command line: the first Ctrl+C cancels the run, the second ends the process."""
+
+from __future__ import annotations
+
+import signal
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from types import FrameType, TracebackType
+from typing import Any, Self
+
+from ..progress import CancelToken
+
+ECHO = 3.0
+"""Seconds in which torchrun repeats a signal (see Interrupts)."""
+
+
+class Interrupted(KeyboardInterrupt):
+    """Not KeyboardInterrupt itself: Python ends as if by Ctrl-C, whatever the exit code, once one of those has passed
+    through a module that runs Python from C, as torch does while it is imported."""
+
+
+class Interrupts:
+    """Ctrl-C and SIGTERM while the block runs. Inside `cancelling` the first one asks the run to stop, which cleans up
+    behind itself; anywhere else, and on the second one, it stops at once as a KeyboardInterrupt.
+
+    What comes within `echo` seconds of the first one is that one again: torchrun passes on to its processes what the
+    terminal has sent them already.
+    """
+
+    def __init__(self, *, echo: float = 0.0) -> None:
+        self.token = CancelToken()
+        self._echo = echo
+        self._number = int(signal.SIGINT)
+        self._first: float | None = None
+        self._patient = False
+        self._before: dict[signal.Signals, Any] = {}
+
+    @property
+    def exit_code(self) -> int:
+        """What a shell expects of a program that a signal ended: 130 or 143."""
+        return 128 + self._number
+
+    @contextmanager
+    def cancelling(self) -> Iterator[CancelToken]:
+        """While the block runs, the first signal only sets the token, which the block has to heed."""
+        self._patient = True
+        try:
+            yield self.token
+        finally:
+            self._patient = False
+
+    def __enter__(self) -> Self:
+        if threading.current_thread() is threading.main_thread():
+            for number in (signal.SIGINT, signal.SIGTERM):
+                self._before[number] = signal.signal(number, self._on_signal)
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+
+    def _on_signal(self, number: int, frame: FrameType | None) -> None:
+        now, first = time.monotonic(), self._first
+        if first is not None and now - first < self._echo:
+            return
+        self._first, self._number = first or now, number
+        self.token.cancel()
+        if first is not None or not self._patient:
+            raise Interrupted
