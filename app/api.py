@@ -14,10 +14,10 @@ from typing import Any
 
 import gradio as gr
 
-from lightx2v.config import resolve
+from lightx2v.config.presets import resolve
+from lightx2v.config.request import Request
 from lightx2v.errors import BadRequest, LightX2VError
-from lightx2v.jobs import Job
-from lightx2v.request import Request
+from lightx2v.job_store import Job
 
 from .form import new_seed
 from .studio import Studio, settings_of

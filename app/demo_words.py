@@ -7,7 +7,7 @@ from functools import cache
 
 from tokenizers import Tokenizer
 
-from lightx2v.config import PROJECT
+from lightx2v.config.model_paths import PROJECT
 
 TOKENIZER = PROJECT / "assets" / "demo" / "Wan2.2-T2V-Demo" / "google" / "umt5-xxl" / "tokenizer.json"
 UNKNOWN = "<unk>"

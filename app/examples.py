@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from lightx2v.config import PROJECT, PresetInfo
+from lightx2v.config.model_paths import PROJECT
+from lightx2v.config.presets import PresetInfo
 
 from .html import button, esc, tag
 from .strings import Words

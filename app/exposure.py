@@ -13,8 +13,8 @@ import secrets
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 
+from lightx2v.config.request import MAX_FRAMES, MAX_PROMPT, MAX_SIDE, Request
 from lightx2v.errors import BadRequest, ConfigError
-from lightx2v.request import MAX_FRAMES, MAX_PROMPT, MAX_SIDE, Request
 from lightx2v.server.command import is_loopback
 
 MEGABYTE = 1_000_000

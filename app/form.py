@@ -12,11 +12,11 @@ from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from typing import Any, Self
 
-from lightx2v.config import resolve
-from lightx2v.engine_config import EngineConfig
+from lightx2v.config.engine_config import EngineConfig
+from lightx2v.config.presets import resolve
+from lightx2v.config.request import LoraSpec, Request
 from lightx2v.errors import BadRequest
 from lightx2v.hub import find_lora
-from lightx2v.request import LoraSpec, Request
 
 from .exposure import Exposure
 from .strings import Words

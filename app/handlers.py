@@ -14,13 +14,13 @@ from typing import Any
 
 import gradio as gr
 
-from lightx2v.config import resolve
-from lightx2v.engine_config import EngineConfig
+from lightx2v.config.engine_config import EngineConfig
+from lightx2v.config.presets import resolve
+from lightx2v.config.recorded_settings import PICTURES
+from lightx2v.config.request import Request
 from lightx2v.errors import BadRequest, LightX2VError
-from lightx2v.jobs import Job
+from lightx2v.job_store import Job
 from lightx2v.mp4 import read_settings
-from lightx2v.request import Request
-from lightx2v.settings import PICTURES
 
 from .editing import Updates, form_of, preset_values
 from .form import LORA_ROWS, Plan, pair_of, plan

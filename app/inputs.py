@@ -12,8 +12,8 @@ import gradio as gr
 from gradio.components import Component
 
 from lightx2v.attention.names import SUPPORTED as ATTENTION_NAMES
-from lightx2v.config import Resolved
-from lightx2v.request import MAX_PROMPT
+from lightx2v.config.presets import Resolved
+from lightx2v.config.request import MAX_PROMPT
 
 from .exposure import Exposure
 from .form import LORA_ROWS, OFFLOAD, frames_for

@@ -8,11 +8,10 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from lightx2v.engine_config import EngineConfig
-from lightx2v.engine_slot import RunReport
-from lightx2v.jobs import Engine
+from lightx2v.config.engine_config import EngineConfig
+from lightx2v.config.request import Request
+from lightx2v.engine_slot import Engine, RunReport
 from lightx2v.progress import CancelToken, OnProgress
-from lightx2v.request import Request
 
 if TYPE_CHECKING:
     from .studio import Studio

@@ -10,8 +10,8 @@ from dataclasses import dataclass, replace
 from functools import partial
 from typing import Protocol
 
-from lightx2v.config import needed_files
-from lightx2v.engine_config import EngineConfig, hub_name
+from lightx2v.config.engine_config import EngineConfig, hub_name
+from lightx2v.config.model_paths import needed_files
 from lightx2v.errors import Cancelled, LightX2VError
 from lightx2v.hub import Hub, ensure, find, missing
 from lightx2v.hub.listing import HubFile, list_files

@@ -9,9 +9,9 @@ from typing import Any
 
 import gradio as gr
 
-from lightx2v.config import PROJECT
+from lightx2v.config.model_paths import PROJECT
+from lightx2v.config.recorded_settings import PICTURES
 from lightx2v.errors import OutputError, short_path
-from lightx2v.settings import PICTURES
 
 from .api import add_endpoints
 from .clicks import Clicks

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from lightx2v.engine_config import EngineConfig
-from lightx2v.jobs import Job
-from lightx2v.request import Request
+from lightx2v.config.engine_config import EngineConfig
+from lightx2v.config.request import Request
+from lightx2v.job_store import Job
 
 from .stage import Remedy
 from .strings import Words

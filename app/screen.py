@@ -14,10 +14,10 @@ import gradio as gr
 from gradio.components import Component
 from gradio.context import Context, LocalContext
 
-from lightx2v.engine_config import EngineConfig
+from lightx2v.config.engine_config import EngineConfig
+from lightx2v.config.recorded_settings import PICTURES
+from lightx2v.config.request import Request
 from lightx2v.errors import LightX2VError
-from lightx2v.request import Request
-from lightx2v.settings import PICTURES
 
 from . import panels
 from .editing import Editor, Updates, form_of, preset_values

@@ -8,10 +8,10 @@ from dataclasses import MISSING, fields, replace
 from pathlib import PurePath
 from typing import Any
 
-from lightx2v.config import resolve
+from lightx2v.config.presets import resolve
+from lightx2v.config.request import Request
 from lightx2v.errors import LightX2VError
-from lightx2v.jobs import Job
-from lightx2v.request import Request
+from lightx2v.job_store import Job
 
 ADDRESS = "http://127.0.0.1:7860"
 OVER_HTTP = {

@@ -6,10 +6,10 @@ import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
+from lightx2v.config.request import Request
 from lightx2v.estimate import high_noise_steps
-from lightx2v.jobs import Job
+from lightx2v.job_store import Job
 from lightx2v.progress import STAGES, Progress
-from lightx2v.request import Request
 
 from . import numbers
 from .html import button, esc, tag

@@ -17,17 +17,20 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any, Protocol
 
-from lightx2v.config import PROJECT, VARIANTS, PresetInfo, Resolved, list_presets, resolve
-from lightx2v.engine_config import EngineConfig
+from lightx2v.config.engine_config import EngineConfig
+from lightx2v.config.model_paths import PROJECT
+from lightx2v.config.presets import VARIANTS, PresetInfo, Resolved, list_presets, resolve
+from lightx2v.config.request import Request
+from lightx2v.engine_slot import Engine, OpenEngine
 from lightx2v.errors import BadRequest, ConfigError, LightX2VError
 from lightx2v.estimate import Prediction, Rates, Work, count
 from lightx2v.image import jpeg
-from lightx2v.jobs import Engine, Job, JobManager, OpenEngine, UnknownJob
+from lightx2v.job_store import Job, UnknownJob
+from lightx2v.jobs import JobManager
 from lightx2v.machine import MachineReader
 from lightx2v.media import read_frame
 from lightx2v.memory import bytes_needed, shape_of
 from lightx2v.progress import CancelToken, OnProgress, Progress
-from lightx2v.request import Request
 
 from .exposure import Exposure
 from .measured import Measured, engine_key

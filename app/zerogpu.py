@@ -21,14 +21,14 @@ from contextlib import closing
 from dataclasses import replace
 from typing import Any, Protocol
 
-from lightx2v.engine_config import EngineConfig
+from lightx2v.config.engine_config import EngineConfig
+from lightx2v.config.recorded_settings import recorded_settings
+from lightx2v.config.request import Request
 from lightx2v.errors import LightX2VError
 from lightx2v.image import jpeg
-from lightx2v.jobs import Job
+from lightx2v.job_store import Job
 from lightx2v.media import VideoWriter
 from lightx2v.progress import CancelToken, OnProgress, Progress
-from lightx2v.request import Request
-from lightx2v.settings import recorded_settings
 
 from .studio import Studio
 

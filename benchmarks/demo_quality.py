@@ -23,9 +23,9 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from lightx2v.config import resolve
+from lightx2v.config.presets import resolve
+from lightx2v.config.request import Request
 from lightx2v.pipeline import LightX2VPipeline
-from lightx2v.request import Request
 from training.captions import caption
 from training.detector import Reading, detect
 from training.world import (
@@ -137,7 +137,8 @@ def psnr(a: np.ndarray, b: np.ndarray) -> np.ndarray:
 
 def drawn_clips(count: int) -> tuple[Row, Row]:
     """The detector on real clips, and on what the VAE makes of them."""
-    from lightx2v.models.vae import VAEConfig, WanVAE
+    from lightx2v.models.vae import WanVAE
+    from lightx2v.models.vae_config import VAEConfig
     from lightx2v.weights.checkpoint import open_checkpoint
 
     checkpoint = open_checkpoint(VAE)

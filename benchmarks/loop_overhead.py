@@ -16,11 +16,11 @@ from typing import Any
 
 import torch
 
-from lightx2v.config import resolve
+from lightx2v.config.presets import resolve
+from lightx2v.config.request import Request
 from lightx2v.models.dit import WanDiT
 from lightx2v.pipeline import LightX2VPipeline
 from lightx2v.progress import CancelToken
-from lightx2v.request import Request
 from lightx2v.sampling import Euler, Solver, UniPC, denoise, distill_schedule, initial_noise, unipc_schedule
 
 SHAPES = {"demo 64x64x17": (16, 5, 8, 8), "480p 480x832x81": (16, 21, 60, 104)}

@@ -14,7 +14,7 @@ import sys
 
 import torch
 
-from lightx2v.config import Environment
+from lightx2v.config.environment import Environment
 from lightx2v.estimate import DiTShape, dit_flops
 from lightx2v.models.dit import DiTConfig, WanDiT
 

@@ -14,11 +14,11 @@ from pathlib import Path
 
 from PIL import Image
 
-from lightx2v.config import resolve
+from lightx2v.config.presets import resolve
+from lightx2v.config.request import Request
 from lightx2v.estimate import Rates, Work, count
 from lightx2v.memory import shape_of
 from lightx2v.pipeline import LightX2VPipeline
-from lightx2v.request import Request
 
 Size = tuple[int, int, int]
 """Height, width, frames."""

@@ -19,7 +19,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from lightx2v.models.vae import VAEConfig
+from lightx2v.models.vae_config import VAEConfig
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
 from vae_reference import random_vae

@@ -24,7 +24,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from lightx2v.models.vae import Tiling, VAEConfig
+from lightx2v.models.tiling import Tiling
+from lightx2v.models.vae_config import VAEConfig
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
 from vae_reference import random_vae, relative_error, same_in_diffusers

@@ -10,9 +10,9 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from . import errors
-    from .config import EngineConfig
+    from .config.engine_config import EngineConfig
+    from .config.request import Request
     from .pipeline import LightX2VPipeline
-    from .request import Request
 
 __version__ = "0.1.0"
 __all__ = ["EngineConfig", "LightX2VPipeline", "Request", "errors"]

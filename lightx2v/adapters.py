@@ -18,13 +18,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .components import Which
-from .engine_config import EngineConfig
+from .config.engine_config import EngineConfig
+from .config.lora_names import noise_level, task_of
+from .config.request import LoraSpec
 from .errors import LoraError, short_path
 from .hub import find_lora
-from .lora_names import noise_level, task_of
 from .models.dit import WanDiT
 from .models.quant_linear import QuantLinear
-from .request import LoraSpec
 from .weights.build import ModelWeights
 from .weights.lora import Lora, LoraReport, match_lora, partner_of
 from .weights.stream import TensorStream

@@ -27,9 +27,9 @@ from typing import Literal
 import torch
 from filelock import FileLock, Timeout
 
-from .config import Environment
+from .config.engine_config import EngineConfig
+from .config.environment import Environment
 from .conversion import FINGERPRINT, VERSION, Conversion, convert, fingerprint, is_made_of, recipes
-from .engine_config import EngineConfig
 from .errors import OutputError, short_path
 from .progress import CancelToken, OnProgress
 from .weights.checkpoint import open_checkpoint

@@ -14,12 +14,13 @@ from typing import Literal
 import torch
 
 from .attention import Choice
-from .engine_config import EngineConfig
+from .config.engine_config import EngineConfig
 from .errors import CheckpointError, ConfigError, short_path
 from .models.dit import DiTConfig, WanDiT, parameter_dtype
 from .models.quant_linear import swap_linears
 from .models.umt5 import TextEncoder
-from .models.vae import VAEConfig, WanVAE
+from .models.vae import WanVAE
+from .models.vae_config import VAEConfig
 from .parallel.mesh import Mesh
 from .progress import CancelToken
 from .weights.build import ModelWeights

@@ -20,7 +20,7 @@ import torch
 
 from .adapters import files_for
 from .components import DTYPES, Which
-from .engine_config import EngineConfig
+from .config.engine_config import EngineConfig
 from .errors import BadRequest, LightX2VError, LoraError, OutputError, short_path
 from .models.dit import parameter_dtype
 from .models.umt5 import wan_name

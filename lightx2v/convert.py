@@ -23,9 +23,10 @@ from typing import TYPE_CHECKING
 from .cli.parser import Flags
 from .cli.signals import Interrupts
 from .cli.terminal import ProgressLine, ended, logging_to
-from .config import Environment, resolve
+from .config.environment import Environment
+from .config.lora_names import noise_level
+from .config.presets import resolve
 from .errors import BadRequest, LoraError, short_path
-from .lora_names import noise_level
 
 if TYPE_CHECKING:
     from .conversion import Conversion

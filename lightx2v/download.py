@@ -17,7 +17,8 @@ from functools import partial
 from .cli.parser import Flags
 from .cli.signals import Interrupts
 from .cli.terminal import ProgressLine, ended, logging_to, one_line
-from .config import Environment, list_presets, resolve
+from .config.environment import Environment
+from .config.presets import list_presets, resolve
 from .errors import DownloadError, byte_size
 from .hub import Hub, Plan, fetch, make_plan
 from .progress import Meter

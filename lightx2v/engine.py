@@ -16,8 +16,8 @@ from . import hub, preload
 from .attention import Choice, resolve_attention
 from .built import find_built, make_built
 from .components import DTYPES, Precision, expert_weights
-from .config import Environment
-from .engine_config import EngineConfig, ParallelConfig
+from .config.engine_config import EngineConfig, ParallelConfig
+from .config.environment import Environment
 from .errors import OutOfMemory, OutputError
 from .machine import free_memory
 from .models.dit import DiTConfig

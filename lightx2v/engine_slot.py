@@ -15,11 +15,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
-from .engine_config import EngineConfig
+from .config.engine_config import EngineConfig
+from .config.request import Request
 from .errors import Cancelled, GroupFailed, LightX2VError, OutOfMemory, OutputError
 from .machine import free_memory
 from .progress import CancelToken, OnProgress
-from .request import Request
 
 log = logging.getLogger("lightx2v.jobs")
 

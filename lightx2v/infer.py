@@ -27,16 +27,19 @@ from . import preload
 from .cli.parser import Flags
 from .cli.signals import ECHO, Interrupts
 from .cli.terminal import ProgressLine, ended, logging_to, one_line
-from .config import EngineConfig, Environment, Resolved, hub_name, list_presets, needed_files, resolve
+from .config.engine_config import EngineConfig, hub_name
+from .config.environment import Environment
+from .config.lightx2v_keys import PER_VIDEO
+from .config.model_paths import needed_files
+from .config.presets import Resolved, list_presets, resolve
+from .config.recorded_settings import PICTURES, find_picture
+from .config.request import Request
 from .errors import BadRequest, ConfigError, short_path
 from .framing import RESIZE_MODES
 from .hub import find
 from .machine import MachineReader
 from .memory import on_card, on_machine
-from .preset_keys import PER_VIDEO
 from .progress import CancelToken, OnProgress, cost
-from .request import Request
-from .settings import PICTURES, find_picture
 
 log = logging.getLogger("lightx2v.infer")
 

@@ -9,9 +9,9 @@ import shutil
 from dataclasses import replace
 from pathlib import Path
 
+from .config.request import Request
 from .image import store_image
 from .media import WORK_PREFIX
-from .request import Request
 
 log = logging.getLogger("lightx2v.jobs")
 

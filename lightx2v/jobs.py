@@ -26,13 +26,13 @@ from pathlib import Path
 from types import TracebackType
 from typing import Self
 
-from .engine_config import EngineConfig
+from .config.engine_config import EngineConfig
+from .config.request import Request
 from .engine_slot import Engine, OpenEngine
 from .errors import BadRequest, Busy, OutputError
 from .job_files import JobFiles
 from .job_store import STATES, Job, JobEvent, JobStore, State, UnknownJob
 from .job_worker import JobWorker
-from .request import Request
 
 __all__ = ["Engine", "Job", "JobEvent", "JobManager", "OpenEngine", "UnknownJob"]
 

@@ -15,7 +15,7 @@ from pathlib import Path
 
 import psutil
 
-from .config import Environment
+from .config.environment import Environment
 
 FRESH_SECONDS = 3.0
 

@@ -8,12 +8,12 @@ from pathlib import Path
 from typing import Any
 
 from . import planner
-from .config import PROJECT
-from .engine_config import EngineConfig
+from .config.engine_config import EngineConfig
+from .config.model_paths import PROJECT
+from .config.request import Request
 from .estimate import DiTShape
 from .machine import Machine
 from .planner import GIB, RESERVE, TEXT_WEIGHTS, VAE_WEIGHTS, Model, Need, Plan, Wishes
-from .request import Request
 
 CARD_KEEPS = GIB
 """Of a card's nominal size: what the driver and the CUDA context take."""

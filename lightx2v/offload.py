@@ -30,7 +30,8 @@ from .components import (
     load_vae,
     whole_float32,
 )
-from .engine_config import EngineConfig
+from .config.engine_config import EngineConfig
+from .config.request import LoraSpec
 from .errors import CheckpointError, LoraError
 from .estimate import DiTShape
 from .models.dit import DiTConfig, WanDiT
@@ -43,7 +44,6 @@ from .placement.offloaded import Offloaded
 from .placement.piece import Reader
 from .planner import Machine, Model, Need, Plan, Planner, Stage, Wishes, free_ram
 from .progress import CancelToken
-from .request import LoraSpec
 from .weights.build import ModelWeights
 from .weights.checkpoint import open_checkpoint
 from .weights.locate import ModelFiles

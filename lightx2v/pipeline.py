@@ -23,16 +23,17 @@ import torch
 
 from . import hub
 from .cli.terminal import show_log
-from .config import Environment, resolve
+from .config.engine_config import EngineConfig
+from .config.environment import Environment
+from .config.presets import resolve
+from .config.request import LoraSpec, Request
 from .engine import Engine, load_engine, within_memory
-from .engine_config import EngineConfig
 from .errors import Busy, ConfigError, GroupFailed, LightX2VError
 from .machine import free_memory
 from .media import check_output_path
 from .parallel.meet import join
 from .parallel.world import CLOSE, LEAVE
 from .progress import CancelToken, Meter, OnProgress
-from .request import LoraSpec, Request
 from .result import Result
 from .run import Run
 from .sampling import draw_seed

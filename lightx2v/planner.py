@@ -17,7 +17,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
-from .engine_config import EngineConfig
+from .config.engine_config import EngineConfig
 from .estimate import DiTShape
 
 Mode = Literal["resident", "swap", "stream"]

@@ -19,6 +19,8 @@ from torch import Tensor
 
 from .components import Which
 from .conditioning import encode_pictures, prepare_pictures
+from .config.recorded_settings import recorded_settings
+from .config.request import LoraSpec, Request
 from .engine import Engine, within_memory
 from .errors import Cancelled, LightX2VError, OutOfMemory
 from .image import load_image
@@ -29,10 +31,8 @@ from .parallel.mesh import SharedCancel
 from .parallel.rows import Rows
 from .planner import Need, Stage
 from .progress import CancelToken, Meter, OnProgress, Timings
-from .request import LoraSpec, Request
 from .result import Result
 from .sampling import denoise, guided, initial_noise, solver_for, still_warning
-from .settings import recorded_settings
 
 log = logging.getLogger("lightx2v.run")
 

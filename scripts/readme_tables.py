@@ -11,9 +11,10 @@ from pathlib import Path
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))
 
-from lightx2v.config import list_presets, resolve  # noqa: E402
-from lightx2v.memory import GIB, Forecast, on_card  # noqa: E402
-from lightx2v.request import Request  # noqa: E402
+from lightx2v.config.presets import list_presets, resolve  # noqa: E402
+from lightx2v.config.request import Request  # noqa: E402
+from lightx2v.memory import Forecast, on_card # noqa: E402
+from lightx2v.planner import GIB # noqa: E402
 
 CARDS = (12, 16, 24, 80)
 PRESETS = {

@@ -21,11 +21,11 @@ from typing import Any
 
 import numpy as np
 
-from lightx2v.engine_config import EngineConfig
+from lightx2v.config.engine_config import EngineConfig
+from lightx2v.config.request import Request
 from lightx2v.errors import NumericsError
 from lightx2v.media import VideoWriter
 from lightx2v.progress import CancelToken, Meter, OnProgress
-from lightx2v.request import Request
 
 STAGES = ("text", "denoise", "decode", "write")
 

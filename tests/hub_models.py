@@ -14,8 +14,8 @@ from hub_server import HubServer
 from huggingface_hub import constants
 from patience import PATIENCE
 
-from lightx2v.config import resolve
-from lightx2v.engine_config import EngineConfig
+from lightx2v.config.engine_config import EngineConfig
+from lightx2v.config.presets import resolve
 from lightx2v.hub import Hub
 
 ROOT = Path(__file__).parents[1]

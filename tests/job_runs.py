@@ -7,9 +7,10 @@ import threading
 from fake_engine import Garage, Script
 from patience import PATIENCE
 
-from lightx2v.engine_config import EngineConfig
-from lightx2v.jobs import Job, JobManager
-from lightx2v.request import Request
+from lightx2v.config.engine_config import EngineConfig
+from lightx2v.config.request import Request
+from lightx2v.job_store import Job
+from lightx2v.jobs import JobManager
 
 CONFIG = EngineConfig(model_path="models/a", model_cls="wan2.2_moe", task="t2v")
 OTHER = EngineConfig(model_path="models/b", model_cls="wan2.2_moe", task="t2v")

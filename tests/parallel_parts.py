@@ -6,9 +6,10 @@ from typing import Any
 
 import torch
 
-from lightx2v.config import Environment
+from lightx2v.config.environment import Environment
 from lightx2v.models.dit import DiTConfig, WanDiT
-from lightx2v.models.vae import VAEConfig, WanVAE
+from lightx2v.models.vae import WanVAE
+from lightx2v.models.vae_config import VAEConfig
 from lightx2v.parallel.meet import join
 from lightx2v.parallel.mesh import Mesh
 

@@ -14,8 +14,9 @@ import torch
 import torch.distributed as dist
 from parallel_runs import digest, requests_of
 
-from lightx2v.config import Environment
-from lightx2v.engine_config import EngineConfig, ParallelConfig
+from lightx2v.config.engine_config import EngineConfig, ParallelConfig
+from lightx2v.config.environment import Environment
+from lightx2v.config.request import LoraSpec, Request
 from lightx2v.errors import LightX2VError
 from lightx2v.jobs import JobManager
 from lightx2v.models.dit import WanDiT
@@ -24,7 +25,6 @@ from lightx2v.parallel import watch
 from lightx2v.parallel.meet import join
 from lightx2v.pipeline import LightX2VPipeline
 from lightx2v.progress import CancelToken, Progress
-from lightx2v.request import LoraSpec, Request
 from lightx2v.weights import stream
 
 

@@ -15,7 +15,7 @@ from fake_engine import Garage
 from fastapi.testclient import TestClient
 from patience import PATIENCE, free_port
 
-from lightx2v.config import resolve
+from lightx2v.config.presets import resolve
 from lightx2v.fetch import Fetcher
 from lightx2v.jobs import JobManager
 from lightx2v.server.application import create_app

@@ -20,14 +20,15 @@ from test_lora import random_pairs, write
 
 from lightx2v import built, conversion
 from lightx2v.built import BuiltStore, folder_of
-from lightx2v.config import Environment, resolve
+from lightx2v.config.engine_config import EngineConfig
+from lightx2v.config.environment import Environment
+from lightx2v.config.presets import resolve
+from lightx2v.config.request import LoraSpec, Request
 from lightx2v.conversion import Conversion
 from lightx2v.convert import main
-from lightx2v.engine_config import EngineConfig
 from lightx2v.errors import Cancelled, CheckpointError
 from lightx2v.pipeline import LightX2VPipeline
 from lightx2v.progress import CancelToken, Progress
-from lightx2v.request import LoraSpec, Request
 from lightx2v.weights.checkpoint import open_checkpoint
 from lightx2v.weights.pth_file import PthFile
 from lightx2v.weights.safetensors_file import SafetensorsFile

@@ -10,9 +10,12 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from lightx2v.config import PRESETS, PROJECT, Environment, ParallelConfig, Resolved, needed_files, read_json, resolve
+from lightx2v.config.engine_config import ParallelConfig
+from lightx2v.config.environment import Environment
+from lightx2v.config.model_paths import PROJECT, needed_files
+from lightx2v.config.presets import PRESETS, Resolved, read_json, resolve
+from lightx2v.config.request import Request
 from lightx2v.errors import BadRequest, ConfigError, LightX2VError
-from lightx2v.request import Request
 
 DISTILLED = {"denoising_step_list": [1000, 750, 500, 250], "boundary_step_index": 2}
 

@@ -9,9 +9,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from test_request import JUNK
 
-from lightx2v.engine_config import QUANT_SCHEMES, EngineConfig, ParallelConfig, hub_name
+from lightx2v.config.engine_config import QUANT_SCHEMES, EngineConfig, ParallelConfig, hub_name
+from lightx2v.config.request import LoraSpec, Request
 from lightx2v.errors import BadRequest, ConfigError
-from lightx2v.request import LoraSpec, Request
 
 LORAS = (LoraSpec(expert="high", path="h.safetensors"), LoraSpec(expert="low", path="l.safetensors"))
 FP8 = {"dit_quantized": True, "dit_quant_scheme": "fp8-sgl"}

@@ -7,8 +7,8 @@ import argparse
 import pytest
 
 from app.exposure import PUBLIC_LIMITS, Exposure, Limits, add_flags, decide
+from lightx2v.config.request import Request
 from lightx2v.errors import BadRequest, ConfigError
-from lightx2v.request import Request
 
 
 def started(*flags: str, **variables: str) -> Exposure:

@@ -14,8 +14,8 @@ from app.examples import DEMO, DEMO_PICTURES
 from app.exposure import PUBLIC_LIMITS, Exposure, Limits
 from app.form import Form, fields_of, frames_for, pair_of, plan, size_of
 from app.studio import settings_of
+from lightx2v.config.request import LoraSpec
 from lightx2v.errors import BadRequest, LightX2VError, LoraError
-from lightx2v.request import LoraSpec
 
 PRESETS = {"demo_t2v_distill_lora": "t2v", "t2v_base": "t2v", "i2v_distill_fp8": "i2v", "demo_i2v_base": "i2v"}
 HERE = Exposure()

@@ -10,10 +10,10 @@ import pytest
 import torch
 
 from lightx2v import conversion
-from lightx2v.config import resolve
+from lightx2v.config.presets import resolve
+from lightx2v.config.request import Request
 from lightx2v.conversion import Conversion, convert, fidelity, recipes
 from lightx2v.pipeline import LightX2VPipeline
-from lightx2v.request import Request
 from lightx2v.weights.locate import locate
 from lightx2v.weights.quant import FORMATS, GATE
 

@@ -20,17 +20,18 @@ from tiny import DiTSizes, build_tiny
 from torch import nn
 
 from lightx2v.attention import resolve_attention
-from lightx2v.config import resolve
+from lightx2v.config.presets import resolve
+from lightx2v.config.request import Request
 from lightx2v.models import fused
 from lightx2v.models.dit import DiTConfig, WanDiT
 from lightx2v.models.quant_linear import swap_linears
-from lightx2v.models.vae import VAEConfig, WanVAE
+from lightx2v.models.vae import WanVAE
+from lightx2v.models.vae_config import VAEConfig
 from lightx2v.offload import offloaded
 from lightx2v.pipeline import LightX2VPipeline
 from lightx2v.placement.copies import CudaCopies, Slot
 from lightx2v.placement.piece import host_buffer
 from lightx2v.placement.shuttle import Cargo, Shuttle
-from lightx2v.request import Request
 from lightx2v.weights.checkpoint import open_checkpoint
 from lightx2v.weights.locate import locate
 from lightx2v.weights.quant import is_expert_matrix, quantise

@@ -15,8 +15,9 @@ from starlette.routing import Route
 from starlette.testclient import TestClient
 
 from app.exposure import Exposure, Limits
-from app.guard import MAX_JSON, Bucket, Guard
+from app.guard import MAX_JSON, Guard
 from lightx2v.server import gate
+from lightx2v.server.gate import Bucket
 
 HERE = "http://127.0.0.1:7860"
 

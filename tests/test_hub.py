@@ -29,7 +29,7 @@ from hub_models import (
 from hub_server import Fault, HubServer, serving, sha256
 from huggingface_hub import hf_hub_download, try_to_load_from_cache
 
-from lightx2v.config import resolve
+from lightx2v.config.presets import resolve
 from lightx2v.errors import Cancelled, ConfigError, DownloadError
 from lightx2v.hub import ensure, fetch, find, make_plan, missing
 from lightx2v.progress import CancelToken, Meter, Progress

@@ -18,12 +18,12 @@ from patience import PATIENCE
 from test_lora import base_weights, random_pairs, write
 
 from lightx2v import LightX2VPipeline
-from lightx2v.config import resolve
-from lightx2v.engine_config import EngineConfig
+from lightx2v.config.engine_config import EngineConfig
+from lightx2v.config.presets import resolve
+from lightx2v.config.request import Request
 from lightx2v.errors import Cancelled, DownloadError
 from lightx2v.hub import find, missing
 from lightx2v.progress import CancelToken, Progress
-from lightx2v.request import Request
 
 REPO = "someone/tiny-wan"
 SMALL = {"steps": 2, "height": 32, "width": 32, "frames": 5}

@@ -10,7 +10,7 @@ import pytest
 from hub_models import point_here, quick
 from hub_server import HubServer, serving, sha256
 
-from lightx2v.config import list_presets, resolve
+from lightx2v.config.presets import list_presets, resolve
 from lightx2v.hub import make_plan
 
 GB = 10**9

@@ -18,14 +18,15 @@ from conftest import TinyModels
 from patience import PATIENCE
 from PIL import Image
 
-from lightx2v.config import PROJECT, EngineConfig
+from lightx2v.config.engine_config import EngineConfig
+from lightx2v.config.model_paths import PROJECT
+from lightx2v.config.recorded_settings import recorded_settings
+from lightx2v.config.request import Request
 from lightx2v.errors import Cancelled, CheckpointError, OutOfMemory
 from lightx2v.infer import main
 from lightx2v.machine import Machine
 from lightx2v.progress import CancelToken, OnProgress, Peak, Progress, StepTime, Timings
-from lightx2v.request import Request
 from lightx2v.result import Result
-from lightx2v.settings import recorded_settings
 
 TUTORIAL = PROJECT / "tests" / "data" / "tutorial"
 TIMINGS = Timings(

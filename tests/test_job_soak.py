@@ -20,12 +20,13 @@ from fake_engine import Garage, Script
 from job_runs import CONFIG, OTHER, ask, done
 from patience import PATIENCE
 
-from lightx2v.engine_config import EngineConfig
-from lightx2v.job_store import OVER
-from lightx2v.jobs import Engine, Job, JobManager
-from lightx2v.media import probe
+from lightx2v.config.engine_config import EngineConfig
+from lightx2v.config.request import Request
+from lightx2v.engine_slot import Engine
+from lightx2v.job_store import OVER, Job
+from lightx2v.jobs import JobManager
+from lightx2v.mp4 import probe
 from lightx2v.progress import CancelToken, OnProgress
-from lightx2v.request import Request
 
 
 def test_the_real_engine_survives_out_of_memory_and_cancel_and_repeats_itself_exactly(
@@ -36,7 +37,7 @@ def test_the_real_engine_survives_out_of_memory_and_cancel_and_repeats_itself_ex
 ) -> None:
     import torch
 
-    from lightx2v.config import resolve
+    from lightx2v.config.presets import resolve
     from lightx2v.models.dit import WanDiT
     from lightx2v.pipeline import LightX2VPipeline
 

@@ -20,11 +20,11 @@ from patience import PATIENCE
 from PIL import Image
 
 from lightx2v import job_worker
-from lightx2v.engine_config import EngineConfig
+from lightx2v.config.engine_config import EngineConfig
 from lightx2v.errors import BadRequest, Busy
-from lightx2v.job_store import STATES
-from lightx2v.jobs import Job, JobManager, UnknownJob
-from lightx2v.media import read_settings
+from lightx2v.job_store import STATES, Job, UnknownJob
+from lightx2v.jobs import JobManager
+from lightx2v.mp4 import read_settings
 
 # ---- one job --------------------------------------------------------------------------------------------------------
 

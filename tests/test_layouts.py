@@ -13,9 +13,9 @@ from conftest import TinyModels
 from dit_reference import expert_in_diffusers, relative
 from safetensors.torch import load_file, save_file
 
-from lightx2v.config import resolve
+from lightx2v.config.presets import resolve
+from lightx2v.config.request import Request
 from lightx2v.pipeline import LightX2VPipeline
-from lightx2v.request import Request
 
 EXPERTS = ("high_noise_model", "low_noise_model")
 SIZE = {"height": 32, "width": 32, "frames": 5, "steps": 4}

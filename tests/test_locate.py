@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 from conftest import TinyModels
 
-from lightx2v.engine_config import EngineConfig
+from lightx2v.config.engine_config import EngineConfig
 from lightx2v.errors import CheckpointError
 from lightx2v.weights.locate import locate
 

@@ -10,9 +10,9 @@ import torch
 from conftest import TinyModels
 from safetensors.torch import save_file
 
+from lightx2v.config.lora_names import noise_level, task_of
+from lightx2v.config.request import LoraSpec
 from lightx2v.errors import BadRequest, LoraError
-from lightx2v.lora_names import noise_level, task_of
-from lightx2v.request import LoraSpec
 from lightx2v.weights.build import ModelWeights
 from lightx2v.weights.checkpoint import open_checkpoint
 from lightx2v.weights.lora import match_lora, partner_of

@@ -20,7 +20,8 @@ from patience import PATIENCE
 
 from lightx2v import media
 from lightx2v.errors import BadRequest, Cancelled, OutputError
-from lightx2v.media import VideoInfo, VideoWriter, check_output_path, probe
+from lightx2v.media import VideoWriter, check_output_path
+from lightx2v.mp4 import VideoInfo, probe
 from lightx2v.progress import CancelToken
 
 ROOT = Path(__file__).parents[1]

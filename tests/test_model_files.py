@@ -18,9 +18,9 @@ from app.model_files import FilesStatus, HubFiles
 from app.panels import file_list
 from app.strings import Words
 from app.studio import Studio
-from lightx2v.config import resolve
+from lightx2v.config.presets import resolve
+from lightx2v.config.request import Request
 from lightx2v.errors import BadRequest
-from lightx2v.request import Request
 
 
 @pytest.fixture

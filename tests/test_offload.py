@@ -12,7 +12,8 @@ import torch
 from tiny import DiTSizes, build_tiny
 from torch import nn
 
-from lightx2v.config import resolve
+from lightx2v.config.presets import resolve
+from lightx2v.config.request import Request
 from lightx2v.errors import Cancelled, OutOfMemory
 from lightx2v.pipeline import LightX2VPipeline
 from lightx2v.placement.copies import HostCopies, Slot
@@ -21,7 +22,6 @@ from lightx2v.placement.piece import Piece
 from lightx2v.placement.shuttle import Cargo, Shuttle
 from lightx2v.planner import Plan
 from lightx2v.progress import CancelToken, Progress
-from lightx2v.request import Request
 
 LAYERS = 6
 CPU = torch.device("cpu")

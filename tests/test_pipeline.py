@@ -17,16 +17,16 @@ import torch
 from conftest import TinyModels
 from PIL import Image
 
-from lightx2v.config import resolve
+from lightx2v.config.engine_config import EngineConfig
+from lightx2v.config.presets import resolve
+from lightx2v.config.recorded_settings import find_picture
+from lightx2v.config.request import Request
 from lightx2v.engine import within_memory
-from lightx2v.engine_config import EngineConfig
 from lightx2v.errors import BadRequest, Busy, Cancelled, CheckpointError, ConfigError, NumericsError, OutOfMemory
-from lightx2v.media import probe, read_settings
+from lightx2v.mp4 import probe, read_settings
 from lightx2v.pipeline import LightX2VPipeline
 from lightx2v.progress import CancelToken, Progress
-from lightx2v.request import Request
 from lightx2v.result import Result
-from lightx2v.settings import find_picture
 
 SMALL = {"height": 32, "width": 48, "frames": 5, "steps": 4, "text_len": 512}
 
@@ -109,9 +109,9 @@ def test_two_processes_give_the_same_bytes(t2v: tuple[LightX2VPipeline, Request]
         "import sys, json, hashlib\n"
         "from lightx2v.config import resolve\n"
         "from lightx2v.pipeline import LightX2VPipeline\n"
-        "from lightx2v.request import Request\n"
+        "from lightx2v.config.request import Request\n"
         "engine, request = json.loads(sys.argv[1])\n"
-        "from lightx2v.engine_config import EngineConfig\n"
+        "from lightx2v.config.engine_config import EngineConfig\n"
         "pipe = LightX2VPipeline.from_config(EngineConfig.from_json(engine))\n"
         "result = pipe.run(Request.from_json(request), return_latents=True)\n"
         "print(hashlib.sha256(result.latents.numpy().tobytes()).hexdigest())\n"

@@ -22,8 +22,8 @@ from conftest import TinyModels
 from patience import PATIENCE
 
 from lightx2v import pipeline
-from lightx2v.config import PROJECT
-from lightx2v.engine_config import EngineConfig, ParallelConfig
+from lightx2v.config.engine_config import EngineConfig, ParallelConfig
+from lightx2v.config.model_paths import PROJECT
 from lightx2v.errors import Busy, Cancelled, ConfigError
 from lightx2v.mp4 import read_settings
 from lightx2v.pipeline import LightX2VPipeline

@@ -8,8 +8,9 @@ import pytest
 import torch
 
 from lightx2v.components import Precision
-from lightx2v.config import resolve
-from lightx2v.engine_config import EngineConfig
+from lightx2v.config.engine_config import EngineConfig
+from lightx2v.config.presets import resolve
+from lightx2v.config.request import Request
 from lightx2v.estimate import DiTShape
 from lightx2v.memory import bytes_needed
 from lightx2v.models.tiling import Tiling
@@ -33,7 +34,6 @@ from lightx2v.planner import (
     stage_bytes,
     tile_side,
 )
-from lightx2v.request import Request
 from lightx2v.weights.locate import locate
 
 BF16, FP8 = Model(), Model(weight=1.0, text=4_700_000_000)

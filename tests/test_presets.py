@@ -13,7 +13,9 @@ from typing import Any
 
 import pytest
 
-from lightx2v.config import PRESETS, hub_name, list_presets, needed_files, resolve
+from lightx2v.config.engine_config import hub_name
+from lightx2v.config.model_paths import needed_files
+from lightx2v.config.presets import PRESETS, list_presets, resolve
 from lightx2v.errors import ConfigError
 
 HERE = Path(__file__).parent

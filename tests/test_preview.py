@@ -12,7 +12,8 @@ from vae_reference import random_vae
 
 from lightx2v.errors import CheckpointError
 from lightx2v.models.preview import FACTORS_NAME, Preview, blobs, fit
-from lightx2v.models.vae import VAEConfig, WanVAE
+from lightx2v.models.vae import WanVAE
+from lightx2v.models.vae_config import VAEConfig
 
 
 class MixingVAE(WanVAE):

@@ -8,8 +8,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from lightx2v.config.request import DEFAULT_NEGATIVE_PROMPT, MAX_PROMPT, MAX_TOKENS, LoraSpec, Request, clean_text
 from lightx2v.errors import BadRequest
-from lightx2v.request import DEFAULT_NEGATIVE_PROMPT, MAX_PROMPT, MAX_TOKENS, LoraSpec, Request, clean_text
 
 LORAS = (LoraSpec(expert="high", path="a.safetensors"), LoraSpec(expert="low", path="o/r/b.safetensors", strength=0.5))
 DISTILLED = {"denoising_step_list": (1000, 750, 500, 250), "boundary_step_index": 2, "enable_cfg": False}

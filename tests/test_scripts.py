@@ -20,7 +20,7 @@ import pytest
 from patience import PATIENCE, free_port
 
 from lightx2v import infer
-from lightx2v.config import PROJECT
+from lightx2v.config.model_paths import PROJECT
 from lightx2v.mp4 import read_settings
 from lightx2v.server import command
 

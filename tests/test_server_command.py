@@ -21,7 +21,7 @@ from fake_engine import FakeEngine, Garage, Script
 from patience import PATIENCE, eventually, free_port
 from served import T2V
 
-from lightx2v.config import PROJECT
+from lightx2v.config.model_paths import PROJECT
 from lightx2v.errors import CheckpointError
 from lightx2v.jobs import JobManager
 from lightx2v.server import command

@@ -18,7 +18,7 @@ from fastapi.routing import iter_route_contexts
 from patience import PATIENCE
 from served import SIZE, Served, listening, serve
 
-from lightx2v.config import PROJECT
+from lightx2v.config.model_paths import PROJECT
 from lightx2v.server import gate, submissions
 from lightx2v.server.gate import MAX_BODY, Gate
 

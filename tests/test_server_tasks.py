@@ -14,7 +14,7 @@ from fake_engine import Garage, Script
 from patience import PATIENCE
 from served import BASE, Served, listening, serve
 
-from lightx2v.request import DEFAULT_NEGATIVE_PROMPT
+from lightx2v.config.request import DEFAULT_NEGATIVE_PROMPT
 
 
 @pytest.fixture

@@ -8,9 +8,9 @@ from pathlib import Path
 
 import pytest
 
-from lightx2v.engine_config import EngineConfig
-from lightx2v.request import Request
-from lightx2v.settings import find_picture, recorded_settings
+from lightx2v.config.engine_config import EngineConfig
+from lightx2v.config.recorded_settings import find_picture, recorded_settings
+from lightx2v.config.request import Request
 
 REQUEST = Request(task="i2v", prompt="it moves", image_path="cat.png")
 

@@ -13,7 +13,7 @@ import pytest
 
 from lightx2v.cli.signals import Interrupts
 from lightx2v.cli.terminal import ProgressLine, clock, describe, logging_to, one_line
-from lightx2v.config import PROJECT
+from lightx2v.config.model_paths import PROJECT
 from lightx2v.progress import Progress
 
 

@@ -12,7 +12,8 @@ from vae_reference import random_vae
 
 from lightx2v.errors import Cancelled
 from lightx2v.models.tiling import Tiling
-from lightx2v.models.vae import VAEConfig, WanVAE
+from lightx2v.models.vae import WanVAE
+from lightx2v.models.vae_config import VAEConfig
 from lightx2v.progress import CancelToken
 
 TILING = Tiling(size=16, overlap=8)

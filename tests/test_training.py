@@ -10,7 +10,8 @@ import torch
 from lightx2v.models import block, pointwise
 from lightx2v.models.dit import DiTConfig, WanDiT
 from lightx2v.models.rope import rotations
-from lightx2v.models.vae import VAEConfig, WanVAE
+from lightx2v.models.vae import WanVAE
+from lightx2v.models.vae_config import VAEConfig
 from lightx2v.sampling.distill import Euler
 from training import model
 from training.distill import SUBSTEPS, teacher_schedule

@@ -7,7 +7,8 @@ import torch
 from vae_reference import random_vae, relative_error, same_in_diffusers, statistics
 
 from lightx2v.errors import Cancelled
-from lightx2v.models.vae import VAEConfig, WanVAE
+from lightx2v.models.vae import WanVAE
+from lightx2v.models.vae_config import VAEConfig
 from lightx2v.progress import CancelToken
 
 TINY = VAEConfig(dim=8, res_blocks=1)

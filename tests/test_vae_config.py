@@ -3,7 +3,9 @@ from __future__ import annotations
 import pytest
 
 from lightx2v.errors import CheckpointError
-from lightx2v.models.vae import Tiling, VAEConfig, WanVAE
+from lightx2v.models.tiling import Tiling
+from lightx2v.models.vae import WanVAE
+from lightx2v.models.vae_config import VAEConfig
 
 
 def shapes_of(config: VAEConfig) -> dict[str, tuple[int, ...]]:

@@ -20,9 +20,9 @@ from app.page import _storage_secret
 from app.studio import Studio, settings_of
 from app.visitor import Visitor, look
 from app.zerogpu import GpuLender
+from lightx2v.config.request import Request
 from lightx2v.errors import BadRequest
-from lightx2v.jobs import Job
-from lightx2v.request import Request
+from lightx2v.job_store import Job
 
 PRESET = "demo_t2v_distill_lora"
 

@@ -25,10 +25,11 @@ from transformers import AutoTokenizer
 from umt5_reference import same_in_transformers
 from vae_reference import same_in_diffusers
 
-from lightx2v.config import resolve
-from lightx2v.models.vae import VAEConfig, WanVAE
+from lightx2v.config.presets import resolve
+from lightx2v.config.request import Request
+from lightx2v.models.vae import WanVAE
+from lightx2v.models.vae_config import VAEConfig
 from lightx2v.pipeline import LightX2VPipeline
-from lightx2v.request import Request
 from lightx2v.result import Result
 from lightx2v.sampling import initial_noise
 

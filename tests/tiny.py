@@ -13,7 +13,8 @@ from pathlib import Path
 import torch
 from safetensors.torch import save_file
 
-from lightx2v.models.vae import VAEConfig, WanVAE
+from lightx2v.models.vae import WanVAE
+from lightx2v.models.vae_config import VAEConfig
 
 Tensors = dict[str, torch.Tensor]
 

@@ -25,7 +25,8 @@ import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from lightx2v.models.vae import LATENT_MEAN, LATENT_STD, VAEConfig, WanVAE
+from lightx2v.models.vae import WanVAE
+from lightx2v.models.vae_config import LATENT_MEAN, LATENT_STD, VAEConfig
 
 from .detector import score
 from .optim import Average, Clock, Muon, Optimizers, learning_rate

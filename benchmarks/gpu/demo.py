@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from lightx2v.config import resolve
+from lightx2v.config.presets import resolve
+from lightx2v.config.request import Request
 from lightx2v.pipeline import LightX2VPipeline
-from lightx2v.request import Request
 
 from .bench import Bench
 

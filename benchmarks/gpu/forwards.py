@@ -8,7 +8,7 @@ from pathlib import Path
 
 import torch
 
-from lightx2v.config import Environment
+from lightx2v.config.environment import Environment
 from lightx2v.parallel.meet import join
 from lightx2v.parallel.mesh import Mesh
 

@@ -15,14 +15,14 @@ from torch import Tensor, nn
 from lightx2v.adapters import Applied
 from lightx2v.attention import Choice, resolve_attention
 from lightx2v.components import Precision, Which
+from lightx2v.config.engine_config import EngineConfig
+from lightx2v.config.request import LoraSpec
 from lightx2v.engine import Engine
-from lightx2v.engine_config import EngineConfig
 from lightx2v.models.dit import DiTConfig, WanDiT, parameter_dtype
 from lightx2v.models.preview import Preview
 from lightx2v.models.quant_linear import QuantLinear, swap_linears
 from lightx2v.models.umt5 import TextEncoder, build_stack, load_tokenizer
 from lightx2v.models.vae import WanVAE
-from lightx2v.request import LoraSpec
 from lightx2v.weights.quant import is_expert_matrix, quantise
 
 from .bench import Bench

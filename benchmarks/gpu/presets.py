@@ -141,9 +141,10 @@ def main() -> None:
     from lightx2v import preload
 
     preload.start()
-    from lightx2v.config import Environment, resolve
+    from lightx2v.config.environment import Environment
+    from lightx2v.config.presets import resolve
+    from lightx2v.config.request import Request
     from lightx2v.pipeline import LightX2VPipeline
-    from lightx2v.request import Request
 
     asked = json.loads(sys.argv[1])
     settings = resolve(asked["preset"], asked["given"])

@@ -20,16 +20,18 @@ from unittest.mock import patch
 import torch
 from torch import Tensor
 
-from lightx2v.config import PROJECT, Environment, resolve
+from lightx2v.config.engine_config import EngineConfig, ParallelConfig
+from lightx2v.config.environment import Environment
+from lightx2v.config.model_paths import PROJECT
+from lightx2v.config.presets import resolve
+from lightx2v.config.request import Request
 from lightx2v.engine import load_here
-from lightx2v.engine_config import EngineConfig, ParallelConfig
 from lightx2v.models.dit import DiTConfig, WanDiT, parameter_dtype
 from lightx2v.models.vae import WanVAE
 from lightx2v.parallel.meet import join
 from lightx2v.parallel.mesh import Mesh
 from lightx2v.parallel.world import World
 from lightx2v.pipeline import LightX2VPipeline
-from lightx2v.request import Request
 from lightx2v.weights.build import ModelWeights
 from lightx2v.weights.checkpoint import open_checkpoint
 from lightx2v.weights.naming import wan_names

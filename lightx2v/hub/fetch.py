@@ -14,7 +14,7 @@ from collections import deque
 from collections.abc import Callable
 from typing import TypeVar
 
-from ..engine_config import EngineConfig
+from ..config.engine_config import EngineConfig
 from ..errors import byte_size
 from ..progress import CancelToken, Meter
 from .listing import Hub

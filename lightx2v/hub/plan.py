@@ -8,10 +8,10 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
-from ..config import needed_files, search_roots
-from ..engine_config import EngineConfig, hub_name
+from ..config.engine_config import EngineConfig, hub_name
+from ..config.lora_names import other_half
+from ..config.model_paths import needed_files, search_roots
 from ..errors import ConfigError, DownloadError, LoraError, byte_size, short_path
-from ..lora_names import other_half
 from .cache import CachedRepo, standard_cache
 from .listing import Hub, HubFile, list_files
 

@@ -14,7 +14,8 @@ import torch
 from torch import Tensor, nn
 
 from ..attention.sdpa import Attention, sdpa, sdpa_repeated_last
-from .fused import add, add_gated, gelu, layer_norm, norm_modulate, norm_rotate, normed
+from .fused import add, add_gated, layer_norm, norm_modulate, norm_rotate, normed
+from .pointwise import gelu
 
 
 class TextStates:

@@ -18,7 +18,7 @@ import torch
 import torch.distributed as dist
 from torch.distributed.rendezvous import rendezvous
 
-from ..config import Environment
+from ..config.environment import Environment
 from ..errors import ConfigError, GroupFailed
 from .watch import Watch
 from .world import POLL, World

@@ -24,7 +24,7 @@ import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import init_device_mesh
 
-from ..engine_config import EngineConfig
+from ..config.engine_config import EngineConfig
 from ..errors import ConfigError, GroupFailed, LightX2VError
 from ..progress import CancelToken
 from .feed import TensorStream, describe, feed, recall

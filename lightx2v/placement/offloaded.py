@@ -18,12 +18,12 @@ from torch import nn
 
 from ..adapters import Applied
 from ..components import Which, whole_float32
+from ..config.request import LoraSpec
 from ..models.dit import WanDiT
 from ..models.tiling import Tiling
 from ..models.umt5 import TextEncoder
 from ..models.vae import WanVAE
 from ..planner import Need, Plan, Planner, Stage
-from ..request import LoraSpec
 from .copies import Copies
 from .piece import Reader
 from .shuttle import Cargo, Shuttle

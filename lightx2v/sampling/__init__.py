@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from ..request import Request
+from ..config.request import Request
 from .checks import still_warning
 from .denoise import Solver, denoise, draw_seed, guided, initial_noise
 from .distill import Euler

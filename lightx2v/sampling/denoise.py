@@ -14,8 +14,8 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+from ..config.request import Expert
 from ..progress import CancelToken
-from ..request import Expert
 from .checks import require_finite
 from .schedule import Schedule
 

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from ..request import Expert
+from ..config.request import Expert
 
 TRAIN_STEPS = 1000
 

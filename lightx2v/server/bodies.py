@@ -14,9 +14,9 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from starlette.datastructures import UploadFile
 from starlette.requests import Request as HttpRequest
 
+from ..config.request import MAX_PROMPT
 from ..errors import BadRequest
 from ..image import MAX_BYTES
-from ..request import MAX_PROMPT
 from .service import Lora, Wish
 
 Body = TypeVar("Body", bound=BaseModel)

@@ -22,8 +22,9 @@ from typing import Any
 from ..cli.parser import Flags
 from ..cli.signals import ECHO, Interrupts
 from ..cli.terminal import ProgressLine, ended, logging_to
-from ..config import Environment, Resolved, resolve
-from ..engine_config import EngineConfig
+from ..config.engine_config import EngineConfig
+from ..config.environment import Environment
+from ..config.presets import Resolved, resolve
 from ..engine_slot import Engine, OpenEngine
 from ..errors import ConfigError
 from ..job_store import JobStore

@@ -7,8 +7,8 @@ from typing import Annotated
 from fastapi import APIRouter, Path, Request
 from starlette.responses import FileResponse
 
-from ..config import Environment
-from ..jobs import Job
+from ..config.environment import Environment
+from ..job_store import Job
 from .answers import Metadata, QueueStatus, ServiceStatus, Task, public_path, task, task_id
 from .documents import refusals
 from .files import VIDEO, video_file

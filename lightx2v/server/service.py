@@ -16,11 +16,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from ..config import Resolved, resolve
-from ..engine_config import EngineConfig
+from ..config.engine_config import EngineConfig
+from ..config.presets import Resolved, resolve
+from ..config.request import MAX_SEED, LoraSpec, Request
 from ..errors import BadRequest
-from ..jobs import Job, JobManager, UnknownJob
-from ..request import MAX_SEED, LoraSpec, Request
+from ..job_store import Job, UnknownJob
+from ..jobs import JobManager
 from .names import Names, file_name
 from .pictures import Pictures
 

@@ -6,10 +6,10 @@ import logging
 import tempfile
 from pathlib import Path
 
-from ..config import Resolved
+from ..config.presets import Resolved
+from ..config.request import Request
 from ..engine_slot import Engine
 from ..progress import CancelToken, OnProgress
-from ..request import Request
 
 log = logging.getLogger("lightx2v.server")
 

@@ -14,12 +14,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..config import PROJECT
+from ..config.model_paths import PROJECT
 from ..errors import CheckpointError, short_path
 from ..hub import find_cached
 
 if TYPE_CHECKING:
-    from ..engine_config import EngineConfig
+    from ..config.engine_config import EngineConfig
 
 VAE_NAME = "Wan2.1_VAE.pth"
 T5_NAME = "models_t5_umt5-xxl-enc-{}.pth"

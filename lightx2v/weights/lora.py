@@ -21,8 +21,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..config.lora_names import other_half
 from ..errors import LoraError, short_path
-from ..lora_names import other_half
 from .checkpoint import Checkpoint, open_checkpoint
 from .naming import diffusers_to_wan, strip_prefix, wan_to_diffusers
 

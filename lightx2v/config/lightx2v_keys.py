@@ -10,9 +10,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 from typing import Any
 
-from .attention.names import check_attention_name
+from ..attention.names import check_attention_name
+from ..errors import ConfigError
 from .engine_config import EngineConfig, nearest
-from .errors import ConfigError
 from .request import Request
 
 PER_VIDEO = frozenset({"prompt", "negative_prompt", "image_path", "last_frame_path"})

@@ -13,8 +13,8 @@ from dataclasses import asdict, dataclass, fields
 from pathlib import PurePath
 from typing import Any, Literal, NoReturn, Self
 
-from .attention.names import check_attention_name
-from .errors import BadRequest, ConfigError
+from ..attention.names import check_attention_name
+from ..errors import BadRequest, ConfigError
 from .request import TASKS, LoraSpec, Request, Task
 
 ModelClass = Literal["wan2.2_moe", "wan2.2_moe_distill"]

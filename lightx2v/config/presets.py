@@ -10,114 +10,24 @@ from __future__ import annotations
 
 import json
 import logging
-import os
-import sys
 from collections.abc import Mapping
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any, NoReturn
 
-from .engine_config import EngineConfig, ParallelConfig, hub_name, nearest, refuse_unknown
-from .errors import BadRequest, ConfigError, short_path
-from .preset_keys import PER_VIDEO, Keys, sort_keys
+from ..errors import BadRequest, ConfigError, short_path
+from .engine_config import EngineConfig, ParallelConfig, nearest, refuse_unknown
+from .environment import Environment
+from .lightx2v_keys import PER_VIDEO, Keys, sort_keys
+from .model_paths import PROJECT
 from .request import Request
-
-__all__ = [
-    "PROJECT",
-    "EngineConfig",
-    "Environment",
-    "ParallelConfig",
-    "PresetInfo",
-    "Resolved",
-    "hub_name",
-    "list_presets",
-    "needed_files",
-    "read_json",
-    "resolve",
-    "search_roots",
-]
 
 log = logging.getLogger("lightx2v.config")
 
-PROJECT = Path(__file__).resolve().parent.parent
 PRESETS = PROJECT / "presets"
 MAX_JSON_BYTES = 1 << 20
 VARIANTS = ("base", "distill_lora", "distill_merged", "distill_fp8")
 """From slow to fast."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Environment:
-    """The environment variables that this project reads. Libraries read theirs (HF_HOME, HF_TOKEN …) themselves."""
-
-    models_dir: str | None = None
-    cache_dir: str | None = None
-    """Where files go that can be made again, if not below models_dir."""
-    output_dir: str | None = None
-    api_key: str | None = field(default=None, repr=False)
-    """What the HTTP server's clients show, several with commas between."""
-    rank: int = 0
-    local_rank: int = 0
-    world_size: int | None = None
-    """Number of processes that torchrun started, None without it."""
-    local_world_size: int | None = None
-    """How many of them are on this machine."""
-    restart: int = 0
-    """How often torchrun has started them again."""
-    by_torchrun: bool = False
-    port: int = 29500
-    """Where they meet if they were started by something else."""
-    profiling: int = 0
-    """LightX2V's switch for the log of a Python script: with 1 or 2 it shows what each stage took."""
-    visible_gpus: str | None = None
-    """CUDA's own list, which the driver's tool does not heed; an empty one means none."""
-
-    @classmethod
-    def read(cls, variables: Mapping[str, str] | None = None) -> Environment:
-        """From `variables`, by default those of this process. An empty one of ours counts as not set."""
-        variables = os.environ if variables is None else variables
-        names = {
-            "models_dir": "LIGHTX2V_MODELS_DIR",
-            "cache_dir": "LIGHTX2V_CACHE_DIR",
-            "output_dir": "LIGHTX2V_OUTPUT_DIR",
-            "api_key": "LIGHTX2V_API_KEY",
-            "rank": "RANK",
-            "local_rank": "LOCAL_RANK",
-            "world_size": "WORLD_SIZE",
-            "local_world_size": "LOCAL_WORLD_SIZE",
-            "restart": "TORCHELASTIC_RESTART_COUNT",
-            "by_torchrun": "TORCHELASTIC_USE_AGENT_STORE",
-            "port": "MASTER_PORT",
-            "profiling": "PROFILING_DEBUG_LEVEL",
-        }
-        found: dict[str, Any] = {key: variables[name] for key, name in names.items() if variables.get(name)}
-        found["by_torchrun"] = found.get("by_torchrun") == "True"
-        found["visible_gpus"] = variables.get("CUDA_VISIBLE_DEVICES")
-        for key in ("rank", "local_rank", "world_size", "local_world_size", "restart", "port", "profiling"):
-            if key in found:
-                if not found[key].isdecimal() or len(found[key]) > 6:
-                    raise ConfigError(
-                        f"The environment variable {names[key]} is {found[key]!r}; expected a whole number."
-                    )
-                found[key] = int(found[key])
-        found.setdefault("local_rank", found.get("rank", 0))
-        return cls(**found)
-
-    @property
-    def together(self) -> bool:
-        """Whether this is one of several processes that work on one video."""
-        return (self.world_size or 1) > 1
-
-    @property
-    def who(self) -> str:
-        """What marks this process's log lines; nothing where it is alone."""
-        return f"[rank {self.rank}] " if self.together else ""
-
-    def stay_local(self) -> None:
-        """The processes are on one machine and talk over loopback, whatever its name resolves to."""
-        if sys.platform == "linux":
-            for library in ("GLOO", "NCCL"):
-                os.environ[f"{library}_SOCKET_IFNAME"] = "lo"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -203,36 +113,6 @@ def list_presets() -> list[PresetInfo]:
     found = [resolve(path.stem).preset for path in PRESETS.glob("*.json")]
     order = lambda info: (not info.demo, info.gpus, info.offload, info.task != "t2v", VARIANTS.index(info.variant))  # noqa: E731
     return sorted(found, key=lambda info: (order(info), info.name))
-
-
-def needed_files(engine: EngineConfig) -> list[str]:
-    """What has to be there to load `engine`: files and folders (ending in "/"), by Hub name or path, as they are given.
-
-    Named experts, built or not, spare the base model's: 114 GB. Only the architecture is still read from its folder.
-    """
-    files = []
-    named = []
-    for expert in ("high", "low"):
-        original = getattr(engine, f"{expert}_noise_original_ckpt")
-        quantized = getattr(engine, f"{expert}_noise_quantized_ckpt") if engine.dit_quantized else None
-        named.append(quantized or original)
-        files.append(named[-1] or f"{engine.model_path}/{expert}_noise_model/")
-    if all(named):
-        files.append(f"{engine.model_path}/high_noise_model/config.json")
-    kind = str(engine.t5_quant_scheme).partition("-")[0] if engine.t5_quantized and not engine.build else "bf16"
-    text_encoder = engine.t5_quantized_ckpt or engine.t5_original_ckpt
-    files += [
-        text_encoder or f"{engine.model_path}/models_t5_umt5-xxl-enc-{kind}.pth",
-        engine.t5_tokenizer_path or f"{engine.model_path}/google/umt5-xxl/",
-        engine.vae_path or f"{engine.model_path}/Wan2.1_VAE.pth",
-    ]
-    return list(dict.fromkeys(files + [lora.path for lora in engine.lora_configs]))
-
-
-def search_roots(engine: EngineConfig) -> list[Path]:
-    """Where a relative path of a configuration is looked for, in this order."""
-    given = [Path(engine.models_dir).expanduser()] if engine.models_dir else []
-    return [*given, Path.cwd(), PROJECT]
 
 
 def read_json(path: Path) -> dict[str, Any]:
