@@ -10,7 +10,7 @@ import gradio as gr
 
 from lightx2v.errors import BadRequest, LightX2VError
 from lightx2v.job_store import Job
-from lightx2v.media import read_frame
+from lightx2v.media.video_writer import read_frame
 
 from .editing import Updates, picture_of, preset_values
 from .examples import picture

@@ -14,8 +14,8 @@ from PIL import Image
 from lightx2v.config.recorded_settings import PICTURES
 from lightx2v.config.request import MAX_SIDE, Request
 from lightx2v.errors import LightX2VError
-from lightx2v.framing import frame_picture
-from lightx2v.image import DECODING, load_image
+from lightx2v.media.framing import frame_picture
+from lightx2v.media.images import DECODING, load_image
 
 from . import panels
 from .demo_words import unknown_words

@@ -20,7 +20,7 @@ from lightx2v.config.recorded_settings import PICTURES
 from lightx2v.config.request import Request
 from lightx2v.errors import BadRequest, LightX2VError
 from lightx2v.job_store import Job
-from lightx2v.mp4 import read_settings
+from lightx2v.media.mp4 import read_settings
 
 from .editing import Updates, form_of, preset_values
 from .form import LORA_ROWS, Plan, pair_of, plan

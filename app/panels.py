@@ -9,9 +9,9 @@ from dataclasses import dataclass
 from PIL import Image
 
 from lightx2v.estimate import Prediction
-from lightx2v.framing import Framing
-from lightx2v.image import jpeg
 from lightx2v.machine import Machine
+from lightx2v.media.framing import Framing
+from lightx2v.media.images import jpeg
 
 from . import numbers
 from .exposure import Exposure

@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .framing import Framing, frame_picture
+from .media.framing import Framing, frame_picture
 from .models.causal_conv import Bands
 from .models.tiling import Tiling
 from .progress import CancelToken

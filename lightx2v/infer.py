@@ -35,9 +35,9 @@ from .config.presets import Resolved, list_presets, resolve
 from .config.recorded_settings import PICTURES, find_picture
 from .config.request import Request
 from .errors import BadRequest, ConfigError, short_path
-from .framing import RESIZE_MODES
 from .hub import find
 from .machine import MachineReader
+from .media.framing import RESIZE_MODES
 from .memory import on_card, on_machine
 from .progress import CancelToken, OnProgress, cost
 
@@ -192,7 +192,7 @@ def _settings(options: argparse.Namespace, environment: Environment) -> tuple[Re
 def _recorded(video: str, given: Sequence[str]) -> tuple[dict[str, Any], dict[str, Any]]:
     """The settings inside one of our videos: those of a preset, and what it shows (with its preset's name). Its
     pictures are looked for, but for those that are `given`."""
-    from .mp4 import read_settings
+    from .media.mp4 import read_settings
 
     settings = read_settings(video)
     engine, request = settings.get("engine"), settings.get("request")
@@ -218,7 +218,7 @@ def _recorded(video: str, given: Sequence[str]) -> tuple[dict[str, Any], dict[st
 def _check_pictures(request: Request) -> None:
     """A file that is no picture is said now, and not after minutes of loading."""
     if request.image_path:
-        from .image import load_image
+        from .media.images import load_image
 
         for path in (request.image_path, request.last_frame_path):
             if path:
@@ -227,7 +227,7 @@ def _check_pictures(request: Request) -> None:
 
 def _output_path(options: argparse.Namespace, resolved: Resolved, request: Request, environment: Environment) -> Path:
     """Where the video goes; checked before anything is loaded, and its folder made."""
-    from .media import check_output_path
+    from .media.video_writer import check_output_path
 
     if options.save_result_path:
         path = Path(options.save_result_path)

@@ -10,8 +10,8 @@ from dataclasses import replace
 from pathlib import Path
 
 from .config.request import Request
-from .image import store_image
-from .media import WORK_PREFIX
+from .media.images import store_image
+from .media.video_writer import WORK_PREFIX
 
 log = logging.getLogger("lightx2v.jobs")
 

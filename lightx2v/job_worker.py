@@ -17,9 +17,9 @@ from dataclasses import dataclass, field, fields, replace
 
 from .engine_slot import EngineSlot, OpenEngine, Outcome
 from .errors import LightX2VError
-from .image import jpeg
 from .job_files import JobFiles
 from .job_store import INTERRUPTED, Job, JobStore, State
+from .media.images import jpeg
 from .progress import CancelToken, Progress
 
 log = logging.getLogger("lightx2v.jobs")

@@ -30,7 +30,7 @@ from .config.request import LoraSpec, Request
 from .engine import Engine, load_engine, within_memory
 from .errors import Busy, ConfigError, GroupFailed, LightX2VError
 from .machine import free_memory
-from .media import check_output_path
+from .media.video_writer import check_output_path
 from .parallel.meet import join
 from .parallel.world import CLOSE, LEAVE
 from .progress import CancelToken, Meter, OnProgress

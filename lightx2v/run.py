@@ -23,8 +23,8 @@ from .config.recorded_settings import recorded_settings
 from .config.request import LoraSpec, Request
 from .engine import Engine, within_memory
 from .errors import Cancelled, LightX2VError, OutOfMemory
-from .image import load_image
-from .media import VideoWriter
+from .media.images import load_image
+from .media.video_writer import VideoWriter
 from .models.block import TextStates
 from .models.vae import WanVAE
 from .parallel.mesh import SharedCancel

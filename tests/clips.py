@@ -6,7 +6,7 @@ from pathlib import Path
 
 import numpy as np
 
-from lightx2v.media import VideoWriter
+from lightx2v.media.video_writer import VideoWriter
 
 
 def clip(frames: int = 5, height: int = 32, width: int = 48) -> np.ndarray:

@@ -24,7 +24,7 @@ import numpy as np
 from lightx2v.config.engine_config import EngineConfig
 from lightx2v.config.request import Request
 from lightx2v.errors import NumericsError
-from lightx2v.media import VideoWriter
+from lightx2v.media.video_writer import VideoWriter
 from lightx2v.progress import CancelToken, Meter, OnProgress
 
 STAGES = ("text", "denoise", "decode", "write")

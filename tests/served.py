@@ -16,8 +16,8 @@ from fastapi.testclient import TestClient
 from patience import PATIENCE, free_port
 
 from lightx2v.config.presets import resolve
-from lightx2v.fetch import Fetcher
 from lightx2v.jobs import JobManager
+from lightx2v.media.web_images import Fetcher
 from lightx2v.server.application import create_app
 from lightx2v.server.metrics import Metrics
 from lightx2v.server.pictures import Pictures

@@ -24,7 +24,7 @@ from PIL import Image
 from studio_app import LEAKS, Page, Refused
 from test_image import png
 
-from lightx2v.mp4 import read_settings
+from lightx2v.media.mp4 import read_settings
 
 I2V = {"preset": "demo_i2v_distill_lora", "settings": {"frames": 5}}
 

@@ -15,7 +15,7 @@ import pytest
 from chromium import Person, downloads, person
 from studio_app import Page, launched
 
-from lightx2v.mp4 import read_settings
+from lightx2v.media.mp4 import read_settings
 
 if TYPE_CHECKING:
     from playwright.sync_api import Browser

@@ -8,7 +8,7 @@ from vae_reference import random_vae, relative_error, same_in_diffusers, statist
 
 from lightx2v.conditioning import encode_pictures, frame_mask, prepare_pictures, to_pixels
 from lightx2v.errors import Cancelled
-from lightx2v.framing import RESIZE_MODES, frame_picture
+from lightx2v.media.framing import RESIZE_MODES, frame_picture
 from lightx2v.models.vae import WanVAE
 from lightx2v.models.vae_config import VAEConfig
 from lightx2v.progress import CancelToken

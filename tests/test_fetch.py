@@ -14,7 +14,7 @@ from bad_http import BadHTTP, Plan
 from patience import PATIENCE
 
 from lightx2v.errors import BadRequest
-from lightx2v.fetch import Fetcher, is_public
+from lightx2v.media.web_images import Fetcher, is_public
 
 PICTURE = {"Content-Type": "image/png"}
 LOCAL = Fetcher(permitted=lambda address: address.is_loopback, seconds=PATIENCE)

@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from lightx2v.errors import BadRequest
-from lightx2v.framing import BUCKETS, RESIZE_MODES, frame_picture, output_size
+from lightx2v.media.framing import BUCKETS, RESIZE_MODES, frame_picture, output_size
 
 SIDES = st.integers(16, 6000)
 REQUESTED = st.sampled_from([(480, 832), (832, 480), (720, 1280), (544, 960), (64, 64), (480, 480)])

@@ -19,7 +19,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from lightx2v.errors import BadRequest, LightX2VError
-from lightx2v.image import MAX_BYTES, jpeg, load_image, store_image
+from lightx2v.media.images import MAX_BYTES, jpeg, load_image, store_image
 
 WHITE, RED, BLUE = (255, 255, 255), (255, 0, 0), (0, 0, 255)
 
@@ -244,10 +244,10 @@ def test_a_bomb_is_refused_from_its_header() -> None:
 
 def test_the_pixel_limit_names_size_and_limit(monkeypatch: pytest.MonkeyPatch) -> None:
     data = encode(Image.new("L", (1000, 100)), "PNG")
-    monkeypatch.setattr("lightx2v.image.MAX_PIXELS", 99_999)
+    monkeypatch.setattr("lightx2v.media.video_writer.images.MAX_PIXELS", 99_999)
     with pytest.raises(BadRequest, match="1000x100"):
         load_image(data)
-    monkeypatch.setattr("lightx2v.image.MAX_PIXELS", 100_000)
+    monkeypatch.setattr("lightx2v.media.video_writer.images.MAX_PIXELS", 100_000)
     assert load_image(data).size == (1000, 100)
 
 
@@ -311,7 +311,7 @@ def test_damaged_bytes_only_ever_give_our_errors(format: str, data: st.DataObjec
     for _ in range(data.draw(st.integers(1, 8))):
         raw[data.draw(st.integers(0, len(raw) - 1))] = data.draw(st.integers(0, 255))
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("lightx2v.image.MAX_PIXELS", 10**6)
+        patch.setattr("lightx2v.media.video_writer.images.MAX_PIXELS", 10**6)
         try:
             assert load_image(bytes(raw)).mode == "RGB"
         except LightX2VError as error:

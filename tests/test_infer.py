@@ -445,7 +445,7 @@ def recording(
 ) -> None:
     assert stage.config is not None and stage.request is not None
     recorded = recorded_settings(str(stage.preset), stage.config, stage.request, None)
-    monkeypatch.setattr("lightx2v.mp4.read_settings", lambda path: recorded if settings is None else settings)
+    monkeypatch.setattr("lightx2v.media.mp4.read_settings", lambda path: recorded if settings is None else settings)
 
 
 def test_a_video_is_repeated_from_its_own_settings(

@@ -24,7 +24,7 @@ from lightx2v.config.engine_config import EngineConfig
 from lightx2v.errors import BadRequest, Busy
 from lightx2v.job_store import STATES, Job, UnknownJob
 from lightx2v.jobs import JobManager
-from lightx2v.mp4 import read_settings
+from lightx2v.media.mp4 import read_settings
 
 # ---- one job --------------------------------------------------------------------------------------------------------
 

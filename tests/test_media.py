@@ -11,8 +11,8 @@ from clips import clip, write
 from PIL import Image
 
 from lightx2v.errors import BadRequest
-from lightx2v.media import VideoWriter, ffmpeg, read_frame
-from lightx2v.mp4 import probe
+from lightx2v.media.mp4 import probe
+from lightx2v.media.video_writer import VideoWriter, ffmpeg, read_frame
 
 
 @pytest.mark.parametrize("fps", [16, 12.5, 24, 23.976, 1, 120])

@@ -18,10 +18,10 @@ import pytest
 from clips import assert_nothing_left, clip, write
 from patience import PATIENCE
 
-from lightx2v import media
 from lightx2v.errors import BadRequest, Cancelled, OutputError
-from lightx2v.media import VideoWriter, check_output_path
-from lightx2v.mp4 import VideoInfo, probe
+from lightx2v.media import video_writer as media
+from lightx2v.media.mp4 import VideoInfo, probe
+from lightx2v.media.video_writer import VideoWriter, check_output_path
 from lightx2v.progress import CancelToken
 
 ROOT = Path(__file__).parents[1]

@@ -11,8 +11,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lightx2v.errors import BadRequest, LightX2VError
-from lightx2v.media import VideoWriter, ffmpeg
-from lightx2v.mp4 import probe, read_settings
+from lightx2v.media.mp4 import probe, read_settings
+from lightx2v.media.video_writer import VideoWriter, ffmpeg
 
 
 def test_settings_come_back_exactly(tmp_path: Path) -> None:

@@ -26,8 +26,8 @@ from app.studio import settings_of
 from lightx2v import infer
 from lightx2v.config.request import Request
 from lightx2v.estimate import Prediction
-from lightx2v.framing import frame_picture
 from lightx2v.job_store import Job
+from lightx2v.media.framing import frame_picture
 from lightx2v.progress import Progress
 from lightx2v.server.bodies import VideoBody, read_body
 

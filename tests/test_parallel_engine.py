@@ -10,7 +10,7 @@ import parallel_runs
 import pytest
 from parallel_ranks import ROOT, group, tiny_models
 
-from lightx2v.mp4 import probe
+from lightx2v.media.mp4 import probe
 
 TINY = ["base", "one_guided", "distilled", "i2v", "i2v_distilled", "flf2v", "flat", "tiles"]
 DEMO = ["t2v_base", "t2v_distill_lora", "t2v_fp8", "t2v_dynamic_lora", "i2v_base", "i2v_distill_lora"]

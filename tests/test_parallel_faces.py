@@ -17,7 +17,7 @@ import pytest
 from parallel_ranks import Running, under_torchrun
 from patience import PATIENCE, eventually, free_port
 
-from lightx2v.mp4 import probe, read_settings
+from lightx2v.media.mp4 import probe, read_settings
 
 
 def test_the_command_line_under_torchrun(tmp_path: Path) -> None:

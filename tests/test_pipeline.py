@@ -23,7 +23,7 @@ from lightx2v.config.recorded_settings import find_picture
 from lightx2v.config.request import Request
 from lightx2v.engine import within_memory
 from lightx2v.errors import BadRequest, Busy, Cancelled, CheckpointError, ConfigError, NumericsError, OutOfMemory
-from lightx2v.mp4 import probe, read_settings
+from lightx2v.media.mp4 import probe, read_settings
 from lightx2v.pipeline import LightX2VPipeline
 from lightx2v.progress import CancelToken, Progress
 from lightx2v.result import Result

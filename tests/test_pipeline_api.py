@@ -25,7 +25,7 @@ from lightx2v import pipeline
 from lightx2v.config.engine_config import EngineConfig, ParallelConfig
 from lightx2v.config.model_paths import PROJECT
 from lightx2v.errors import Busy, Cancelled, ConfigError
-from lightx2v.mp4 import read_settings
+from lightx2v.media.mp4 import read_settings
 from lightx2v.pipeline import LightX2VPipeline
 from lightx2v.progress import CancelToken, Progress
 

@@ -17,7 +17,7 @@ from conftest import TinyModels
 from packaging.requirements import Requirement
 
 from lightx2v import convert, download, infer
-from lightx2v.mp4 import probe
+from lightx2v.media.mp4 import probe
 from lightx2v.server import command as server
 
 ROOT = Path(__file__).parents[1]

@@ -21,7 +21,7 @@ from patience import PATIENCE, free_port
 
 from lightx2v import infer
 from lightx2v.config.model_paths import PROJECT
-from lightx2v.mp4 import read_settings
+from lightx2v.media.mp4 import read_settings
 from lightx2v.server import command
 
 SCRIPTS = sorted((PROJECT / "scripts").rglob("run_*.sh"))

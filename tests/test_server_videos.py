@@ -16,8 +16,8 @@ from patience import PATIENCE
 from PIL import Image
 from served import BASE, I2V, SIZE, T2V, Served, serve
 
-from lightx2v.fetch import Fetcher
-from lightx2v.image import load_image
+from lightx2v.media.images import load_image
+from lightx2v.media.web_images import Fetcher
 
 KEYS = ("alice-has-a-key", "bob-has-another")
 

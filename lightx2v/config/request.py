@@ -15,7 +15,7 @@ from dataclasses import dataclass, fields
 from typing import Any, Literal, NoReturn, Self
 
 from ..errors import BadRequest
-from ..framing import RESIZE_MODES
+from ..media.framing import RESIZE_MODES
 
 Task = Literal["t2v", "i2v", "flf2v"]
 Expert = Literal["high", "low"]

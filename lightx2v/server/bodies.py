@@ -16,7 +16,7 @@ from starlette.requests import Request as HttpRequest
 
 from ..config.request import MAX_PROMPT
 from ..errors import BadRequest
-from ..image import MAX_BYTES
+from ..media.images import MAX_BYTES
 from .service import Lora, Wish
 
 Body = TypeVar("Body", bound=BaseModel)

@@ -9,8 +9,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from ..errors import BadRequest
-from ..fetch import Fetcher
-from ..image import MAX_BYTES
+from ..media.images import MAX_BYTES
+from ..media.web_images import Fetcher
 
 _BASE64 = re.compile(r"[A-Za-z0-9+/_\s-]{64,}={0,2}\s*")
 

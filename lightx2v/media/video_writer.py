@@ -33,9 +33,9 @@ from typing import IO, Any, Self
 import numpy as np
 from PIL import Image
 
-from .errors import BadRequest, OutputError, short_path
+from ..errors import BadRequest, OutputError, short_path
+from ..progress import CancelToken
 from .mp4 import SETTINGS_KEY, VideoInfo, probe, read_settings
-from .progress import CancelToken
 
 __all__ = ["VideoInfo", "VideoWriter", "check_output_path", "ffmpeg", "probe", "read_frame", "read_settings"]
 

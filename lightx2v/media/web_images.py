@@ -20,8 +20,8 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from urllib.parse import SplitResult, urljoin, urlsplit
 
-from .errors import BadRequest
-from .image import MAX_BYTES
+from ..errors import BadRequest
+from .images import MAX_BYTES
 
 IPAddress = ipaddress.IPv4Address | ipaddress.IPv6Address
 

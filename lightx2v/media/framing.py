@@ -20,7 +20,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-from .errors import BadRequest
+from ..errors import BadRequest
 
 CELL = 16
 """Pixels per side of one token: the VAE's stride 8 times the patch size 2. Every output side is a multiple."""

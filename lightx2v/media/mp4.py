@@ -19,7 +19,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
 
-from .errors import BadRequest, short_path
+from ..errors import BadRequest, short_path
 
 SETTINGS_KEY = "lightx2v"
 _MAX_MOOV = 16 * 2**20
