@@ -19,7 +19,7 @@ from clips import assert_nothing_left, clip, write
 from patience import PATIENCE
 
 from lightx2v.errors import BadRequest, Cancelled, OutputError
-from lightx2v.media import video_writer as media
+from lightx2v.media import video_writer
 from lightx2v.media.mp4 import VideoInfo, probe
 from lightx2v.media.video_writer import VideoWriter, check_output_path
 from lightx2v.progress import CancelToken
@@ -99,7 +99,7 @@ def test_cancelling_leaves_nothing(tmp_path: Path) -> None:
 def test_cancelling_ends_an_encoder_that_hangs(
     tmp_path: Path, fake_ffmpeg: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(media, "STALL_SECONDS", 600)
+    monkeypatch.setattr(video_writer, "STALL_SECONDS", 600)
     script(fake_ffmpeg, "time.sleep(600)")  # longer than a test may take
     token = CancelToken()
     timer = threading.Timer(0.3, token.cancel)
@@ -113,7 +113,7 @@ def test_cancelling_ends_an_encoder_that_hangs(
 
 
 def test_an_encoder_that_hangs_is_given_up(tmp_path: Path, fake_ffmpeg: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(media, "STALL_SECONDS", 0.3)
+    monkeypatch.setattr(video_writer, "STALL_SECONDS", 0.3)
     script(fake_ffmpeg, "time.sleep(60)")
     with (
         pytest.raises(OutputError, match="taken no data"),
@@ -218,7 +218,7 @@ def test_a_folder_that_cannot_be_written_is_an_error() -> None:
             begin("/proc/a.mp4")
 
 
-PRELUDE = "import sys, os, resource\nimport numpy as np\nfrom lightx2v.media import VideoWriter\n"
+PRELUDE = "import sys, os, resource\nimport numpy as np\nfrom lightx2v.media.video_writer import VideoWriter\n"
 
 
 def run_python(body: str, folder: Path) -> subprocess.CompletedProcess[str]:

@@ -12,8 +12,9 @@ transfer itself is ours (`transfer.py`).
 
 from __future__ import annotations
 
-from .fetch import ensure, fetch
+from .download import ensure, fetch
+from .find import find, find_cached, find_lora
 from .listing import Hub
-from .plan import Plan, PlannedFile, find, find_cached, find_lora, make_plan, missing
+from .plan import Plan, PlannedFile, make_plan, missing
 
 __all__ = ["Hub", "Plan", "PlannedFile", "ensure", "fetch", "find", "find_cached", "find_lora", "make_plan", "missing"]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import shutil
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
@@ -10,9 +9,10 @@ from pathlib import Path
 
 from ..config.engine_config import EngineConfig, hub_name
 from ..config.lora_names import other_half
-from ..config.model_paths import needed_files, search_roots
-from ..errors import ConfigError, DownloadError, LoraError, byte_size, short_path
-from .cache import CachedRepo, standard_cache
+from ..config.model_paths import needed_files
+from ..errors import ConfigError, DownloadError, byte_size, short_path
+from .cache import CachedRepo
+from .find import find, find_cached, local_candidates
 from .listing import Hub, HubFile, list_files
 
 SPARE = 0.05
@@ -66,41 +66,12 @@ class Plan:
             )
 
 
-def find(name: str, config: EngineConfig) -> Path | None:
-    """The file or folder that a path of the configuration means: a local one, or one in the shared cache."""
-    roots = [Path(name).expanduser()] if Path(name).expanduser().is_absolute() else _local(name, config)
-    local = next((path for path in roots if path.exists()), None)
-    return local or find_cached(name)
-
-
-def find_cached(name: str) -> Path | None:
-    """A file, a folder with all its parts, or a repository of the shared cache, by its name on the Hub."""
-    hub = hub_name(name)
-    return CachedRepo(standard_cache(), hub[0]).find(hub[1]) if hub else None
-
-
-def find_lora(path: str, config: EngineConfig) -> Path:
-    """The file of a LoRA: absolute, below one of the places where the configuration's files are looked for, or in the
-    shared cache. LoraError where it is nowhere."""
-    given, model = (Path(os.path.expanduser(name)) for name in (path, config.model_path))
-    roots = [*search_roots(config), model, model.parent]
-    places = [given] if given.is_absolute() else [root / given for root in dict.fromkeys(roots)]
-    found = next((place for place in places if os.path.exists(place)), None) or find_cached(path)
-    if found is not None:
-        return found
-    hub, looked = hub_name(path), dict.fromkeys(short_path(place, 3) for place in places)
-    raise LoraError(
-        f"There is no LoRA {short_path(path, 3)}. Looked for {', '.join(looked)}. "
-        + (f"Download it with: hf download {hub[0]} {hub[1]}" if hub and hub[1] else "Check the path.")
-    )
-
-
 def missing(config: EngineConfig) -> list[str]:
     """The names of files and folders that `config` needs, that are not on this machine and may be on the Hub.
 
     A model folder that is here is taken as it is: nothing is put into it or beside it.
     """
-    own_model = any(path.is_dir() for path in _local(config.model_path, config))
+    own_model = any(path.is_dir() for path in local_candidates(config.model_path, config))
     return [
         name
         for name in needed_files(config)
@@ -198,10 +169,6 @@ def disk_free(folder: Path) -> int:
     """Bytes that are free on the disk of `folder`, which need not exist yet."""
     folder = folder.absolute()
     return shutil.disk_usage(next(path for path in (folder, *folder.parents) if path.exists())).free
-
-
-def _local(name: str, config: EngineConfig) -> list[Path]:
-    return [root / Path(name).expanduser() for root in search_roots(config)]
 
 
 def _tops(listing: Iterable[HubFile]) -> set[str]:
