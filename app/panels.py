@@ -8,8 +8,8 @@ from dataclasses import dataclass
 
 from PIL import Image
 
-from lightx2v.estimate import Prediction
-from lightx2v.machine import Machine
+from lightx2v.cost.machine import Machine
+from lightx2v.cost.run_time import Prediction
 from lightx2v.media.framing import Framing
 from lightx2v.media.images import jpeg
 

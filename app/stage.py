@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from lightx2v.config.request import Request
-from lightx2v.estimate import high_noise_steps
+from lightx2v.cost.run_time import high_noise_steps
 from lightx2v.job_store import Job
 from lightx2v.progress import STAGES, Progress
 

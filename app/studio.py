@@ -21,15 +21,15 @@ from lightx2v.config.engine_config import EngineConfig
 from lightx2v.config.model_paths import PROJECT
 from lightx2v.config.presets import VARIANTS, PresetInfo, Resolved, list_presets, resolve
 from lightx2v.config.request import Request
+from lightx2v.cost.machine import MachineReader
+from lightx2v.cost.memory_forecast import bytes_needed, shape_of
+from lightx2v.cost.run_time import Prediction, Rates, Work, count
 from lightx2v.engine_slot import Engine, OpenEngine
 from lightx2v.errors import BadRequest, ConfigError, LightX2VError
-from lightx2v.estimate import Prediction, Rates, Work, count
 from lightx2v.job_store import Job, UnknownJob
 from lightx2v.jobs import JobManager
-from lightx2v.machine import MachineReader
 from lightx2v.media.images import jpeg
 from lightx2v.media.video_writer import read_frame
-from lightx2v.memory import bytes_needed, shape_of
 from lightx2v.progress import CancelToken, OnProgress, Progress
 
 from .exposure import Exposure

@@ -15,7 +15,7 @@ import sys
 import torch
 
 from lightx2v.config.environment import Environment
-from lightx2v.estimate import DiTShape, dit_flops
+from lightx2v.cost.run_time import DiTShape, dit_flops
 from lightx2v.models.dit import DiTConfig, WanDiT
 
 SIZES = {"832x480, 81 frames": (21, 60, 104), "1280x720, 81 frames": (21, 90, 160)}

@@ -16,8 +16,8 @@ from PIL import Image
 
 from lightx2v.config.presets import resolve
 from lightx2v.config.request import Request
-from lightx2v.estimate import Rates, Work, count
-from lightx2v.memory import shape_of
+from lightx2v.cost.memory_forecast import shape_of
+from lightx2v.cost.run_time import Rates, Work, count
 from lightx2v.pipeline import LightX2VPipeline
 
 Size = tuple[int, int, int]

@@ -18,8 +18,9 @@ from .built import find_built, make_built
 from .components import DTYPES, Precision, expert_weights
 from .config.engine_config import EngineConfig, ParallelConfig
 from .config.environment import Environment
+from .cost.machine import free_memory
+from .cost.memory_plan import from_disk
 from .errors import OutOfMemory, OutputError
-from .machine import free_memory
 from .models.dit import DiTConfig
 from .models.preview import Preview
 from .offload import USUAL, Placement, Resident, offloaded, planner_for
@@ -27,7 +28,6 @@ from .parallel.meet import join
 from .parallel.mesh import Mesh
 from .parallel.world import World
 from .placement.offloaded import describe
-from .planner import from_disk
 from .progress import CancelToken, Meter, OnProgress
 from .prompts import PromptCache
 from .weights.checkpoint import open_checkpoint

@@ -34,11 +34,11 @@ from .config.model_paths import needed_files
 from .config.presets import Resolved, list_presets, resolve
 from .config.recorded_settings import PICTURES, find_picture
 from .config.request import Request
+from .cost.machine import MachineReader
+from .cost.memory_forecast import on_card, on_machine
 from .errors import BadRequest, ConfigError, short_path
 from .hub import find
-from .machine import MachineReader
 from .media.framing import RESIZE_MODES
-from .memory import on_card, on_machine
 from .progress import CancelToken, OnProgress, cost
 
 log = logging.getLogger("lightx2v.infer")

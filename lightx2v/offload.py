@@ -32,8 +32,10 @@ from .components import (
 )
 from .config.engine_config import EngineConfig
 from .config.request import LoraSpec
+from .cost.machine import free_ram
+from .cost.memory_plan import Machine, Model, Need, Plan, Planner, Stage, Wishes
+from .cost.run_time import DiTShape
 from .errors import CheckpointError, LoraError
-from .estimate import DiTShape
 from .models.dit import DiTConfig, WanDiT
 from .models.tiling import Tiling
 from .models.umt5 import TextEncoder
@@ -42,7 +44,6 @@ from .parallel.mesh import Mesh
 from .placement.copies import Copies, copies_for
 from .placement.offloaded import Offloaded
 from .placement.piece import Reader
-from .planner import Machine, Model, Need, Plan, Planner, Stage, Wishes, free_ram
 from .progress import CancelToken
 from .weights.build import ModelWeights
 from .weights.checkpoint import open_checkpoint

@@ -27,9 +27,9 @@ from .config.engine_config import EngineConfig
 from .config.environment import Environment
 from .config.presets import resolve
 from .config.request import LoraSpec, Request
+from .cost.machine import free_memory
 from .engine import Engine, load_engine, within_memory
 from .errors import Busy, ConfigError, GroupFailed, LightX2VError
-from .machine import free_memory
 from .media.video_writer import check_output_path
 from .parallel.meet import join
 from .parallel.world import CLOSE, LEAVE

@@ -21,6 +21,7 @@ from .components import Which
 from .conditioning import encode_pictures, prepare_pictures
 from .config.recorded_settings import recorded_settings
 from .config.request import LoraSpec, Request
+from .cost.memory_plan import Need, Stage
 from .engine import Engine, within_memory
 from .errors import Cancelled, LightX2VError, OutOfMemory
 from .media.images import load_image
@@ -29,7 +30,6 @@ from .models.block import TextStates
 from .models.vae import WanVAE
 from .parallel.mesh import SharedCancel
 from .parallel.rows import Rows
-from .planner import Need, Stage
 from .progress import CancelToken, Meter, OnProgress, Timings
 from .result import Result
 from .sampling import denoise, guided, initial_noise, solver_for, still_warning

@@ -13,8 +13,8 @@ sys.path.insert(0, str(ROOT))
 
 from lightx2v.config.presets import list_presets, resolve  # noqa: E402
 from lightx2v.config.request import Request  # noqa: E402
-from lightx2v.memory import Forecast, on_card  # noqa: E402
-from lightx2v.planner import GIB  # noqa: E402
+from lightx2v.cost.memory_forecast import Forecast, on_card  # noqa: E402
+from lightx2v.cost.memory_plan import GIB  # noqa: E402
 
 CARDS = (12, 16, 24, 80)
 PRESETS = {

@@ -15,12 +15,12 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from lightx2v.estimate import DiTShape
+from lightx2v.cost.memory_plan import CHUNK as COUNTED_CHUNK
+from lightx2v.cost.memory_plan import GIB, Model, Need, denoise_bytes
+from lightx2v.cost.run_time import DiTShape
 from lightx2v.models import fused
 from lightx2v.models.dit import CHUNK, DiTConfig, WanDiT, parameter_dtype
 from lightx2v.models.quant_linear import swap_linears
-from lightx2v.planner import CHUNK as COUNTED_CHUNK
-from lightx2v.planner import GIB, Model, Need, denoise_bytes
 from lightx2v.weights.quant import is_expert_matrix
 
 LAYERS = 2

@@ -12,7 +12,7 @@ import pytest
 from benchmarks.prediction import THREE_SIZES, UNSEEN, Runs
 from lightx2v import progress
 from lightx2v.config.request import Request
-from lightx2v.estimate import OVERHEAD, DiTShape, Rates, count, dit_flops, high_noise_steps
+from lightx2v.cost.run_time import OVERHEAD, DiTShape, Rates, count, dit_flops, high_noise_steps
 
 DEMO = DiTShape(dim=128, ffn_dim=512, num_layers=6, text_dim=64, text_len=32)
 

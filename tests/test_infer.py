@@ -22,9 +22,9 @@ from lightx2v.config.engine_config import EngineConfig
 from lightx2v.config.model_paths import PROJECT
 from lightx2v.config.recorded_settings import recorded_settings
 from lightx2v.config.request import Request
+from lightx2v.cost.machine import Machine
 from lightx2v.errors import Cancelled, CheckpointError, OutOfMemory
 from lightx2v.infer import main
-from lightx2v.machine import Machine
 from lightx2v.progress import CancelToken, OnProgress, Peak, Progress, StepTime, Timings
 from lightx2v.result import Result
 
@@ -365,7 +365,7 @@ def test_a_dry_run_says_whether_a_card_is_enough(infer: Infer, preset: str, card
 
 def test_without_a_card_a_dry_run_looks_at_this_machine(infer: Infer, monkeypatch: pytest.MonkeyPatch) -> None:
     def memory(machine: Machine, *flags: str) -> dict[str, Any]:
-        monkeypatch.setattr("lightx2v.machine.MachineReader.__call__", lambda self: machine)
+        monkeypatch.setattr("lightx2v.cost.machine.MachineReader.__call__", lambda self: machine)
         return json.loads(infer("--preset", "t2v_base", "--dry_run", *flags).out)["plan"]["memory"]
 
     plain = Machine(name="a laptop", cores=4, ram_free=16 << 30, ram_total=16 << 30)

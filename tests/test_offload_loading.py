@@ -25,11 +25,11 @@ from lightx2v.components import Precision, expert_weights, load_expert
 from lightx2v.config.engine_config import EngineConfig
 from lightx2v.config.presets import resolve
 from lightx2v.config.request import LoraSpec, Request
+from lightx2v.cost.memory_plan import GIB, Machine, Need, Plan, Planner, Wishes, expert_bytes
 from lightx2v.errors import LoraError, OutOfMemory
 from lightx2v.offload import model_sizes, offloaded, planner_for
 from lightx2v.pipeline import LightX2VPipeline
 from lightx2v.placement.copies import HostCopies
-from lightx2v.planner import GIB, Machine, Need, Plan, Planner, Wishes, expert_bytes
 from lightx2v.weights.build import ModelWeights
 from lightx2v.weights.checkpoint import open_checkpoint
 from lightx2v.weights.locate import ModelFiles, locate

@@ -11,12 +11,9 @@ from lightx2v.components import Precision
 from lightx2v.config.engine_config import EngineConfig
 from lightx2v.config.presets import resolve
 from lightx2v.config.request import Request
-from lightx2v.estimate import DiTShape
-from lightx2v.memory import bytes_needed
-from lightx2v.models.tiling import Tiling
-from lightx2v.models.vae_config import VAEConfig
-from lightx2v.offload import model_sizes
-from lightx2v.planner import (
+from lightx2v.cost.machine import free_ram
+from lightx2v.cost.memory_forecast import bytes_needed
+from lightx2v.cost.memory_plan import (
     GIB,
     RESERVE,
     Machine,
@@ -29,11 +26,14 @@ from lightx2v.planner import (
     decode_bytes,
     denoise_bytes,
     expert_bytes,
-    free_ram,
     outside_weights,
     stage_bytes,
     tile_side,
 )
+from lightx2v.cost.run_time import DiTShape
+from lightx2v.models.tiling import Tiling
+from lightx2v.models.vae_config import VAEConfig
+from lightx2v.offload import model_sizes
 from lightx2v.weights.locate import locate
 
 BF16, FP8 = Model(), Model(weight=1.0, text=4_700_000_000)

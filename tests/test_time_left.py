@@ -11,7 +11,7 @@ from app.panels import Offer as Offered
 from app.screen import together
 from app.stage import time_left
 from app.strings import Words
-from lightx2v.estimate import Prediction
+from lightx2v.cost.run_time import Prediction
 from lightx2v.progress import Progress
 
 EXPECTED = {"load": 10.0, "text": 1.0, "denoise": 40.0, "decode": 8.0, "write": 1.0}

@@ -12,10 +12,10 @@ import time
 
 import torch
 
+from lightx2v.cost.memory_plan import Machine, Need, choose
+from lightx2v.cost.memory_plan import Model as Counted
 from lightx2v.placement.copies import copies_for
 from lightx2v.placement.shuttle import Cargo, Shuttle
-from lightx2v.planner import Machine, Need, choose
-from lightx2v.planner import Model as Counted
 
 from .bench import Bench
 from .model import attention, expert

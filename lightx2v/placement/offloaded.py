@@ -19,11 +19,11 @@ from torch import nn
 from ..adapters import Applied
 from ..components import Which, whole_float32
 from ..config.request import LoraSpec
+from ..cost.memory_plan import Need, Plan, Planner, Stage
 from ..models.dit import WanDiT
 from ..models.tiling import Tiling
 from ..models.umt5 import TextEncoder
 from ..models.vae import WanVAE
-from ..planner import Need, Plan, Planner, Stage
 from .copies import Copies
 from .piece import Reader
 from .shuttle import Cargo, Shuttle

@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, Self
 
-from .config.request import Request
+from ..config.request import Request
 
 log = logging.getLogger("lightx2v.estimate")
 

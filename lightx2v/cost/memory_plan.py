@@ -12,13 +12,11 @@ and the CUDA context take besides is in `RESERVE` and `SLACK`.
 
 from __future__ import annotations
 
-import os
 from dataclasses import dataclass, field, replace
-from pathlib import Path
 from typing import Any, Literal
 
-from .config.engine_config import EngineConfig
-from .estimate import DiTShape
+from ..config.engine_config import EngineConfig
+from .run_time import DiTShape
 
 Mode = Literal["resident", "swap", "stream"]
 Part = Literal["resident", "move", "stream"]
@@ -354,22 +352,3 @@ def _reason(plan: Plan, model: Model, machine: Machine, *, fits: bool) -> str:
     ]
     text = f"{free}: " + ", ".join([what, *more]) + "."
     return text if fits else text + " It may not be enough."
-
-
-def free_ram() -> int:
-    """Host memory that a program may still take: what the system has, or its container."""
-    try:
-        with open("/proc/meminfo", encoding="ascii") as file:
-            lines = dict(line.split(":", 1) for line in file)
-        free = int(lines["MemAvailable"].split()[0]) * 1024
-    except (OSError, KeyError, ValueError):
-        try:
-            return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") * 3 // 4
-        except (AttributeError, OSError, ValueError):
-            return 16 * GIB
-    try:
-        group = Path("/sys/fs/cgroup")
-        limit, used = ((group / f"memory.{name}").read_text().strip() for name in ("max", "current"))
-        return min(free, max(0, int(limit) - int(used)))
-    except (OSError, ValueError):  # no container, or "max"
-        return free

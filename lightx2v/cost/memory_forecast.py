@@ -7,13 +7,13 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
-from . import planner
-from .config.engine_config import EngineConfig
-from .config.model_paths import PROJECT
-from .config.request import Request
-from .estimate import DiTShape
+from ..config.engine_config import EngineConfig
+from ..config.model_paths import PROJECT
+from ..config.request import Request
+from . import memory_plan
 from .machine import Machine
-from .planner import GIB, RESERVE, TEXT_WEIGHTS, VAE_WEIGHTS, Model, Need, Plan, Wishes
+from .memory_plan import GIB, RESERVE, TEXT_WEIGHTS, VAE_WEIGHTS, Model, Need, Plan, Wishes
+from .run_time import DiTShape
 
 CARD_KEEPS = GIB
 """Of a card's nominal size: what the driver and the CUDA context take."""
@@ -59,17 +59,17 @@ def on_machine(config: EngineConfig, request: Request, machine: Machine) -> Fore
     model = _model(config, 4)  # products are computed in float32
     plan = Plan(mode="resident", resident_blocks=model.dit.num_layers, reason="All of it is in host memory.")
     if config.lazy_load:
-        plan = planner.from_disk(config)
-    peak = max(planner.stage_bytes(plan, model, _need(request)).values())
+        plan = memory_plan.from_disk(config)
+    peak = max(memory_plan.stage_bytes(plan, model, _need(request)).values())
     return Forecast(plan=plan, device=None, host=peak, free=ram, fits=peak <= ram)
 
 
 def on_device(config: EngineConfig, request: Request, *, vram: int, ram: int) -> Forecast:
     """With so many bytes free, under the plan that the engine will choose for them."""
     model = _model(config, 2)
-    plan = planner.choose(planner.Machine(vram=vram, ram=ram), model, _need(request), Wishes.of(config))
+    plan = memory_plan.choose(memory_plan.Machine(vram=vram, ram=ram), model, _need(request), Wishes.of(config))
     fits = max(plan.bytes.values()) + RESERVE <= vram
-    return Forecast(plan=plan, device=plan.bytes, host=planner.host_bytes(plan, model), free=vram, fits=fits)
+    return Forecast(plan=plan, device=plan.bytes, host=memory_plan.host_bytes(plan, model), free=vram, fits=fits)
 
 
 def bytes_needed(config: EngineConfig, request: Request, *, vram: int, ram: int) -> int:

@@ -15,7 +15,7 @@ from pathlib import Path
 
 import psutil
 
-from .config.environment import Environment
+from ..config.environment import Environment
 
 FRESH_SECONDS = 3.0
 
@@ -109,3 +109,22 @@ def _container_memory(free: int, total: int) -> tuple[int, int]:
     except (OSError, ValueError):  # no limit, or no cgroup
         return free, total
     return (min(free, max(0, limit - used)), limit) if limit < total else (free, total)
+
+
+def free_ram() -> int:
+    """Host memory that a program may still take: what the system has, or its container."""
+    try:
+        with open("/proc/meminfo", encoding="ascii") as file:
+            lines = dict(line.split(":", 1) for line in file)
+        free = int(lines["MemAvailable"].split()[0]) * 1024
+    except (OSError, KeyError, ValueError):
+        try:
+            return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") * 3 // 4
+        except (AttributeError, OSError, ValueError):
+            return 16 * 2**30
+    try:
+        group = Path("/sys/fs/cgroup")
+        limit, used = ((group / f"memory.{name}").read_text().strip() for name in ("max", "current"))
+        return min(free, max(0, int(limit) - int(used)))
+    except (OSError, ValueError):  # no container, or "max"
+        return free
