@@ -12,7 +12,7 @@ from lightx2v.models.dit import DiTConfig, WanDiT
 from lightx2v.models.rope import rotations
 from lightx2v.models.vae import WanVAE
 from lightx2v.models.vae_config import VAEConfig
-from lightx2v.sampling.distill import Euler
+from lightx2v.sampling.euler import Euler
 from training import model
 from training.distill import SUBSTEPS, teacher_schedule
 from training.model import GRID, LATENT, add_lora, fast, lora_state_dict, norm_rotate_real, widen

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from lightx2v.models.dit import WanDiT
 from lightx2v.models.vae import WanVAE
-from lightx2v.sampling.distill import Euler
+from lightx2v.sampling.euler import Euler
 from lightx2v.sampling.schedule import Schedule, distill_schedule, unipc_schedule
 from lightx2v.sampling.unipc import UniPC
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from ..config.request import Request
 from .checks import still_warning
 from .denoise import Solver, denoise, draw_seed, guided, initial_noise
-from .distill import Euler
+from .euler import Euler
 from .schedule import Schedule, distill_schedule, unipc_schedule
 from .unipc import UniPC
 
