@@ -29,8 +29,8 @@ def formula(tokens: int, width: int, layers: int, size: int, itemsize: int) -> f
 @torch.inference_mode()
 def count(shape: tuple[int, int, int], heads: int, layers: int) -> None:
     """One forward of a small DiT over all processes; rank 0 prints what each of them sent."""
-    from lightx2v.parallel.meet import join
     from lightx2v.parallel.mesh import Mesh
+    from lightx2v.parallel.rendezvous import join
 
     environment = Environment.read()
     size = environment.world_size or 1

@@ -24,9 +24,9 @@ from .errors import OutOfMemory, OutputError
 from .models.dit import DiTConfig
 from .models.preview import Preview
 from .offload import USUAL, Placement, Resident, offloaded, planner_for
-from .parallel.meet import join
 from .parallel.mesh import Mesh
-from .parallel.world import World
+from .parallel.process_group import World
+from .parallel.rendezvous import join
 from .placement.offloaded import describe
 from .progress import CancelToken, Meter, OnProgress
 from .prompts import PromptCache

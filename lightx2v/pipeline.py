@@ -31,8 +31,8 @@ from .cost.machine import free_memory
 from .engine import Engine, load_engine, within_memory
 from .errors import Busy, ConfigError, GroupFailed, LightX2VError
 from .media.video_writer import check_output_path
-from .parallel.meet import join
-from .parallel.world import CLOSE, LEAVE
+from .parallel.process_group import CLOSE, LEAVE
+from .parallel.rendezvous import join
 from .progress import CancelToken, Meter, OnProgress
 from .result import Result
 from .run import Run

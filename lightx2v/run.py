@@ -29,7 +29,7 @@ from .media.video_writer import VideoWriter
 from .models.block import TextStates
 from .models.vae import WanVAE
 from .parallel.mesh import SharedCancel
-from .parallel.rows import Rows
+from .parallel.vae_bands import Rows
 from .progress import CancelToken, Meter, OnProgress, Timings
 from .result import Result
 from .sampling import denoise, guided, initial_noise, solver_for, still_warning

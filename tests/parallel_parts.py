@@ -10,8 +10,8 @@ from lightx2v.config.environment import Environment
 from lightx2v.models.dit import DiTConfig, WanDiT
 from lightx2v.models.vae import WanVAE
 from lightx2v.models.vae_config import VAEConfig
-from lightx2v.parallel.meet import join
 from lightx2v.parallel.mesh import Mesh
+from lightx2v.parallel.rendezvous import join
 
 
 def enter(cfg: int, seq: int) -> Mesh:

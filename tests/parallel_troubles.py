@@ -21,8 +21,8 @@ from lightx2v.errors import LightX2VError
 from lightx2v.jobs import JobManager
 from lightx2v.models.dit import WanDiT
 from lightx2v.models.vae import WanVAE
-from lightx2v.parallel import watch
-from lightx2v.parallel.meet import join
+from lightx2v.parallel import heartbeat as watch
+from lightx2v.parallel.rendezvous import join
 from lightx2v.pipeline import LightX2VPipeline
 from lightx2v.progress import CancelToken, Progress
 from lightx2v.weights import stream

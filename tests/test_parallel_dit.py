@@ -6,7 +6,7 @@ import parallel_parts
 import pytest
 from parallel_ranks import group
 
-from lightx2v.parallel.wire import shares
+from lightx2v.parallel.collectives import shares
 
 SHAPES = [[1, 4, 6], [3, 6, 10], [2, 2, 2]]
 """6, 45 and 2 tokens: fewer than processes, odd, and not divisible by 4."""

@@ -9,8 +9,8 @@ from pathlib import Path
 import torch
 
 from lightx2v.config.environment import Environment
-from lightx2v.parallel.meet import join
 from lightx2v.parallel.mesh import Mesh
+from lightx2v.parallel.rendezvous import join
 
 from .model import expert
 from .ranks import Ranks, call_of

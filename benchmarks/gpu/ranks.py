@@ -28,9 +28,9 @@ from lightx2v.config.request import Request
 from lightx2v.engine import load_here
 from lightx2v.models.dit import DiTConfig, WanDiT, parameter_dtype
 from lightx2v.models.vae import WanVAE
-from lightx2v.parallel.meet import join
 from lightx2v.parallel.mesh import Mesh
-from lightx2v.parallel.world import World
+from lightx2v.parallel.process_group import World
+from lightx2v.parallel.rendezvous import join
 from lightx2v.pipeline import LightX2VPipeline
 from lightx2v.weights.build import ModelWeights
 from lightx2v.weights.checkpoint import open_checkpoint

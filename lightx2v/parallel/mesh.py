@@ -7,10 +7,10 @@ from typing import Any
 from torch import Tensor
 
 from ..progress import CancelToken
-from .rows import Rows
+from .collectives import Wire, shares
+from .process_group import World
 from .ulysses import Ulysses
-from .wire import Wire, shares
-from .world import World
+from .vae_bands import Rows
 
 
 class Mesh:

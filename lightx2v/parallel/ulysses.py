@@ -15,7 +15,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from .wire import Wire, shares
+from .collectives import Wire, shares
 
 Attention = Callable[[Tensor, Tensor, Tensor], Tensor]
 

@@ -20,8 +20,8 @@ from torch.distributed.rendezvous import rendezvous
 
 from ..config.environment import Environment
 from ..errors import ConfigError, GroupFailed
-from .watch import Watch
-from .world import POLL, World
+from .heartbeat import Watch
+from .process_group import POLL, World
 
 log = logging.getLogger("lightx2v.parallel")
 

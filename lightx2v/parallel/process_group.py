@@ -27,9 +27,9 @@ from torch.distributed.device_mesh import init_device_mesh
 from ..config.engine_config import EngineConfig
 from ..errors import ConfigError, GroupFailed, LightX2VError
 from ..progress import CancelToken
-from .feed import TensorStream, describe, feed, recall
-from .watch import Watch
-from .wire import Wire
+from .broadcast import TensorStream, describe, feed, recall
+from .collectives import Wire
+from .heartbeat import Watch
 
 SETTLE = 8.0
 """Seconds in which all processes must have come out of a piece of work after it failed on one of them."""

@@ -17,7 +17,7 @@ from torch import Tensor
 from .. import errors
 from ..errors import LightX2VError
 from ..progress import CancelToken
-from .wire import Wire
+from .collectives import Wire
 
 BUNDLE, ALIGN = 8 << 20, 16
 

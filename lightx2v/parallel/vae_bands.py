@@ -12,7 +12,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from .wire import Wire
+from .collectives import Wire
 
 
 class Rows:
