@@ -24,7 +24,7 @@ from lightx2v.config.request import Request
 from lightx2v.conversion import fidelity, recipes
 from lightx2v.pipeline import LightX2VPipeline
 from lightx2v.weights.locate import locate
-from lightx2v.weights.quant import FORMATS, GATE
+from lightx2v.weights.quantization import FORMATS, GATE
 
 PROMPTS = (
     "a yellow star bounces on the beach at sunset",

@@ -23,7 +23,7 @@ import torch
 from torch import nn
 
 from lightx2v.weights.checkpoint import open_checkpoint
-from lightx2v.weights.stream import load_into
+from lightx2v.weights.module_loader import load_into
 
 SLACK = 300_000_000
 METHODS = ("ours", "load_file", "safe_open")

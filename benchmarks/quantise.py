@@ -14,7 +14,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from lightx2v.weights.quant import FORMATS, LARGEST, dequantise, quantise
+from lightx2v.weights.quantization import FORMATS, LARGEST, dequantise, quantise
 
 
 def one_line(weight: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:

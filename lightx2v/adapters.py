@@ -25,9 +25,9 @@ from .errors import LoraError, short_path
 from .hub import find_lora
 from .models.dit import WanDiT
 from .models.quant_linear import QuantLinear
-from .weights.build import ModelWeights
 from .weights.lora import Lora, LoraReport, match_lora, partner_of
-from .weights.stream import TensorStream
+from .weights.model_weights import ModelWeights
+from .weights.module_loader import TensorStream
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

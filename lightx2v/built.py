@@ -34,7 +34,7 @@ from .errors import OutputError, short_path
 from .progress import CancelToken, OnProgress
 from .weights.checkpoint import open_checkpoint
 from .weights.locate import BuiltFiles, ModelFiles
-from .weights.safetensors_file import MAX_HEADER
+from .weights.safetensors_reader import MAX_HEADER
 
 log = logging.getLogger("lightx2v.built")
 

@@ -23,12 +23,12 @@ from .models.vae import WanVAE
 from .models.vae_config import VAEConfig
 from .parallel.mesh import Mesh
 from .progress import CancelToken
-from .weights.build import ModelWeights
 from .weights.checkpoint import open_checkpoint
 from .weights.locate import ModelFiles
+from .weights.model_weights import ModelWeights
+from .weights.module_loader import check_fit, load_into, stream_into
 from .weights.naming import wan_names
-from .weights.quant import SCALE, is_expert_matrix, scheme_format
-from .weights.stream import check_fit, load_into, stream_into
+from .weights.quantization import SCALE, is_expert_matrix, scheme_format
 
 Which = Literal["high", "low"]
 

@@ -25,14 +25,14 @@ from .errors import BadRequest, LightX2VError, LoraError, OutputError, short_pat
 from .models.dit import parameter_dtype
 from .models.umt5 import wan_name
 from .progress import CancelToken, OnProgress, Progress
-from .weights.build import ModelWeights, scale_name
 from .weights.checkpoint import Checkpoint, open_checkpoint
 from .weights.locate import ModelFiles
 from .weights.lora import match_lora
+from .weights.model_weights import ModelWeights, scale_name
 from .weights.naming import wan_names
-from .weights.quant import FORMATS, GATE, QUANTISED, is_expert_matrix, is_text_matrix
-from .weights.safetensors_file import FLOATS
-from .weights.write import write_safetensors
+from .weights.quantization import FORMATS, GATE, QUANTISED, is_expert_matrix, is_text_matrix
+from .weights.safetensors_reader import FLOATS
+from .weights.safetensors_writer import write_safetensors
 
 log = logging.getLogger("lightx2v.convert")
 

@@ -31,7 +31,7 @@ from .placement.offloaded import describe
 from .progress import CancelToken, Meter, OnProgress
 from .prompts import PromptCache
 from .weights.checkpoint import open_checkpoint
-from .weights.experts import check_experts
+from .weights.expert_pair import check_experts
 from .weights.locate import ModelFiles, locate
 
 log = logging.getLogger("lightx2v.engine")

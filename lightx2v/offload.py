@@ -45,10 +45,10 @@ from .placement.copies import Copies, copies_for
 from .placement.offloaded import Offloaded
 from .placement.piece import Reader
 from .progress import CancelToken
-from .weights.build import ModelWeights
 from .weights.checkpoint import open_checkpoint
 from .weights.locate import ModelFiles
-from .weights.stream import TensorStream
+from .weights.model_weights import ModelWeights
+from .weights.module_loader import TensorStream
 
 log = logging.getLogger("lightx2v.offload")
 

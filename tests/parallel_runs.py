@@ -26,8 +26,8 @@ from lightx2v.parallel.mesh import Mesh
 from lightx2v.parallel.rendezvous import join
 from lightx2v.pipeline import LightX2VPipeline
 from lightx2v.placement.copies import HostCopies
-from lightx2v.weights.pth_file import PthFile
-from lightx2v.weights.safetensors_file import SafetensorsFile
+from lightx2v.weights.pth_reader import PthFile
+from lightx2v.weights.safetensors_reader import SafetensorsFile
 
 Named = dict[str, tuple[EngineConfig, Request]]
 

@@ -25,7 +25,7 @@ from lightx2v.parallel import heartbeat as watch
 from lightx2v.parallel.rendezvous import join
 from lightx2v.pipeline import LightX2VPipeline
 from lightx2v.progress import CancelToken, Progress
-from lightx2v.weights import stream
+from lightx2v.weights import module_loader as stream
 
 
 def mistakes(root: str) -> list[Any]:

@@ -21,7 +21,7 @@ from lightx2v.cost.run_time import DiTShape
 from lightx2v.models import fused
 from lightx2v.models.dit import CHUNK, DiTConfig, WanDiT, parameter_dtype
 from lightx2v.models.quant_linear import swap_linears
-from lightx2v.weights.quant import is_expert_matrix
+from lightx2v.weights.quantization import is_expert_matrix
 
 LAYERS = 2
 SHAPES = {"720p": (16, 21, 90, 160), "480p": (16, 21, 60, 104), "480p, 33 frames": (16, 9, 60, 104)}

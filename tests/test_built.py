@@ -30,8 +30,8 @@ from lightx2v.errors import Cancelled, CheckpointError
 from lightx2v.pipeline import LightX2VPipeline
 from lightx2v.progress import CancelToken, Progress
 from lightx2v.weights.checkpoint import open_checkpoint
-from lightx2v.weights.pth_file import PthFile
-from lightx2v.weights.safetensors_file import SafetensorsFile
+from lightx2v.weights.pth_reader import PthFile
+from lightx2v.weights.safetensors_reader import SafetensorsFile
 
 SMALL = {"height": 32, "width": 48, "frames": 5, "steps": 2, "boundary": 0.9}
 FP8 = {"build": "fp8", "dit_quantized": True, "dit_quant_scheme": "fp8-sgl"}

@@ -23,7 +23,7 @@ from tiny import DiTSizes, random_dit, write_shards
 
 from lightx2v.errors import CheckpointError
 from lightx2v.weights.checkpoint import Checkpoint, open_checkpoint
-from lightx2v.weights.safetensors_file import CHUNK, DTYPES
+from lightx2v.weights.safetensors_reader import CHUNK, DTYPES
 
 Tensors = dict[str, torch.Tensor]
 
@@ -169,7 +169,7 @@ def test_only_the_tensors_asked_for_are_read(sharded: Path) -> None:
 def test_a_pytorch_file_is_mapped_anew_while_it_is_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     tensors = {f"w{index}": torch.full((1000,), float(index)) for index in range(6)}
     torch.save(tensors, tmp_path / "m.pth")
-    monkeypatch.setattr("lightx2v.weights.pth_file.REMAP_AFTER", 9000)
+    monkeypatch.setattr("lightx2v.weights.pth_reader.REMAP_AFTER", 9000)
     assert_same(open_checkpoint(tmp_path / "m.pth"), tensors)
 
 

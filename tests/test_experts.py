@@ -11,7 +11,7 @@ from safetensors.torch import load_file, save_file
 
 from lightx2v.errors import CheckpointError
 from lightx2v.weights.checkpoint import open_checkpoint
-from lightx2v.weights.experts import check_experts
+from lightx2v.weights.expert_pair import check_experts
 from lightx2v.weights.naming import wan_to_diffusers
 
 

@@ -18,10 +18,10 @@ from lightx2v.errors import CheckpointError
 from lightx2v.models.quant_linear import Kernel, QuantLinear, dequantised, int_mm, kernel_for, scaled_mm, why_not
 from lightx2v.models.umt5 import TextEncoder
 from lightx2v.pipeline import LightX2VPipeline
-from lightx2v.weights.build import ModelWeights
 from lightx2v.weights.checkpoint import open_checkpoint
+from lightx2v.weights.model_weights import ModelWeights
 from lightx2v.weights.naming import wan_names
-from lightx2v.weights.quant import FORMATS, dequantise, is_expert_matrix, is_text_matrix, quantise, widen
+from lightx2v.weights.quantization import FORMATS, dequantise, is_expert_matrix, is_text_matrix, quantise, widen
 
 SMALL = {"height": 32, "width": 48, "frames": 5, "steps": 2, "text_len": 512}
 FP8, INT8 = torch.float8_e4m3fn, torch.int8

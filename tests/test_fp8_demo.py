@@ -15,7 +15,7 @@ from lightx2v.config.request import Request
 from lightx2v.conversion import Conversion, convert, fidelity, recipes
 from lightx2v.pipeline import LightX2VPipeline
 from lightx2v.weights.locate import locate
-from lightx2v.weights.quant import FORMATS, GATE
+from lightx2v.weights.quantization import FORMATS, GATE
 
 LAYERS = {"high": 50, "low": 50, "t5": 14}
 

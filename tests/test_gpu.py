@@ -34,7 +34,7 @@ from lightx2v.placement.piece import host_buffer
 from lightx2v.placement.shuttle import Cargo, Shuttle
 from lightx2v.weights.checkpoint import open_checkpoint
 from lightx2v.weights.locate import locate
-from lightx2v.weights.quant import is_expert_matrix, quantise
+from lightx2v.weights.quantization import is_expert_matrix, quantise
 
 pytestmark = [
     pytest.mark.gpu,

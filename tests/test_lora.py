@@ -13,11 +13,11 @@ from safetensors.torch import save_file
 from lightx2v.config.lora_names import noise_level, task_of
 from lightx2v.config.request import LoraSpec
 from lightx2v.errors import BadRequest, LoraError
-from lightx2v.weights.build import ModelWeights
 from lightx2v.weights.checkpoint import open_checkpoint
 from lightx2v.weights.lora import match_lora, partner_of
+from lightx2v.weights.model_weights import ModelWeights
 from lightx2v.weights.naming import wan_names, wan_to_diffusers
-from lightx2v.weights.quant import is_expert_matrix
+from lightx2v.weights.quantization import is_expert_matrix
 
 RANK = 4
 Tensors = dict[str, torch.Tensor]

@@ -30,10 +30,10 @@ from lightx2v.errors import LoraError, OutOfMemory
 from lightx2v.offload import model_sizes, offloaded, planner_for
 from lightx2v.pipeline import LightX2VPipeline
 from lightx2v.placement.copies import HostCopies
-from lightx2v.weights.build import ModelWeights
 from lightx2v.weights.checkpoint import open_checkpoint
 from lightx2v.weights.locate import ModelFiles, locate
 from lightx2v.weights.lora import Lora
+from lightx2v.weights.model_weights import ModelWeights
 
 SMALL = {"height": 32, "width": 48, "frames": 5, "steps": 2, "boundary": 0.95, "shift": 5.0}
 SWAP = Plan(mode="swap", resident_blocks=2, text="move", vae="move")

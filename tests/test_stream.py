@@ -15,7 +15,7 @@ from torch import nn
 
 from lightx2v.errors import CheckpointError
 from lightx2v.weights.checkpoint import open_checkpoint
-from lightx2v.weights.stream import check_fit, load_into, stream_into
+from lightx2v.weights.module_loader import check_fit, load_into, stream_into
 
 ROOT = Path(__file__).parents[1]
 Tensors = dict[str, torch.Tensor]

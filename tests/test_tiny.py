@@ -17,7 +17,7 @@ from lightx2v.models.vae import WanVAE
 from lightx2v.models.vae_config import VAEConfig
 from lightx2v.weights.checkpoint import open_checkpoint
 from lightx2v.weights.locate import locate
-from lightx2v.weights.stream import load_into
+from lightx2v.weights.module_loader import load_into
 
 
 @pytest.mark.parametrize("task", ["t2v", "i2v"])

@@ -23,7 +23,7 @@ from lightx2v.models.preview import Preview
 from lightx2v.models.quant_linear import QuantLinear, swap_linears
 from lightx2v.models.umt5 import TextEncoder, build_stack, load_tokenizer
 from lightx2v.models.vae import WanVAE
-from lightx2v.weights.quant import is_expert_matrix, quantise
+from lightx2v.weights.quantization import is_expert_matrix, quantise
 
 from .bench import Bench
 

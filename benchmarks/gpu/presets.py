@@ -33,8 +33,8 @@ from torch import Tensor
 
 from lightx2v.models.dit import WanDiT
 from lightx2v.models.umt5 import build_stack, wan_name
-from lightx2v.weights.quant import SCALE, is_expert_matrix, is_text_matrix, quantise
-from lightx2v.weights.write import write_safetensors
+from lightx2v.weights.quantization import SCALE, is_expert_matrix, is_text_matrix, quantise
+from lightx2v.weights.safetensors_writer import write_safetensors
 
 from .bench import Bench
 from .model import FP8, expert, vae, write_tokenizer

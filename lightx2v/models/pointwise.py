@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..weights.quant import LARGEST, SMALLEST_ROW
+from ..weights.quantization import LARGEST, SMALLEST_ROW
 from .rope import rotate
 
 ROWS = 4096

@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..weights.quant import dequantise, quantise
+from ..weights.quantization import dequantise, quantise
 from .fused import quantise_tokens
 
 log = logging.getLogger("lightx2v.quant")

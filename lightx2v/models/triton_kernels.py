@@ -17,7 +17,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..weights.quant import LARGEST, SMALLEST_ROW
+from ..weights.quantization import LARGEST, SMALLEST_ROW
 
 
 def layer_norm(x_BLD: Tensor, weight_BD: Tensor, bias_BD: Tensor, eps: float, dtype: torch.dtype) -> Tensor:

@@ -26,10 +26,10 @@ from torch import nn
 
 from ..errors import CheckpointError, short_path
 from ..progress import CancelToken
-from ..weights.build import ModelWeights
 from ..weights.checkpoint import Checkpoint, open_checkpoint
-from ..weights.quant import is_text_matrix
-from ..weights.stream import check_fit, stream_into
+from ..weights.model_weights import ModelWeights
+from ..weights.module_loader import check_fit, stream_into
+from ..weights.quantization import is_text_matrix
 from .quant_linear import swap_linears
 
 if TYPE_CHECKING:

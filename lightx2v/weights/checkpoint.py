@@ -22,8 +22,8 @@ from pathlib import Path, PurePath
 import torch
 
 from ..errors import CheckpointError, short_path
-from .pth_file import PthFile
-from .safetensors_file import AGAIN, CHUNK, Entry, SafetensorsFile, cast_target
+from .pth_reader import PthFile
+from .safetensors_reader import AGAIN, CHUNK, Entry, SafetensorsFile, cast_target
 
 TensorFile = SafetensorsFile | PthFile
 

@@ -17,7 +17,7 @@ from pathlib import Path
 import torch
 
 from ..errors import CheckpointError, short_path
-from .safetensors_file import AGAIN, CHUNK, Entry, cast_target, empty
+from .safetensors_reader import AGAIN, CHUNK, Entry, cast_target, empty
 
 MIN_TORCH = (2, 10)
 REMAP_AFTER = 512 << 20

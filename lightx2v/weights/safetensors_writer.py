@@ -22,7 +22,7 @@ from torch import Tensor
 
 from ..errors import OutputError, short_path
 from ..progress import CancelToken
-from .safetensors_file import DTYPES
+from .safetensors_reader import DTYPES
 
 Make = Callable[[str], Iterable[tuple[str, Tensor]]]
 """Makes one group's tensors, of the sizes and dtypes that were announced, in that order. A large one may come in

@@ -18,8 +18,8 @@ from torch import Tensor
 from ..errors import CheckpointError, short_path
 from .checkpoint import Checkpoint
 from .lora import Lora
-from .quant import SCALE, Layout, check_scale, cosine, dequantise, quantise, read_layout
-from .safetensors_file import FLOATS
+from .quantization import SCALE, Layout, check_scale, cosine, dequantise, quantise, read_layout
+from .safetensors_reader import FLOATS
 
 ROWS = 256
 """Of a weight that a LoRA is added to: 5 MB of float32 at full width."""
