@@ -17,7 +17,7 @@ import gradio as gr
 from lightx2v.config.presets import resolve
 from lightx2v.config.request import Request
 from lightx2v.errors import BadRequest, LightX2VError
-from lightx2v.job_store import Job
+from lightx2v.jobs.store import Job
 
 from .form import new_seed
 from .studio import Studio, settings_of

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from lightx2v.job_store import Job
+from lightx2v.jobs.store import Job
 
 from . import numbers
 from .html import esc, icon_button, tag

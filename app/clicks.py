@@ -9,7 +9,7 @@ from typing import Any
 import gradio as gr
 
 from lightx2v.errors import BadRequest, LightX2VError
-from lightx2v.job_store import Job
+from lightx2v.jobs.store import Job
 from lightx2v.media.video_writer import read_frame
 
 from .editing import Updates, picture_of, preset_values

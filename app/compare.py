@@ -7,7 +7,7 @@ from collections import defaultdict
 from collections.abc import Sequence
 from typing import Any
 
-from lightx2v.job_store import Job
+from lightx2v.jobs.store import Job
 
 from . import numbers
 from .html import button, esc, tag

@@ -19,7 +19,7 @@ from lightx2v.config.presets import resolve
 from lightx2v.config.recorded_settings import PICTURES
 from lightx2v.config.request import Request
 from lightx2v.errors import BadRequest, LightX2VError
-from lightx2v.job_store import Job
+from lightx2v.jobs.store import Job
 from lightx2v.media.mp4 import read_settings
 
 from .editing import Updates, form_of, preset_values

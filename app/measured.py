@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from lightx2v.config.engine_config import EngineConfig
 from lightx2v.config.request import Request
-from lightx2v.engine_slot import Engine, RunReport
+from lightx2v.jobs.engine_slot import Engine, RunReport
 from lightx2v.progress import CancelToken, OnProgress
 
 if TYPE_CHECKING:

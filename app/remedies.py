@@ -6,7 +6,7 @@ from dataclasses import replace
 
 from lightx2v.config.engine_config import EngineConfig
 from lightx2v.config.request import Request
-from lightx2v.job_store import Job
+from lightx2v.jobs.store import Job
 
 from .stage import Remedy
 from .strings import Words

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from lightx2v.job_store import Job
+from lightx2v.jobs.store import Job
 from lightx2v.progress import STAGES
 
 from . import numbers

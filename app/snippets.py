@@ -11,7 +11,7 @@ from typing import Any
 from lightx2v.config.presets import resolve
 from lightx2v.config.request import Request
 from lightx2v.errors import LightX2VError
-from lightx2v.job_store import Job
+from lightx2v.jobs.store import Job
 
 ADDRESS = "http://127.0.0.1:7860"
 OVER_HTTP = {

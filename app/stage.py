@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from lightx2v.config.request import Request
 from lightx2v.cost.run_time import high_noise_steps
-from lightx2v.job_store import Job
+from lightx2v.jobs.store import Job
 from lightx2v.progress import STAGES, Progress
 
 from . import numbers

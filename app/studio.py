@@ -24,10 +24,10 @@ from lightx2v.config.request import Request
 from lightx2v.cost.machine import MachineReader
 from lightx2v.cost.memory_forecast import bytes_needed, shape_of
 from lightx2v.cost.run_time import Prediction, Rates, Work, count
-from lightx2v.engine_slot import Engine, OpenEngine
 from lightx2v.errors import BadRequest, ConfigError, LightX2VError
-from lightx2v.job_store import Job, UnknownJob
-from lightx2v.jobs import JobManager
+from lightx2v.jobs.engine_slot import Engine, OpenEngine
+from lightx2v.jobs.queue import JobManager
+from lightx2v.jobs.store import Job, UnknownJob
 from lightx2v.media.images import jpeg
 from lightx2v.media.video_writer import read_frame
 from lightx2v.progress import CancelToken, OnProgress, Progress

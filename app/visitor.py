@@ -7,7 +7,7 @@ import secrets
 from dataclasses import asdict, dataclass, replace
 from typing import Any, Self
 
-from lightx2v.job_store import Job
+from lightx2v.jobs.store import Job
 
 from .served import JOB_ID
 from .strings import TABLES, preferred

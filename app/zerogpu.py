@@ -25,7 +25,7 @@ from lightx2v.config.engine_config import EngineConfig
 from lightx2v.config.recorded_settings import recorded_settings
 from lightx2v.config.request import Request
 from lightx2v.errors import LightX2VError
-from lightx2v.job_store import Job
+from lightx2v.jobs.store import Job
 from lightx2v.media.images import jpeg
 from lightx2v.media.video_writer import VideoWriter
 from lightx2v.progress import CancelToken, OnProgress, Progress

@@ -18,7 +18,7 @@ from page_events import Keyboard
 from studio_app import Page, launched
 from tiny import build_tiny
 
-from lightx2v.jobs import JobManager
+from lightx2v.jobs.queue import JobManager
 
 if TYPE_CHECKING:
     from playwright.sync_api import Browser

@@ -9,8 +9,8 @@ from patience import PATIENCE
 
 from lightx2v.config.engine_config import EngineConfig
 from lightx2v.config.request import Request
-from lightx2v.job_store import Job
-from lightx2v.jobs import JobManager
+from lightx2v.jobs.queue import JobManager
+from lightx2v.jobs.store import Job
 
 CONFIG = EngineConfig(model_path="models/a", model_cls="wan2.2_moe", task="t2v")
 OTHER = EngineConfig(model_path="models/b", model_cls="wan2.2_moe", task="t2v")

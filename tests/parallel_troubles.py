@@ -18,7 +18,7 @@ from lightx2v.config.engine_config import EngineConfig, ParallelConfig
 from lightx2v.config.environment import Environment
 from lightx2v.config.request import LoraSpec, Request
 from lightx2v.errors import LightX2VError
-from lightx2v.jobs import JobManager
+from lightx2v.jobs.queue import JobManager
 from lightx2v.models.dit import WanDiT
 from lightx2v.models.vae import WanVAE
 from lightx2v.parallel import heartbeat as watch

@@ -16,7 +16,7 @@ from fastapi.testclient import TestClient
 from patience import PATIENCE, free_port
 
 from lightx2v.config.presets import resolve
-from lightx2v.jobs import JobManager
+from lightx2v.jobs.queue import JobManager
 from lightx2v.media.web_images import Fetcher
 from lightx2v.server.application import create_app
 from lightx2v.server.metrics import Metrics

@@ -16,9 +16,9 @@ from fake_engine import Garage, Script
 from patience import PATIENCE
 from served import I2V, serve
 
-from lightx2v import job_worker
-from lightx2v.job_files import JobFiles
-from lightx2v.job_store import JobStore
+from lightx2v.jobs import worker as job_worker
+from lightx2v.jobs.files import JobFiles
+from lightx2v.jobs.store import JobStore
 from lightx2v.server import application
 
 Usage = namedtuple("Usage", "total used free")

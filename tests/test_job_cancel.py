@@ -10,7 +10,7 @@ from job_runs import CONFIG, ask, done, start_held
 from patience import eventually
 
 from lightx2v.errors import Cancelled
-from lightx2v.jobs import JobManager
+from lightx2v.jobs.queue import JobManager
 
 
 @pytest.mark.parametrize("stage", ["text", "denoise", "decode", "write"])

@@ -9,7 +9,7 @@ from fake_engine import Garage, tiny_mp4
 from job_runs import CONFIG, ask, done
 from patience import eventually
 
-from lightx2v.jobs import JobManager
+from lightx2v.jobs.queue import JobManager
 
 
 def test_a_clock_that_is_put_back_does_not_make_new_videos_old(open_manager: Callable[..., JobManager]) -> None:

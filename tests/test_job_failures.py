@@ -11,9 +11,9 @@ from fake_engine import Garage, Script
 from job_runs import CONFIG, OTHER, ask, done
 from patience import PATIENCE, eventually
 
-from lightx2v.engine_slot import explain, release
 from lightx2v.errors import BadRequest, Busy, OutOfMemory
-from lightx2v.jobs import JobManager
+from lightx2v.jobs.engine_slot import explain, release
+from lightx2v.jobs.queue import JobManager
 
 
 class HostError(RuntimeError):

@@ -12,8 +12,8 @@ from job_runs import CONFIG, ask, done, start_held
 from patience import PATIENCE, eventually
 
 from lightx2v.errors import BadRequest
-from lightx2v.job_store import UnknownJob
-from lightx2v.jobs import JobManager
+from lightx2v.jobs.queue import JobManager
+from lightx2v.jobs.store import UnknownJob
 
 
 def test_deleting_removes_the_job_and_all_its_files(manager: JobManager, garage: Garage) -> None:

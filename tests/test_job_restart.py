@@ -14,9 +14,9 @@ from fake_engine import Garage
 from job_runs import CONFIG, ask, done, start_held
 from patience import PATIENCE, eventually
 
-from lightx2v import job_worker
 from lightx2v.errors import BadRequest, Busy, ConfigError, OutputError
-from lightx2v.jobs import JobManager
+from lightx2v.jobs import worker as job_worker
+from lightx2v.jobs.queue import JobManager
 
 TESTS = Path(__file__).parent
 

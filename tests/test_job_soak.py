@@ -22,9 +22,9 @@ from patience import PATIENCE
 
 from lightx2v.config.engine_config import EngineConfig
 from lightx2v.config.request import Request
-from lightx2v.engine_slot import Engine
-from lightx2v.job_store import OVER, Job
-from lightx2v.jobs import JobManager
+from lightx2v.jobs.engine_slot import Engine
+from lightx2v.jobs.queue import JobManager
+from lightx2v.jobs.store import OVER, Job
 from lightx2v.media.mp4 import probe
 from lightx2v.progress import CancelToken, OnProgress
 

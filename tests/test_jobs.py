@@ -19,11 +19,11 @@ from job_runs import CONFIG, OTHER, PICTURED, ask, done, hold, start_held
 from patience import PATIENCE
 from PIL import Image
 
-from lightx2v import job_worker
 from lightx2v.config.engine_config import EngineConfig
 from lightx2v.errors import BadRequest, Busy
-from lightx2v.job_store import STATES, Job, UnknownJob
-from lightx2v.jobs import JobManager
+from lightx2v.jobs import worker as job_worker
+from lightx2v.jobs.queue import JobManager
+from lightx2v.jobs.store import STATES, Job, UnknownJob
 from lightx2v.media.mp4 import read_settings
 
 # ---- one job --------------------------------------------------------------------------------------------------------

@@ -26,7 +26,7 @@ from app.studio import settings_of
 from lightx2v import infer
 from lightx2v.config.request import Request
 from lightx2v.cost.run_time import Prediction
-from lightx2v.job_store import Job
+from lightx2v.jobs.store import Job
 from lightx2v.media.framing import frame_picture
 from lightx2v.progress import Progress
 from lightx2v.server.bodies import VideoBody, read_body

@@ -23,7 +23,7 @@ from served import T2V
 
 from lightx2v.config.model_paths import PROJECT
 from lightx2v.errors import CheckpointError
-from lightx2v.jobs import JobManager
+from lightx2v.jobs.queue import JobManager
 from lightx2v.server import command
 
 TUTORIAL = ["--model_cls", "wan2.2_moe", "--task", "t2v", "--model_path", "somewhere"]

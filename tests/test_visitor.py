@@ -22,7 +22,7 @@ from app.visitor import Visitor, look
 from app.zerogpu import GpuLender
 from lightx2v.config.request import Request
 from lightx2v.errors import BadRequest
-from lightx2v.job_store import Job
+from lightx2v.jobs.store import Job
 
 PRESET = "demo_t2v_distill_lora"
 

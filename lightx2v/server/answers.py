@@ -8,7 +8,7 @@ from typing import Any, Literal
 from pydantic import BaseModel, Field
 
 from ..errors import Busy, LightX2VError
-from ..job_store import Job, State
+from ..jobs.store import Job, State
 from .names import Names
 
 VideoStatus = Literal["queued", "in_progress", "completed", "failed", "cancelled", "interrupted"]

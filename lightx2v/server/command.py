@@ -25,9 +25,9 @@ from ..cli.terminal import ProgressLine, ended, logging_to
 from ..config.engine_config import EngineConfig
 from ..config.environment import Environment
 from ..config.presets import Resolved, resolve
-from ..engine_slot import Engine, OpenEngine
 from ..errors import ConfigError
-from ..job_store import JobStore
+from ..jobs.engine_slot import Engine, OpenEngine
+from ..jobs.store import JobStore
 from ..progress import CancelToken, OnProgress
 
 log = logging.getLogger("lightx2v.server")
@@ -120,7 +120,7 @@ class Loaded:
 def _serve(options: argparse.Namespace, folder: Path, resolved: Resolved, loaded: Loaded, keys: list[str]) -> int:
     import uvicorn
 
-    from ..jobs import JobManager
+    from ..jobs.queue import JobManager
     from .application import create_app
     from .metrics import Metrics
     from .pictures import Pictures

@@ -18,7 +18,7 @@ from starlette.concurrency import run_in_threadpool
 from starlette.responses import StreamingResponse
 
 from ..errors import Busy
-from ..job_store import Job, JobEvent, UnknownJob
+from ..jobs.store import Job, JobEvent, UnknownJob
 from .answers import Step, video, video_status
 from .service import Service
 

@@ -16,9 +16,9 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from ..config.engine_config import EngineConfig
 from ..config.request import Request
-from ..engine_slot import Engine, OpenEngine, RunReport
 from ..errors import Cancelled
-from ..jobs import JobManager
+from ..jobs.engine_slot import Engine, OpenEngine, RunReport
+from ..jobs.queue import JobManager
 from ..progress import CancelToken, OnProgress, peak_rss
 
 BUCKETS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 10.0)

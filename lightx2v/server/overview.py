@@ -8,7 +8,7 @@ from fastapi import APIRouter, Path, Request
 from starlette.responses import FileResponse
 
 from ..config.environment import Environment
-from ..job_store import Job
+from ..jobs.store import Job
 from .answers import Metadata, QueueStatus, ServiceStatus, Task, public_path, task, task_id
 from .documents import refusals
 from .files import VIDEO, video_file

@@ -20,8 +20,8 @@ from ..config.engine_config import EngineConfig
 from ..config.presets import Resolved, resolve
 from ..config.request import MAX_SEED, LoraSpec, Request
 from ..errors import BadRequest
-from ..job_store import Job, UnknownJob
-from ..jobs import JobManager
+from ..jobs.queue import JobManager
+from ..jobs.store import Job, UnknownJob
 from .names import Names, file_name
 from .pictures import Pictures
 

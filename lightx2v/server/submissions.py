@@ -10,7 +10,7 @@ from anyio import CapacityLimiter
 from anyio.to_thread import run_sync
 from starlette.requests import Request as HttpRequest
 
-from ..job_store import Job
+from ..jobs.store import Job
 from .bodies import TaskBody, VideoBody, read_body
 from .gate import MAX_BODY
 from .keys import owner_of

@@ -10,7 +10,7 @@ from typing import Annotated
 from fastapi import APIRouter, Header, Path, Query, Request
 from starlette.responses import FileResponse, StreamingResponse
 
-from ..job_store import UnknownJob
+from ..jobs.store import UnknownJob
 from .answers import Deleted, Model, ModelList, Video, VideoList, deleted, video
 from .bodies import VideoBody
 from .documents import SUBMISSION, body_of, refusals

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from ..config.presets import Resolved
 from ..config.request import Request
-from ..engine_slot import Engine
+from ..jobs.engine_slot import Engine
 from ..progress import CancelToken, OnProgress
 
 log = logging.getLogger("lightx2v.server")

@@ -15,11 +15,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
-from .config.engine_config import EngineConfig
-from .config.request import Request
-from .cost.machine import free_memory
-from .errors import Cancelled, GroupFailed, LightX2VError, OutOfMemory, OutputError
-from .progress import CancelToken, OnProgress
+from ..config.engine_config import EngineConfig
+from ..config.request import Request
+from ..cost.machine import free_memory
+from ..errors import Cancelled, GroupFailed, LightX2VError, OutOfMemory, OutputError
+from ..progress import CancelToken, OnProgress
 
 log = logging.getLogger("lightx2v.jobs")
 

@@ -15,12 +15,12 @@ import traceback
 from collections.abc import Callable
 from dataclasses import dataclass, field, fields, replace
 
+from ..errors import LightX2VError
+from ..media.images import jpeg
+from ..progress import CancelToken, Progress
 from .engine_slot import EngineSlot, OpenEngine, Outcome
-from .errors import LightX2VError
-from .job_files import JobFiles
-from .job_store import INTERRUPTED, Job, JobStore, State
-from .media.images import jpeg
-from .progress import CancelToken, Progress
+from .files import JobFiles
+from .store import INTERRUPTED, Job, JobStore, State
 
 log = logging.getLogger("lightx2v.jobs")
 

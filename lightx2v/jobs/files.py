@@ -9,9 +9,9 @@ import shutil
 from dataclasses import replace
 from pathlib import Path
 
-from .config.request import Request
-from .media.images import store_image
-from .media.video_writer import WORK_PREFIX
+from ..config.request import Request
+from ..media.images import store_image
+from ..media.video_writer import WORK_PREFIX
 
 log = logging.getLogger("lightx2v.jobs")
 

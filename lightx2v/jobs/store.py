@@ -15,10 +15,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-from .config.engine_config import EngineConfig
-from .config.request import Request
-from .errors import BadRequest, ConfigError, LightX2VError, OutputError, short_path
-from .progress import Progress
+from ..config.engine_config import EngineConfig
+from ..config.request import Request
+from ..errors import BadRequest, ConfigError, LightX2VError, OutputError, short_path
+from ..progress import Progress
 
 log = logging.getLogger("lightx2v.jobs")
 

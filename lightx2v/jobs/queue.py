@@ -26,13 +26,13 @@ from pathlib import Path
 from types import TracebackType
 from typing import Self
 
-from .config.engine_config import EngineConfig
-from .config.request import Request
+from ..config.engine_config import EngineConfig
+from ..config.request import Request
+from ..errors import BadRequest, Busy, OutputError
 from .engine_slot import Engine, OpenEngine
-from .errors import BadRequest, Busy, OutputError
-from .job_files import JobFiles
-from .job_store import STATES, Job, JobEvent, JobStore, State, UnknownJob
-from .job_worker import JobWorker
+from .files import JobFiles
+from .store import STATES, Job, JobEvent, JobStore, State, UnknownJob
+from .worker import JobWorker
 
 __all__ = ["Engine", "Job", "JobEvent", "JobManager", "OpenEngine", "UnknownJob"]
 

@@ -1,0 +1,1 @@
+"""The job queue: jobs survive a closed page and a restart."""
