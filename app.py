@@ -16,11 +16,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from app.exposure import Exposure, add_flags, decide
-from lightx2v import preload
 from lightx2v.cli.parser import Flags
 from lightx2v.cli.signals import ECHO, Interrupts
 from lightx2v.config.environment import Environment
 from lightx2v.errors import ConfigError, LightX2VError, OutputError, short_path
+from lightx2v.loading import preload
 from lightx2v.server.command import check_port
 
 if TYPE_CHECKING:

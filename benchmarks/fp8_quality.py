@@ -21,9 +21,9 @@ from torch import Tensor
 from lightx2v.config.model_paths import PROJECT
 from lightx2v.config.presets import resolve
 from lightx2v.config.request import Request
-from lightx2v.conversion import fidelity, recipes
+from lightx2v.loading.conversion import fidelity, recipes
+from lightx2v.loading.model_files import locate
 from lightx2v.pipeline import LightX2VPipeline
-from lightx2v.weights.locate import locate
 from lightx2v.weights.quantization import FORMATS, GATE
 
 PROMPTS = (

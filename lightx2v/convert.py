@@ -29,15 +29,15 @@ from .config.presets import resolve
 from .errors import BadRequest, LoraError, short_path
 
 if TYPE_CHECKING:
-    from .conversion import Conversion
+    from .loading.conversion import Conversion
 
 FORMATS = ("bf16", "fp16", "fp32", "fp8", "int8")
 
 
 def jobs_of_preset(preset: str, output: Path, environment: Environment | None = None) -> list[Conversion]:
     """The files that a preset with "build" is made of: both experts, and the text encoder where it is quantised."""
-    from .conversion import recipes
-    from .weights.locate import locate
+    from .loading.conversion import recipes
+    from .loading.model_files import locate
 
     config = resolve(preset, {}, environment=environment).engine
     if config.build is None:
@@ -47,7 +47,7 @@ def jobs_of_preset(preset: str, output: Path, environment: Environment | None = 
 
 def show_built(tidy: bool) -> None:
     """Prints what is kept; with `tidy`, removes what no longer belongs to anything."""
-    from .built import BuiltStore, folder_of
+    from .loading.prebuilt import BuiltStore, folder_of
 
     store = BuiltStore(folder_of(None, Environment.read()))
     for item in store.tidy() if tidy else store.items():
@@ -69,7 +69,7 @@ def _run(options: argparse.Namespace, line: ProgressLine, interrupts: Interrupts
     if options.list_built or options.tidy_built:
         show_built(options.tidy_built)
         return 0
-    from .conversion import convert
+    from .loading.conversion import convert
 
     for job in _jobs(options):
         with interrupts.cancelling() as token:
@@ -88,7 +88,7 @@ def _jobs(options: argparse.Namespace) -> list[Conversion]:
         if options.lora or options.format:
             raise BadRequest("A preset says itself which LoRAs and format it wants. Leave --lora and --format out.")
         return jobs_of_preset(options.preset, options.output, Environment.read())
-    from .conversion import Conversion
+    from .loading.conversion import Conversion
 
     loras = tuple(_lora(text) for text in options.lora)
     says = noise_level(options.source)

@@ -12,15 +12,17 @@ from typing import TypeVar
 
 import torch
 
-from . import hub, preload
+from . import hub
 from .attention import Choice, resolve_attention
-from .built import find_built, make_built
-from .components import DTYPES, Precision, expert_weights
 from .config.engine_config import EngineConfig, ParallelConfig
 from .config.environment import Environment
 from .cost.machine import free_memory
 from .cost.memory_plan import from_disk
 from .errors import OutOfMemory, OutputError
+from .loading import preload
+from .loading.model_files import ModelFiles, locate
+from .loading.networks import DTYPES, Precision, expert_weights
+from .loading.prebuilt import find_built, make_built
 from .models.dit import DiTConfig
 from .models.preview import Preview
 from .offload import USUAL, Placement, Resident, offloaded, planner_for
@@ -32,7 +34,6 @@ from .progress import CancelToken, Meter, OnProgress
 from .prompts import PromptCache
 from .weights.checkpoint import open_checkpoint
 from .weights.expert_pair import check_experts
-from .weights.locate import ModelFiles, locate
 
 log = logging.getLogger("lightx2v.engine")
 

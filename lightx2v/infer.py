@@ -23,7 +23,6 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Protocol
 
-from . import preload
 from .cli.parser import Flags
 from .cli.signals import ECHO, Interrupts
 from .cli.terminal import ProgressLine, ended, logging_to, one_line
@@ -38,6 +37,7 @@ from .cost.machine import MachineReader
 from .cost.memory_forecast import on_card, on_machine
 from .errors import BadRequest, ConfigError, short_path
 from .hub import find
+from .loading import preload
 from .media.framing import RESIZE_MODES
 from .progress import CancelToken, OnProgress, cost
 

@@ -16,9 +16,16 @@ from typing import Any, Protocol
 
 import torch
 
-from .adapters import Applied, ExpertLoras, match_loras
 from .attention import Choice
-from .components import (
+from .config.engine_config import EngineConfig
+from .config.request import LoraSpec
+from .cost.machine import free_ram
+from .cost.memory_plan import Machine, Model, Need, Plan, Planner, Stage, Wishes
+from .cost.run_time import DiTShape
+from .errors import CheckpointError, LoraError
+from .loading.loras import Applied, ExpertLoras, match_loras
+from .loading.model_files import ModelFiles
+from .loading.networks import (
     Precision,
     Which,
     build_expert,
@@ -30,12 +37,6 @@ from .components import (
     load_vae,
     whole_float32,
 )
-from .config.engine_config import EngineConfig
-from .config.request import LoraSpec
-from .cost.machine import free_ram
-from .cost.memory_plan import Machine, Model, Need, Plan, Planner, Stage, Wishes
-from .cost.run_time import DiTShape
-from .errors import CheckpointError, LoraError
 from .models.dit import DiTConfig, WanDiT
 from .models.tiling import Tiling
 from .models.umt5 import TextEncoder
@@ -46,7 +47,6 @@ from .placement.offloaded import Offloaded
 from .placement.piece import Reader
 from .progress import CancelToken
 from .weights.checkpoint import open_checkpoint
-from .weights.locate import ModelFiles
 from .weights.model_weights import ModelWeights
 from .weights.module_loader import TensorStream
 

@@ -17,13 +17,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .components import Which
 from .conditioning import encode_pictures, prepare_pictures
 from .config.recorded_settings import recorded_settings
 from .config.request import LoraSpec, Request
 from .cost.memory_plan import Need, Stage
 from .engine import Engine, within_memory
 from .errors import Cancelled, LightX2VError, OutOfMemory
+from .loading.networks import Which
 from .media.images import load_image
 from .media.video_writer import VideoWriter
 from .models.block import TextStates

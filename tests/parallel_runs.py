@@ -177,9 +177,9 @@ def streamed(root: str, lazy: bool) -> list[Any]:
 
 
 def offloaded_again(config: EngineConfig, lazy: bool, mesh: Any) -> Any:
-    from lightx2v.components import Precision
     from lightx2v.engine import choose_attention
-    from lightx2v.weights.locate import locate
+    from lightx2v.loading.model_files import locate
+    from lightx2v.loading.networks import Precision
 
     files, precision = locate(config), Precision.of(config)
     plan = replace(STREAMED, lazy=lazy)

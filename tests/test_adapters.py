@@ -16,16 +16,16 @@ from test_pipeline import latents
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from lightx2v.adapters import ExpertLoras, match_loras
 from lightx2v.attention import resolve_attention
-from lightx2v.components import Precision, expert_weights, load_expert
 from lightx2v.config.engine_config import EngineConfig
 from lightx2v.config.presets import resolve
 from lightx2v.config.request import LoraSpec, Request
 from lightx2v.errors import ConfigError, LoraError
+from lightx2v.loading.loras import ExpertLoras, match_loras
+from lightx2v.loading.model_files import locate
+from lightx2v.loading.networks import Precision, expert_weights, load_expert
 from lightx2v.models.dit import WanDiT
 from lightx2v.pipeline import LightX2VPipeline
-from lightx2v.weights.locate import locate
 from lightx2v.weights.lora import match_lora
 
 SMALL = {"height": 32, "width": 48, "frames": 5, "steps": 2, "text_len": 512}

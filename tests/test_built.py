@@ -18,15 +18,16 @@ import torch
 from conftest import TinyModels
 from test_lora import random_pairs, write
 
-from lightx2v import built, conversion
-from lightx2v.built import BuiltStore, folder_of
 from lightx2v.config.engine_config import EngineConfig
 from lightx2v.config.environment import Environment
 from lightx2v.config.presets import resolve
 from lightx2v.config.request import LoraSpec, Request
-from lightx2v.conversion import Conversion
 from lightx2v.convert import main
 from lightx2v.errors import Cancelled, CheckpointError
+from lightx2v.loading import conversion
+from lightx2v.loading import prebuilt as built
+from lightx2v.loading.conversion import Conversion
+from lightx2v.loading.prebuilt import BuiltStore, folder_of
 from lightx2v.pipeline import LightX2VPipeline
 from lightx2v.progress import CancelToken, Progress
 from lightx2v.weights.checkpoint import open_checkpoint

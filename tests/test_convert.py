@@ -13,9 +13,9 @@ from safetensors.torch import load_file, save_file
 from test_lora import random_pairs, write
 from tiny import build_tiny
 
-from lightx2v.conversion import Conversion, convert
 from lightx2v.convert import main
 from lightx2v.errors import BadRequest, Cancelled, OutputError
+from lightx2v.loading.conversion import Conversion, convert
 from lightx2v.models.umt5 import TextEncoder
 from lightx2v.progress import CancelToken, Progress
 from lightx2v.weights.checkpoint import open_checkpoint

@@ -9,12 +9,12 @@ from pathlib import Path
 import pytest
 import torch
 
-from lightx2v import conversion
 from lightx2v.config.presets import resolve
 from lightx2v.config.request import Request
-from lightx2v.conversion import Conversion, convert, fidelity, recipes
+from lightx2v.loading import conversion
+from lightx2v.loading.conversion import Conversion, convert, fidelity, recipes
+from lightx2v.loading.model_files import locate
 from lightx2v.pipeline import LightX2VPipeline
-from lightx2v.weights.locate import locate
 from lightx2v.weights.quantization import FORMATS, GATE
 
 LAYERS = {"high": 50, "low": 50, "t5": 14}

@@ -22,6 +22,7 @@ from torch import nn
 from lightx2v.attention import resolve_attention
 from lightx2v.config.presets import resolve
 from lightx2v.config.request import Request
+from lightx2v.loading.model_files import locate
 from lightx2v.models import fused
 from lightx2v.models.dit import DiTConfig, WanDiT
 from lightx2v.models.quant_linear import swap_linears
@@ -33,7 +34,6 @@ from lightx2v.placement.copies import CudaCopies, Slot
 from lightx2v.placement.piece import host_buffer
 from lightx2v.placement.shuttle import Cargo, Shuttle
 from lightx2v.weights.checkpoint import open_checkpoint
-from lightx2v.weights.locate import locate
 from lightx2v.weights.quantization import is_expert_matrix, quantise
 
 pytestmark = [

@@ -32,8 +32,8 @@ from huggingface_hub import hf_hub_download, try_to_load_from_cache
 from lightx2v.config.presets import resolve
 from lightx2v.errors import Cancelled, ConfigError, DownloadError
 from lightx2v.hub import ensure, fetch, find, make_plan, missing
+from lightx2v.loading.model_files import locate
 from lightx2v.progress import CancelToken, Meter, Progress
-from lightx2v.weights.locate import locate
 
 
 @pytest.fixture

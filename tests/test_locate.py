@@ -12,7 +12,7 @@ from conftest import TinyModels
 
 from lightx2v.config.engine_config import EngineConfig
 from lightx2v.errors import CheckpointError
-from lightx2v.weights.locate import locate
+from lightx2v.loading.model_files import locate
 
 
 @pytest.fixture

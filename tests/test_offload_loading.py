@@ -18,20 +18,20 @@ from test_offload import Exhausted
 from test_pipeline import latents
 
 import lightx2v.offload
-from lightx2v.adapters import ExpertLoras, match_loras
 from lightx2v.attention import resolve_attention
-from lightx2v.built import find_built
-from lightx2v.components import Precision, expert_weights, load_expert
 from lightx2v.config.engine_config import EngineConfig
 from lightx2v.config.presets import resolve
 from lightx2v.config.request import LoraSpec, Request
 from lightx2v.cost.memory_plan import GIB, Machine, Need, Plan, Planner, Wishes, expert_bytes
 from lightx2v.errors import LoraError, OutOfMemory
+from lightx2v.loading.loras import ExpertLoras, match_loras
+from lightx2v.loading.model_files import ModelFiles, locate
+from lightx2v.loading.networks import Precision, expert_weights, load_expert
+from lightx2v.loading.prebuilt import find_built
 from lightx2v.offload import model_sizes, offloaded, planner_for
 from lightx2v.pipeline import LightX2VPipeline
 from lightx2v.placement.copies import HostCopies
 from lightx2v.weights.checkpoint import open_checkpoint
-from lightx2v.weights.locate import ModelFiles, locate
 from lightx2v.weights.lora import Lora
 from lightx2v.weights.model_weights import ModelWeights
 

@@ -7,7 +7,6 @@ from dataclasses import replace
 import pytest
 import torch
 
-from lightx2v.components import Precision
 from lightx2v.config.engine_config import EngineConfig
 from lightx2v.config.presets import resolve
 from lightx2v.config.request import Request
@@ -31,10 +30,11 @@ from lightx2v.cost.memory_plan import (
     tile_side,
 )
 from lightx2v.cost.run_time import DiTShape
+from lightx2v.loading.model_files import locate
+from lightx2v.loading.networks import Precision
 from lightx2v.models.tiling import Tiling
 from lightx2v.models.vae_config import VAEConfig
 from lightx2v.offload import model_sizes
-from lightx2v.weights.locate import locate
 
 BF16, FP8 = Model(), Model(weight=1.0, text=4_700_000_000)
 LARGE = Need.of((16, 21, 90, 160), guided=True)

@@ -12,11 +12,11 @@ from conftest import TinyModels
 from tiny import build_tiny
 
 from lightx2v.config.engine_config import EngineConfig
+from lightx2v.loading.model_files import locate
 from lightx2v.models.dit import DiTConfig, WanDiT, parameter_dtype
 from lightx2v.models.vae import WanVAE
 from lightx2v.models.vae_config import VAEConfig
 from lightx2v.weights.checkpoint import open_checkpoint
-from lightx2v.weights.locate import locate
 from lightx2v.weights.module_loader import load_into
 
 

@@ -12,12 +12,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lightx2v.adapters import Applied
 from lightx2v.attention import Choice, resolve_attention
-from lightx2v.components import Precision, Which
 from lightx2v.config.engine_config import EngineConfig
 from lightx2v.config.request import LoraSpec
 from lightx2v.engine import Engine
+from lightx2v.loading.loras import Applied
+from lightx2v.loading.networks import Precision, Which
 from lightx2v.models.dit import DiTConfig, WanDiT, parameter_dtype
 from lightx2v.models.preview import Preview
 from lightx2v.models.quant_linear import QuantLinear, swap_linears

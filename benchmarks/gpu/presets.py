@@ -138,7 +138,7 @@ def fresh(bench: Bench, folder: Path, preset: str) -> None:
 
 def main() -> None:
     """The fresh process: what `python -m lightx2v.infer --preset` does, with a clock."""
-    from lightx2v import preload
+    from lightx2v.loading import preload
 
     preload.start()
     from lightx2v.config.environment import Environment

@@ -16,10 +16,10 @@ from typing import Any, Protocol
 import torch
 from torch import nn
 
-from ..adapters import Applied
-from ..components import Which, whole_float32
 from ..config.request import LoraSpec
 from ..cost.memory_plan import Need, Plan, Planner, Stage
+from ..loading.loras import Applied
+from ..loading.networks import Which, whole_float32
 from ..models.dit import WanDiT
 from ..models.tiling import Tiling
 from ..models.umt5 import TextEncoder

@@ -18,7 +18,7 @@ def start() -> threading.Thread:
 
 def _import() -> None:
     try:
-        from .models.umt5 import preload
+        from ..models.umt5 import preload
 
         preload()
     except ImportError:

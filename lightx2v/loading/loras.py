@@ -17,17 +17,17 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .components import Which
-from .config.engine_config import EngineConfig
-from .config.lora_names import noise_level, task_of
-from .config.request import LoraSpec
-from .errors import LoraError, short_path
-from .hub import find_lora
-from .models.dit import WanDiT
-from .models.quant_linear import QuantLinear
-from .weights.lora import Lora, LoraReport, match_lora, partner_of
-from .weights.model_weights import ModelWeights
-from .weights.module_loader import TensorStream
+from ..config.engine_config import EngineConfig
+from ..config.lora_names import noise_level, task_of
+from ..config.request import LoraSpec
+from ..errors import LoraError, short_path
+from ..hub import find_lora
+from ..models.dit import WanDiT
+from ..models.quant_linear import QuantLinear
+from ..weights.lora import Lora, LoraReport, match_lora, partner_of
+from ..weights.model_weights import ModelWeights
+from ..weights.module_loader import TensorStream
+from .networks import Which
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -27,14 +27,14 @@ from typing import Literal
 import torch
 from filelock import FileLock, Timeout
 
-from .config.engine_config import EngineConfig
-from .config.environment import Environment
+from ..config.engine_config import EngineConfig
+from ..config.environment import Environment
+from ..errors import OutputError, short_path
+from ..progress import CancelToken, OnProgress
+from ..weights.checkpoint import open_checkpoint
+from ..weights.safetensors_reader import MAX_HEADER
 from .conversion import FINGERPRINT, VERSION, Conversion, convert, fingerprint, is_made_of, recipes
-from .errors import OutputError, short_path
-from .progress import CancelToken, OnProgress
-from .weights.checkpoint import open_checkpoint
-from .weights.locate import BuiltFiles, ModelFiles
-from .weights.safetensors_reader import MAX_HEADER
+from .model_files import BuiltFiles, ModelFiles
 
 log = logging.getLogger("lightx2v.built")
 

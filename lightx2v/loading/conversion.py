@@ -18,21 +18,21 @@ from pathlib import Path
 
 import torch
 
-from .adapters import files_for
-from .components import DTYPES, Which
-from .config.engine_config import EngineConfig
-from .errors import BadRequest, LightX2VError, LoraError, OutputError, short_path
-from .models.dit import parameter_dtype
-from .models.umt5 import wan_name
-from .progress import CancelToken, OnProgress, Progress
-from .weights.checkpoint import Checkpoint, open_checkpoint
-from .weights.locate import ModelFiles
-from .weights.lora import match_lora
-from .weights.model_weights import ModelWeights, scale_name
-from .weights.naming import wan_names
-from .weights.quantization import FORMATS, GATE, QUANTISED, is_expert_matrix, is_text_matrix
-from .weights.safetensors_reader import FLOATS
-from .weights.safetensors_writer import write_safetensors
+from ..config.engine_config import EngineConfig
+from ..errors import BadRequest, LightX2VError, LoraError, OutputError, short_path
+from ..models.dit import parameter_dtype
+from ..models.umt5 import wan_name
+from ..progress import CancelToken, OnProgress, Progress
+from ..weights.checkpoint import Checkpoint, open_checkpoint
+from ..weights.lora import match_lora
+from ..weights.model_weights import ModelWeights, scale_name
+from ..weights.naming import wan_names
+from ..weights.quantization import FORMATS, GATE, QUANTISED, is_expert_matrix, is_text_matrix
+from ..weights.safetensors_reader import FLOATS
+from ..weights.safetensors_writer import write_safetensors
+from .loras import files_for
+from .model_files import ModelFiles
+from .networks import DTYPES, Which
 
 log = logging.getLogger("lightx2v.convert")
 

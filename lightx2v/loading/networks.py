@@ -13,22 +13,22 @@ from typing import Literal
 
 import torch
 
-from .attention import Choice
-from .config.engine_config import EngineConfig
-from .errors import CheckpointError, ConfigError, short_path
-from .models.dit import DiTConfig, WanDiT, parameter_dtype
-from .models.quant_linear import swap_linears
-from .models.umt5 import TextEncoder
-from .models.vae import WanVAE
-from .models.vae_config import VAEConfig
-from .parallel.mesh import Mesh
-from .progress import CancelToken
-from .weights.checkpoint import open_checkpoint
-from .weights.locate import ModelFiles
-from .weights.model_weights import ModelWeights
-from .weights.module_loader import check_fit, load_into, stream_into
-from .weights.naming import wan_names
-from .weights.quantization import SCALE, is_expert_matrix, scheme_format
+from ..attention import Choice
+from ..config.engine_config import EngineConfig
+from ..errors import CheckpointError, ConfigError, short_path
+from ..models.dit import DiTConfig, WanDiT, parameter_dtype
+from ..models.quant_linear import swap_linears
+from ..models.umt5 import TextEncoder
+from ..models.vae import WanVAE
+from ..models.vae_config import VAEConfig
+from ..parallel.mesh import Mesh
+from ..progress import CancelToken
+from ..weights.checkpoint import open_checkpoint
+from ..weights.model_weights import ModelWeights
+from ..weights.module_loader import check_fit, load_into, stream_into
+from ..weights.naming import wan_names
+from ..weights.quantization import SCALE, is_expert_matrix, scheme_format
+from .model_files import ModelFiles
 
 Which = Literal["high", "low"]
 
