@@ -17,8 +17,8 @@ import torch
 from torch import Tensor
 
 from lightx2v.models.dit import DiTConfig, WanDiT
-from lightx2v.placement.copies import HostCopies, Slot
-from lightx2v.placement.shuttle import Cargo, Shuttle
+from lightx2v.offload.device_copies import HostCopies, Slot
+from lightx2v.offload.weight_streamer import Cargo, Shuttle
 
 
 class TimedCopies(HostCopies):

@@ -25,11 +25,11 @@ from .loading.networks import DTYPES, Precision, expert_weights
 from .loading.prebuilt import find_built, make_built
 from .models.dit import DiTConfig
 from .models.preview import Preview
-from .offload import USUAL, Placement, Resident, offloaded, planner_for
+from .offload.offloaded import describe
+from .offload.placement import USUAL, Placement, Resident, offloaded, planner_for
 from .parallel.mesh import Mesh
 from .parallel.process_group import World
 from .parallel.rendezvous import join
-from .placement.offloaded import describe
 from .progress import CancelToken, Meter, OnProgress
 from .prompts import PromptCache
 from .weights.checkpoint import open_checkpoint

@@ -21,11 +21,11 @@ from lightx2v.config.presets import resolve
 from lightx2v.config.request import LoraSpec, Request
 from lightx2v.cost.memory_plan import Plan
 from lightx2v.errors import LightX2VError
-from lightx2v.offload import offloaded
+from lightx2v.offload.device_copies import HostCopies
+from lightx2v.offload.placement import offloaded
 from lightx2v.parallel.mesh import Mesh
 from lightx2v.parallel.rendezvous import join
 from lightx2v.pipeline import LightX2VPipeline
-from lightx2v.placement.copies import HostCopies
 from lightx2v.weights.pth_reader import PthFile
 from lightx2v.weights.safetensors_reader import SafetensorsFile
 

@@ -13,16 +13,16 @@ import torch
 from conftest import TinyModels
 
 import lightx2v.engine
-import lightx2v.offload
+import lightx2v.offload.placement
 from lightx2v.config.engine_config import EngineConfig
 from lightx2v.config.presets import resolve
 from lightx2v.config.request import Request
 from lightx2v.cost.memory_plan import GIB, Machine, Model, Planner, Wishes
 from lightx2v.engine import load_engine
 from lightx2v.errors import BadRequest, Cancelled, OutOfMemory, OutputError
-from lightx2v.offload import Resident
+from lightx2v.offload.offloaded import Offloaded
+from lightx2v.offload.placement import Resident
 from lightx2v.pipeline import LightX2VPipeline
-from lightx2v.placement.offloaded import Offloaded
 from lightx2v.progress import CancelToken
 
 

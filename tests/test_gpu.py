@@ -28,11 +28,11 @@ from lightx2v.models.dit import DiTConfig, WanDiT
 from lightx2v.models.quant_linear import swap_linears
 from lightx2v.models.vae import WanVAE
 from lightx2v.models.vae_config import VAEConfig
-from lightx2v.offload import offloaded
+from lightx2v.offload.device_copies import CudaCopies, Slot
+from lightx2v.offload.packed_weights import host_buffer
+from lightx2v.offload.placement import offloaded
+from lightx2v.offload.weight_streamer import Cargo, Shuttle
 from lightx2v.pipeline import LightX2VPipeline
-from lightx2v.placement.copies import CudaCopies, Slot
-from lightx2v.placement.piece import host_buffer
-from lightx2v.placement.shuttle import Cargo, Shuttle
 from lightx2v.weights.checkpoint import open_checkpoint
 from lightx2v.weights.quantization import is_expert_matrix, quantise
 

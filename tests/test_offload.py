@@ -16,11 +16,11 @@ from lightx2v.config.presets import resolve
 from lightx2v.config.request import Request
 from lightx2v.cost.memory_plan import Plan
 from lightx2v.errors import Cancelled, OutOfMemory
+from lightx2v.offload.device_copies import HostCopies, Slot
+from lightx2v.offload.offloaded import Offloaded
+from lightx2v.offload.packed_weights import Piece
+from lightx2v.offload.weight_streamer import Cargo, Shuttle
 from lightx2v.pipeline import LightX2VPipeline
-from lightx2v.placement.copies import HostCopies, Slot
-from lightx2v.placement.offloaded import Offloaded
-from lightx2v.placement.piece import Piece
-from lightx2v.placement.shuttle import Cargo, Shuttle
 from lightx2v.progress import CancelToken, Progress
 
 LAYERS = 6

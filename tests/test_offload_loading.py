@@ -17,7 +17,7 @@ from test_lora import random_pairs, spec, write
 from test_offload import Exhausted
 from test_pipeline import latents
 
-import lightx2v.offload
+import lightx2v.offload.placement
 from lightx2v.attention import resolve_attention
 from lightx2v.config.engine_config import EngineConfig
 from lightx2v.config.presets import resolve
@@ -28,9 +28,9 @@ from lightx2v.loading.loras import ExpertLoras, match_loras
 from lightx2v.loading.model_files import ModelFiles, locate
 from lightx2v.loading.networks import Precision, expert_weights, load_expert
 from lightx2v.loading.prebuilt import find_built
-from lightx2v.offload import model_sizes, offloaded, planner_for
+from lightx2v.offload.device_copies import HostCopies
+from lightx2v.offload.placement import model_sizes, offloaded, planner_for
 from lightx2v.pipeline import LightX2VPipeline
-from lightx2v.placement.copies import HostCopies
 from lightx2v.weights.checkpoint import open_checkpoint
 from lightx2v.weights.lora import Lora
 from lightx2v.weights.model_weights import ModelWeights

@@ -34,7 +34,7 @@ from lightx2v.loading.model_files import locate
 from lightx2v.loading.networks import Precision
 from lightx2v.models.tiling import Tiling
 from lightx2v.models.vae_config import VAEConfig
-from lightx2v.offload import model_sizes
+from lightx2v.offload.placement import model_sizes
 
 BF16, FP8 = Model(), Model(weight=1.0, text=4_700_000_000)
 LARGE = Need.of((16, 21, 90, 160), guided=True)

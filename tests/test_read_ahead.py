@@ -13,8 +13,8 @@ from patience import PATIENCE
 from test_offload import CPU, forward, toy
 
 from lightx2v.errors import CheckpointError
-from lightx2v.placement.copies import HostCopies
-from lightx2v.placement.shuttle import Shuttle
+from lightx2v.offload.device_copies import HostCopies
+from lightx2v.offload.weight_streamer import Shuttle
 
 BLOCKS = 6
 Read = Callable[[frozenset[str]], list[tuple[str, torch.Tensor]]]

@@ -11,7 +11,7 @@ import time
 import torch
 from torch import Tensor
 
-from lightx2v.placement.piece import host_buffer
+from lightx2v.offload.packed_weights import host_buffer
 
 from .bench import Bench
 

@@ -156,7 +156,7 @@ def main() -> None:
         return watched[0]
 
     with (
-        patch("lightx2v.offload.copies_for", copies_for),
+        patch("lightx2v.offload.placement.copies_for", copies_for),
         LightX2VPipeline.from_config(settings.engine, preset=settings.preset.name) as pipe,
     ):
         for number in range(asked["times"]):

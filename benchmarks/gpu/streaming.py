@@ -14,8 +14,8 @@ import torch
 
 from lightx2v.cost.memory_plan import Machine, Need, choose
 from lightx2v.cost.memory_plan import Model as Counted
-from lightx2v.placement.copies import copies_for
-from lightx2v.placement.shuttle import Cargo, Shuttle
+from lightx2v.offload.device_copies import copies_for
+from lightx2v.offload.weight_streamer import Cargo, Shuttle
 
 from .bench import Bench
 from .model import attention, expert

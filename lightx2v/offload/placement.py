@@ -16,16 +16,16 @@ from typing import Any, Protocol
 
 import torch
 
-from .attention import Choice
-from .config.engine_config import EngineConfig
-from .config.request import LoraSpec
-from .cost.machine import free_ram
-from .cost.memory_plan import Machine, Model, Need, Plan, Planner, Stage, Wishes
-from .cost.run_time import DiTShape
-from .errors import CheckpointError, LoraError
-from .loading.loras import Applied, ExpertLoras, match_loras
-from .loading.model_files import ModelFiles
-from .loading.networks import (
+from ..attention import Choice
+from ..config.engine_config import EngineConfig
+from ..config.request import LoraSpec
+from ..cost.machine import free_ram
+from ..cost.memory_plan import Machine, Model, Need, Plan, Planner, Stage, Wishes
+from ..cost.run_time import DiTShape
+from ..errors import CheckpointError, LoraError
+from ..loading.loras import Applied, ExpertLoras, match_loras
+from ..loading.model_files import ModelFiles
+from ..loading.networks import (
     Precision,
     Which,
     build_expert,
@@ -37,18 +37,18 @@ from .loading.networks import (
     load_vae,
     whole_float32,
 )
-from .models.dit import DiTConfig, WanDiT
-from .models.tiling import Tiling
-from .models.umt5 import TextEncoder
-from .models.vae import WanVAE
-from .parallel.mesh import Mesh
-from .placement.copies import Copies, copies_for
-from .placement.offloaded import Offloaded
-from .placement.piece import Reader
-from .progress import CancelToken
-from .weights.checkpoint import open_checkpoint
-from .weights.model_weights import ModelWeights
-from .weights.module_loader import TensorStream
+from ..models.dit import DiTConfig, WanDiT
+from ..models.tiling import Tiling
+from ..models.umt5 import TextEncoder
+from ..models.vae import WanVAE
+from ..parallel.mesh import Mesh
+from ..progress import CancelToken
+from ..weights.checkpoint import open_checkpoint
+from ..weights.model_weights import ModelWeights
+from ..weights.module_loader import TensorStream
+from .device_copies import Copies, copies_for
+from .offloaded import Offloaded
+from .packed_weights import Reader
 
 log = logging.getLogger("lightx2v.offload")
 

@@ -24,8 +24,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .copies import Copies, Slot
-from .piece import Piece, Reader, host_buffer
+from .device_copies import Copies, Slot
+from .packed_weights import Piece, Reader, host_buffer
 
 OUTSIDE = -1
 """The index of what lies outside of the blocks."""

@@ -24,9 +24,9 @@ from ..models.dit import WanDiT
 from ..models.tiling import Tiling
 from ..models.umt5 import TextEncoder
 from ..models.vae import WanVAE
-from .copies import Copies
-from .piece import Reader
-from .shuttle import Cargo, Shuttle
+from .device_copies import Copies
+from .packed_weights import Reader
+from .weight_streamer import Cargo, Shuttle
 
 log = logging.getLogger("lightx2v.offload")
 
