@@ -28,14 +28,14 @@ from .config.environment import Environment
 from .config.presets import resolve
 from .config.request import LoraSpec, Request
 from .cost.machine import free_memory
-from .engine import Engine, load_engine, within_memory
+from .engine.engine import Engine, load_engine, within_memory
+from .engine.result import Result
+from .engine.run import Run
 from .errors import Busy, ConfigError, GroupFailed, LightX2VError
 from .media.video_writer import check_output_path
 from .parallel.process_group import CLOSE, LEAVE
 from .parallel.rendezvous import join
 from .progress import CancelToken, Meter, OnProgress
-from .result import Result
-from .run import Run
 from .sampling import draw_seed
 
 log = logging.getLogger("lightx2v.pipeline")

@@ -19,10 +19,10 @@ from lightx2v.config.engine_config import EngineConfig
 from lightx2v.config.recorded_settings import recorded_settings
 from lightx2v.config.request import Request
 from lightx2v.cost.run_time import high_noise_steps
+from lightx2v.engine.result import Result
 from lightx2v.errors import OutOfMemory
 from lightx2v.media.video_writer import VideoWriter
 from lightx2v.progress import CancelToken, Meter, OnProgress, Progress, Timings
-from lightx2v.result import Result
 
 
 @dataclass

@@ -14,12 +14,12 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
-from lightx2v import run as run_module
 from lightx2v.config.engine_config import EngineConfig, ParallelConfig
 from lightx2v.config.environment import Environment
 from lightx2v.config.presets import resolve
 from lightx2v.config.request import LoraSpec, Request
 from lightx2v.cost.memory_plan import Plan
+from lightx2v.engine import run as run_module
 from lightx2v.errors import LightX2VError
 from lightx2v.offload.device_copies import HostCopies
 from lightx2v.offload.placement import offloaded
@@ -177,7 +177,7 @@ def streamed(root: str, lazy: bool) -> list[Any]:
 
 
 def offloaded_again(config: EngineConfig, lazy: bool, mesh: Any) -> Any:
-    from lightx2v.engine import choose_attention
+    from lightx2v.engine.engine import choose_attention
     from lightx2v.loading.model_files import locate
     from lightx2v.loading.networks import Precision
 

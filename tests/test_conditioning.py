@@ -6,7 +6,7 @@ import torch
 from PIL import Image
 from vae_reference import random_vae, relative_error, same_in_diffusers, statistics
 
-from lightx2v.conditioning import encode_pictures, frame_mask, prepare_pictures, to_pixels
+from lightx2v.engine.conditioning import encode_pictures, frame_mask, prepare_pictures, to_pixels
 from lightx2v.errors import Cancelled
 from lightx2v.media.framing import RESIZE_MODES, frame_picture
 from lightx2v.models.vae import WanVAE

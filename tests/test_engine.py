@@ -12,13 +12,13 @@ import pytest
 import torch
 from conftest import TinyModels
 
-import lightx2v.engine
+import lightx2v.engine.engine
 import lightx2v.offload.placement
 from lightx2v.config.engine_config import EngineConfig
 from lightx2v.config.presets import resolve
 from lightx2v.config.request import Request
 from lightx2v.cost.memory_plan import GIB, Machine, Model, Planner, Wishes
-from lightx2v.engine import load_engine
+from lightx2v.engine.engine import load_engine
 from lightx2v.errors import BadRequest, Cancelled, OutOfMemory, OutputError
 from lightx2v.offload.offloaded import Offloaded
 from lightx2v.offload.placement import Resident

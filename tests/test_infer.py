@@ -23,10 +23,10 @@ from lightx2v.config.model_paths import PROJECT
 from lightx2v.config.recorded_settings import recorded_settings
 from lightx2v.config.request import Request
 from lightx2v.cost.machine import Machine
+from lightx2v.engine.result import Result
 from lightx2v.errors import Cancelled, CheckpointError, OutOfMemory
 from lightx2v.infer import main
 from lightx2v.progress import CancelToken, OnProgress, Peak, Progress, StepTime, Timings
-from lightx2v.result import Result
 
 TUTORIAL = PROJECT / "tests" / "data" / "tutorial"
 TIMINGS = Timings(

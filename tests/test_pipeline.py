@@ -21,12 +21,12 @@ from lightx2v.config.engine_config import EngineConfig
 from lightx2v.config.presets import resolve
 from lightx2v.config.recorded_settings import find_picture
 from lightx2v.config.request import Request
-from lightx2v.engine import within_memory
+from lightx2v.engine.engine import within_memory
+from lightx2v.engine.result import Result
 from lightx2v.errors import BadRequest, Busy, Cancelled, CheckpointError, ConfigError, NumericsError, OutOfMemory
 from lightx2v.media.mp4 import probe, read_settings
 from lightx2v.pipeline import LightX2VPipeline
 from lightx2v.progress import CancelToken, Progress
-from lightx2v.result import Result
 
 SMALL = {"height": 32, "width": 48, "frames": 5, "steps": 4, "text_len": 512}
 

@@ -27,10 +27,10 @@ from vae_reference import same_in_diffusers
 
 from lightx2v.config.presets import resolve
 from lightx2v.config.request import Request
+from lightx2v.engine.result import Result
 from lightx2v.models.vae import WanVAE
 from lightx2v.models.vae_config import VAEConfig
 from lightx2v.pipeline import LightX2VPipeline
-from lightx2v.result import Result
 from lightx2v.sampling import initial_noise
 
 HEIGHT, WIDTH, FRAMES, STEPS, SHIFT = 32, 48, 9, 6, 5.0

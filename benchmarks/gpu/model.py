@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from lightx2v.attention import Choice, resolve_attention
 from lightx2v.config.engine_config import EngineConfig
 from lightx2v.config.request import LoraSpec
-from lightx2v.engine import Engine
+from lightx2v.engine.engine import Engine
 from lightx2v.loading.loras import Applied
 from lightx2v.loading.networks import Precision, Which
 from lightx2v.models.dit import DiTConfig, WanDiT, parameter_dtype

@@ -15,11 +15,11 @@ import torch
 from lightx2v.config.request import Request
 from lightx2v.cost.memory_plan import Model as Counted
 from lightx2v.cost.memory_plan import Need, Plan, stage_bytes
-from lightx2v.engine import Engine
+from lightx2v.engine.engine import Engine
+from lightx2v.engine.run import Run
 from lightx2v.offload.device_copies import Copies, CudaCopies, Slot, copies_for
 from lightx2v.offload.offloaded import Offloaded
 from lightx2v.offload.packed_weights import Piece
-from lightx2v.run import Run
 
 from .bench import Bench
 from .model import Model, engine

@@ -25,7 +25,7 @@ from lightx2v.config.environment import Environment
 from lightx2v.config.model_paths import PROJECT
 from lightx2v.config.presets import resolve
 from lightx2v.config.request import Request
-from lightx2v.engine import load_here
+from lightx2v.engine.engine import load_here
 from lightx2v.models.dit import DiTConfig, WanDiT, parameter_dtype
 from lightx2v.models.vae import WanVAE
 from lightx2v.parallel.mesh import Mesh

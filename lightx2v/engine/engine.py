@@ -12,28 +12,28 @@ from typing import TypeVar
 
 import torch
 
-from . import hub
-from .attention import Choice, resolve_attention
-from .config.engine_config import EngineConfig, ParallelConfig
-from .config.environment import Environment
-from .cost.machine import free_memory
-from .cost.memory_plan import from_disk
-from .errors import OutOfMemory, OutputError
-from .loading import preload
-from .loading.model_files import ModelFiles, locate
-from .loading.networks import DTYPES, Precision, expert_weights
-from .loading.prebuilt import find_built, make_built
-from .models.dit import DiTConfig
-from .models.preview import Preview
-from .offload.offloaded import describe
-from .offload.placement import USUAL, Placement, Resident, offloaded, planner_for
-from .parallel.mesh import Mesh
-from .parallel.process_group import World
-from .parallel.rendezvous import join
-from .progress import CancelToken, Meter, OnProgress
-from .prompts import PromptCache
-from .weights.checkpoint import open_checkpoint
-from .weights.expert_pair import check_experts
+from .. import hub
+from ..attention import Choice, resolve_attention
+from ..config.engine_config import EngineConfig, ParallelConfig
+from ..config.environment import Environment
+from ..cost.machine import free_memory
+from ..cost.memory_plan import from_disk
+from ..errors import OutOfMemory, OutputError
+from ..loading import preload
+from ..loading.model_files import ModelFiles, locate
+from ..loading.networks import DTYPES, Precision, expert_weights
+from ..loading.prebuilt import find_built, make_built
+from ..models.dit import DiTConfig
+from ..models.preview import Preview
+from ..offload.offloaded import describe
+from ..offload.placement import USUAL, Placement, Resident, offloaded, planner_for
+from ..parallel.mesh import Mesh
+from ..parallel.process_group import World
+from ..parallel.rendezvous import join
+from ..progress import CancelToken, Meter, OnProgress
+from ..weights.checkpoint import open_checkpoint
+from ..weights.expert_pair import check_experts
+from .prompt_cache import PromptCache
 
 log = logging.getLogger("lightx2v.engine")
 

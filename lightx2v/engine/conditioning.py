@@ -16,10 +16,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .media.framing import Framing, frame_picture
-from .models.causal_conv import Bands
-from .models.tiling import Tiling
-from .progress import CancelToken
+from ..media.framing import Framing, frame_picture
+from ..models.causal_conv import Bands
+from ..models.tiling import Tiling
+from ..progress import CancelToken
 
 if TYPE_CHECKING:
     from PIL.Image import Image

@@ -5,9 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from .config.engine_config import EngineConfig
-from .config.request import Request
-from .progress import Peak, Timings
+from ..config.engine_config import EngineConfig
+from ..config.request import Request
+from ..progress import Peak, Timings
 
 if TYPE_CHECKING:
     import numpy as np

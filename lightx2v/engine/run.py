@@ -17,22 +17,22 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ..config.recorded_settings import recorded_settings
+from ..config.request import LoraSpec, Request
+from ..cost.memory_plan import Need, Stage
+from ..errors import Cancelled, LightX2VError, OutOfMemory
+from ..loading.networks import Which
+from ..media.images import load_image
+from ..media.video_writer import VideoWriter
+from ..models.block import TextStates
+from ..models.vae import WanVAE
+from ..parallel.mesh import SharedCancel
+from ..parallel.vae_bands import Rows
+from ..progress import CancelToken, Meter, OnProgress, Timings
+from ..sampling import denoise, guided, initial_noise, solver_for, still_warning
 from .conditioning import encode_pictures, prepare_pictures
-from .config.recorded_settings import recorded_settings
-from .config.request import LoraSpec, Request
-from .cost.memory_plan import Need, Stage
 from .engine import Engine, within_memory
-from .errors import Cancelled, LightX2VError, OutOfMemory
-from .loading.networks import Which
-from .media.images import load_image
-from .media.video_writer import VideoWriter
-from .models.block import TextStates
-from .models.vae import WanVAE
-from .parallel.mesh import SharedCancel
-from .parallel.vae_bands import Rows
-from .progress import CancelToken, Meter, OnProgress, Timings
 from .result import Result
-from .sampling import denoise, guided, initial_noise, solver_for, still_warning
 
 log = logging.getLogger("lightx2v.run")
 

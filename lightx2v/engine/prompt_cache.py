@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import OrderedDict
 
-from .models.umt5 import TextEmbedding
+from ..models.umt5 import TextEmbedding
 
 KEPT = 16
 """Prompts; up to 4 MB each."""
