@@ -13,7 +13,7 @@ from starlette.datastructures import Headers
 from starlette.responses import PlainTextResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from lightx2v.server.gate import MAX_BODY, SAFE_METHODS, Bucket, Unread, bounded, host_name, same_origin
+from lightx2v.server.limits import MAX_BODY, SAFE_METHODS, Bucket, Unread, bounded, host_name, same_origin
 
 from .exposure import Exposure
 

@@ -19,8 +19,8 @@ from lightx2v.config.presets import resolve
 from lightx2v.jobs.queue import JobManager
 from lightx2v.media.web_images import Fetcher
 from lightx2v.server.application import create_app
+from lightx2v.server.input_images import Pictures
 from lightx2v.server.metrics import Metrics
-from lightx2v.server.pictures import Pictures
 from lightx2v.server.service import Service
 
 T2V, I2V = "demo_t2v_distill_lora", "demo_i2v_distill_lora"

@@ -16,8 +16,8 @@ from starlette.testclient import TestClient
 
 from app.exposure import Exposure, Limits
 from app.guard import MAX_JSON, Guard
-from lightx2v.server import gate
-from lightx2v.server.gate import Bucket
+from lightx2v.server import limits as gate
+from lightx2v.server.limits import Bucket
 
 HERE = "http://127.0.0.1:7860"
 

@@ -29,7 +29,7 @@ from lightx2v.cost.run_time import Prediction
 from lightx2v.jobs.store import Job
 from lightx2v.media.framing import frame_picture
 from lightx2v.progress import Progress
-from lightx2v.server.bodies import VideoBody, read_body
+from lightx2v.server.request_bodies import VideoBody, read_body
 
 ROOT = Path(__file__).parents[1]
 EVIL = "\"><script>alert(1)</script><img src=x onerror=alert(2)>' onmouseover=alert(3) {{7}} ${7}"

@@ -19,8 +19,9 @@ from patience import PATIENCE
 from served import SIZE, Served, listening, serve
 
 from lightx2v.config.model_paths import PROJECT
-from lightx2v.server import gate, submissions
-from lightx2v.server.gate import MAX_BODY, Gate
+from lightx2v.server import limits as gate
+from lightx2v.server import submit as submissions
+from lightx2v.server.limits import MAX_BODY, Gate
 
 KEY = "a-key-of-some-length"
 GOOD = {"prompt": "a cat", **SIZE}

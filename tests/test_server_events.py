@@ -12,7 +12,7 @@ from fake_engine import Garage, Script
 from patience import PATIENCE
 from served import listening, serve
 
-from lightx2v.server import events
+from lightx2v.server import event_stream as events
 
 
 def parsed(text: str) -> list[tuple[int | None, str, dict[str, Any]]]:

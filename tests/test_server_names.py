@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from served import SIZE, serve
 
 from lightx2v.errors import BadRequest
-from lightx2v.server.names import MAX_NAME, file_name
+from lightx2v.server.file_names import MAX_NAME, file_name
 
 BAD = [
     *("/etc/x.mp4", "../x.mp4", "a/b.mp4", "a\\b.mp4", "C:\\x.mp4", "~/x.mp4", "x\0.mp4", "x" * 300, "-vf.mp4"),

@@ -20,16 +20,16 @@ from starlette.types import Receive, Scope, Send
 
 from .. import __version__
 from ..errors import Busy, LightX2VError
-from .answers import Health, problem
-from .documents import complete, refusals
-from .gate import Gate, refuse
-from .keys import Keys
+from .auth import Keys
+from .limits import Gate, refuse
 from .metrics import Counted, Metrics
-from .overview import overview_routes
+from .openapi import complete, refusals
+from .responses import Health, problem
 from .service import Service
-from .submissions import Submissions
-from .tasks import task_routes
-from .videos import video_routes
+from .status_routes import overview_routes
+from .submit import Submissions
+from .task_routes import task_routes
+from .video_routes import video_routes
 
 log = logging.getLogger("lightx2v.server")
 

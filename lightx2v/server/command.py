@@ -122,8 +122,8 @@ def _serve(options: argparse.Namespace, folder: Path, resolved: Resolved, loaded
 
     from ..jobs.queue import JobManager
     from .application import create_app
+    from .input_images import Pictures
     from .metrics import Metrics
-    from .pictures import Pictures
     from .service import Service
 
     metrics = Metrics()

@@ -22,8 +22,8 @@ from ..config.request import MAX_SEED, LoraSpec, Request
 from ..errors import BadRequest
 from ..jobs.queue import JobManager
 from ..jobs.store import Job, UnknownJob
-from .names import Names, file_name
-from .pictures import Pictures
+from .file_names import Names, file_name
+from .input_images import Pictures
 
 HISTORY = 1000
 """How far back lists go."""

@@ -16,7 +16,7 @@ from starlette.datastructures import Headers
 from starlette.requests import Request
 from starlette.types import ASGIApp, Receive, Scope, Send
 
-from .gate import refuse
+from .limits import refuse
 
 OWNER = "lightx2v.owner"
 """Where the owner is kept in an ASGI scope."""

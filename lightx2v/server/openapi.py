@@ -9,8 +9,8 @@ from typing import Any
 from fastapi import FastAPI
 from pydantic import BaseModel
 
-from .answers import Refusal
-from .bodies import FILES, TaskBody, VideoBody
+from .request_bodies import FILES, TaskBody, VideoBody
+from .responses import Refusal
 
 REASONS = {
     400: "The form cannot be read.",

@@ -9,11 +9,11 @@ from starlette.responses import FileResponse
 
 from ..config.environment import Environment
 from ..jobs.store import Job
-from .answers import Metadata, QueueStatus, ServiceStatus, Task, public_path, task, task_id
-from .documents import refusals
-from .files import VIDEO, video_file
-from .keys import owner_of
+from .auth import owner_of
+from .openapi import refusals
+from .responses import Metadata, QueueStatus, ServiceStatus, Task, public_path, task, task_id
 from .service import HISTORY, Service
+from .video_file import VIDEO, video_file
 
 
 def overview_routes(service: Service) -> APIRouter:

@@ -11,14 +11,14 @@ from fastapi import APIRouter, Header, Path, Query, Request
 from starlette.responses import FileResponse, StreamingResponse
 
 from ..jobs.store import UnknownJob
-from .answers import Deleted, Model, ModelList, Video, VideoList, deleted, video
-from .bodies import VideoBody
-from .documents import SUBMISSION, body_of, refusals
-from .events import Streams
-from .files import VIDEO, video_file
-from .keys import owner_of
+from .auth import owner_of
+from .event_stream import Streams
+from .openapi import SUBMISSION, body_of, refusals
+from .request_bodies import VideoBody
+from .responses import Deleted, Model, ModelList, Video, VideoList, deleted, video
 from .service import HISTORY, Service
-from .submissions import Submissions
+from .submit import Submissions
+from .video_file import VIDEO, video_file
 
 Id = Annotated[str, Path(min_length=1, max_length=200, description="The job's id, or the client_id it was sent with.")]
 

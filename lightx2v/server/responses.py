@@ -9,7 +9,7 @@ from pydantic import BaseModel, Field
 
 from ..errors import Busy, LightX2VError
 from ..jobs.store import Job, State
-from .names import Names
+from .file_names import Names
 
 VideoStatus = Literal["queued", "in_progress", "completed", "failed", "cancelled", "interrupted"]
 TaskStatus = Literal["pending", "processing", "completed", "failed", "cancelled"]

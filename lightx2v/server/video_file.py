@@ -7,7 +7,7 @@ from typing import Any
 
 from starlette.responses import FileResponse
 
-from .documents import refusals
+from .openapi import refusals
 
 _HEADERS = {"X-Content-Type-Options": "nosniff", "Cache-Control": "private"}
 _ANSWER = {

@@ -11,9 +11,9 @@ from anyio.to_thread import run_sync
 from starlette.requests import Request as HttpRequest
 
 from ..jobs.store import Job
-from .bodies import TaskBody, VideoBody, read_body
-from .gate import MAX_BODY
-from .keys import owner_of
+from .auth import owner_of
+from .limits import MAX_BODY
+from .request_bodies import TaskBody, VideoBody, read_body
 from .service import Service
 
 AT_ONCE = 16

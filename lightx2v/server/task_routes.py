@@ -11,14 +11,14 @@ from typing import Annotated
 from fastapi import APIRouter, Path, Request
 from starlette.responses import FileResponse
 
-from .answers import Stopped, Task, TaskCreated, created, task
-from .bodies import TaskBody
-from .documents import SUBMISSION, body_of, refusals
-from .files import VIDEO, video_file
-from .keys import owner_of
-from .overview import active
+from .auth import owner_of
+from .openapi import SUBMISSION, body_of, refusals
+from .request_bodies import TaskBody
+from .responses import Stopped, Task, TaskCreated, created, task
 from .service import Service
-from .submissions import Submissions
+from .status_routes import active
+from .submit import Submissions
+from .video_file import VIDEO, video_file
 
 Id = Annotated[str, Path(min_length=1, max_length=200, description="The task's id, yours or the one it was given.")]
 

@@ -19,7 +19,7 @@ from starlette.responses import StreamingResponse
 
 from ..errors import Busy
 from ..jobs.store import Job, JobEvent, UnknownJob
-from .answers import Step, video, video_status
+from .responses import Step, video, video_status
 from .service import Service
 
 POLL_SECONDS = 0.25
