@@ -24,7 +24,7 @@ from lightx2v.loading import preload
 from lightx2v.server.command import check_port
 
 if TYPE_CHECKING:
-    from app.studio import Studio
+    from app.backend.studio import Studio
 
 log = logging.getLogger("lightx2v.page")
 
@@ -89,13 +89,13 @@ def serve(args: argparse.Namespace) -> None:
 def open_studio(output: Path, exposure: Exposure, preset: str) -> Studio:
     """What the page works with. On ZeroGPU its one model is loaded now, before any visitor's GPU is lent."""
     if not exposure.zerogpu:
-        from app.studio import Studio
+        from app.backend.studio import Studio
 
         return Studio(open_engine, output, exposure, default_preset=preset)
     import spaces  # before torch  # pyright: ignore[reportMissingImports]
 
-    from app.studio import Studio, settings_of
-    from app.zerogpu import GpuLender
+    from app.backend.studio import Studio, settings_of
+    from app.backend.zerogpu import GpuLender
     from lightx2v.pipeline import LightX2VPipeline
 
     studio = Studio(open_engine, output, exposure, default_preset=preset, only=[preset] if preset else None)
@@ -143,9 +143,11 @@ def launch(studio: Studio, *, open_browser: bool = False, mcp: bool = False, **m
     """Serves the page in the background; returns gradio's Blocks with `local_url` and `share_url`."""
     from starlette.middleware import Middleware
 
-    from app.guard import Guard
-    from app.page import build_page, head, theme
-    from app.served import routes
+    from app.page import build_page
+    from app.theme import head, theme
+    from app.web.api_routes import api_routes
+    from app.web.guard import Guard
+    from app.web.media_routes import media_routes
 
     exposure = studio.exposure
     origins: set[str] = set()
@@ -171,7 +173,7 @@ def launch(studio: Studio, *, open_browser: bool = False, mcp: bool = False, **m
         head=head(),
         app_kwargs={
             "openapi_url": None,  # gradio has its own, behind the password
-            "routes": routes(studio),
+            "routes": [*api_routes(studio), *media_routes(studio)],
             "middleware": [Middleware(Guard, exposure=exposure, origins=origins)],
         },
         **more,

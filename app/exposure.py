@@ -124,3 +124,6 @@ def decide(args: argparse.Namespace, variables: Mapping[str, str]) -> Exposure:
     if not args.public and not exposure.password:
         exposure = replace(exposure, user="studio", password=secrets.token_urlsafe(12))
     return exposure
+
+
+ADDRESS = "http://127.0.0.1:7860"

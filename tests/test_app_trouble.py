@@ -28,9 +28,10 @@ from patience import PATIENCE, free_port
 from PIL import Image
 from studio_app import ROOT, launched
 
-from app import editing, page
+from app import page
+from app.backend.studio import Studio
 from app.exposure import Exposure
-from app.studio import Studio
+from app.form import editor as editing
 
 PAINTED = (sys.executable, str(ROOT / "tests" / "painted_app.py"))
 

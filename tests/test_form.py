@@ -8,12 +8,12 @@ from typing import Any
 
 import pytest
 
-from app.demo_words import unknown_words
-from app.editing import form_of, preset_values
-from app.examples import DEMO, DEMO_PICTURES
+from app.backend.studio import settings_of
 from app.exposure import PUBLIC_LIMITS, Exposure, Limits
-from app.form import Form, fields_of, frames_for, pair_of, plan, size_of
-from app.studio import settings_of
+from app.form.demo_words import unknown_words
+from app.form.editor import form_of, preset_values
+from app.form.examples import DEMO, DEMO_PICTURES
+from app.form.fields import Form, fields_of, frames_for, pair_of, plan, size_of
 from lightx2v.config.request import LoraSpec
 from lightx2v.errors import BadRequest, LightX2VError, LoraError
 

@@ -15,7 +15,7 @@ from starlette.routing import Route
 from starlette.testclient import TestClient
 
 from app.exposure import Exposure, Limits
-from app.guard import MAX_JSON, Guard
+from app.web.guard import MAX_JSON, Guard
 from lightx2v.server import limits as gate
 from lightx2v.server.limits import Bucket
 

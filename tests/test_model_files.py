@@ -12,12 +12,12 @@ from hub_server import Fault, HubServer, serving
 from page_engine import Painter
 from patience import PATIENCE, eventually
 
-from app import model_files
+from app.backend import model_files
+from app.backend.model_files import FilesStatus, HubFiles
+from app.backend.studio import Studio
 from app.exposure import Exposure
-from app.model_files import FilesStatus, HubFiles
-from app.panels import file_list
 from app.strings import Words
-from app.studio import Studio
+from app.views.panels import file_list
 from lightx2v.config.presets import resolve
 from lightx2v.config.request import Request
 from lightx2v.errors import BadRequest

@@ -16,13 +16,13 @@ import httpx
 import pytest
 from starlette.requests import Request as HttpRequest
 
-from app import cards, compare, numbers, panels, report, stage
-from app.html import button, esc, tag
-from app.model_files import Download, FilesStatus, FileState
-from app.remedies import remedied, remedies
-from app.snippets import snippets
+from app.backend.model_files import Download, FilesStatus, FileState
+from app.backend.studio import settings_of
 from app.strings import TABLES, Words, preferred
-from app.studio import settings_of
+from app.views import cards, compare, numbers, panels, report, stage
+from app.views.html import button, esc, tag
+from app.views.retries import remedied, remedies
+from app.views.snippets import snippets
 from lightx2v import infer
 from lightx2v.config.request import Request
 from lightx2v.cost.run_time import Prediction

@@ -12,9 +12,9 @@ from starlette.applications import Starlette
 from starlette.testclient import TestClient
 from studio_app import Page
 
+from app.backend.studio import Studio
 from app.exposure import PUBLIC_LIMITS, Exposure
-from app.mounted import api_routes
-from app.studio import Studio
+from app.web.api_routes import api_routes
 
 
 def test_the_page_and_the_api_share_a_port_and_a_queue(page: Page) -> None:

@@ -5,12 +5,12 @@ from __future__ import annotations
 import gradio as gr
 import pytest
 
-from app.model_files import FilesStatus
-from app.panels import TOO_SLOW, cost_line, preset_list
-from app.panels import Offer as Offered
-from app.screen import together
-from app.stage import time_left
+from app.backend.model_files import FilesStatus
+from app.events.turn import together
 from app.strings import Words
+from app.views.panels import TOO_SLOW, cost_line, preset_list
+from app.views.panels import Offer as Offered
+from app.views.stage import time_left
 from lightx2v.cost.run_time import Prediction
 from lightx2v.progress import Progress
 

@@ -14,12 +14,12 @@ import pytest
 from page_engine import Painter
 from patience import PATIENCE, eventually
 
-from app.clicks import Clicks
+from app.backend.studio import Studio, settings_of
+from app.backend.visitor import Visitor, look
+from app.backend.zerogpu import GpuLender
+from app.events.clicks import Clicks
 from app.exposure import Exposure
 from app.page import _storage_secret
-from app.studio import Studio, settings_of
-from app.visitor import Visitor, look
-from app.zerogpu import GpuLender
 from lightx2v.config.request import Request
 from lightx2v.errors import BadRequest
 from lightx2v.jobs.store import Job

@@ -9,10 +9,10 @@ from typing import Any
 
 from lightx2v.jobs.store import Job
 
+from ..strings import Words
 from . import numbers
 from .html import button, esc, tag
 from .report import made_in, peak_vram, step_seconds
-from .strings import Words
 
 SHOWN_ALWAYS = ("prompt", "seed")
 NOT_COMPARED = ("image_path", "last_frame_path", "task")

@@ -16,7 +16,7 @@ from __future__ import annotations
 import threading
 from typing import Any, Self
 
-from .visitor import Visitor
+from ..backend.visitor import Visitor
 
 
 class Tab:

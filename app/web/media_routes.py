@@ -6,27 +6,20 @@ page has a password these routes ask for it as gradio's own do.
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable
-from pathlib import Path
-from typing import TYPE_CHECKING
 
 from starlette.requests import Request
 from starlette.responses import FileResponse, PlainTextResponse, Response
 from starlette.routing import BaseRoute, Route
 
-from .examples import picture
-from .mounted import api_routes
+from ..backend.studio import JOB_ID, Studio
+from ..form.examples import picture
 
-if TYPE_CHECKING:
-    from .studio import Studio
-
-JOB_ID = re.compile(r"[A-Za-z0-9_-]{16,64}")
 HEADERS = {"X-Content-Type-Options": "nosniff", "Content-Security-Policy": "default-src 'none'; media-src 'self'"}
 FOREVER = {**HEADERS, "Cache-Control": "private, max-age=86400, immutable"}
 
 
-def routes(studio: Studio) -> list[BaseRoute]:
+def media_routes(studio: Studio) -> list[BaseRoute]:
     """To be mounted before gradio's own routes."""
 
     def guarded(answer: Callable[[Request], Response]) -> Callable[[Request], Response]:
@@ -65,7 +58,6 @@ def routes(studio: Studio) -> list[BaseRoute]:
         return FileResponse(path, media_type="image/png", headers=FOREVER) if path else _missing()
 
     return [
-        *api_routes(studio),
         Route("/studio/examples/{name}.png", guarded(example)),
         Route("/studio/sample.mp4", guarded(sample)),
         Route("/studio/{id}/video.mp4", guarded(video)),
@@ -82,14 +74,6 @@ def signed_in(request: Request) -> bool:
         return True
     names = (f"access-token-{app.cookie_id}", f"access-token-unsecure-{app.cookie_id}")
     return any(request.cookies.get(name) in app.tokens for name in names)
-
-
-def existing(path: str | Path | None, folder: Path) -> Path | None:
-    """`path` if it is a file inside `folder`."""
-    if not path:
-        return None
-    resolved = Path(path).resolve()
-    return resolved if resolved.is_relative_to(folder.resolve()) and resolved.is_file() else None
 
 
 def _job_id(request: Request) -> str:

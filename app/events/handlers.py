@@ -22,10 +22,10 @@ from lightx2v.errors import BadRequest, LightX2VError
 from lightx2v.jobs.store import Job
 from lightx2v.media.mp4 import read_settings
 
-from .editing import Updates, form_of, preset_values
-from .form import LORA_ROWS, Plan, pair_of, plan
-from .screen import Data, Screen, Turn
-from .visitor import Visitor
+from ..backend.visitor import Visitor
+from ..form.editor import Updates, form_of, preset_values
+from ..form.fields import LORA_ROWS, Plan, pair_of, plan
+from .turn import Data, Screen, Turn
 
 
 class Handlers:

@@ -8,8 +8,8 @@ from lightx2v.config.engine_config import EngineConfig
 from lightx2v.config.request import Request
 from lightx2v.jobs.store import Job
 
+from ..strings import Words
 from .stage import Remedy
-from .strings import Words
 
 SMALLER = 480 * 832
 RETRY = "retry"

@@ -8,10 +8,11 @@ from typing import Any
 from lightx2v.jobs.store import Job
 from lightx2v.progress import STAGES
 
+from ..exposure import ADDRESS
+from ..strings import Words
 from . import numbers
 from .html import button, esc, tag
-from .snippets import ADDRESS, snippets
-from .strings import Words
+from .snippets import snippets
 
 BAR = ("load", "text", "image", "high", "low", "decode", "write")
 

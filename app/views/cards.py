@@ -6,10 +6,10 @@ from collections.abc import Sequence
 
 from lightx2v.jobs.store import Job
 
+from ..strings import Words
 from . import numbers
 from .html import esc, icon_button, tag
 from .report import peak_vram
-from .strings import Words
 
 
 def history(words: Words, jobs: Sequence[Job], current: str, compared: Sequence[str]) -> str:

@@ -7,8 +7,8 @@ from pathlib import Path
 from lightx2v.config.model_paths import PROJECT
 from lightx2v.config.presets import PresetInfo
 
-from .html import button, esc, tag
-from .strings import Words
+from ..strings import Words
+from ..views.html import button, esc, tag
 
 PICTURES = PROJECT / "assets" / "demo" / "examples"
 

@@ -13,7 +13,8 @@ from lightx2v.config.request import Request
 from lightx2v.errors import LightX2VError
 from lightx2v.jobs.store import Job
 
-ADDRESS = "http://127.0.0.1:7860"
+from ..exposure import ADDRESS
+
 OVER_HTTP = {
     "frames": "num_frames", "steps": "num_inference_steps", "shift": "flow_shift", "guidance": "guidance_scale",
     "boundary": "boundary_ratio", "image_path": "input_reference", "last_frame_path": "last_frame_reference",

@@ -12,14 +12,14 @@ from lightx2v.errors import BadRequest, LightX2VError
 from lightx2v.jobs.store import Job
 from lightx2v.media.video_writer import read_frame
 
-from .editing import Updates, picture_of, preset_values
-from .examples import picture
-from .form import new_seed
-from .inputs import text_of
-from .remedies import remedied
-from .screen import Data, Screen, Turn
-from .strings import LANGUAGES
-from .studio import settings_of
+from ..backend.studio import settings_of
+from ..form.editor import Updates, picture_of, preset_values
+from ..form.examples import picture
+from ..form.fields import new_seed
+from ..form.inputs import text_of
+from ..strings import LANGUAGES
+from ..views.retries import remedied
+from .turn import Data, Screen, Turn
 
 
 class Clicks:

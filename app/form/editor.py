@@ -17,10 +17,12 @@ from lightx2v.errors import LightX2VError
 from lightx2v.media.framing import frame_picture
 from lightx2v.media.images import DECODING, load_image
 
-from . import panels
+from ..backend.studio import Studio, settings_of
+from ..strings import Words
+from ..views import panels
 from .demo_words import unknown_words
 from .examples import examples
-from .form import EXACT, Form, plan, size_of
+from .fields import EXACT, Form, plan, size_of
 from .inputs import (
     MATCH,
     SHAPES,
@@ -33,8 +35,6 @@ from .inputs import (
     task_choices,
     tier_of,
 )
-from .strings import Words
-from .studio import Studio, settings_of
 
 Updates = dict[Component, Any]
 

@@ -19,16 +19,16 @@ from lightx2v.config.recorded_settings import PICTURES
 from lightx2v.config.request import Request
 from lightx2v.errors import LightX2VError
 
-from . import panels
-from .editing import Editor, Updates, form_of, preset_values
-from .form import Unfilled, fields_of
-from .html import tag
-from .inputs import MATCH, Inputs
-from .strings import Words
-from .studio import Studio, settings_of
-from .tab import Tab
-from .views import Outputs, render
-from .visitor import Visitor, look
+from ..backend.studio import Studio, settings_of
+from ..backend.visitor import Visitor, look
+from ..form.editor import Editor, Updates, form_of, preset_values
+from ..form.fields import Unfilled, fields_of
+from ..form.inputs import MATCH, Inputs
+from ..strings import Words
+from ..views import panels
+from ..views.html import tag
+from ..views.render import Outputs, render
+from .page_state import Tab
 
 BUSY_SECONDS, IDLE_SECONDS = 1.0, 4.0
 

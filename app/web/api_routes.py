@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping
-from typing import TYPE_CHECKING
 
 from starlette.routing import BaseRoute
 
@@ -17,16 +16,12 @@ from lightx2v.server.application import Beside, create_app
 from lightx2v.server.metrics import Metrics
 from lightx2v.server.service import Service
 
-from .exposure import Exposure
-
-if TYPE_CHECKING:
-    from .studio import Studio
+from ..backend.studio import Studio, settings_of
+from ..exposure import Exposure
 
 
 def api_routes(studio: Studio, variables: Mapping[str, str] = os.environ) -> list[BaseRoute]:
     """To be mounted before gradio's own routes; none where there is no API."""
-    from .studio import settings_of
-
     exposure = studio.exposure
     keys = api_keys(exposure, variables)
     if exposure.zerogpu or exposure.open_to_others and not keys:

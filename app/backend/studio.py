@@ -7,6 +7,7 @@ browser keeps; without it no run can be listed, seen or changed.
 from __future__ import annotations
 
 import logging
+import re
 import secrets
 import threading
 import time
@@ -32,17 +33,16 @@ from lightx2v.media.images import jpeg
 from lightx2v.media.video_writer import read_frame
 from lightx2v.progress import CancelToken, OnProgress, Progress
 
-from .exposure import Exposure
-from .measured import Measured, engine_key
+from ..exposure import ADDRESS, Exposure
+from .measured_engine import Measured, engine_key
 from .model_files import Files, HubFiles
-from .served import existing
-from .snippets import ADDRESS
 
 log = logging.getLogger("lightx2v.page")
 
 SAMPLE = PROJECT / "assets" / "samples" / "idle.mp4"
 POSTER_SIDE = 360
 HISTORY = 60
+JOB_ID = re.compile(r"[A-Za-z0-9_-]{16,64}")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -205,7 +205,11 @@ class Studio:
 
         engine = self._open(config, preset=preset, on_progress=watch, cancel=cancel)
         self.loaded = Loaded(config=config, preset=preset)
-        return Measured(self, engine, config, time.perf_counter() - started)
+        seconds = time.perf_counter() - started
+        return Measured(engine, config, seconds, learn=self.learn, closed=self._forget_loaded)
+
+    def _forget_loaded(self) -> None:
+        self.loaded = None
 
     def learn(self, config: EngineConfig, request: Request, seconds: dict[str, float]) -> None:
         """Remembers what a finished run took, by stage."""
@@ -359,3 +363,11 @@ def _remember(table: OrderedDict[str, Any], key: str, value: Any) -> None:
     table[key] = value
     if len(table) > 1000:
         table.popitem(last=False)
+
+
+def existing(path: str | Path | None, folder: Path) -> Path | None:
+    """`path` if it is a file inside `folder`."""
+    if not path:
+        return None
+    resolved = Path(path).resolve()
+    return resolved if resolved.is_relative_to(folder.resolve()) and resolved.is_file() else None

@@ -7,14 +7,14 @@ from typing import Any
 
 import gradio as gr
 
+from ..backend.studio import Studio
+from ..backend.visitor import Scene
+from ..strings import Words
 from . import cards, panels
 from . import compare as comparison
-from .remedies import remedies
 from .report import report
+from .retries import remedies
 from .stage import stage, status
-from .strings import Words
-from .studio import Studio
-from .visitor import Scene
 
 PARTS = ("top", "stage", "status", "report", "queue", "history", "compare", "benchmark")
 

@@ -4,17 +4,17 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from lightx2v.config.engine_config import EngineConfig
 from lightx2v.config.request import Request
 from lightx2v.jobs.engine_slot import Engine, RunReport
 from lightx2v.progress import CancelToken, OnProgress
 
-if TYPE_CHECKING:
-    from .studio import Studio
+Learn = Callable[[EngineConfig, Request, dict[str, float]], None]
 
 
 class Report:
@@ -28,10 +28,12 @@ class Report:
 
 
 class Measured:
-    """Passes everything on, and tells the studio what each run took."""
+    """Passes everything on, and calls `learn` with what each run took, and `closed` at the end."""
 
-    def __init__(self, studio: Studio, engine: Engine, config: EngineConfig, load_seconds: float) -> None:
-        self._studio, self._engine, self._config = studio, engine, config
+    def __init__(
+        self, engine: Engine, config: EngineConfig, load_seconds: float, *, learn: Learn, closed: Callable[[], None]
+    ) -> None:
+        self._engine, self._config, self._learn, self._closed = engine, config, learn, closed
         self._load: float | None = load_seconds
 
     def run(
@@ -49,11 +51,11 @@ class Measured:
             self._load = None
         # An input picture may have given the video another size: that is the work that was done.
         done = replace(request, height=report["height"], width=report["width"])
-        self._studio.learn(self._config, done, timings["seconds"])
+        self._learn(self._config, done, timings["seconds"])
         return Report(report)
 
     def close(self) -> None:
-        self._studio.loaded = None
+        self._closed()
         self._engine.close()
 
 

@@ -9,9 +9,8 @@ from typing import Any, Self
 
 from lightx2v.jobs.store import Job
 
-from .served import JOB_ID
-from .strings import TABLES, preferred
-from .studio import Studio
+from ..strings import TABLES, preferred
+from .studio import JOB_ID, Studio
 
 OWNER = re.compile(r"[A-Za-z0-9_-]{32,64}")
 

@@ -13,11 +13,11 @@ from lightx2v.cost.run_time import Prediction
 from lightx2v.media.framing import Framing
 from lightx2v.media.images import jpeg
 
+from ..backend.model_files import FilesStatus
+from ..exposure import Exposure
+from ..strings import LANGUAGES, Words
 from . import numbers
-from .exposure import Exposure
 from .html import button, esc, tag
-from .model_files import FilesStatus
-from .strings import LANGUAGES, Words
 
 TIGHT = 0.9
 """Above this share of the free memory a run is called tight: other programs also take some."""

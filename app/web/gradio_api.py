@@ -19,8 +19,8 @@ from lightx2v.config.request import Request
 from lightx2v.errors import BadRequest, LightX2VError
 from lightx2v.jobs.store import Job
 
-from .form import new_seed
-from .studio import Studio, settings_of
+from ..backend.studio import Studio, settings_of
+from ..form.fields import new_seed
 
 SETTINGS = (
     *("height", "width", "frames", "fps", "steps", "shift", "guidance", "enable_cfg", "boundary", "resize_mode"),

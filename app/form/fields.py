@@ -18,8 +18,8 @@ from lightx2v.config.request import LoraSpec, Request
 from lightx2v.errors import BadRequest
 from lightx2v.hub import find_lora
 
-from .exposure import Exposure
-from .strings import Words
+from ..exposure import Exposure
+from ..strings import Words
 
 LORA_ROWS = 4
 OFFLOAD: dict[str, bool | str] = {"auto": "auto", "on": True, "off": False}

@@ -11,9 +11,9 @@ from lightx2v.cost.run_time import high_noise_steps
 from lightx2v.jobs.store import Job
 from lightx2v.progress import STAGES, Progress
 
+from ..strings import Words
 from . import numbers
 from .html import button, esc, tag
-from .strings import Words
 
 PHASES = ("download", "load", "text", "image", "high", "low", "decode", "write")
 """The stages of a run as the bar shows them: denoising is two, one for each expert."""

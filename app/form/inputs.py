@@ -15,9 +15,9 @@ from lightx2v.attention.names import SUPPORTED as ATTENTION_NAMES
 from lightx2v.config.presets import Resolved
 from lightx2v.config.request import MAX_PROMPT
 
-from .exposure import Exposure
-from .form import LORA_ROWS, OFFLOAD, frames_for
-from .strings import Words
+from ..exposure import Exposure
+from ..strings import Words
+from .fields import LORA_ROWS, OFFLOAD, frames_for
 
 JS_ACT = "const events = ['act']; studio.actions(element, trigger);"
 JS_PICK = "const events = ['pick']; studio.picker(element, props, trigger);"

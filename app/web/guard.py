@@ -15,7 +15,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from lightx2v.server.limits import MAX_BODY, SAFE_METHODS, Bucket, Unread, bounded, host_name, same_origin
 
-from .exposure import Exposure
+from ..exposure import Exposure
 
 log = logging.getLogger("lightx2v.page")
 

@@ -1,0 +1,1 @@
+"""The form: its fields and their values."""

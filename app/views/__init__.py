@@ -1,0 +1,1 @@
+"""What the page shows: HTML made from data."""
