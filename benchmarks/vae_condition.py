@@ -21,7 +21,7 @@ from torch import Tensor
 
 from lightx2v.models.vae_config import VAEConfig
 
-sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
+sys.path.insert(0, str(Path(__file__).parents[1] / "tests" / "support"))
 from vae_reference import random_vae
 
 

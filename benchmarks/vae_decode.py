@@ -27,7 +27,7 @@ from torch import Tensor
 from lightx2v.models.tiling import Tiling
 from lightx2v.models.vae_config import VAEConfig
 
-sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
+sys.path.insert(0, str(Path(__file__).parents[1] / "tests" / "support"))
 from vae_reference import random_vae, relative_error, same_in_diffusers
 from vae_reference import statistics as latent_statistics
 

@@ -18,7 +18,7 @@ from typing import Any
 from PIL import Image
 
 ROOT = Path(__file__).parents[1]
-sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
+sys.path[:0] = [str(ROOT), str(ROOT / "tests" / "support")]
 
 from chromium import Person, browser, person  # noqa: E402
 from studio_app import launched  # noqa: E402

@@ -14,8 +14,8 @@ from unittest.mock import patch
 import pytest
 import torch
 from conftest import TinyModels
-from test_lora import random_pairs, spec, write
-from test_offload import LAYERS, PLANS
+from lora_files import random_pairs, spec, write
+from offload_toys import LAYERS, PLANS
 from tiny import DiTSizes, build_tiny
 from torch import nn
 

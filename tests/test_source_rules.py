@@ -58,7 +58,7 @@ def test_no_shell_no_unverified_tls() -> None:
 def test_http_is_spoken_in_the_guarded_file_only() -> None:
     """What is on the Hub comes through huggingface_hub."""
     users = {p.relative_to(ROOT).as_posix() for p in SOURCES if imported(p) & HTTP_CLIENTS}
-    assert users == {"lightx2v/fetch.py"}
+    assert users == {"lightx2v/media/web_images.py"}
 
 
 def test_nothing_listens_on_every_address_by_default() -> None:
@@ -71,7 +71,7 @@ def test_nothing_listens_on_every_address_by_default() -> None:
 
 
 def test_broad_except_only_where_a_run_must_not_take_the_process_down() -> None:
-    allowed = {"lightx2v/engine_slot.py", "lightx2v/job_worker.py", "lightx2v/progress.py"}
+    allowed = {"lightx2v/jobs/engine_slot.py", "lightx2v/jobs/worker.py", "lightx2v/progress.py"}
     found: list[str] = []
     for path in SOURCES:
         for node in ast.walk(ast.parse(path.read_text())):

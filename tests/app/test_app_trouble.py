@@ -1,0 +1,157 @@
+"""The page on a machine with something in the way: it says in a sentence what, and what to do, and ends or goes on.
+
+Covered: a port or address that cannot be had, a file of its own folder that is none, a reader that leaves, two signals
+at once, very many open pages, large pictures.
+"""
+
+from __future__ import annotations
+
+import inspect
+import os
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import gradio as gr
+import pytest
+from page_engine import Painter
+from painted_app import entry
+from patience import PATIENCE, free_port
+from PIL import Image
+from studio_app import ROOT, launched
+
+from app import page
+from app.backend.studio import Studio
+from app.exposure import Exposure
+from app.form import editor as editing
+
+PAINTED = (sys.executable, str(ROOT / "tests" / "support" / "painted_app.py"))
+
+
+def ends(folder: Path, *flags: str) -> tuple[int, str]:
+    """The exit code of a page that does not start, and all that it says."""
+    environment = {**os.environ, "LIGHTX2V_OUTPUT_DIR": str(folder)}
+    done = subprocess.run(
+        [*PAINTED, *flags], capture_output=True, text=True, timeout=PATIENCE, env=environment, cwd=ROOT, check=False
+    )
+    return done.returncode, done.stdout + done.stderr
+
+
+@contextmanager
+def taken_port() -> Iterator[int]:
+    with socket.socket() as other:
+        other.bind(("127.0.0.1", 0))
+        other.listen()
+        yield int(other.getsockname()[1])
+
+
+def test_a_taken_port_is_told(tmp_path: Path) -> None:
+    with taken_port() as port:
+        code, said = ends(tmp_path, "--port", str(port))
+    assert code == 2 and said.strip().endswith("cannot be listened on: Address already in use. Choose another --port.")
+
+
+@pytest.mark.parametrize("port", ["99999", "-1"])
+def test_a_port_that_there_is_not_is_told(tmp_path: Path, port: str) -> None:
+    code, said = ends(tmp_path, "--port", port)
+    assert code == 2 and "Choose another --port." in said and len(said.splitlines()) == 1
+
+
+def test_an_address_of_another_machine_is_told_instead_of_being_tried_for_ever(tmp_path: Path) -> None:
+    code, said = ends(tmp_path, "--host", "192.0.2.1", "--public")
+    assert code == 2 and said.startswith("192.0.2.1 cannot be listened on") and len(said.splitlines()) == 1
+
+
+@pytest.mark.parametrize(("given", "used"), [({}, "PASSIVE"), ({"OMP_WAIT_POLICY": "ACTIVE"}, "ACTIVE")])
+def test_threads_leave_the_cores_to_the_browser_unless_told_otherwise(
+    tmp_path: Path, given: dict[str, str], used: str
+) -> None:
+    """torch reads it once, when it is imported."""
+    script = "import os, pathlib, runpy, sys; main = runpy.run_path('app.py');"
+    script += "main['prepare_environment'](pathlib.Path(sys.argv[1]));"
+    script += "print(os.environ['OMP_WAIT_POLICY'], 'torch' in sys.modules)"
+    environment = {name: value for name, value in os.environ.items() if name != "OMP_WAIT_POLICY"} | given
+    command = [sys.executable, "-c", script, str(tmp_path)]
+    assert subprocess.check_output(command, text=True, env=environment, cwd=ROOT).split() == [used, "False"]
+
+
+@pytest.mark.parametrize("content", [None, b"\xff\xfe"], ids=["folder", "no text"])
+def test_a_key_file_that_is_none_is_told(tmp_path: Path, content: bytes | None) -> None:
+    key = tmp_path / "browser.key"
+    key.mkdir() if content is None else key.write_bytes(content)
+    code, said = ends(tmp_path, "--port", str(free_port()))
+    assert code == 1 and len(said.splitlines()) == 1, said
+    assert "browser.key cannot be read or written" in said and "Move it away" in said
+    assert str(tmp_path) not in said
+
+
+def test_a_reader_that_leaves_ends_nothing_and_leaves_no_traceback(tmp_path: Path) -> None:
+    """python app.py | head -1"""
+    command = [*PAINTED, "--port", str(free_port())]
+    environment = {**os.environ, "LIGHTX2V_OUTPUT_DIR": str(tmp_path), "PYTHONUNBUFFERED": "1"}
+    with subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment, cwd=ROOT
+    ) as process:
+        assert process.stdout is not None and process.stderr is not None
+        assert "LightX2V Studio is on" in process.stdout.readline()
+        process.stdout.close()
+        process.send_signal(signal.SIGTERM)
+        said = process.stderr.read()
+        assert process.wait(PATIENCE) == 143 and "Traceback" not in said and "BrokenPipe" not in said, said
+
+
+def test_two_signals_at_once_end_it_as_one(tmp_path: Path) -> None:
+    with launched(tmp_path / "out") as opened:
+        id = opened.ask("generate", prompt="an endless run")["id"]
+        opened.wait(id, "running")
+        for _ in range(2):
+            opened.process.send_signal(signal.SIGTERM)
+        assert opened.process.wait(PATIENCE) == 143 and "Traceback" not in opened.said, opened.said
+    with launched(tmp_path / "out") as opened:
+        assert opened.ask("status", id=id)["state"] == "interrupted"
+
+
+def test_pages_that_were_opened_and_left_do_not_fill_the_memory(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Half a megabyte each, and whoever asks under a new name has opened one: gradio keeps 10 000 of them."""
+    asked: dict[str, Any] = {}
+    demo = SimpleNamespace(launch=lambda **flags: asked.update(flags), local_url="http://127.0.0.1:7860/", share_url="")
+    monkeypatch.setattr(page, "build_page", lambda studio: demo)
+    studio = Studio(Painter(), tmp_path, Exposure())
+    try:
+        entry().launch(studio)
+    finally:
+        studio.close()
+    assert asked["state_session_capacity"] <= 500
+    assert inspect.signature(gr.Blocks.launch).parameters["state_session_capacity"].default > 500
+
+
+def test_pictures_are_looked_at_one_after_the_other(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each may take a quarter of a gigabyte, and forty visitors are answered at a time."""
+    now, most = 0, 0
+
+    def look(path: str) -> Image.Image:
+        nonlocal now, most
+        now += 1
+        most = max(most, now)
+        time.sleep(0.05)
+        now -= 1
+        return Image.new("RGB", (64, 64))
+
+    monkeypatch.setattr(editing, "load_image", look)
+    sizes = range(32, 32 + 8 * 16, 16)
+    threads = [threading.Thread(target=editing._crop, args=("en", "a.png", 64, width, None)) for width in sizes]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(10)
+    assert most == 1

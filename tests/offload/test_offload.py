@@ -1,0 +1,293 @@
+"""Weights in host memory: the same latents bit by bit, in the right order, and on with less when memory runs out."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from offload_toys import CPU, LAYERS, PLANS, RESIDENT, SWAP, Exhausted, forward, toy
+from tiny import DiTSizes, build_tiny
+from torch import nn
+
+from lightx2v.config.presets import resolve
+from lightx2v.config.request import Request
+from lightx2v.cost.memory_plan import Plan
+from lightx2v.errors import Cancelled, OutOfMemory
+from lightx2v.offload.device_copies import HostCopies, Slot
+from lightx2v.offload.offloaded import Offloaded
+from lightx2v.offload.packed_weights import Piece
+from lightx2v.offload.weight_streamer import Shuttle
+from lightx2v.pipeline import LightX2VPipeline
+from lightx2v.progress import CancelToken, Progress
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return build_tiny(tmp_path_factory.mktemp("offload") / "t2v", dit=DiTSizes(num_layers=LAYERS))
+
+
+@pytest.fixture(scope="module")
+def settings(folder: Path) -> Any:
+    small = {"height": 32, "width": 48, "frames": 5, "steps": 4, "boundary": 0.9, "shift": 5.0}
+    return resolve({"model_path": str(folder), "device": "cpu"}, small)
+
+
+@pytest.fixture
+def pipe(settings: Any) -> Iterator[LightX2VPipeline]:
+    with LightX2VPipeline.from_config(settings.engine) as pipe:
+        yield pipe
+
+
+@pytest.fixture(scope="module")
+def request_(settings: Any) -> Request:
+    return Request(**settings.request | {"prompt": "a red ball", "seed": 3})
+
+
+@pytest.fixture(scope="module")
+def expected(settings: Any, request_: Request) -> torch.Tensor:
+    with LightX2VPipeline.from_config(settings.engine) as pipe:
+        result = pipe.run(request_, return_latents=True)
+        assert {step.expert for step in result.timings.steps} == {"high", "low"}
+        assert result.latents is not None
+        return result.latents
+
+
+def offload(pipe: LightX2VPipeline, plan: Plan, copies: HostCopies | None = None) -> Offloaded:
+    """Puts the pipeline's model into another placement."""
+    engine = pipe._engine
+    assert engine is not None
+    placement = Offloaded(engine.placement, plan=plan, device=CPU, copies=copies or HostCopies(poison=True))
+    pipe._engine = replace(engine, placement=placement)
+    return placement
+
+
+def run(pipe: LightX2VPipeline, request: Request, **more: Any) -> Any:
+    return pipe.run(request, return_latents=True, **more)
+
+
+@pytest.mark.parametrize("name", PLANS)
+def test_every_plan_gives_the_same_latents(
+    pipe: LightX2VPipeline, request_: Request, expected: torch.Tensor, name: str
+) -> None:
+    offload(pipe, PLANS[name])
+    assert torch.equal(run(pipe, request_).latents, expected)
+    other = replace(request_, prompt="something else", steps=3)
+    assert not torch.equal(run(pipe, other).latents, expected)
+    assert torch.equal(run(pipe, request_).latents, expected), "the second run starts from the low expert's weights"
+
+
+@pytest.mark.parametrize("name", ["swap", "prefix", "streamed", "two slots", "one slot"])
+def test_prompts_that_take_turns_change_nothing(pipe: LightX2VPipeline, request_: Request, name: str) -> None:
+    placement = offload(pipe, replace(PLANS[name], apart=True))
+    for which in ("high", "low"):
+        with placement.expert(which) as dit:  # type: ignore[arg-type]
+            dit.stack_tokens = 0  # as a long video: the prompts of short ones share a batch in every plan
+    visits: list[int] = []
+    dit.blocks[0].register_forward_pre_hook(lambda *_: visits.append(1))
+    apart = run(pipe, request_).latents
+    turns, placement._plan = len(visits), replace(placement._plan, apart=False)
+    assert torch.equal(run(pipe, request_).latents, apart) and turns == 2 * (len(visits) - turns)
+
+
+class Recorder(HostCopies):
+    """Notes which piece is copied when."""
+
+    def __init__(self) -> None:
+        super().__init__(poison=True)
+        self.log: list[str] = []
+
+    def load(self, slot: Slot, source: torch.Tensor) -> object:
+        self.log.append("copy")
+        return super().load(slot, source)
+
+
+def test_a_resident_expert_is_copied_once_and_swapped_while_it_runs() -> None:
+    copies = Recorder()
+    shuttle = Shuttle(toy("hl", 5), copies, CPU, resident=5)
+    forward(shuttle, "h")
+    assert len(copies.log) == 6
+    forward(shuttle, "h")
+    assert len(copies.log) == 6
+    forward(shuttle, "h", then="l")
+    assert len(copies.log) == 12, "all of the other expert is on its way before it is asked for"
+    forward(shuttle, "l")
+    assert len(copies.log) == 12
+
+
+def test_streaming_copies_each_streamed_block_once_per_forward() -> None:
+    copies = Recorder()
+    shuttle = Shuttle(toy("hl", 8), copies, CPU, resident=2, ring=3)
+    forward(shuttle, "h")
+    first = len(copies.log)
+    assert first == 1 + 2 + 6 + 3, "outside, prefix, streamed, and the first three for the next forward"
+    for _ in range(3):
+        forward(shuttle, "h")
+    assert len(copies.log) == first + 3 * 6
+
+
+def test_a_block_outside_of_its_use_is_an_error_not_a_wrong_result() -> None:
+    shuttle = Shuttle(toy("hl", 3), HostCopies(poison=True), CPU, resident=3)
+    with shuttle.use("h"), pytest.raises(RuntimeError, match="outside of its use"):
+        shuttle.modules["l"](torch.ones(1, 4))
+    with pytest.raises(RuntimeError, match="outside of its use"):
+        shuttle.modules["h"](torch.ones(1, 4))
+
+
+def test_a_copy_that_was_not_waited_for_shows() -> None:
+    copies = HostCopies(poison=True)
+    slot = Slot(torch.zeros(64, dtype=torch.uint8))
+    with pytest.raises(RuntimeError, match="wait for"):
+        copies.load(slot, torch.zeros(64, dtype=torch.uint8))
+    copies.release(slot)
+    copies.load(slot, torch.zeros(64, dtype=torch.uint8))
+    for dtype in (torch.float32, torch.bfloat16, torch.float16, torch.float8_e4m3fn, torch.float8_e5m2):
+        assert slot.buffer.view(dtype).float().isnan().all()
+    copies.acquire(slot)
+    assert not slot.buffer.any()
+    with pytest.raises(RuntimeError, match="in use"):
+        copies.load(slot, torch.zeros(64, dtype=torch.uint8))
+
+
+def test_a_piece_keeps_values_dtypes_and_memory_order() -> None:
+    conv: Any = nn.Conv3d(3, 5, 3)
+    conv = conv.to(memory_format=torch.channels_last_3d)
+    module = nn.Sequential(conv, nn.Linear(7, 3).bfloat16())
+    module.register_buffer("count", torch.arange(3))
+    before = {name: tensor.clone() for name, tensor in module.state_dict().items()}
+    strides = {name: tensor.stride() for name, tensor in module.state_dict().items()}
+    piece = Piece(module)
+    piece.pack(pin=False)
+    assert all(tensor.is_meta for tensor in module.state_dict().values())
+    assert piece.host is not None and piece.host.data_ptr() % 4096 == 0
+    piece.bind(piece.host)
+    after = module.state_dict()
+    assert list(after) == list(before)
+    for name, tensor in after.items():
+        assert torch.equal(tensor, before[name]) and tensor.stride() == strides[name]
+
+
+def test_cancel_and_errors_leave_a_usable_placement(
+    pipe: LightX2VPipeline, request_: Request, expected: torch.Tensor
+) -> None:
+    offload(pipe, PLANS["prefix"])
+    token = CancelToken()
+
+    def stop(event: Progress) -> None:
+        if event.stage == "denoise" and event.step == 2:
+            token.cancel()
+
+    with pytest.raises(Cancelled):
+        pipe.run(request_, cancel=token, on_progress=stop)
+    assert torch.equal(run(pipe, request_).latents, expected)
+
+
+def test_weights_on_disk_give_the_same_result() -> None:
+    expected = [forward(Shuttle(toy("hl", 4), HostCopies(), CPU, resident=4), name) for name in "hl"]
+    lazy = {}
+    for name, cargo in toy("hl", 4).items():
+        state = {key: value.double() for key, value in cargo.module.state_dict().items()}
+
+        def read(names: frozenset[str], state: dict[str, torch.Tensor] = state) -> Any:
+            return [(key, state[key]) for key in names]
+
+        cargo.module.to("meta")
+        lazy[name] = replace(cargo, reader=read)
+    shuttle = Shuttle(lazy, HostCopies(poison=True), CPU, resident=1, ring=2)
+    for _ in range(2):
+        assert torch.equal(forward(shuttle, "h", then="l"), expected[0])
+        assert torch.equal(forward(shuttle, "l"), expected[1])
+
+
+@pytest.mark.parametrize("stage", ["text", "step 1", "step 2", "step 3", "step 4", "decode"])
+@pytest.mark.parametrize(("start", "times"), [("resident", 1), ("resident", 2), ("swap", 1), ("prefix", 1)])
+def test_out_of_memory_goes_on_with_less(
+    pipe: LightX2VPipeline,
+    request_: Request,
+    expected: torch.Tensor,
+    tmp_path: Path,
+    stage: str,
+    start: str,
+    times: int,
+) -> None:
+    placement = offload(pipe, RESIDENT if start == "resident" else PLANS[start])
+    with placement.text() as text, placement.vae() as vae:
+        victims = {"text": [text.stack], "decode": [vae.conv2]}.get(stage, [])
+    for which in ("high", "low") if stage.startswith("step") else ():
+        with placement.expert(which) as dit:
+            victims.append(dit.blocks[4])  # run once a step: short videos' prompts share a batch
+    fault = Exhausted(times, int(stage[-1]) - 1 if stage.startswith("step") else 0)
+    hooks = [victim.register_forward_pre_hook(fault) for victim in victims]
+    before, steps = placement.plan, list[tuple[int, str | None]]()
+    result = run(
+        pipe,
+        request_,
+        save_result_path=tmp_path / "video.mp4",
+        on_progress=lambda e: steps.append((e.step, e.expert)) if e.stage == "denoise" and e.step else None,
+    )
+    assert fault.times == 0 and torch.equal(result.latents, expected)
+    assert steps == [(1, "high"), (2, "high"), (3, "low"), (4, "low")], "no step was repeated"
+    assert len(result.warnings) == times
+    name = "denoise" if stage.startswith("step") else stage
+    assert all(f"ran out of memory in the stage {name}; the run went on with" in text for text in result.warnings)
+    assert result.report()["plan"] == placement.plan != before
+    for hook in hooks:
+        hook.remove()
+    level = placement.plan
+    again = run(pipe, request_)
+    assert again.warnings == () and again.report()["plan"] == level and torch.equal(again.latents, expected)
+
+
+@pytest.mark.parametrize("start", [0, 3, 10])
+def test_no_room_for_the_blocks_themselves_goes_on_with_less(
+    pipe: LightX2VPipeline,
+    request_: Request,
+    expected: torch.Tensor,
+    monkeypatch: pytest.MonkeyPatch,
+    start: int,
+) -> None:
+    placement = offload(pipe, PLANS["swap"])
+    fault, slot = Exhausted(2, start), Shuttle._slot
+    monkeypatch.setattr(Shuttle, "_slot", lambda shuttle, nbytes: fault() or slot(shuttle, nbytes))
+    result = run(pipe, request_)
+    assert fault.times == 0 and torch.equal(result.latents, expected) and len(result.warnings) == 2
+    level = placement.plan
+    again = run(pipe, request_)
+    assert again.warnings == () and placement.plan == level and torch.equal(again.latents, expected)
+
+
+def test_out_of_memory_for_good_says_what_to_do(pipe: LightX2VPipeline, request_: Request) -> None:
+    placement = offload(pipe, RESIDENT)
+    with placement.expert("low") as low:
+        hook = low.blocks[4].register_forward_pre_hook(Exhausted(10**6))
+    with pytest.raises(OutOfMemory, match="smaller") as caught:
+        pipe.run(request_)
+    assert caught.value.__context__ is None
+    assert placement.plan["mode"] == "stream" and placement.plan["resident_blocks"] == 0
+    hook.remove()
+    assert pipe.run(request_).seed == 3
+
+
+def test_the_same_prompt_is_encoded_once(pipe: LightX2VPipeline, request_: Request, expected: torch.Tensor) -> None:
+    placement = offload(pipe, SWAP)
+    calls: list[int] = []
+    with placement.text() as text:
+        text.stack.register_forward_pre_hook(lambda *_: calls.append(1))
+    assert torch.equal(run(pipe, request_).latents, expected)
+    assert len(calls) == 2
+    first = run(pipe, replace(request_, prompt="another"))
+    assert len(calls) == 3, "the negative prompt is the same"
+    again = run(pipe, request_)
+    assert len(calls) == 3 and torch.equal(again.latents, expected)
+    assert again.text_tokens.keys() == first.text_tokens.keys() and "text" in again.timings.seconds
+
+
+def test_closing_frees_the_weights(pipe: LightX2VPipeline, request_: Request) -> None:
+    placement = offload(pipe, PLANS["prefix"])
+    pipe.run(request_)
+    shuttle = placement._shuttles["experts"]
+    placement.close()
+    assert not shuttle.pieces and not shuttle.own and not shuttle.shared

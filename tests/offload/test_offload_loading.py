@@ -1,0 +1,365 @@
+"""Offload together with what else a model may be: on disk, with LoRAs, in 8 bits, decoded in tiles."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from conftest import TinyModels
+from lora_files import random_pairs, spec, write
+from offload_toys import Exhausted
+from PIL import Image
+from safetensors.torch import save_file
+from tiny_runs import latents
+
+import lightx2v.offload.placement
+from lightx2v.attention import resolve_attention
+from lightx2v.config.engine_config import EngineConfig
+from lightx2v.config.presets import resolve
+from lightx2v.config.request import LoraSpec, Request
+from lightx2v.cost.memory_plan import GIB, Machine, Need, Plan, Planner, Wishes, expert_bytes
+from lightx2v.errors import LoraError, OutOfMemory
+from lightx2v.loading.loras import ExpertLoras, match_loras
+from lightx2v.loading.model_files import ModelFiles, locate
+from lightx2v.loading.networks import Precision, expert_weights, load_expert
+from lightx2v.loading.prebuilt import find_built
+from lightx2v.offload.device_copies import HostCopies
+from lightx2v.offload.placement import model_sizes, offloaded, planner_for
+from lightx2v.pipeline import LightX2VPipeline
+from lightx2v.weights.checkpoint import open_checkpoint
+from lightx2v.weights.lora import Lora
+from lightx2v.weights.model_weights import ModelWeights
+
+SMALL = {"height": 32, "width": 48, "frames": 5, "steps": 2, "boundary": 0.95, "shift": 5.0}
+SWAP = Plan(mode="swap", resident_blocks=2, text="move", vae="move")
+STREAM = replace(SWAP, mode="stream", resident_blocks=0, text="stream", together=False)
+
+
+def configured(folder: Path, **overrides: Any) -> tuple[EngineConfig, Request]:
+    resolved = resolve({"model_path": str(folder), "device": "cpu"}, SMALL | overrides)
+    picture: dict[str, Any] = {} if resolved.engine.task == "t2v" else {"image_path": "first.png"}
+    fields: dict[str, Any] = {**resolved.request, "prompt": "a red ball", "seed": 3, **picture}
+    return resolved.engine, Request(**fields)
+
+
+@contextmanager
+def loaded(
+    config: EngineConfig, plan: Plan | None, planner: Planner | None = None, files: ModelFiles | None = None
+) -> Iterator[LightX2VPipeline]:
+    """A pipeline, with a plan offloaded as on a GPU, with the CPU as the device."""
+    with LightX2VPipeline.from_config(config) as pipe:
+        if plan is not None:
+            precision = Precision.of(config)
+            choice = resolve_attention("torch_sdpa", precision.device, precision.compute)
+            copies = HostCopies(poison=True)
+            placement = offloaded(
+                files or locate(config), config, precision, choice, choice, plan, planner=planner, copies=copies
+            )
+            assert pipe._engine is not None
+            pipe._engine = replace(pipe._engine, placement=placement)
+        yield pipe
+
+
+def resident(config: EngineConfig, request: Request) -> torch.Tensor:
+    with loaded(config, None) as pipe:
+        return latents(pipe, request)
+
+
+@pytest.mark.parametrize("plan", [replace(SWAP, lazy=True), replace(STREAM, lazy=True)])
+@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
+def test_weights_left_on_disk(tiny: TinyModels, plan: Plan, dtype: str) -> None:
+    config, request = configured(tiny.t2v, dtype=dtype)
+    with loaded(config, plan) as pipe:
+        assert pipe._engine is not None
+        with pipe._engine.placement.expert("high"):
+            pass
+        shuttle = pipe._engine.placement._shuttles["experts"]  # type: ignore[attr-defined]
+        assert all(piece.host is None for piece in shuttle.pieces.values()), "no copy of the model in memory"
+        assert torch.equal(latents(pipe, request), resident(config, request))
+
+
+def test_8_bit_weights(tiny: TinyModels) -> None:
+    config, request = configured(tiny.t2v, dit_quantized=True, dit_quant_scheme="fp8-sgl", build="fp8", dtype="bf16")
+    expected = resident(config, request)
+    for plan in (SWAP, STREAM, replace(STREAM, lazy=True)):
+        with loaded(config, plan) as pipe:
+            assert torch.equal(latents(pipe, request), expected)
+
+
+@pytest.fixture
+def loras(tiny: TinyModels, tmp_path: Path) -> tuple[LoraSpec, LoraSpec]:
+    config, _ = configured(tiny.t2v)
+    shapes = expert_weights(locate(config), "high", config).shapes
+    files = [write(tmp_path / f"{seed}.safetensors", random_pairs(shapes, seed)) for seed in (1, 2)]
+    return spec(files[0], "high"), spec(files[1], "low")
+
+
+@pytest.mark.parametrize("dynamic", [False, True])
+@pytest.mark.parametrize("plan", [SWAP, STREAM])
+def test_loras_are_exchanged_in_host_memory(
+    tiny: TinyModels, loras: tuple[LoraSpec, LoraSpec], plan: Plan, dynamic: bool
+) -> None:
+    config, request = configured(tiny.t2v, lora_dynamic_apply=dynamic)
+    with loaded(config, None) as pipe:
+        bare = latents(pipe, request)
+        with_loras = latents(pipe, replace(request, loras=loras))
+    assert not torch.equal(bare, with_loras)
+    with loaded(config, plan) as pipe:
+        for _ in range(2):
+            assert torch.equal(latents(pipe, request), bare)
+            assert torch.equal(latents(pipe, replace(request, loras=loras)), with_loras)
+
+
+def test_loras_go_on_after_a_step_down_within_a_run(tiny: TinyModels, loras: tuple[LoraSpec, LoraSpec]) -> None:
+    config, request = configured(tiny.t2v)
+    with loaded(config, None) as pipe:
+        bare, with_loras = latents(pipe, request), latents(pipe, replace(request, loras=loras))
+    with loaded(config, Plan(mode="resident", resident_blocks=2)) as pipe:
+        assert pipe._engine is not None
+        placement = pipe._engine.placement
+        with torch.inference_mode():  # as during a run
+            assert placement.step_down("denoise") and placement.step_down("denoise")
+        assert placement.plan is not None and placement.plan["mode"] == "swap"
+        assert torch.equal(latents(pipe, replace(request, loras=loras)), with_loras)
+        assert torch.equal(latents(pipe, request), bare)
+
+
+@pytest.mark.parametrize("dynamic", [False, True])
+@pytest.mark.parametrize("start", [0, 40, 60])
+def test_out_of_memory_while_exchanging_loras_goes_on_with_less(
+    tiny: TinyModels, loras: tuple[LoraSpec, LoraSpec], monkeypatch: pytest.MonkeyPatch, dynamic: bool, start: int
+) -> None:
+    """Within the first expert, at its end, and within the second one: what is half exchanged is never used."""
+    config, request = configured(tiny.t2v, lora_dynamic_apply=dynamic)
+    styled = replace(request, loras=loras)
+    with loaded(config, None) as pipe:
+        bare, with_loras = latents(pipe, request), latents(pipe, styled)
+    fault = Exhausted(2, start)
+    with loaded(config, Plan(mode="resident", resident_blocks=2)) as pipe:
+        with monkeypatch.context() as patch:
+            patch.setattr(Lora, "_read", starved(fault))
+            result = pipe.run(styled, return_latents=True)
+        assert fault.times == 0 and result.latents is not None and torch.equal(result.latents, with_loras)
+        assert len(result.warnings) == 2 and all("while exchanging LoRAs; the run" in w for w in result.warnings)
+        again = pipe.run(request, return_latents=True)
+        assert again.warnings == () and again.report()["plan"] == result.report()["plan"]
+        assert again.latents is not None and torch.equal(again.latents, bare)
+
+
+def starved(fault: Exhausted) -> Callable[..., torch.Tensor]:
+    """In place of reading a LoRA's tensor."""
+    read = Lora._read
+    return lambda lora, key, *device: fault() or read(lora, key, *device)
+
+
+def test_an_exchange_that_nothing_helps_leaves_no_mixture(
+    tiny: TinyModels, loras: tuple[LoraSpec, LoraSpec], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config, request = configured(tiny.t2v)
+    with loaded(config, None) as pipe:  # resident, and there is nowhere to step down to
+        bare = latents(pipe, request)
+        with monkeypatch.context() as patch:
+            fault = Exhausted(10**6, 7)
+            patch.setattr(Lora, "_read", starved(fault))
+            with pytest.raises(OutOfMemory, match="while exchanging LoRAs"):
+                pipe.run(replace(request, loras=loras))
+        assert torch.equal(latents(pipe, request), bare)
+
+
+def test_loras_are_added_on_the_device_that_computes_also_to_weights_in_host_memory(
+    tiny: TinyModels, loras: tuple[LoraSpec, LoraSpec], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = replace(configured(tiny.t2v)[0], lora_configs=loras)
+    precision, files = Precision.of(config), locate(config)
+    choice = resolve_attention("torch_sdpa", precision.device, precision.compute)
+    weights = expert_weights(files, "high", config)
+    merged = weights.with_loras(match_loras(loras, "high", weights, config))
+    real, asked = ModelWeights.tensors, []
+
+    def tensors(self: ModelWeights, names: Any = None, *, dtype_of: Any = None, device: Any = "cpu") -> Any:
+        asked.append(torch.device(device).type)
+        return real(self, names, dtype_of=dtype_of)
+
+    monkeypatch.setattr(ModelWeights, "tensors", tensors)
+    elsewhere = torch.device("cuda")
+    for each in (weights, merged):
+        load_expert(files, each, precision, choice, choice, made_on=elsewhere)
+    dit = load_expert(files, merged, precision, choice, choice)
+    on = ExpertLoras(dit, "high", weights, list(merged.loras), config, elsewhere)
+    on.use(())
+    assert asked == ["cpu", "cuda", "cpu", "cuda"]
+    assert torch.equal(dit.blocks[0].ffn[0].weight, dict(real(weights))["blocks.0.ffn.0.weight"])
+
+
+def shapes_of(folder: Path) -> dict[str, tuple[int, ...]]:
+    return open_checkpoint(folder / "high_noise_model").shapes
+
+
+@pytest.fixture
+def everywhere(tiny: TinyModels, loras: tuple[LoraSpec, LoraSpec], tmp_path: Path) -> tuple[LoraSpec, ...]:
+    """LoRAs on all matrices, and on much that is no matrix."""
+    shapes = shapes_of(tiny.t2v)
+    names = {"blocks.0.norm3.diff": "blocks.0.norm3.weight", "blocks.1.ffn.0.diff_b": "blocks.1.ffn.0.bias"}
+    names |= {"blocks.1.diff_m": "blocks.1.modulation", "patch_embedding.diff": "patch_embedding.weight"}
+    small = {f"diffusion_model.{key}": torch.full(shapes[name], 0.1) for key, name in names.items()}
+    save_file(small, tmp_path / "small.safetensors")
+    return (*loras, spec(tmp_path / "small.safetensors", "high"), spec(tmp_path / "small.safetensors", "low"))
+
+
+@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
+@pytest.mark.parametrize("given", ["by the configuration", "by the request"])
+def test_loras_beside_weights_on_disk(
+    tiny: TinyModels, everywhere: tuple[LoraSpec, ...], dtype: str, given: str, tmp_path: Path
+) -> None:
+    """Matrices run beside the weights; the rest is added as it is read."""
+    config, request = configured(tiny.t2v, lora_dynamic_apply=True, dtype=dtype)
+    styled = replace(request, loras=everywhere)
+    with loaded(config, None) as pipe:
+        bare, expected = latents(pipe, request), latents(pipe, styled)
+    broken = {"diffusion_model.blocks.0.norm3.diff": torch.full((24,), float("nan"))}
+    save_file(broken, tmp_path / "broken.safetensors")
+    at_load = replace(config, lora_configs=everywhere) if given == "by the configuration" else config
+    with loaded(at_load, replace(STREAM, lazy=True)) as pipe:
+        for _ in range(2):
+            assert torch.equal(latents(pipe, styled), expected)
+            with pytest.raises(LoraError, match="NaN"):
+                pipe.run(replace(request, loras=(*everywhere[:2], spec(tmp_path / "broken.safetensors"))))
+            assert torch.equal(latents(pipe, styled), expected)
+            assert torch.equal(latents(pipe, replace(request, loras=())), bare)
+
+
+def test_a_request_brings_loras_to_weights_on_disk(tiny: TinyModels, loras: tuple[LoraSpec, LoraSpec]) -> None:
+    """Nothing can be merged into a file, so they run beside the weights, asked for or not."""
+    config, request = configured(tiny.t2v, lora_dynamic_apply=True)
+    with loaded(config, None) as pipe:
+        bare, expected = latents(pipe, request), latents(pipe, replace(request, loras=loras))
+    with loaded(replace(config, lora_dynamic_apply=False), replace(STREAM, lazy=True)) as pipe:
+        assert torch.equal(latents(pipe, replace(request, loras=loras)), expected)
+        assert torch.equal(latents(pipe, request), bare)
+
+
+def test_a_built_model_stays_on_disk_too(tiny: TinyModels, loras: tuple[LoraSpec, LoraSpec]) -> None:
+    config, request = configured(tiny.t2v, build="merged", lora_configs=loras)
+    expected = resident(config, request)  # builds it
+    files = locate(config)
+    built = replace(files, built=find_built(files, config, "fp32"))
+    assert built.built is not None
+    with loaded(config, replace(STREAM, lazy=True), files=built) as pipe:
+        assert torch.equal(latents(pipe, request), expected)
+        with pytest.raises(LoraError, match="cannot be exchanged"):
+            pipe.run(replace(request, loras=()))
+        assert torch.equal(latents(pipe, request), expected)
+    EngineConfig(build="merged", lora_configs=loras, lazy_load=True, cpu_offload=True)  # and so it may be asked for
+
+
+def test_what_cannot_be_built_is_made_each_time_it_is_read(
+    tiny: TinyModels, loras: tuple[LoraSpec, LoraSpec], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("LIGHTX2V_CACHE_DIR", "/proc/nowhere")
+    fp8 = {"build": "fp8", "dit_quantized": True, "dit_quant_scheme": "fp8-sgl"}
+    for settings in ({"build": "merged"}, fp8):
+        config, request = configured(tiny.t2v, lora_configs=loras, **settings)
+        expected = resident(config, request)
+        with loaded(config, replace(STREAM, lazy=True)) as pipe:
+            assert torch.equal(latents(pipe, request), expected)
+
+
+@pytest.mark.parametrize("tiling", [True, "auto"])
+def test_lazy_load_reads_from_disk_on_a_cpu_too(
+    tiny: TinyModels, everywhere: tuple[LoraSpec, ...], tiling: bool | str
+) -> None:
+    more = {"lora_dynamic_apply": True, "lora_configs": everywhere, "use_tiling_vae": tiling}
+    config, request = configured(tiny.t2v, **more)
+    expected = resident(config, request)
+    with LightX2VPipeline.from_config(replace(config, lazy_load=True)) as pipe:
+        assert pipe._engine is not None
+        shuttle = pipe._engine.placement._shuttles["experts"]  # type: ignore[attr-defined]
+        assert all(piece.host is None for piece in shuttle.pieces.values())
+        result = pipe.run(request, return_latents=True)
+        assert result.latents is not None and torch.equal(result.latents, expected)
+        plan = result.report()["plan"]
+        assert plan["lazy"] and plan["tiling"] is (tiling is True) and "stay on disk" in plan["reason"]
+        assert torch.equal(latents(pipe, request), expected)
+
+
+def test_out_of_memory_while_encoding_the_image_goes_on_with_less(tiny: TinyModels, tmp_path: Path) -> None:
+    Image.new("RGB", (48, 32), (200, 40, 40)).save(tmp_path / "first.png")
+    config, request = configured(tiny.i2v, task="i2v")
+    request = replace(request, image_path=str(tmp_path / "first.png"))
+    expected = resident(config, request)
+    with loaded(config, Plan(mode="resident", resident_blocks=2)) as pipe:
+        assert pipe._engine is not None
+        with pipe._engine.placement.vae() as vae:
+            fault = Exhausted(2)
+            vae.conv1.register_forward_pre_hook(fault)
+        result, again = (pipe.run(request, return_latents=True) for _ in range(2))
+    assert fault.times == 0 and result.latents is not None and torch.equal(result.latents, expected)
+    assert len(result.warnings) == 2 and all("in the stage image" in warning for warning in result.warnings)
+    assert again.warnings == () and again.report()["plan"] == result.report()["plan"]
+
+
+@pytest.mark.parametrize("asked", [True, False])
+def test_use_tiling_vae_is_honoured(tiny: TinyModels, asked: bool, tmp_path: Path, monkeypatch: Any) -> None:
+    from lightx2v.models.vae import WanVAE
+
+    Image.effect_mandelbrot((320, 80), (-2, -1, 1, 1), 20).convert("RGB").save(tmp_path / "first.png")
+    config, request = configured(tiny.i2v, task="i2v", height=64, width=512, use_tiling_vae=asked)
+    request = replace(request, image_path=str(tmp_path / "first.png"))
+    seen: list[bool] = []
+    for name in ("decode", "encode_condition"):
+        original = getattr(WanVAE, name)
+
+        def spy(*args: Any, _original: Any = original, **more: Any) -> Any:
+            if "tiling" in more:  # a tile is decoded by another call, without
+                seen.append(more["tiling"] is not None)
+            return _original(*args, **more)
+
+        monkeypatch.setattr(WanVAE, name, spy)
+    with LightX2VPipeline.from_config(config) as pipe:
+        result = pipe.run(request, return_frames=True)
+    assert seen == [asked, asked]
+    assert result.frames is not None and result.frames.shape[0] == request.frames
+
+
+def test_loras_do_not_keep_a_model_in_host_memory_that_is_too_small(
+    tiny: TinyModels, everywhere: tuple[LoraSpec, ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (GIB, GIB))
+    monkeypatch.setattr(lightx2v.offload, "free_ram", lambda: 2**16)
+
+    def planned(**settings: Any) -> tuple[Plan, int]:
+        config, request = configured(tiny.t2v, device="auto", cpu_offload=True, lora_configs=everywhere, **settings)
+        on_gpu = replace(Precision.of(config), device=torch.device("cuda"))
+        planner = planner_for(locate(config), config, on_gpu)
+        assert planner is not None
+        return planner.plan(Need.of(request.latent_shape, guided=True)), planner.model.loras
+
+    plan, size = planned()
+    sizes = [sum(pair.numel() for pair in pairs.values()) for pairs in random_pairs(shapes_of(tiny.t2v)).values()]
+    small = 24 + 48 + 6 * 24 + 24 * 16 * 4
+    assert plan.lazy and plan.mode == "swap" and size == 2 * 4 * (sum(sizes) + small)
+    plan, size = planned(build="merged")
+    assert not plan.lazy and size == 0, "no file has what is only made in memory"
+
+
+def test_a_planner_counts_this_model_and_plans_for_each_request(tiny: TinyModels) -> None:
+    config, request = configured(tiny.t2v)
+    model = model_sizes(locate(config), config, Precision.of(config))
+    parameters = expert_weights(locate(config), "high", config).shapes.values()
+    assert expert_bytes(model) == pytest.approx(4 * sum(torch.Size(shape).numel() for shape in parameters), rel=0.3)
+    planner = Planner(machine=Machine(vram=4 * GIB, ram=GIB), model=model, wishes=Wishes(cpu_offload=True))
+    expected = resident(config, request)
+    with loaded(config, STREAM, planner) as pipe:
+        result = pipe.run(request, return_latents=True)
+        plan = result.report()["plan"]
+        assert plan["mode"] == "swap" and plan["bytes"]["denoise"] > 0 and "one expert" in plan["reason"]
+        assert result.latents is not None and torch.equal(result.latents, expected)
+        assert pipe._engine is not None and pipe._engine.placement.step_down("denoise")
+        lowered = pipe.run(request, return_latents=True)
+        assert lowered.report()["plan"]["mode"] == "stream"
+        assert lowered.latents is not None and torch.equal(lowered.latents, expected)

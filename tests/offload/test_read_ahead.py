@@ -1,0 +1,123 @@
+"""Weights on disk are read by another thread while blocks run; what goes wrong there is told where it is needed."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+from offload_toys import CPU, forward, toy
+from patience import PATIENCE
+
+from lightx2v.errors import CheckpointError
+from lightx2v.offload.device_copies import HostCopies
+from lightx2v.offload.weight_streamer import Shuttle
+
+BLOCKS = 6
+Read = Callable[[frozenset[str]], list[tuple[str, torch.Tensor]]]
+
+
+def on_disk(before: Callable[[str, frozenset[str]], None], **more: Any) -> Shuttle:
+    """Two modules that are read from "disk"; `before` is called at the start of every read."""
+    cargo = {}
+    for name, each in toy("hl", BLOCKS).items():
+        state = {key: value.clone() for key, value in each.module.state_dict().items()}
+
+        def read(names: frozenset[str], name: str = name, state: dict[str, torch.Tensor] = state) -> Any:
+            before(name, names)
+            return [(key, state[key]) for key in names]
+
+        each.module.to("meta")
+        cargo[name] = replace(each, reader=read)
+    return Shuttle(cargo, HostCopies(poison=True), CPU, **more)
+
+
+@pytest.fixture(scope="module")
+def expected() -> dict[str, torch.Tensor]:
+    return {name: forward(Shuttle(toy("hl", BLOCKS), HostCopies(), CPU, resident=BLOCKS), name) for name in "hl"}
+
+
+@pytest.fixture
+def threads() -> Iterator[set[str]]:
+    """Names of the threads that read."""
+    yield (seen := set())
+    assert all(name.startswith("lightx2v-read") for name in seen)
+
+
+@pytest.mark.parametrize(("resident", "ring"), [(0, 3), (0, 2), (2, 3), (3, 1), (BLOCKS, 3)])
+def test_another_thread_reads_and_the_result_is_the_same(
+    expected: dict[str, torch.Tensor], threads: set[str], resident: int, ring: int
+) -> None:
+    shuttle = on_disk(lambda *_: threads.add(threading.current_thread().name), resident=resident, ring=ring)
+    for name, then in ("hh", "hl", "ll", "lh", "hl", "lh"):
+        assert torch.equal(forward(shuttle, name, then), expected[name])
+    shuttle.close()
+    assert threads and not [t for t in threading.enumerate() if t.name in threads], "closing ends the thread"
+
+
+def test_the_next_blocks_are_read_while_one_runs(expected: dict[str, torch.Tensor]) -> None:
+    begun = {index: threading.Event() for index in range(BLOCKS)}
+
+    def note(_: str, names: frozenset[str]) -> None:
+        for index in {int(name.split(".")[0]) for name in names} & begun.keys():
+            begun[index].set()
+
+    shuttle = on_disk(note, resident=0, ring=3)
+    waited: list[bool] = []
+    # Block 0 runs until block 2 is being read: in the thread that runs blocks that would never be.
+    shuttle.modules["h"][0].register_forward_hook(lambda *_: waited.append(begun[2].wait(PATIENCE)))
+    begun[2].clear()
+    assert torch.equal(forward(shuttle, "h"), expected["h"])
+    assert waited == [True]
+    shuttle.close()
+
+
+def test_a_file_that_cannot_be_read_is_told_and_tried_again(expected: dict[str, torch.Tensor]) -> None:
+    broken = True
+
+    def fail(name: str, names: frozenset[str]) -> None:
+        if broken and any(key.startswith("3.") for key in names):
+            raise CheckpointError("it became shorter")
+
+    shuttle = on_disk(fail, resident=1, ring=2)
+    with pytest.raises(CheckpointError, match="shorter"):
+        forward(shuttle, "h")
+    broken = False
+    for name in "hlh":
+        assert torch.equal(forward(shuttle, name), expected[name])
+    shuttle.close()
+
+
+def test_giving_the_memory_back_waits_for_a_read_that_has_begun(expected: dict[str, torch.Tensor]) -> None:
+    go, reading = threading.Event(), threading.Event()
+
+    def slow(_: str, names: frozenset[str]) -> None:
+        if any(key.startswith("0.") for key in names):
+            reading.set()
+            assert go.wait(PATIENCE)
+
+    go.set()
+    shuttle = on_disk(slow, resident=0, ring=2)
+
+    def hold(*_: object) -> None:  # from here on block 0 is read for the next forward only
+        go.clear()
+        reading.clear()
+
+    hook = shuttle.modules["h"][4].register_forward_pre_hook(hold)
+    assert torch.equal(forward(shuttle, "h"), expected["h"]) and reading.wait(PATIENCE) and not go.is_set()
+    hook.remove()
+    threading.Timer(0.05, go.set).start()
+    shuttle.free()
+    assert go.is_set(), "the read was waited for"
+    assert torch.equal(forward(shuttle, "h"), expected["h"])
+    shuttle.close()
+
+
+def test_several_processes_read_where_they_are_asked(expected: dict[str, torch.Tensor]) -> None:
+    seen: set[str] = set()
+    shuttle = on_disk(lambda *_: seen.add(threading.current_thread().name), resident=0, read_ahead=False)
+    assert torch.equal(forward(shuttle, "h"), expected["h"]) and seen == {threading.current_thread().name}
+    shuttle.close()
