@@ -11,7 +11,7 @@ from typing import Any
 import gradio as gr
 from gradio.components import Component
 
-from lightx2v.attention.names import SUPPORTED as ATTENTION_NAMES
+from lightx2v.config.attention_names import SUPPORTED as ATTENTION_NAMES
 from lightx2v.config.presets import Resolved
 from lightx2v.config.request import MAX_PROMPT
 

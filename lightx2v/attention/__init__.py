@@ -1,6 +1,6 @@
 """Which kernel computes attention: one table of backends, tried and tested on the device before they are used.
 
-Importing this package does not import torch; `names` alone is enough to check a preset.
+Importing this package does not import torch. `config/attention_names.py` has the names that presets use.
 """
 
 from __future__ import annotations

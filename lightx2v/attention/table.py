@@ -15,9 +15,9 @@ from dataclasses import dataclass
 
 import torch
 
+from ..config.attention_names import check_attention_name
 from ..errors import ConfigError
 from . import flash2, flash3, flash4, sage2, sage3
-from .names import check_attention_name
 from .sdpa import Attention, cudnn_sdpa, sdpa
 
 log = logging.getLogger("lightx2v.attention")

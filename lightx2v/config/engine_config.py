@@ -6,16 +6,18 @@ single weight is read. Changing an EngineConfig means loading again; everything 
 
 from __future__ import annotations
 
-import difflib
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import PurePath
-from typing import Any, Literal, NoReturn, Self
+from typing import Any, Literal, Self
 
-from ..attention.names import check_attention_name
 from ..errors import BadRequest, ConfigError
+from .attention_names import check_attention_name
+from .checks import Checks, did_you_mean
 from .request import TASKS, LoraSpec, Request, Task
+
+check = Checks(ConfigError)
 
 ModelClass = Literal["wan2.2_moe", "wan2.2_moe_distill"]
 Auto = Literal["auto"]
@@ -77,11 +79,11 @@ class ParallelConfig:
 
     def __post_init__(self) -> None:
         for key, high in (("cfg_p_size", 2), ("seq_p_size", 1024)):
-            size = getattr(self, key)
-            if isinstance(size, bool) or not isinstance(size, int) or not 1 <= size <= high:
-                _bad(f"parallel.{key}", size, f"a whole number from 1 to {high}")
+            check.whole(f"parallel.{key}", getattr(self, key), 1, high)
         if self.seq_p_attn_type != "ulysses":
-            _bad("parallel.seq_p_attn_type", self.seq_p_attn_type, '"ulysses" (ring attention is not supported here)')
+            check.bad(
+                "parallel.seq_p_attn_type", self.seq_p_attn_type, '"ulysses" (ring attention is not supported here)'
+            )
 
     @property
     def world_size(self) -> int:
@@ -141,32 +143,30 @@ class EngineConfig:
 
     def __post_init__(self) -> None:
         put = lambda name, value: object.__setattr__(self, name, value)  # noqa: E731
-        _one_of("model_cls", self.model_cls, MODEL_CLASSES)
-        _one_of("task", self.task, TASKS)
+        check.one_of("model_cls", self.model_cls, MODEL_CLASSES)
+        check.one_of("task", self.task, TASKS)
         put("model_path", _file("model_path", self.model_path) or BASE_REPOS[self.task])
         for key in _FILE_KEYS:
             put(key, _file(key, getattr(self, key)))
         for key in _FLAG_KEYS:
-            _one_of(key, getattr(self, key), (True, False))
+            check.flag(key, getattr(self, key))
         for key in _AUTO_FLAG_KEYS:
-            _one_of(key, getattr(self, key), (True, False, "auto"))
+            check.one_of(key, getattr(self, key), (True, False, "auto"))
         for key in ("dtype", "vae_dtype"):
             value = getattr(self, key)
-            put(key, _one_of(key, value.lower() if isinstance(value, str) else value, DTYPES))
+            put(key, check.one_of(key, value.lower() if isinstance(value, str) else value, DTYPES))
         for key in ("dit_quant_scheme", "t5_quant_scheme"):
             put(key, _scheme(key, getattr(self, key)))
         for key in ("self_attn_1_type", "cross_attn_1_type"):
             if not isinstance(getattr(self, key), str):
-                _bad(key, getattr(self, key), "the name of an attention backend")
+                check.bad(key, getattr(self, key), "the name of an attention backend")
             check_attention_name(getattr(self, key), key)
         if not isinstance(self.device, str) or not re.fullmatch(r"auto|cpu|mps|cuda(:\d{1,3})?", self.device):
-            _bad("device", self.device, '"auto", "cpu", "mps", "cuda" or "cuda:0"')
-        _one_of("offload_granularity", self.offload_granularity, GRANULARITIES)
-        _one_of("build", self.build, (None, *BUILDS))
+            check.bad("device", self.device, '"auto", "cpu", "mps", "cuda" or "cuda:0"')
+        check.one_of("offload_granularity", self.offload_granularity, GRANULARITIES)
+        check.one_of("build", self.build, (None, *BUILDS))
         for key, high in (("text_len", 4096), ("max_tokens", 2**31)):
-            value = getattr(self, key)
-            if isinstance(value, bool) or not isinstance(value, int) or not 1 <= value <= high:
-                _bad(key, value, f"a whole number from 1 to {high}")
+            check.whole(key, getattr(self, key), 1, high)
         put("lora_configs", _lora_configs(self.lora_configs))
         put("parallel", _parallel(self.parallel))
         self._check_quantisation()
@@ -275,10 +275,7 @@ class EngineConfig:
     @classmethod
     def from_json(cls, data: Any) -> Self:
         """An EngineConfig from an object with the names of its fields. Anything unknown in it is an error."""
-        if not isinstance(data, Mapping):
-            _bad("engine configuration", data, "an object")
-        refuse_unknown(data, [field.name for field in fields(cls)], "engine configuration")
-        return cls(**data)
+        return cls(**check.known_keys(data, [field.name for field in fields(cls)], "engine configuration"))
 
 
 def hub_name(path: str) -> tuple[str, str | None] | None:
@@ -301,43 +298,13 @@ def hub_name(path: str) -> tuple[str, str | None] | None:
     return "/".join(parts[:2]), "/".join(parts[2:]) or None
 
 
-def refuse_unknown(data: Mapping[Any, Any], known: Sequence[str], where: str) -> None:
-    """Raises ConfigError naming the first key of `data` that is not in `known`, and the nearest one that is."""
-    for key in data:
-        if key not in known:
-            raise ConfigError(f"{where}: unknown key {str(key)[:100]!r}. {nearest(str(key), known)}")
-
-
-def nearest(word: str, known: Sequence[str]) -> str:
-    """A sentence that names the entry of `known` nearest to `word`; one with all of its parts and more comes first."""
-    parts = set(word.split("_"))
-    whole = [name for name in known if parts <= set(name.split("_"))]
-    return f"The nearest known one is {difflib.get_close_matches(word[:100], whole or known, n=1, cutoff=0.0)[0]!r}."
-
-
-def _bad(key: str, got: Any, expected: str) -> NoReturn:
-    try:
-        shown = repr(got)
-    except ValueError:  # more digits than Python converts
-        shown = "a huge number"
-    raise ConfigError(f"{key} is {shown if len(shown) <= 80 else shown[:60] + '…'}; expected {expected}.")
-
-
-def _one_of(key: str, value: Any, allowed: Sequence[Any]) -> Any:
-    # `1 == True`, so the type is compared as well: a number is no flag.
-    if not any(value == item and type(value) is type(item) for item in allowed):
-        names = {True: "true", False: "false", None: "null"}
-        _bad(key, value, " or ".join(item if isinstance(item, str) else names[item] for item in allowed))
-    return value
-
-
 def _file(key: str, value: Any) -> str | None:
     if value is None or value == "":
         return None
     if isinstance(value, PurePath):
         value = str(value)
     if not isinstance(value, str) or not value.strip() or "\0" in value:
-        _bad(key, value, "a path, or a Hub name such as owner/repo")
+        check.bad(key, value, "a path, or a Hub name such as owner/repo")
     return value
 
 
@@ -345,20 +312,20 @@ def _scheme(key: str, value: Any) -> str | None:
     if value is None or value == "Default":
         return None
     if not isinstance(value, str):
-        _bad(key, value, "the name of a quantisation scheme")
+        check.bad(key, value, "the name of a quantisation scheme")
     if value in QUANT_SCHEMES:
         return value
     supported = f"Use one of: {', '.join(QUANT_SCHEMES)}."
     if OTHER_SCHEMES.fullmatch(value):
         raise ConfigError(f"{key}: {value!r} is one of LightX2V's schemes that is not supported here. {supported}")
-    raise ConfigError(f"{key}: there is no scheme {value[:80]!r}. {nearest(value, QUANT_SCHEMES)} {supported}")
+    raise ConfigError(f"{key}: there is no scheme {value[:80]!r}. {did_you_mean(value, QUANT_SCHEMES)} {supported}")
 
 
 def _lora_configs(value: Any) -> tuple[LoraSpec, ...]:
     if value is None:
         return ()
     if isinstance(value, (str, Mapping)) or not isinstance(value, Sequence):
-        _bad(
+        check.bad(
             "lora_configs",
             value,
             'a list of objects such as {"name": "high_noise_model", "path": "…", "strength": 1.0}',
@@ -373,11 +340,10 @@ def _parallel(value: Any) -> ParallelConfig | None:
     if value is None or value is False or isinstance(value, ParallelConfig):
         return value or None
     if not isinstance(value, Mapping):
-        _bad("parallel", value, 'false or an object such as {"cfg_p_size": 2, "seq_p_size": 4}')
+        check.bad("parallel", value, 'false or an object such as {"cfg_p_size": 2, "seq_p_size": 4}')
     data = dict(value)
     for key, inert in _INERT_PARALLEL.items():
         if key in data and inert is not None and data[key] not in inert:
-            _bad(f"parallel.{key}", data[key], f"nothing else than {inert[0]!r}: it is not supported here")
+            check.bad(f"parallel.{key}", data[key], f"nothing else than {inert[0]!r}: it is not supported here")
         data.pop(key, None)
-    refuse_unknown(data, [field.name for field in fields(ParallelConfig)], "parallel")
-    return ParallelConfig(**data)
+    return ParallelConfig(**check.known_keys(data, [field.name for field in fields(ParallelConfig)], "parallel"))

@@ -10,9 +10,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 from typing import Any
 
-from ..attention.names import check_attention_name
 from ..errors import ConfigError
-from .engine_config import EngineConfig, nearest
+from .attention_names import check_attention_name
+from .checks import did_you_mean
+from .engine_config import EngineConfig
 from .request import Request
 
 PER_VIDEO = frozenset({"prompt", "negative_prompt", "image_path", "last_frame_path"})
@@ -161,7 +162,7 @@ def _without_field(key: str, value: Any, where: str) -> str | None:
         raise ConfigError(f"{where}: {key} is not supported here. {NOT_HERE[key]}")
     if key.endswith("_attn_setting"):
         raise ConfigError(f"{where}: {key} is not supported here: it belongs to a sparse attention. Remove the key.")
-    raise ConfigError(f"{where}: unknown key {key[:100]!r}. {nearest(key, KNOWN)}")
+    raise ConfigError(f"{where}: unknown key {key[:100]!r}. {did_you_mean(key, KNOWN)}")
 
 
 KNOWN = sorted(

@@ -16,7 +16,8 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from ..errors import BadRequest, ConfigError, short_path
-from .engine_config import EngineConfig, ParallelConfig, nearest, refuse_unknown
+from .checks import Checks, did_you_mean
+from .engine_config import EngineConfig, ParallelConfig
 from .environment import Environment
 from .lightx2v_keys import PER_VIDEO, Keys, sort_keys
 from .model_paths import PROJECT
@@ -172,9 +173,8 @@ def _open(preset: str | Path | Mapping[str, Any]) -> tuple[str, dict[str, Any], 
         )
         return same.stem, read_json(same), (note,)
     names = sorted(item.stem for item in PRESETS.glob("*.json"))
-    raise ConfigError(
-        f"There is no preset and no file {short_path(path)}. {nearest(path.stem, names)} Presets: {', '.join(names)}."
-    )
+    hint = did_you_mean(path.stem, names)
+    raise ConfigError(f"There is no preset and no file {short_path(path)}. {hint} Presets: {', '.join(names)}.")
 
 
 def _same_as(path: Path) -> Path | None:
@@ -248,9 +248,8 @@ def _respelled(message: str, name: str, keys: Keys) -> str:
 def _describe(name: str, about: Any, engine: EngineConfig, request: Request, *, moved: bool) -> PresetInfo:
     """`moved`: an override names another model, so the preset's own task no longer binds."""
     where = f"{name or 'settings'}: preset"
-    if not isinstance(about, Mapping):
-        raise ConfigError(f"{where} is {str(about)[:80]!r}; expected an object with a title and a summary.")
-    refuse_unknown(about, [*_ABOUT], where)
+    check = Checks(ConfigError)
+    check.known_keys(about, [*_ABOUT], where)
     for key, value in about.items():
         if not isinstance(value, _ABOUT[key]):
             expected = "a list" if key == "needs" else "text"

@@ -6,16 +6,17 @@ that names the nearest value that would do. `to_json` and `from_json` are exact 
 
 from __future__ import annotations
 
-import difflib
 import math
-import operator
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
-from typing import Any, Literal, NoReturn, Self
+from typing import Any, Literal, Self
 
 from ..errors import BadRequest
 from ..media.framing import RESIZE_MODES
+from .checks import Checks
+
+check = Checks(BadRequest)
 
 Task = Literal["t2v", "i2v", "flf2v"]
 Expert = Literal["high", "low"]
@@ -56,10 +57,10 @@ class LoraSpec:
 
     def __post_init__(self) -> None:
         if self.expert not in tuple(_LORA_NAMES):  # what a file says here may be a list, which no dict looks up
-            _bad("LoRA name", self.expert, "high_noise_model, low_noise_model or auto")
+            check.bad("LoRA name", self.expert, "high_noise_model, low_noise_model or auto")
         if not isinstance(self.path, str) or not self.path.strip() or "\0" in self.path:
-            _bad("LoRA path", self.path, "a file or a Hub name such as owner/repo/file.safetensors")
-        object.__setattr__(self, "strength", _real("LoRA strength", self.strength, -100.0, 100.0))
+            check.bad("LoRA path", self.path, "a file or a Hub name such as owner/repo/file.safetensors")
+        object.__setattr__(self, "strength", check.real("LoRA strength", self.strength, -100.0, 100.0))
 
     def to_json(self) -> dict[str, Any]:
         return {"name": _LORA_NAMES[self.expert], "path": self.path, "strength": self.strength}
@@ -67,10 +68,10 @@ class LoraSpec:
     @classmethod
     def from_json(cls, data: Any) -> Self:
         if not isinstance(data, Mapping):
-            _bad("LoRA", data, 'an object such as {"name": "high_noise_model", "path": "…", "strength": 1.0}')
-        _refuse_unknown(data, ("name", "expert", "path", "strength"), "LoRA key")
+            check.bad("LoRA", data, 'an object such as {"name": "high_noise_model", "path": "…", "strength": 1.0}')
+        check.known_keys(data, ("name", "expert", "path", "strength"), "LoRA")
         if "path" not in data or ("name" in data and "expert" in data):
-            _bad("LoRA", dict(data), "a path, and a name (high_noise_model, low_noise_model or auto)")
+            check.bad("LoRA", dict(data), "a path, and a name (high_noise_model, low_noise_model or auto)")
         experts = {"high": "high", "low": "low", "high_noise_model": "high", "low_noise_model": "low"}
         name = data.get("name", data.get("expert", "auto"))
         expert: Any = experts.get(name, name) if isinstance(name, str) else name
@@ -109,26 +110,24 @@ class Request:
 
     def __post_init__(self) -> None:
         put = lambda name, value: object.__setattr__(self, name, value)  # noqa: E731
-        if self.task not in TASKS:
-            _bad("task", self.task, "t2v, i2v or flf2v")
+        check.one_of("task", self.task, TASKS)
         put("prompt", _text("prompt", self.prompt))
         put("negative_prompt", _text("negative_prompt", self.negative_prompt))
         if not self.prompt.strip():
-            _bad("prompt", self.prompt, "a description of the video; it is empty")
+            check.bad("prompt", self.prompt, "a description of the video; it is empty")
         put("image_path", _path("image_path", self.image_path))
         put("last_frame_path", _path("last_frame_path", self.last_frame_path))
         self._check_images()
-        put("seed", _whole("seed", self.seed, -1, MAX_SEED))
-        put("height", _whole("height", self.height, MIN_SIDE, MAX_SIDE, step=16))
-        put("width", _whole("width", self.width, MIN_SIDE, MAX_SIDE, step=16))
-        put("frames", _whole("frames", self.frames, 1, MAX_FRAMES, step=4))
-        put("fps", _real("fps", self.fps, 1.0, 120.0))
-        put("shift", _real("shift", self.shift, 0.01, 100.0))
+        put("seed", check.whole("seed", self.seed, -1, MAX_SEED))
+        put("height", check.whole("height", self.height, MIN_SIDE, MAX_SIDE, step=16))
+        put("width", check.whole("width", self.width, MIN_SIDE, MAX_SIDE, step=16))
+        put("frames", check.whole("frames", self.frames, 1, MAX_FRAMES, step=4))
+        put("fps", check.real("fps", self.fps, 1.0, 120.0))
+        put("shift", check.real("shift", self.shift, 0.01, 100.0))
         put("guidance", _pair("guidance", self.guidance))
-        put("enable_cfg", _flag("enable_cfg", self.enable_cfg))
+        put("enable_cfg", check.flag("enable_cfg", self.enable_cfg))
         self._check_sampler(put)
-        if self.resize_mode is not None and self.resize_mode not in RESIZE_MODES:
-            _bad("resize_mode", self.resize_mode, f"null, {', '.join(RESIZE_MODES[:-1])} or {RESIZE_MODES[-1]}")
+        check.one_of("resize_mode", self.resize_mode, (None, *RESIZE_MODES))
         put("loras", _loras(self.loras))
         if self.tokens > MAX_TOKENS:
             self.check_tokens(MAX_TOKENS)
@@ -145,23 +144,23 @@ class Request:
 
     def _check_sampler(self, put: Any) -> None:
         if self.denoising_step_list is None:
-            put("steps", _whole("steps", self.steps, 1, 200))
+            put("steps", check.whole("steps", self.steps, 1, 200))
             boundary = OFFICIAL_BOUNDARY[self.task] if self.boundary is None else self.boundary
-            put("boundary", _real("boundary", boundary, 0.0, 1.0))
+            put("boundary", check.real("boundary", boundary, 0.0, 1.0))
             if self.boundary_step_index is not None:
-                _bad("boundary_step_index", self.boundary_step_index, "null without a denoising_step_list")
+                check.bad("boundary_step_index", self.boundary_step_index, "null without a denoising_step_list")
             return
         steps = check_step_list(self.denoising_step_list)
         put("denoising_step_list", steps)
         put("steps", len(steps))
         put("boundary", None)
         if self.boundary_step_index is None:
-            _bad(
+            check.bad(
                 "boundary_step_index",
                 None,
                 f"the step, 0 to {len(steps) - 1}, at which the low-noise expert takes over",
             )
-        put("boundary_step_index", _whole("boundary_step_index", self.boundary_step_index, 0, len(steps) - 1))
+        put("boundary_step_index", check.whole("boundary_step_index", self.boundary_step_index, 0, len(steps) - 1))
 
     def check_tokens(self, ceiling: int) -> None:
         """Raises BadRequest, naming frames or an area that fit, if the video has more than `ceiling` tokens."""
@@ -227,9 +226,7 @@ class Request:
     @classmethod
     def from_json(cls, data: Any) -> Self:
         """A Request from an object with the names of its fields. Anything unknown in it is an error."""
-        if not isinstance(data, Mapping):
-            _bad("request", data, "an object")
-        _refuse_unknown(data, [field.name for field in fields(cls)], "request key")
+        check.known_keys(data, [field.name for field in fields(cls)], "request")
         if "prompt" not in data:
             raise BadRequest("The request has no prompt. Describe the video in the field prompt.")
         return cls(**data)
@@ -238,11 +235,13 @@ class Request:
 def check_step_list(value: Any) -> tuple[int, ...]:
     """A distilled sampler's timesteps: whole numbers from 1000 down to 1, each smaller than the one before."""
     if isinstance(value, str) or not isinstance(value, Sequence) or not 1 <= len(value) <= 200:
-        _bad("denoising_step_list", value, "a list of 1 to 200 timesteps such as [1000, 750, 500, 250]")
-    steps = tuple(_whole("denoising_step_list", step, 1, 1000) for step in value)
+        check.bad("denoising_step_list", value, "a list of 1 to 200 timesteps such as [1000, 750, 500, 250]")
+    steps = tuple(check.whole("denoising_step_list", step, 1, 1000) for step in value)
     for before, after in zip(steps, steps[1:], strict=False):
         if after >= before:
-            _bad("denoising_step_list", list(steps), "strictly decreasing", nearest=sorted(set(steps), reverse=True))
+            check.bad(
+                "denoising_step_list", list(steps), "strictly decreasing", nearest=sorted(set(steps), reverse=True)
+            )
     return steps
 
 
@@ -253,26 +252,9 @@ def clean_text(text: str) -> str:
     return text.replace("\0", "").encode("utf-16-le", "surrogatepass").decode("utf-16-le", "ignore")
 
 
-def _bad(name: str, got: Any, expected: str, *, nearest: Any = None) -> NoReturn:
-    try:
-        shown = repr(got)
-    except ValueError:  # more digits than Python converts
-        shown = "a huge number"
-    shown = shown if len(shown) <= 80 else f"{shown[:60]}… ({len(shown)} characters)"
-    hint = "" if nearest is None else f" Nearest valid value: {nearest}."
-    raise BadRequest(f"{name} is {shown}; expected {expected}.{hint}")
-
-
-def _refuse_unknown(data: Mapping[Any, Any], known: Sequence[str], kind: str) -> None:
-    for key in data:
-        if key not in known:
-            close = difflib.get_close_matches(str(key)[:100], known, n=1, cutoff=0.0)
-            raise BadRequest(f"Unknown {kind} {str(key)[:100]!r}. The nearest known one is {close[0]!r}.")
-
-
 def _text(name: str, value: Any) -> str:
     if not isinstance(value, str):
-        _bad(name, value, "text")
+        check.bad(name, value, "text")
     if len(value) > MAX_PROMPT:
         raise BadRequest(
             f"{name} has {len(value)} characters; the limit is {MAX_PROMPT}. (The model reads about 512 tokens.)"
@@ -284,7 +266,7 @@ def _path(name: str, value: Any) -> str | None:
     if value is None or value == "":
         return None
     if not isinstance(value, str) or not value.strip() or not _names_a_file(value):
-        _bad(name, value, "the path of a JPEG, PNG or WebP image")
+        check.bad(name, value, "the path of a JPEG, PNG or WebP image")
     return value
 
 
@@ -296,52 +278,17 @@ def _names_a_file(path: str) -> bool:
         return False
 
 
-def _flag(name: str, value: Any) -> bool:
-    if not isinstance(value, bool):
-        _bad(name, value, "true or false")
-    return value
-
-
-def _whole(name: str, value: Any, low: int, high: int, *, step: int = 1) -> int:
-    """An int from `low` to `high`, a multiple of `step` away from `low`. bool, float and text are no ints."""
-    try:
-        number = None if isinstance(value, bool) else operator.index(value)
-    except TypeError:
-        number = None
-    grid = {1: "", 4: " of the form 4n + 1", 16: " and a multiple of 16"}[step]
-    expected = f"a whole number from {low} to {high}{grid}"
-    if number is None:
-        nearest = _nearest(value, low, high, step) if isinstance(value, float) and math.isfinite(value) else None
-        _bad(name, value, expected, nearest=nearest)
-    if not low <= number <= high or (number - low) % step:
-        _bad(name, number, expected, nearest=_nearest(number, low, high, step))
-    return number
-
-
-def _nearest(value: float, low: int, high: int, step: int) -> int:
-    top = low + (high - low) // step * step
-    return top if value >= top else low if value <= low else low + round((value - low) / step) * step
-
-
-def _real(name: str, value: Any, low: float, high: float) -> float:
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or value != value:
-        _bad(name, value, f"a number from {low:g} to {high:g}")
-    if not low <= value <= high:
-        _bad(name, value, f"a number from {low:g} to {high:g}", nearest=f"{min(max(value, low), high):g}")
-    return float(value)
-
-
 def _pair(name: str, value: Any) -> tuple[float, float]:
     if isinstance(value, (int, float)):
         value = (value, value)
     if isinstance(value, str) or not isinstance(value, Sequence) or len(value) != 2:
-        _bad(name, value, "one number, or two: [high-noise expert, low-noise expert]")
-    return _real(name, value[0], -100.0, 100.0), _real(name, value[1], -100.0, 100.0)
+        check.bad(name, value, "one number, or two: [high-noise expert, low-noise expert]")
+    return check.real(name, value[0], -100.0, 100.0), check.real(name, value[1], -100.0, 100.0)
 
 
 def _loras(value: Any) -> tuple[LoraSpec, ...] | None:
     if value is None:
         return None
     if isinstance(value, (str, Mapping)) or not isinstance(value, Sequence) or len(value) > 32:
-        _bad("loras", value, "null or a list of at most 32 LoRAs")
+        check.bad("loras", value, "null or a list of at most 32 LoRAs")
     return tuple(lora if isinstance(lora, LoraSpec) else LoraSpec.from_json(lora) for lora in value)

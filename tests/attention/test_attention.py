@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 
 from lightx2v.attention import resolve_attention, table
-from lightx2v.attention.names import NOT_SUPPORTED, SUPPORTED, check_attention_name
 from lightx2v.attention.sdpa import sdpa, sdpa_repeated_last
+from lightx2v.config.attention_names import NOT_SUPPORTED, SUPPORTED, check_attention_name
 from lightx2v.errors import ConfigError
 
 BF16 = torch.bfloat16
@@ -205,7 +205,7 @@ def test_the_table_and_the_names_are_the_same() -> None:
 
 
 def test_names_are_checked_without_torch() -> None:
-    code = "import sys, lightx2v.attention.names; assert 'torch' not in sys.modules"
+    code = "import sys, lightx2v.config.attention_names; assert 'torch' not in sys.modules"
     subprocess.run([sys.executable, "-c", code], check=True, timeout=60)
 
 

@@ -37,16 +37,16 @@ def test_no_model_path_means_the_official_one_of_the_task() -> None:
         ({"model_path": 3}, "model_path is 3"),
         ({"vae_path": "a\0b"}, "vae_path is"),
         ({"dit_quantized": 1}, "dit_quantized is 1; expected true or false"),
-        ({"cpu_offload": "yes"}, "cpu_offload is 'yes'; expected true or false or auto"),
+        ({"cpu_offload": "yes"}, "cpu_offload is 'yes'; expected true, false or auto"),
         ({"cpu_offload": None}, "cpu_offload is None"),
-        ({"dtype": "int8"}, "expected auto or bf16 or fp16 or fp32"),
+        ({"dtype": "int8"}, "expected auto, bf16, fp16 or fp32"),
         ({"device": "gpu"}, "device is 'gpu'"),
         ({"device": 0}, "device is 0"),
-        ({"offload_granularity": "layer"}, "expected model or block or phase"),
+        ({"offload_granularity": "layer"}, "expected model, block or phase"),
         ({"text_len": 0}, "text_len is 0"),
         ({"text_len": True}, "text_len is True"),
         ({"max_tokens": "many"}, "max_tokens is 'many'"),
-        ({"build": "int4"}, "expected null or merged or fp8"),
+        ({"build": "int4"}, "expected null, merged or fp8"),
         ({"lora_configs": {"path": "a"}}, "expected a list"),
         ({"lora_configs": [{"name": "middle", "path": "a"}]}, "lora_configs: LoRA name is 'middle'"),
         ({"self_attn_1_type": "flash_atn2"}, "Did you mean 'flash_attn2'?"),
@@ -57,7 +57,7 @@ def test_no_model_path_means_the_official_one_of_the_task() -> None:
         ({"parallel": {"seq_p_size": True}}, "seq_p_size is True"),
         ({"parallel": {"seq_p_attn_type": "ring"}}, "ring attention is not supported here"),
         ({"parallel": {"tensor_p_size": 4}}, "tensor_p_size is 4"),
-        ({"parallel": {"seq_p_sise": 4}}, "nearest known one is 'seq_p_size'"),
+        ({"parallel": {"seq_p_sise": 4}}, "Did you mean 'seq_p_size'"),
         ({"parallel": {"seq_p_fp8_comm": True}}, "not supported here"),
         ({"lora_configs": [10**5000]}, "huge number"),
     ],
@@ -125,7 +125,7 @@ def test_lightx2vs_spellings_are_understood() -> None:
     assert EngineConfig(parallel=False).parallel is None  # type: ignore[arg-type]
     parallel = EngineConfig(parallel={"seq_p_size": 4, "vae_parallel": True, "tensor_p_size": 1}).parallel  # type: ignore[arg-type]
     assert parallel == ParallelConfig(seq_p_size=4)
-    assert "nearest known one is 'fp8-sgl'" in refused(dit_quantized=True, dit_quant_scheme="fp8-sgi")
+    assert "Did you mean 'fp8-sgl'" in refused(dit_quantized=True, dit_quant_scheme="fp8-sgi")
 
 
 @pytest.mark.parametrize("size", [1, 2, 3, 8, 40])
@@ -196,7 +196,7 @@ def test_json_gives_the_same_configuration_back(engine: EngineConfig) -> None:
 
 
 def test_json_with_an_unknown_key_names_the_nearest() -> None:
-    with pytest.raises(ConfigError, match="unknown key 'model_pth'. The nearest known one is 'model_path'"):
+    with pytest.raises(ConfigError, match="unknown key 'model_pth'. Did you mean 'model_path'"):
         EngineConfig.from_json({"model_pth": "a"})
     with pytest.raises(ConfigError, match="expected an object"):
         EngineConfig.from_json(None)

@@ -1,10 +1,9 @@
-"""The names of attention backends, without torch, so that presets can be checked before anything heavy is imported."""
+"""The names of the attention backends. They are here, without torch, so that a preset is checked before torch loads."""
 
 from __future__ import annotations
 
-import difflib
-
 from ..errors import ConfigError
+from .checks import did_you_mean
 
 SUPPORTED = (
     "auto",
@@ -28,14 +27,10 @@ NOT_SUPPORTED = frozenset(
 
 
 def check_attention_name(name: str, key: str = "attention") -> None:
-    """Raises ConfigError unless `name` is in SUPPORTED; `key` is the preset key the name came from."""
+    """Raises ConfigError unless `name` is in SUPPORTED. `key` is the setting that holds the name."""
     if name in SUPPORTED:
         return
-    supported = ", ".join(SUPPORTED)
+    why = f"there is no attention backend {name!r}. {did_you_mean(str(name), SUPPORTED)}"
     if name in NOT_SUPPORTED:
-        raise ConfigError(
-            f"{key}: {name!r} is one of LightX2V's kernels that is not supported here. Use one of: {supported}."
-        )
-    nearest = difflib.get_close_matches(str(name), SUPPORTED, n=1)
-    hint = f" Did you mean {nearest[0]!r}?" if nearest else ""
-    raise ConfigError(f"{key}: there is no attention backend called {name!r}.{hint} Use one of: {supported}.")
+        why = f"{name!r} is one of LightX2V's kernels that is not supported here."
+    raise ConfigError(f"{key}: {why} Use one of: {', '.join(SUPPORTED)}.")
