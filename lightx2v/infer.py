@@ -279,7 +279,7 @@ def _dry_run(resolved: Resolved, shown: dict[str, Any], card: float | None) -> d
             "processes": resolved.preset.gpus,
             "memory": {"device": device, **memory.to_json()},
         },
-        "notes": list(resolved.notes),
+        "notes": list(resolved.warnings),
     }
 
 

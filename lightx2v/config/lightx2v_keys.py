@@ -70,7 +70,7 @@ WITHOUT_EFFECT = frozenset(
     """.split()
 )
 """Keys that choose one of LightX2V's ways to the same result, or that belong to a switch in INERT: any value is
-accepted, with a note. (`enable_reuse` saves an encoding. `use_stream_vae`: the decoder always streams.)"""
+accepted, with a warning. (`enable_reuse` saves an encoding. `use_stream_vae`: the decoder always streams.)"""
 
 NOT_HERE = {
     "dit_original_ckpt": "It is one model for both experts. Use {high,low}_noise_original_ckpt.",
@@ -108,7 +108,7 @@ class Keys:
     engine: dict[str, Any] = field(default_factory=dict)
     request: dict[str, Any] = field(default_factory=dict)
     spelled: dict[str, str] = field(default_factory=dict)
-    notes: list[str] = field(default_factory=list)
+    warnings: list[str] = field(default_factory=list)
 
 
 def sort_keys(data: Mapping[str, Any], where: str) -> Keys:
@@ -128,8 +128,8 @@ def sort_keys(data: Mapping[str, Any], where: str) -> Keys:
         elif key in RENAMED or key in REQUEST_FIELDS or key in ENGINE_FIELDS:
             _put(keys, key, RENAMED[key] if key in RENAMED else key, value, where)
         else:
-            note = _without_field(key, value, where)
-            keys.notes.extend([note] if note else [])
+            if warning := _without_field(key, value, where):
+                keys.warnings.append(warning)
     return keys
 
 
@@ -144,7 +144,7 @@ def _put(keys: Keys, key: str, name: str, value: Any, where: str) -> None:
 
 
 def _without_field(key: str, value: Any, where: str) -> str | None:
-    """A note on a key that fills no field, or None if there is nothing to say. ConfigError if it asks for something."""
+    """A warning about a key that fills no field, or None if it is harmless. ConfigError if it asks for something."""
     if key == "cross_attn_2_type":
         # In every file of the tutorial: the attention to CLIP image tokens, a layer that Wan2.2-A14B does not have.
         if not isinstance(value, str):

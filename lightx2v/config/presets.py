@@ -1,9 +1,8 @@
 """Presets: from a JSON file, a shipped name or a mapping to an EngineConfig and the settings of a Request.
 
-The only reader of JSON settings and of environment variables. Later wins: dataclass defaults, preset, overrides.
-Preset files are LightX2V's flat JSON, and its files load unchanged; ours have one more key, "preset", with a title, a
-summary and what it needs. Which keys there are is in `preset_keys.py`, what is valid in `engine_config.py` and
-`request.py`.
+The only reader of JSON settings. Overrides win over the preset, and the preset over the dataclass defaults. Preset files
+are LightX2V's flat JSON, and its files load unchanged; ours have one more key, "preset", with a title and a summary.
+`lightx2v_keys.py` lists the keys; `engine_config.py` and `request.py` check the values.
 """
 
 from __future__ import annotations
@@ -33,15 +32,14 @@ VARIANTS = ("base", "distill_lora", "distill_merged", "distill_fp8")
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PresetInfo:
-    """What a list of presets shows. `needs` are files and folders (ending in "/") on the Hub; `lightx2v` is the path of
-    LightX2V's own file with these settings; `gpus` how many processes it is for."""
+    """A preset as a list shows it. `lightx2v` is the path of LightX2V's own file with these settings, `gpus` the number
+    of processes that it is for."""
 
     name: str
     title: str
     summary: str = ""
     task: str = "t2v"
     variant: str = "base"
-    needs: tuple[str, ...] = ()
     lightx2v: str | None = None
     offload: bool = False
     gpus: int = 1
@@ -54,15 +52,15 @@ class PresetInfo:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Resolved:
-    """`request` has the fields of Request but what is shown: Request(prompt=…, image_path=…, **resolved.request).
+    """`request` has every field of Request except PER_VIDEO: Request(prompt=…, image_path=…, **resolved.request).
 
-    `notes` tell what was accepted without having an effect.
+    `warnings` name the accepted keys that have no effect.
     """
 
     preset: PresetInfo
     engine: EngineConfig
     request: dict[str, Any]
-    notes: tuple[str, ...] = ()
+    warnings: tuple[str, ...] = ()
 
 
 def resolve(
@@ -78,7 +76,7 @@ def resolve(
     torchrun started must fit. ConfigError where the preset or the mix is wrong, BadRequest where an override is.
     """
     overrides = {} if overrides is None else overrides
-    name, data, notes = _open(preset)
+    name, data, warnings = _open(preset)
     source = name or "settings"
     about = data.pop("preset", {})
     # A script whose $model_path is not set passes an empty one, which is not meant to replace the preset's.
@@ -102,11 +100,11 @@ def resolve(
             engine = replace(engine, parallel=layout)
         engine.check_world(environment.world_size, enable_cfg=guided)
     info = _describe(name, about, engine, request, moved="model_path" in above.spelled)
-    notes = (*notes, *below.notes, *above.notes)
-    for note in notes:
-        log.info("%s", note)
-    kept = [field.name for field in fields(Request) if field.name not in PER_VIDEO]
-    return Resolved(preset=info, engine=engine, request={name: getattr(request, name) for name in kept}, notes=notes)
+    warnings = (*warnings, *below.warnings, *above.warnings)
+    for warning in warnings:
+        log.info("%s", warning)
+    kept = {field.name: getattr(request, field.name) for field in fields(Request) if field.name not in PER_VIDEO}
+    return Resolved(preset=info, engine=engine, request=kept, warnings=warnings)
 
 
 def list_presets() -> list[PresetInfo]:
@@ -156,7 +154,7 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 def _open(preset: str | Path | Mapping[str, Any]) -> tuple[str, dict[str, Any], tuple[str, ...]]:
-    """(name, content, notes) of a preset in any of its forms. An object has no name."""
+    """(name, content, warnings) of a preset in any of its forms. An object has no name."""
     if isinstance(preset, Mapping):
         return "", dict(preset), ()
     if not isinstance(preset, (str, Path)) or not str(preset).strip() or "\0" in str(preset):
@@ -168,10 +166,10 @@ def _open(preset: str | Path | Mapping[str, Any]) -> tuple[str, dict[str, Any], 
     if path.is_file():
         return path.name, read_json(path), ()
     if (same := _same_as(path)) is not None:
-        note = (
+        warning = (
             f"{short_path(path)} is not there; the preset {same.stem} has the settings of LightX2V's file of that name."
         )
-        return same.stem, read_json(same), (note,)
+        return same.stem, read_json(same), (warning,)
     names = sorted(item.stem for item in PRESETS.glob("*.json"))
     hint = did_you_mean(path.stem, names)
     raise ConfigError(f"There is no preset and no file {short_path(path)}. {hint} Presets: {', '.join(names)}.")
@@ -249,14 +247,11 @@ def _describe(name: str, about: Any, engine: EngineConfig, request: Request, *, 
     """`moved`: an override names another model, so the preset's own task no longer binds."""
     where = f"{name or 'settings'}: preset"
     check = Checks(ConfigError)
-    check.known_keys(about, [*_ABOUT], where)
+    check.known_keys(about, _ABOUT, where)
     for key, value in about.items():
-        if not isinstance(value, _ABOUT[key]):
-            expected = "a list" if key == "needs" else "text"
-            raise ConfigError(f"{where}.{key} is {str(value)[:80]!r}; expected {expected}.")
-    variant = about["variant"] if "variant" in about else _variant(engine, request)
-    if variant not in VARIANTS:
-        raise ConfigError(f"{where}.variant is {variant!r}; expected one of {', '.join(VARIANTS)}.")
+        if not isinstance(value, str):
+            check.bad(f"{where}.{key}", value, "text")
+    variant = check.one_of(f"{where}.variant", about.get("variant", _variant(engine, request)), VARIANTS)
     if "task" in about and not moved and (about["task"] == "t2v") != (engine.task == "t2v"):
         raise ConfigError(
             f"The preset {name} is for {about['task']}, not for {engine.task}. Choose a preset for {engine.task}, or "
@@ -268,14 +263,13 @@ def _describe(name: str, about: Any, engine: EngineConfig, request: Request, *, 
         summary=about["summary"] if "summary" in about else "",
         task=engine.task,
         variant=variant,
-        needs=tuple(about["needs"]) if "needs" in about else (),
         lightx2v=about["lightx2v"] if "lightx2v" in about else None,
         offload=engine.cpu_offload is True,
         gpus=engine.parallel.world_size if engine.parallel else 1,
     )
 
 
-_ABOUT = {"title": str, "summary": str, "task": str, "variant": str, "needs": list, "lightx2v": str}
+_ABOUT = ("title", "summary", "task", "variant", "lightx2v")
 
 
 def _variant(engine: EngineConfig, request: Request) -> str:

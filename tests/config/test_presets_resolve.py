@@ -105,8 +105,8 @@ def test_resolving_changes_no_argument() -> None:
         ({"cross_attn_2_type": 2}, "cross_attn_2_type is 2"),
         ({"preset": []}, "expected an object"),
         ({"preset": {"titel": "T"}}, "Did you mean 'title'"),
-        ({"preset": {"title": 3}}, "preset.title is '3'"),
-        ({"preset": {"variant": "fast"}}, "expected one of base"),
+        ({"preset": {"title": 3}}, "preset.title is 3; expected text"),
+        ({"preset": {"variant": "fast"}}, "expected base, distill_lora"),
         ({"height": 1600, "width": 2560}, "the limit is"),
     ],
 )
@@ -128,8 +128,8 @@ def test_keys_without_effect_are_accepted_and_said(caplog: pytest.LogCaptureFixt
         resolved = resolve(
             {"rope_type": "torch_complex_rope", "feature_caching": "NoCaching", "use_image_encoder": False}
         )
-    assert resolved.notes == ("settings: rope_type has no effect here; the result is the same without it.",)
-    assert caplog.messages == list(resolved.notes)
+    assert resolved.warnings == ("settings: rope_type has no effect here; the result is the same without it.",)
+    assert caplog.messages == list(resolved.warnings)
 
 
 @pytest.mark.parametrize(
