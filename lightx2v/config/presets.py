@@ -1,7 +1,7 @@
 """Presets: from a JSON file, a shipped name or a mapping to an EngineConfig and the settings of a Request.
 
-The only reader of JSON settings. Overrides win over the preset, and the preset over the dataclass defaults. Preset files
-are LightX2V's flat JSON, and its files load unchanged; ours have one more key, "preset", with a title and a summary.
+The only reader of JSON settings. Overrides win over the preset, and the preset wins over the dataclass defaults. Preset
+files are LightX2V's flat JSON, and its files load unchanged; ours have one more key, "preset", with title and summary.
 `lightx2v_keys.py` lists the keys; `engine_config.py` and `request.py` check the values.
 """
 

@@ -29,7 +29,11 @@ NAMES = sorted(path.stem for path in PRESETS.glob("*.json"))
 def resolved(name: str) -> dict[str, Any]:
     found = resolve(name)
     request = Request(prompt="a cat", image_path="a.png" if found.engine.task == "i2v" else None, **found.request)
-    return {"preset": asdict(found.preset), "engine": found.engine.to_json(), "request": request.to_json()}
+    return {
+        "preset": asdict(found.preset),
+        "engine": found.engine.to_json(),
+        "request": request.to_json() | {"image_path": None},
+    }
 
 
 def snapshot(name: str) -> dict[str, Any]:
