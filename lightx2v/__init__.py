@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 __all__ = ["EngineConfig", "LightX2VPipeline", "Request", "errors"]
 
-_HOME = {"EngineConfig": ".config", "LightX2VPipeline": ".pipeline", "Request": ".request", "errors": ".errors"}
+_HOME = {"EngineConfig": ".config", "LightX2VPipeline": ".pipeline", "Request": ".config", "errors": ".errors"}
 
 
 def __getattr__(name: str) -> Any:

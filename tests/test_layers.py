@@ -11,6 +11,8 @@ from pathlib import Path
 
 import pytest
 
+import lightx2v
+
 ROOT = Path(__file__).parents[1]
 
 ENGINE = """
@@ -120,6 +122,15 @@ def test_importing_the_package_is_light() -> None:
         "assert not heavy, heavy"
     )
     subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True, timeout=60)
+
+
+def test_the_package_has_the_names_that_it_offers() -> None:
+    assert {name: getattr(lightx2v, name).__name__ for name in lightx2v.__all__} == {
+        "EngineConfig": "EngineConfig",
+        "LightX2VPipeline": "LightX2VPipeline",
+        "Request": "Request",
+        "errors": "lightx2v.errors",
+    }
 
 
 STILL_LONG = {"_parser", "generate", "video_routes", "add_endpoints", "build_inputs"}

@@ -1,0 +1,33 @@
+"""The parts of the package's build that pyproject.toml cannot express."""
+
+from __future__ import annotations
+
+import tempfile
+from pathlib import Path
+from typing import Any
+
+from hatchling.builders.hooks.plugin.interface import BuildHookInterface
+from hatchling.metadata.plugin.interface import MetadataHookInterface
+
+
+class Requirements(MetadataHookInterface):
+    """Reads the dependencies from requirements.txt, which `make app` and Spaces install from."""
+
+    def update(self, metadata: dict[str, Any]) -> None:
+        lines = (Path(self.root) / "requirements.txt").read_text("utf-8").splitlines()
+        metadata["dependencies"] = [line for line in lines if line and not line.startswith("#")]
+
+
+class Editable(BuildHookInterface):
+    """Makes `pip install -e .` work: there the folder app/ keeps its name, so lightx2v_studio borrows its path."""
+
+    def initialize(self, version: str, build_data: dict[str, Any]) -> None:
+        if version == "editable":
+            self.folder = tempfile.TemporaryDirectory()
+            alias = Path(self.folder.name) / "__init__.py"
+            alias.write_text("from app import __path__ as __path__\n", "utf-8")
+            build_data["force_include_editable"] = {str(alias): "lightx2v_studio/__init__.py"}
+
+    def finalize(self, version: str, build_data: dict[str, Any], artifact_path: str) -> None:
+        if version == "editable":
+            self.folder.cleanup()
