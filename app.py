@@ -40,7 +40,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except LightX2VError as error:
         print(error, file=sys.stderr)
         return error.exit_code
-    logging.basicConfig(level=logging.INFO, format=f"{environment.who}%(message)s")
+    logging.basicConfig(level=logging.INFO, format=f"{environment.log_prefix}%(message)s")
     logging.getLogger("httpx").setLevel(logging.WARNING)
     parser = Flags(prog="app.py", description="LightX2V Studio: videos from text and images.")
     add_flags(parser)
@@ -52,7 +52,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--open", action="store_true", help="open the page in the browser")
     parser.add_argument("--mcp", action="store_true", help="also serve the tools over MCP (needs gradio[mcp])")
     args = parser.parse_args(arguments)
-    with Interrupts(echo=ECHO if environment.together else 0.0) as interrupts:
+    with Interrupts(echo=ECHO if environment.distributed else 0.0) as interrupts:
         try:
             serve(args)
         except LightX2VError as error:
@@ -71,7 +71,7 @@ def serve(args: argparse.Namespace) -> None:
     exposure = decide(args, os.environ)
     if args.mcp and importlib.util.find_spec("mcp") is None:
         raise ConfigError('--mcp needs one more package. Install it with: pip install "gradio[mcp]"')
-    if Environment.read().together and follow():
+    if Environment.read().distributed and follow():
         return
     if not exposure.hosted:  # gradio would try for ever, or fail with a traceback
         check_port(args.host, args.port or 0)

@@ -87,7 +87,7 @@ def main() -> None:
     parser.add_argument("--pcie", type=float, default=15.0, help="GB/s that it sends over PCIe")
     args = parser.parse_args()
     if not args.model:
-        if not Environment.read().together:
+        if not Environment.read().distributed:
             sys.exit("Start it with torchrun --nproc_per_node=N, or ask for the --model alone.")
         count(tuple(args.latents), args.heads, args.layers)
     if Environment.read().rank == 0:

@@ -24,7 +24,7 @@ from .cli.parser import Flags
 from .cli.signals import Interrupts
 from .cli.terminal import ProgressLine, ended, logging_to
 from .config.environment import Environment
-from .config.lora_names import noise_level
+from .config.lora_names import expert_of
 from .config.presets import resolve
 from .errors import BadRequest, LoraError, short_path
 
@@ -91,9 +91,9 @@ def _jobs(options: argparse.Namespace) -> list[Conversion]:
     from .loading.conversion import Conversion
 
     loras = tuple(_lora(text) for text in options.lora)
-    says = noise_level(options.source)
+    says = expert_of(options.source)
     for path, _ in loras:
-        if says and noise_level(path) not in (None, says):
+        if says and expert_of(path) not in (None, says):
             raise LoraError(
                 f"By their names {short_path(path)} is for the other expert than {short_path(options.source)}. "
                 f"Take the {says}-noise LoRA, or rename the file if its name is wrong."

@@ -20,7 +20,7 @@ from .cli.terminal import ProgressLine, ended, logging_to, one_line
 from .config.environment import Environment
 from .config.presets import list_presets, resolve
 from .errors import DownloadError, byte_size
-from .hub import Hub, Plan, fetch, make_plan
+from .hub import DownloadPlan, Hub, fetch, make_plan
 from .progress import Meter
 
 
@@ -63,7 +63,7 @@ def _run(options: argparse.Namespace, line: ProgressLine, interrupts: Interrupts
     return 0
 
 
-def _table(plan: Plan) -> str:
+def _table(plan: DownloadPlan) -> str:
     """What is needed: bytes, whether it is here, name; then the sums."""
     rows = [(f"{size:,}", "here", name) for name, size in plan.found]
     rows += [("", "missing", name) for name in plan.lacking]

@@ -39,7 +39,7 @@ from .errors import BadRequest, ConfigError, short_path
 from .hub import find
 from .loading import preload
 from .media.framing import RESIZE_MODES
-from .progress import CancelToken, OnProgress, cost
+from .progress import CancelToken, OnProgress, log_duration
 
 log = logging.getLogger("lightx2v.infer")
 
@@ -87,8 +87,8 @@ def main(argv: Sequence[str] | None = None, *, open_engine: OpenEngine | None = 
         return error.exit_code
     line = ProgressLine(sys.stderr)
     level = logging.DEBUG if options.verbose else logging.INFO
-    echo = ECHO if environment.together else 0.0
-    with logging_to(sys.stderr, line, level, who=environment.who), Interrupts(echo=echo) as interrupts:
+    echo = ECHO if environment.distributed else 0.0
+    with logging_to(sys.stderr, line, level, prefix=environment.log_prefix), Interrupts(echo=echo) as interrupts:
         run = partial(_run, options, environment, line, interrupts, open_engine or _load_pipeline)
         return ended(run, line, interrupts, stopped="Stopped; no video was written.", tell=not environment.rank)
 
@@ -124,7 +124,7 @@ def _run(
         request = replace(request, seed=draw_seed())
     _check_pictures(request)
     path = _output_path(options, resolved, request, environment) if leads else None
-    with cost("Total Cost"):
+    with log_duration("Total Cost"):
         engine = open_engine(resolved.engine, resolved.preset.name, on_progress)
         try:
             with interrupts.cancelling() as token:

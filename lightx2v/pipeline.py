@@ -22,7 +22,7 @@ from typing import Any, Self
 import torch
 
 from . import hub
-from .cli.terminal import show_log
+from .cli.terminal import log_to_stderr
 from .config.engine_config import EngineConfig
 from .config.environment import Environment
 from .config.presets import resolve
@@ -218,7 +218,7 @@ class LightX2VPipeline:
         preset = config_json if config_json is not None else {}
         environment = Environment.read()
         if environment.profiling:
-            show_log(who=environment.who)
+            log_to_stderr(prefix=environment.log_prefix)
         resolved = resolve(preset, overrides, environment=environment)
         self._defaults = dict(resolved.request)
         self._engine = load_engine(resolved.engine, preset=resolved.preset.name)
@@ -377,7 +377,7 @@ class LightX2VPipeline:
         rank 0 does, until rank 0 ends. Errors that all processes have are rank 0's to tell; any other one ends them.
         """
         environment = Environment.read()
-        if not environment.together:
+        if not environment.distributed:
             return False
         world, pipe = join(environment), None
         if world.leads:

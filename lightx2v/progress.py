@@ -290,8 +290,8 @@ class Meter:
 
 
 @contextmanager
-def cost(name: str) -> Iterator[None]:
-    """Logs in LightX2V's format how long the block took; a command line wraps all it does in cost("Total Cost")."""
+def log_duration(name: str) -> Iterator[None]:
+    """Log the duration of the block in LightX2V's format. A command line wraps all its work in "Total Cost"."""
     started = time.perf_counter()
     yield
     _log_cost(name, time.perf_counter() - started, None)

@@ -12,7 +12,7 @@ import pytest
 
 from lightx2v import progress as progress_module
 from lightx2v.errors import Cancelled
-from lightx2v.progress import CancelToken, FanOut, Meter, Peak, Progress, StepTime, cost, peak_rss
+from lightx2v.progress import CancelToken, FanOut, Meter, Peak, Progress, StepTime, log_duration, peak_rss
 
 
 class Clock:
@@ -235,7 +235,7 @@ def test_a_report_is_plain_json(clock: Clock, cuda: FakeCuda) -> None:
 
 def test_the_logs_have_the_lines_that_people_grep_for(clock: Clock, caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level(logging.INFO, "lightx2v")
-    with cost("Total Cost"):
+    with log_duration("Total Cost"):
         meter = Meter()
         for stage, seconds in (("load", 9), ("text", 1), ("denoise", 2.5)):
             with meter.stage(stage):

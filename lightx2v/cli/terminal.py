@@ -100,12 +100,12 @@ def one_line(text: str) -> str:
 
 
 @contextmanager
-def logging_to(stream: TextIO, line: ProgressLine, level: int, *, who: str = "") -> Iterator[None]:
+def logging_to(stream: TextIO, line: ProgressLine, level: int, *, prefix: str = "") -> Iterator[None]:
     """Sends this package's log to `stream` while the block runs, each record on a line of its own above the bar.
 
-    `who` says which of several processes it is.
+    `prefix` names the process where there are several.
     """
-    handler = _Handler(stream, line, who)
+    handler = _Handler(stream, line, prefix)
     handler.setLevel(level)
     logger = logging.getLogger("lightx2v")
     before = logger.level
@@ -119,19 +119,19 @@ def logging_to(stream: TextIO, line: ProgressLine, level: int, *, who: str = "")
         logger.setLevel(before)
 
 
-def show_log(*, who: str = "") -> None:
+def log_to_stderr(*, prefix: str = "") -> None:
     """The same for a script that set up no log of its own: all that comes, from now on, on standard error."""
     logger = logging.getLogger("lightx2v")
     if not logger.hasHandlers():
-        logger.addHandler(_Handler(sys.stderr, ProgressLine(sys.stderr), who))
+        logger.addHandler(_Handler(sys.stderr, ProgressLine(sys.stderr), prefix))
         logger.setLevel(logging.INFO)
 
 
 class _Handler(logging.StreamHandler[TextIO]):
-    def __init__(self, stream: TextIO, line: ProgressLine, who: str) -> None:
+    def __init__(self, stream: TextIO, line: ProgressLine, prefix: str) -> None:
         super().__init__(stream)
         self._line = line
-        self.setFormatter(_Formatter(f"%(asctime)s %(levelname)-7s {who}%(message)s", "%H:%M:%S"))
+        self.setFormatter(_Formatter(f"%(asctime)s %(levelname)-7s {prefix}%(message)s", "%H:%M:%S"))
 
     def emit(self, record: logging.LogRecord) -> None:
         self._line.clear()

@@ -27,7 +27,7 @@ class Environment:
     """Number of processes that torchrun started, None without it."""
     local_world_size: int | None = None
     """How many of them are on this machine."""
-    restart: int = 0
+    restart_count: int = 0
     """How often torchrun has started them again."""
     by_torchrun: bool = False
     port: int = 29500
@@ -50,7 +50,7 @@ class Environment:
             "local_rank": "LOCAL_RANK",
             "world_size": "WORLD_SIZE",
             "local_world_size": "LOCAL_WORLD_SIZE",
-            "restart": "TORCHELASTIC_RESTART_COUNT",
+            "restart_count": "TORCHELASTIC_RESTART_COUNT",
             "by_torchrun": "TORCHELASTIC_USE_AGENT_STORE",
             "port": "MASTER_PORT",
             "profiling": "PROFILING_DEBUG_LEVEL",
@@ -58,7 +58,7 @@ class Environment:
         found: dict[str, Any] = {key: variables[name] for key, name in names.items() if variables.get(name)}
         found["by_torchrun"] = found.get("by_torchrun") == "True"
         found["visible_gpus"] = variables.get("CUDA_VISIBLE_DEVICES")
-        for key in ("rank", "local_rank", "world_size", "local_world_size", "restart", "port", "profiling"):
+        for key in ("rank", "local_rank", "world_size", "local_world_size", "restart_count", "port", "profiling"):
             if key in found:
                 if not found[key].isdecimal() or len(found[key]) > 6:
                     raise ConfigError(
@@ -69,16 +69,16 @@ class Environment:
         return cls(**found)
 
     @property
-    def together(self) -> bool:
+    def distributed(self) -> bool:
         """Whether this is one of several processes that work on one video."""
         return (self.world_size or 1) > 1
 
     @property
-    def who(self) -> str:
+    def log_prefix(self) -> str:
         """What marks this process's log lines; nothing where it is alone."""
-        return f"[rank {self.rank}] " if self.together else ""
+        return f"[rank {self.rank}] " if self.distributed else ""
 
-    def stay_local(self) -> None:
+    def use_loopback(self) -> None:
         """The processes are on one machine and talk over loopback, whatever its name resolves to."""
         if sys.platform == "linux":
             for library in ("GLOO", "NCCL"):

@@ -17,15 +17,15 @@ def task_of(path: str | PurePath) -> str | None:
     return found.pop() if len(found) == 1 else None
 
 
-def noise_level(path: str | PurePath) -> str | None:
+def expert_of(path: str | PurePath) -> str | None:
     """ "high" or "low" if the file's name says one of them and not both."""
     found = {word.lower() for word in _LEVEL.findall(PurePath(path).name)}
     return found.pop() if len(found) == 1 else None
 
 
-def other_half(path: str) -> str | None:
+def partner_name(path: str) -> str | None:
     """The same path with "high" and "low" exchanged in the file's name; None where that says neither, or both."""
-    if noise_level(path) is None:
+    if expert_of(path) is None:
         return None
     folder, slash, name = path.rpartition("/")
     return folder + slash + _LEVEL.sub(_other, name)

@@ -227,7 +227,7 @@ def world_for(config: EngineConfig) -> World | None:
     """
     environment = Environment.read()
     config.check_world(environment.world_size or 1, enable_cfg=True)
-    if not environment.together:
+    if not environment.distributed:
         return None
     return join(environment)
 

@@ -15,6 +15,6 @@ from __future__ import annotations
 from .download import ensure, fetch
 from .find import find, find_cached, find_lora
 from .listing import Hub
-from .plan import Plan, PlannedFile, make_plan, missing
+from .plan import DownloadPlan, PlannedFile, make_plan, missing
 
-__all__ = ["Hub", "Plan", "PlannedFile", "ensure", "fetch", "find", "find_cached", "find_lora", "make_plan", "missing"]
+__all__ = ["Hub", "DownloadPlan", "PlannedFile", "ensure", "fetch", "find", "find_cached", "find_lora", "make_plan", "missing"]

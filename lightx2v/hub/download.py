@@ -18,7 +18,7 @@ from ..config.engine_config import EngineConfig
 from ..errors import byte_size
 from ..progress import CancelToken, Meter
 from .listing import Hub
-from .plan import Plan, make_plan, missing
+from .plan import DownloadPlan, make_plan, missing
 from .transfer import Transfer
 
 log = logging.getLogger("lightx2v.hub")
@@ -47,7 +47,7 @@ def ensure(config: EngineConfig, *, meter: Meter, cancel: CancelToken | None = N
         fetch(plan, meter=meter, cancel=cancel, hub=hub)
 
 
-def fetch(plan: Plan, *, meter: Meter, cancel: CancelToken | None = None, hub: Hub | None = None) -> None:
+def fetch(plan: DownloadPlan, *, meter: Meter, cancel: CancelToken | None = None, hub: Hub | None = None) -> None:
     """Brings what `plan` lacks into the cache and makes all of it visible there.
 
     Progress is in bytes of what was lacking. DownloadError or Cancelled leave what came, for the next time.

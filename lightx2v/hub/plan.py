@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ..config.engine_config import EngineConfig, hub_name
-from ..config.lora_names import other_half
+from ..config.lora_names import partner_name
 from ..config.model_paths import needed_files
 from ..errors import ConfigError, DownloadError, byte_size, short_path
 from .cache import CachedRepo
@@ -38,7 +38,7 @@ class PlannedFile:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Plan:
+class DownloadPlan:
     """`files` make up what was missing. `found` are the needed names that are here, each with its size; `known` other
     files of the same commits whose content is here; `lacking` needed names that are neither here nor on the Hub. `free`
     is what is free on the cache's disk, in bytes."""
@@ -79,12 +79,12 @@ def missing(config: EngineConfig) -> list[str]:
     ]
 
 
-def other_halves(config: EngineConfig) -> list[str]:
+def partner_names(config: EngineConfig) -> list[str]:
     """The names that the other halves of LoRAs would have on the Hub, where one half is given for both experts and is
     not a local file, which has its other half beside it."""
     names = []
     for lora in config.lora_configs:
-        other = other_half(lora.path) if lora.expert == "auto" else None
+        other = partner_name(lora.path) if lora.expert == "auto" else None
         if other is None or (hub_name(other) or ("", None))[1] is None:
             continue
         local = find(lora.path, config) != find_cached(lora.path)
@@ -93,7 +93,7 @@ def other_halves(config: EngineConfig) -> list[str]:
     return names
 
 
-def make_plan(config: EngineConfig, *, hub: Hub | None = None, free: Callable[[Path], int] | None = None) -> Plan:
+def make_plan(config: EngineConfig, *, hub: Hub | None = None, free: Callable[[Path], int] | None = None) -> DownloadPlan:
     """Asks the Hub about what is missing, one question a repository. DownloadError where it has no answer.
 
     `free` tells what is free at a path, in bytes.
@@ -115,7 +115,7 @@ def make_plan(config: EngineConfig, *, hub: Hub | None = None, free: Callable[[P
                 "Check the path, or name the file or the folder in the repository that is meant."
             )
         wanted.setdefault(repo, []).append(inside + "/" * name.endswith("/"))
-    halves = [half for half in map(hub_name, other_halves(config)) if half and half[0] in wanted]
+    halves = [half for half in map(hub_name, partner_names(config)) if half and half[0] in wanted]
     for repo, inside in halves:  # they come along where the Hub has them
         wanted[repo].append(inside or "")
     files: dict[str, PlannedFile] = {}
@@ -134,7 +134,7 @@ def make_plan(config: EngineConfig, *, hub: Hub | None = None, free: Callable[[P
                 )
             files |= {f"{repo}/{file.path}": planned(cached, file) for file in chosen}
         known += [file for file in listing if f"{repo}/{file.path}" not in files and cached.has(file.etag, file.size)]
-    return Plan(
+    return DownloadPlan(
         files=tuple(sorted(files.values(), key=lambda planned: planned.file.size)),
         found=tuple(found),
         lacking=tuple(lacking),

@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..config.engine_config import EngineConfig
-from ..config.lora_names import noise_level, task_of
+from ..config.lora_names import expert_of, task_of
 from ..config.request import LoraSpec
 from ..errors import LoraError, short_path
 from ..hub import find_lora
@@ -51,7 +51,7 @@ def match_loras(specs: Iterable[LoraSpec], which: Which, weights: ModelWeights, 
             warnings.append(
                 f"{short_path(path)} fits in part: {lora.report.applied} of {lora.report.total} layers were applied."
             )
-        if (says := noise_level(path)) not in (None, which):  # by lora_allow_partial, see files_for
+        if (says := expert_of(path)) not in (None, which):  # by lora_allow_partial, see files_for
             warnings.append(f"{short_path(path)} is used for the {which}-noise expert, its name says {says} noise.")
         if (task := task_of(path)) and (task == "t2v") != (config.task == "t2v"):  # it may be meant
             warnings.append(f"{short_path(path)} is used for {config.task}, its name says {task}.")
@@ -70,7 +70,7 @@ def files_for(specs: Iterable[LoraSpec], which: Which, config: EngineConfig) -> 
     here = {path.resolve() for _, path in given}
     found = []
     for spec, path in given:
-        says = noise_level(path)
+        says = expert_of(path)
         if says in (None, which) or (spec.expert == which and config.lora_allow_partial):
             found.append((spec, path))
         elif spec.expert == "auto":

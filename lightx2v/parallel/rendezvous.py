@@ -36,13 +36,13 @@ def join(environment: Environment) -> World:
     """Meets the other processes. NCCL on GPUs, gloo on CPUs; what is small always goes over gloo."""
     rank, size = environment.rank, environment.world_size or 1
     device = place(environment)
-    environment.stay_local()
+    environment.use_loopback()
     # A connection each: one for this thread, one for the watch, which must not wait for it.
     outer = _torchruns_store(environment)
     own = _rank_0s_store(environment, outer)
     heard = _torchruns_store(environment) or _client(own.port)
     _all_are_here(own, rank, size)
-    watch = Watch(dist.PrefixStore(f"lightx2v/{environment.restart}/watch", heard), rank, size)
+    watch = Watch(dist.PrefixStore(f"lightx2v/{environment.restart_count}/watch", heard), rank, size)
     backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
     group = dist.PrefixStore("group", own)
     try:
@@ -85,7 +85,7 @@ def _torchruns_store(environment: Environment) -> dist.Store | None:
 
 def _rank_0s_store(environment: Environment, outer: dist.Store | None) -> dist.TCPStore:
     """The port is any free one, told through torchrun's store; without torchrun it is the one of the environment."""
-    key = f"lightx2v/{environment.restart}/port"
+    key = f"lightx2v/{environment.restart_count}/port"
     if environment.rank == 0:
         listener = socket.create_server((LOOPBACK, environment.port if outer is None else 0), backlog=128)
         port = listener.getsockname()[1]

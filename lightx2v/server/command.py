@@ -49,8 +49,8 @@ def main(argv: Sequence[str] | None = None, *, open_engine: OpenEngine | None = 
         print(f"error: {error}", file=sys.stderr)
         return error.exit_code
     line = ProgressLine(sys.stderr)
-    echo = ECHO if environment.together else 0.0
-    with logging_to(sys.stderr, line, logging.INFO, who=environment.who), Interrupts(echo=echo) as interrupts:
+    echo = ECHO if environment.distributed else 0.0
+    with logging_to(sys.stderr, line, logging.INFO, prefix=environment.log_prefix), Interrupts(echo=echo) as interrupts:
         run = partial(_run, options, environment, line, interrupts, open_engine)
         return ended(run, line, interrupts, stopped="")
 
@@ -64,7 +64,7 @@ def _run(
 ) -> int:
     keys = _keys(options, environment)
     resolved = resolve(_preset(options), _overrides(options), environment=environment)
-    if environment.together and open_engine is None and _follow():
+    if environment.distributed and open_engine is None and _follow():
         return 0
     check_port(options.host, options.port)
     folder = Path(options.output_dir or environment.output_dir or "outputs")

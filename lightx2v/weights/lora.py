@@ -21,7 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..config.lora_names import other_half
+from ..config.lora_names import partner_name
 from ..errors import LoraError, short_path
 from .checkpoint import Checkpoint, open_checkpoint
 from .naming import diffusers_to_wan, strip_prefix, wan_to_diffusers
@@ -322,6 +322,6 @@ def _require_fit(
 def partner_of(path: str | Path) -> Path | None:
     """The other half of a pair of LoRAs: the file beside `path` whose name differs in "high" and "low" only."""
     path = Path(path)
-    name = other_half(path.name)
+    name = partner_name(path.name)
     partner = path.with_name(name) if name else None
     return partner if partner is not None and partner.is_file() else None

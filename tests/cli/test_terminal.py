@@ -125,7 +125,7 @@ def test_the_exit_code_is_the_signals_even_inside_a_module_that_runs_python_from
     """torch is one while it is imported. A KeyboardInterrupt itself would make it 130 there."""
     program = """
         import ctypes, sys
-        from lightx2v.terminal import Interrupts
+        from lightx2v.cli.signals import Interrupts
 
         run = ctypes.pythonapi.PyRun_String
         run.restype = ctypes.py_object

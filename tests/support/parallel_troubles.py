@@ -171,7 +171,7 @@ def leave() -> None:
 def queue(root: str) -> None:
     """Rank 0 works on a queue. The first time, process 1 is killed in the second job; the group is started again."""
     environment = Environment.read()
-    if environment.rank and not environment.restart:
+    if environment.rank and not environment.restart_count:
         fail_at(WanDiT, "forward", 5, kill)
     if LightX2VPipeline.follow():
         return
@@ -181,11 +181,11 @@ def queue(root: str) -> None:
         return LightX2VPipeline.from_config(config, **more)
 
     manager = JobManager(open_engine, Path(root) / "queue")
-    if not environment.restart:
+    if not environment.restart_count:
         for seed in range(3):
             manager.submit(config, replace(request, seed=seed))
     jobs = [manager.wait(job.id, 60) for job in manager.list()]
-    if not environment.restart:
+    if not environment.restart_count:
         time.sleep(60)  # the watch ends this process long before
     manager.close()
     (Path(root) / "queue.txt").write_text(" ".join(job.state for job in sorted(jobs, key=lambda job: job.request.seed)))

@@ -10,7 +10,7 @@ from conftest import TinyModels
 from lora_files import DIALECTS, RANK, Tensors, base_weights, equal, random_pairs, write
 from safetensors.torch import save_file
 
-from lightx2v.config.lora_names import noise_level, task_of
+from lightx2v.config.lora_names import expert_of, task_of
 from lightx2v.config.request import LoraSpec
 from lightx2v.errors import BadRequest, LoraError
 from lightx2v.weights.checkpoint import open_checkpoint
@@ -214,7 +214,7 @@ def test_nan_in_a_lora_is_refused(weights: ModelWeights, tmp_path: Path) -> None
     ],
 )
 def test_the_name_tells_the_noise_level(name: str, level: str | None) -> None:
-    assert noise_level(name) == level
+    assert expert_of(name) == level
 
 
 @pytest.mark.parametrize(
