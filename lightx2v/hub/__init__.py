@@ -17,4 +17,15 @@ from .find import find, find_cached, find_lora
 from .listing import Hub
 from .plan import DownloadPlan, PlannedFile, make_plan, missing
 
-__all__ = ["Hub", "DownloadPlan", "PlannedFile", "ensure", "fetch", "find", "find_cached", "find_lora", "make_plan", "missing"]
+__all__ = [
+    "Hub",
+    "DownloadPlan",
+    "PlannedFile",
+    "ensure",
+    "fetch",
+    "find",
+    "find_cached",
+    "find_lora",
+    "make_plan",
+    "missing",
+]

@@ -93,7 +93,9 @@ def partner_names(config: EngineConfig) -> list[str]:
     return names
 
 
-def make_plan(config: EngineConfig, *, hub: Hub | None = None, free: Callable[[Path], int] | None = None) -> DownloadPlan:
+def make_plan(
+    config: EngineConfig, *, hub: Hub | None = None, free: Callable[[Path], int] | None = None
+) -> DownloadPlan:
     """Asks the Hub about what is missing, one question a repository. DownloadError where it has no answer.
 
     `free` tells what is free at a path, in bytes.
