@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from app.exposure import Exposure, add_flags, decide
-from lightx2v.cli.parser import Flags
+from lightx2v.cli.parser import ArgumentParser
 from lightx2v.cli.signals import ECHO, Interrupts
 from lightx2v.config.environment import Environment
 from lightx2v.errors import ConfigError, LightX2VError, OutputError, short_path
@@ -42,7 +42,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return error.exit_code
     logging.basicConfig(level=logging.INFO, format=f"{environment.log_prefix}%(message)s")
     logging.getLogger("httpx").setLevel(logging.WARNING)
-    parser = Flags(prog="app.py", description="LightX2V Studio: videos from text and images.")
+    parser = ArgumentParser(prog="app.py", description="LightX2V Studio: videos from text and images.")
     add_flags(parser)
     preset = os.environ.get("LIGHTX2V_PRESET", "")
     parser.add_argument("--preset", default=preset, help="the preset that is chosen at first; the only one on ZeroGPU")

@@ -20,7 +20,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from .cli.parser import Flags
+from .cli.parser import ArgumentParser
 from .cli.signals import Interrupts
 from .cli.terminal import ProgressLine, ended, logging_to
 from .config.environment import Environment
@@ -114,7 +114,7 @@ def _lora(text: str) -> tuple[Path, float]:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = Flags(
+    parser = ArgumentParser(
         prog="python -m lightx2v.convert",
         description=(__doc__ or "").partition("\n\n")[0],
         epilog=(__doc__ or "").partition("\n\n")[2],

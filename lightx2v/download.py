@@ -9,15 +9,12 @@ Exit codes: 0 all is here, 1 failed, 2 bad usage, 130 interrupted (Ctrl-C), 143 
 from __future__ import annotations
 
 import argparse
-import logging
 import sys
 from collections.abc import Sequence
-from functools import partial
 
-from .cli.parser import Flags
-from .cli.signals import Interrupts
-from .cli.terminal import ProgressLine, ended, logging_to, one_line
-from .config.environment import Environment
+from .cli.parser import ArgumentParser
+from .cli.runner import CommandContext, run_command
+from .cli.terminal import one_line
 from .config.presets import list_presets, resolve
 from .errors import DownloadError, byte_size
 from .hub import DownloadPlan, Hub, fetch, make_plan
@@ -26,24 +23,17 @@ from .progress import Meter
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs the command line and returns its exit code."""
-    try:
-        options = _parser().parse_args(argv)
-    except SystemExit as stop:  # argparse has said what is wrong, or shown the help
-        return int(stop.code or 0)
-    line = ProgressLine(sys.stderr)
-    level = logging.DEBUG if options.verbose else logging.INFO
-    with logging_to(sys.stderr, line, level), Interrupts() as interrupts:
-        stopped = "Stopped. What came is kept: start again to go on from there."
-        return ended(partial(_run, options, line, interrupts), line, interrupts, stopped=stopped)
+    stopped = "Stopped. The downloaded bytes are kept: run this again to continue from there."
+    return run_command(_parser(), _run, argv, stopped=stopped)
 
 
-def _run(options: argparse.Namespace, line: ProgressLine, interrupts: Interrupts) -> int:
+def _run(options: argparse.Namespace, context: CommandContext) -> int:
     if options.preset is None:
         for info in list_presets():
             print(f"{info.name:<32} {info.title}")
         return 0
     overrides = {"models_dir": options.models_dir} if options.models_dir else {}
-    config = resolve(options.preset, overrides, environment=Environment.read()).engine
+    config = resolve(options.preset, overrides, environment=context.environment).engine
     hub = Hub()
     plan = make_plan(config, hub=hub)
     print(_table(plan))
@@ -56,9 +46,9 @@ def _run(options: argparse.Namespace, line: ProgressLine, interrupts: Interrupts
         plan.check_space()
         return 0
     if plan.files:
-        with interrupts.cancelling() as token:
-            fetch(plan, meter=Meter(on_progress=line), cancel=token, hub=hub)
-        line.clear()
+        with context.interrupts.cancelling() as token:
+            fetch(plan, meter=Meter(on_progress=context.progress), cancel=token, hub=hub)
+        context.progress.clear()
     print("All files are here.")
     return 0
 
@@ -78,7 +68,7 @@ def _table(plan: DownloadPlan) -> str:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = Flags(
+    parser = ArgumentParser(
         prog="python -m lightx2v.download",
         description="Downloads the model files that a preset needs and this machine lacks, into the cache that all "
         "Hugging Face programs share. HF_HOME, HF_ENDPOINT, HF_TOKEN and HF_HUB_OFFLINE are respected.",

@@ -23,7 +23,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Protocol
 
-from .cli.parser import Flags
+from .cli.parser import ArgumentParser
 from .cli.signals import ECHO, Interrupts
 from .cli.terminal import ProgressLine, ended, logging_to, one_line
 from .config.engine_config import EngineConfig, hub_name
@@ -323,7 +323,7 @@ _OVERRIDES = frozenset(
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = Flags(
+    parser = ArgumentParser(
         prog="python -m lightx2v.infer",
         usage="python -m lightx2v.infer --preset NAME --prompt TEXT [options]",
         description="Makes one video with Wan2.2 from a prompt, and an image for i2v.",

@@ -16,7 +16,7 @@ import lightx2v
 ROOT = Path(__file__).parents[1]
 
 ENGINE = """
-errors progress media cli config attention hub cost sampling parallel weights models jobs loading offload engine
+errors progress media config cli attention hub cost sampling parallel weights models jobs loading offload engine
 pipeline infer convert download server
 """.split()
 """Packages and modules of lightx2v/. Each may import those to its left, and never one to its right."""

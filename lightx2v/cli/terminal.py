@@ -60,7 +60,7 @@ class ProgressLine:
             self._stream.flush()
             self._shown = ""
 
-    def say(self, text: str) -> None:
+    def finish(self, text: str) -> None:
         """Ends the bar, with a line in its place if there is something to say."""
         self.clear()
         if text:
@@ -161,5 +161,5 @@ def ended(
     except BrokenPipeError:  # `--list_presets | head`: the reader has left, and Python would still flush to it
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
-    line.say(said if tell else "")
+    line.finish(said if tell else "")
     return code

@@ -19,7 +19,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from ..cli.parser import Flags
+from ..cli.parser import ArgumentParser
 from ..cli.signals import ECHO, Interrupts
 from ..cli.terminal import ProgressLine, ended, logging_to
 from ..config.engine_config import EngineConfig
@@ -227,7 +227,7 @@ def is_loopback(host: str) -> bool:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = Flags(
+    parser = ArgumentParser(
         prog="python -m lightx2v.server",
         description="Serves one model over HTTP. Exit codes: 1 failed, 2 bad usage, 130 or 143 stopped by a signal.",
         allow_abbrev=False,

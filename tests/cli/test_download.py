@@ -108,7 +108,7 @@ def test_ctrl_c_ends_it_and_what_came_is_kept(server: HubServer, tmp_path: Path)
     eventually(lambda: sum(partial_bytes(tmp_path).values()) > 2_000_000)
     process.send_signal(signal.SIGINT)
     _, errors = process.communicate(timeout=PATIENCE)
-    assert process.returncode == 130 and "What came is kept" in errors and "Traceback" not in errors
+    assert process.returncode == 130 and "The downloaded bytes are kept" in errors and "Traceback" not in errors
     assert sum(partial_bytes(tmp_path).values()) > 2_000_000
 
 

@@ -56,10 +56,10 @@ def test_others_are_not_let_in_without_a_key(host: str, capsys: pytest.CaptureFi
         (["--preset", T2V, "--config_json", "x.json"], "Keep one of them"),
         (["--preset", "nothing"], "There is no preset"),
         (["--preset", T2V, "--api_key", "short"], "at least 12 characters"),
-        (["--preset", T2V, "--port", "many"], "'many' is no whole number. Usage: --port"),
+        (["--preset", T2V, "--port", "many"], "argument --port: invalid int value: 'many'"),
         (["--preset", T2V, "--max_queue_size", "0"], "from 1 to 10000"),
         (["--preset", T2V, "--result_ttl_hours", "-1"], "from 0 on"),
-        (["--preset", T2V, "--hots", "::1"], "no flag --hots. The nearest is --host."),
+        (["--preset", T2V, "--hots", "::1"], "unknown flag --hots. The nearest flag is --host."),
     ],
 )
 def test_wrong_flags_are_told_and_nothing_is_loaded(

@@ -1,0 +1,81 @@
+"""Run one command line: parse its flags, show log and progress, handle signals, return the exit code.
+
+def main(argv: Sequence[str] | None = None) -> int:
+    return run_command(_parser(), _run, argv, stopped="Stopped; no video was written.")
+
+def _run(options: argparse.Namespace, context: CommandContext) -> int: ...
+"""
+
+from __future__ import annotations
+
+import argparse
+import io
+import logging
+import os
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+from ..config.environment import Environment
+from ..errors import Cancelled, ConfigError, LightX2VError
+from .signals import ECHO, Interrupts
+from .terminal import ProgressLine, logging_to
+
+log = logging.getLogger("lightx2v.cli")
+
+
+@dataclass(frozen=True, slots=True)
+class CommandContext:
+    """What a command's body works with: its environment variables, its progress line and its signals."""
+
+    environment: Environment
+    progress: ProgressLine
+    interrupts: Interrupts
+
+
+Body = Callable[[argparse.Namespace, CommandContext], int]
+"""The work of a command. It returns the exit code."""
+
+
+def run_command(
+    parser: argparse.ArgumentParser, body: Body, argv: Sequence[str] | None = None, *, stopped: str = ""
+) -> int:
+    """Run `body` with the parsed flags. Return its exit code, or that of the error or signal that ended it.
+
+    `stopped` is the message after a signal. A flag `--verbose` turns the debug log on. Of the processes that torchrun
+    starts, only rank 0 prints the error that ends all of them, and a signal that torchrun repeats counts once.
+    """
+    try:
+        options = parser.parse_args(argv)
+    except SystemExit as stop:  # argparse has printed the error or the help
+        return int(stop.code or 0)
+    progress = ProgressLine(sys.stderr)
+    try:
+        environment = Environment.read()
+    except ConfigError as error:
+        progress.finish(f"error: {error}")
+        return error.exit_code
+    level = logging.DEBUG if getattr(options, "verbose", False) else logging.INFO
+    with (
+        logging_to(sys.stderr, progress, level, prefix=environment.log_prefix),
+        Interrupts(echo=ECHO if environment.distributed else 0.0) as interrupts,
+    ):
+        context = CommandContext(environment, progress, interrupts)
+        return _exit_code(lambda: body(options, context), context, stopped)
+
+
+def _exit_code(call: Callable[[], int], context: CommandContext, stopped: str) -> int:
+    if isinstance(sys.stdout, io.TextIOWrapper):  # a terminal without … or 球 must not fail after the last step
+        sys.stdout.reconfigure(errors="backslashreplace")
+    try:
+        return call()
+    except (Cancelled, KeyboardInterrupt):
+        code, message = context.interrupts.exit_code, stopped
+    except LightX2VError as error:
+        log.debug("Traceback:", exc_info=True)
+        code, message = error.exit_code, f"error: {error}"
+    except BrokenPipeError:  # `--list_presets | head`: the reader has left, and Python would flush to it at exit
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
+    context.progress.finish(message if context.environment.rank == 0 else "")
+    return code
