@@ -51,7 +51,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     )
     parser.add_argument("--open", action="store_true", help="open the page in the browser")
     parser.add_argument("--mcp", action="store_true", help="also serve the tools over MCP (needs gradio[mcp])")
-    args = parser.parse_args(arguments)
+    args = parser.parse(arguments)
     with Interrupts(echo=ECHO if environment.distributed else 0.0) as interrupts:
         try:
             serve(args)

@@ -56,7 +56,7 @@ def show_built(tidy: bool) -> None:
 
 def main(argv: Sequence[str] | None = None) -> int:
     try:
-        options = _parser().parse_args(argv)
+        options = _parser().parse(argv)
     except SystemExit as stop:  # argparse has said what is wrong, or shown the help
         return int(stop.code or 0)
     line = ProgressLine(sys.stderr)
@@ -113,7 +113,7 @@ def _lora(text: str) -> tuple[Path, float]:
     return Path(path if colon else text), strength
 
 
-def _parser() -> argparse.ArgumentParser:
+def _parser() -> ArgumentParser:
     parser = ArgumentParser(
         prog="python -m lightx2v.convert",
         description=(__doc__ or "").partition("\n\n")[0],

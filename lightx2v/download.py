@@ -67,7 +67,7 @@ def _table(plan: DownloadPlan) -> str:
     return "\n".join(lines)
 
 
-def _parser() -> argparse.ArgumentParser:
+def _parser() -> ArgumentParser:
     parser = ArgumentParser(
         prog="python -m lightx2v.download",
         description="Downloads the model files that a preset needs and this machine lacks, into the cache that all "

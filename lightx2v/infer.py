@@ -77,7 +77,7 @@ OpenEngine = Callable[[EngineConfig, str, OnProgress], LoadedEngine]
 def main(argv: Sequence[str] | None = None, *, open_engine: OpenEngine | None = None) -> int:
     """Runs the command line and returns its exit code. `open_engine` replaces what loads the model."""
     try:
-        options = _parser().parse_args(argv)
+        options = _parser().parse(argv)
     except SystemExit as stop:  # argparse has said what is wrong, or shown the help
         return int(stop.code or 0)
     try:
@@ -322,7 +322,7 @@ _OVERRIDES = frozenset(
 """Flags whose names are those of fields, so that they go into `resolve` as they are."""
 
 
-def _parser() -> argparse.ArgumentParser:
+def _parser() -> ArgumentParser:
     parser = ArgumentParser(
         prog="python -m lightx2v.infer",
         usage="python -m lightx2v.infer --preset NAME --prompt TEXT [options]",

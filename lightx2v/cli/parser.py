@@ -6,14 +6,15 @@ import argparse
 import difflib
 import re
 from collections.abc import Sequence
-from typing import Any, NoReturn
+from typing import NoReturn
 
 
 class ArgumentParser(argparse.ArgumentParser):
     """argparse's parser with one-line errors that name the nearest flag."""
 
-    def parse_args(self, args: Sequence[str] | None = None, namespace: Any = None) -> Any:
-        options, unknown = self.parse_known_args(args, namespace)
+    def parse(self, argv: Sequence[str] | None = None) -> argparse.Namespace:
+        """The parsed flags; `parse_args` does the same without naming the nearest flag."""
+        options, unknown = self.parse_known_args(argv)
         if flag := next((word.partition("=")[0] for word in unknown if word.startswith("-")), ""):
             flags = re.findall(r"--\w+", self.format_help())
             self.error(f"unknown flag {flag}. The nearest flag is {difflib.get_close_matches(flag, flags, 1, 0.0)[0]}")

@@ -18,6 +18,7 @@ from dataclasses import dataclass
 
 from ..config.environment import Environment
 from ..errors import Cancelled, ConfigError, LightX2VError
+from .parser import ArgumentParser
 from .signals import ECHO, Interrupts
 from .terminal import ProgressLine, logging_to
 
@@ -38,7 +39,7 @@ Body = Callable[[argparse.Namespace, CommandContext], int]
 
 
 def run_command(
-    parser: argparse.ArgumentParser, body: Body, argv: Sequence[str] | None = None, *, stopped: str = ""
+    parser: ArgumentParser, body: Body, argv: Sequence[str] | None = None, *, stopped: str = ""
 ) -> int:
     """Run `body` with the parsed flags. Return its exit code, or that of the error or signal that ended it.
 
@@ -46,7 +47,7 @@ def run_command(
     starts, only rank 0 prints the error that ends all of them, and a signal that torchrun repeats counts once.
     """
     try:
-        options = parser.parse_args(argv)
+        options = parser.parse(argv)
     except SystemExit as stop:  # argparse has printed the error or the help
         return int(stop.code or 0)
     progress = ProgressLine(sys.stderr)

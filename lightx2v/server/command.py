@@ -40,7 +40,7 @@ MAX_CONNECTIONS = 500
 def main(argv: Sequence[str] | None = None, *, open_engine: OpenEngine | None = None) -> int:
     """Serves until it is told to stop. Returns the exit code. `open_engine` replaces what loads the model."""
     try:
-        options = _parser().parse_args(argv)
+        options = _parser().parse(argv)
     except SystemExit as stop:  # argparse has said what is wrong, or shown the help
         return int(stop.code or 0)
     try:
@@ -226,7 +226,7 @@ def is_loopback(host: str) -> bool:
         return False
 
 
-def _parser() -> argparse.ArgumentParser:
+def _parser() -> ArgumentParser:
     parser = ArgumentParser(
         prog="python -m lightx2v.server",
         description="Serves one model over HTTP. Exit codes: 1 failed, 2 bad usage, 130 or 143 stopped by a signal.",

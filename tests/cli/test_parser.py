@@ -33,11 +33,11 @@ def test_a_wrong_flag_is_one_line_and_exit_code_2(
     parser: ArgumentParser, words: list[str], message: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     with pytest.raises(SystemExit) as stop:
-        parser.parse_args(words)
+        parser.parse(words)
     errors = capsys.readouterr().err
     assert stop.value.code == 2 and errors.startswith(f"error: {message}") and errors.count("\n") == 1
     assert "hidden_switch" not in errors
 
 
 def test_right_flags_are_parsed_as_argparse_does(parser: ArgumentParser) -> None:
-    assert vars(parser.parse_args(["--port", "80"])) == {"hidden_switch": None, "host": None, "port": 80}
+    assert vars(parser.parse(["--port", "80"])) == {"hidden_switch": None, "host": None, "port": 80}
