@@ -38,9 +38,7 @@ Body = Callable[[argparse.Namespace, CommandContext], int]
 """The work of a command. It returns the exit code."""
 
 
-def run_command(
-    parser: ArgumentParser, body: Body, argv: Sequence[str] | None = None, *, stopped: str = ""
-) -> int:
+def run_command(parser: ArgumentParser, body: Body, argv: Sequence[str] | None = None, *, stopped: str = "") -> int:
     """Run `body` with the parsed flags. Return its exit code, or that of the error or signal that ended it.
 
     `stopped` is the message after a signal. A flag `--verbose` turns the debug log on. Of the processes that torchrun
