@@ -17,10 +17,10 @@ class ArgumentParser(argparse.ArgumentParser):
         options, unknown = self.parse_known_args(argv)
         if flag := next((word.partition("=")[0] for word in unknown if word.startswith("-")), ""):
             flags = re.findall(r"--\w+", self.format_help())
-            self.error(f"unknown flag {flag}. The nearest flag is {difflib.get_close_matches(flag, flags, 1, 0.0)[0]}")
+            self.error(f"unknown flag {flag}. Did you mean {difflib.get_close_matches(flag, flags, 1, 0.0)[0]}?")
         if unknown:
-            self.error(f"{unknown[0]!r} belongs to no flag. Put quotes around text with spaces")
+            self.error(f"{unknown[0]!r} belongs to no flag. Put quotes around text with spaces.")
         return options
 
     def error(self, message: str) -> NoReturn:
-        self.exit(2, f"error: {message}. --help lists every flag.\n")
+        self.exit(2, f"error: {message}{'' if message.endswith(('.', '?')) else '.'} --help lists every flag.\n")

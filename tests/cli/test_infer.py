@@ -253,11 +253,11 @@ def test_an_existing_file_is_kept_unless_forced(infer: Infer, stage: Stage, tmp_
         (("--preset", "t2v_base_cfg_ulysses", "--prompt", "x"), "torchrun --nproc_per_node=8"),
         (
             ("--preset", "demo_t2v_base", "--prompt", "x", "--promt", "y"),
-            "unknown flag --promt. The nearest flag is --prompt.",
+            "unknown flag --promt. Did you mean --prompt?",
         ),
         (
             ("--preset", "demo_i2v_base", "--prompt", "x", "--image"),
-            "unknown flag --image. The nearest flag is --image_path.",
+            "unknown flag --image. Did you mean --image_path?",
         ),
         (
             ("--prompt", "x", "--image_path"),

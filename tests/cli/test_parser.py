@@ -22,9 +22,9 @@ def parser() -> ArgumentParser:
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (["--hots", "::1"], "unknown flag --hots. The nearest flag is --host. --help lists every flag."),
-        (["--prot=80"], "unknown flag --prot. The nearest flag is --port. --help lists every flag."),
-        (["--hidden"], "unknown flag --hidden. The nearest flag is --"),
+        (["--hots", "::1"], "unknown flag --hots. Did you mean --host? --help lists every flag."),
+        (["--prot=80"], "unknown flag --prot. Did you mean --port? --help lists every flag."),
+        (["--hidden"], "unknown flag --hidden. Did you mean --"),
         (["--host", "a", "b"], "'b' belongs to no flag. Put quotes around text with spaces. --help lists every flag."),
         (["--port", "many"], "argument --port: invalid int value: 'many'. --help lists every flag."),
     ],

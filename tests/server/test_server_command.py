@@ -59,7 +59,7 @@ def test_others_are_not_let_in_without_a_key(host: str, capsys: pytest.CaptureFi
         (["--preset", T2V, "--port", "many"], "argument --port: invalid int value: 'many'"),
         (["--preset", T2V, "--max_queue_size", "0"], "from 1 to 10000"),
         (["--preset", T2V, "--result_ttl_hours", "-1"], "from 0 on"),
-        (["--preset", T2V, "--hots", "::1"], "unknown flag --hots. The nearest flag is --host."),
+        (["--preset", T2V, "--hots", "::1"], "unknown flag --hots. Did you mean --host?"),
     ],
 )
 def test_wrong_flags_are_told_and_nothing_is_loaded(
