@@ -1,20 +1,22 @@
 # Everything on a fresh machine with Python 3.11 or newer:  make app | make demo | make test
 # On Linux without a GPU, TORCH_INDEX=https://download.pytorch.org/whl/cpu avoids the large CUDA packages.
 # LOCKED=1 takes from PyPI just the files whose hashes are in requirements.lock.
+# NO_GPU_EXTRAS=1 leaves out the optional kernels that app and demo install where the GPU has ready-made ones.
 
 PYTHON ?= python3
 TORCH_INDEX ?=
 LOCKED ?=
+NO_GPU_EXTRAS ?=
 BIN := .venv/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt $(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX))
 PROMPT ?= a red ball rolls left over green grass at night
 
 .PHONY: app demo test check format screenshots clean
 
-app: .venv/.app  ## the page on http://127.0.0.1:7860 (ARGS="--share", "--port 8080", ...)
+app: $(if $(NO_GPU_EXTRAS),.venv/.app,.venv/.gpu)  ## the page on http://127.0.0.1:7860 (ARGS="--share", "--port 8080", ...)
 	$(BIN)/python app.py $(ARGS)
 
-demo: .venv/.app  ## one small video without a browser; prints its path
+demo: $(if $(NO_GPU_EXTRAS),.venv/.app,.venv/.gpu)  ## one small video without a browser; prints its path
 	$(BIN)/python -m lightx2v.infer --preset demo_t2v_distill_lora --prompt "$(PROMPT)" $(ARGS)
 
 test: check  ## static checks, then every test
@@ -42,6 +44,10 @@ clean:  ## removes .venv; videos stay in outputs
 
 .venv/.app: .venv/.python requirements.txt constraints.txt
 	$(if $(LOCKED),$(BIN)/python -m pip install --quiet --require-hashes -r requirements.lock,$(PIP) -r requirements.txt)
+	touch $@
+
+.venv/.gpu: .venv/.app requirements-gpu.txt
+	$(BIN)/python scripts/gpu_extras.py
 	touch $@
 
 .venv/.dev: .venv/.app requirements-dev.txt
