@@ -12,7 +12,7 @@ from collections.abc import Mapping
 
 from starlette.routing import BaseRoute
 
-from lightx2v.server.application import Beside, create_app
+from lightx2v.server.application import ApiMount, create_app
 from lightx2v.server.metrics import Metrics
 from lightx2v.server.service import Service
 
@@ -28,7 +28,7 @@ def api_routes(studio: Studio, variables: Mapping[str, str] = os.environ) -> lis
         return []
     names = sorted((info.name for info in studio.presets), key=lambda name: name != studio.default_preset)
     service = Service(studio.jobs, {name: settings_of(name) for name in names}, check=exposure.limits.check)
-    return [Beside(create_app(service, Metrics(), keys=keys, gate=False))]
+    return [ApiMount(create_app(service, Metrics(), keys=keys, limits=False))]
 
 
 def api_keys(exposure: Exposure, variables: Mapping[str, str]) -> list[str]:

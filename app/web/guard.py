@@ -13,7 +13,7 @@ from starlette.datastructures import Headers
 from starlette.responses import PlainTextResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from lightx2v.server.limits import MAX_BODY, SAFE_METHODS, Bucket, Unread, bounded, host_name, same_origin
+from lightx2v.server.limits import MAX_BODY, SAFE_METHODS, BodyRefused, RateLimit, bounded, host_name, same_origin
 
 from ..exposure import Exposure
 
@@ -31,7 +31,7 @@ class Guard:
         self._exposure = exposure
         self._origins = origins
         # A page asks once or twice a second; a person who clicks fast ten times.
-        self._rate = Bucket(per_second=20, burst=100)
+        self._rate = RateLimit(per_second=20, burst=100)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -52,7 +52,7 @@ class Guard:
 
         try:
             await self._app(scope, bounded(receive, limit), counted_send)
-        except Unread as body:
+        except BodyRefused as body:
             if not started:
                 await _refuse(body.status, str(body))(scope, receive, send)
         except OSError as error:

@@ -91,14 +91,14 @@ class EngineSlot:
         except Exception as error:  # the one place where a job's failure stops
             failure = error
         if isinstance(failure, Cancelled):
-            release(failure)
-            return Outcome(error=explain(failure, id), cancelled=True)
+            release_frames(failure)
+            return Outcome(error=public_error(failure, id), cancelled=True)
         # Text, not exc_info: a log record that is kept somewhere would keep the step's tensors through the traceback.
         log.error("job %s failed\n%s", id, "".join(traceback.format_exception(failure)))
-        error = explain(failure, id)
+        error = public_error(failure, id)
         fatal = device_is_lost(failure) or isinstance(failure, GroupFailed)
         starved, known = is_out_of_memory(failure), isinstance(failure, LightX2VError)
-        release(failure)
+        release_frames(failure)
         failure = None
         if starved:
             free_memory()
@@ -126,7 +126,7 @@ class EngineSlot:
         return self._engine
 
 
-def explain(error: BaseException, id: str) -> dict[str, str]:
+def public_error(error: BaseException, id: str) -> dict[str, str]:
     """Type and message for the person who waits: no traceback, and of errors that are not ours not even the text."""
     if isinstance(error, LightX2VError):
         return {"type": type(error).__name__, "message": str(error)}
@@ -154,7 +154,7 @@ def device_is_lost(error: BaseException) -> bool:
     return isinstance(error, RuntimeError) and "CUDA error" in str(error) and not is_out_of_memory(error)
 
 
-def release(error: BaseException) -> None:
+def release_frames(error: BaseException) -> None:
     """Lets go of all frames that the error and its causes hold: their locals are the failed step's tensors."""
     pending: list[BaseException | None] = [error]
     seen: set[int] = set()

@@ -22,14 +22,14 @@ class JobFiles:
     def __init__(self, folder: Path) -> None:
         self.folder = folder
 
-    def keep_folder(self) -> None:
+    def ensure_folder(self) -> None:
         """Makes the folder again if somebody removed it: the run whose video goes there need not be lost."""
         self.folder.mkdir(parents=True, exist_ok=True)
 
     def video(self, id: str) -> Path:
         return self.folder / f"{id}.mp4"
 
-    def with_own_pictures(self, id: str, request: Request) -> Request:
+    def with_own_images(self, id: str, request: Request) -> Request:
         """The request over copies of its pictures that belong to the job: uploads do not outlive a restart."""
         own: dict[str, str] = {}
         for name, path in (("image_path", request.image_path), ("last_frame_path", request.last_frame_path)):

@@ -152,7 +152,7 @@ class JobManager:
             self._check_room(store)
         id = secrets.token_hex(16)
         try:
-            own = self._files.with_own_pictures(id, request)
+            own = self._files.with_own_images(id, request)
             with self._session() as store, store.transaction():
                 if (known := self._known(store, owner, client_id, config, request)) is not None:
                     self._files.remove(id)  # it came twice at the same time
@@ -208,7 +208,7 @@ class JobManager:
         config = config or job.config
         preset = job.preset if preset is None else _label("preset", preset)
         config.check_request(request)
-        own = self._files.with_own_pictures(id, request)
+        own = self._files.with_own_images(id, request)
         with self._session() as store:
             self._queued(store, id, "changed")
             store.change(id, config=config, request=own, preset=preset)

@@ -123,7 +123,7 @@ class JobWorker:
                         self._purge()
                     for id in self._store.queued()[:1]:
                         job = self._store.job(id)
-                        self._files.keep_folder()
+                        self._files.ensure_folder()
                         self._files.video(id).unlink(missing_ok=True)  # of a run that was interrupted
                         self._store.start(id, self._clock())
                         self.running = Running(id)
@@ -151,7 +151,7 @@ class JobWorker:
                 running.next_event = now + EVENT_SECONDS
                 data = {f.name: getattr(event, f.name) for f in fields(event) if f.name != "preview"}
                 try:
-                    self._files.keep_folder()
+                    self._files.ensure_folder()
                     self._store.add_event(running.id, self._clock(), "progress", data)
                 except (sqlite3.Error, OSError) as error:
                     log.warning("an event of job %s could not be stored: %s", running.id, error)

@@ -20,14 +20,14 @@ from starlette.types import Receive, Scope, Send
 
 from .. import __version__
 from ..errors import Busy, LightX2VError
-from .auth import Keys
-from .limits import Gate, refuse
-from .metrics import Counted, Metrics
-from .openapi import complete, refusals
+from .auth import ApiKeyAuth
+from .limits import RequestLimits, error_response
+from .metrics import Metrics, MetricsMiddleware
+from .openapi import complete, error_responses
 from .responses import Health, problem
 from .service import Service
-from .status_routes import overview_routes
-from .submit import Submissions
+from .status_routes import status_routes
+from .submit import Submitter
 from .task_routes import task_routes
 from .video_routes import video_routes
 
@@ -45,10 +45,10 @@ def create_app(
     *,
     keys: Sequence[str] = (),
     hosts: Set[str] | None = None,
-    gate: bool = True,
+    limits: bool = True,
 ) -> FastAPI:
-    """`keys` let in, or everybody without any. `hosts` are the names it answers to, None for any. Without `gate` host,
-    origin, size and rate are somebody else's to check."""
+    """`keys` let in, or everybody without any. `hosts` are the names it answers to, None for any. Without `limits` the
+    caller checks host, origin, size and rate."""
     app = FastAPI(
         title="LightX2V",
         version=__version__,
@@ -56,12 +56,12 @@ def create_app(
         redoc_url=None,
         swagger_ui_oauth2_redirect_url=None,
     )
-    app.add_middleware(Keys, keys=keys)
-    if gate:
-        app.add_middleware(Gate, hosts=hosts)
-    app.add_middleware(Counted, metrics=metrics)
-    submissions = Submissions(service)
-    app.include_router(overview_routes(service))
+    app.add_middleware(ApiKeyAuth, keys=keys)
+    if limits:
+        app.add_middleware(RequestLimits, hosts=hosts)
+    app.add_middleware(MetricsMiddleware, metrics=metrics)
+    submissions = Submitter(service)
+    app.include_router(status_routes(service))
     app.include_router(task_routes(service, submissions))
     app.include_router(video_routes(service, submissions))
     _add_state(app, service, metrics)
@@ -77,14 +77,14 @@ def _add_state(app: FastAPI, service: Service, metrics: Metrics) -> None:
     def root() -> Response:
         return RedirectResponse("docs")
 
-    @app.get("/health", tags=["state"], responses=refusals(503))
+    @app.get("/health", tags=["state"], responses=error_responses(503))
     def health() -> Health:
         """Whether the program lives; 503 means that only a restart helps."""
         if not jobs.alive:
             raise HTTPException(503, "The worker has stopped; its log says why. Restart the program.")
         return Health(status="ok")
 
-    @app.get("/ready", tags=["state"], responses=refusals(503))
+    @app.get("/ready", tags=["state"], responses=error_responses(503))
     def ready() -> Health:
         """Whether a job would be taken now; 503 while the queue or the disk is full."""
         health()
@@ -100,7 +100,7 @@ def _add_state(app: FastAPI, service: Service, metrics: Metrics) -> None:
             raise HTTPException(503, "The disk is full.")
         return Health(status="ready")
 
-    @app.get("/metrics", tags=["state"], response_class=PlainTextResponse, responses=refusals())
+    @app.get("/metrics", tags=["state"], response_class=PlainTextResponse, responses=error_responses())
     def prometheus() -> PlainTextResponse:
         """Counters in Prometheus' text format."""
         return PlainTextResponse(metrics.text(jobs), media_type="text/plain; version=0.0.4")
@@ -119,11 +119,11 @@ def _add_errors(app: FastAPI, service: Service) -> None:
     def invalid(request: Request, error: RequestValidationError) -> Response:
         first = error.errors()[0]
         where = ".".join(str(part)[:40] for part in first["loc"])
-        return refuse(422, "BadRequest", f"{where}: {first['msg'][:200]}.")
+        return error_response(422, "BadRequest", f"{where}: {first['msg'][:200]}.")
 
     @app.exception_handler(HTTPException)
     def refused(request: Request, error: HTTPException) -> Response:
-        return refuse(error.status_code, "HTTPError", str(error.detail), dict(error.headers or {}))
+        return error_response(error.status_code, "HTTPError", str(error.detail), dict(error.headers or {}))
 
     @app.exception_handler(OSError)
     def full_disk(request: Request, error: OSError) -> Response:
@@ -131,18 +131,20 @@ def _add_errors(app: FastAPI, service: Service) -> None:
         if error.errno not in (errno.ENOSPC, errno.EDQUOT):
             raise error
         log.error("a request could not be stored: %s", error.strerror)
-        return refuse(507, "OutputError", "A disk of the server is full. Free some space there, and send it again.")
+        return error_response(
+            507, "OutputError", "A disk of the server is full. Free some space there, and send it again."
+        )
 
     @app.exception_handler(Exception)
     def unknown(request: Request, error: Exception) -> Response:
         number = secrets.token_hex(4)
         log.error("request %s failed\n%s", number, "".join(traceback.format_exception(error)))
-        return refuse(
+        return error_response(
             500, "InternalError", f"Something went wrong inside the program. Its log says more, under {number}."
         )
 
 
-class Beside(BaseRoute):
+class ApiMount(BaseRoute):
     """A route for another application's list: passes PATHS on to `app` and leaves everything else alone."""
 
     def __init__(self, app: FastAPI) -> None:

@@ -16,7 +16,7 @@ from starlette.datastructures import Headers
 from starlette.requests import Request
 from starlette.types import ASGIApp, Receive, Scope, Send
 
-from .limits import refuse
+from .limits import error_response
 
 OWNER = "lightx2v.owner"
 """Where the owner is kept in an ASGI scope."""
@@ -24,7 +24,7 @@ NOBODY = "api"
 """The owner of all jobs where there are no keys."""
 
 
-class Keys:
+class ApiKeyAuth:
     """ASGI middleware: 401 without one of the keys, on every route. Without keys everybody is let in."""
 
     def __init__(self, app: ASGIApp, keys: Sequence[str] = ()) -> None:
@@ -41,7 +41,7 @@ class Keys:
         owner = self._owner(Headers(scope=scope)) if self._owners else NOBODY
         if owner is None:
             sentence = "An API key is needed: send the header Authorization: Bearer KEY."
-            answer = refuse(
+            answer = error_response(
                 401, "Unauthorized", sentence, {"WWW-Authenticate": 'Basic realm="LightX2V", charset="UTF-8"'}
             )
             await answer(scope, receive, send)

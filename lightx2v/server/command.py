@@ -122,7 +122,7 @@ def _serve(options: argparse.Namespace, folder: Path, resolved: Resolved, loaded
 
     from ..jobs.queue import JobManager
     from .application import create_app
-    from .input_images import Pictures
+    from .input_images import InputImages
     from .metrics import Metrics
     from .service import Service
 
@@ -136,8 +136,8 @@ def _serve(options: argparse.Namespace, folder: Path, resolved: Resolved, loaded
     )
     with jobs:
         name = resolved.preset.name or resolved.engine.task
-        pictures = Pictures(folder=options.input_dir)
-        service = Service(jobs, {name: resolved}, pictures=pictures, lora_dir=options.lora_dir)
+        images = InputImages(folder=options.input_dir)
+        service = Service(jobs, {name: resolved}, images=images, lora_dir=options.lora_dir)
         app = create_app(service, metrics, keys=keys, hosts=_hosts(options))
         config = uvicorn.Config(
             app,

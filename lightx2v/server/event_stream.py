@@ -23,12 +23,12 @@ from .responses import Step, video, video_status
 from .service import Service
 
 POLL_SECONDS = 0.25
-"""Streams look instead of waiting, so that a hundred of them hold no threads."""
+"""EventStreams look instead of waiting, so that a hundred of them hold no threads."""
 ALIVE_SECONDS = 15.0
 MAX_STREAMS = 100
 
 
-class Streams:
+class EventStreams:
     """The open streams of one server; more than MAX_STREAMS are refused."""
 
     def __init__(self, service: Service) -> None:
@@ -52,7 +52,7 @@ class Streams:
                     yield _message(event.kind, _content(event), after)
                 if job is None or job.over:
                     if job is not None:
-                        yield _message("video", video(job, self._service.names).model_dump())
+                        yield _message("video", video(job, self._service.file_names).model_dump())
                     return
                 silent = 0.0 if events else silent + POLL_SECONDS
                 if silent >= ALIVE_SECONDS:

@@ -40,7 +40,7 @@ def file_name(wish: str) -> str:
     return name
 
 
-class Names:
+class FileNames:
     """The wishes of the jobs in one folder."""
 
     def __init__(self, folder: Path) -> None:

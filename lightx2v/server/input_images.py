@@ -16,7 +16,7 @@ _BASE64 = re.compile(r"[A-Za-z0-9+/_\s-]{64,}={0,2}\s*")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Pictures:
+class InputImages:
     """`folder` holds files that clients may name; without one no path is read."""
 
     fetcher: Fetcher = field(default_factory=Fetcher)

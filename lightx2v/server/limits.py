@@ -23,7 +23,7 @@ BODY_SECONDS = 300.0
 SAFE_METHODS = ("GET", "HEAD", "OPTIONS")
 
 
-class Bucket:
+class RateLimit:
     """A rate limit by client: `burst` at once, then `per_second`. Remembers the last thousand clients."""
 
     def __init__(self, per_second: float, burst: int) -> None:
@@ -44,7 +44,7 @@ class Bucket:
         return allowed
 
 
-class Unread(Exception):
+class BodyRefused(Exception):
     """A body that is not read to its end: larger than it said, or too slow. The text is for the client."""
 
     def __init__(self, status: int, sentence: str) -> None:
@@ -53,7 +53,7 @@ class Unread(Exception):
 
 
 def bounded(receive: Receive, limit: int, seconds: float = BODY_SECONDS) -> Receive:
-    """`receive`, raising Unread past `limit` bytes of body, or where it is not whole `seconds` after somebody asks."""
+    """`receive`, raising BodyRefused past `limit` bytes, or if the body is not whole `seconds` after the first read."""
     seen, whole, deadline = 0, False, 0.0
 
     async def counted() -> Message:
@@ -65,11 +65,11 @@ def bounded(receive: Receive, limit: int, seconds: float = BODY_SECONDS) -> Rece
             async with asyncio.timeout(deadline - time.monotonic()):
                 message = await receive()
         except TimeoutError:
-            raise Unread(408, f"The request was not complete after {seconds:g} seconds. Send it again.") from None
+            raise BodyRefused(408, f"The request was not complete after {seconds:g} seconds. Send it again.") from None
         if message["type"] == "http.request":
             seen += len(message.get("body", b""))
             if seen > limit:
-                raise Unread(413, _larger(limit))
+                raise BodyRefused(413, _larger(limit))
         whole = not message.get("more_body", False)
         return message
 
@@ -90,7 +90,7 @@ def same_origin(headers: Headers, more: Set[str] = frozenset()) -> bool:
     return origin.partition("://")[2].lower() in ours | more
 
 
-class Gate:
+class RequestLimits:
     """ASGI middleware. `hosts` are the Host headers that are answered, None for any."""
 
     def __init__(
@@ -103,7 +103,7 @@ class Gate:
         body_seconds: float = BODY_SECONDS,
     ) -> None:
         self._app, self._hosts, self._body_seconds = app, hosts, body_seconds
-        self._rate = Bucket(per_second, burst)
+        self._rate = RateLimit(per_second, burst)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -122,27 +122,29 @@ class Gate:
 
         try:
             await self._app(scope, bounded(receive, MAX_BODY, self._body_seconds), noted)
-        except Unread as body:
+        except BodyRefused as body:
             if not started:
-                await refuse(body.status, "BadRequest", str(body))(scope, receive, send)
+                await error_response(body.status, "BadRequest", str(body))(scope, receive, send)
 
     def _refusal(self, scope: Scope, headers: Headers) -> Response | None:
         if self._hosts is not None and host_name(headers.get("host", "")) not in self._hosts:
-            return refuse(403, "Forbidden", "This host name is not served. Start the server with --allow_host NAME.")
+            return error_response(
+                403, "Forbidden", "This host name is not served. Start the server with --allow_host NAME."
+            )
         if scope["method"] in SAFE_METHODS:
             return None
         if not same_origin(headers):
-            return refuse(403, "Forbidden", "Requests from other sites are not accepted.")
+            return error_response(403, "Forbidden", "Requests from other sites are not accepted.")
         length = headers.get("content-length", "0")
         if not length.isdecimal() or len(length) > 15 or int(length) > MAX_BODY:
-            return refuse(413, "BadRequest", _larger(MAX_BODY))
+            return error_response(413, "BadRequest", _larger(MAX_BODY))
         if not self._rate.take(scope["client"][0] if scope.get("client") else ""):
             sentence = "Too many requests. Wait a few seconds."
-            return refuse(429, "Busy", sentence, {"Retry-After": "5"})
+            return error_response(429, "Busy", sentence, {"Retry-After": "5"})
         return None
 
 
-def refuse(status: int, kind: str, sentence: str, headers: dict[str, str] | None = None) -> JSONResponse:
+def error_response(status: int, kind: str, sentence: str, headers: dict[str, str] | None = None) -> JSONResponse:
     """An error in the form that all routes use."""
     return JSONResponse({"error": {"type": kind, "message": sentence}}, status_code=status, headers=headers)
 

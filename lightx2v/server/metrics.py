@@ -106,7 +106,7 @@ def _family(name: str, kind: str, samples: dict[str, float]) -> str:
     return f"# TYPE {name} {kind}\n" + "".join(f"{name}{labels} {value}\n" for labels, value in samples.items())
 
 
-class Counted:
+class MetricsMiddleware:
     """ASGI middleware: tells `metrics` of every request."""
 
     def __init__(self, app: ASGIApp, metrics: Metrics) -> None:

@@ -10,9 +10,9 @@ from fastapi import FastAPI
 from pydantic import BaseModel
 
 from .request_bodies import FILES, TaskBody, VideoBody
-from .responses import Refusal
+from .responses import ErrorResponse
 
-REASONS = {
+DESCRIPTIONS = {
     400: "The form cannot be read.",
     401: "No key, or a wrong one.",
     403: "From another site, or for a host name that is not served.",
@@ -28,17 +28,17 @@ REASONS = {
 _REFERENCE = "#/components/schemas/{model}"
 
 
-def refusals(*statuses: int) -> dict[int | str, dict[str, Any]]:
+def error_responses(*statuses: int) -> dict[int | str, dict[str, Any]]:
     """`responses` of a route: these errors and those that every route has."""
-    content = {"application/json": {"schema": {"$ref": _REFERENCE.format(model="Refusal")}}}
-    return {status: {"content": content, "description": REASONS[status]} for status in (401, 403, *statuses)}
+    content = {"application/json": {"schema": {"$ref": _REFERENCE.format(model="ErrorResponse")}}}
+    return {status: {"content": content, "description": DESCRIPTIONS[status]} for status in (401, 403, *statuses)}
 
 
-SUBMISSION = refusals(400, 408, 413, 415, 422, 429, 507)
+SUBMISSION = error_responses(400, 408, 413, 415, 422, 429, 507)
 """`responses` of a route that takes a job."""
 
 
-def body_of(kind: type[BaseModel]) -> dict[str, Any]:
+def request_body(kind: type[BaseModel]) -> dict[str, Any]:
     """`openapi_extra` of a route that takes `kind` as JSON or as a form."""
     name = kind.__name__
     content = {
@@ -49,18 +49,18 @@ def body_of(kind: type[BaseModel]) -> dict[str, Any]:
 
 
 def complete(app: FastAPI, *, keyed: bool) -> None:
-    """Makes `app.openapi` hold the schemas that `body_of` refers to, and that a key is needed where one is."""
+    """Makes `app.openapi` hold the schemas that `request_body` refers to, and that a key is needed where one is."""
     plain = app.openapi
 
     def completed() -> dict[str, Any]:
         if app.openapi_schema is None:
             document = plain()
             schemas = document["components"]["schemas"]
-            for kind in (VideoBody, TaskBody, Refusal):
+            for kind in (VideoBody, TaskBody, ErrorResponse):
                 schema = kind.model_json_schema(ref_template=_REFERENCE)
                 schemas |= schema.pop("$defs", {})
                 schemas[kind.__name__] = schema
-                if kind is not Refusal:
+                if kind is not ErrorResponse:
                     schemas[f"{kind.__name__}Form"] = _as_form(schema, FILES[:2] if kind is VideoBody else FILES[2:])
             if keyed:
                 document["components"]["securitySchemes"] = {"key": {"type": "http", "scheme": "bearer"}}

@@ -17,7 +17,7 @@ from starlette.requests import Request as HttpRequest
 from ..config.request import MAX_PROMPT
 from ..errors import BadRequest
 from ..media.images import MAX_BYTES
-from .service import Lora, Wish
+from .service import LoraChoice, VideoRequest
 
 Body = TypeVar("Body", bound=BaseModel)
 Text = Annotated[str, Field(max_length=MAX_PROMPT)]
@@ -47,8 +47,8 @@ class LoraBody(BaseModel):
     )
     strength: Annotated[float, Field(ge=-100, le=100)] = 1.0
 
-    def lora(self) -> Lora:
-        return Lora(file=self.path, expert=self.name, strength=self.strength)
+    def lora(self) -> LoraChoice:
+        return LoraChoice(file=self.path, expert=self.name, strength=self.strength)
 
 
 class VideoBody(BaseModel):
@@ -88,7 +88,7 @@ class VideoBody(BaseModel):
     )
     file_name: Annotated[str, Field(max_length=200)] | None = Field(None, description="What the video is called.")
 
-    def wish(self, files: dict[str, bytes]) -> Wish:
+    def video_request(self, files: dict[str, bytes]) -> VideoRequest:
         settings = _given(self, _VIDEO_SETTINGS)
         if self.size is not None:
             if self.height is not None or self.width is not None:
@@ -101,7 +101,7 @@ class VideoBody(BaseModel):
                     "guidance_scale_2 is the low-noise expert's; guidance_scale must be one number beside it."
                 )
             settings["guidance_scale"] = [self.guidance_scale, self.guidance_scale_2]
-        return Wish(
+        return VideoRequest(
             prompt=self.prompt,
             negative_prompt=self.negative_prompt,
             preset=self.model or "",
@@ -156,19 +156,19 @@ class TaskBody(BaseModel):
     sr_ratio: float | None = Field(None, description="Of other models; without effect.")
     reuse: bool | None = Field(None, description="Without effect.")
 
-    def wish(self, files: dict[str, bytes]) -> Wish:
+    def video_request(self, files: dict[str, bytes]) -> VideoRequest:
         settings = _given(self, _TASK_SETTINGS)
         if self.target_fps is not None:
             settings["fps"] = self.target_fps
         if self.target_shape:
             settings["target_shape"] = self.target_shape
-        return Wish(
+        return VideoRequest(
             prompt=self.prompt,
             negative_prompt=self.negative_prompt,
             image=files.get("image_file", self.image_path),
             last_frame=files.get("last_frame_file", self.last_frame_path),
             settings=settings,
-            loras=[Lora(file=self.lora_name, strength=self.lora_strength)] if self.lora_name else (),
+            loras=[LoraChoice(file=self.lora_name, strength=self.lora_strength)] if self.lora_name else (),
             client_id=self.task_id or None,
             name=self.save_result_path,
         )

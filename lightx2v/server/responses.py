@@ -9,7 +9,7 @@ from pydantic import BaseModel, Field
 
 from ..errors import Busy, LightX2VError
 from ..jobs.store import Job, State
-from .file_names import Names
+from .file_names import FileNames
 
 VideoStatus = Literal["queued", "in_progress", "completed", "failed", "cancelled", "interrupted"]
 TaskStatus = Literal["pending", "processing", "completed", "failed", "cancelled"]
@@ -32,16 +32,16 @@ _TASK_STATUS: dict[State, TaskStatus] = {
 }
 
 
-class Problem(BaseModel):
+class ErrorDetail(BaseModel):
     type: str
     message: str
     position: int | None = Field(None, description="With 429: the place that the job would have had in the queue.")
 
 
-class Refusal(BaseModel):
+class ErrorResponse(BaseModel):
     """Every error looks like this."""
 
-    error: Problem
+    error: ErrorDetail
 
 
 class Step(BaseModel):
@@ -78,7 +78,7 @@ class Video(BaseModel):
     num_frames: int
     client_id: str | None = None
     file_name: str
-    error: Problem | None = None
+    error: ErrorDetail | None = None
     timings: dict[str, Any] | None = Field(None, description="Seconds per stage and step, memory peaks in bytes.")
     warnings: list[str] = []
 
@@ -168,7 +168,7 @@ class Health(BaseModel):
     status: str
 
 
-def video(job: Job, names: Names) -> Video:
+def video(job: Job, names: FileNames) -> Video:
     request, result = job.request, job.result or {}
     height, width = result.get("height", request.height), result.get("width", request.width)
     return Video(
@@ -193,7 +193,7 @@ def video(job: Job, names: Names) -> Video:
         file_name=names.of(job.id),
         error=None
         if job.error is None
-        else Problem(type=job.error["type"], message=job.error["message"], position=None),
+        else ErrorDetail(type=job.error["type"], message=job.error["message"], position=None),
         timings=result.get("timings"),
         warnings=result.get("warnings", []),
     )
@@ -207,14 +207,14 @@ def deleted(job: Job, *, gone: bool) -> Deleted:
     return Deleted(id=job.id, deleted=gone, status=video_status(job.state), cancelling=job.cancelling)
 
 
-def created(job: Job, names: Names) -> TaskCreated:
+def created(job: Job, names: FileNames) -> TaskCreated:
     id = task_id(job)
     return TaskCreated(
         task_id=id, task_status=_TASK_STATUS[job.state], save_result_path=names.of(job.id), position=job.position
     )
 
 
-def task(job: Job, names: Names) -> Task:
+def task(job: Job, names: FileNames) -> Task:
     return Task(
         task_id=task_id(job),
         status=_TASK_STATUS[job.state],
@@ -252,10 +252,10 @@ def percent(job: Job) -> int:
     return min(99, 100 * event.step // event.total) if event.stage == "denoise" and event.total else 99
 
 
-def problem(error: LightX2VError, *, position: int | None = None) -> Refusal:
+def problem(error: LightX2VError, *, position: int | None = None) -> ErrorResponse:
     name = type(error).__name__
-    known = Problem(type=name, message=str(error), position=position if isinstance(error, Busy) else None)
-    return Refusal(error=known)
+    known = ErrorDetail(type=name, message=str(error), position=position if isinstance(error, Busy) else None)
+    return ErrorResponse(error=known)
 
 
 def public_path(name: str) -> str:

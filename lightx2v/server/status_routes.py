@@ -10,16 +10,16 @@ from starlette.responses import FileResponse
 from ..config.environment import Environment
 from ..jobs.store import Job
 from .auth import owner_of
-from .openapi import refusals
+from .openapi import error_responses
 from .responses import Metadata, QueueStatus, ServiceStatus, Task, public_path, task, task_id
 from .service import HISTORY, Service
 from .video_file import VIDEO, video_file
 
 
-def overview_routes(service: Service) -> APIRouter:
+def status_routes(service: Service) -> APIRouter:
     """To be included before the task routes, one of which would take `queue` for a task's id."""
-    router = APIRouter(prefix="/v1", tags=["tasks"], responses=refusals())
-    names, jobs = service.names, service.jobs
+    router = APIRouter(prefix="/v1", tags=["tasks"], responses=error_responses())
+    names, jobs = service.file_names, service.jobs
 
     @router.get("/tasks/")
     def list_tasks(request: Request) -> dict[str, Task]:

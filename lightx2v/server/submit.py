@@ -17,7 +17,7 @@ from .request_bodies import TaskBody, VideoBody, read_body
 from .service import Service
 
 AT_ONCE = 16
-"""Submissions that are worked on at one time, each for up to ten seconds while its pictures are fetched."""
+"""Submitter that are worked on at one time, each for up to ten seconds while its pictures are fetched."""
 
 BODIES = 4 * MAX_BODY
 """Bytes of large bodies in memory at one time, as they came; read, they are a few times that. Others wait unread."""
@@ -26,7 +26,7 @@ SMALL = 1_000_000
 LOOK_SECONDS = 0.05
 
 
-class Submissions:
+class Submitter:
     """All of one server's, so that together they are bounded."""
 
     def __init__(self, service: Service) -> None:
@@ -39,7 +39,7 @@ class Submissions:
         owner = owner_of(request)
         async with self._space(request):
             body, files = await read_body(request, kind)
-            return await run_sync(lambda: self._service.submit(owner, body.wish(files)), limiter=self._places)
+            return await run_sync(lambda: self._service.submit(owner, body.video_request(files)), limiter=self._places)
 
     @asynccontextmanager
     async def _space(self, request: HttpRequest) -> AsyncIterator[None]:

@@ -12,31 +12,31 @@ from fastapi import APIRouter, Path, Request
 from starlette.responses import FileResponse
 
 from .auth import owner_of
-from .openapi import SUBMISSION, body_of, refusals
+from .openapi import SUBMISSION, error_responses, request_body
 from .request_bodies import TaskBody
 from .responses import Stopped, Task, TaskCreated, created, task
 from .service import Service
 from .status_routes import active
-from .submit import Submissions
+from .submit import Submitter
 from .video_file import VIDEO, video_file
 
 Id = Annotated[str, Path(min_length=1, max_length=200, description="The task's id, yours or the one it was given.")]
 
 
-def task_routes(service: Service, submissions: Submissions) -> APIRouter:
-    router = APIRouter(prefix="/v1", tags=["tasks"], responses=refusals())
-    names, jobs = service.names, service.jobs
+def task_routes(service: Service, submissions: Submitter) -> APIRouter:
+    router = APIRouter(prefix="/v1", tags=["tasks"], responses=error_responses())
+    names, jobs = service.file_names, service.jobs
 
-    @router.post("/tasks/video/", openapi_extra=body_of(TaskBody), responses=SUBMISSION)
-    @router.post("/tasks/video/form", openapi_extra=body_of(TaskBody), responses=SUBMISSION)
-    @router.post("/tasks/", openapi_extra=body_of(TaskBody), responses=SUBMISSION, deprecated=True)
+    @router.post("/tasks/video/", openapi_extra=request_body(TaskBody), responses=SUBMISSION)
+    @router.post("/tasks/video/form", openapi_extra=request_body(TaskBody), responses=SUBMISSION)
+    @router.post("/tasks/", openapi_extra=request_body(TaskBody), responses=SUBMISSION, deprecated=True)
     @router.post("/tasks/video", include_in_schema=False)
     @router.post("/tasks", include_in_schema=False)
     async def create_task(request: Request) -> TaskCreated:
         """Queues a video. The body is JSON, or a form where pictures are files."""
         return created(await submissions.job(request, TaskBody), names)
 
-    @router.get("/tasks/{id}/status", responses=refusals(404, 422))
+    @router.get("/tasks/{id}/status", responses=error_responses(404, 422))
     def task_status(request: Request, id: Id) -> Task:
         return task(service.job(owner_of(request), id), names)
 
@@ -56,7 +56,7 @@ def task_routes(service: Service, submissions: Submissions) -> APIRouter:
             return Stopped(stop_status="do_nothing", reason="No task of yours is waiting or running.")
         return Stopped(stop_status="success", reason=f"{len(mine)} tasks are cancelled.")
 
-    @router.delete("/tasks/{id}", responses=refusals(404, 422))
+    @router.delete("/tasks/{id}", responses=error_responses(404, 422))
     def stop_task(request: Request, id: Id) -> Stopped:
         """Cancels a task, within one step if it runs."""
         job = service.job(owner_of(request), id)

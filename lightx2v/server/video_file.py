@@ -7,7 +7,7 @@ from typing import Any
 
 from starlette.responses import FileResponse
 
-from .openapi import refusals
+from .openapi import error_responses
 
 _HEADERS = {"X-Content-Type-Options": "nosniff", "Cache-Control": "private"}
 _ANSWER = {
@@ -16,7 +16,12 @@ _ANSWER = {
 }
 VIDEO: dict[str, Any] = {
     "response_class": FileResponse,
-    "responses": {200: _ANSWER, 206: _ANSWER, 416: {"description": "There is no such range."}, **refusals(404, 422)},
+    "responses": {
+        200: _ANSWER,
+        206: _ANSWER,
+        416: {"description": "There is no such range."},
+        **error_responses(404, 422),
+    },
 }
 """What a route that gives a video says of itself."""
 

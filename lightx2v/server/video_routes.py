@@ -12,27 +12,27 @@ from starlette.responses import FileResponse, StreamingResponse
 
 from ..jobs.store import UnknownJob
 from .auth import owner_of
-from .event_stream import Streams
-from .openapi import SUBMISSION, body_of, refusals
+from .event_stream import EventStreams
+from .openapi import SUBMISSION, error_responses, request_body
 from .request_bodies import VideoBody
 from .responses import Deleted, Model, ModelList, Video, VideoList, deleted, video
 from .service import HISTORY, Service
-from .submit import Submissions
+from .submit import Submitter
 from .video_file import VIDEO, video_file
 
 Id = Annotated[str, Path(min_length=1, max_length=200, description="The job's id, or the client_id it was sent with.")]
 
 
-def video_routes(service: Service, submissions: Submissions) -> APIRouter:
-    router = APIRouter(prefix="/v1", tags=["videos"], responses=refusals())
-    names, jobs, streams = service.names, service.jobs, Streams(service)
+def video_routes(service: Service, submissions: Submitter) -> APIRouter:
+    router = APIRouter(prefix="/v1", tags=["videos"], responses=error_responses())
+    names, jobs, streams = service.file_names, service.jobs, EventStreams(service)
 
-    @router.post("/videos", openapi_extra=body_of(VideoBody), responses=SUBMISSION)
+    @router.post("/videos", openapi_extra=request_body(VideoBody), responses=SUBMISSION)
     async def create_video(request: Request) -> Video:
         """Queues a video. The body is JSON, or a form where pictures are files."""
         return video(await submissions.job(request, VideoBody), names)
 
-    @router.get("/videos", responses=refusals(422))
+    @router.get("/videos", responses=error_responses(422))
     def list_videos(
         request: Request,
         limit: Annotated[int, Query(ge=1, le=100)] = 20,
@@ -47,7 +47,7 @@ def video_routes(service: Service, submissions: Submissions) -> APIRouter:
         first, last = (data[0].id, data[-1].id) if data else (None, None)
         return VideoList(data=data, first_id=first, last_id=last, has_more=len(found) > limit)
 
-    @router.get("/videos/{id}", responses=refusals(404, 422))
+    @router.get("/videos/{id}", responses=error_responses(404, 422))
     def retrieve_video(request: Request, id: Id) -> Video:
         """A job: its place in the queue, its progress, its times."""
         return video(service.job(owner_of(request), id), names)
@@ -60,7 +60,7 @@ def video_routes(service: Service, submissions: Submissions) -> APIRouter:
     @router.get(
         "/videos/{id}/events",
         response_class=StreamingResponse,
-        responses={200: {"content": {"text/event-stream": {}}}, **refusals(404, 422, 429)},
+        responses={200: {"content": {"text/event-stream": {}}}, **error_responses(404, 422, 429)},
     )
     def watch_video(
         request: Request,
@@ -71,12 +71,12 @@ def video_routes(service: Service, submissions: Submissions) -> APIRouter:
         owner = owner_of(request)
         return streams.of(owner, service.job(owner, id), last_event_id)
 
-    @router.post("/videos/{id}/requeue", responses=refusals(404, 422, 429))
+    @router.post("/videos/{id}/requeue", responses=error_responses(404, 422, 429))
     def requeue_video(request: Request, id: Id) -> Video:
         """Runs a job again that failed, was cancelled or interrupted."""
         return video(jobs.requeue(service.job(owner_of(request), id).id), names)
 
-    @router.delete("/videos/{id}", responses=refusals(404, 422))
+    @router.delete("/videos/{id}", responses=error_responses(404, 422))
     def delete_video(request: Request, id: Id) -> Deleted:
         """Cancels a job that has not ended, within one step; removes one that has, and its video."""
         job = service.job(owner_of(request), id)

@@ -16,8 +16,8 @@ from starlette.testclient import TestClient
 
 from app.exposure import Exposure, Limits
 from app.web.guard import MAX_JSON, Guard
-from lightx2v.server import limits as gate
-from lightx2v.server.limits import Bucket
+from lightx2v.server import limits
+from lightx2v.server.limits import RateLimit
 
 HERE = "http://127.0.0.1:7860"
 
@@ -82,7 +82,7 @@ def test_a_refusal_repeats_nothing_of_what_was_sent(here: TestClient) -> None:
 
 def test_one_client_can_not_ask_a_hundred_times_a_second(here: TestClient, monkeypatch: pytest.MonkeyPatch) -> None:
     now = 1000.0
-    monkeypatch.setattr(gate, "time", SimpleNamespace(monotonic=lambda: now))
+    monkeypatch.setattr(limits, "time", SimpleNamespace(monotonic=lambda: now))
     assert [here.post("/").status_code for _ in range(150)] == [200] * 100 + [429] * 50
     now += 1
     assert [here.post("/").status_code for _ in range(30)] == [200] * 20 + [429] * 10
@@ -90,7 +90,7 @@ def test_one_client_can_not_ask_a_hundred_times_a_second(here: TestClient, monke
 
 
 def test_clients_do_not_share_a_bucket() -> None:
-    bucket = Bucket(per_second=0.001, burst=2)
+    bucket = RateLimit(per_second=0.001, burst=2)
     assert [bucket.take("a") for _ in range(3)] == [True, True, False]
     assert bucket.take("b")
 

@@ -12,7 +12,7 @@ from job_runs import CONFIG, OTHER, ask, done
 from patience import PATIENCE, eventually
 
 from lightx2v.errors import BadRequest, Busy, OutOfMemory
-from lightx2v.jobs.engine_slot import explain, release
+from lightx2v.jobs.engine_slot import public_error, release_frames
 from lightx2v.jobs.queue import JobManager
 
 
@@ -99,7 +99,7 @@ def test_nothing_holds_the_frames_of_a_failed_step_even_through_causes(manager: 
 def test_releasing_an_error_copes_with_circles() -> None:
     first, second = ValueError(1), ValueError(2)
     first.__context__, second.__context__ = second, first
-    release(first)
+    release_frames(first)
 
 
 def test_out_of_memory_while_loading_fails_the_job_and_loading_is_tried_again(
@@ -113,7 +113,7 @@ def test_out_of_memory_while_loading_fails_the_job_and_loading_is_tried_again(
 
 
 def test_a_full_disk_says_so() -> None:
-    assert "disk is full" in explain(OSError(28, "No space left on device"), "x")["message"]
+    assert "disk is full" in public_error(OSError(28, "No space left on device"), "x")["message"]
 
 
 @pytest.mark.parametrize("output", [b""])

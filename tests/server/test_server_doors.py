@@ -19,9 +19,8 @@ from patience import PATIENCE
 from served import SIZE, Served, listening, serve
 
 from lightx2v.config.model_paths import PROJECT
-from lightx2v.server import limits as gate
-from lightx2v.server import submit as submissions
-from lightx2v.server.limits import MAX_BODY, Gate
+from lightx2v.server import limits, submit
+from lightx2v.server.limits import MAX_BODY, RequestLimits
 
 KEY = "a-key-of-some-length"
 GOOD = {"prompt": "a cat", **SIZE}
@@ -124,7 +123,7 @@ def test_a_body_of_very_many_values_holds_nobody_up(served: Served) -> None:
 
 def test_a_body_that_does_not_come_is_not_waited_for_and_keeps_nobody_waiting(tmp_path: Path) -> None:
     with serve(tmp_path) as served:
-        served.client.app = Gate(served.client.app, body_seconds=2)
+        served.client.app = RequestLimits(served.client.app, body_seconds=2)
         with listening(served) as client:
             head = "POST /v1/videos HTTP/1.1\r\nHost: 127.0.0.1\r\nContent-Type: application/json\r\n"
             slow = [socket.create_connection((client.base_url.host, client.base_url.port), PATIENCE) for _ in range(50)]
@@ -141,7 +140,7 @@ def test_a_body_that_does_not_come_is_not_waited_for_and_keeps_nobody_waiting(tm
 
 def test_large_bodies_wait_unread_until_there_is_room_for_them(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A hundred of them at once took six gigabytes."""
-    monkeypatch.setattr(submissions, "BODIES", MAX_BODY)
+    monkeypatch.setattr(submit, "BODIES", MAX_BODY)
     large = json.dumps({**GOOD, "input_reference": "A" * 2_000_000}).encode()  # of a model that takes no picture
     head = "POST /v1/videos HTTP/1.1\r\nHost: 127.0.0.1\r\nContent-Type: application/json\r\nContent-Length: "
     with serve(tmp_path) as served, listening(served) as client:
@@ -163,7 +162,7 @@ def test_answers_may_take_longer_than_bodies(tmp_path: Path) -> None:
     hold = threading.Event()
     with serve(tmp_path, Garage(script={"held": Script(hold=hold)})) as served:
         id = served.submit("held")
-        served.client.app = Gate(served.client.app, body_seconds=0.5)
+        served.client.app = RequestLimits(served.client.app, body_seconds=0.5)
         with listening(served) as client, client.stream("GET", f"/v1/videos/{id}/events") as stream:
             assert served.garage.started.wait(PATIENCE)
             threading.Timer(1, hold.set).start()
@@ -206,8 +205,8 @@ def test_bodies_that_are_no_request_are_refused_and_not_repeated_in_the_log(
 def test_a_client_that_posts_without_end_is_slowed_and_reads_go_on(
     served: Served, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(gate, "time", SimpleNamespace(monotonic=lambda: 1000.0))
-    served.client.app = Gate(served.client.app)
+    monkeypatch.setattr(limits, "time", SimpleNamespace(monotonic=lambda: 1000.0))
+    served.client.app = RequestLimits(served.client.app)
     answers = [served.client.post("/v1/videos", json={"prompt": ""}).status_code for _ in range(160)]
     assert answers == [422] * 100 + [429] * 60
     assert served.client.get("/health").status_code == 200

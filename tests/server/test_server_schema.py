@@ -44,7 +44,7 @@ CHECKS: list[Any] = [
 @pytest.fixture(scope="module")
 def api(tmp_path_factory: pytest.TempPathFactory) -> Iterator[schemathesis.BaseSchema]:
     folder: Path = tmp_path_factory.mktemp("schema")
-    with serve(folder, presets=(T2V, I2V), keys=[KEY], max_queue=10_000, gate=False) as served:
+    with serve(folder, presets=(T2V, I2V), keys=[KEY], max_queue=10_000, limits=False) as served:
         served.client.headers["Authorization"] = f"Bearer {KEY}"
         served.end_of(served.submit(client_id=KNOWN))
         yield from_asgi("/openapi.json", served.client.app, headers={"Authorization": f"Bearer {KEY}"})

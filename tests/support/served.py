@@ -19,7 +19,7 @@ from lightx2v.config.presets import resolve
 from lightx2v.jobs.queue import JobManager
 from lightx2v.media.web_images import Fetcher
 from lightx2v.server.application import create_app
-from lightx2v.server.input_images import Pictures
+from lightx2v.server.input_images import InputImages
 from lightx2v.server.metrics import Metrics
 from lightx2v.server.service import Service
 
@@ -59,15 +59,15 @@ def serve(
     fetcher: Fetcher | None = None,
     input_dir: Path | None = None,
     lora_dir: Path | None = None,
-    gate: bool = True,
+    limits: bool = True,
     **more: Any,
 ) -> Iterator[Served]:
     """The application in this process. `more` goes to JobManager."""
     garage, metrics = garage or Garage(), Metrics()
     with JobManager(metrics.watching(garage), folder, max_queue=max_queue, **more) as jobs:
-        pictures = Pictures(fetcher=fetcher or Fetcher(), folder=input_dir)
-        service = Service(jobs, {name: resolve(name) for name in presets}, pictures=pictures, lora_dir=lora_dir)
-        app = create_app(service, metrics, keys=keys, hosts=frozenset({"testserver", "127.0.0.1"}), gate=gate)
+        images = InputImages(fetcher=fetcher or Fetcher(), folder=input_dir)
+        service = Service(jobs, {name: resolve(name) for name in presets}, images=images, lora_dir=lora_dir)
+        app = create_app(service, metrics, keys=keys, hosts=frozenset({"testserver", "127.0.0.1"}), limits=limits)
         client = TestClient(app, raise_server_exceptions=False)
         yield Served(client=client, jobs=jobs, garage=garage, service=service)
 
