@@ -21,10 +21,10 @@ from starlette.types import Receive, Scope, Send
 from .. import __version__
 from ..errors import Busy, LightX2VError
 from .auth import ApiKeyAuth
-from .limits import RequestLimits, error_response
+from .limits import RequestLimits
 from .metrics import Metrics, MetricsMiddleware
 from .openapi import complete, error_responses
-from .responses import Health, problem
+from .responses import ErrorResponse, Health, error_response
 from .service import Service
 from .status_routes import status_routes
 from .submit import Submitter
@@ -111,7 +111,7 @@ def _add_errors(app: FastAPI, service: Service) -> None:
     def known(request: Request, error: LightX2VError) -> Response:
         jobs = service.jobs
         full = isinstance(error, Busy) and jobs.alive and jobs.waiting >= jobs.max_queue
-        content = problem(error, position=jobs.waiting + 1 if full else None)
+        content = ErrorResponse.from_error(error, position=jobs.waiting + 1 if full else None)
         headers = {"Retry-After": "10"} if error.status == 429 else None
         return JSONResponse(content.model_dump(exclude_none=True), status_code=error.status, headers=headers)
 

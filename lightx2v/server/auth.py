@@ -16,7 +16,7 @@ from starlette.datastructures import Headers
 from starlette.requests import Request
 from starlette.types import ASGIApp, Receive, Scope, Send
 
-from .limits import error_response
+from .responses import error_response
 
 OWNER = "lightx2v.owner"
 """Where the owner is kept in an ASGI scope."""

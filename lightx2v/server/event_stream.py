@@ -19,7 +19,7 @@ from starlette.responses import StreamingResponse
 
 from ..errors import Busy
 from ..jobs.store import Job, JobEvent, UnknownJob
-from .responses import Step, video, video_status
+from .responses import VIDEO_STATUS, Step, Video
 from .service import Service
 
 POLL_SECONDS = 0.25
@@ -35,7 +35,7 @@ class EventStreams:
         self._service = service
         self._open = 0
 
-    def of(self, owner: str, job: Job, after: int) -> StreamingResponse:
+    def open(self, owner: str, job: Job, after: int) -> StreamingResponse:
         if self._open >= MAX_STREAMS:
             raise Busy(f"{MAX_STREAMS} clients are watching already. Ask GET /v1/videos/{job.id} instead.")
         headers = {"Cache-Control": "no-store", "X-Accel-Buffering": "no"}
@@ -52,7 +52,7 @@ class EventStreams:
                     yield _message(event.kind, _content(event), after)
                 if job is None or job.over:
                     if job is not None:
-                        yield _message("video", video(job, self._service.file_names).model_dump())
+                        yield _message("video", Video.from_job(job, self._service.file_names).model_dump())
                     return
                 silent = 0.0 if events else silent + POLL_SECONDS
                 if silent >= ALIVE_SECONDS:
@@ -73,7 +73,7 @@ class EventStreams:
 
 def _content(event: JobEvent) -> dict[str, Any]:
     if event.kind == "state":
-        return {"status": video_status(event.data["state"]), "error": event.data.get("error")}
+        return {"status": VIDEO_STATUS[event.data["state"]], "error": event.data.get("error")}
     return Step(**{name: event.data[name] for name in Step.model_fields}).model_dump()
 
 

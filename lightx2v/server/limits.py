@@ -13,8 +13,10 @@ from collections import OrderedDict
 from collections.abc import Set
 
 from starlette.datastructures import Headers
-from starlette.responses import JSONResponse, Response
+from starlette.responses import Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from .responses import error_response
 
 MAX_BODY = 60_000_000
 """Two pictures of 20 MB in base64 and some text."""
@@ -142,11 +144,6 @@ class RequestLimits:
             sentence = "Too many requests. Wait a few seconds."
             return error_response(429, "Busy", sentence, {"Retry-After": "5"})
         return None
-
-
-def error_response(status: int, kind: str, sentence: str, headers: dict[str, str] | None = None) -> JSONResponse:
-    """An error in the form that all routes use."""
-    return JSONResponse({"error": {"type": kind, "message": sentence}}, status_code=status, headers=headers)
 
 
 def _larger(limit: int) -> str:

@@ -1,20 +1,22 @@
-"""What clients get back, in the words of the two families, made from jobs. No paths of this machine are in it."""
+"""The JSON bodies of responses, for LightX2V's task routes and for /v1/videos. They hold no path of this machine."""
 
 from __future__ import annotations
 
 import re
-from typing import Any, Literal
+from typing import Any, Literal, Self
 
 from pydantic import BaseModel, Field
+from starlette.responses import JSONResponse
 
 from ..errors import Busy, LightX2VError
 from ..jobs.store import Job, State
+from ..progress import Progress
 from .file_names import FileNames
 
 VideoStatus = Literal["queued", "in_progress", "completed", "failed", "cancelled", "interrupted"]
 TaskStatus = Literal["pending", "processing", "completed", "failed", "cancelled"]
 
-_VIDEO_STATUS: dict[State, VideoStatus] = {
+VIDEO_STATUS: dict[State, VideoStatus] = {
     "queued": "queued",
     "running": "in_progress",
     "succeeded": "completed",
@@ -22,37 +24,52 @@ _VIDEO_STATUS: dict[State, VideoStatus] = {
     "cancelled": "cancelled",
     "interrupted": "interrupted",
 }
-_TASK_STATUS: dict[State, TaskStatus] = {
+TASK_STATUS: dict[State, TaskStatus] = {
     "queued": "pending",
     "running": "processing",
     "succeeded": "completed",
     "failed": "failed",
     "cancelled": "cancelled",
-    "interrupted": "failed",  # LightX2V has no word for it; error_type says Interrupted
+    "interrupted": "failed",  # LightX2V has no such status; error_type says Interrupted
 }
 
 
 class ErrorDetail(BaseModel):
     type: str
     message: str
-    position: int | None = Field(None, description="With 429: the place that the job would have had in the queue.")
+    position: int | None = Field(None, description="With 429: the place in the queue that the job would have had.")
+
+    @classmethod
+    def from_job(cls, job: Job) -> Self | None:
+        return None if job.error is None else cls(**job.error, position=None)
 
 
 class ErrorResponse(BaseModel):
-    """Every error looks like this."""
+    """The body of every error."""
 
     error: ErrorDetail
 
+    @classmethod
+    def from_error(cls, error: LightX2VError, *, position: int | None = None) -> Self:
+        place = position if isinstance(error, Busy) else None
+        return cls(error=ErrorDetail(type=type(error).__name__, message=str(error), position=place))
+
 
 class Step(BaseModel):
-    """Where a running job is: `step` of `total` inside `stage` is done."""
+    """The progress of a running job: `step` of the `total` steps of this stage are done."""
 
     stage: str
     step: int
     total: int
     expert: str | None = None
-    seconds: float = Field(description="Since the run began.")
-    eta: float | None = Field(None, description="Seconds left.")
+    seconds: float = Field(description="Seconds since the run began.")
+    eta: float | None = Field(None, description="Estimated seconds left.")
+
+    @classmethod
+    def from_progress(cls, progress: Progress | None) -> Self | None:
+        if progress is None:
+            return None
+        return cls(**{name: getattr(progress, name) for name in cls.model_fields})
 
 
 class Video(BaseModel):
@@ -62,11 +79,11 @@ class Video(BaseModel):
     object: Literal["video"] = "video"
     model: str
     status: VideoStatus
-    progress: int = Field(description="Per cent of the denoising steps; 100 when the video is there.")
+    progress: int = Field(description="Per cent of the denoising steps; 100 when the video is ready.")
     step: Step | None = None
-    cancelling: bool = Field(False, description="Asked to stop; it does within a step.")
-    position: int | None = Field(None, description="In the queue, 1 is next.")
-    starts_in: float | None = Field(None, description="Seconds, as far as they can be predicted.")
+    cancelling: bool = Field(False, description="True once the job has been asked to stop; it stops within a step.")
+    position: int | None = Field(None, description="Place in the queue; 1 is next.")
+    starts_in: float | None = Field(None, description="Seconds until the job starts, if they can be predicted.")
     created_at: int
     started_at: int | None = None
     completed_at: int | None = None
@@ -79,8 +96,37 @@ class Video(BaseModel):
     client_id: str | None = None
     file_name: str
     error: ErrorDetail | None = None
-    timings: dict[str, Any] | None = Field(None, description="Seconds per stage and step, memory peaks in bytes.")
+    timings: dict[str, Any] | None = Field(None, description="Seconds per stage and per step; memory peaks in bytes.")
     warnings: list[str] = []
+
+    @classmethod
+    def from_job(cls, job: Job, names: FileNames) -> Self:
+        request, result = job.request, job.result or {}
+        height, width = result.get("height", request.height), result.get("width", request.width)
+        return cls(
+            id=job.id,
+            model=job.preset,
+            status=VIDEO_STATUS[job.state],
+            progress=percent(job),
+            step=Step.from_progress(job.progress),
+            cancelling=job.cancelling,
+            position=job.position,
+            starts_in=job.starts_in,
+            created_at=int(job.created),
+            started_at=None if job.started is None else int(job.started),
+            completed_at=None if job.finished is None else int(job.finished),
+            prompt=request.prompt,
+            seed=request.seed,
+            size=f"{width}x{height}",
+            seconds=f"{request.seconds:.4g}",
+            fps=request.fps,
+            num_frames=request.frames,
+            client_id=job.client_id,
+            file_name=names.of(job.id),
+            error=ErrorDetail.from_job(job),
+            timings=result.get("timings"),
+            warnings=result.get("warnings", []),
+        )
 
 
 class VideoList(BaseModel):
@@ -92,13 +138,17 @@ class VideoList(BaseModel):
 
 
 class Deleted(BaseModel):
-    """`deleted` is false for a job that had not ended: it is cancelled, and a second DELETE removes it."""
+    """`deleted` is false for a job that had not ended: DELETE cancels it, and a second DELETE removes it."""
 
     id: str
     object: Literal["video.deleted"] = "video.deleted"
     deleted: bool
     status: VideoStatus
     cancelling: bool = False
+
+    @classmethod
+    def from_job(cls, job: Job, *, deleted: bool) -> Self:
+        return cls(id=job.id, deleted=deleted, status=VIDEO_STATUS[job.state], cancelling=job.cancelling)
 
 
 class Model(BaseModel):
@@ -119,6 +169,15 @@ class TaskCreated(BaseModel):
     save_result_path: str
     position: int | None = None
 
+    @classmethod
+    def from_job(cls, job: Job, names: FileNames) -> Self:
+        return cls(
+            task_id=task_id(job),
+            task_status=TASK_STATUS[job.state],
+            save_result_path=names.of(job.id),
+            position=job.position,
+        )
+
 
 class Task(BaseModel):
     task_id: str
@@ -130,6 +189,21 @@ class Task(BaseModel):
     save_result_path: str
     position: int | None = None
     progress: Step | None = None
+
+    @classmethod
+    def from_job(cls, job: Job, names: FileNames) -> Self:
+        error = job.error or {}
+        return cls(
+            task_id=task_id(job),
+            status=TASK_STATUS[job.state],
+            start_time=job.started,
+            end_time=job.finished,
+            error=error.get("message"),
+            error_type=error.get("type"),
+            save_result_path=names.of(job.id),
+            position=job.position,
+            progress=Step.from_progress(job.progress),
+        )
 
 
 class Stopped(BaseModel):
@@ -168,96 +242,26 @@ class Health(BaseModel):
     status: str
 
 
-def video(job: Job, names: FileNames) -> Video:
-    request, result = job.request, job.result or {}
-    height, width = result.get("height", request.height), result.get("width", request.width)
-    return Video(
-        id=job.id,
-        model=job.preset,
-        status=video_status(job.state),
-        progress=percent(job),
-        step=step(job),
-        cancelling=job.cancelling,
-        position=job.position,
-        starts_in=job.starts_in,
-        created_at=int(job.created),
-        started_at=None if job.started is None else int(job.started),
-        completed_at=None if job.finished is None else int(job.finished),
-        prompt=request.prompt,
-        seed=request.seed,
-        size=f"{width}x{height}",
-        seconds=f"{request.seconds:.4g}",
-        fps=request.fps,
-        num_frames=request.frames,
-        client_id=job.client_id,
-        file_name=names.of(job.id),
-        error=None
-        if job.error is None
-        else ErrorDetail(type=job.error["type"], message=job.error["message"], position=None),
-        timings=result.get("timings"),
-        warnings=result.get("warnings", []),
-    )
-
-
-def video_status(state: State) -> VideoStatus:
-    return _VIDEO_STATUS[state]
-
-
-def deleted(job: Job, *, gone: bool) -> Deleted:
-    return Deleted(id=job.id, deleted=gone, status=video_status(job.state), cancelling=job.cancelling)
-
-
-def created(job: Job, names: FileNames) -> TaskCreated:
-    id = task_id(job)
-    return TaskCreated(
-        task_id=id, task_status=_TASK_STATUS[job.state], save_result_path=names.of(job.id), position=job.position
-    )
-
-
-def task(job: Job, names: FileNames) -> Task:
-    return Task(
-        task_id=task_id(job),
-        status=_TASK_STATUS[job.state],
-        start_time=job.started,
-        end_time=job.finished,
-        error=None if job.error is None else job.error["message"],
-        error_type=None if job.error is None else job.error["type"],
-        save_result_path=names.of(job.id),
-        position=job.position,
-        progress=step(job),
-    )
+def error_response(status: int, kind: str, message: str, headers: dict[str, str] | None = None) -> JSONResponse:
+    """An error in the form of ErrorResponse."""
+    return JSONResponse({"error": {"type": kind, "message": message}}, status_code=status, headers=headers)
 
 
 def task_id(job: Job) -> str:
-    """The client's own id where it gave one."""
+    """The client's own id if it gave one, else the job's."""
     return job.client_id or job.id
 
 
-def step(job: Job) -> Step | None:
-    event = job.progress
-    if event is None:
-        return None
-    return Step(
-        stage=event.stage, step=event.step, total=event.total, expert=event.expert, seconds=event.seconds, eta=event.eta
-    )
-
-
 def percent(job: Job) -> int:
-    """Of the denoising steps, where nearly all of the time goes."""
+    """Per cent of the denoising steps, which take nearly all of the time."""
     if job.state == "succeeded":
         return 100
-    event = job.progress
-    if event is None or event.stage in ("download", "load", "text", "image"):
+    progress = job.progress
+    if progress is None or progress.stage in ("download", "load", "text", "image"):
         return 0
-    return min(99, 100 * event.step // event.total) if event.stage == "denoise" and event.total else 99
-
-
-def problem(error: LightX2VError, *, position: int | None = None) -> ErrorResponse:
-    name = type(error).__name__
-    known = ErrorDetail(type=name, message=str(error), position=position if isinstance(error, Busy) else None)
-    return ErrorResponse(error=known)
+    return min(99, 100 * progress.step // progress.total) if progress.stage == "denoise" and progress.total else 99
 
 
 def public_path(name: str) -> str:
-    """A Hub name as it is; of a path of this machine the last part only."""
+    """A Hub name unchanged; of a path on this machine only the last part."""
     return name if re.fullmatch(r"[\w.-]+/[\w.-]+", name) else name.replace("\\", "/").rstrip("/").rpartition("/")[2]

@@ -108,7 +108,7 @@ class Service:
             raise UnknownJob(f"This job has no video: it is {job.state}.")
         return job.path, self.file_names.of(job.id)
 
-    def named(self, owner: str, name: str) -> tuple[Path, str]:
+    def video_named(self, owner: str, name: str) -> tuple[Path, str]:
         """The newest video of this name."""
         jobs = self.jobs.list(owner, limit=HISTORY, states=("succeeded",))
         id = self.file_names.find(name.removeprefix("./"), (job.id for job in jobs))

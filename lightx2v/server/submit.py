@@ -1,4 +1,4 @@
-"""From a request of either family to a queued job."""
+"""Submitter: reads the bodies of either API into queued jobs, within bounds on memory and threads."""
 
 from __future__ import annotations
 
@@ -16,41 +16,41 @@ from .limits import MAX_BODY
 from .request_bodies import TaskBody, VideoBody, read_body
 from .service import Service
 
-AT_ONCE = 16
-"""Submitter that are worked on at one time, each for up to ten seconds while its pictures are fetched."""
+THREADS = 16
+"""Submissions in work at one time, each for up to ten seconds while the server fetches its images."""
 
-BODIES = 4 * MAX_BODY
-"""Bytes of large bodies in memory at one time, as they came; read, they are a few times that. Others wait unread."""
+LARGE_BODIES = 4 * MAX_BODY
+"""Bytes of large bodies in memory at one time, as received; parsed, they take a few times that. Others wait unread."""
 SMALL = 1_000_000
-"""Bytes that every connection may send; without a picture no body is larger."""
-LOOK_SECONDS = 0.05
+"""Bytes of a body that never waits; a body without an image is smaller than this."""
+POLL_SECONDS = 0.05
 
 
 class Submitter:
-    """All of one server's, so that together they are bounded."""
+    """One for a whole server, because its bounds hold for all requests together."""
 
     def __init__(self, service: Service) -> None:
         self._service = service
-        self._places = CapacityLimiter(AT_ONCE)
-        self._room = BODIES
+        self._threads = CapacityLimiter(THREADS)
+        self._free_bytes = LARGE_BODIES
 
-    async def job(self, request: HttpRequest, kind: type[VideoBody] | type[TaskBody]) -> Job:
-        """The job that the body asks for, queued."""
+    async def submit(self, request: HttpRequest, kind: type[VideoBody] | type[TaskBody]) -> Job:
+        """Queue the job that the body describes."""
         owner = owner_of(request)
-        async with self._space(request):
+        async with self._memory_for(request):
             body, files = await read_body(request, kind)
-            return await run_sync(lambda: self._service.submit(owner, body.video_request(files)), limiter=self._places)
+            return await run_sync(lambda: self._service.submit(owner, body.video_request(files)), limiter=self._threads)
 
     @asynccontextmanager
-    async def _space(self, request: HttpRequest) -> AsyncIterator[None]:
-        """Waits until there is memory for a large body: what it says it takes, or the most where it says nothing."""
+    async def _memory_for(self, request: HttpRequest) -> AsyncIterator[None]:
+        """Wait until there is memory for a large body: for its Content-Length, or for MAX_BODY without one."""
         length = request.headers.get("content-length", "")
         size = min(int(length), MAX_BODY) if length.isdecimal() and len(length) < 16 else MAX_BODY
         size = size if size > SMALL else 0
-        while self._room < size:  # looking, so that a client that leaves meanwhile can keep nothing
-            await asyncio.sleep(LOOK_SECONDS)
-        self._room -= size
+        while self._free_bytes < size:  # polling, so that a client that disconnects meanwhile reserves nothing
+            await asyncio.sleep(POLL_SECONDS)
+        self._free_bytes -= size
         try:
             yield
         finally:
-            self._room += size
+            self._free_bytes += size

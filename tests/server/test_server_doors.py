@@ -140,7 +140,7 @@ def test_a_body_that_does_not_come_is_not_waited_for_and_keeps_nobody_waiting(tm
 
 def test_large_bodies_wait_unread_until_there_is_room_for_them(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A hundred of them at once took six gigabytes."""
-    monkeypatch.setattr(submit, "BODIES", MAX_BODY)
+    monkeypatch.setattr(submit, "LARGE_BODIES", MAX_BODY)
     large = json.dumps({**GOOD, "input_reference": "A" * 2_000_000}).encode()  # of a model that takes no picture
     head = "POST /v1/videos HTTP/1.1\r\nHost: 127.0.0.1\r\nContent-Type: application/json\r\nContent-Length: "
     with serve(tmp_path) as served, listening(served) as client:
