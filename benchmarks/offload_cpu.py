@@ -18,7 +18,7 @@ from torch import Tensor
 
 from lightx2v.models.dit import DiTConfig, WanDiT
 from lightx2v.offload.device_copies import HostCopies, Slot
-from lightx2v.offload.weight_streamer import Cargo, Shuttle
+from lightx2v.offload.weight_streamer import StreamedModule, WeightStreamer
 
 
 class TimedCopies(HostCopies):
@@ -28,9 +28,9 @@ class TimedCopies(HostCopies):
         super().__init__()
         self.seconds, self.bytes = 0.0, 0
 
-    def settle(self, mark: object) -> None:
+    def synchronize(self, mark: object) -> None:
         started = time.perf_counter()
-        super().settle(mark)
+        super().synchronize(mark)
         self.seconds += time.perf_counter() - started
 
     def load(self, slot: Slot, source: Tensor) -> object:
@@ -79,12 +79,12 @@ def main() -> None:
     print(f"{'resident blocks':<16} {'ms':>8} {'copies ms':>10} {'MB copied':>10} {'bookkeeping ms':>15} {'share':>7}")
     for resident in (args.layers, args.layers // 2, 0):
         copies = TimedCopies()
-        shuttle = Shuttle(
-            {"dit": Cargo(module=dit, blocks=list(dit.blocks))}, copies, torch.device("cpu"), resident=resident
+        streamer = WeightStreamer(
+            {"dit": StreamedModule(module=dit, blocks=list(dit.blocks))}, copies, torch.device("cpu"), resident=resident
         )
 
-        def streamed(shuttle: Shuttle = shuttle) -> list[Tensor]:
-            with shuttle.use("dit"):
+        def streamed(streamer: WeightStreamer = streamer) -> list[Tensor]:
+            with streamer.use("dit"):
                 return forward()
 
         inside: list[tuple[float, float, float]] = []
@@ -96,26 +96,26 @@ def main() -> None:
             inside.append((time.perf_counter() - started, copies.seconds, copies.bytes))
         assert torch.equal(out, expected), "streaming must not change a bit"
         total, copying, size = (statistics.median(column) for column in zip(*inside, strict=True))
-        book = bookkeeping(shuttle, copies, args.repeats)
+        book = bookkeeping(streamer, copies, args.repeats)
         print(
             f"{resident:<16} {total * 1e3:>8.1f} {copying * 1e3:>10.2f} {size / 1e6:>10.1f} {book * 1e3:>15.3f} "
             f"{book / plain:>7.2%}"
         )
-        with shuttle.edit():  # the weights come back for the next row
+        with streamer.edit():  # the weights come back for the next row
             state = {name: tensor.clone() for name, tensor in dit.state_dict().items()}
-        shuttle.close()
+        streamer.close()
         dit.load_state_dict(state, assign=True)
         dit.requires_grad_(False)
 
 
-def bookkeeping(shuttle: Shuttle, copies: TimedCopies, repeats: int) -> float:
+def bookkeeping(streamer: WeightStreamer, copies: TimedCopies, repeats: int) -> float:
     """Seconds that one forward's hooks take without the copies: the visits alone, with no computation between."""
 
     def visits() -> None:
-        with shuttle.use("dit"):
-            for index in range(shuttle.blocks):
-                shuttle.before("dit", index)
-                shuttle.after("dit", index)
+        with streamer.use("dit"):
+            for index in range(streamer.blocks):
+                streamer.before("dit", index)
+                streamer.after("dit", index)
 
     visits()
     times = []

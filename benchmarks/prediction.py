@@ -17,7 +17,7 @@ from PIL import Image
 from lightx2v.config.presets import resolve
 from lightx2v.config.request import Request
 from lightx2v.cost.memory_forecast import shape_of
-from lightx2v.cost.run_time import Rates, Work, count
+from lightx2v.cost.run_time import Rates, RunCost, estimate_cost
 from lightx2v.pipeline import LightX2VPipeline
 
 Size = tuple[int, int, int]
@@ -47,8 +47,8 @@ class Runs:
             fields["image_path"] = str(path)
         return Request(prompt="a red ball rolls left over green grass at night", **fields)
 
-    def work(self, size: Size) -> Work:
-        return count(self.request(size), self._shape)
+    def work(self, size: Size) -> RunCost:
+        return estimate_cost(self.request(size), self._shape)
 
     def round(self) -> None:
         """Runs each size once."""

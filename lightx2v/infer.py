@@ -34,7 +34,7 @@ from .config.presets import Resolved, list_presets, resolve
 from .config.recorded_settings import PICTURES, find_picture
 from .config.request import Request
 from .cost.machine import MachineReader
-from .cost.memory_forecast import on_card, on_machine
+from .cost.memory_forecast import forecast_for_gpu, forecast_for_machine
 from .errors import BadRequest, ConfigError, short_path
 from .hub import find
 from .loading import preload
@@ -262,9 +262,9 @@ def _dry_run(resolved: Resolved, shown: dict[str, Any], card: float | None) -> d
         files.append({"name": name, "here": find(name, engine) is not None, "hub": source})
     if card is None:
         here = MachineReader()()
-        device, memory = here.name, on_machine(engine, request, here)
+        device, memory = here.name, forecast_for_machine(engine, request, here)
     else:
-        device, memory = f"a card of {card:g} GB", on_card(engine, request, card)
+        device, memory = f"a card of {card:g} GB", forecast_for_gpu(engine, request, card)
     return {
         "preset": asdict(resolved.preset),
         "engine": engine.to_json(),

@@ -28,7 +28,7 @@ from .config.environment import Environment
 from .config.presets import resolve
 from .config.request import LoraSpec, Request
 from .cost.machine import free_memory
-from .engine.engine import Engine, load_engine, within_memory
+from .engine.engine import LoadedEngine, load_engine, within_memory
 from .engine.result import Result
 from .engine.run import Run
 from .errors import Busy, ConfigError, GroupFailed, LightX2VError
@@ -68,7 +68,7 @@ class LightX2VPipeline:
         self._overrides |= {name: str(path) for name, path in files.items() if path is not None}
         self._defaults: dict[str, Any] = {}
         self._loras: tuple[LoraSpec, ...] | None = None
-        self._engine: Engine | None = None
+        self._engine: LoadedEngine | None = None
         self._running = threading.Lock()
 
     @classmethod

@@ -13,7 +13,7 @@ sys.path.insert(0, str(ROOT))
 
 from lightx2v.config.presets import list_presets, resolve  # noqa: E402
 from lightx2v.config.request import Request  # noqa: E402
-from lightx2v.cost.memory_forecast import Forecast, on_card  # noqa: E402
+from lightx2v.cost.memory_forecast import Forecast, forecast_for_gpu  # noqa: E402
 from lightx2v.cost.memory_plan import GIB  # noqa: E402
 
 CARDS = (12, 16, 24, 80)
@@ -47,7 +47,7 @@ def fits(readme: str) -> str:
             continue
         resolved = resolve(info.name)
         request = Request(prompt="x", **resolved.request | ({} if info.task == "t2v" else {"image_path": "x.png"}))
-        found = [on_card(resolved.engine, request, card) for card in CARDS]
+        found = [forecast_for_gpu(resolved.engine, request, card) for card in CARDS]
         cells = [_cell(each, words) for each in found] + [f"{max(each.host for each in found) / GIB:.0f}"]
         rows.setdefault(" | ".join(cells), []).append(f"`{info.name}`")
     head = first + "".join(f" {card} GB |" for card in CARDS) + f" {ram} |"

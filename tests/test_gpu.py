@@ -31,7 +31,7 @@ from lightx2v.models.vae_config import VAEConfig
 from lightx2v.offload.device_copies import CudaCopies, Slot
 from lightx2v.offload.packed_weights import host_buffer
 from lightx2v.offload.placement import offloaded
-from lightx2v.offload.weight_streamer import Cargo, Shuttle
+from lightx2v.offload.weight_streamer import StreamedModule, WeightStreamer
 from lightx2v.pipeline import LightX2VPipeline
 from lightx2v.weights.checkpoint import open_checkpoint
 from lightx2v.weights.quantization import is_expert_matrix, quantise
@@ -141,7 +141,7 @@ def test_host_buffers_are_pinned() -> None:
     slot = Slot(torch.zeros(len(buffer), dtype=torch.uint8, device=CUDA))
     copies.release(slot)
     buffer.random_(0, 255)
-    copies.settle(copies.load(slot, buffer))
+    copies.synchronize(copies.load(slot, buffer))
     copies.acquire(slot)
     assert torch.equal(slot.buffer.cpu(), buffer)
 
@@ -162,13 +162,13 @@ def test_blocks_are_used_after_they_came_and_replaced_after_they_ran(slow: str, 
         for block in each:
             if slow == "blocks":
                 block.register_forward_hook(lambda *_: torch.cuda._sleep(3_000_000))
-    cargo = {name: Cargo(module=each, blocks=list(each)) for name, each in modules.items()}
-    shuttle = Shuttle(cargo, CudaCopies(CUDA), CUDA, resident=resident)
+    streamed = {name: StreamedModule(module=each, blocks=list(each)) for name, each in modules.items()}
+    streamer = WeightStreamer(streamed, CudaCopies(CUDA), CUDA, resident=resident)
     order = ["high", "high", "low", "low", "high", "low", "low"]
     for name, then in zip(order, [*order[1:], "high"], strict=True):
-        with shuttle.use(name, then) as each:
+        with streamer.use(name, then) as each:
             assert torch.equal(each(x), expected[name]), (name, then)
-    shuttle.close()
+    streamer.close()
 
 
 @pytest.fixture(scope="module")

@@ -24,7 +24,7 @@ from lightx2v.config.presets import VARIANTS, PresetInfo, Resolved, list_presets
 from lightx2v.config.request import Request
 from lightx2v.cost.machine import MachineReader
 from lightx2v.cost.memory_forecast import bytes_needed, shape_of
-from lightx2v.cost.run_time import Prediction, Rates, Work, count
+from lightx2v.cost.run_time import Prediction, Rates, RunCost, estimate_cost
 from lightx2v.errors import BadRequest, ConfigError, LightX2VError
 from lightx2v.jobs.engine_slot import Engine, OpenEngine
 from lightx2v.jobs.queue import JobManager
@@ -187,8 +187,8 @@ class Studio:
         prediction = self._predict(config, request, self._engine)
         return prediction.seconds if prediction else None
 
-    def _work(self, config: EngineConfig, request: Request) -> Work:
-        return count(request, shape_of(config))
+    def _work(self, config: EngineConfig, request: Request) -> RunCost:
+        return estimate_cost(request, shape_of(config))
 
     # ---- engines ------------------------------------------------------------------------------------------------
 

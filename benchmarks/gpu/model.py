@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from lightx2v.attention import Choice, resolve_attention
 from lightx2v.config.engine_config import EngineConfig
 from lightx2v.config.request import LoraSpec
-from lightx2v.engine.engine import Engine
+from lightx2v.engine.engine import LoadedEngine
 from lightx2v.loading.loras import Applied
 from lightx2v.loading.networks import Precision, Which
 from lightx2v.models.dit import DiTConfig, WanDiT, parameter_dtype
@@ -128,7 +128,7 @@ class Model:
     def prepare(self, need: object) -> None:
         """Nothing moves here."""
 
-    def step_down(self, stage: object) -> None:
+    def reduce_memory(self, stage: object) -> None:
         """Nothing to give."""
 
     def use_loras(self, specs: Sequence[LoraSpec]) -> None:
@@ -139,10 +139,10 @@ class Model:
         del self._vae, self._text
 
 
-def engine(bench: Bench, placement: Any, task: str) -> Engine:
+def engine(bench: Bench, placement: Any, task: str) -> LoadedEngine:
     """An engine around parts that exist."""
     best = attention(bench)
-    return Engine(
+    return LoadedEngine(
         config=EngineConfig(model_cls="wan2.2_moe_distill", task=task, device=bench.device.type),  # type: ignore[arg-type]
         mesh=None,
         precision=Precision(device=bench.device, compute=bench.compute, vae=bench.compute),

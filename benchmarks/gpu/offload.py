@@ -13,13 +13,12 @@ from typing import Any
 import torch
 
 from lightx2v.config.request import Request
-from lightx2v.cost.memory_plan import Model as Counted
-from lightx2v.cost.memory_plan import Need, Plan, stage_bytes
-from lightx2v.engine.engine import Engine
+from lightx2v.cost.memory_plan import MemoryPlan, ModelSize, Workload, stage_bytes
+from lightx2v.engine.engine import LoadedEngine
 from lightx2v.engine.run import Run
 from lightx2v.offload.device_copies import Copies, CudaCopies, Slot, copies_for
 from lightx2v.offload.offloaded import Offloaded
-from lightx2v.offload.packed_weights import Piece
+from lightx2v.offload.packed_weights import PackedWeights
 
 from .bench import Bench
 from .model import Model, engine
@@ -39,7 +38,7 @@ def measure(bench: Bench, *, fp8: bool) -> None:
     base = run_all(bench, engine(bench, model, "t2v"), clip, f"{linears}, resident", None, fp8)
     if not fp8:
         naive_switch(bench, model)
-    swap = Plan(mode="swap", resident_blocks=layers, text="move", vae="move")
+    swap = MemoryPlan(mode="swap", resident_blocks=layers, text="move", vae="move")
     stream = replace(swap, mode="stream", resident_blocks=0)
     began = time.perf_counter()
     with torch.inference_mode():
@@ -85,10 +84,10 @@ def request(bench: Bench, clip: str) -> Request:
 
 def run_all(
     bench: Bench,
-    made: Engine,
+    made: LoadedEngine,
     clip: str,
     name: str,
-    plan: Plan | None,
+    plan: MemoryPlan | None,
     fp8: bool,
     base: dict[str, Any] | None = None,
     copies: Copies | None = None,
@@ -114,9 +113,9 @@ def run_all(
         peaks = {stage: peak.allocated for stage, peak in timings.peak_vram.items()}
         reserved = max(peak.reserved for peak in timings.peak_vram.values())
         numbers |= {"peak_allocated": max(peaks.values()), "peak_reserved": reserved, "peaks": peaks}
-        counted = plan or Plan(mode="resident", resident_blocks=bench.sizes.dit.num_layers)
-        need = Need.of(video.latent_shape, guided=False)
-        numbers["counted"] = stage_bytes(counted, Counted(weight=1.0 if fp8 else 2.0), need)
+        counted = plan or MemoryPlan(mode="resident", resident_blocks=bench.sizes.dit.num_layers)
+        need = Workload.of(video.latent_shape, guided=False)
+        numbers["counted"] = stage_bytes(counted, ModelSize(weight=1.0 if fp8 else 2.0), need)
     if base is not None:
         numbers["denoise_over_resident"] = sum(steps) / sum(base["steps_seconds"]) - 1
         numbers["switch_stall"] = steps[2] - base["steps_seconds"][2]
@@ -128,16 +127,16 @@ def run_all(
 
 def copy_rate(bench: Bench, placement: Offloaded, linears: str) -> None:
     """Blocks from pinned host memory, alone: the first one, and the slowest and the fastest of all."""
-    pieces = [piece for (_, index), piece in placement._shuttles["experts"].pieces.items() if index >= 0]
-    assert pieces[0].host is not None
-    target = torch.empty(len(pieces[0].host), dtype=torch.uint8, device=bench.device)
+    packed = [weights for (_, index), weights in placement._streamers["experts"].packed.items() if index >= 0]
+    assert packed[0].host is not None
+    target = torch.empty(len(packed[0].host), dtype=torch.uint8, device=bench.device)
 
-    def seconds(piece: Piece) -> dict[str, Any]:
-        return bench.timed(lambda: target.copy_(piece.host, non_blocking=True), 2)
+    def seconds(weights: PackedWeights) -> dict[str, Any]:
+        return bench.timed(lambda: target.copy_(weights.host, non_blocking=True), 2)
 
-    times = [seconds(piece) for piece in pieces]
-    rates = [round(pieces[0].nbytes / each["seconds"] / 1e9, 1) for each in times]
-    pinned = bench.cuda and torch.from_numpy(pieces[0].host.numpy()).is_pinned()
+    times = [seconds(weights) for weights in packed]
+    rates = [round(packed[0].nbytes / each["seconds"] / 1e9, 1) for each in times]
+    pinned = bench.cuda and torch.from_numpy(packed[0].host.numpy()).is_pinned()
     name = f"{linears}, one block to the device"
     bench.write(name, linears=linears, gbytes_per_second=rates[0], rates=rates, pinned=pinned, **times[0])
 

@@ -12,10 +12,9 @@ import time
 
 import torch
 
-from lightx2v.cost.memory_plan import Machine, Need, choose
-from lightx2v.cost.memory_plan import Model as Counted
+from lightx2v.cost.memory_plan import FreeMemory, ModelSize, Workload, choose
 from lightx2v.offload.device_copies import copies_for
-from lightx2v.offload.weight_streamer import Cargo, Shuttle
+from lightx2v.offload.weight_streamer import StreamedModule, WeightStreamer
 
 from .bench import Bench
 from .model import attention, expert
@@ -34,7 +33,7 @@ def measure(bench: Bench, clip: str, *, rounds: int, forwards: int, text_too: bo
     layers = bench.sizes.dit.num_layers
     latents = torch.randn(bench.sizes.latent(clip), device=bench.device)
     states = torch.randn(bench.sizes.prompt, bench.sizes.dit.text_dim, device=bench.device).to(bench.compute)
-    planned = choose(Machine(vram=int(CARD), ram=2**62), Counted(), Need.of(latents.shape, guided=False))
+    planned = choose(FreeMemory(vram=int(CARD), ram=2**62), ModelSize(), Workload.of(latents.shape, guided=False))
     kept = min(planned.resident_blocks, layers // 2)
     ways = {"all blocks kept": (layers, True), "no block kept": (0, False), f"{kept} blocks kept": (kept, False)}
     if text_too:
@@ -42,7 +41,9 @@ def measure(bench: Bench, clip: str, *, rounds: int, forwards: int, text_too: bo
     dit = expert(bench, bench.sizes.dit)
     copies = Watched(bench.device) if bench.cuda else copies_for(bench.device)
     began = time.perf_counter()
-    shuttle = Shuttle({"high": Cargo(module=dit, blocks=list(dit.blocks))}, copies, bench.device, resident=layers)
+    streamer = WeightStreamer(
+        {"high": StreamedModule(module=dit, blocks=list(dit.blocks))}, copies, bench.device, resident=layers
+    )
     bench.write(f"{clip}, weights packed into host memory", packing=time.perf_counter() - began)
     bench.clear()
     taken: dict[str, list[float]] = {way: [] for way in ways}
@@ -50,8 +51,8 @@ def measure(bench: Bench, clip: str, *, rounds: int, forwards: int, text_too: bo
     for number in range(rounds):
         for way in list(ways)[:: -1 if number % 2 else 1]:
             blocks, keep = ways[way]
-            shuttle.resize(blocks)
-            with shuttle.use("high"):
+            streamer.resize(blocks)
+            with streamer.use("high"):
                 text = [dit.encode_text(states, keep=keep)]
                 dit(latents, 900.0, text)  # from here on each forward finds its first blocks there
                 if isinstance(copies, Watched):
@@ -61,7 +62,7 @@ def measure(bench: Bench, clip: str, *, rounds: int, forwards: int, text_too: bo
                 if isinstance(copies, Watched):
                     waited[way].append(copies.exposed().get("experts", 0.0) / times["repeats"])
             del text
-    shuttle.close()
+    streamer.close()
     for way, seconds in taken.items():
         ratios = [mine / whole for mine, whole in zip(seconds, taken["all blocks kept"], strict=True)]
         bench.write(

@@ -12,10 +12,10 @@ from ..config.model_paths import PROJECT
 from ..config.request import Request
 from . import memory_plan
 from .machine import Machine
-from .memory_plan import GIB, RESERVE, TEXT_WEIGHTS, VAE_WEIGHTS, Model, Need, Plan, Wishes
+from .memory_plan import GIB, RESERVE, TEXT_WEIGHTS, VAE_WEIGHTS, MemoryPlan, ModelSize, OffloadOptions, Workload
 from .run_time import DiTShape
 
-CARD_KEEPS = GIB
+DRIVER_BYTES = GIB
 """Of a card's nominal size: what the driver and the CUDA context take."""
 ENOUGH = 2**62
 """Bytes of host memory beside a card that somebody asks about, so that what it takes is told."""
@@ -27,7 +27,7 @@ class Forecast:
     """`device` bytes by stage, None without a GPU; `host` bytes: weights that wait there, without a GPU everything;
     `free` bytes of the one that has to hold the run."""
 
-    plan: Plan
+    plan: MemoryPlan
     device: dict[str, int] | None
     host: int
     free: int
@@ -46,35 +46,37 @@ class Forecast:
         }
 
 
-def on_card(config: EngineConfig, request: Request, size: float) -> Forecast:
+def forecast_for_gpu(config: EngineConfig, request: Request, size: float) -> Forecast:
     """On a card of `size` GB, beside enough host memory."""
-    return on_device(config, request, vram=max(0, int(size * GIB) - CARD_KEEPS), ram=ENOUGH)
+    return forecast(config, request, vram=max(0, int(size * GIB) - DRIVER_BYTES), ram=ENOUGH)
 
 
-def on_machine(config: EngineConfig, request: Request, machine: Machine) -> Forecast:
+def forecast_for_machine(config: EngineConfig, request: Request, machine: Machine) -> Forecast:
     """With what is free there now."""
     ram = machine.ram_free // (config.parallel.world_size if config.parallel else 1)
     if machine.vram_free is not None and config.device != "cpu":
-        return on_device(config, request, vram=machine.vram_free, ram=ram)
+        return forecast(config, request, vram=machine.vram_free, ram=ram)
     model = _model(config, 4)  # products are computed in float32
-    plan = Plan(mode="resident", resident_blocks=model.dit.num_layers, reason="All of it is in host memory.")
+    plan = MemoryPlan(mode="resident", resident_blocks=model.dit.num_layers, reason="All of it is in host memory.")
     if config.lazy_load:
         plan = memory_plan.from_disk(config)
     peak = max(memory_plan.stage_bytes(plan, model, _need(request)).values())
     return Forecast(plan=plan, device=None, host=peak, free=ram, fits=peak <= ram)
 
 
-def on_device(config: EngineConfig, request: Request, *, vram: int, ram: int) -> Forecast:
+def forecast(config: EngineConfig, request: Request, *, vram: int, ram: int) -> Forecast:
     """With so many bytes free, under the plan that the engine will choose for them."""
     model = _model(config, 2)
-    plan = memory_plan.choose(memory_plan.Machine(vram=vram, ram=ram), model, _need(request), Wishes.of(config))
+    plan = memory_plan.choose(
+        memory_plan.FreeMemory(vram=vram, ram=ram), model, _need(request), OffloadOptions.of(config)
+    )
     fits = max(plan.bytes.values()) + RESERVE <= vram
     return Forecast(plan=plan, device=plan.bytes, host=memory_plan.host_bytes(plan, model), free=vram, fits=fits)
 
 
 def bytes_needed(config: EngineConfig, request: Request, *, vram: int, ram: int) -> int:
     """Bytes of device memory at the highest, where `vram` bytes are free."""
-    return max(on_device(config, request, vram=vram, ram=ram).plan.bytes.values())
+    return max(forecast(config, request, vram=vram, ram=ram).plan.bytes.values())
 
 
 def model_folder(config: EngineConfig) -> Path | None:
@@ -91,7 +93,7 @@ def shape_of(config: EngineConfig) -> DiTShape:
 
 
 @lru_cache(maxsize=64)
-def _model(config: EngineConfig, natural: int) -> Model:
+def _model(config: EngineConfig, natural: int) -> ModelSize:
     """`natural`: bytes of a value where the configuration leaves that to the device."""
     compute, vae_element = (SIZES.get(dtype, natural) for dtype in (config.dtype, config.vae_dtype))
     text_element = 1 if config.t5_quantized else compute
@@ -99,7 +101,7 @@ def _model(config: EngineConfig, natural: int) -> Model:
     if (folder := model_folder(config)) is not None:  # a small model's files, of 16 bits, say how small its parts are
         text = min(text, _file_bytes(folder, "models_t5*.pth") * text_element // 2 or text)
         vae = min(vae, _file_bytes(folder, "*VAE*.pth") * vae_element // 2 or vae)
-    return Model(
+    return ModelSize(
         dit=shape_of(config), weight=1 if config.dit_quantized else compute, compute=compute, vae_element=vae_element,
         text=text, vae=vae,
     )  # fmt: skip
@@ -109,8 +111,8 @@ def _file_bytes(folder: Path, pattern: str) -> int:
     return sum(file.stat().st_size for file in folder.glob(pattern))
 
 
-def _need(request: Request) -> Need:
-    return Need.of(request.latent_shape, guided=any(request.guided))
+def _need(request: Request) -> Workload:
+    return Workload.of(request.latent_shape, guided=any(request.guided))
 
 
 def _gib(size: int) -> float:

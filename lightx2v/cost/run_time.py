@@ -75,7 +75,7 @@ class DiTShape:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Work:
+class RunCost:
     """What one run has to do: `calls` of a stage, each with `size` operations, by stage."""
 
     calls: dict[str, int]
@@ -117,7 +117,7 @@ def high_noise_steps(request: Request) -> int:
     return sum(int(1000 * sigma) >= (request.boundary or 0) * 1000 for sigma in sigmas)
 
 
-def count(request: Request, shape: DiTShape | None = None, size: tuple[int, int] | None = None) -> Work:
+def estimate_cost(request: Request, shape: DiTShape | None = None, size: tuple[int, int] | None = None) -> RunCost:
     """The work of `request`. `size` is the video's (height, width) where an input picture changes it."""
     height, width = size or (request.height, request.width)
     tokens = request.latent_shape[1] * (height // 16) * (width // 16)
@@ -133,7 +133,7 @@ def count(request: Request, shape: DiTShape | None = None, size: tuple[int, int]
         # The grey tail of the condition clip is not recomputed once its encoding is constant: about 20 frames count.
         calls["image"] = min(chunks, 6)
         work["image"] = 5.1e6 * height * width * min(request.frames, 21) / calls["image"]
-    return Work(calls=calls, size=work)
+    return RunCost(calls=calls, size=work)
 
 
 class Rates:
@@ -147,7 +147,7 @@ class Rates:
         self._lock = threading.Lock()
         self._data: dict[str, dict[str, dict[str, list[list[float]]]]] = self._read()
 
-    def record(self, device: str, engine: str, work: Work, seconds: Mapping[str, float]) -> None:
+    def record(self, device: str, engine: str, work: RunCost, seconds: Mapping[str, float]) -> None:
         """Learns from one finished run: `seconds` by stage, as Timings has them; "load" counts where it happened."""
         with self._lock:
             stages = self._data.setdefault(device, {}).setdefault(engine, {})
@@ -160,7 +160,7 @@ class Rates:
                 stages[stage] = [*known, [calls, size, took]][-KEPT:]
             self._write()
 
-    def predict(self, device: str, engine: str, work: Work, *, loaded: bool) -> Prediction | None:
+    def predict(self, device: str, engine: str, work: RunCost, *, loaded: bool) -> Prediction | None:
         """Seconds that `work` will take, None where nothing is known. A loaded engine has no load stage."""
         with self._lock:
             engines = self._data.get(device, {})

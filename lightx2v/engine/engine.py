@@ -41,7 +41,7 @@ T = TypeVar("T")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Engine:
+class LoadedEngine:
     """What `EngineConfig` says, loaded. `preset` is the name reports and files carry; `warnings` go into reports.
 
     `mesh` says which part of the work is this process's; None where it works alone.
@@ -66,7 +66,7 @@ def load_engine(
     preset: str = "",
     on_progress: OnProgress | None = None,
     cancel: CancelToken | None = None,
-) -> Engine:
+) -> LoadedEngine:
     """Loads the model, and first fetches what this machine lacks of it.
 
     Raises ConfigError, DownloadError, CheckpointError, OutOfMemory or Cancelled; nothing stays in memory then.
@@ -93,7 +93,7 @@ def load_here(
     preset: str,
     on_progress: OnProgress | None,
     cancel: CancelToken | None,
-) -> Engine:
+) -> LoadedEngine:
     """This process's part of the model; all of it where there is no mesh."""
     if mesh is None or mesh.world.leads:  # the others need no text encoder
         preload.start()
@@ -114,7 +114,7 @@ def load_here(
             log.warning("%s", warning)
         with torch.inference_mode(), placement.vae() as vae:
             preview = Preview.for_vae(vae, files.vae)
-    return Engine(
+    return LoadedEngine(
         config=config,
         mesh=mesh,
         precision=precision,
@@ -210,7 +210,7 @@ def place(
             break
         except OutOfMemory as error:
             failure = error
-        lower = plan.lower("denoise")
+        lower = plan.reduce_memory("denoise")
         if lower is None or mesh is not None:
             raise failure
         plan, lowered = planner.counted(lower, USUAL, f"After the memory ran out: {describe(lower)}."), True

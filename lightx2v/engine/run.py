@@ -19,7 +19,7 @@ from torch import Tensor
 
 from ..config.recorded_settings import recorded_settings
 from ..config.request import LoraSpec, Request
-from ..cost.memory_plan import Need, Stage
+from ..cost.memory_plan import Stage, Workload
 from ..errors import Cancelled, LightX2VError, OutOfMemory
 from ..loading.networks import Which
 from ..media.images import load_image
@@ -31,7 +31,7 @@ from ..parallel.vae_bands import Rows
 from ..progress import CancelToken, Meter, OnProgress, Timings
 from ..sampling import denoise, guided, initial_noise, solver_for, still_warning
 from .conditioning import encode_pictures, prepare_pictures
-from .engine import Engine, within_memory
+from .engine import LoadedEngine, within_memory
 from .result import Result
 
 log = logging.getLogger("lightx2v.run")
@@ -44,7 +44,7 @@ class Run:
 
     def __init__(
         self,
-        engine: Engine,
+        engine: LoadedEngine,
         request: Request,
         on_progress: OnProgress | None = None,
         cancel: CancelToken | None = None,
@@ -60,7 +60,7 @@ class Run:
         self.tokens: dict[str, int] = {}
 
     def use_loras(self, specs: Sequence[LoraSpec]) -> None:
-        self.with_less("denoise", lambda: self.placement.use_loras(specs), "while exchanging LoRAs")
+        self.retry_with_offload("denoise", lambda: self.placement.use_loras(specs), "while exchanging LoRAs")
 
     def video(
         self, path: str | Path | None, metadata: bool, force: bool, return_frames: bool, return_latents: bool
@@ -68,11 +68,13 @@ class Run:
         request = self.request
         if self.mesh is not None:
             self.mesh.count_anew()
-        self.placement.prepare(Need.of(request.latent_shape, guided=any(request.guided)))
-        contexts = self.with_less("text", self.encode_text)
-        condition = self.with_less("image", self.encode_images)
+        self.placement.prepare(Workload.of(request.latent_shape, guided=any(request.guided)))
+        contexts = self.retry_with_offload("text", self.encode_text)
+        condition = self.retry_with_offload("image", self.encode_images)
         latents_CTHW = self.denoise(contexts, condition)
-        frames = self.with_less("decode", lambda: self.decode(latents_CTHW, path, metadata, force, return_frames))
+        frames = self.retry_with_offload(
+            "decode", lambda: self.decode(latents_CTHW, path, metadata, force, return_frames)
+        )
         _, _, height, width = latents_CTHW.shape
         timings = self.meter.report()
         return Result(
@@ -103,7 +105,7 @@ class Run:
             loras=tuple(lora.to_json() for lora in self.placement.loras),
         )
 
-    def with_less(self, stage: Stage, call: Callable[[], T], when: str = "") -> T:
+    def retry_with_offload(self, stage: Stage, call: Callable[[], T], when: str = "") -> T:
         """`call()`; when memory runs out again with more of the weights off the device, until nothing more helps."""
         if self.mesh is not None:  # not tried again: the memory may have run out on one process only
             return within_memory(call, when or self.size)
@@ -113,7 +115,7 @@ class Run:
             except OutOfMemory as error:
                 failure = error
             # Outside of the handler, where the failed call's tensors are free.
-            smaller = self.placement.step_down(stage)
+            smaller = self.placement.reduce_memory(stage)
             if smaller is None:
                 raise failure
             where = when or f"in the stage {stage}"
@@ -252,7 +254,7 @@ class Run:
 
         with meter.stage("denoise"):
             meter.emit("denoise", 0, schedule.steps, schedule.experts[0])
-            return self.with_less("denoise", rest)
+            return self.retry_with_offload("denoise", rest)
 
     def decode(
         self, latents_CTHW: Tensor, path: str | Path | None, metadata: bool, force: bool, return_frames: bool

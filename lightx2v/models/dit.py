@@ -147,8 +147,8 @@ class WanDiT(nn.Module):
     `self_attention` and `cross_attention` may be replaced at any time. `chunk` bounds how many tokens go through the
     feed-forward at once: its inner tensors would be a block's largest. Prompts of one forward share a batch up to
     `stack_tokens` tokens (on two CPU cores 25 % faster at 64, 6 % at 576, equal at 2016); beyond it they take turns in
-    each block, or with `apart` in the whole forward, which needs memory for one only. `keep_text` is what `encode_text`
-    does if it is not told. `split` shares the tokens with other processes; every process
+    each block, or with `sequential_cfg` in the whole forward, which needs memory for one only.
+    `cache_text_kv` is the default of `encode_text`. `split` shares the tokens with other processes; every process
     gets the whole input and gives the whole velocity.
     """
 
@@ -161,8 +161,8 @@ class WanDiT(nn.Module):
         self.cross_attention = cross_attention
         self.split: TokenSplit | None = None
         self.chunk = CHUNK
-        self.apart = False
-        self.keep_text = True
+        self.sequential_cfg = False
+        self.cache_text_kv = True
         self.stack_tokens = 2048
         self.rotary = RotaryTable(config.head_dim)
         dim = config.dim
@@ -193,7 +193,7 @@ class WanDiT(nn.Module):
 
         `keep` keeps each block's keys and values of the prompt (200 kB per row in bf16 at full size) for later steps.
         """
-        return self._encode(context_LD.unsqueeze(0), keep=self.keep_text if keep is None else keep)
+        return self._encode(context_LD.unsqueeze(0), keep=self.cache_text_kv if keep is None else keep)
 
     def _encode(self, context_BLD: Tensor, *, keep: bool) -> TextStates:
         padding = self.config.text_len - context_BLD.shape[1]
@@ -215,7 +215,7 @@ class WanDiT(nn.Module):
         condition_BCTHW = None if condition_CTHW is None else condition_CTHW.unsqueeze(0)
         x_BLD, rotations_L1P = self.embed(latents_BCTHW, condition_BCTHW)
         stack = x_BLD.shape[1] <= self.stack_tokens
-        if self.apart and not stack and len(text) > 1:
+        if self.sequential_cfg and not stack and len(text) > 1:
             del x_BLD, rotations_L1P
             return [self.forward(latents_CTHW, timestep, [one], condition_CTHW, cancel)[0] for one in text]
         groups = (tuple(text),) if stack else tuple((each,) for each in text)

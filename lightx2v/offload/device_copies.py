@@ -1,6 +1,6 @@
 """Copies from host to device beside the computation, and the order between the two.
 
-A `Slot` is device memory that holds one piece of a model at a time. Its life is a circle:
+A `Slot` is device memory that holds one weights of a model at a time. Its life is a circle:
 
     load      a copy into it is queued; it starts after the last use of what the slot held
     acquire   the computation waits for that copy, and uses the slot
@@ -29,19 +29,19 @@ class Slot:
         self.item: object = None
         self.in_use = False
         self.reading: Future[None] | None = None
-        self.copied: Any = None
-        self.left: Any = None
+        self.copy_event: Any = None
+        self.release_event: Any = None
 
 
 class Copies(Protocol):
     def load(self, slot: Slot, source: Tensor) -> Any:
-        """Queues the copy of `source` (flat, host memory) into the slot. Returns a mark for `settle`."""
+        """Queues the copy of `source` (flat, host memory) into the slot. Returns a mark for `synchronize`."""
 
     def acquire(self, slot: Slot) -> None: ...
 
     def release(self, slot: Slot) -> None: ...
 
-    def settle(self, mark: Any) -> None:
+    def synchronize(self, mark: Any) -> None:
         """The host waits until the copy of that mark is done; its source may then be written again."""
 
 
@@ -52,22 +52,22 @@ class CudaCopies:
 
     def load(self, slot: Slot, source: Tensor) -> Any:
         assert not slot.in_use, "a slot in use is not loaded"
-        if slot.left is not None:
-            self.stream.wait_event(slot.left)
+        if slot.release_event is not None:
+            self.stream.wait_event(slot.release_event)
         with torch.cuda.stream(self.stream):
             slot.buffer[: len(source)].copy_(source, non_blocking=True)
-            slot.copied = self.stream.record_event()
-        return slot.copied
+            slot.copy_event = self.stream.record_event()
+        return slot.copy_event
 
     def acquire(self, slot: Slot) -> None:
-        torch.cuda.current_stream(self.device).wait_event(slot.copied)
+        torch.cuda.current_stream(self.device).wait_event(slot.copy_event)
         slot.in_use = True
 
     def release(self, slot: Slot) -> None:
-        slot.left = torch.cuda.current_stream(self.device).record_event()
+        slot.release_event = torch.cuda.current_stream(self.device).record_event()
         slot.in_use = False
 
-    def settle(self, mark: Any) -> None:
+    def synchronize(self, mark: Any) -> None:
         mark.synchronize()
 
 
@@ -86,26 +86,26 @@ class HostCopies:
     def load(self, slot: Slot, source: Tensor) -> object:
         if slot.in_use:
             raise RuntimeError(f"{slot.item} was to be overwritten while it is in use")
-        if slot.left is None:
+        if slot.release_event is None:
             raise RuntimeError(f"{slot.item}: the copy does not know what to wait for")
         if self.poison:
             slot.buffer.fill_(0xFF)
         with self._lock:
-            slot.copied = object()
-            self._queue.append((slot, source, slot.copied))
-            return slot.copied
+            slot.copy_event = object()
+            self._queue.append((slot, source, slot.copy_event))
+            return slot.copy_event
 
     def acquire(self, slot: Slot) -> None:
-        if slot.copied is None:
+        if slot.copy_event is None:
             raise RuntimeError("a slot was used that nothing was copied into")
-        self.settle(slot.copied)
+        self.synchronize(slot.copy_event)
         slot.in_use = True
 
     def release(self, slot: Slot) -> None:
-        slot.left = object()
+        slot.release_event = object()
         slot.in_use = False
 
-    def settle(self, mark: object) -> None:
+    def synchronize(self, mark: object) -> None:
         with self._lock:
             if any(queued is mark for _, _, queued in self._queue):
                 while True:

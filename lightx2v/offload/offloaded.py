@@ -1,8 +1,8 @@
-"""A model on a device that may be too small for it: each part where a `Plan` says, and elsewhere once that fails.
+"""A model on a device that may be too small for it: each part where a `MemoryPlan` says, and elsewhere once that fails.
 
-Parts are loaded onto the device or into host memory, as the plan says. What a plan does not keep on the device a
-Shuttle carries. A part that has moved to host memory stays there; the number of resident blocks may change with every
-request.
+Parts are loaded onto the device or into host memory, as the plan says. A `WeightStreamer` brings the others to the
+device when they run. A part that has moved to host memory stays there; the number of resident blocks may change with
+every request.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ import torch
 from torch import nn
 
 from ..config.request import LoraSpec
-from ..cost.memory_plan import Need, Plan, Planner, Stage
+from ..cost.memory_plan import MemoryPlan, MemoryPlanner, Stage, Workload
 from ..loading.loras import Applied
 from ..loading.networks import Which, whole_float32
 from ..models.dit import WanDiT
@@ -26,7 +26,7 @@ from ..models.umt5 import TextEncoder
 from ..models.vae import WanVAE
 from .device_copies import Copies
 from .packed_weights import Reader
-from .weight_streamer import Cargo, Shuttle
+from .weight_streamer import StreamedModule, WeightStreamer
 
 log = logging.getLogger("lightx2v.offload")
 
@@ -65,10 +65,10 @@ class Offloaded:
         self,
         loaded: Loaded,
         *,
-        plan: Plan,
+        plan: MemoryPlan,
         device: torch.device,
         copies: Copies,
-        planner: Planner | None = None,
+        planner: MemoryPlanner | None = None,
         readers: Mapping[Which, Reader] | None = None,
         dtype_of: Callable[[str], torch.dtype] | None = None,
         read_ahead: bool = True,
@@ -84,9 +84,9 @@ class Offloaded:
         self._loras: tuple[LoraSpec, ...] | None = None
         self._device, self._copies, self._planner = device, copies, planner
         self._readers, self._dtype_of, self._read_ahead = dict(readers or {}), dtype_of, read_ahead
-        self._shuttles: dict[str, Shuttle] = {}
-        self._lowered: Plan | None = None
-        self._need: Need | None = None
+        self._streamers: dict[str, WeightStreamer] = {}
+        self._lowered: MemoryPlan | None = None
+        self._workload: Workload | None = None
         self._plan = plan
         self._apply(plan)
 
@@ -101,12 +101,12 @@ class Offloaded:
     @contextmanager
     def expert(self, which: Which, then: Which | None = None) -> Iterator[WanDiT]:
         dit = self._experts[which]
-        dit.apart, dit.keep_text = self._plan.apart, self._plan.keep_text
-        shuttle = self._shuttles.get("experts")
-        if shuttle is None:
+        dit.sequential_cfg, dit.cache_text_kv = self._plan.sequential_cfg, self._plan.cache_text_kv
+        streamer = self._streamers.get("experts")
+        if streamer is None:
             yield dit
             return
-        with shuttle.use(which, then):
+        with streamer.use(which, then):
             yield dit
 
     @contextmanager
@@ -118,17 +118,17 @@ class Offloaded:
     @contextmanager
     def _visit(self, name: str, module: nn.Module) -> Iterator[Any]:
         """A part that comes to the device for one stage."""
-        if "experts" in self._shuttles and not self._plan.together:
-            self._shuttles["experts"].free()
-        shuttle = self._shuttles.get(name)
-        if shuttle is None:
+        if "experts" in self._streamers and not self._plan.keep_experts:
+            self._streamers["experts"].free()
+        streamer = self._streamers.get(name)
+        if streamer is None:
             yield module
             return
         try:
-            with shuttle.use(name):
+            with streamer.use(name):
                 yield module
         finally:
-            shuttle.free()
+            streamer.free()
 
     @property
     def tiling(self) -> Tiling | None:
@@ -144,8 +144,8 @@ class Offloaded:
             return
         self._loras = None
         with ExitStack() as stack:
-            if "experts" in self._shuttles:
-                stack.enter_context(self._shuttles["experts"].edit())
+            if "experts" in self._streamers:
+                stack.enter_context(self._streamers["experts"].edit())
             self._loaded.use_loras(specs)
         self._loras = tuple(specs)
 
@@ -155,104 +155,104 @@ class Offloaded:
 
     # ---- which plan ---------------------------------------------------------------------------------------------
 
-    def prepare(self, need: Need) -> None:
+    def prepare(self, workload: Workload) -> None:
         """Before a run: the plan for a video of this size, no larger than what out-of-memory errors left."""
-        self._need, before = need, self._plan
+        self._workload, before = workload, self._plan
         if self._planner is not None:
-            self._apply(self._planner.plan(need))
+            self._apply(self._planner.plan(workload))
             if self._plan != before:
                 log.info("Placement: %s", self._plan)
 
-    def keep_below(self, plan: Plan) -> None:
+    def keep_below(self, plan: MemoryPlan) -> None:
         """Later requests get no larger plans than this one."""
         self._lowered = plan
 
-    def step_down(self, stage: Stage) -> str | None:
+    def reduce_memory(self, stage: Stage) -> str | None:
         """After `stage` ran out of memory: a smaller plan, in words. None if there is none."""
-        lower = self._plan.lower(stage)
+        lower = self._plan.reduce_memory(stage)
         if lower is None:
             return None
-        if self._planner is not None and self._need is not None:
-            lower = self._planner.counted(lower, self._need, f"After the memory ran out: {describe(lower)}.")
+        if self._planner is not None and self._workload is not None:
+            lower = self._planner.counted(lower, self._workload, f"After the memory ran out: {describe(lower)}.")
         self._lowered = lower
         self._apply(lower)
         return describe(self._plan)
 
-    def _apply(self, plan: Plan) -> None:
+    def _apply(self, plan: MemoryPlan) -> None:
         """Makes it so. Parts only move towards host memory; what has been lowered stays lowered."""
         possible = self._possible(plan)
-        if possible != plan and self._planner is not None and self._need is not None:
-            possible = self._planner.counted(possible, self._need, f"After an earlier run: {describe(possible)}.")
+        if possible != plan and self._planner is not None and self._workload is not None:
+            possible = self._planner.counted(possible, self._workload, f"After an earlier run: {describe(possible)}.")
         self._plan = plan = possible
         if plan.mode != "resident":
-            self._carry("experts", plan.resident_blocks, plan.ring)
+            self._carry("experts", plan.resident_blocks, plan.prefetch_slots)
         if plan.text != "resident" and self._text is not None:
             blocks = len(self._text.stack.block)
-            self._carry("text", blocks if plan.text == "move" else 0, plan.ring)
+            self._carry("text", blocks if plan.text == "move" else 0, plan.prefetch_slots)
         if plan.vae != "resident":
-            self._carry("vae", 0, plan.ring)
+            self._carry("vae", 0, plan.prefetch_slots)
 
-    def _possible(self, plan: Plan) -> Plan:
+    def _possible(self, plan: MemoryPlan) -> MemoryPlan:
         low = self._lowered
         if low is not None:
             plan = replace(
                 plan,
                 mode=MODES[max(MODES.index(plan.mode), MODES.index(low.mode))],
                 resident_blocks=min(plan.resident_blocks, low.resident_blocks),
-                ring=min(plan.ring, low.ring),
+                prefetch_slots=min(plan.prefetch_slots, low.prefetch_slots),
                 text=PARTS[max(PARTS.index(plan.text), PARTS.index(low.text))],
-                together=plan.together and low.together,
+                keep_experts=plan.keep_experts and low.keep_experts,
                 tiling=plan.tiling or low.tiling,
-                apart=plan.apart or low.apart,
+                sequential_cfg=plan.sequential_cfg or low.sequential_cfg,
             )
-        carried = "experts" in self._shuttles
-        plan = replace(plan, lazy=bool(self._readers))
+        carried = "experts" in self._streamers
+        plan = replace(plan, from_disk=bool(self._readers))
         if plan.mode == "resident" and carried:
             plan = replace(plan, mode="swap")
         if plan.mode != "resident" and not (carried or self._readers or plan.host_fits):
             plan = replace(plan, mode="resident")  # host memory could not take the experts
-        if plan.text == "resident" and "text" in self._shuttles:
+        if plan.text == "resident" and "text" in self._streamers:
             plan = replace(plan, text="move")
-        return replace(plan, vae="move") if "vae" in self._shuttles else plan
+        return replace(plan, vae="move") if "vae" in self._streamers else plan
 
-    def _carry(self, name: str, resident: int, ring: int) -> None:
-        shuttle = self._shuttles.get(name)
-        if shuttle is None:
-            self._shuttles[name] = Shuttle(
-                self._cargo(name),
+    def _carry(self, name: str, resident: int, prefetch_slots: int) -> None:
+        streamer = self._streamers.get(name)
+        if streamer is None:
+            self._streamers[name] = WeightStreamer(
+                self._streamed(name),
                 self._copies,
                 self._device,
                 resident=resident,
-                ring=ring,
+                prefetch_slots=prefetch_slots,
                 read_ahead=self._read_ahead,
             )
-        elif (shuttle.resident, shuttle.wished_ring) != (min(resident, shuttle.blocks), ring):
-            shuttle.resize(resident, ring)
+        elif (streamer.resident, streamer.wanted_slots) != (min(resident, streamer.blocks), prefetch_slots):
+            streamer.resize(resident, prefetch_slots)
 
-    def _cargo(self, name: str) -> dict[str, Cargo]:
+    def _streamed(self, name: str) -> dict[str, StreamedModule]:
         if name == "experts":
             return {
-                which: Cargo(
+                which: StreamedModule(
                     module=dit, blocks=list(dit.blocks), reader=self._readers.get(which), dtype_of=self._dtype_of
                 )
                 for which, dit in self._experts.items()
             }
         if name == "text":
             assert self._text is not None
-            return {name: Cargo(module=self._text, blocks=list(self._text.stack.block))}
+            return {name: StreamedModule(module=self._text, blocks=list(self._text.stack.block))}
         assert self._vae is not None
-        return {name: Cargo(module=self._vae)}
+        return {name: StreamedModule(module=self._vae)}
 
     def close(self) -> None:
-        for shuttle in self._shuttles.values():
-            shuttle.close()
-        self._shuttles.clear()
+        for streamer in self._streamers.values():
+            streamer.close()
+        self._streamers.clear()
         self._experts.clear()
         self._loaded.close()
         self._text = self._vae = None
 
 
-def describe(plan: Plan) -> str:
+def describe(plan: MemoryPlan) -> str:
     """What a plan does about memory, in a few words."""
     words = {
         "resident": "both experts on the device",
@@ -261,8 +261,8 @@ def describe(plan: Plan) -> str:
     }[plan.mode]
     more = [
         *(["the text encoder in host memory"] if plan.text != "resident" else []),
-        *(["no expert on the device beside the VAE"] if not plan.together else []),
+        *(["no expert on the device beside the VAE"] if not plan.keep_experts else []),
         *(["the VAE in tiles"] if plan.tiling else []),
-        *(["the prompts one after the other"] if plan.apart else []),
+        *(["the prompts one after the other"] if plan.sequential_cfg else []),
     ]
     return ", ".join([words, *more])

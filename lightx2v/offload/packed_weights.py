@@ -1,9 +1,9 @@
 """Pieces of a module that travel as one: all their tensors in one flat buffer, so that moving one is one copy.
 
-piece = Piece(block)            knows the tensors' places; the module may be on the meta device
-piece.pack()                    their values move into a flat buffer in host memory, pinned where CUDA is used
-piece.bind(buffer)              the module's tensors become views of a device buffer
-piece.unbind()                  they are on the meta device again: using them is an error, not a wrong result
+weights = PackedWeights(block)            knows the tensors' places; the module may be on the meta device
+weights.pack()                    their values move into a flat buffer in host memory, pinned where CUDA is used
+weights.bind(buffer)              the module's tensors become views of a device buffer
+weights.unbind()                  they are on the meta device again: using them is an error, not a wrong result
 """
 
 from __future__ import annotations
@@ -54,7 +54,7 @@ class Place:
         self.holder[self.leaf] = nn.Parameter(tensor, requires_grad=False) if self.parameter else tensor
 
 
-class Piece:
+class PackedWeights:
     """The tensors of `module`, without those of the modules in `without`. `prefix` goes before their names."""
 
     def __init__(

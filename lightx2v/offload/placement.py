@@ -20,7 +20,7 @@ from ..attention import Choice
 from ..config.engine_config import EngineConfig
 from ..config.request import LoraSpec
 from ..cost.machine import free_ram
-from ..cost.memory_plan import Machine, Model, Need, Plan, Planner, Stage, Wishes
+from ..cost.memory_plan import FreeMemory, MemoryPlan, MemoryPlanner, ModelSize, OffloadOptions, Stage, Workload
 from ..cost.run_time import DiTShape
 from ..errors import CheckpointError, LoraError
 from ..loading.loras import Applied, ExpertLoras, match_loras
@@ -52,7 +52,7 @@ from .packed_weights import Reader
 
 log = logging.getLogger("lightx2v.offload")
 
-USUAL = Need(tokens=32_760, height=60, width=104)
+USUAL = Workload(tokens=32_760, height=60, width=104)
 """What is planned for before the first request: 832x480, 81 frames, with guidance."""
 
 
@@ -77,10 +77,10 @@ class Placement(Protocol):
         """Where the weights live, for reports; None where there is no choice."""
         ...
 
-    def prepare(self, need: Need) -> None:
+    def prepare(self, workload: Workload) -> None:
         """Called before each run, with its size."""
 
-    def step_down(self, stage: Stage) -> str | None:
+    def reduce_memory(self, stage: Stage) -> str | None:
         """After `stage` ran out of memory: takes more off the device, and says what. None if nothing is left."""
 
     def use_loras(self, specs: Sequence[LoraSpec]) -> None:
@@ -98,7 +98,7 @@ class Placement(Protocol):
 class Resident:
     """Everything loaded, and that is all. `text_home` and `expert_home` load these to where they do not run.
 
-    With `lazy` the experts are on the meta device, and `readers` read them.
+    With `from_disk` the experts are on the meta device, and `readers` read them.
     """
 
     def __init__(
@@ -111,7 +111,7 @@ class Resident:
         *,
         text_home: torch.device | None = None,
         expert_home: torch.device | None = None,
-        lazy: bool = False,
+        from_disk: bool = False,
         cancel: CancelToken | None = None,
         mesh: Mesh | None = None,
     ) -> None:
@@ -126,11 +126,13 @@ class Resident:
             weights = expert_weights(files, which, config)
             loras = match_loras(config.lora_configs, which, weights, config)
             made = built_weights(files, which)
-            used = made or (weights if ExpertLoras.dynamic(weights, config, lazy) else weights.with_loras(loras))
-            load = build_expert if lazy else partial(load_expert, cancel=cancel, mesh=mesh, made_on=precision.device)
+            used = made or (weights if ExpertLoras.dynamic(weights, config, from_disk) else weights.with_loras(loras))
+            load = (
+                build_expert if from_disk else partial(load_expert, cancel=cancel, mesh=mesh, made_on=precision.device)
+            )
             dit = load(files, used, at_expert, self_attention, cross_attention)
-            on = ExpertLoras(dit, which, weights, loras, config, precision.device, through, lazy=lazy)
-            if lazy:
+            on = ExpertLoras(dit, which, weights, loras, config, precision.device, through, lazy=from_disk)
+            if from_disk:
                 self.readers[which] = _reader(lambda on=on, made=made: made or on.on_disk, at_expert, through)
             self._experts[which], self._loras[which] = dit, on
         if self._experts["high"].config != self._experts["low"].config:
@@ -163,10 +165,10 @@ class Resident:
         with whole_float32():
             yield self._vae
 
-    def prepare(self, need: Need) -> None:
+    def prepare(self, workload: Workload) -> None:
         pass
 
-    def step_down(self, stage: Stage) -> str | None:
+    def reduce_memory(self, stage: Stage) -> str | None:
         return None
 
     def use_loras(self, specs: Sequence[LoraSpec]) -> None:
@@ -198,17 +200,19 @@ def _reader(
 
 def planner_for(
     files: ModelFiles, config: EngineConfig, precision: Precision, mesh: Mesh | None = None
-) -> Planner | None:
+) -> MemoryPlanner | None:
     """What plans where this model's weights live; None where the device has no memory of its own to offload from."""
     if precision.device.type != "cuda":
         return None
-    machine = Machine(vram=torch.cuda.mem_get_info(precision.device)[0], ram=free_ram())
+    free = FreeMemory(vram=torch.cuda.mem_get_info(precision.device)[0], ram=free_ram())
     if mesh is not None:  # all plan alike, for the smallest device and their share of the host's memory
-        free = mesh.world.wire.gather_json([machine.vram, machine.ram])
-        machine = Machine(vram=min(vram for vram, _ in free), ram=min(ram for _, ram in free) // mesh.world.size)
+        everywhere = mesh.world.wire.gather_json([free.vram, free.ram])
+        free = FreeMemory(
+            vram=min(vram for vram, _ in everywhere), ram=min(ram for _, ram in everywhere) // mesh.world.size
+        )
     if files.built is None and config.build:
-        machine = replace(machine, ram=2**62)  # what could not be kept is in no file, so it cannot stay on disk
-    return Planner(machine=machine, model=model_sizes(files, config, precision), wishes=Wishes.of(config))
+        free = replace(free, ram=2**62)  # what could not be kept is in no file, so it cannot stay on disk
+    return MemoryPlanner(free=free, model=model_sizes(files, config, precision), options=OffloadOptions.of(config))
 
 
 def offloaded(
@@ -217,9 +221,9 @@ def offloaded(
     precision: Precision,
     self_attention: Choice,
     cross_attention: Choice,
-    plan: Plan,
+    plan: MemoryPlan,
     *,
-    planner: Planner | None = None,
+    planner: MemoryPlanner | None = None,
     copies: Copies | None = None,
     cancel: CancelToken | None = None,
     mesh: Mesh | None = None,
@@ -235,7 +239,7 @@ def offloaded(
         cross_attention,
         text_home=None if plan.text == "resident" else host,
         expert_home=None if plan.mode == "resident" else host,
-        lazy=plan.lazy and plan.mode != "resident",
+        from_disk=plan.from_disk and plan.mode != "resident",
         cancel=cancel,
         mesh=mesh,
     )
@@ -251,7 +255,7 @@ def offloaded(
     )
 
 
-def model_sizes(files: ModelFiles, config: EngineConfig, precision: Precision) -> Model:
+def model_sizes(files: ModelFiles, config: EngineConfig, precision: Precision) -> ModelSize:
     """What the planner needs to know, from the files' headers."""
     weights = expert_weights(files, "high", config)
     dit = DiTConfig.from_checkpoint(files.architecture, weights.shapes)
@@ -262,7 +266,7 @@ def model_sizes(files: ModelFiles, config: EngineConfig, precision: Precision) -
     made = files.built.t5 if files.built else None
     text, vae = open_checkpoint(made or files.t5), open_checkpoint(files.vae)
     text_sizes = sorted(math.prod(shape) * min(2, text.dtypes[name].itemsize) for name, shape in text.shapes.items())
-    return Model(
+    return ModelSize(
         dit=DiTShape(
             dim=dit.dim,
             ffn_dim=dit.ffn_dim,

@@ -1,8 +1,8 @@
 """Modules whose weights live in host memory and visit the device, block by block, ahead of the computation.
 
-A Shuttle carries one or several modules of the same architecture through the same device memory: both experts, or the
-text encoder, or the VAE. Of the blocks, the first `resident` have a device slot each and the others share a ring of
-`ring` slots. Everything outside of the blocks has one slot.
+A `WeightStreamer` brings one or several modules of the same architecture into the same device memory: both experts, or
+the text encoder, or the VAE. The first `resident` blocks have a device slot each, and the others share
+`prefetch_slots` slots as a ring. Everything outside of the blocks has one slot.
 
     resident = blocks   one module on the device; another one is swapped in place, each block as soon as the one before
                         has run for the last time
@@ -10,7 +10,7 @@ text encoder, or the VAE. Of the blocks, the first `resident` have a device slot
                         ones for the next forward
 
 Nothing is ever copied back. Hooks on the blocks do the work, so the modules do not know. Weights that stay on disk are
-read by another thread, one piece after the other, while blocks run.
+read by another thread, one weights after the other, while blocks run.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ import torch
 from torch import Tensor, nn
 
 from .device_copies import Copies, Slot
-from .packed_weights import Piece, Reader, host_buffer
+from .packed_weights import PackedWeights, Reader, host_buffer
 
 OUTSIDE = -1
 """The index of what lies outside of the blocks."""
@@ -35,7 +35,7 @@ Item = tuple[str, int]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Cargo:
+class StreamedModule:
     """One module, its blocks, and for weights that stay on disk how to read them."""
 
     module: nn.Module
@@ -44,15 +44,15 @@ class Cargo:
     dtype_of: Any = None
 
 
-class Shuttle:
+class WeightStreamer:
     def __init__(
         self,
-        cargo: Mapping[str, Cargo],
+        streamed: Mapping[str, StreamedModule],
         copies: Copies,
         device: torch.device,
         *,
         resident: int,
-        ring: int = 3,
+        prefetch_slots: int = 3,
         read_ahead: bool = True,
     ) -> None:
         """Packs the modules' weights into host memory, where they have no reader: afterwards they are there only.
@@ -60,10 +60,10 @@ class Shuttle:
         Without `read_ahead` what is on disk is read where it is asked for, in the caller's thread.
         """
         self.copies, self.device = copies, device
-        self.modules = {name: each.module for name, each in cargo.items()}
-        self.readers = {name: each.reader for name, each in cargo.items()}
-        self.blocks = len(next(iter(cargo.values())).blocks)
-        self.pieces: dict[Item, Piece] = {}
+        self.modules = {name: each.module for name, each in streamed.items()}
+        self.readers = {name: each.reader for name, each in streamed.items()}
+        self.blocks = len(next(iter(streamed.values())).blocks)
+        self.packed: dict[Item, PackedWeights] = {}
         self.own: dict[int, Slot] = {}
         self.shared: list[Slot] = []
         self._hooks: list[Any] = []
@@ -74,50 +74,52 @@ class Shuttle:
         self._current: str | None = None
         self._next: str | None = None
         pin = device.type == "cuda"
-        for name, each in cargo.items():
-            assert len(each.blocks) == self.blocks, "the modules of a shuttle have the same number of blocks"
-            outside = Piece(each.module, without=each.blocks, dtype_of=each.dtype_of)
-            self.pieces[name, OUTSIDE] = outside
+        for name, each in streamed.items():
+            assert len(each.blocks) == self.blocks, "the modules of a streamer have the same number of blocks"
+            outside = PackedWeights(each.module, without=each.blocks, dtype_of=each.dtype_of)
+            self.packed[name, OUTSIDE] = outside
             names = {id(part): path for path, part in each.module.named_modules()}
             for index, block in enumerate(each.blocks):
-                self.pieces[name, index] = Piece(block, prefix=names[id(block)], dtype_of=each.dtype_of)
+                self.packed[name, index] = PackedWeights(block, prefix=names[id(block)], dtype_of=each.dtype_of)
                 self._hooks += [
                     block.register_forward_pre_hook(_before(self, name, index)),
                     block.register_forward_hook(_after(self, name, index)),
                 ]
             if each.reader is None:
                 for index in range(OUTSIDE, self.blocks):
-                    self.pieces[name, index].pack(pin=pin)
-        self.resize(resident, ring)
+                    self.packed[name, index].pack(pin=pin)
+        self.resize(resident, prefetch_slots)
 
     # ---- device memory ------------------------------------------------------------------------------------------
 
-    def resize(self, resident: int, ring: int = 3) -> None:
+    def resize(self, resident: int, prefetch_slots: int = 3) -> None:
         """Another number of resident blocks. Device memory is taken at the next use."""
         self.free()
-        self.wished_ring = ring
+        self.wanted_slots = prefetch_slots
         self.resident = max(0, min(resident, self.blocks))
-        self.ring = max(1, min(ring, self.blocks - self.resident)) if self.resident < self.blocks else 0
+        self.prefetch_slots = (
+            max(1, min(prefetch_slots, self.blocks - self.resident)) if self.resident < self.blocks else 0
+        )
 
     def free(self) -> None:
         """Gives the device memory back; the next `use` copies again."""
         for slot in [*self.own.values(), *self.shared]:
             _stop_reading(slot)
-            if slot.copied is not None:
+            if slot.copy_event is not None:
                 self.copies.acquire(slot)  # a copy that is under way must not write into memory given back
                 self.copies.release(slot)
-        for piece in self.pieces.values():
-            piece.forget()
+        for weights in self.packed.values():
+            weights.forget()
         self.own, self.shared = {}, []
 
     def nbytes(self) -> int:
         """Device memory while in use."""
         outside, block = self._sizes()
-        return outside + block * (self.resident + self.ring)
+        return outside + block * (self.resident + self.prefetch_slots)
 
     def _sizes(self) -> tuple[int, int]:
         sizes = [
-            max(piece.nbytes for (_, index), piece in self.pieces.items() if (index == OUTSIDE) is outside)
+            max(weights.nbytes for (_, index), weights in self.packed.items() if (index == OUTSIDE) is outside)
             if outside or self.blocks
             else 0
             for outside in (True, False)
@@ -133,7 +135,7 @@ class Shuttle:
                 self.own[OUTSIDE] = self._slot(outside)
                 for index in range(self.resident):
                     self.own[index] = self._slot(block)
-                self.shared = [self._slot(block) for _ in range(self.ring)]
+                self.shared = [self._slot(block) for _ in range(self.prefetch_slots)]
         except BaseException:
             self.own, self.shared = {}, []
             raise
@@ -153,7 +155,7 @@ class Shuttle:
         try:
             self._fetch((name, OUTSIDE), self.own[OUTSIDE])
             self._fetch_all([(name, i) for i in range(min(2, self.resident))])
-            self._fetch_all([(name, i) for i in range(self.resident, self.resident + self.ring)])
+            self._fetch_all([(name, i) for i in range(self.resident, self.resident + self.prefetch_slots)])
             self._enter((name, OUTSIDE), self.own[OUTSIDE])
             yield self.modules[name]
             self._leave(self.own[OUTSIDE])
@@ -188,7 +190,7 @@ class Shuttle:
         # The ring goes round: the streamed blocks still to come, then those of the next forward.
         coming = [(name, i) for i in range(index + 1, self.blocks)]
         coming += [(following, i) for i in range(self.resident, self.blocks)]
-        self._fetch_all(coming[: self.ring])
+        self._fetch_all(coming[: self.prefetch_slots])
 
     def _fetch_all(self, items: Sequence[Item]) -> None:
         for item in items:
@@ -216,29 +218,29 @@ class Shuttle:
         if slot.item == item:
             return
         if slot.item is not None:
-            self.pieces[slot.item].unbind()  # type: ignore[index]
+            self.packed[slot.item].unbind()  # type: ignore[index]
         slot.item = None
-        piece = self.pieces[item]
-        if piece.host is not None:
-            self.copies.load(slot, piece.host[: piece.nbytes])
+        weights = self.packed[item]
+        if weights.host is not None:
+            self.copies.load(slot, weights.host[: weights.nbytes])
         elif self._thread is None:
-            self._read(item, piece, slot)
+            self._read(item, weights, slot)
         else:
-            slot.reading = self._thread.submit(self._read, item, piece, slot)
+            slot.reading = self._thread.submit(self._read, item, weights, slot)
         slot.item = item
 
-    def _read(self, item: Item, piece: Piece, slot: Slot) -> None:
-        """From disk: into one of two staging buffers, from there like any other piece."""
+    def _read(self, item: Item, weights: PackedWeights, slot: Slot) -> None:
+        """From disk: into one of two staging buffers, from there like any other weights."""
         reader = self.readers[item[0]]
         assert reader is not None
         staging = self._staging.pop(0)
         self._staging.append(staging)
         if staging.mark is not None:
-            self.copies.settle(staging.mark)
-        if staging.buffer is None or len(staging.buffer) < piece.nbytes:
+            self.copies.synchronize(staging.mark)
+        if staging.buffer is None or len(staging.buffer) < weights.nbytes:
             staging.buffer = host_buffer(max(self._sizes()), pin=self.device.type == "cuda")
-        piece.read(reader, staging.buffer)
-        staging.mark = self.copies.load(slot, staging.buffer[: piece.nbytes])
+        weights.read(reader, staging.buffer)
+        staging.mark = self.copies.load(slot, staging.buffer[: weights.nbytes])
 
     def _enter(self, item: Item, slot: Slot) -> None:
         if slot.reading is not None:
@@ -250,7 +252,7 @@ class Shuttle:
             finally:
                 slot.reading = None
         self.copies.acquire(slot)
-        self.pieces[item].bind(slot.buffer)
+        self.packed[item].bind(slot.buffer)
 
     def _leave(self, slot: Slot) -> None:
         self.copies.release(slot)
@@ -259,27 +261,27 @@ class Shuttle:
     def edit(self) -> Iterator[None]:
         """Inside, the modules' tensors are those in host memory, to be written to."""
         self.free()
-        packed = [piece for piece in self.pieces.values() if piece.host is not None]
-        for piece in packed:
-            piece.bind(piece.host)
+        packed = [weights for weights in self.packed.values() if weights.host is not None]
+        for weights in packed:
+            weights.bind(weights.host)
         try:
             yield
         finally:
-            for piece in packed:
-                piece.forget()
+            for weights in packed:
+                weights.forget()
 
     def close(self) -> None:
         """Drops all weights. The modules are on the meta device afterwards."""
         for slot in [*self.own.values(), *self.shared]:
             _stop_reading(slot)
-            if slot.copied is not None:
-                self.copies.settle(slot.copied)  # host memory is let go below
+            if slot.copy_event is not None:
+                self.copies.synchronize(slot.copy_event)  # host memory is let go below
         self.free()
         if self._thread is not None:
             self._thread.shutdown()
         for hook in self._hooks:
             hook.remove()
-        self.pieces.clear()
+        self.packed.clear()
         self.modules.clear()
 
 
@@ -298,9 +300,9 @@ def _stop_reading(slot: Slot) -> None:
     slot.reading = None
 
 
-def _before(shuttle: Shuttle, name: str, index: int) -> Any:
-    return lambda module, args: shuttle.before(name, index)
+def _before(streamer: WeightStreamer, name: str, index: int) -> Any:
+    return lambda module, args: streamer.before(name, index)
 
 
-def _after(shuttle: Shuttle, name: str, index: int) -> Any:
-    return lambda module, args, output: shuttle.after(name, index)
+def _after(streamer: WeightStreamer, name: str, index: int) -> Any:
+    return lambda module, args, output: streamer.after(name, index)

@@ -15,11 +15,11 @@ from lightx2v.cost.memory_forecast import bytes_needed
 from lightx2v.cost.memory_plan import (
     GIB,
     RESERVE,
-    Machine,
-    Model,
-    Need,
-    Plan,
-    Wishes,
+    FreeMemory,
+    MemoryPlan,
+    ModelSize,
+    OffloadOptions,
+    Workload,
     block_weights,
     choose,
     decode_bytes,
@@ -36,14 +36,16 @@ from lightx2v.models.tiling import Tiling
 from lightx2v.models.vae_config import VAEConfig
 from lightx2v.offload.placement import model_sizes
 
-BF16, FP8 = Model(), Model(weight=1.0, text=4_700_000_000)
-LARGE = Need.of((16, 21, 90, 160), guided=True)
-SMALL = Need.of((16, 21, 60, 104), guided=True)
+BF16, FP8 = ModelSize(), ModelSize(weight=1.0, text=4_700_000_000)
+LARGE = Workload.of((16, 21, 90, 160), guided=True)
+SMALL = Workload.of((16, 21, 60, 104), guided=True)
 ROOMY = 512 * GIB
 
 
-def plan(gib: float, need: Need = LARGE, model: Model = BF16, ram: int = ROOMY, **wishes: object) -> Plan:
-    return choose(Machine(vram=int(gib * GIB), ram=ram), model, need, Wishes(**wishes))  # type: ignore[arg-type]
+def plan(
+    gib: float, need: Workload = LARGE, model: ModelSize = BF16, ram: int = ROOMY, **options: object
+) -> MemoryPlan:
+    return choose(FreeMemory(vram=int(gib * GIB), ram=ram), model, need, OffloadOptions(**options))  # type: ignore[arg-type]
 
 
 def gib(amount: float) -> float:
@@ -76,9 +78,9 @@ def test_activations_are_the_counted_ones_with_the_feed_forward_in_chunks() -> N
         assert gib(denoise_bytes(BF16, one) - extra - text) == pytest.approx(counted, rel=0.02)
         second = denoise_bytes(BF16, need) - denoise_bytes(BF16, one)
         assert second == 4 * need.tokens * 5120 + text
-        assert denoise_bytes(BF16, need, apart=True) == denoise_bytes(BF16, one) + text
+        assert denoise_bytes(BF16, need, sequential_cfg=True) == denoise_bytes(BF16, one) + text
         assert denoise_bytes(FP8, one) - denoise_bytes(BF16, one) == need.tokens * 5120
-    assert denoise_bytes(BF16, LARGE, keep_text=False) < denoise_bytes(BF16, LARGE) - 0.7 * GIB
+    assert denoise_bytes(BF16, LARGE, cache_text_kv=False) < denoise_bytes(BF16, LARGE) - 0.7 * GIB
 
 
 def test_decoding_is_what_the_vae_counts() -> None:
@@ -104,17 +106,19 @@ def test_tiles_are_as_large_as_the_vae_cuts_them(side: int) -> None:
         ("resident", 40, BF16, (66, 67), (69, 71)),
         ("swap", 40, BF16, (29.5, 31), (33, 35)),
         ("stream", 0, BF16, (4.8, 5.6), (7.3, 9.1)),
-        ("apart", 0, BF16, (4.8, 4.9), (7.3, 7.6)),
+        ("sequential_cfg", 0, BF16, (4.8, 4.9), (7.3, 7.6)),
         ("swap", 40, FP8, (16.5, 20), (19, 25)),
     ],
 )
 def test_peaks_of_the_modes(
-    mode: str, resident: int, model: Model, low: tuple[float, float], high: tuple[float, float]
+    mode: str, resident: int, model: ModelSize, low: tuple[float, float], high: tuple[float, float]
 ) -> None:
     moved = "resident" if mode == "resident" else "move"
-    apart = mode == "apart"  # the counted peaks are of one prompt
-    mode = "stream" if apart else mode
-    one = Plan(mode=mode, resident_blocks=resident, text=moved, vae=moved, together=False, apart=apart)  # type: ignore[arg-type]
+    sequential_cfg = mode == "sequential_cfg"  # the counted peaks are of one prompt
+    mode = "stream" if sequential_cfg else mode
+    one = MemoryPlan(
+        mode=mode, resident_blocks=resident, text=moved, vae=moved, keep_experts=False, sequential_cfg=sequential_cfg
+    )  # type: ignore[arg-type]
     for need, (least, most) in ((SMALL, low), (LARGE, high)):
         needed = stage_bytes(one, model, need)
         peak = needed["denoise"] if mode != "resident" else max(needed.values())
@@ -160,21 +164,21 @@ def test_wishes_are_kept() -> None:
     assert plan(48, text_offload=False).text == "resident"
     assert plan(141, vae_offload=True).vae == "move"
     assert plan(24, vae_offload=False).vae == "resident"
-    assert plan(141, lazy=True).lazy and plan(141, lazy=True).mode == "swap"
+    assert plan(141, from_disk=True).from_disk and plan(141, from_disk=True).mode == "swap"
 
 
 @pytest.mark.parametrize("card", [12, 24, 48, 141])
 def test_the_words_of_a_configuration_are_these_wishes(card: int) -> None:
-    machine = Machine(vram=card * GIB, ram=ROOMY)
+    machine = FreeMemory(vram=card * GIB, ram=ROOMY)
     plans = {
-        word: choose(machine, BF16, LARGE, Wishes.of(EngineConfig(cpu_offload=True, offload_granularity=word)))  # type: ignore[arg-type]
+        word: choose(machine, BF16, LARGE, OffloadOptions.of(EngineConfig(cpu_offload=True, offload_granularity=word)))  # type: ignore[arg-type]
         for word in ("model", "block", "phase")
     }
     assert plans["block"] == plans["phase"] and plans["block"].resident_blocks == 0
     assert plans["model"].resident_blocks > 0
     config = EngineConfig(lazy_load=True, t5_cpu_offload=False, vae_cpu_offload=True, use_tiling_vae=True)
-    wishes = Wishes(lazy=True, text_offload=False, vae_offload=True, tiling=True)
-    assert Wishes.of(config) == wishes and Wishes.of(EngineConfig()) == Wishes()
+    options = OffloadOptions(from_disk=True, text_offload=False, vae_offload=True, tiling=True)
+    assert OffloadOptions.of(config) == options and OffloadOptions.of(EngineConfig()) == OffloadOptions()
 
 
 @pytest.mark.parametrize("name", ["demo_t2v_base", "demo_t2v_distill_lora", "demo_t2v_fp8", "demo_i2v_base"])
@@ -187,40 +191,40 @@ def test_the_page_expects_what_the_engine_will_plan(name: str, mib: int) -> None
     vram = RESERVE + (mib << 20)
     precision = Precision(device=torch.device("cuda"), compute=torch.bfloat16, vae=torch.bfloat16)
     model = model_sizes(locate(found.engine), found.engine, precision)
-    need = Need.of(request.latent_shape, guided=any(request.guided))
-    planned = choose(Machine(vram=vram, ram=ROOMY), model, need, Wishes.of(found.engine))
+    need = Workload.of(request.latent_shape, guided=any(request.guided))
+    planned = choose(FreeMemory(vram=vram, ram=ROOMY), model, need, OffloadOptions.of(found.engine))
     expected = max(planned.bytes.values())
     assert bytes_needed(found.engine, request, vram=vram, ram=ROOMY) == pytest.approx(expected, rel=0.02)
 
 
 def test_weights_stay_on_disk_where_host_memory_is_short() -> None:
-    assert plan(24, ram=32 * GIB).lazy and not plan(24).lazy
+    assert plan(24, ram=32 * GIB).from_disk and not plan(24).from_disk
     both = plan(141, ram=32 * GIB)
-    assert both.mode == "resident" and both.lower("denoise") == replace(both, text="move")
-    assert replace(both, text="move").lower("denoise") is None, "the experts have nowhere to go"
+    assert both.mode == "resident" and both.reduce_memory("denoise") == replace(both, text="move")
+    assert replace(both, text="move").reduce_memory("denoise") is None, "the experts have nowhere to go"
 
 
 def test_loras_beside_the_weights_are_counted_where_they_are() -> None:
     styled = replace(BF16, loras=GIB)
     for ram, lazy in ((ROOMY, False), (32 * GIB, True)):
         bare, with_loras = plan(24, ram=ram), plan(24, ram=ram, model=styled)
-        assert bare.lazy == with_loras.lazy == lazy
+        assert bare.from_disk == with_loras.from_disk == lazy
         assert (with_loras == bare) != lazy and ("the LoRAs run beside them" in with_loras.reason) == lazy
         more = [stage_bytes(bare, styled, LARGE)[stage] - bare.bytes[stage] for stage in bare.bytes]
         assert more == [GIB * lazy] * 3
     always = plan(24, model=replace(styled, loras_beside=True))
-    assert not always.lazy and always.resident_blocks < plan(24).resident_blocks
+    assert not always.from_disk and always.resident_blocks < plan(24).resident_blocks
     assert max(always.bytes.values()) < 24 * GIB
 
 
 @pytest.mark.parametrize("stage", ["text", "image", "denoise", "decode"])
 def test_the_ladder_ends_and_never_grows(stage: str) -> None:
     need = LARGE
-    current: Plan | None = plan(141)
+    current: MemoryPlan | None = plan(141)
     seen = []
     while current is not None:
         seen.append(current)
-        current = current.lower(stage)  # type: ignore[arg-type]
+        current = current.reduce_memory(stage)  # type: ignore[arg-type]
         assert len(seen) < 20
     name = "decode" if stage == "image" else stage
     sizes = [stage_bytes(each, BF16, need)[name] for each in seen]
@@ -228,11 +232,17 @@ def test_the_ladder_ends_and_never_grows(stage: str) -> None:
     assert sizes[-1] < sizes[0] / 4 and len({repr(each) for each in seen}) == len(seen)
     last = seen[-1]
     if stage == "denoise":
-        assert last.mode == "stream" and last.resident_blocks == 0 and last.apart and last.ring == 2 and not last.tiling
+        assert (
+            last.mode == "stream"
+            and last.resident_blocks == 0
+            and last.sequential_cfg
+            and last.prefetch_slots == 2
+            and not last.tiling
+        )
     elif stage == "text":
-        assert last.text == "stream" and not last.together
+        assert last.text == "stream" and not last.keep_experts
     else:
-        assert last.tiling and not last.together
+        assert last.tiling and not last.keep_experts
 
 
 def test_a_plan_in_words_says_what_it_expects() -> None:

@@ -12,7 +12,7 @@ import pytest
 from benchmarks.prediction import THREE_SIZES, UNSEEN, Runs
 from lightx2v import progress
 from lightx2v.config.request import Request
-from lightx2v.cost.run_time import OVERHEAD, DiTShape, Rates, count, dit_flops, high_noise_steps
+from lightx2v.cost.run_time import OVERHEAD, DiTShape, Rates, dit_flops, estimate_cost, high_noise_steps
 
 DEMO = DiTShape(dim=128, ffn_dim=512, num_layers=6, text_dim=64, text_len=32)
 
@@ -27,7 +27,7 @@ def distilled(**changes: object) -> Request:
 
 def simulated_seconds(request: Request, noise: random.Random) -> dict[str, float]:
     """A machine with an overhead per call, and attention slower than the linear layers."""
-    work, tokens = count(request, DEMO), request.tokens
+    work, tokens = estimate_cost(request, DEMO), request.tokens
     attention = 4.0 * tokens**2 * DEMO.dim * DEMO.num_layers
     per_forward = 0.004 + (work.size["denoise"] - attention) / 40e9 + attention / 15e9
     ideal = {
@@ -54,7 +54,7 @@ def test_guidance_doubles_the_forwards_only_of_the_guided_expert() -> None:
     both = Request(prompt="x", steps=40, shift=12.0)
     low_only = Request(prompt="x", steps=40, shift=12.0, guidance=(1.0, 3.0))
     for request, forwards in ((both, 80), (low_only, 26 + 28), (distilled(), 4)):
-        work = count(request)
+        work = estimate_cost(request)
         assert work.calls["denoise"] == request.steps
         assert work.calls["denoise"] * work.size["denoise"] == pytest.approx(
             forwards * dit_flops(DiTShape(), request.tokens)
@@ -67,10 +67,10 @@ def test_three_runs_predict_an_unseen_size_within_a_quarter(tmp_path: Path, unse
     rates = Rates(tmp_path / "rates.json")
     for side, frames in ((64, 17), (96, 17), (128, 33)):
         run = distilled(height=side, width=side, frames=frames)
-        rates.record("cpu", "demo", count(run, DEMO), simulated_seconds(run, noise))
+        rates.record("cpu", "demo", estimate_cost(run, DEMO), simulated_seconds(run, noise))
     height, width, frames = unseen
     target = distilled(height=height, width=width, frames=frames)
-    predicted = rates.predict("cpu", "demo", count(target, DEMO), loaded=True)
+    predicted = rates.predict("cpu", "demo", estimate_cost(target, DEMO), loaded=True)
     assert predicted is not None and predicted.source == "measured"
     assert predicted.seconds == pytest.approx(sum(simulated_seconds(target, noise).values()), rel=0.25)
 
@@ -92,7 +92,7 @@ def test_three_runs_of_the_demo_predict_sizes_that_it_has_not_seen(monkeypatch: 
 
 
 def test_a_text_from_the_cache_does_not_say_how_long_the_next_one_takes(tmp_path: Path) -> None:
-    rates, work = Rates(tmp_path / "rates.json"), count(distilled(), DEMO)
+    rates, work = Rates(tmp_path / "rates.json"), estimate_cost(distilled(), DEMO)
     for text in (3.0, 0.004, 0.0001, 0.0):
         rates.record("gpu", "t2v", work, {"text": text, "denoise": 2.0})
     predicted = rates.predict("gpu", "t2v", work, loaded=True)
@@ -102,7 +102,7 @@ def test_a_text_from_the_cache_does_not_say_how_long_the_next_one_takes(tmp_path
 def test_what_every_step_takes_whatever_the_size_is_learnt(tmp_path: Path) -> None:
     """As where blocks come over a slow bus: seconds a step, beside which the assumed overhead is nothing."""
     rates = Rates(tmp_path / "rates.json")
-    small, large, unseen = (count(distilled(height=side, width=side), DEMO) for side in (64, 160, 96))
+    small, large, unseen = (estimate_cost(distilled(height=side, width=side), DEMO) for side in (64, 160, 96))
     for work in (small, large):
         rates.record("gpu", "t2v", work, {"denoise": 4 * (2.0 + work.size["denoise"] / 5e9)})
     predicted = rates.predict("gpu", "t2v", unseen, loaded=True)
@@ -117,10 +117,12 @@ def test_noise_between_runs_of_the_demo_says_nothing_wild_about_the_full_model(t
     for name, shape in enumerate(
         (DEMO, DiTShape(dim=128, ffn_dim=512, num_layers=6, text_dim=64, text_len=32, in_dim=36))
     ):
-        rates.record("cpu", f"demo {name}", count(distilled(), shape), {"denoise": 0.09 if name == slow else 0.08})
-    full = count(distilled(height=480, width=832, frames=81))
+        rates.record(
+            "cpu", f"demo {name}", estimate_cost(distilled(), shape), {"denoise": 0.09 if name == slow else 0.08}
+        )
+    full = estimate_cost(distilled(height=480, width=832, frames=81))
     predicted = rates.predict("cpu", "t2v", full, loaded=True)
-    rate = (count(distilled(), DEMO).size["denoise"] + OVERHEAD["denoise"]) / (0.085 / 4)
+    rate = (estimate_cost(distilled(), DEMO).size["denoise"] + OVERHEAD["denoise"]) / (0.085 / 4)
     assert predicted is not None
     assert predicted.stages["denoise"] == pytest.approx(4 * full.size["denoise"] / rate, rel=0.1)
 
@@ -128,16 +130,16 @@ def test_noise_between_runs_of_the_demo_says_nothing_wild_about_the_full_model(t
 def test_a_flat_fit_still_grows_far_beyond_what_was_measured(tmp_path: Path) -> None:
     rates = Rates(tmp_path / "rates.json")
     for side, seconds in ((64, 0.1), (128, 0.09)):
-        rates.record("cpu", "demo", count(distilled(height=side, width=side), DEMO), {"denoise": seconds})
-    largest = count(distilled(height=128, width=128), DEMO).size["denoise"]
-    full = count(distilled(height=480, width=832, frames=81))
+        rates.record("cpu", "demo", estimate_cost(distilled(height=side, width=side), DEMO), {"denoise": seconds})
+    largest = estimate_cost(distilled(height=128, width=128), DEMO).size["denoise"]
+    full = estimate_cost(distilled(height=480, width=832, frames=81))
     predicted = rates.predict("cpu", "t2v", full, loaded=True)
     assert predicted is not None
     assert predicted.stages["denoise"] == pytest.approx(0.095 * full.size["denoise"] / (8 * largest), rel=0.05)
 
 
 def test_what_was_learnt_survives_a_restart_and_is_kept_per_device_and_engine(tmp_path: Path) -> None:
-    work = count(distilled(), DEMO)
+    work = estimate_cost(distilled(), DEMO)
     Rates(tmp_path / "rates.json").record("cpu", "demo", work, {"denoise": 2.0, "decode": 1.0, "load": 5.0})
     again = Rates(tmp_path / "rates.json")
     warm, cold = (again.predict("cpu", "demo", work, loaded=loaded) for loaded in (True, False))
@@ -150,7 +152,7 @@ def test_what_was_learnt_survives_a_restart_and_is_kept_per_device_and_engine(tm
 
 def test_a_known_gpu_has_an_assumed_rate_before_its_first_run(tmp_path: Path) -> None:
     base = Request(prompt="x", height=720, width=1280, shift=12.0)
-    predicted = Rates(tmp_path / "r.json").predict("NVIDIA H100 80GB HBM3", "base", count(base), loaded=True)
+    predicted = Rates(tmp_path / "r.json").predict("NVIDIA H100 80GB HBM3", "base", estimate_cost(base), loaded=True)
     assert predicted is not None and predicted.source == "assumed"
     assert 700 < predicted.seconds < 950
 
@@ -176,7 +178,7 @@ def test_a_broken_file_of_rates_is_measured_anew(tmp_path: Path, caplog: pytest.
     (tmp_path / "r.json").write_text(text)
     rates = Rates(tmp_path / "r.json")
     assert "cannot be read" in caplog.text
-    rates.record("cpu", "demo", count(distilled()), {"denoise": 1.0})
+    rates.record("cpu", "demo", estimate_cost(distilled()), {"denoise": 1.0})
     assert json.loads((tmp_path / "r.json").read_text())["devices"]["cpu"]["demo"]["denoise"]
 
 

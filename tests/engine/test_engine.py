@@ -17,7 +17,7 @@ import lightx2v.offload.placement
 from lightx2v.config.engine_config import EngineConfig
 from lightx2v.config.presets import resolve
 from lightx2v.config.request import Request
-from lightx2v.cost.memory_plan import GIB, Machine, Model, Planner, Wishes
+from lightx2v.cost.memory_plan import GIB, FreeMemory, MemoryPlanner, ModelSize, OffloadOptions
 from lightx2v.engine.engine import load_engine
 from lightx2v.errors import BadRequest, Cancelled, OutOfMemory, OutputError
 from lightx2v.offload.offloaded import Offloaded
@@ -34,7 +34,7 @@ def config_of(folder: Path) -> EngineConfig:
 def test_loading_stops_where_it_is_cancelled(tiny: TinyModels, monkeypatch: pytest.MonkeyPatch, tensors: int) -> None:
     cancel = CancelToken()
     seen: list[weakref.ref[torch.Tensor]] = []
-    place = lightx2v.weights.stream._place
+    place = lightx2v.weights.module_loader._place
 
     def placing(*args: Any) -> torch.Tensor:
         seen.append(weakref.ref(tensor := place(*args)))
@@ -42,7 +42,7 @@ def test_loading_stops_where_it_is_cancelled(tiny: TinyModels, monkeypatch: pyte
             cancel.cancel()
         return tensor
 
-    monkeypatch.setattr(lightx2v.weights.stream, "_place", placing)
+    monkeypatch.setattr(lightx2v.weights.module_loader, "_place", placing)
     if not tensors:
         cancel.cancel()
     with pytest.raises(Cancelled):
@@ -51,8 +51,8 @@ def test_loading_stops_where_it_is_cancelled(tiny: TinyModels, monkeypatch: pyte
     assert len(seen) == tensors and not any(ref() is not None for ref in seen)
 
 
-def roomy(*_: object) -> Planner:
-    return Planner(machine=Machine(vram=200 * GIB, ram=200 * GIB), model=Model(), wishes=Wishes())
+def roomy(*_: object) -> MemoryPlanner:
+    return MemoryPlanner(free=FreeMemory(vram=200 * GIB, ram=200 * GIB), model=ModelSize(), options=OffloadOptions())
 
 
 def test_out_of_memory_while_loading_goes_on_with_less_and_says_so(
@@ -60,7 +60,7 @@ def test_out_of_memory_while_loading_goes_on_with_less_and_says_so(
 ) -> None:
     modes: list[str] = []
     placed: list[weakref.ref[torch.Tensor]] = []
-    load, place = lightx2v.engine.offloaded, lightx2v.weights.stream._place
+    load, place = lightx2v.engine.engine.offloaded, lightx2v.weights.module_loader._place
 
     def noting(*args: Any, **more: Any) -> Any:
         gc.collect()
@@ -75,9 +75,9 @@ def test_out_of_memory_while_loading_goes_on_with_less_and_says_so(
         placed.append(weakref.ref(tensor := place(*args)))
         return tensor
 
-    monkeypatch.setattr(lightx2v.engine, "planner_for", roomy)
-    monkeypatch.setattr(lightx2v.engine, "offloaded", noting)
-    monkeypatch.setattr(lightx2v.weights.stream, "_place", starved)
+    monkeypatch.setattr(lightx2v.engine.engine, "planner_for", roomy)
+    monkeypatch.setattr(lightx2v.engine.engine, "offloaded", noting)
+    monkeypatch.setattr(lightx2v.weights.module_loader, "_place", starved)
     request = Request(prompt="a ball", height=32, width=48, frames=5, steps=2)
     with LightX2VPipeline.from_config(config_of(tiny.t2v)) as pipe:
         reports = [pipe.run(request).report() for _ in range(2)]
@@ -100,7 +100,7 @@ def test_float32_convolutions_of_the_vae_are_not_rounded_to_tf32(
     """On CUDA torch would, by default; several processes then differ by more than one. A program's own are its own."""
     monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", True)
     if placement is Offloaded:
-        monkeypatch.setattr(lightx2v.engine, "planner_for", roomy)
+        monkeypatch.setattr(lightx2v.engine.engine, "planner_for", roomy)
     engine = load_engine(config_of(tiny.t2v))
     assert type(engine.placement) is placement and torch.backends.cudnn.allow_tf32
     with engine.placement.vae():
@@ -112,21 +112,21 @@ def test_where_nothing_is_left_to_give_loading_fails(tiny: TinyModels, monkeypat
     def starved(*_: Any, **__: Any) -> Any:
         raise torch.OutOfMemoryError("CUDA out of memory")
 
-    monkeypatch.setattr(lightx2v.engine, "planner_for", roomy)
-    monkeypatch.setattr(lightx2v.engine, "offloaded", starved)
+    monkeypatch.setattr(lightx2v.engine.engine, "planner_for", roomy)
+    monkeypatch.setattr(lightx2v.engine.engine, "offloaded", starved)
     with pytest.raises(OutOfMemory, match="while loading the model"):
         load_engine(config_of(tiny.t2v))
 
 
 def test_backends_are_tried_once_and_on_the_models_own_heads(tiny: TinyModels, monkeypatch: pytest.MonkeyPatch) -> None:
     calls: list[tuple[str, int]] = []
-    resolve_attention = lightx2v.engine.resolve_attention
+    resolve_attention = lightx2v.engine.engine.resolve_attention
 
     def counted(name: str, *args: Any, **more: Any) -> Any:
         calls.append((name, more["head_dim"]))
         return resolve_attention(name, *args, **more)
 
-    monkeypatch.setattr(lightx2v.engine, "resolve_attention", counted)
+    monkeypatch.setattr(lightx2v.engine.engine, "resolve_attention", counted)
     load_engine(config_of(tiny.t2v)).placement.close()
     assert calls == [("auto", 12)]
 

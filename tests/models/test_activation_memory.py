@@ -1,4 +1,4 @@
-"""Counted memory against the memory that a forward of the real size takes: run on the meta device, where tensors have
+"""ModelSize memory against the memory that a forward of the real size takes: run on the meta device, where tensors have
 sizes and no bytes, and every storage that an operation makes is watched until it is let go."""
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from lightx2v.cost.memory_plan import CHUNK as COUNTED_CHUNK
-from lightx2v.cost.memory_plan import GIB, Model, Need, denoise_bytes
+from lightx2v.cost.memory_plan import GIB, ModelSize, Workload, denoise_bytes
 from lightx2v.cost.run_time import DiTShape
 from lightx2v.models import fused
 from lightx2v.models.dit import CHUNK, DiTConfig, WanDiT, parameter_dtype
@@ -25,7 +25,7 @@ from lightx2v.weights.quantization import is_expert_matrix
 
 LAYERS = 2
 SHAPES = {"720p": (16, 21, 90, 160), "480p": (16, 21, 60, 104), "480p, 33 frames": (16, 9, 60, 104)}
-BF16 = Model(dit=DiTShape(num_layers=LAYERS))
+BF16 = ModelSize(dit=DiTShape(num_layers=LAYERS))
 
 
 class Watch(TorchDispatchMode):
@@ -67,7 +67,9 @@ def kernels(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> 
     yield request.param
 
 
-def peak(shape: tuple[int, ...], branches: int, *, apart: bool, keep_text: bool, quantised: bool = False) -> int:
+def peak(
+    shape: tuple[int, ...], branches: int, *, sequential_cfg: bool, cache_text_kv: bool, quantised: bool = False
+) -> int:
     with torch.device("meta"):
         dit = WanDiT(DiTConfig(num_layers=LAYERS), self_attention=lambda q, k, v: torch.empty_like(q)).eval()
         dit.requires_grad_(False).cast(torch.bfloat16)
@@ -79,25 +81,30 @@ def peak(shape: tuple[int, ...], branches: int, *, apart: bool, keep_text: bool,
                     parameter.data = parameter.data.to(parameter_dtype(name, torch.bfloat16))
         latents, prompt = torch.empty(shape), torch.empty(512, 4096)
     dit.cross_attention = lambda q, k, v: torch.empty_like(q)
-    dit.apart, dit.keep_text = apart, keep_text
+    dit.sequential_cfg, dit.cache_text_kv = sequential_cfg, cache_text_kv
     with torch.inference_mode(), Watch() as watch:
         dit(latents, 900.0, [dit.encode_text(prompt) for _ in range(branches)])
     return watch.peak
 
 
 @pytest.mark.parametrize(
-    ("size", "branches", "apart"),
+    ("size", "branches", "sequential_cfg"),
     [("720p", 1, False), ("720p", 2, False), ("720p", 2, True), ("480p", 2, False), ("480p, 33 frames", 2, False)],
 )
-def test_a_forward_takes_what_is_counted(kernels: str, size: str, branches: int, apart: bool) -> None:
-    counted = denoise_bytes(BF16, Need.of(SHAPES[size], guided=branches == 2), apart=apart, keep_text=not apart)
-    taken = peak(SHAPES[size], branches, apart=apart, keep_text=not apart)
+def test_a_forward_takes_what_is_counted(kernels: str, size: str, branches: int, sequential_cfg: bool) -> None:
+    counted = denoise_bytes(
+        BF16,
+        Workload.of(SHAPES[size], guided=branches == 2),
+        sequential_cfg=sequential_cfg,
+        cache_text_kv=not sequential_cfg,
+    )
+    taken = peak(SHAPES[size], branches, sequential_cfg=sequential_cfg, cache_text_kv=not sequential_cfg)
     assert 0.97 * counted <= taken <= 1.02 * counted, (taken / GIB, counted / GIB)
 
 
 def test_8_bit_weights_that_are_widened_take_no_more_than_is_counted(kernels: str) -> None:
-    counted = denoise_bytes(Model(dit=BF16.dit, weight=1), Need.of(SHAPES["720p"], guided=True))
-    taken = peak(SHAPES["720p"], 2, apart=False, keep_text=True, quantised=True)
+    counted = denoise_bytes(ModelSize(dit=BF16.dit, weight=1), Workload.of(SHAPES["720p"], guided=True))
+    taken = peak(SHAPES["720p"], 2, sequential_cfg=False, cache_text_kv=True, quantised=True)
     assert 0.9 * counted <= taken <= counted
 
 

@@ -15,9 +15,9 @@ from lightx2v.models.dit import CHUNK, WanDiT
 
 @pytest.mark.parametrize("stack_tokens", [0, 10_000])
 @pytest.mark.parametrize("chunk", [CHUNK, 10])
-@pytest.mark.parametrize("apart", [False, True])
-def test_prompts_together_equal_prompts_one_by_one(stack_tokens: int, chunk: int, apart: bool) -> None:
-    dit = make(stack_tokens=stack_tokens, chunk=chunk, apart=apart)
+@pytest.mark.parametrize("sequential_cfg", [False, True])
+def test_prompts_together_equal_prompts_one_by_one(stack_tokens: int, chunk: int, sequential_cfg: bool) -> None:
+    dit = make(stack_tokens=stack_tokens, chunk=chunk, sequential_cfg=sequential_cfg)
     with torch.no_grad():
         texts = [dit.encode_text(context) for context in (COND, UNCOND, draw(20, 24, seed=4))]
         together = dit(LATENTS, 800.0, texts)

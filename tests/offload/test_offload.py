@@ -15,12 +15,12 @@ from torch import nn
 
 from lightx2v.config.presets import resolve
 from lightx2v.config.request import Request
-from lightx2v.cost.memory_plan import Plan
+from lightx2v.cost.memory_plan import MemoryPlan
 from lightx2v.errors import Cancelled, OutOfMemory
 from lightx2v.offload.device_copies import HostCopies, Slot
 from lightx2v.offload.offloaded import Offloaded
-from lightx2v.offload.packed_weights import Piece
-from lightx2v.offload.weight_streamer import Shuttle
+from lightx2v.offload.packed_weights import PackedWeights
+from lightx2v.offload.weight_streamer import WeightStreamer
 from lightx2v.pipeline import LightX2VPipeline
 from lightx2v.progress import CancelToken, Progress
 
@@ -56,7 +56,7 @@ def expected(settings: Any, request_: Request) -> torch.Tensor:
         return result.latents
 
 
-def offload(pipe: LightX2VPipeline, plan: Plan, copies: HostCopies | None = None) -> Offloaded:
+def offload(pipe: LightX2VPipeline, plan: MemoryPlan, copies: HostCopies | None = None) -> Offloaded:
     """Puts the pipeline's model into another placement."""
     engine = pipe._engine
     assert engine is not None
@@ -82,19 +82,19 @@ def test_every_plan_gives_the_same_latents(
 
 @pytest.mark.parametrize("name", ["swap", "prefix", "streamed", "two slots", "one slot"])
 def test_prompts_that_take_turns_change_nothing(pipe: LightX2VPipeline, request_: Request, name: str) -> None:
-    placement = offload(pipe, replace(PLANS[name], apart=True))
+    placement = offload(pipe, replace(PLANS[name], sequential_cfg=True))
     for which in ("high", "low"):
         with placement.expert(which) as dit:  # type: ignore[arg-type]
             dit.stack_tokens = 0  # as a long video: the prompts of short ones share a batch in every plan
     visits: list[int] = []
     dit.blocks[0].register_forward_pre_hook(lambda *_: visits.append(1))
     apart = run(pipe, request_).latents
-    turns, placement._plan = len(visits), replace(placement._plan, apart=False)
+    turns, placement._plan = len(visits), replace(placement._plan, sequential_cfg=False)
     assert torch.equal(run(pipe, request_).latents, apart) and turns == 2 * (len(visits) - turns)
 
 
 class Recorder(HostCopies):
-    """Notes which piece is copied when."""
+    """Notes which weights is copied when."""
 
     def __init__(self) -> None:
         super().__init__(poison=True)
@@ -107,34 +107,34 @@ class Recorder(HostCopies):
 
 def test_a_resident_expert_is_copied_once_and_swapped_while_it_runs() -> None:
     copies = Recorder()
-    shuttle = Shuttle(toy("hl", 5), copies, CPU, resident=5)
-    forward(shuttle, "h")
+    streamer = WeightStreamer(toy("hl", 5), copies, CPU, resident=5)
+    forward(streamer, "h")
     assert len(copies.log) == 6
-    forward(shuttle, "h")
+    forward(streamer, "h")
     assert len(copies.log) == 6
-    forward(shuttle, "h", then="l")
+    forward(streamer, "h", then="l")
     assert len(copies.log) == 12, "all of the other expert is on its way before it is asked for"
-    forward(shuttle, "l")
+    forward(streamer, "l")
     assert len(copies.log) == 12
 
 
 def test_streaming_copies_each_streamed_block_once_per_forward() -> None:
     copies = Recorder()
-    shuttle = Shuttle(toy("hl", 8), copies, CPU, resident=2, ring=3)
-    forward(shuttle, "h")
+    streamer = WeightStreamer(toy("hl", 8), copies, CPU, resident=2, prefetch_slots=3)
+    forward(streamer, "h")
     first = len(copies.log)
     assert first == 1 + 2 + 6 + 3, "outside, prefix, streamed, and the first three for the next forward"
     for _ in range(3):
-        forward(shuttle, "h")
+        forward(streamer, "h")
     assert len(copies.log) == first + 3 * 6
 
 
 def test_a_block_outside_of_its_use_is_an_error_not_a_wrong_result() -> None:
-    shuttle = Shuttle(toy("hl", 3), HostCopies(poison=True), CPU, resident=3)
-    with shuttle.use("h"), pytest.raises(RuntimeError, match="outside of its use"):
-        shuttle.modules["l"](torch.ones(1, 4))
+    streamer = WeightStreamer(toy("hl", 3), HostCopies(poison=True), CPU, resident=3)
+    with streamer.use("h"), pytest.raises(RuntimeError, match="outside of its use"):
+        streamer.modules["l"](torch.ones(1, 4))
     with pytest.raises(RuntimeError, match="outside of its use"):
-        shuttle.modules["h"](torch.ones(1, 4))
+        streamer.modules["h"](torch.ones(1, 4))
 
 
 def test_a_copy_that_was_not_waited_for_shows() -> None:
@@ -159,11 +159,11 @@ def test_a_piece_keeps_values_dtypes_and_memory_order() -> None:
     module.register_buffer("count", torch.arange(3))
     before = {name: tensor.clone() for name, tensor in module.state_dict().items()}
     strides = {name: tensor.stride() for name, tensor in module.state_dict().items()}
-    piece = Piece(module)
-    piece.pack(pin=False)
+    weights = PackedWeights(module)
+    weights.pack(pin=False)
     assert all(tensor.is_meta for tensor in module.state_dict().values())
-    assert piece.host is not None and piece.host.data_ptr() % 4096 == 0
-    piece.bind(piece.host)
+    assert weights.host is not None and weights.host.data_ptr() % 4096 == 0
+    weights.bind(weights.host)
     after = module.state_dict()
     assert list(after) == list(before)
     for name, tensor in after.items():
@@ -186,20 +186,20 @@ def test_cancel_and_errors_leave_a_usable_placement(
 
 
 def test_weights_on_disk_give_the_same_result() -> None:
-    expected = [forward(Shuttle(toy("hl", 4), HostCopies(), CPU, resident=4), name) for name in "hl"]
+    expected = [forward(WeightStreamer(toy("hl", 4), HostCopies(), CPU, resident=4), name) for name in "hl"]
     lazy = {}
-    for name, cargo in toy("hl", 4).items():
-        state = {key: value.double() for key, value in cargo.module.state_dict().items()}
+    for name, streamed in toy("hl", 4).items():
+        state = {key: value.double() for key, value in streamed.module.state_dict().items()}
 
         def read(names: frozenset[str], state: dict[str, torch.Tensor] = state) -> Any:
             return [(key, state[key]) for key in names]
 
-        cargo.module.to("meta")
-        lazy[name] = replace(cargo, reader=read)
-    shuttle = Shuttle(lazy, HostCopies(poison=True), CPU, resident=1, ring=2)
+        streamed.module.to("meta")
+        lazy[name] = replace(streamed, reader=read)
+    streamer = WeightStreamer(lazy, HostCopies(poison=True), CPU, resident=1, prefetch_slots=2)
     for _ in range(2):
-        assert torch.equal(forward(shuttle, "h", then="l"), expected[0])
-        assert torch.equal(forward(shuttle, "l"), expected[1])
+        assert torch.equal(forward(streamer, "h", then="l"), expected[0])
+        assert torch.equal(forward(streamer, "l"), expected[1])
 
 
 @pytest.mark.parametrize("stage", ["text", "step 1", "step 2", "step 3", "step 4", "decode"])
@@ -250,8 +250,8 @@ def test_no_room_for_the_blocks_themselves_goes_on_with_less(
     start: int,
 ) -> None:
     placement = offload(pipe, PLANS["swap"])
-    fault, slot = Exhausted(2, start), Shuttle._slot
-    monkeypatch.setattr(Shuttle, "_slot", lambda shuttle, nbytes: fault() or slot(shuttle, nbytes))
+    fault, slot = Exhausted(2, start), WeightStreamer._slot
+    monkeypatch.setattr(WeightStreamer, "_slot", lambda streamer, nbytes: fault() or slot(streamer, nbytes))
     result = run(pipe, request_)
     assert fault.times == 0 and torch.equal(result.latents, expected) and len(result.warnings) == 2
     level = placement.plan
@@ -288,6 +288,6 @@ def test_the_same_prompt_is_encoded_once(pipe: LightX2VPipeline, request_: Reque
 def test_closing_frees_the_weights(pipe: LightX2VPipeline, request_: Request) -> None:
     placement = offload(pipe, PLANS["prefix"])
     pipe.run(request_)
-    shuttle = placement._shuttles["experts"]
+    streamer = placement._streamers["experts"]
     placement.close()
-    assert not shuttle.pieces and not shuttle.own and not shuttle.shared
+    assert not streamer.packed and not streamer.own and not streamer.shared

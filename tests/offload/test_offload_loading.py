@@ -22,7 +22,7 @@ from lightx2v.attention import resolve_attention
 from lightx2v.config.engine_config import EngineConfig
 from lightx2v.config.presets import resolve
 from lightx2v.config.request import LoraSpec, Request
-from lightx2v.cost.memory_plan import GIB, Machine, Need, Plan, Planner, Wishes, expert_bytes
+from lightx2v.cost.memory_plan import GIB, FreeMemory, MemoryPlan, MemoryPlanner, OffloadOptions, Workload, expert_bytes
 from lightx2v.errors import LoraError, OutOfMemory
 from lightx2v.loading.loras import ExpertLoras, match_loras
 from lightx2v.loading.model_files import ModelFiles, locate
@@ -36,8 +36,8 @@ from lightx2v.weights.lora import Lora
 from lightx2v.weights.model_weights import ModelWeights
 
 SMALL = {"height": 32, "width": 48, "frames": 5, "steps": 2, "boundary": 0.95, "shift": 5.0}
-SWAP = Plan(mode="swap", resident_blocks=2, text="move", vae="move")
-STREAM = replace(SWAP, mode="stream", resident_blocks=0, text="stream", together=False)
+SWAP = MemoryPlan(mode="swap", resident_blocks=2, text="move", vae="move")
+STREAM = replace(SWAP, mode="stream", resident_blocks=0, text="stream", keep_experts=False)
 
 
 def configured(folder: Path, **overrides: Any) -> tuple[EngineConfig, Request]:
@@ -49,7 +49,7 @@ def configured(folder: Path, **overrides: Any) -> tuple[EngineConfig, Request]:
 
 @contextmanager
 def loaded(
-    config: EngineConfig, plan: Plan | None, planner: Planner | None = None, files: ModelFiles | None = None
+    config: EngineConfig, plan: MemoryPlan | None, planner: MemoryPlanner | None = None, files: ModelFiles | None = None
 ) -> Iterator[LightX2VPipeline]:
     """A pipeline, with a plan offloaded as on a GPU, with the CPU as the device."""
     with LightX2VPipeline.from_config(config) as pipe:
@@ -70,23 +70,23 @@ def resident(config: EngineConfig, request: Request) -> torch.Tensor:
         return latents(pipe, request)
 
 
-@pytest.mark.parametrize("plan", [replace(SWAP, lazy=True), replace(STREAM, lazy=True)])
+@pytest.mark.parametrize("plan", [replace(SWAP, from_disk=True), replace(STREAM, from_disk=True)])
 @pytest.mark.parametrize("dtype", ["fp32", "bf16"])
-def test_weights_left_on_disk(tiny: TinyModels, plan: Plan, dtype: str) -> None:
+def test_weights_left_on_disk(tiny: TinyModels, plan: MemoryPlan, dtype: str) -> None:
     config, request = configured(tiny.t2v, dtype=dtype)
     with loaded(config, plan) as pipe:
         assert pipe._engine is not None
         with pipe._engine.placement.expert("high"):
             pass
-        shuttle = pipe._engine.placement._shuttles["experts"]  # type: ignore[attr-defined]
-        assert all(piece.host is None for piece in shuttle.pieces.values()), "no copy of the model in memory"
+        streamer = pipe._engine.placement._streamers["experts"]  # type: ignore[attr-defined]
+        assert all(weights.host is None for weights in streamer.packed.values()), "no copy of the model in memory"
         assert torch.equal(latents(pipe, request), resident(config, request))
 
 
 def test_8_bit_weights(tiny: TinyModels) -> None:
     config, request = configured(tiny.t2v, dit_quantized=True, dit_quant_scheme="fp8-sgl", build="fp8", dtype="bf16")
     expected = resident(config, request)
-    for plan in (SWAP, STREAM, replace(STREAM, lazy=True)):
+    for plan in (SWAP, STREAM, replace(STREAM, from_disk=True)):
         with loaded(config, plan) as pipe:
             assert torch.equal(latents(pipe, request), expected)
 
@@ -102,7 +102,7 @@ def loras(tiny: TinyModels, tmp_path: Path) -> tuple[LoraSpec, LoraSpec]:
 @pytest.mark.parametrize("dynamic", [False, True])
 @pytest.mark.parametrize("plan", [SWAP, STREAM])
 def test_loras_are_exchanged_in_host_memory(
-    tiny: TinyModels, loras: tuple[LoraSpec, LoraSpec], plan: Plan, dynamic: bool
+    tiny: TinyModels, loras: tuple[LoraSpec, LoraSpec], plan: MemoryPlan, dynamic: bool
 ) -> None:
     config, request = configured(tiny.t2v, lora_dynamic_apply=dynamic)
     with loaded(config, None) as pipe:
@@ -119,11 +119,11 @@ def test_loras_go_on_after_a_step_down_within_a_run(tiny: TinyModels, loras: tup
     config, request = configured(tiny.t2v)
     with loaded(config, None) as pipe:
         bare, with_loras = latents(pipe, request), latents(pipe, replace(request, loras=loras))
-    with loaded(config, Plan(mode="resident", resident_blocks=2)) as pipe:
+    with loaded(config, MemoryPlan(mode="resident", resident_blocks=2)) as pipe:
         assert pipe._engine is not None
         placement = pipe._engine.placement
         with torch.inference_mode():  # as during a run
-            assert placement.step_down("denoise") and placement.step_down("denoise")
+            assert placement.reduce_memory("denoise") and placement.reduce_memory("denoise")
         assert placement.plan is not None and placement.plan["mode"] == "swap"
         assert torch.equal(latents(pipe, replace(request, loras=loras)), with_loras)
         assert torch.equal(latents(pipe, request), bare)
@@ -140,7 +140,7 @@ def test_out_of_memory_while_exchanging_loras_goes_on_with_less(
     with loaded(config, None) as pipe:
         bare, with_loras = latents(pipe, request), latents(pipe, styled)
     fault = Exhausted(2, start)
-    with loaded(config, Plan(mode="resident", resident_blocks=2)) as pipe:
+    with loaded(config, MemoryPlan(mode="resident", resident_blocks=2)) as pipe:
         with monkeypatch.context() as patch:
             patch.setattr(Lora, "_read", starved(fault))
             result = pipe.run(styled, return_latents=True)
@@ -224,7 +224,7 @@ def test_loras_beside_weights_on_disk(
     broken = {"diffusion_model.blocks.0.norm3.diff": torch.full((24,), float("nan"))}
     save_file(broken, tmp_path / "broken.safetensors")
     at_load = replace(config, lora_configs=everywhere) if given == "by the configuration" else config
-    with loaded(at_load, replace(STREAM, lazy=True)) as pipe:
+    with loaded(at_load, replace(STREAM, from_disk=True)) as pipe:
         for _ in range(2):
             assert torch.equal(latents(pipe, styled), expected)
             with pytest.raises(LoraError, match="NaN"):
@@ -238,7 +238,7 @@ def test_a_request_brings_loras_to_weights_on_disk(tiny: TinyModels, loras: tupl
     config, request = configured(tiny.t2v, lora_dynamic_apply=True)
     with loaded(config, None) as pipe:
         bare, expected = latents(pipe, request), latents(pipe, replace(request, loras=loras))
-    with loaded(replace(config, lora_dynamic_apply=False), replace(STREAM, lazy=True)) as pipe:
+    with loaded(replace(config, lora_dynamic_apply=False), replace(STREAM, from_disk=True)) as pipe:
         assert torch.equal(latents(pipe, replace(request, loras=loras)), expected)
         assert torch.equal(latents(pipe, request), bare)
 
@@ -249,7 +249,7 @@ def test_a_built_model_stays_on_disk_too(tiny: TinyModels, loras: tuple[LoraSpec
     files = locate(config)
     built = replace(files, built=find_built(files, config, "fp32"))
     assert built.built is not None
-    with loaded(config, replace(STREAM, lazy=True), files=built) as pipe:
+    with loaded(config, replace(STREAM, from_disk=True), files=built) as pipe:
         assert torch.equal(latents(pipe, request), expected)
         with pytest.raises(LoraError, match="cannot be exchanged"):
             pipe.run(replace(request, loras=()))
@@ -265,7 +265,7 @@ def test_what_cannot_be_built_is_made_each_time_it_is_read(
     for settings in ({"build": "merged"}, fp8):
         config, request = configured(tiny.t2v, lora_configs=loras, **settings)
         expected = resident(config, request)
-        with loaded(config, replace(STREAM, lazy=True)) as pipe:
+        with loaded(config, replace(STREAM, from_disk=True)) as pipe:
             assert torch.equal(latents(pipe, request), expected)
 
 
@@ -278,8 +278,8 @@ def test_lazy_load_reads_from_disk_on_a_cpu_too(
     expected = resident(config, request)
     with LightX2VPipeline.from_config(replace(config, lazy_load=True)) as pipe:
         assert pipe._engine is not None
-        shuttle = pipe._engine.placement._shuttles["experts"]  # type: ignore[attr-defined]
-        assert all(piece.host is None for piece in shuttle.pieces.values())
+        streamer = pipe._engine.placement._streamers["experts"]  # type: ignore[attr-defined]
+        assert all(weights.host is None for weights in streamer.packed.values())
         result = pipe.run(request, return_latents=True)
         assert result.latents is not None and torch.equal(result.latents, expected)
         plan = result.report()["plan"]
@@ -292,7 +292,7 @@ def test_out_of_memory_while_encoding_the_image_goes_on_with_less(tiny: TinyMode
     config, request = configured(tiny.i2v, task="i2v")
     request = replace(request, image_path=str(tmp_path / "first.png"))
     expected = resident(config, request)
-    with loaded(config, Plan(mode="resident", resident_blocks=2)) as pipe:
+    with loaded(config, MemoryPlan(mode="resident", resident_blocks=2)) as pipe:
         assert pipe._engine is not None
         with pipe._engine.placement.vae() as vae:
             fault = Exhausted(2)
@@ -330,21 +330,21 @@ def test_loras_do_not_keep_a_model_in_host_memory_that_is_too_small(
     tiny: TinyModels, everywhere: tuple[LoraSpec, ...], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (GIB, GIB))
-    monkeypatch.setattr(lightx2v.offload, "free_ram", lambda: 2**16)
+    monkeypatch.setattr(lightx2v.offload.placement, "free_ram", lambda: 2**16)
 
-    def planned(**settings: Any) -> tuple[Plan, int]:
+    def planned(**settings: Any) -> tuple[MemoryPlan, int]:
         config, request = configured(tiny.t2v, device="auto", cpu_offload=True, lora_configs=everywhere, **settings)
         on_gpu = replace(Precision.of(config), device=torch.device("cuda"))
         planner = planner_for(locate(config), config, on_gpu)
         assert planner is not None
-        return planner.plan(Need.of(request.latent_shape, guided=True)), planner.model.loras
+        return planner.plan(Workload.of(request.latent_shape, guided=True)), planner.model.loras
 
     plan, size = planned()
     sizes = [sum(pair.numel() for pair in pairs.values()) for pairs in random_pairs(shapes_of(tiny.t2v)).values()]
     small = 24 + 48 + 6 * 24 + 24 * 16 * 4
-    assert plan.lazy and plan.mode == "swap" and size == 2 * 4 * (sum(sizes) + small)
+    assert plan.from_disk and plan.mode == "swap" and size == 2 * 4 * (sum(sizes) + small)
     plan, size = planned(build="merged")
-    assert not plan.lazy and size == 0, "no file has what is only made in memory"
+    assert not plan.from_disk and size == 0, "no file has what is only made in memory"
 
 
 def test_a_planner_counts_this_model_and_plans_for_each_request(tiny: TinyModels) -> None:
@@ -352,14 +352,16 @@ def test_a_planner_counts_this_model_and_plans_for_each_request(tiny: TinyModels
     model = model_sizes(locate(config), config, Precision.of(config))
     parameters = expert_weights(locate(config), "high", config).shapes.values()
     assert expert_bytes(model) == pytest.approx(4 * sum(torch.Size(shape).numel() for shape in parameters), rel=0.3)
-    planner = Planner(machine=Machine(vram=4 * GIB, ram=GIB), model=model, wishes=Wishes(cpu_offload=True))
+    planner = MemoryPlanner(
+        free=FreeMemory(vram=4 * GIB, ram=GIB), model=model, options=OffloadOptions(cpu_offload=True)
+    )
     expected = resident(config, request)
     with loaded(config, STREAM, planner) as pipe:
         result = pipe.run(request, return_latents=True)
         plan = result.report()["plan"]
         assert plan["mode"] == "swap" and plan["bytes"]["denoise"] > 0 and "one expert" in plan["reason"]
         assert result.latents is not None and torch.equal(result.latents, expected)
-        assert pipe._engine is not None and pipe._engine.placement.step_down("denoise")
+        assert pipe._engine is not None and pipe._engine.placement.reduce_memory("denoise")
         lowered = pipe.run(request, return_latents=True)
         assert lowered.report()["plan"]["mode"] == "stream"
         assert lowered.latents is not None and torch.equal(lowered.latents, expected)

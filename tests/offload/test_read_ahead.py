@@ -14,15 +14,15 @@ from patience import PATIENCE
 
 from lightx2v.errors import CheckpointError
 from lightx2v.offload.device_copies import HostCopies
-from lightx2v.offload.weight_streamer import Shuttle
+from lightx2v.offload.weight_streamer import WeightStreamer
 
 BLOCKS = 6
 Read = Callable[[frozenset[str]], list[tuple[str, torch.Tensor]]]
 
 
-def on_disk(before: Callable[[str, frozenset[str]], None], **more: Any) -> Shuttle:
+def on_disk(before: Callable[[str, frozenset[str]], None], **more: Any) -> WeightStreamer:
     """Two modules that are read from "disk"; `before` is called at the start of every read."""
-    cargo = {}
+    streamed = {}
     for name, each in toy("hl", BLOCKS).items():
         state = {key: value.clone() for key, value in each.module.state_dict().items()}
 
@@ -31,13 +31,13 @@ def on_disk(before: Callable[[str, frozenset[str]], None], **more: Any) -> Shutt
             return [(key, state[key]) for key in names]
 
         each.module.to("meta")
-        cargo[name] = replace(each, reader=read)
-    return Shuttle(cargo, HostCopies(poison=True), CPU, **more)
+        streamed[name] = replace(each, reader=read)
+    return WeightStreamer(streamed, HostCopies(poison=True), CPU, **more)
 
 
 @pytest.fixture(scope="module")
 def expected() -> dict[str, torch.Tensor]:
-    return {name: forward(Shuttle(toy("hl", BLOCKS), HostCopies(), CPU, resident=BLOCKS), name) for name in "hl"}
+    return {name: forward(WeightStreamer(toy("hl", BLOCKS), HostCopies(), CPU, resident=BLOCKS), name) for name in "hl"}
 
 
 @pytest.fixture
@@ -47,14 +47,16 @@ def threads() -> Iterator[set[str]]:
     assert all(name.startswith("lightx2v-read") for name in seen)
 
 
-@pytest.mark.parametrize(("resident", "ring"), [(0, 3), (0, 2), (2, 3), (3, 1), (BLOCKS, 3)])
+@pytest.mark.parametrize(("resident", "prefetch_slots"), [(0, 3), (0, 2), (2, 3), (3, 1), (BLOCKS, 3)])
 def test_another_thread_reads_and_the_result_is_the_same(
-    expected: dict[str, torch.Tensor], threads: set[str], resident: int, ring: int
+    expected: dict[str, torch.Tensor], threads: set[str], resident: int, prefetch_slots: int
 ) -> None:
-    shuttle = on_disk(lambda *_: threads.add(threading.current_thread().name), resident=resident, ring=ring)
+    streamer = on_disk(
+        lambda *_: threads.add(threading.current_thread().name), resident=resident, prefetch_slots=prefetch_slots
+    )
     for name, then in ("hh", "hl", "ll", "lh", "hl", "lh"):
-        assert torch.equal(forward(shuttle, name, then), expected[name])
-    shuttle.close()
+        assert torch.equal(forward(streamer, name, then), expected[name])
+    streamer.close()
     assert threads and not [t for t in threading.enumerate() if t.name in threads], "closing ends the thread"
 
 
@@ -65,14 +67,14 @@ def test_the_next_blocks_are_read_while_one_runs(expected: dict[str, torch.Tenso
         for index in {int(name.split(".")[0]) for name in names} & begun.keys():
             begun[index].set()
 
-    shuttle = on_disk(note, resident=0, ring=3)
+    streamer = on_disk(note, resident=0, prefetch_slots=3)
     waited: list[bool] = []
     # Block 0 runs until block 2 is being read: in the thread that runs blocks that would never be.
-    shuttle.modules["h"][0].register_forward_hook(lambda *_: waited.append(begun[2].wait(PATIENCE)))
+    streamer.modules["h"][0].register_forward_hook(lambda *_: waited.append(begun[2].wait(PATIENCE)))
     begun[2].clear()
-    assert torch.equal(forward(shuttle, "h"), expected["h"])
+    assert torch.equal(forward(streamer, "h"), expected["h"])
     assert waited == [True]
-    shuttle.close()
+    streamer.close()
 
 
 def test_a_file_that_cannot_be_read_is_told_and_tried_again(expected: dict[str, torch.Tensor]) -> None:
@@ -82,13 +84,13 @@ def test_a_file_that_cannot_be_read_is_told_and_tried_again(expected: dict[str, 
         if broken and any(key.startswith("3.") for key in names):
             raise CheckpointError("it became shorter")
 
-    shuttle = on_disk(fail, resident=1, ring=2)
+    streamer = on_disk(fail, resident=1, prefetch_slots=2)
     with pytest.raises(CheckpointError, match="shorter"):
-        forward(shuttle, "h")
+        forward(streamer, "h")
     broken = False
     for name in "hlh":
-        assert torch.equal(forward(shuttle, name), expected[name])
-    shuttle.close()
+        assert torch.equal(forward(streamer, name), expected[name])
+    streamer.close()
 
 
 def test_giving_the_memory_back_waits_for_a_read_that_has_begun(expected: dict[str, torch.Tensor]) -> None:
@@ -100,24 +102,24 @@ def test_giving_the_memory_back_waits_for_a_read_that_has_begun(expected: dict[s
             assert go.wait(PATIENCE)
 
     go.set()
-    shuttle = on_disk(slow, resident=0, ring=2)
+    streamer = on_disk(slow, resident=0, prefetch_slots=2)
 
     def hold(*_: object) -> None:  # from here on block 0 is read for the next forward only
         go.clear()
         reading.clear()
 
-    hook = shuttle.modules["h"][4].register_forward_pre_hook(hold)
-    assert torch.equal(forward(shuttle, "h"), expected["h"]) and reading.wait(PATIENCE) and not go.is_set()
+    hook = streamer.modules["h"][4].register_forward_pre_hook(hold)
+    assert torch.equal(forward(streamer, "h"), expected["h"]) and reading.wait(PATIENCE) and not go.is_set()
     hook.remove()
     threading.Timer(0.05, go.set).start()
-    shuttle.free()
+    streamer.free()
     assert go.is_set(), "the read was waited for"
-    assert torch.equal(forward(shuttle, "h"), expected["h"])
-    shuttle.close()
+    assert torch.equal(forward(streamer, "h"), expected["h"])
+    streamer.close()
 
 
 def test_several_processes_read_where_they_are_asked(expected: dict[str, torch.Tensor]) -> None:
     seen: set[str] = set()
-    shuttle = on_disk(lambda *_: seen.add(threading.current_thread().name), resident=0, read_ahead=False)
-    assert torch.equal(forward(shuttle, "h"), expected["h"]) and seen == {threading.current_thread().name}
-    shuttle.close()
+    streamer = on_disk(lambda *_: seen.add(threading.current_thread().name), resident=0, read_ahead=False)
+    assert torch.equal(forward(streamer, "h"), expected["h"]) and seen == {threading.current_thread().name}
+    streamer.close()

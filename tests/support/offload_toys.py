@@ -7,8 +7,8 @@ from dataclasses import replace
 import torch
 from torch import nn
 
-from lightx2v.cost.memory_plan import Plan
-from lightx2v.offload.weight_streamer import Cargo, Shuttle
+from lightx2v.cost.memory_plan import MemoryPlan
+from lightx2v.offload.weight_streamer import StreamedModule, WeightStreamer
 
 LAYERS = 6
 
@@ -16,35 +16,35 @@ LAYERS = 6
 CPU = torch.device("cpu")
 
 
-RESIDENT = Plan(mode="resident", resident_blocks=LAYERS)
+RESIDENT = MemoryPlan(mode="resident", resident_blocks=LAYERS)
 
 
-SWAP = Plan(mode="swap", resident_blocks=LAYERS, text="move", vae="move")
+SWAP = MemoryPlan(mode="swap", resident_blocks=LAYERS, text="move", vae="move")
 
 
 PLANS = {
     "swap": SWAP,
-    "swap, experts leave": replace(SWAP, together=False),
+    "swap, experts leave": replace(SWAP, keep_experts=False),
     "prefix": replace(SWAP, mode="stream", resident_blocks=2),
     "prefix, text resident": replace(SWAP, mode="stream", resident_blocks=2, text="resident", vae="resident"),
     "streamed": replace(SWAP, mode="stream", resident_blocks=0, text="stream"),
-    "two slots": replace(SWAP, mode="stream", resident_blocks=0, ring=2, together=False),
-    "one slot": replace(SWAP, mode="stream", resident_blocks=3, ring=1),
-    "ring as long as the rest": replace(SWAP, mode="stream", resident_blocks=3, ring=3),
+    "two slots": replace(SWAP, mode="stream", resident_blocks=0, prefetch_slots=2, keep_experts=False),
+    "one slot": replace(SWAP, mode="stream", resident_blocks=3, prefetch_slots=1),
+    "ring as long as the rest": replace(SWAP, mode="stream", resident_blocks=3, prefetch_slots=3),
 }
 
 
-def toy(names: str, blocks: int) -> dict[str, Cargo]:
-    cargo = {}
+def toy(names: str, blocks: int) -> dict[str, StreamedModule]:
+    streamed = {}
     for seed, name in enumerate(names):
         torch.manual_seed(seed)
         module = nn.Sequential(*[nn.Linear(4, 4) for _ in range(blocks)], nn.Linear(4, 2))
-        cargo[name] = Cargo(module=module, blocks=list(module)[:blocks])
-    return cargo
+        streamed[name] = StreamedModule(module=module, blocks=list(module)[:blocks])
+    return streamed
 
 
-def forward(shuttle: Shuttle, name: str, then: str | None = None) -> torch.Tensor:
-    with shuttle.use(name, then) as module, torch.no_grad():
+def forward(streamer: WeightStreamer, name: str, then: str | None = None) -> torch.Tensor:
+    with streamer.use(name, then) as module, torch.no_grad():
         return module(torch.ones(1, 4))
 
 

@@ -18,7 +18,7 @@ from lightx2v.config.engine_config import EngineConfig, ParallelConfig
 from lightx2v.config.environment import Environment
 from lightx2v.config.presets import resolve
 from lightx2v.config.request import LoraSpec, Request
-from lightx2v.cost.memory_plan import Plan
+from lightx2v.cost.memory_plan import MemoryPlan
 from lightx2v.engine import run as run_module
 from lightx2v.errors import LightX2VError
 from lightx2v.offload.device_copies import HostCopies
@@ -31,7 +31,7 @@ from lightx2v.weights.safetensors_reader import SafetensorsFile
 
 Named = dict[str, tuple[EngineConfig, Request]]
 
-STREAMED = Plan(mode="stream", resident_blocks=1, ring=2, text="stream", vae="move", together=False)
+STREAMED = MemoryPlan(mode="stream", resident_blocks=1, prefetch_slots=2, text="stream", vae="move", keep_experts=False)
 
 
 def requests_of(root: Path) -> Named:
@@ -182,7 +182,7 @@ def offloaded_again(config: EngineConfig, lazy: bool, mesh: Any) -> Any:
     from lightx2v.loading.networks import Precision
 
     files, precision = locate(config), Precision.of(config)
-    plan = replace(STREAMED, lazy=lazy)
+    plan = replace(STREAMED, from_disk=lazy)
     choices = choose_attention(config, files, precision)
     return offloaded(files, config, precision, *choices, plan, copies=HostCopies(poison=True), mesh=mesh)
 
