@@ -22,7 +22,7 @@ CHILD = """
 import sys, time
 from pathlib import Path
 import torch
-from lightx2v.conversion import Conversion, convert
+from lightx2v.loading.conversion import Conversion, convert
 from lightx2v.progress import peak_rss
 before, started, cpu = peak_rss(), time.perf_counter(), time.process_time()
 convert(Conversion(source=Path(sys.argv[1]), output=Path(sys.argv[2]), format=sys.argv[3]))

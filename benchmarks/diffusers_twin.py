@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from lightx2v.models.dit import WanDiT
-from lightx2v.weights.naming import wan_to_diffusers
+from lightx2v.weights.dit_names import wan_to_diffusers
 
 if TYPE_CHECKING:
     from diffusers import WanTransformer3DModel

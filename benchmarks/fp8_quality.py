@@ -21,7 +21,7 @@ from torch import Tensor
 from lightx2v.config.model_paths import PROJECT
 from lightx2v.config.presets import resolve
 from lightx2v.config.request import Request
-from lightx2v.loading.conversion import fidelity, recipes
+from lightx2v.loading.conversion import fidelity, prebuilt_conversions
 from lightx2v.loading.model_files import locate
 from lightx2v.pipeline import LightX2VPipeline
 from lightx2v.weights.quantization import FORMATS, GATE
@@ -39,7 +39,7 @@ def of_layers(task: str) -> dict[str, dict[str, Any]]:
     config = resolve(f"demo_{task}_fp8").engine
     rows = {}
     for form in FORMATS:
-        for part, job in recipes(locate(config), config, Path(), "fp32").items():
+        for part, job in prebuilt_conversions(locate(config), config, Path(), "fp32").items():
             found = fidelity(replace(job, format=form))
             worst = min(found, key=lambda name: found[name])
             rows[f"{task} {part} {form}"] = {"layers": len(found), "lowest": round(found[worst], 6), "layer": worst}

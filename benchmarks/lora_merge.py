@@ -33,10 +33,10 @@ from torch import Tensor
 from lightx2v.models.dit import DiTConfig, WanDiT, parameter_dtype
 from lightx2v.progress import peak_rss
 from lightx2v.weights.checkpoint import open_checkpoint
+from lightx2v.weights.dit_names import wan_names
 from lightx2v.weights.lora import match_lora
 from lightx2v.weights.model_weights import ModelWeights
 from lightx2v.weights.module_loader import stream_into
-from lightx2v.weights.naming import wan_names
 from lightx2v.weights.quantization import is_expert_matrix
 
 BF16 = torch.bfloat16

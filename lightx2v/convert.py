@@ -34,24 +34,24 @@ if TYPE_CHECKING:
 FORMATS = ("bf16", "fp16", "fp32", "fp8", "int8")
 
 
-def jobs_of_preset(preset: str, output: Path, environment: Environment | None = None) -> list[Conversion]:
+def preset_conversions(preset: str, output: Path, environment: Environment | None = None) -> list[Conversion]:
     """The files that a preset with "build" is made of: both experts, and the text encoder where it is quantised."""
-    from .loading.conversion import recipes
+    from .loading.conversion import prebuilt_conversions
     from .loading.model_files import locate
 
     config = resolve(preset, {}, environment=environment).engine
     if config.build is None:
         raise BadRequest(f"The preset {preset} builds nothing: it takes its files as they are.")
-    return list(recipes(locate(config), config, output, "bf16").values())
+    return list(prebuilt_conversions(locate(config), config, output, "bf16").values())
 
 
 def show_built(tidy: bool) -> None:
     """Prints what is kept; with `tidy`, removes what no longer belongs to anything."""
-    from .loading.prebuilt import BuiltStore, folder_of
+    from .loading.prebuilt_cache import PrebuiltCache, prebuilt_folder
 
-    store = BuiltStore(folder_of(None, Environment.read()))
-    for item in store.tidy() if tidy else store.items():
-        print(f"{item.size / 1e9:8.2f} GB  {'removed' if tidy else item.state:8}  {item.path}")
+    store = PrebuiltCache(prebuilt_folder(None, Environment.read()))
+    for item in store.prune() if tidy else store.files():
+        print(f"{item.size / 1e9:8.2f} GB  {'removed' if tidy else item.state:14}  {item.path}")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -87,7 +87,7 @@ def _jobs(options: argparse.Namespace) -> list[Conversion]:
     if options.preset is not None:
         if options.lora or options.format:
             raise BadRequest("A preset says itself which LoRAs and format it wants. Leave --lora and --format out.")
-        return jobs_of_preset(options.preset, options.output, Environment.read())
+        return preset_conversions(options.preset, options.output, Environment.read())
     from .loading.conversion import Conversion
 
     loras = tuple(_lora(text) for text in options.lora)

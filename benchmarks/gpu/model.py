@@ -14,10 +14,10 @@ from torch import Tensor, nn
 
 from lightx2v.attention import Choice, resolve_attention
 from lightx2v.config.engine_config import EngineConfig
-from lightx2v.config.request import LoraSpec
+from lightx2v.config.request import Expert, LoraSpec
 from lightx2v.engine.engine import LoadedEngine
-from lightx2v.loading.loras import Applied
-from lightx2v.loading.networks import Precision, Which
+from lightx2v.loading.expert_loras import AppliedLora
+from lightx2v.loading.networks import Precision
 from lightx2v.models.dit import DiTConfig, WanDiT, parameter_dtype
 from lightx2v.models.preview import Preview
 from lightx2v.models.quant_linear import QuantLinear, swap_linears
@@ -106,7 +106,7 @@ class Model:
     tiling = None
     plan: dict[str, Any] | None = None
     has_text = True
-    loras: tuple[Applied, ...] = ()
+    loras: tuple[AppliedLora, ...] = ()
 
     def __init__(self, bench: Bench, task: str, *, fp8: bool = False) -> None:
         config = bench.sizes.dit if task == "t2v" else replace(bench.sizes.dit, in_dim=bench.sizes.in_dim_i2v)
@@ -118,7 +118,7 @@ class Model:
         yield self._text
 
     @contextmanager
-    def expert(self, which: Which, then: Which | None = None) -> Iterator[WanDiT]:
+    def expert(self, which: Expert, then: Expert | None = None) -> Iterator[WanDiT]:
         yield self._experts[which]
 
     @contextmanager

@@ -33,8 +33,8 @@ from lightx2v.parallel.process_group import World
 from lightx2v.parallel.rendezvous import join
 from lightx2v.pipeline import LightX2VPipeline
 from lightx2v.weights.checkpoint import open_checkpoint
+from lightx2v.weights.dit_names import wan_names
 from lightx2v.weights.model_weights import ModelWeights
-from lightx2v.weights.naming import wan_names
 from lightx2v.weights.quantization import is_expert_matrix
 
 from ..parallel_wire import formula

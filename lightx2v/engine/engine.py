@@ -22,7 +22,7 @@ from ..errors import OutOfMemory, OutputError
 from ..loading import preload
 from ..loading.model_files import ModelFiles, locate
 from ..loading.networks import DTYPES, Precision, expert_weights
-from ..loading.prebuilt import find_built, make_built
+from ..loading.prebuilt_cache import build_prebuilt, find_prebuilt
 from ..models.dit import DiTConfig
 from ..models.preview import Preview
 from ..offload.offloaded import describe
@@ -32,7 +32,7 @@ from ..parallel.process_group import World
 from ..parallel.rendezvous import join
 from ..progress import CancelToken, Meter, OnProgress
 from ..weights.checkpoint import open_checkpoint
-from ..weights.expert_pair import check_experts
+from ..weights.expert_pair import check_expert_pair
 from .prompt_cache import PromptCache
 
 log = logging.getLogger("lightx2v.engine")
@@ -106,8 +106,8 @@ def load_here(
         meter.emit("load")
         files = locate(config)
         files, warnings = with_built(files, config, precision, meter, cancel, mesh)
-        read = files.built or files
-        warnings += check_experts(open_checkpoint(read.high), open_checkpoint(read.low), config.task)
+        read = files.prebuilt or files
+        warnings += check_expert_pair(open_checkpoint(read.high), open_checkpoint(read.low), config.task)
         self_attention, cross_attention = choose_attention(config, files, precision)
         placement = place(files, config, precision, self_attention, cross_attention, warnings, cancel, mesh)
         for warning in warnings:
@@ -149,14 +149,14 @@ def with_built(
         return lambda event: meter.emit("load", event.step, event.total, message=f"Making the {what}: {event.message}")
 
     def work() -> Iterator[tuple[str, torch.Tensor]]:
-        if find_built(files, config, plain) is None:
-            check_experts(open_checkpoint(files.high), open_checkpoint(files.low), config.task)
-            make_built(files, config, plain, device=precision.device, on_progress=telling, cancel=cancel)
+        if find_prebuilt(files, config, plain) is None:
+            check_expert_pair(open_checkpoint(files.high), open_checkpoint(files.low), config.task)
+            build_prebuilt(files, config, plain, device=precision.device, on_progress=telling, cancel=cancel)
         yield from ()
 
     try:
         deque(work() if mesh is None else mesh.world.stream(work()), maxlen=0)
-        return replace(files, built=find_built(files, config, plain)), []
+        return replace(files, prebuilt=find_prebuilt(files, config, plain)), []
     except OutputError as error:
         return files, [f"The model was made in memory, and will be again at the next start. {error}"]
 

@@ -18,10 +18,9 @@ import torch
 from torch import Tensor
 
 from ..config.recorded_settings import recorded_settings
-from ..config.request import LoraSpec, Request
+from ..config.request import Expert, LoraSpec, Request
 from ..cost.memory_plan import Stage, Workload
 from ..errors import Cancelled, LightX2VError, OutOfMemory
-from ..loading.networks import Which
 from ..media.images import load_image
 from ..media.video_writer import VideoWriter
 from ..models.block import TextStates
@@ -208,13 +207,13 @@ class Run:
         noise = initial_noise((channels, frames, height, width), request.seed).to(self.device)
         solver = solver_for(request)
         schedule = solver.schedule
-        states: dict[Which, list[TextStates]] = {}
+        states: dict[Expert, list[TextStates]] = {}
         guides = dict(zip(("high", "low"), request.guided, strict=True))
         mesh = self.mesh
         # Several processes stop between steps only, where they can agree on it.
         within = self.cancel if mesh is None else None
 
-        def velocity(expert: Which, latents: Tensor, timestep: float, step: int) -> Tensor:
+        def velocity(expert: Expert, latents: Tensor, timestep: float, step: int) -> Tensor:
             following = schedule.experts[step + 1] if step + 1 < schedule.steps else None
             with self.placement.expert(expert, following) as dit:
                 dit.split = None if mesh is None else mesh.split(1 + guides[expert])

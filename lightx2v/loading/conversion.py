@@ -19,20 +19,21 @@ from pathlib import Path
 import torch
 
 from ..config.engine_config import EngineConfig
+from ..config.request import Expert
 from ..errors import BadRequest, LightX2VError, LoraError, OutputError, short_path
 from ..models.dit import parameter_dtype
 from ..models.umt5 import wan_name
 from ..progress import CancelToken, OnProgress, Progress
 from ..weights.checkpoint import Checkpoint, open_checkpoint
+from ..weights.dit_names import wan_names
 from ..weights.lora import match_lora
 from ..weights.model_weights import ModelWeights, scale_name
-from ..weights.naming import wan_names
 from ..weights.quantization import FORMATS, GATE, QUANTISED, is_expert_matrix, is_text_matrix
 from ..weights.safetensors_reader import FLOATS
 from ..weights.safetensors_writer import write_safetensors
-from .loras import files_for
+from .expert_loras import files_for
 from .model_files import ModelFiles
-from .networks import DTYPES, Which
+from .networks import DTYPES
 
 log = logging.getLogger("lightx2v.convert")
 
@@ -73,7 +74,7 @@ def convert(
     weights, dtype_of = _plan(checkpoint, job)
     metadata = {"format": "pt", **(metadata or {}), FINGERPRINT: fingerprint(checkpoint, job)}
     if job.output.exists() and not force:
-        if is_made_of(job.output, metadata[FINGERPRINT]):
+        if has_fingerprint(job.output, metadata[FINGERPRINT]):
             log.info("%s is there already.", short_path(job.output))
             return False
         raise OutputError(f"{short_path(job.output)} exists and was made of something else. Use --force to replace it.")
@@ -150,7 +151,7 @@ def _plan(checkpoint: Checkpoint, job: Conversion) -> tuple[ModelWeights, Callab
             return dtype
         kept = compute if text else parameter_dtype(name, compute)
         stored = checkpoint.dtypes[weights.file_names[name]]
-        if weights.made(name) or stored.itemsize > compute.itemsize:
+        if weights.is_modified(name) or stored.itemsize > compute.itemsize:
             return kept
         return compute if stored.itemsize == compute.itemsize and kept is compute else stored
 
@@ -174,7 +175,7 @@ def state(path: Path) -> list[str | int]:
     return [path.name, about.st_size, about.st_mtime_ns]
 
 
-def is_made_of(path: Path, print_: str) -> bool:
+def has_fingerprint(path: Path, print_: str) -> bool:
     """Whether this is a whole file with that fingerprint."""
     try:
         return open_checkpoint(path).metadata.get(FINGERPRINT) == print_
@@ -182,11 +183,11 @@ def is_made_of(path: Path, print_: str) -> bool:
         return False
 
 
-def recipes(files: ModelFiles, config: EngineConfig, folder: Path, plain: str) -> dict[str, Conversion]:
+def prebuilt_conversions(files: ModelFiles, config: EngineConfig, folder: Path, plain: str) -> dict[str, Conversion]:
     """The files that a configuration with "build" is made of: "high", "low", and "t5" where that is to be quantised."""
     kind = "fp8" if config.build == "fp8" else plain
     jobs = {}
-    experts: dict[Which, Path] = {"high": files.high, "low": files.low}
+    experts: dict[Expert, Path] = {"high": files.high, "low": files.low}
     for which, source in experts.items():
         loras = tuple((path, spec.strength) for spec, path in files_for(config.lora_configs, which, config))
         target = folder / f"{which}_noise_{kind}.safetensors"

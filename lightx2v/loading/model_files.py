@@ -38,7 +38,7 @@ DIFFUSERS_FOLDERS = {"high": "transformer", "low": "transformer_2"}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class BuiltFiles:
+class PrebuiltFiles:
     """Files made of a model's: with LoRAs merged, or in 8 bits. `t5` is None where it is taken as it is."""
 
     high: Path
@@ -50,7 +50,7 @@ class BuiltFiles:
 class ModelFiles:
     """Where a model's parts are. `architecture` is the DiT's config.json, None where a model has none.
 
-    `built` are read in place of the experts and the text encoder where they are there.
+    `prebuilt` are read in place of the experts and the text encoder where they are there.
     """
 
     high: Path
@@ -59,7 +59,7 @@ class ModelFiles:
     tokenizer: Path
     vae: Path
     architecture: dict[str, Any] | None
-    built: BuiltFiles | None = None
+    prebuilt: PrebuiltFiles | None = None
 
 
 def locate(config: EngineConfig) -> ModelFiles:

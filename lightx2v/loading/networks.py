@@ -9,12 +9,12 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Literal
 
 import torch
 
 from ..attention import Choice
 from ..config.engine_config import EngineConfig
+from ..config.request import Expert
 from ..errors import CheckpointError, ConfigError, short_path
 from ..models.dit import DiTConfig, WanDiT, parameter_dtype
 from ..models.quant_linear import swap_linears
@@ -24,13 +24,11 @@ from ..models.vae_config import VAEConfig
 from ..parallel.mesh import Mesh
 from ..progress import CancelToken
 from ..weights.checkpoint import open_checkpoint
+from ..weights.dit_names import wan_names
 from ..weights.model_weights import ModelWeights
 from ..weights.module_loader import check_fit, load_into, stream_into
-from ..weights.naming import wan_names
 from ..weights.quantization import SCALE, is_expert_matrix, scheme_format
 from .model_files import ModelFiles
-
-Which = Literal["high", "low"]
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
@@ -78,7 +76,7 @@ def load_text_encoder(
     files: ModelFiles, config: EngineConfig, precision: Precision, cancel: CancelToken | None = None
 ) -> TextEncoder:
     """The text encoder; quantised as it is read where the configuration wants that and no build is kept."""
-    made = files.built.t5 if files.built else None
+    made = files.prebuilt.t5 if files.prebuilt else None
     return TextEncoder.load(
         made or files.t5,
         files.tokenizer,
@@ -90,7 +88,7 @@ def load_text_encoder(
     )
 
 
-def expert_weights(files: ModelFiles, which: Which, config: EngineConfig) -> ModelWeights:
+def expert_weights(files: ModelFiles, which: Expert, config: EngineConfig) -> ModelWeights:
     """One expert's weights without LoRAs, quantised if the configuration builds them so. Reads headers only."""
     checkpoint = open_checkpoint(files.high if which == "high" else files.low)
     quantise = scheme_format(config.dit_quant_scheme) if config.build == "fp8" else None
@@ -104,11 +102,11 @@ def expert_weights(files: ModelFiles, which: Which, config: EngineConfig) -> Mod
     return weights
 
 
-def built_weights(files: ModelFiles, which: Which) -> ModelWeights | None:
+def prebuilt_weights(files: ModelFiles, which: Expert) -> ModelWeights | None:
     """The same with the configuration's LoRAs, from the kept build where there is one."""
-    if files.built is None:
+    if files.prebuilt is None:
         return None
-    checkpoint = open_checkpoint(files.built.high if which == "high" else files.built.low)
+    checkpoint = open_checkpoint(files.prebuilt.high if which == "high" else files.prebuilt.low)
     return ModelWeights(checkpoint, wan_names(checkpoint.shapes), matrix=is_expert_matrix)
 
 
@@ -137,17 +135,17 @@ def load_expert(
     cross_attention: Choice,
     cancel: CancelToken | None = None,
     mesh: Mesh | None = None,
-    made_on: torch.device | None = None,
+    compute_device: torch.device | None = None,
 ) -> WanDiT:
     """One expert of these weights; with a mesh rank 0 reads them for all.
 
-    `made_on` is where LoRAs are added and weights quantised: the device that will compute with them, even if they
-    go to host memory. There it takes seconds, and minutes on a CPU.
+    `compute_device` is where LoRAs are added and weights quantised: the device that will compute with them, even if
+    they go to host memory. There it takes seconds, and minutes on a CPU.
     """
     dit = build_expert(files, weights, precision, self_attention, cross_attention)
     dtype_of = expert_dtypes(precision)
-    makes = any(weights.made(name) and name not in weights.layout.scales for name in weights.plain_shapes)
-    at = made_on if made_on is not None and makes else precision.device
+    makes = any(weights.is_modified(name) and name not in weights.layout.scales for name in weights.plain_shapes)
+    at = compute_device if compute_device is not None and makes else precision.device
     tensors = weights.tensors(dtype_of=dtype_of, device=at)
     if mesh is not None:
         tensors, cancel = mesh.world.stream(tensors, cancel), None

@@ -16,10 +16,10 @@ from typing import Any, Protocol
 import torch
 from torch import nn
 
-from ..config.request import LoraSpec
+from ..config.request import Expert, LoraSpec
 from ..cost.memory_plan import MemoryPlan, MemoryPlanner, Stage, Workload
-from ..loading.loras import Applied
-from ..loading.networks import Which, whole_float32
+from ..loading.expert_loras import AppliedLora
+from ..loading.networks import whole_float32
 from ..models.dit import WanDiT
 from ..models.tiling import Tiling
 from ..models.umt5 import TextEncoder
@@ -42,14 +42,14 @@ class Loaded(Protocol):
 
     def text(self) -> AbstractContextManager[TextEncoder]: ...
 
-    def expert(self, which: Which) -> AbstractContextManager[WanDiT]: ...
+    def expert(self, which: Expert) -> AbstractContextManager[WanDiT]: ...
 
     def vae(self) -> AbstractContextManager[WanVAE]: ...
 
     def use_loras(self, specs: Sequence[LoraSpec]) -> None: ...
 
     @property
-    def loras(self) -> tuple[Applied, ...]: ...
+    def loras(self) -> tuple[AppliedLora, ...]: ...
 
     def close(self) -> None: ...
 
@@ -69,7 +69,7 @@ class Offloaded:
         device: torch.device,
         copies: Copies,
         planner: MemoryPlanner | None = None,
-        readers: Mapping[Which, Reader] | None = None,
+        readers: Mapping[Expert, Reader] | None = None,
         dtype_of: Callable[[str], torch.dtype] | None = None,
         read_ahead: bool = True,
     ) -> None:
@@ -79,7 +79,7 @@ class Offloaded:
             with loaded.text() as text:
                 self._text = text
         with loaded.expert("high") as high, loaded.expert("low") as low, loaded.vae() as vae:
-            self._experts: dict[Which, WanDiT] = {"high": high, "low": low}
+            self._experts: dict[Expert, WanDiT] = {"high": high, "low": low}
             self._vae: WanVAE | None = vae
         self._loras: tuple[LoraSpec, ...] | None = None
         self._device, self._copies, self._planner = device, copies, planner
@@ -99,7 +99,7 @@ class Offloaded:
             yield self._text
 
     @contextmanager
-    def expert(self, which: Which, then: Which | None = None) -> Iterator[WanDiT]:
+    def expert(self, which: Expert, then: Expert | None = None) -> Iterator[WanDiT]:
         dit = self._experts[which]
         dit.sequential_cfg, dit.cache_text_kv = self._plan.sequential_cfg, self._plan.cache_text_kv
         streamer = self._streamers.get("experts")
@@ -150,7 +150,7 @@ class Offloaded:
         self._loras = tuple(specs)
 
     @property
-    def loras(self) -> tuple[Applied, ...]:
+    def loras(self) -> tuple[AppliedLora, ...]:
         return self._loaded.loras
 
     # ---- which plan ---------------------------------------------------------------------------------------------

@@ -18,23 +18,22 @@ import torch
 
 from ..attention import Choice
 from ..config.engine_config import EngineConfig
-from ..config.request import LoraSpec
+from ..config.request import Expert, LoraSpec
 from ..cost.machine import free_ram
 from ..cost.memory_plan import FreeMemory, MemoryPlan, MemoryPlanner, ModelSize, OffloadOptions, Stage, Workload
 from ..cost.run_time import DiTShape
 from ..errors import CheckpointError, LoraError
-from ..loading.loras import Applied, ExpertLoras, match_loras
+from ..loading.expert_loras import AppliedLora, ExpertLoras, match_loras
 from ..loading.model_files import ModelFiles
 from ..loading.networks import (
     Precision,
-    Which,
     build_expert,
-    built_weights,
     expert_dtypes,
     expert_weights,
     load_expert,
     load_text_encoder,
     load_vae,
+    prebuilt_weights,
     whole_float32,
 )
 from ..models.dit import DiTConfig, WanDiT
@@ -61,7 +60,7 @@ class Placement(Protocol):
 
     def text(self) -> AbstractContextManager[TextEncoder]: ...
 
-    def expert(self, which: Which, then: Which | None = None) -> AbstractContextManager[WanDiT]:
+    def expert(self, which: Expert, then: Expert | None = None) -> AbstractContextManager[WanDiT]:
         """`then` is the expert that will be asked for next, as far as that is known."""
         ...
 
@@ -87,7 +86,7 @@ class Placement(Protocol):
         """Exchanges the LoRAs of both experts. LoraError, with the old ones still on, where one does not fit."""
 
     @property
-    def loras(self) -> tuple[Applied, ...]:
+    def loras(self) -> tuple[AppliedLora, ...]:
         """The LoRAs that are on."""
         ...
 
@@ -117,18 +116,20 @@ class Resident:
     ) -> None:
         self.tiling = Tiling() if config.use_tiling_vae is True else None
         self.plan = None
-        self.readers: dict[Which, Reader] = {}
+        self.readers: dict[Expert, Reader] = {}
         at_text, at_expert = (replace(precision, device=home or precision.device) for home in (text_home, expert_home))
-        self._experts: dict[Which, WanDiT] = {}
-        self._loras: dict[Which, ExpertLoras] = {}
+        self._experts: dict[Expert, WanDiT] = {}
+        self._loras: dict[Expert, ExpertLoras] = {}
         through = iter if mesh is None else mesh.world.stream  # of several processes rank 0 reads, here as well
         for which in ("high", "low"):
             weights = expert_weights(files, which, config)
             loras = match_loras(config.lora_configs, which, weights, config)
-            made = built_weights(files, which)
+            made = prebuilt_weights(files, which)
             used = made or (weights if ExpertLoras.dynamic(weights, config, from_disk) else weights.with_loras(loras))
             load = (
-                build_expert if from_disk else partial(load_expert, cancel=cancel, mesh=mesh, made_on=precision.device)
+                build_expert
+                if from_disk
+                else partial(load_expert, cancel=cancel, mesh=mesh, compute_device=precision.device)
             )
             dit = load(files, used, at_expert, self_attention, cross_attention)
             on = ExpertLoras(dit, which, weights, loras, config, precision.device, through, lazy=from_disk)
@@ -156,7 +157,7 @@ class Resident:
         return self._text is not None
 
     @contextmanager
-    def expert(self, which: Which, then: Which | None = None) -> Iterator[WanDiT]:
+    def expert(self, which: Expert, then: Expert | None = None) -> Iterator[WanDiT]:
         yield self._experts[which]
 
     @contextmanager
@@ -182,7 +183,7 @@ class Resident:
             raise
 
     @property
-    def loras(self) -> tuple[Applied, ...]:
+    def loras(self) -> tuple[AppliedLora, ...]:
         return tuple(applied for loras in self._loras.values() for applied in loras.applied)
 
     def close(self) -> None:
@@ -210,7 +211,7 @@ def planner_for(
         free = FreeMemory(
             vram=min(vram for vram, _ in everywhere), ram=min(ram for _, ram in everywhere) // mesh.world.size
         )
-    if files.built is None and config.build:
+    if files.prebuilt is None and config.build:
         free = replace(free, ram=2**62)  # what could not be kept is in no file, so it cannot stay on disk
     return MemoryPlanner(free=free, model=model_sizes(files, config, precision), options=OffloadOptions.of(config))
 
@@ -263,7 +264,7 @@ def model_sizes(files: ModelFiles, config: EngineConfig, precision: Precision) -
     stored = sum(
         count * (1 if name in weights.formats else precision.compute.itemsize) for name, count in blocks.items()
     )
-    made = files.built.t5 if files.built else None
+    made = files.prebuilt.t5 if files.prebuilt else None
     text, vae = open_checkpoint(made or files.t5), open_checkpoint(files.vae)
     text_sizes = sorted(math.prod(shape) * min(2, text.dtypes[name].itemsize) for name, shape in text.shapes.items())
     return ModelSize(

@@ -22,10 +22,10 @@ from pathlib import Path, PurePath
 import torch
 
 from ..errors import CheckpointError, short_path
-from .pth_reader import PthFile
-from .safetensors_reader import AGAIN, CHUNK, Entry, SafetensorsFile, cast_target
+from .pth_reader import PthReader
+from .safetensors_reader import AGAIN, CHUNK, SafetensorsReader, TensorEntry, cast_target
 
-TensorFile = SafetensorsFile | PthFile
+TensorFile = SafetensorsReader | PthReader
 
 AHEAD = 3
 """Tensors on their way to a device that are read before they are asked for; 141 MB each at full size in bf16."""
@@ -64,7 +64,7 @@ class Checkpoint:
     def nbytes(self) -> int:
         return sum(entry.nbytes for _, entry in self.entries())
 
-    def entries(self) -> Iterator[tuple[str, Entry]]:
+    def entries(self) -> Iterator[tuple[str, TensorEntry]]:
         """What the headers say of each tensor."""
         return (item for file in self.files for item in file.entries.items())
 
@@ -161,7 +161,7 @@ def open_file(path: Path) -> TensorFile:
         filled = "" if size < 16 else ", the first of them all zero"
         raise CheckpointError(f"{name} is incomplete: got {size} bytes{filled}. {AGAIN}")
     if head[8:9] == b"{":
-        return SafetensorsFile(path)
+        return SafetensorsReader(path)
     if text.startswith(b"version https://git-lfs"):
         raise CheckpointError(
             f"{name} is a git-lfs pointer, not the model. Run `git lfs pull` in its folder, or download the file again."
@@ -171,7 +171,7 @@ def open_file(path: Path) -> TensorFile:
     if head.startswith(b"GGUF"):
         raise CheckpointError(f"{name} is a GGUF file; safetensors and PyTorch files are supported.")
     if head.startswith(b"PK\x03\x04") or head.startswith(b"\x80"):
-        return PthFile(path)
+        return PthReader(path)
     raise CheckpointError(
         f"{name} is neither a safetensors nor a PyTorch file (first bytes {head[:8].hex(' ')}). {AGAIN}"
     )

@@ -13,7 +13,7 @@ import torch
 
 from ..errors import CheckpointError, short_path
 from .checkpoint import Checkpoint
-from .naming import wan_names
+from .dit_names import wan_names
 
 INPUT_CHANNELS = {"t2v": 16, "i2v": 36, "flf2v": 36}
 """Noisy latent 16; with an image its latent 16 and a mask of 4 are added."""
@@ -23,7 +23,7 @@ SMALL = 64 << 10
 SAMPLES = 12
 
 
-def check_experts(high: Checkpoint, low: Checkpoint, task: str) -> tuple[str, ...]:
+def check_expert_pair(high: Checkpoint, low: Checkpoint, task: str) -> tuple[str, ...]:
     """Warnings about a probable mix-up; CheckpointError where the pair cannot be right."""
     for which, checkpoint in (("high", high), ("low", low)):
         _check_task(checkpoint, which, task)

@@ -24,7 +24,7 @@ from torch import Tensor
 from ..config.lora_names import partner_name
 from ..errors import LoraError, short_path
 from .checkpoint import Checkpoint, open_checkpoint
-from .naming import diffusers_to_wan, strip_prefix, wan_to_diffusers
+from .dit_names import diffusers_to_wan, strip_prefix, wan_to_diffusers
 
 Shapes = Mapping[str, tuple[int, ...]]
 
@@ -70,7 +70,7 @@ class LoraReport:
 
 
 @dataclass(frozen=True, slots=True)
-class Patch:
+class LoraPatch:
     """One tensor's change: a low-rank pair, or with `down` None a difference. The keys are the file's."""
 
     up: str
@@ -83,7 +83,7 @@ Keys = dict[str, str]
 
 
 @dataclass(frozen=True, slots=True)
-class Change:
+class LoraDelta:
     """A patch with its tensors: scale * up @ down, or with `down` None scale * up."""
 
     up: Tensor
@@ -100,11 +100,11 @@ class Change:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Lora:
+class MatchedLora:
     """One file that fits one model."""
 
     checkpoint: Checkpoint
-    patches: dict[str, Patch]
+    patches: dict[str, LoraPatch]
     report: LoraReport
 
     @property
@@ -113,7 +113,7 @@ class Lora:
         keys = (key for patch in self.patches.values() for key in (patch.up, patch.down) if key)
         return sum(math.prod(self.checkpoint.shapes[key]) for key in keys)
 
-    def only(self, names: Container[str]) -> Lora:
+    def only(self, names: Container[str]) -> MatchedLora:
         """Its changes of these tensors."""
         return replace(self, patches={name: patch for name, patch in self.patches.items() if name in names})
 
@@ -128,13 +128,13 @@ class Lora:
         """Adds this file's change of the tensor `name` to `weight`, which is float32 (or float64), in place."""
         self.change(name, weight.device, weight.dtype).add_to(weight)
 
-    def change(self, name: str, device: torch.device, dtype: torch.dtype) -> Change:
+    def change(self, name: str, device: torch.device, dtype: torch.dtype) -> LoraDelta:
         """This file's change of the tensor `name`, read."""
         patch = self.patches[name]
         up = self._read(patch.up, device).to(dtype)
         if patch.down is None:
-            return Change(up, None, patch.scale)
-        return Change(up.flatten(1), self._read(patch.down, device).to(dtype).flatten(1), patch.scale)
+            return LoraDelta(up, None, patch.scale)
+        return LoraDelta(up.flatten(1), self._read(patch.down, device).to(dtype).flatten(1), patch.scale)
 
     def _read(self, key: str, device: torch.device | str = "cpu") -> Tensor:
         """In float32, and looked at, on `device`: with many cores a CPU is slow at so many small tensors."""
@@ -149,7 +149,7 @@ class Lora:
         return tensor
 
 
-def match_lora(path: str | Path, shapes: Shapes, *, strength: float = 1.0, allow_partial: bool = False) -> Lora:
+def match_lora(path: str | Path, shapes: Shapes, *, strength: float = 1.0, allow_partial: bool = False) -> MatchedLora:
     """The LoRA at `path` for a model with tensors of these shapes (in Wan's names).
 
     LoraError where nothing matches, where a shape is wrong, where a pair lacks a half and, unless `allow_partial`,
@@ -159,7 +159,7 @@ def match_lora(path: str | Path, shapes: Shapes, *, strength: float = 1.0, allow
     source = short_path(path)
     groups, strangers = _gather(checkpoint, source)
     find = _Finder(shapes)
-    patches: dict[str, Patch] = {}
+    patches: dict[str, LoraPatch] = {}
     origin: dict[str, str] = {}
     unmatched, wrong, harmless = [*strangers], [], 0
     for stem, of_layer in groups.items():
@@ -179,7 +179,7 @@ def match_lora(path: str | Path, shapes: Shapes, *, strength: float = 1.0, allow
                 wrong.append(f"{name} {why}")
                 continue
             scale = strength * _scale(checkpoint, of_layer, keys, source)
-            patches[name] = Patch(keys[0], keys[1] if len(keys) > 1 else None, scale)
+            patches[name] = LoraPatch(keys[0], keys[1] if len(keys) > 1 else None, scale)
     _require_fit(source, checkpoint, shapes, len(patches), unmatched, wrong, allow_partial=allow_partial)
     report = LoraReport(
         path=source,
@@ -189,7 +189,7 @@ def match_lora(path: str | Path, shapes: Shapes, *, strength: float = 1.0, allow
         harmless=harmless,
         unmatched=tuple(unmatched),
     )
-    return Lora(checkpoint=checkpoint, patches=patches if strength else {}, report=report)
+    return MatchedLora(checkpoint=checkpoint, patches=patches if strength else {}, report=report)
 
 
 def _gather(checkpoint: Checkpoint, source: str) -> tuple[dict[str, Keys], list[str]]:

@@ -17,8 +17,8 @@ from torch import Tensor
 
 from ..errors import CheckpointError, short_path
 from .checkpoint import Checkpoint
-from .lora import Lora
-from .quantization import SCALE, Layout, check_scale, cosine, dequantise, quantise, read_layout
+from .lora import MatchedLora
+from .quantization import SCALE, QuantLayout, check_scale, cosine, dequantise, quantise, read_layout
 from .safetensors_reader import FLOATS
 
 ROWS = 256
@@ -39,13 +39,13 @@ class ModelWeights:
         names: Mapping[str, str],
         *,
         matrix: IsMatrix,
-        loras: Sequence[Lora] = (),
+        loras: Sequence[MatchedLora] = (),
         quantise: torch.dtype | None = None,
     ) -> None:
         self.checkpoint = checkpoint
         self.source = short_path(checkpoint.path)
         self.file_names = {ours: name for name, ours in names.items()}
-        self.layout: Layout = read_layout(
+        self.layout: QuantLayout = read_layout(
             {ours: checkpoint.shapes[name] for name, ours in names.items()},
             {ours: checkpoint.dtypes[name] for name, ours in names.items()},
             self.source,
@@ -73,7 +73,7 @@ class ModelWeights:
                 touched = ours in self.layout.scales or any(ours in lora.patches for lora in loras)
                 self.dtypes[ours] = torch.float32 if touched else stored
 
-    def with_loras(self, loras: Sequence[Lora]) -> ModelWeights:
+    def with_loras(self, loras: Sequence[MatchedLora]) -> ModelWeights:
         """The same weights with these LoRAs merged instead of the present ones."""
         names = {name: ours for ours, name in self.file_names.items()}
         return ModelWeights(self.checkpoint, names, matrix=self._matrix, loras=loras, quantise=self._quantise)
@@ -99,12 +99,12 @@ class ModelWeights:
         def cast(name: str) -> torch.dtype:
             ours = by_file[name]
             stored = self.checkpoint.dtypes[name]
-            return stored if dtype_of is None or self.made(ours) else dtype_of(ours)
+            return stored if dtype_of is None or self.is_modified(ours) else dtype_of(ours)
 
         by_file = {self.file_names[ours]: ours for ours in self.plain_shapes if names is None or ours in names}
         for name, tensor in self.checkpoint.tensors(by_file, dtype_of=cast, passing=passing):
             ours = by_file[name]
-            if not self.made(ours):
+            if not self.is_modified(ours):
                 yield ours, tensor.to(device)
                 continue
             wanted = torch.float32 if dtype_of is None else dtype_of(ours)
@@ -126,12 +126,12 @@ class ModelWeights:
         What is not made here comes flat and in pieces, so that the text encoder's table of 2 GB takes no memory.
         """
         file_name = self.file_names[name]
-        if not self.made(name):
+        if not self.is_modified(name):
             yield from ((name, piece) for piece in self.checkpoint.pieces(file_name, dtype_of(name)))
             return
         yield from self._make(name, self.checkpoint.tensor(file_name).to(device), dtype_of(name))
 
-    def made(self, name: str) -> bool:
+    def is_modified(self, name: str) -> bool:
         """Whether this weight is changed, or quantised, or was; else it comes as it is stored."""
         return name in self.formats or name in self.layout.scales or any(name in lora.patches for lora in self.loras)
 
@@ -146,9 +146,9 @@ class ModelWeights:
                 return [(name, tensor), (scale_name(name), scale_O1)]
             tensor = dequantise(tensor, scale_O1)
         if name not in self.formats:
-            return [(name, added(tensor, name, loras, dtype))]
+            return [(name, add_loras(tensor, name, loras, dtype))]
         if loras:
-            tensor = added(tensor, name, loras, torch.float32)
+            tensor = add_loras(tensor, name, loras, torch.float32)
         try:
             q_OI, scale_O1 = quantise(tensor, self.formats[name])
         except ValueError as error:
@@ -158,7 +158,7 @@ class ModelWeights:
         return [(name, q_OI), (scale_name(name), scale_O1)]
 
 
-def added(tensor: Tensor, name: str, loras: Sequence[Lora], dtype: torch.dtype) -> Tensor:
+def add_loras(tensor: Tensor, name: str, loras: Sequence[MatchedLora], dtype: torch.dtype) -> Tensor:
     """The sum of a weight, which may be overwritten, and all that the LoRAs add to it, made in float32 at least.
 
     On a CPU some rows at a time: the wide copies stay in its cache, and are no memory.

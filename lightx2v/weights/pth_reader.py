@@ -17,15 +17,15 @@ from pathlib import Path
 import torch
 
 from ..errors import CheckpointError, short_path
-from .safetensors_reader import AGAIN, CHUNK, Entry, cast_target, empty
+from .safetensors_reader import AGAIN, CHUNK, TensorEntry, cast_target, empty
 
 MIN_TORCH = (2, 10)
 REMAP_AFTER = 512 << 20
 MAX_PICKLE = 64 << 20
 
 
-class PthFile:
-    """The same face as SafetensorsFile over a flat dictionary of tensors, with or without a "state_dict" around it."""
+class PthReader:
+    """A flat dictionary of tensors, with or without a "state_dict" around it. Same interface as SafetensorsReader."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -142,7 +142,7 @@ def _check_zip(path: Path) -> None:
         raise CheckpointError(f"{short_path(path)} was refused: its table of contents is over {MAX_PICKLE} bytes.")
 
 
-def _entry(path: Path, name: object, tensor: object) -> Entry:
+def _entry(path: Path, name: object, tensor: object) -> TensorEntry:
     if not isinstance(name, str) or not isinstance(tensor, torch.Tensor):
         raise CheckpointError(
             f"{short_path(path)} holds {name!r:.80}: {type(tensor).__name__}, expected only names with tensors."
@@ -152,4 +152,4 @@ def _entry(path: Path, name: object, tensor: object) -> Entry:
     nbytes = tensor.numel() * tensor.element_size()
     if nbytes > tensor.untyped_storage().nbytes():
         raise CheckpointError(f"{short_path(path)}: {name:.80} claims {nbytes} bytes, more than are stored.")
-    return Entry(tensor.dtype, tuple(tensor.shape), -1, nbytes)
+    return TensorEntry(tensor.dtype, tuple(tensor.shape), -1, nbytes)

@@ -92,14 +92,14 @@ def widen(q: Tensor) -> Tensor:
 
 
 @dataclass(frozen=True, slots=True)
-class Layout:
+class QuantLayout:
     """How a file stores its quantised weights. `scales` maps each such weight to its scale, `extras` serve nobody."""
 
     scales: dict[str, str]
     extras: frozenset[str]
 
 
-def read_layout(shapes: Mapping[str, tuple[int, ...]], dtypes: Mapping[str, torch.dtype], source: str) -> Layout:
+def read_layout(shapes: Mapping[str, tuple[int, ...]], dtypes: Mapping[str, torch.dtype], source: str) -> QuantLayout:
     """From a file's names, shapes and dtypes. CheckpointError names the first weight whose scale is missing or odd."""
     scales: dict[str, str] = {}
     for name, dtype in dtypes.items():
@@ -122,7 +122,7 @@ def read_layout(shapes: Mapping[str, tuple[int, ...]], dtypes: Mapping[str, torc
     if orphans:
         name = min(orphans)
         raise CheckpointError(f"{source}: {name} has no quantised weight beside it. The file is mixed up.")
-    return Layout(scales, frozenset(name for name in shapes if _MARKERS.fullmatch(name)))
+    return QuantLayout(scales, frozenset(name for name in shapes if _MARKERS.fullmatch(name)))
 
 
 def check_scale(scale: Tensor, rows: int, name: str, source: str) -> Tensor:

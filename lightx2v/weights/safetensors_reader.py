@@ -57,7 +57,7 @@ AGAIN = "Delete the file and download it again."
 
 
 @dataclass(frozen=True, slots=True)
-class Entry:
+class TensorEntry:
     """One tensor of a file. `start` counts from the file's first byte."""
 
     dtype: torch.dtype
@@ -66,7 +66,7 @@ class Entry:
     nbytes: int
 
 
-class SafetensorsFile:
+class SafetensorsReader:
     """Names, dtypes and shapes after opening; `read` and `mapped` give the data."""
 
     def __init__(self, path: Path) -> None:
@@ -145,7 +145,7 @@ def empty(shape: tuple[int, ...], dtype: torch.dtype, room: torch.Tensor | None)
     return room[: math.prod(shape) * dtype.itemsize].view(dtype).view(shape)
 
 
-def read_header(path: Path) -> tuple[dict[str, Entry], dict[str, str]]:
+def read_header(path: Path) -> tuple[dict[str, TensorEntry], dict[str, str]]:
     """Tensors and metadata of a safetensors file, or CheckpointError. Reads nothing but the header."""
     name = short_path(path)
     size = path.stat().st_size
@@ -193,7 +193,7 @@ def _unique(pairs: list[tuple[str, object]]) -> dict[str, object]:
     return result
 
 
-def _entry(file: str, name: str, value: object, data_start: int) -> Entry:
+def _entry(file: str, name: str, value: object, data_start: int) -> TensorEntry:
     """One header entry, checked by itself: its dtype, its shape, and that they fill exactly its bytes."""
 
     def damaged(why: str) -> CheckpointError:
@@ -211,7 +211,7 @@ def _entry(file: str, name: str, value: object, data_start: int) -> Entry:
     nbytes = math.prod(shape) * DTYPES[dtype].itemsize
     if offsets[1] - offsets[0] != nbytes:
         raise damaged(f"has {offsets[1] - offsets[0]} bytes, its shape {_clip(shape)} needs {nbytes}")
-    return Entry(DTYPES[dtype], tuple(shape), data_start + offsets[0], nbytes)
+    return TensorEntry(DTYPES[dtype], tuple(shape), data_start + offsets[0], nbytes)
 
 
 def _is_count(value: object) -> bool:

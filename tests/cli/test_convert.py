@@ -19,9 +19,9 @@ from lightx2v.loading.conversion import Conversion, convert
 from lightx2v.models.umt5 import TextEncoder
 from lightx2v.progress import CancelToken, Progress
 from lightx2v.weights.checkpoint import open_checkpoint
+from lightx2v.weights.dit_names import wan_names
 from lightx2v.weights.lora import match_lora
 from lightx2v.weights.model_weights import ModelWeights
-from lightx2v.weights.naming import wan_names
 from lightx2v.weights.quantization import GATE, dequantise, is_expert_matrix
 from lightx2v.weights.safetensors_reader import CHUNK
 

@@ -12,7 +12,7 @@ import torch
 from lightx2v.config.presets import resolve
 from lightx2v.config.request import Request
 from lightx2v.loading import conversion
-from lightx2v.loading.conversion import Conversion, convert, fidelity, recipes
+from lightx2v.loading.conversion import Conversion, convert, fidelity, prebuilt_conversions
 from lightx2v.loading.model_files import locate
 from lightx2v.pipeline import LightX2VPipeline
 from lightx2v.weights.quantization import FORMATS, GATE
@@ -22,7 +22,7 @@ LAYERS = {"high": 50, "low": 50, "t5": 14}
 
 def jobs(task: str) -> dict[str, Conversion]:
     config = resolve(f"demo_{task}_fp8").engine
-    return recipes(locate(config), config, Path(), "fp32")
+    return prebuilt_conversions(locate(config), config, Path(), "fp32")
 
 
 @pytest.mark.parametrize("form", FORMATS)

@@ -24,15 +24,15 @@ from lightx2v.config.presets import resolve
 from lightx2v.config.request import LoraSpec, Request
 from lightx2v.cost.memory_plan import GIB, FreeMemory, MemoryPlan, MemoryPlanner, OffloadOptions, Workload, expert_bytes
 from lightx2v.errors import LoraError, OutOfMemory
-from lightx2v.loading.loras import ExpertLoras, match_loras
+from lightx2v.loading.expert_loras import ExpertLoras, match_loras
 from lightx2v.loading.model_files import ModelFiles, locate
 from lightx2v.loading.networks import Precision, expert_weights, load_expert
-from lightx2v.loading.prebuilt import find_built
+from lightx2v.loading.prebuilt_cache import find_prebuilt
 from lightx2v.offload.device_copies import HostCopies
 from lightx2v.offload.placement import model_sizes, offloaded, planner_for
 from lightx2v.pipeline import LightX2VPipeline
 from lightx2v.weights.checkpoint import open_checkpoint
-from lightx2v.weights.lora import Lora
+from lightx2v.weights.lora import MatchedLora
 from lightx2v.weights.model_weights import ModelWeights
 
 SMALL = {"height": 32, "width": 48, "frames": 5, "steps": 2, "boundary": 0.95, "shift": 5.0}
@@ -142,7 +142,7 @@ def test_out_of_memory_while_exchanging_loras_goes_on_with_less(
     fault = Exhausted(2, start)
     with loaded(config, MemoryPlan(mode="resident", resident_blocks=2)) as pipe:
         with monkeypatch.context() as patch:
-            patch.setattr(Lora, "_read", starved(fault))
+            patch.setattr(MatchedLora, "_read", starved(fault))
             result = pipe.run(styled, return_latents=True)
         assert fault.times == 0 and result.latents is not None and torch.equal(result.latents, with_loras)
         assert len(result.warnings) == 2 and all("while exchanging LoRAs; the run" in w for w in result.warnings)
@@ -153,7 +153,7 @@ def test_out_of_memory_while_exchanging_loras_goes_on_with_less(
 
 def starved(fault: Exhausted) -> Callable[..., torch.Tensor]:
     """In place of reading a LoRA's tensor."""
-    read = Lora._read
+    read = MatchedLora._read
     return lambda lora, key, *device: fault() or read(lora, key, *device)
 
 
@@ -165,7 +165,7 @@ def test_an_exchange_that_nothing_helps_leaves_no_mixture(
         bare = latents(pipe, request)
         with monkeypatch.context() as patch:
             fault = Exhausted(10**6, 7)
-            patch.setattr(Lora, "_read", starved(fault))
+            patch.setattr(MatchedLora, "_read", starved(fault))
             with pytest.raises(OutOfMemory, match="while exchanging LoRAs"):
                 pipe.run(replace(request, loras=loras))
         assert torch.equal(latents(pipe, request), bare)
@@ -188,7 +188,7 @@ def test_loras_are_added_on_the_device_that_computes_also_to_weights_in_host_mem
     monkeypatch.setattr(ModelWeights, "tensors", tensors)
     elsewhere = torch.device("cuda")
     for each in (weights, merged):
-        load_expert(files, each, precision, choice, choice, made_on=elsewhere)
+        load_expert(files, each, precision, choice, choice, compute_device=elsewhere)
     dit = load_expert(files, merged, precision, choice, choice)
     on = ExpertLoras(dit, "high", weights, list(merged.loras), config, elsewhere)
     on.use(())
@@ -247,8 +247,8 @@ def test_a_built_model_stays_on_disk_too(tiny: TinyModels, loras: tuple[LoraSpec
     config, request = configured(tiny.t2v, build="merged", lora_configs=loras)
     expected = resident(config, request)  # builds it
     files = locate(config)
-    built = replace(files, built=find_built(files, config, "fp32"))
-    assert built.built is not None
+    built = replace(files, prebuilt=find_prebuilt(files, config, "fp32"))
+    assert built.prebuilt is not None
     with loaded(config, replace(STREAM, from_disk=True), files=built) as pipe:
         assert torch.equal(latents(pipe, request), expected)
         with pytest.raises(LoraError, match="cannot be exchanged"):

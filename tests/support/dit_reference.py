@@ -12,7 +12,7 @@ from tiny import DiTSizes
 from torch import Tensor
 
 from lightx2v.models.dit import DiTConfig, WanDiT
-from lightx2v.weights.naming import wan_to_diffusers
+from lightx2v.weights.dit_names import wan_to_diffusers
 
 TINY = DiTConfig(dim=48, ffn_dim=80, freq_dim=32, text_dim=24, text_len=20, num_heads=2, num_layers=3)
 

@@ -10,8 +10,8 @@ from safetensors.torch import save_file
 
 from lightx2v.config.request import LoraSpec
 from lightx2v.weights.checkpoint import open_checkpoint
+from lightx2v.weights.dit_names import wan_names, wan_to_diffusers
 from lightx2v.weights.model_weights import ModelWeights
-from lightx2v.weights.naming import wan_names, wan_to_diffusers
 from lightx2v.weights.quantization import is_expert_matrix
 
 RANK = 4

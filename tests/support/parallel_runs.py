@@ -26,8 +26,8 @@ from lightx2v.offload.placement import offloaded
 from lightx2v.parallel.mesh import Mesh
 from lightx2v.parallel.rendezvous import join
 from lightx2v.pipeline import LightX2VPipeline
-from lightx2v.weights.pth_reader import PthFile
-from lightx2v.weights.safetensors_reader import SafetensorsFile
+from lightx2v.weights.pth_reader import PthReader
+from lightx2v.weights.safetensors_reader import SafetensorsReader
 
 Named = dict[str, tuple[EngineConfig, Request]]
 
@@ -134,7 +134,7 @@ def counted() -> Iterator[dict[str, int]]:
 
     load = run_module.load_image
     with ExitStack() as stack:
-        for kind in (SafetensorsFile, PthFile):
+        for kind in (SafetensorsReader, PthReader):
             for name in ("read", "mapped"):
                 stack.enter_context(mock.patch.object(kind, name, noting(getattr(kind, name))))
         stack.enter_context(mock.patch.object(run_module, "load_image", picture))

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from benchmarks.diffusers_twin import diffusers_twin
 from lightx2v.models.dit import CHUNK, DiTConfig
-from lightx2v.weights.naming import wan_to_diffusers
+from lightx2v.weights.dit_names import wan_to_diffusers
 
 
 def batch() -> tuple[Tensor, Tensor, Tensor]:

@@ -11,12 +11,12 @@ from safetensors.torch import load_file, save_file
 
 from lightx2v.errors import CheckpointError
 from lightx2v.weights.checkpoint import open_checkpoint
-from lightx2v.weights.expert_pair import check_experts
-from lightx2v.weights.naming import wan_to_diffusers
+from lightx2v.weights.dit_names import wan_to_diffusers
+from lightx2v.weights.expert_pair import check_expert_pair
 
 
 def check(high: Path, low: Path, task: str) -> tuple[str, ...]:
-    return check_experts(open_checkpoint(high), open_checkpoint(low), task)
+    return check_expert_pair(open_checkpoint(high), open_checkpoint(low), task)
 
 
 def merged(folder: Path, path: Path, prefix: str = "", **metadata: str) -> Path:

@@ -19,8 +19,8 @@ from lightx2v.models.quant_linear import Kernel, QuantLinear, dequantised, int_m
 from lightx2v.models.umt5 import TextEncoder
 from lightx2v.pipeline import LightX2VPipeline
 from lightx2v.weights.checkpoint import open_checkpoint
+from lightx2v.weights.dit_names import wan_names
 from lightx2v.weights.model_weights import ModelWeights
-from lightx2v.weights.naming import wan_names
 from lightx2v.weights.quantization import FORMATS, dequantise, is_expert_matrix, is_text_matrix, quantise, widen
 
 SMALL = {"height": 32, "width": 48, "frames": 5, "steps": 2, "text_len": 512}

@@ -19,29 +19,30 @@ from torch import Tensor, nn
 
 from ..config.engine_config import EngineConfig
 from ..config.lora_names import expert_of, task_of
-from ..config.request import LoraSpec
+from ..config.request import Expert, LoraSpec
 from ..errors import LoraError, short_path
 from ..hub import find_lora
 from ..models.dit import WanDiT
 from ..models.quant_linear import QuantLinear
-from ..weights.lora import Lora, LoraReport, match_lora, partner_of
+from ..weights.lora import LoraReport, MatchedLora, match_lora, partner_of
 from ..weights.model_weights import ModelWeights
 from ..weights.module_loader import TensorStream
-from .networks import Which
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Applied:
+class AppliedLora:
     """One LoRA on one expert, for reports."""
 
-    expert: Which
+    expert: Expert
     report: LoraReport
 
     def to_json(self) -> dict[str, Any]:
         return {"expert": self.expert, **self.report.to_json()}
 
 
-def match_loras(specs: Iterable[LoraSpec], which: Which, weights: ModelWeights, config: EngineConfig) -> list[Lora]:
+def match_loras(
+    specs: Iterable[LoraSpec], which: Expert, weights: ModelWeights, config: EngineConfig
+) -> list[MatchedLora]:
     """The LoRAs among `specs` that are for this expert, found and matched. LoraError where one does not fit."""
     found = []
     for spec, path in files_for(specs, which, config):
@@ -61,7 +62,7 @@ def match_loras(specs: Iterable[LoraSpec], which: Which, weights: ModelWeights, 
     return found
 
 
-def files_for(specs: Iterable[LoraSpec], which: Which, config: EngineConfig) -> list[tuple[LoraSpec, Path]]:
+def files_for(specs: Iterable[LoraSpec], which: Expert, config: EngineConfig) -> list[tuple[LoraSpec, Path]]:
     """The files that `specs` put on this expert. LoraError where a name says that it is for the other one.
 
     A file whose other half is for this expert brings that, unless it is given too.
@@ -90,9 +91,9 @@ class ExpertLoras:
     def __init__(
         self,
         dit: WanDiT,
-        which: Which,
+        which: Expert,
         weights: ModelWeights,
-        loras: Sequence[Lora],
+        loras: Sequence[MatchedLora],
         config: EngineConfig,
         device: torch.device | None = None,
         through: Callable[[TensorStream], TensorStream] = iter,
@@ -103,18 +104,18 @@ class ExpertLoras:
 
         `device` is where it will run, if its weights are elsewhere now. With `lazy` they are on disk.
         """
-        self.which: Which = which
+        self.which: Expert = which
         self._lazy = lazy
         self._dit, self._weights, self._config = dit, weights, config
         self._device, self._through = device, through
-        self._merged: list[Lora] = []
+        self._merged: list[MatchedLora] = []
         self._touched: set[str] = set()
         self._hooks: list[torch.utils.hooks.RemovableHandle] = []
         self._kept: dict[str, Tensor] = {}
         self.on_disk = weights
         """To be read where weights stay on disk: with all that the LoRAs change, or where they run beside the weights
         with what they change besides matrices."""
-        self.applied: tuple[Applied, ...] = ()
+        self.applied: tuple[AppliedLora, ...] = ()
         self.specs: tuple[LoraSpec, ...] | None = ()
         if self.dynamic(weights, config, lazy):
             self._attach(loras)
@@ -147,7 +148,7 @@ class ExpertLoras:
             raise
         self._note(loras, wanted)
 
-    def _exchange(self, loras: list[Lora]) -> None:
+    def _exchange(self, loras: list[MatchedLora]) -> None:
         if self.dynamic(self._weights, self._config, self._lazy):
             self._attach(loras)
         elif self._lazy:
@@ -161,11 +162,11 @@ class ExpertLoras:
     def _for_this(self, specs: Iterable[LoraSpec]) -> tuple[LoraSpec, ...]:
         return tuple(spec for spec in specs if spec.expert in (self.which, "auto"))
 
-    def _note(self, loras: Sequence[Lora], specs: Iterable[LoraSpec]) -> None:
+    def _note(self, loras: Sequence[MatchedLora], specs: Iterable[LoraSpec]) -> None:
         self.specs = self._for_this(specs)
-        self.applied = tuple(Applied(expert=self.which, report=lora.report) for lora in loras)
+        self.applied = tuple(AppliedLora(expert=self.which, report=lora.report) for lora in loras)
 
-    def _merge(self, loras: list[Lora]) -> None:
+    def _merge(self, loras: list[MatchedLora]) -> None:
         self._touched |= _names(loras)
         try:
             self._overwrite(self._weights.with_loras(loras))
@@ -180,7 +181,7 @@ class ExpertLoras:
             parameter = self._dit.get_parameter(name)
             parameter.copy_(tensor.to(parameter.dtype))
 
-    def _attach(self, loras: Sequence[Lora]) -> None:
+    def _attach(self, loras: Sequence[MatchedLora]) -> None:
         """The new side branches and small tensors are made first, then everything is exchanged."""
         small = {name for name in _names(loras) if self._matrix(name) is None}
         weights = self._weights.with_loras([lora.only(small) for lora in loras])
@@ -204,10 +205,12 @@ class ExpertLoras:
             for name, parts in branches.items()
         ]
 
-    def _additions(self, loras: Sequence[Lora], weights: ModelWeights, small: set[str]) -> Iterator[tuple[str, Tensor]]:
+    def _additions(
+        self, loras: Sequence[MatchedLora], weights: ModelWeights, small: set[str]
+    ) -> Iterator[tuple[str, Tensor]]:
         """What these LoRAs add: of a linear layer's weight "name|down" and "name|up" or "name|delta", of anything else
         its new value. That is read even where it stays on disk, so that what is wrong with it shows now."""
-        layers: dict[str, list[Lora]] = {}
+        layers: dict[str, list[MatchedLora]] = {}
         for lora in loras:
             for name in lora.patches:
                 layers.setdefault(name, []).append(lora)
@@ -229,7 +232,9 @@ class ExpertLoras:
             self._dit.get_parameter(name).copy_(original)
         self._kept.clear()
 
-    def _branch(self, name: str, loras: Sequence[Lora], layer: nn.Linear | QuantLinear) -> Iterator[tuple[str, Tensor]]:
+    def _branch(
+        self, name: str, loras: Sequence[MatchedLora], layer: nn.Linear | QuantLinear
+    ) -> Iterator[tuple[str, Tensor]]:
         """The matrices of Σ up · down, in which several LoRAs become one pair."""
         device = self._device or layer.weight.device
         dtype = self._dit.compute_dtype if isinstance(layer, QuantLinear) else layer.weight.dtype
@@ -249,7 +254,7 @@ class ExpertLoras:
             yield f"{name}|delta", whole.to(device, dtype)
 
 
-def _names(loras: Iterable[Lora]) -> set[str]:
+def _names(loras: Iterable[MatchedLora]) -> set[str]:
     return {name for lora in loras for name in lora.patches}
 
 

@@ -6,7 +6,14 @@ import pytest
 from tiny import DiTSizes, random_dit
 
 from lightx2v.errors import CheckpointError
-from lightx2v.weights.naming import PREFIXES, diffusers_to_wan, is_diffusers, strip_prefix, wan_names, wan_to_diffusers
+from lightx2v.weights.dit_names import (
+    PREFIXES,
+    diffusers_to_wan,
+    is_diffusers,
+    strip_prefix,
+    wan_names,
+    wan_to_diffusers,
+)
 
 NAMES = tuple(random_dit(DiTSizes(num_layers=3), 16, 32, seed=0))
 

@@ -24,15 +24,14 @@ from lightx2v.config.presets import resolve
 from lightx2v.config.request import LoraSpec, Request
 from lightx2v.convert import main
 from lightx2v.errors import Cancelled, CheckpointError
-from lightx2v.loading import conversion
-from lightx2v.loading import prebuilt as built
+from lightx2v.loading import conversion, prebuilt_cache
 from lightx2v.loading.conversion import Conversion
-from lightx2v.loading.prebuilt import BuiltStore, folder_of
+from lightx2v.loading.prebuilt_cache import PrebuiltCache, prebuilt_folder
 from lightx2v.pipeline import LightX2VPipeline
 from lightx2v.progress import CancelToken, Progress
 from lightx2v.weights.checkpoint import open_checkpoint
-from lightx2v.weights.pth_reader import PthFile
-from lightx2v.weights.safetensors_reader import SafetensorsFile
+from lightx2v.weights.pth_reader import PthReader
+from lightx2v.weights.safetensors_reader import SafetensorsReader
 
 SMALL = {"height": 32, "width": 48, "frames": 5, "steps": 2, "boundary": 0.9}
 FP8 = {"build": "fp8", "dit_quantized": True, "dit_quant_scheme": "fp8-sgl"}
@@ -77,7 +76,7 @@ def reads(monkeypatch: pytest.MonkeyPatch) -> Counter[str]:
         place = "built" if self.path.parent.name == "built" else self.path.stem if _pth(self) else self.path.parent.name
         seen[place] += self.entries[name].nbytes
 
-    for kind in (SafetensorsFile, PthFile):
+    for kind in (SafetensorsReader, PthReader):
         for method in ("read", "pieces"):
             original = getattr(kind, method)
 
@@ -90,7 +89,7 @@ def reads(monkeypatch: pytest.MonkeyPatch) -> Counter[str]:
 
 
 def _pth(file: Any) -> bool:
-    return isinstance(file, PthFile)
+    return isinstance(file, PthReader)
 
 
 EXPERTS = ("high_noise_model", "low_noise_model")
@@ -163,35 +162,35 @@ def model(tiny: TinyModels, tmp_path: Path) -> Path:
 KILLED = """
 import os, signal, sys
 from pathlib import Path
-from lightx2v.built import BuiltStore
-from lightx2v.conversion import Conversion
+from lightx2v.loading.prebuilt_cache import PrebuiltCache
+from lightx2v.loading.conversion import Conversion
 
 def stop(event):
     if event.step > event.total // 2:
         os.kill(os.getpid(), signal.SIGKILL)
 
 job = Conversion(source=Path(sys.argv[2]), output=Path("high_noise.safetensors"), format="fp8")
-BuiltStore(Path(sys.argv[1])).make(job, on_progress=stop)
+PrebuiltCache(Path(sys.argv[1])).build(job, on_progress=stop)
 """
 
 
 def test_a_killed_build_is_never_used_and_is_continued(model: Path, cache: Path) -> None:
-    job, store = job_of(model), BuiltStore(cache)
+    job, store = job_of(model), PrebuiltCache(cache)
     done = subprocess.run([sys.executable, "-c", KILLED, str(cache), str(job.source)], timeout=100)
     assert done.returncode == -signal.SIGKILL
-    (item,) = store.items()
+    (item,) = store.files()
     assert not item.whole and item.state == "current" and item.size > 1000 and store.find(job) is None
     begun = item.path.read_bytes()
-    path = store.make(job)  # the dead process's lock does not hold this one up
+    path = store.build(job)  # the dead process's lock does not hold this one up
     assert path.read_bytes().startswith(begun[:-1]) and store.find(job) == path
-    whole = BuiltStore(cache.parent / "other").make(job)
+    whole = PrebuiltCache(cache.parent / "other").build(job)
     assert whole.read_bytes() == path.read_bytes()
-    assert [item.whole for item in store.items()] == [True]
+    assert [item.whole for item in store.files()] == [True]
 
 
 def test_two_at_once_make_it_once(model: Path, cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     made, begun = [], threading.Event()
-    convert = built.convert
+    convert = prebuilt_cache.convert
 
     def slow(job: Conversion, **more: Any) -> bool:
         begun.set()
@@ -200,9 +199,11 @@ def test_two_at_once_make_it_once(model: Path, cache: Path, monkeypatch: pytest.
         return convert(job, **more)
 
     waiting = threading.Event()
-    monkeypatch.setattr(built, "convert", slow)
+    monkeypatch.setattr(prebuilt_cache, "convert", slow)
     found: list[Path] = []
-    threads = [threading.Thread(target=lambda: found.append(BuiltStore(cache).make(job_of(model)))) for _ in range(3)]
+    threads = [
+        threading.Thread(target=lambda: found.append(PrebuiltCache(cache).build(job_of(model)))) for _ in range(3)
+    ]
     for thread in threads:
         thread.start()
     for thread in threads:
@@ -211,70 +212,70 @@ def test_two_at_once_make_it_once(model: Path, cache: Path, monkeypatch: pytest.
 
 
 def test_waiting_for_another_process_can_be_cancelled(model: Path, cache: Path) -> None:
-    store, token = BuiltStore(cache), CancelToken()
-    with store._alone(None):
+    store, token = PrebuiltCache(cache), CancelToken()
+    with store._locked(None):
         token.cancel()
         with pytest.raises(Cancelled):
-            BuiltStore(cache).make(job_of(model), cancel=token)
+            PrebuiltCache(cache).build(job_of(model), cancel=token)
 
 
 def test_a_cancelled_build_leaves_a_part_and_no_lock(model: Path, cache: Path) -> None:
-    store, token = BuiltStore(cache), CancelToken()
+    store, token = PrebuiltCache(cache), CancelToken()
 
     def stop(event: Progress) -> None:
         token.cancel()
 
     with pytest.raises(Cancelled):
-        store.make(job_of(model), on_progress=stop, cancel=token)
-    assert store.find(job_of(model)) is None and store.make(job_of(model)).is_file()
+        store.build(job_of(model), on_progress=stop, cancel=token)
+    assert store.find(job_of(model)) is None and store.build(job_of(model)).is_file()
 
 
 def test_a_damaged_file_is_made_anew(model: Path, cache: Path) -> None:
-    store, job = BuiltStore(cache), job_of(model)
-    path = store.make(job)
+    store, job = PrebuiltCache(cache), job_of(model)
+    path = store.build(job)
     good = path.read_bytes()
     path.write_bytes(good[:-10])
     assert store.find(job) is None
-    assert store.make(job).read_bytes() == good
+    assert store.build(job).read_bytes() == good
 
 
 def test_other_settings_are_other_files_and_the_old_ones_go_when_their_source_changes(model: Path, cache: Path) -> None:
-    store, job = BuiltStore(cache), job_of(model)
-    names = {store.make(each).name for each in (job, replace(job, format="int8"), replace(job, plain="fp32"))}
+    store, job = PrebuiltCache(cache), job_of(model)
+    names = {store.build(each).name for each in (job, replace(job, format="int8"), replace(job, plain="fp32"))}
     assert len(names) == 3 and all(name.startswith("model-high_noise-") for name in names)
-    assert [item.state for item in store.items()] == ["current"] * 3 and store.tidy() == []
-    low = store.make(replace(job, source=model / "low_noise_model"))
+    assert [item.state for item in store.files()] == ["current"] * 3 and store.prune() == []
+    low = store.build(replace(job, source=model / "low_noise_model"))
     shard = next((model / "high_noise_model").glob("*.safetensors"))
     shard.touch()
     assert store.find(job) is None
-    new = store.make(job)
-    assert {item.path for item in store.items()} == {low, new}, "what was made of the old file is gone"
+    new = store.build(job)
+    assert {item.path for item in store.files()} == {low, new}, "what was made of the old file is gone"
 
 
 def test_what_an_older_program_made_goes(model: Path, cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    store, job = BuiltStore(cache), job_of(model)
+    store, job = PrebuiltCache(cache), job_of(model)
     with monkeypatch.context() as patch:
         patch.setattr(conversion, "VERSION", 0)
-        old = store.make(job)
-    assert store.find(job) is None and [item.state for item in store.items()] == ["stale"]
-    new = store.make(job)
-    assert new != old and [item.path for item in store.items()] == [new]
+        old = store.build(job)
+    assert store.find(job) is None and [item.state for item in store.files()] == ["stale"]
+    new = store.build(job)
+    assert new != old and [item.path for item in store.files()] == [new]
 
 
 def test_what_was_made_of_a_disk_that_is_not_there_is_kept(model: Path, cache: Path) -> None:
-    store = BuiltStore(cache)
-    store.make(job_of(model))
+    store = PrebuiltCache(cache)
+    store.build(job_of(model))
     model.rename(model.with_name("elsewhere"))
-    assert [item.state for item in store.items()] == ["away"] and store.tidy() == []
+    assert [item.state for item in store.files()] == ["missing-source"] and store.prune() == []
     (cache / "rubbish.safetensors").write_bytes(b"no header")
     (cache / "other.safetensors.part").write_bytes(b"")
-    assert {item.path.name for item in store.tidy()} == {"rubbish.safetensors", "other.safetensors.part"}
+    assert {item.path.name for item in store.prune()} == {"rubbish.safetensors", "other.safetensors.part"}
 
 
 def test_the_command_line_lists_sizes_and_tidies(
     model: Path, cache: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    path = BuiltStore(cache).make(job_of(model))
+    path = PrebuiltCache(cache).build(job_of(model))
     assert main(["--list_built"]) == 0
     line = capsys.readouterr().out
     assert f"{path.stat().st_size / 1e9:.2f} GB" in line and "current" in line and str(path) in line
@@ -284,10 +285,10 @@ def test_the_command_line_lists_sizes_and_tidies(
 
 def test_models_have_their_builds_beside_them() -> None:
     some = Environment(models_dir="/models", cache_dir="/cache")
-    assert folder_of("/disk/models", some) == Path("/disk/models/.built")
-    assert folder_of(None, some) == Path("/models/.built")
-    assert folder_of(None, Environment(cache_dir="/cache")) == Path("/cache/built")
-    assert folder_of(None, Environment()).parts[-2:] == ("lightx2v", "built")
+    assert prebuilt_folder("/disk/models", some) == Path("/disk/models/.built")
+    assert prebuilt_folder(None, some) == Path("/models/.built")
+    assert prebuilt_folder(None, Environment(cache_dir="/cache")) == Path("/cache/built")
+    assert prebuilt_folder(None, Environment()).parts[-2:] == ("lightx2v", "built")
 
 
 def test_a_wrong_pair_is_refused_before_anything_is_made(model: Path, cache: Path) -> None:

@@ -21,7 +21,7 @@ from lightx2v.config.engine_config import EngineConfig
 from lightx2v.config.presets import resolve
 from lightx2v.config.request import LoraSpec, Request
 from lightx2v.errors import ConfigError, LoraError
-from lightx2v.loading.loras import ExpertLoras, match_loras
+from lightx2v.loading.expert_loras import ExpertLoras, match_loras
 from lightx2v.loading.model_files import locate
 from lightx2v.loading.networks import Precision, expert_weights, load_expert
 from lightx2v.models.dit import WanDiT
