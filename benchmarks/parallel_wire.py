@@ -34,16 +34,16 @@ def count(shape: tuple[int, int, int], heads: int, layers: int) -> None:
 
     environment = Environment.read()
     size = environment.world_size or 1
-    world = join(environment)
-    mesh = Mesh(world, 1, size)
+    group = join(environment)
+    mesh = Mesh(group, 1, size)
     torch.manual_seed(0)
     config = DiTConfig(dim=16 * heads, ffn_dim=32 * heads, text_dim=64, num_heads=heads, num_layers=layers)
-    dit = WanDiT(config).eval().to(world.device)
-    dit.split = mesh.split(1)
-    latents = torch.randn(16, *shape, device=world.device)
-    dit(latents, 500.0, [dit.encode_text(torch.randn(8, 64, device=world.device))])
-    sent = world.wire.gather_json(mesh.sent.get("seq", {}))
-    if world.leads:
+    dit = WanDiT(config).eval().to(group.device)
+    dit.split = mesh.token_split(1)
+    latents = torch.randn(16, *shape, device=group.device)
+    dit(latents, 500.0, [dit.encode_text(torch.randn(8, 64, device=group.device))])
+    sent = group.collectives.all_gather_json(mesh.sent.get("seq", {}))
+    if group.is_rank0:
         tokens = shape[0] * shape[1] // 2 * (shape[2] // 2)
         expected = formula(tokens, config.dim, layers, size, 4)
         print(f"{tokens} tokens of width {config.dim}, {heads} heads, {layers} layers, {size} processes, float32")

@@ -33,7 +33,7 @@ from .engine.result import Result
 from .engine.run import Run
 from .errors import Busy, ConfigError, GroupFailed, LightX2VError
 from .media.video_writer import check_output_path
-from .parallel.process_group import CLOSE, LEAVE
+from .parallel.process_group import CLOSE, EXIT
 from .parallel.rendezvous import join
 from .progress import CancelToken, Meter, OnProgress
 from .sampling import draw_seed
@@ -327,13 +327,11 @@ class LightX2VPipeline:
                         lambda: run.video(path, metadata, force, return_frames, return_latents), run.size
                     )
 
-            if engine.mesh is None:
-                return video(checked(), save_result_path, return_frames)
-            world = engine.mesh.world
-            said = Request.from_json(world.same("run", lambda: checked().to_json()))
-            with world.together():
+            group = engine.mesh.group
+            agreed = group.run_on_rank0("run", checked, Request.to_json, Request.from_json)
+            with group.collective():
                 # Rank 0 alone has the frames and writes.
-                return video(said, save_result_path if world.leads else None, return_frames and world.leads)
+                return video(agreed, save_result_path if group.is_rank0 else None, return_frames and group.is_rank0)
         finally:
             self._running.release()
 
@@ -347,25 +345,19 @@ class LightX2VPipeline:
         if engine is None:
             raise ConfigError("No model is loaded. Call create_generator() first.")
         config = replace(engine.config, lora_configs=lora_configs) if lora_configs else engine.config
-        wanted = config.lora_configs if lora_configs else ()
         if not self._running.acquire(blocking=False):
             raise Busy("This pipeline is making a video. Wait for it before you exchange its LoRAs.")
         try:
-            if engine.mesh is None:
+
+            def download() -> tuple[LoraSpec, ...]:
                 hub.ensure(config, meter=Meter())
-                within_memory(lambda: engine.placement.use_loras(wanted), "while exchanging LoRAs")
-            else:
-                world, given = engine.mesh.world, wanted
+                return config.lora_configs if lora_configs else ()
 
-                def fetched() -> list[dict[str, Any]]:
-                    hub.ensure(config, meter=Meter())
-                    return [lora.to_json() for lora in given]
-
-                said = world.same("lora", fetched)
-                wanted = tuple(LoraSpec.from_json(lora) for lora in said)
-                with world.together():
-                    within_memory(lambda: engine.placement.use_loras(wanted), "while exchanging LoRAs")
-            self._loras = wanted
+            group = engine.mesh.group
+            loras = group.run_on_rank0("lora", download, _loras_to_json, _loras_from_json)
+            with group.collective():
+                within_memory(lambda: engine.placement.use_loras(loras), "while exchanging LoRAs")
+            self._loras = loras
         finally:
             self._running.release()
 
@@ -379,15 +371,15 @@ class LightX2VPipeline:
         environment = Environment.read()
         if not environment.distributed:
             return False
-        world, pipe = join(environment), None
-        if world.leads:
+        group, pipe = join(environment), None
+        if group.is_rank0:
             return False
         for number in (signal.SIGINT, signal.SIGTERM):  # rank 0 heeds them: it ends its run, and then all
             signal.signal(number, signal.SIG_IGN)
         while True:
-            what, content = world.peek()
+            what, content = group.next_command()
             try:
-                if what == LEAVE:
+                if what == EXIT:
                     return True
                 if what == "load":
                     if pipe is not None:
@@ -399,7 +391,7 @@ class LightX2VPipeline:
                 elif what == "lora" and pipe is not None:
                     pipe.switch_lora([])
                 else:
-                    world.skip()
+                    group.finish_command()
                     if what == CLOSE and pipe is not None:
                         pipe.close()
                         pipe = None
@@ -408,7 +400,7 @@ class LightX2VPipeline:
             except LightX2VError as error:
                 log.debug("%s", error)
             except BaseException as error:
-                world.give_up(error)
+                group.report_failure(error)
                 raise
 
     def _loras_of(self, request: Request) -> tuple[LoraSpec, ...]:
@@ -424,8 +416,7 @@ class LightX2VPipeline:
         try:
             self._loras = None
             if self._engine is not None:
-                if self._engine.mesh is not None and self._engine.mesh.world.leads:
-                    self._engine.mesh.world.tell(CLOSE)
+                self._engine.mesh.group.send_command(CLOSE)
                 self._engine.placement.close()
                 self._engine = None
                 free_memory()
@@ -437,3 +428,11 @@ class LightX2VPipeline:
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
         self.close()
+
+
+def _loras_to_json(loras: Sequence[LoraSpec]) -> list[dict[str, Any]]:
+    return [lora.to_json() for lora in loras]
+
+
+def _loras_from_json(content: list[dict[str, Any]]) -> tuple[LoraSpec, ...]:
+    return tuple(LoraSpec.from_json(lora) for lora in content)

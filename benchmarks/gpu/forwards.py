@@ -18,11 +18,11 @@ from .ranks import Ranks, call_of
 
 @torch.inference_mode()
 def main() -> None:
-    world = join(Environment.read())
-    bench = Ranks(world, Path("/dev/null"), tiny=not torch.cuda.is_available(), largest=True)
+    group = join(Environment.read())
+    bench = Ranks(group, Path("/dev/null"), tiny=not torch.cuda.is_available(), largest=True)
     dit = expert(bench, replace(bench.sizes.dit, num_layers=bench.sizes.few_layers))
-    call = call_of(bench, dit, list(bench.sizes.clips)[-1], Mesh(world, 1, world.size), 1)
-    with world.together():
+    call = call_of(bench, dit, list(bench.sizes.clips)[-1], Mesh(group, 1, group.size), 1)
+    with group.collective():
         while True:
             call()
             bench.ready()

@@ -23,6 +23,8 @@ from lightx2v.models.preview import Preview
 from lightx2v.models.quant_linear import QuantLinear, swap_linears
 from lightx2v.models.umt5 import TextEncoder, build_stack, load_tokenizer
 from lightx2v.models.vae import WanVAE
+from lightx2v.parallel.mesh import Mesh
+from lightx2v.parallel.single_process import ALONE
 from lightx2v.weights.quantization import is_expert_matrix, quantise
 
 from .bench import Bench
@@ -144,7 +146,7 @@ def engine(bench: Bench, placement: Any, task: str) -> LoadedEngine:
     best = attention(bench)
     return LoadedEngine(
         config=EngineConfig(model_cls="wan2.2_moe_distill", task=task, device=bench.device.type),  # type: ignore[arg-type]
-        mesh=None,
+        mesh=Mesh(ALONE, 1, 1),
         precision=Precision(device=bench.device, compute=bench.compute, vae=bench.compute),
         placement=placement,
         self_attention=best,

@@ -29,7 +29,7 @@ from lightx2v.engine.engine import load_here
 from lightx2v.models.dit import DiTConfig, WanDiT, parameter_dtype
 from lightx2v.models.vae import WanVAE
 from lightx2v.parallel.mesh import Mesh
-from lightx2v.parallel.process_group import World
+from lightx2v.parallel.process_group import ProcessGroup
 from lightx2v.parallel.rendezvous import join
 from lightx2v.pipeline import LightX2VPipeline
 from lightx2v.weights.checkpoint import open_checkpoint
@@ -49,24 +49,24 @@ Layout = tuple[int, int]
 class Ranks(Bench):
     """A Bench in which rank 0 alone writes, and a call is timed on all processes at once."""
 
-    def __init__(self, world: World, results: Path, *, tiny: bool, largest: bool) -> None:
+    def __init__(self, group: ProcessGroup, results: Path, *, tiny: bool, largest: bool) -> None:
         """`largest`: no group has more processes; it measures too what does not depend on their number."""
         super().__init__("parallel", results, tiny=tiny)
-        self.world, self.device, self.largest = world, world.device, largest
+        self.group, self.device, self.largest = group, group.device, largest
 
     @property
     def layouts(self) -> list[Layout]:
-        half = self.world.size // 2
-        return [(1, self.world.size), (2, half)]
+        half = self.group.size // 2
+        return [(1, self.group.size), (2, half)]
 
     def write(self, name: str, **numbers: Any) -> None:
-        if self.world.leads:
-            super().write(f"{self.world.size} GPUs: {name}", gpus=self.world.size, **numbers)
+        if self.group.is_rank0:
+            super().write(f"{self.group.size} GPUs: {name}", gpus=self.group.size, **numbers)
 
     def ready(self) -> None:
         if self.cuda:
             torch.cuda.synchronize()
-        self.world.wire.agree(True, all_of_them=True)
+        self.group.collectives.all_true(True)
 
     def together(self, call: Callable[[], object], repeats: int, *, warm_up: int = 1) -> dict[str, Any]:
         """`timed`, by the clock of the slowest process; and how long the fastest one took."""
@@ -79,7 +79,7 @@ class Ranks(Bench):
                 torch.cuda.synchronize()
             if number >= warm_up:
                 taken.append(time.perf_counter() - began)
-        everybody = self.world.wire.gather_json(taken)
+        everybody = self.group.collectives.all_gather_json(taken)
         slowest = sorted(max(times) for times in zip(*everybody, strict=True))
         return {
             "seconds": slowest[len(slowest) // 2],
@@ -114,11 +114,11 @@ def check_dit(bench: Ranks) -> None:
         exact = exact or alone
         to_float32 = max(map(relative, alone, exact))
         for cfg, seq in bench.layouts:
-            mesh = Mesh(bench.world, cfg, seq)
+            mesh = Mesh(bench.group, cfg, seq)
             for branches in (2, 1):
-                dit.split = mesh.split(branches)
-                mine = mesh.branch([dit.encode_text(prompt.to(dtype)) for prompt in prompts[:branches]])
-                got = mesh.both(dit(latents, 700.0, mine), branches)
+                dit.split = mesh.token_split(branches)
+                mine = mesh.local_branches([dit.encode_text(prompt.to(dtype)) for prompt in prompts[:branches]])
+                got = mesh.gather_branches(dit(latents, 700.0, mine), branches)
                 dit.split = None
                 bench.write(
                     f"{cfg}x{seq}, {len(dit.blocks)} blocks, {words(dtype)}, {branches} prompts",
@@ -147,7 +147,7 @@ def words(dtype: torch.dtype) -> str:
 
 @torch.inference_mode()
 def check_vae(bench: Ranks) -> None:
-    """Decoding and encoding in bands against the same alone, without TF32."""
+    """Decoding and encoding in spatial shards against one process alone, without TF32."""
     shape = (16, 2, 11, 6) if bench.tiny else (16, 3, 62, 104)
     torch.manual_seed(2)
     latents = torch.randn(shape, device=bench.device)
@@ -155,21 +155,21 @@ def check_vae(bench: Ranks) -> None:
     for dtype in dict.fromkeys((torch.float32, bench.compute)):
         coder = vae(bench).to(dtype)
         with torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
-            check_bands(bench, coder, latents, picture, words(dtype))
+            check_shards(bench, coder, latents, picture, words(dtype))
         del coder
         bench.clear()
 
 
-def check_bands(bench: Ranks, coder: WanVAE, latents: Tensor, picture: Tensor, dtype: str) -> None:
-    bands = Mesh(bench.world, 1, bench.world.size).rows(latents.shape[2])
-    assert bands is not None
+def check_shards(bench: Ranks, coder: WanVAE, latents: Tensor, picture: Tensor, dtype: str) -> None:
+    split = Mesh(bench.group, 1, bench.group.size).spatial_split(latents.shape[2])
+    assert split is not None
     difference = 0.0
-    for whole, band in zip(coder.decode(latents), coder.decode(latents, bands=bands), strict=True):
-        parts = bands.to_first(band.movedim(2, 0).contiguous())
+    for whole, shard in zip(coder.decode(latents), coder.decode(latents, split=split), strict=True):
+        parts = split.gather(shard.movedim(2, 0).contiguous())
         if parts is not None:
             difference = max(difference, float((parts.movedim(0, 2) - whole).abs().max()))
     frames = 4 * latents.shape[1] - 3
-    encoded = (coder.encode_condition(frames, picture), coder.encode_condition(frames, picture, bands=bands))
+    encoded = (coder.encode_condition(frames, picture), coder.encode_condition(frames, picture, split=split))
     for what, largest in (("VAE decode", difference), ("VAE encode", float((encoded[0] - encoded[1]).abs().max()))):
         bench.write(f"{what}, {dtype}", layout="bands", what=what, dtype=dtype, largest_difference=largest)
 
@@ -239,7 +239,7 @@ def scale_forward(bench: Ranks) -> None:
     for number, clip in enumerate(bench.sizes.clips):
         times = (1, 0) if number else (2, 1)
         if bench.largest:
-            call = call_of(bench, dit, clip, Mesh(bench.world, 1, bench.world.size), 0)
+            call = call_of(bench, dit, clip, Mesh(bench.group, 1, bench.group.size), 0)
             alone = bench.together(call, times[0], warm_up=times[1])
             bench.write(
                 f"{clip}, alone", clip=clip, layout="alone", branches=1, **alone, **rates(bench, clip, alone, 1)
@@ -258,13 +258,13 @@ def call_of(bench: Ranks, dit: WanDiT, clip: str, mesh: Mesh, branches: int) -> 
     torch.manual_seed(0)
     latents = torch.randn(bench.sizes.latent(clip), device=bench.device)
     states = [torch.randn(bench.sizes.prompt, dit.config.text_dim, device=bench.device).to(bench.compute)]
-    split = mesh.split(branches) if branches else None
-    mine = [dit.encode_text(text) for text in mesh.branch(states * max(branches, 1))]
+    split = mesh.token_split(branches) if branches else None
+    mine = [dit.encode_text(text) for text in mesh.local_branches(states * max(branches, 1))]
 
     def call() -> object:
         dit.split = split
         velocities = dit(latents, 900.0, mine)
-        return mesh.both(velocities, branches) if branches else velocities
+        return mesh.gather_branches(velocities, branches) if branches else velocities
 
     return call
 
@@ -272,17 +272,17 @@ def call_of(bench: Ranks, dit: WanDiT, clip: str, mesh: Mesh, branches: int) -> 
 def forward_times(
     bench: Ranks, dit: WanDiT, clip: str, layout: Layout, branches: int, repeats: int, warm_up: int
 ) -> None:
-    mesh = Mesh(bench.world, *layout)
-    call, split = call_of(bench, dit, clip, mesh, branches), mesh.split(branches)
+    mesh = Mesh(bench.group, *layout)
+    call, split = call_of(bench, dit, clip, mesh, branches), mesh.token_split(branches)
     for _ in range(warm_up):
         call()
-    mesh.count_anew()
+    mesh.reset_counts()
     with bench.peak() as peak, exchanges(bench, split, dit) as parts:
         times = bench.together(call, repeats, warm_up=0)
     count = times["repeats"]
     config, tokens = dit.config, bench.sizes.tokens(clip)
-    size = 1 if split is None else split.wire.size
-    here = branches * size // mesh.world.size
+    size = 1 if split is None else split.collectives.size
+    here = branches * size // mesh.group.size
     layers = here * config.num_layers - (here - 1)  # prompts share the first block's self-attention
     bench.write(
         f"{clip}, {layout[0]}x{layout[1]}, {branches} branches",
@@ -312,7 +312,7 @@ def exchanges(bench: Ranks, split: Any, dit: WanDiT) -> Iterator[dict[str, float
     clock = Clock(bench)
     with (
         patch.object(dit, "self_attention", clock.around("attention", dit.self_attention)),
-        patch.object(split.wire, "swap", clock.around("swap", split.wire.swap)),
+        patch.object(split.collectives, "all_to_all", clock.around("swap", split.collectives.all_to_all)),
         patch.object(split, "attend", clock.around("attend", split.attend)),
     ):
         yield parts
@@ -359,22 +359,22 @@ def scale_vae(bench: Ranks) -> None:
     height, width, frames = bench.sizes.clips[clip]
     latents = torch.randn(bench.sizes.latent(clip), device=bench.device)
     picture = torch.rand(3, height, width, device=bench.device) * 2 - 1
-    rows = Mesh(bench.world, 1, bench.world.size).rows(latents.shape[2])
+    rows = Mesh(bench.group, 1, bench.group.size).spatial_split(latents.shape[2])
     assert rows is not None
 
-    def decode(bands: Any) -> None:
-        for part in coder.decode(latents, bands=bands):
-            if bands is not None:
-                bands.to_first(part.transpose(0, 2).contiguous())
+    def decode(split: Any) -> None:
+        for part in coder.decode(latents, split=split):
+            if split is not None:
+                split.gather(part.transpose(0, 2).contiguous())
 
     for what, call in (
         ("decode", decode),
-        ("encode", lambda bands: coder.encode_condition(frames, picture, bands=bands)),
+        ("encode", lambda split: coder.encode_condition(frames, picture, split=split)),
     ):
-        for bands in (None, rows) if bench.largest else (rows,):
+        for split in (None, rows) if bench.largest else (rows,):
             with bench.peak() as peak:
-                times = bench.together(lambda call=call, bands=bands: call(bands), 1)
-            how = "alone" if bands is None else "bands"
+                times = bench.together(lambda call=call, split=split: call(split), 1)
+            how = "alone" if split is None else "bands"
             bench.write(f"VAE {what}, {clip}, {how}", clip=clip, coder=what, layout=how, **times, **peak)
             bench.clear()
 
@@ -386,21 +386,21 @@ def load(bench: Ranks) -> None:
         return
     config: DiTConfig = replace(bench.sizes.dit, num_layers=bench.sizes.few_layers)
     with tempfile.TemporaryDirectory(dir=roomy()) as folder:
-        path = Path(bench.world.wire.tell(str(Path(folder) / "expert.safetensors")))
-        if bench.world.leads:
+        path = Path(bench.group.collectives.broadcast_json(str(Path(folder) / "expert.safetensors")))
+        if bench.group.is_rank0:
             save(path, {name: tensor.cpu() for name, tensor in expert(bench, config).state_dict().items()})
         bench.clear()
         bench.ready()
         checkpoint = open_checkpoint(path)
         weights = ModelWeights(checkpoint, wan_names(checkpoint.shapes), matrix=is_expert_matrix)
         size = path.stat().st_size
-        stream = bench.world.stream
+        stream = bench.group.broadcast_stream
 
         def read() -> Iterator[tuple[str, Tensor]]:
             return weights.tensors(dtype_of=lambda name: parameter_dtype(name, bench.compute), device=bench.device)
 
         def read_by_one() -> None:
-            if bench.world.leads:
+            if bench.group.is_rank0:
                 drain((name, tensor.to(bench.device)) for name, tensor in read())
 
         placed = [(name, tensor.to(bench.device)) for name, tensor in read()]
@@ -434,11 +434,11 @@ PARTS: Sequence[tuple[Callable[[Ranks], None], bool]] = (
 
 def main() -> None:
     given = json.loads(sys.argv[1])
-    world = join(Environment.read())
-    bench = Ranks(world, Path(given["results"]), tiny=given["tiny"], largest=given["largest"])
+    group = join(Environment.read())
+    bench = Ranks(group, Path(given["results"]), tiny=given["tiny"], largest=given["largest"])
     for part, whole in PARTS:
         began = time.perf_counter()
-        with world.together() if whole else nullcontext():
+        with group.collective() if whole else nullcontext():
             part(bench)
         bench.write(f"part {part.__name__}", part_seconds=time.perf_counter() - began)
         bench.clear()

@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..media.framing import Framing, frame_picture
-from ..models.causal_conv import Bands
+from ..models.causal_conv import SpatialSplit
 from ..models.tiling import Tiling
 from ..progress import CancelToken
 
@@ -38,7 +38,7 @@ class ConditionEncoder(Protocol):
         last_CHW: Tensor | None = None,
         *,
         tiling: Tiling | None = None,
-        bands: Bands | None = None,
+        split: SpatialSplit | None = None,
         cancel: CancelToken | None = None,
     ) -> Tensor: ...
 
@@ -90,11 +90,11 @@ def encode_pictures(
     last_CHW: Tensor | None = None,
     *,
     tiling: Tiling | None = None,
-    bands: Bands | None = None,
+    split: SpatialSplit | None = None,
     cancel: CancelToken | None = None,
 ) -> Tensor:
     """The condition (20, T, h, w) float32: mask, then latents of a clip that is grey but for the given frames."""
-    latents_CTHW = vae.encode_condition(frames, first_CHW, last_CHW, tiling=tiling, bands=bands, cancel=cancel)
+    latents_CTHW = vae.encode_condition(frames, first_CHW, last_CHW, tiling=tiling, split=split, cancel=cancel)
     mask_CTHW = frame_mask(frames, *latents_CTHW.shape[-2:], last=last_CHW is not None)
     return torch.cat([mask_CTHW.to(latents_CTHW), latents_CTHW])
 

@@ -8,7 +8,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 
@@ -28,8 +28,9 @@ from ..models.preview import Preview
 from ..offload.offloaded import describe
 from ..offload.placement import USUAL, Placement, Resident, offloaded, planner_for
 from ..parallel.mesh import Mesh
-from ..parallel.process_group import World
+from ..parallel.process_group import Group
 from ..parallel.rendezvous import join
+from ..parallel.single_process import ALONE
 from ..progress import CancelToken, Meter, OnProgress
 from ..weights.checkpoint import open_checkpoint
 from ..weights.expert_pair import check_expert_pair
@@ -44,11 +45,11 @@ T = TypeVar("T")
 class LoadedEngine:
     """What `EngineConfig` says, loaded. `preset` is the name reports and files carry; `warnings` go into reports.
 
-    `mesh` says which part of the work is this process's; None where it works alone.
+    `mesh` says which part of the work this process does.
     """
 
     config: EngineConfig
-    mesh: Mesh | None
+    mesh: Mesh
     precision: Precision
     placement: Placement
     self_attention: Choice
@@ -71,45 +72,51 @@ def load_engine(
 
     Raises ConfigError, DownloadError, CheckpointError, OutOfMemory or Cancelled; nothing stays in memory then.
     """
-    world = world_for(config)
+    group = group_for(config)
 
-    def download() -> None:
+    def download() -> tuple[EngineConfig, str]:
         hub.ensure(config, meter=Meter(on_progress=on_progress), cancel=cancel)
+        return config, preset
 
-    if world is None:
-        download()
-        return load_here(config, None, preset, on_progress, cancel)
-    config, preset = world.agree_on_model(config, preset, prepare=download)
-    with world.together():
+    config, preset = group.run_on_rank0("load", download, _load_command, _loaded_command)
+    with group.collective():
         # Unguided steps are shared by all processes in any layout, so this one suits every request.
-        layout = config.parallel or ParallelConfig.for_world(world.size, enable_cfg=True)
-        mesh = Mesh(world, layout.cfg_p_size, layout.seq_p_size)
+        layout = config.parallel or ParallelConfig.for_world(group.size, enable_cfg=True)
+        mesh = Mesh(group, layout.cfg_p_size, layout.seq_p_size)
         return load_here(config, mesh, preset, on_progress, cancel)
+
+
+def _load_command(model: tuple[EngineConfig, str]) -> dict[str, Any]:
+    """What rank 0 loads, as JSON for the other processes."""
+    return {"config": model[0].to_json(), "preset": model[1]}
+
+
+def _loaded_command(content: dict[str, Any]) -> tuple[EngineConfig, str]:
+    return EngineConfig.from_json(content["config"]), content["preset"]
 
 
 def load_here(
     config: EngineConfig,
-    mesh: Mesh | None,
+    mesh: Mesh,
     preset: str,
     on_progress: OnProgress | None,
     cancel: CancelToken | None,
 ) -> LoadedEngine:
-    """This process's part of the model; all of it where there is no mesh."""
-    if mesh is None or mesh.world.leads:  # the others need no text encoder
+    """Load this process's part of the model."""
+    if mesh.group.is_rank0:  # the others need no text encoder
         preload.start()
-    if mesh is not None:
-        mesh.world.check_device(config.device)
+    mesh.group.check_device(config.device)
     precision = Precision.of(config)
     started = time.perf_counter()
     meter = Meter(precision.device, on_progress)
     with meter.stage("load"):
         meter.emit("load")
         files = locate(config)
-        files, warnings = with_built(files, config, precision, meter, cancel, mesh)
+        files, warnings = with_built(files, config, precision, meter, cancel, mesh.group)
         read = files.prebuilt or files
         warnings += check_expert_pair(open_checkpoint(read.high), open_checkpoint(read.low), config.task)
         self_attention, cross_attention = choose_attention(config, files, precision)
-        placement = place(files, config, precision, self_attention, cross_attention, warnings, cancel, mesh)
+        placement = place(files, config, precision, self_attention, cross_attention, warnings, cancel, mesh.group)
         for warning in warnings:
             log.warning("%s", warning)
         with torch.inference_mode(), placement.vae() as vae:
@@ -134,7 +141,7 @@ def with_built(
     precision: Precision,
     meter: Meter,
     cancel: CancelToken | None,
-    mesh: Mesh | None,
+    group: Group,
 ) -> tuple[ModelFiles, list[str]]:
     """The files with what "build" makes of them, made now if it is not there; and what there is to warn of.
 
@@ -155,7 +162,7 @@ def with_built(
         yield from ()
 
     try:
-        deque(work() if mesh is None else mesh.world.stream(work()), maxlen=0)
+        deque(group.broadcast_stream(work()), maxlen=0)
         return replace(files, prebuilt=find_prebuilt(files, config, plain)), []
     except OutputError as error:
         return files, [f"The model was made in memory, and will be again at the next start. {error}"]
@@ -184,34 +191,34 @@ def place(
     cross_attention: Choice,
     warnings: list[str],
     cancel: CancelToken | None,
-    mesh: Mesh | None,
+    group: Group,
 ) -> Placement:
     """The weights where the plan says, and with less on the device when loading runs out of memory: a warning more.
 
     Several processes do not try again: the memory may have run out on one of them only.
     """
     parts = (files, config, precision, self_attention, cross_attention)
-    planner = planner_for(files, config, precision, mesh)
+    planner = planner_for(files, config, precision, group)
     if planner is None and config.lazy_load:
         plan = from_disk(config)
-        return within_memory(lambda: offloaded(*parts, plan, cancel=cancel, mesh=mesh), "while loading the model")
+        return within_memory(lambda: offloaded(*parts, plan, cancel=cancel, group=group), "while loading the model")
     if planner is None:
         if config.cpu_offload is True:
             device = precision.device.type.upper()
             warnings.append(f"cpu_offload has no effect: {device} has no memory of its own to offload from.")
-        return within_memory(lambda: Resident(*parts, cancel=cancel, mesh=mesh), "while loading the model")
+        return within_memory(lambda: Resident(*parts, cancel=cancel, group=group), "while loading the model")
     plan, lowered = planner.plan(USUAL), False
     while True:
         try:
             placement = within_memory(
-                lambda plan=plan: offloaded(*parts, plan, planner=planner, cancel=cancel, mesh=mesh),
+                lambda plan=plan: offloaded(*parts, plan, planner=planner, cancel=cancel, group=group),
                 "while loading the model",
             )
             break
         except OutOfMemory as error:
             failure = error
         lower = plan.reduce_memory("denoise")
-        if lower is None or mesh is not None:
+        if lower is None or group.size > 1:
             raise failure
         plan, lowered = planner.counted(lower, USUAL, f"After the memory ran out: {describe(lower)}."), True
     if lowered:
@@ -220,16 +227,14 @@ def place(
     return placement
 
 
-def world_for(config: EngineConfig) -> World | None:
-    """The processes that torchrun started for this model; None where this one works alone.
+def group_for(config: EngineConfig) -> Group:
+    """The processes that torchrun started for this model, or this one alone.
 
-    ConfigError where they do not fit the configuration, before anything is loaded.
+    Raises ConfigError before anything is loaded if they do not fit the configuration.
     """
     environment = Environment.read()
     config.check_world(environment.world_size or 1, enable_cfg=True)
-    if not environment.distributed:
-        return None
-    return join(environment)
+    return join(environment) if environment.distributed else ALONE
 
 
 def within_memory(call: Callable[[], T], when: str) -> T:

@@ -21,7 +21,8 @@ from ..models.quant_linear import swap_linears
 from ..models.umt5 import TextEncoder
 from ..models.vae import WanVAE
 from ..models.vae_config import VAEConfig
-from ..parallel.mesh import Mesh
+from ..parallel.process_group import Group
+from ..parallel.single_process import ALONE
 from ..progress import CancelToken
 from ..weights.checkpoint import open_checkpoint
 from ..weights.dit_names import wan_names
@@ -134,10 +135,10 @@ def load_expert(
     self_attention: Choice,
     cross_attention: Choice,
     cancel: CancelToken | None = None,
-    mesh: Mesh | None = None,
+    group: Group = ALONE,
     compute_device: torch.device | None = None,
 ) -> WanDiT:
-    """One expert of these weights; with a mesh rank 0 reads them for all.
+    """One expert of these weights. Of several processes, rank 0 reads for all.
 
     `compute_device` is where LoRAs are added and weights quantised: the device that will compute with them, even if
     they go to host memory. There it takes seconds, and minutes on a CPU.
@@ -146,17 +147,8 @@ def load_expert(
     dtype_of = expert_dtypes(precision)
     makes = any(weights.is_modified(name) and name not in weights.layout.scales for name in weights.plain_shapes)
     at = compute_device if compute_device is not None and makes else precision.device
-    tensors = weights.tensors(dtype_of=dtype_of, device=at)
-    if mesh is not None:
-        tensors, cancel = mesh.world.stream(tensors, cancel), None
-    stream_into(
-        dit,
-        tensors,
-        dtype_of=dtype_of,
-        device=precision.device,
-        source_name=weights.source,
-        cancel=cancel,
-    )
+    tensors = group.broadcast_stream(weights.tensors(dtype_of=dtype_of, device=at), cancel)
+    stream_into(dit, tensors, dtype_of=dtype_of, device=precision.device, source_name=weights.source)
     return dit
 
 
@@ -165,19 +157,20 @@ def expert_dtypes(precision: Precision) -> Callable[[str], torch.dtype]:
     return lambda name: torch.float32 if name.endswith(SCALE) else parameter_dtype(name, precision.compute)
 
 
-def load_vae(files: ModelFiles, precision: Precision, mesh: Mesh | None = None) -> WanVAE:
+def load_vae(files: ModelFiles, precision: Precision, group: Group = ALONE) -> WanVAE:
     checkpoint = open_checkpoint(files.vae)
     with torch.device("meta"):
         vae = WanVAE(VAEConfig.from_shapes(checkpoint.shapes))
-    through = iter if mesh is None else mesh.world.stream
-    load_into(vae, checkpoint, dtype_of=lambda _: precision.vae, device=precision.device, through=through)
+    load_into(
+        vae, checkpoint, dtype_of=lambda _: precision.vae, device=precision.device, through=group.broadcast_stream
+    )
     return vae.eval()
 
 
 @contextmanager
 def whole_float32() -> Iterator[None]:
     """In it float32 convolutions are computed in float32; by itself CUDA rounds what goes into them to 10 bits, and
-    bands of several processes then differ by more than one level. bf16 is not touched."""
+    spatial shards of several processes then differ by more than one level. bf16 is not touched."""
     before = torch.backends.cudnn.allow_tf32
     torch.backends.cudnn.allow_tf32 = False
     try:

@@ -51,29 +51,32 @@ _OUTPUT = {
 }
 
 
-class Bands(Protocol):
-    """A picture's rows over several processes: `parallel.rows` is one. `x_HX` has the rows as its first axis."""
+class SpatialSplit(Protocol):
+    """How several processes split frames along their height: `parallel.spatial_shards` has one.
 
-    def band(self, x: Tensor, scale: int) -> Tensor: ...
+    The first axis of `x_HX` is the height.
+    """
 
-    def framed(self, x_HX: Tensor, *, above: bool = True) -> Tensor: ...
+    def shard(self, x: Tensor, scale: int) -> Tensor: ...
 
-    def whole(self, x_HX: Tensor) -> Tensor: ...
+    def with_halo(self, x_HX: Tensor, *, above: bool = True) -> Tensor: ...
 
-    def all_agree(self, flag: bool) -> bool: ...
+    def all_gather(self, x_HX: Tensor) -> Tensor: ...
+
+    def all_true(self, flag: bool) -> bool: ...
 
 
 class Stream:
     """What the layers remember between the chunks of one clip. Made anew for each clip; inference only."""
 
-    def __init__(self, winograd: int = 4, bands: Bands | None = None) -> None:
-        """`winograd` is the most frames that one short convolution makes. With `bands`, the clip is one of them.
+    def __init__(self, winograd: int = 4, split: SpatialSplit | None = None) -> None:
+        """`winograd` is the most frames that one short convolution makes; `split` tells which rows the clip has.
 
         With 4, every output is rounded together with all six frames that go in. With 2, the zeros in the matrices make
         each output depend on its own three frames only, to the last bit, as in the plain convolution.
         """
         self.winograd = winograd
-        self.bands = bands
+        self.split = split
         self.past: dict[nn.Module, Tensor] = {}
         self._kernels: dict[tuple[nn.Module, int], Tensor] = {}
 
@@ -97,16 +100,16 @@ class Stream:
         """Keeps the last two frames; a copy, so that the rest of the chunk can be freed."""
         self.past[layer] = joined_BCTHW[:, :, -PAST:].clone(memory_format=torch.preserve_format)
 
-    def framed(self, x_BCTHW: Tensor, *, above: bool = True) -> Tensor:
-        """x with one more row from the band below, and from the one above; unchanged where there are no bands."""
-        if self.bands is None:
+    def with_halo(self, x_BCTHW: Tensor, *, above: bool = True) -> Tensor:
+        """x with one more row from the shard below and, with `above`, from the one above; unchanged without a split."""
+        if self.split is None:
             return x_BCTHW
-        rows_HBTWC = self.bands.framed(x_BCTHW.permute(3, 0, 2, 4, 1).contiguous(), above=above)
+        rows_HBTWC = self.split.with_halo(x_BCTHW.permute(3, 0, 2, 4, 1).contiguous(), above=above)
         return rows_HBTWC.permute(1, 2, 0, 3, 4).contiguous().permute(0, 4, 1, 2, 3)
 
-    def inner(self, x_BCTHW: Tensor) -> Tensor:
-        """Without the rows that `framed` added, after a convolution that keeps the height."""
-        return x_BCTHW if self.bands is None else x_BCTHW[:, :, :, 1:-1]
+    def without_halo(self, x_BCTHW: Tensor) -> Tensor:
+        """Drop the rows that `with_halo` added, after a convolution that keeps the height."""
+        return x_BCTHW if self.split is None else x_BCTHW[:, :, :, 1:-1]
 
     def memory(self, layer: nn.Module) -> list[Tensor | None]:
         """What the layer and the layers in it remember now."""
@@ -140,7 +143,7 @@ class CausalConv3d(nn.Conv3d):
         """The next chunk, already behind the two frames before it (`Stream.room`)."""
         begins = self not in stream.past
         stream.remember(self, joined_BCTHW)
-        return stream.inner(self._convolve(stream.framed(joined_BCTHW), begins, stream))
+        return stream.without_halo(self._convolve(stream.with_halo(joined_BCTHW), begins, stream))
 
     def _convolve(self, joined_BCTHW: Tensor, begins: bool, stream: Stream) -> Tensor:
         frames = joined_BCTHW.shape[2] - PAST

@@ -125,11 +125,11 @@ def parameter_dtype(name: str, compute: torch.dtype) -> torch.dtype:
 
 
 class TokenSplit(Protocol):
-    """The tokens of one video over several processes: `parallel.ulysses` is one."""
+    """How several processes split the tokens of one video; `parallel.ulysses` has one."""
 
-    def part(self, x: Tensor, dim: int) -> Tensor: ...
+    def shard(self, x: Tensor, dim: int) -> Tensor: ...
 
-    def whole(self, x_BlD: Tensor, tokens: int) -> Tensor: ...
+    def all_gather(self, x_BlD: Tensor, tokens: int) -> Tensor: ...
 
     def attend(self, attention: Attention, tokens: int, q_BlNH: Tensor, k_BlNH: Tensor, v_BlNH: Tensor) -> Tensor: ...
 
@@ -251,7 +251,7 @@ class WanDiT(nn.Module):
         time_BD, modulation_B6D = self.embed_time(timesteps_B)
         tokens, split, attention = x_BLD.shape[1], self.split, self.self_attention
         if split is not None:
-            x_BLD, rotations_L1P = split.part(x_BLD, 1), split.part(rotations_L1P, 0)
+            x_BLD, rotations_L1P = split.shard(x_BLD, 1), split.shard(rotations_L1P, 0)
             attention = partial(split.attend, attention, tokens)
         shared = Pass(
             modulation_B6D=modulation_B6D,
@@ -302,7 +302,7 @@ class WanDiT(nn.Module):
         with torch.autocast(x_BLD.device.type, enabled=False):
             patches_BLK = self.head.head(norm_modulate(x_BLD, shift_BD, scale_BD, self.config.eps, torch.float32))
         if self.split is not None:
-            patches_BLK = self.split.whole(patches_BLK, frames * (height // PATCH) * (width // PATCH))
+            patches_BLK = self.split.all_gather(patches_BLK, frames * (height // PATCH) * (width // PATCH))
         patches = patches_BLK.unflatten(1, (frames, height // PATCH, width // PATCH))
         patches = patches.unflatten(-1, (PATCH, PATCH, self.config.out_dim))
         return patches.permute(0, 6, 1, 2, 4, 3, 5).flatten(5).flatten(3, 4)

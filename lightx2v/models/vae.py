@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from ..progress import CancelToken
-from .causal_conv import Bands, Stream
+from .causal_conv import SpatialSplit, Stream
 from .tiling import Tile, Tiling
 from .vae_config import LATENT_MEAN, LATENT_STD, VAEConfig
 from .vae_layers import Decoder, Encoder
@@ -56,7 +56,7 @@ class WanVAE(nn.Module):
         last_CHW: Tensor | None = None,
         *,
         tiling: Tiling | None = None,
-        bands: Bands | None = None,
+        split: SpatialSplit | None = None,
         cancel: CancelToken | None = None,
     ) -> Tensor:
         """Latents of the clip that conditions image-to-video: the image, then grey, at its end `last_CHW` if given.
@@ -68,19 +68,19 @@ class WanVAE(nn.Module):
         chunks = [first_CHW[:, None]] + [grey_CTHW] * ((frames - 1) // stride)
         if last_CHW is not None:
             chunks[-1] = torch.cat([grey_CTHW[:, 1:], last_CHW[:, None]], dim=1)
-        return self._encode(chunks, tiling, bands, cancel)
+        return self._encode(chunks, tiling, split, cancel)
 
     def _encode(
-        self, chunks_CTHW: list[Tensor], tiling: Tiling | None, bands: Bands | None, cancel: CancelToken | None
+        self, chunks_CTHW: list[Tensor], tiling: Tiling | None, split: SpatialSplit | None, cancel: CancelToken | None
     ) -> Tensor:
         scale = self.config.spatial_stride
         height, width = (side // scale for side in chunks_CTHW[0].shape[2:])
         tiles = tiling.tiles(height, width, 1) if tiling else []
-        if bands is not None:
-            crops = {id(chunk): bands.band(chunk, scale) for chunk in chunks_CTHW}  # equal chunks stay one object
+        if split is not None:
+            crops = {id(chunk): split.shard(chunk, scale) for chunk in chunks_CTHW}  # equal chunks stay one object
             chunks_CTHW = [crops[id(chunk)] for chunk in chunks_CTHW]
-            band_CTHW = self._moments(torch.cat(list(self._features(chunks_CTHW, cancel, bands)), dim=2))[0][0]
-            return bands.whole(band_CTHW.movedim(2, 0).contiguous()).movedim(0, 2)
+            shard_CTHW = self._moments(torch.cat(list(self._features(chunks_CTHW, cancel, split)), dim=2))[0][0]
+            return split.all_gather(shard_CTHW.movedim(2, 0).contiguous()).movedim(0, 2)
         if len(tiles) < 2:
             return self._moments(torch.cat(list(self._features(chunks_CTHW, cancel)), dim=2))[0][0]
         latents_CTHW = torch.zeros(self.config.z_dim, len(chunks_CTHW), height, width)
@@ -91,7 +91,7 @@ class WanVAE(nn.Module):
         return latents_CTHW.to(self.conv1.weight.device)
 
     def _features(
-        self, chunks_CTHW: list[Tensor], cancel: CancelToken | None, bands: Bands | None = None
+        self, chunks_CTHW: list[Tensor], cancel: CancelToken | None, split: SpatialSplit | None = None
     ) -> Iterator[Tensor]:
         """The encoder's output for each chunk of a clip.
 
@@ -101,7 +101,7 @@ class WanVAE(nn.Module):
         frames here: those of four would round a chunk's frames together and come to rest a chunk later each.)
         """
         weight = self.conv1.weight
-        stream, layers = Stream(winograd=2, bands=bands), self.encoder.layers()
+        stream, layers = Stream(winograd=2, split=split), self.encoder.layers()
         previous, resting, output = None, 0, None
         for chunk_CTHW in chunks_CTHW:
             if cancel is not None:
@@ -117,7 +117,7 @@ class WanVAE(nn.Module):
                 x_BCTHW = layers[index](x_BCTHW, stream)
                 if repeats and index == resting:
                     rests = _equal(before, stream.memory(layers[index]))
-                    if rests if bands is None else bands.all_agree(rests):
+                    if rests if split is None else split.all_true(rests):
                         resting, output = index + 1, x_BCTHW
             yield x_BCTHW
 
@@ -127,22 +127,22 @@ class WanVAE(nn.Module):
         latents_CTHW: Tensor,
         *,
         tiling: Tiling | None = None,
-        bands: Bands | None = None,
+        split: SpatialSplit | None = None,
         cancel: CancelToken | None = None,
     ) -> Iterator[Tensor]:
         """Yields float32 frames CTHW in [-1, 1]: one for the first latent frame, then 4 for each.
 
         Without tiles each piece comes when it is decoded, on the VAE's device; with tiles all come at the end, in host
-        memory. With `bands` only this process's rows come.
+        memory. With `split`, only the rows of this process.
         """
-        if bands is not None:
-            latents_CTHW, tiling = bands.band(latents_CTHW, 1), None
+        if split is not None:
+            latents_CTHW, tiling = split.shard(latents_CTHW, 1), None
         height, width = latents_CTHW.shape[2:]
         tiles = tiling.tiles(height, width, self.config.spatial_stride) if tiling else []
         if len(tiles) > 1:
             yield from self._decode_tiles(latents_CTHW, tiles, cancel)
             return
-        stream = Stream(bands=bands)
+        stream = Stream(split=split)
         for latent_BCTHW in self._denormalise(latents_CTHW[None].to(self.conv2.weight.device)).split(1, dim=2):
             if cancel is not None:
                 cancel.check()

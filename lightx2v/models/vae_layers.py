@@ -92,8 +92,8 @@ class Attention(nn.Module):
         _, channels, height, width = frames.shape
         qkv = self.to_qkv(self.norm(frames))
         q, k, v = qkv.flatten(2).transpose(1, 2).chunk(3, dim=-1)
-        if stream is not None and stream.bands is not None:
-            rows_HTWC = stream.bands.whole(qkv[:, channels:].permute(2, 0, 3, 1).contiguous())
+        if stream is not None and stream.split is not None:
+            rows_HTWC = stream.split.all_gather(qkv[:, channels:].permute(2, 0, 3, 1).contiguous())
             k, v = rows_HTWC.transpose(0, 1).flatten(1, 2).chunk(2, dim=-1)
         out = F.scaled_dot_product_attention(q[:, None], k[:, None], v[:, None])[:, 0]
         out = self.proj(out.transpose(1, 2).unflatten(2, (height, width)))
@@ -123,8 +123,8 @@ class Downsample(nn.Module):
         self.time_conv = nn.Conv3d(channels, channels, (3, 1, 1), stride=(2, 1, 1)) if temporal else None
 
     def forward(self, x_BCTHW: Tensor, stream: Stream | None = None) -> Tensor:
-        if stream is not None and stream.bands is not None:
-            frames = F.pad(_frames(stream.framed(x_BCTHW, above=False)), (0, 1))
+        if stream is not None and stream.split is not None:
+            frames = F.pad(_frames(stream.with_halo(x_BCTHW, above=False)), (0, 1))
         else:
             frames = F.pad(_frames(x_BCTHW), (0, 1, 0, 1))
         x_BCTHW = _clip(self.resample["1"](frames), x_BCTHW.shape[0])
@@ -152,10 +152,10 @@ class Upsample(nn.Module):
         if self.time_conv is not None:
             x_BCTHW = self._double_time(self.time_conv, x_BCTHW, stream)
         frames = F.interpolate(_frames(x_BCTHW), scale_factor=2, mode="nearest-exact")
-        if stream is None or stream.bands is None:
+        if stream is None or stream.split is None:
             return _clip(self.resample["1"](frames), x_BCTHW.shape[0])
-        framed = _frames(stream.framed(_clip(frames, x_BCTHW.shape[0])))
-        return stream.inner(_clip(self.resample["1"](framed), x_BCTHW.shape[0]))
+        with_halo = _frames(stream.with_halo(_clip(frames, x_BCTHW.shape[0])))
+        return stream.without_halo(_clip(self.resample["1"](with_halo), x_BCTHW.shape[0]))
 
     def _double_time(self, time_conv: nn.Conv3d, x_BCTHW: Tensor, stream: Stream | None) -> Tensor:
         """The first frame of a clip passes through, and for the frames after it the past is zero."""

@@ -40,7 +40,8 @@ from ..models.dit import DiTConfig, WanDiT
 from ..models.tiling import Tiling
 from ..models.umt5 import TextEncoder
 from ..models.vae import WanVAE
-from ..parallel.mesh import Mesh
+from ..parallel.process_group import Group
+from ..parallel.single_process import ALONE
 from ..progress import CancelToken
 from ..weights.checkpoint import open_checkpoint
 from ..weights.model_weights import ModelWeights
@@ -112,7 +113,7 @@ class Resident:
         expert_home: torch.device | None = None,
         from_disk: bool = False,
         cancel: CancelToken | None = None,
-        mesh: Mesh | None = None,
+        group: Group = ALONE,
     ) -> None:
         self.tiling = Tiling() if config.use_tiling_vae is True else None
         self.plan = None
@@ -120,17 +121,14 @@ class Resident:
         at_text, at_expert = (replace(precision, device=home or precision.device) for home in (text_home, expert_home))
         self._experts: dict[Expert, WanDiT] = {}
         self._loras: dict[Expert, ExpertLoras] = {}
-        through = iter if mesh is None else mesh.world.stream  # of several processes rank 0 reads, here as well
+        through = group.broadcast_stream
         for which in ("high", "low"):
             weights = expert_weights(files, which, config)
             loras = match_loras(config.lora_configs, which, weights, config)
             made = prebuilt_weights(files, which)
             used = made or (weights if ExpertLoras.dynamic(weights, config, from_disk) else weights.with_loras(loras))
-            load = (
-                build_expert
-                if from_disk
-                else partial(load_expert, cancel=cancel, mesh=mesh, compute_device=precision.device)
-            )
+            read = partial(load_expert, cancel=cancel, group=group, compute_device=precision.device)
+            load = build_expert if from_disk else read
             dit = load(files, used, at_expert, self_attention, cross_attention)
             on = ExpertLoras(dit, which, weights, loras, config, precision.device, through, lazy=from_disk)
             if from_disk:
@@ -140,11 +138,11 @@ class Resident:
             raise CheckpointError(
                 "The two experts have different architectures. Use the high-noise and low-noise files of one model."
             )
-        self._vae: WanVAE | None = load_vae(files, precision, mesh)
+        self._vae: WanVAE | None = load_vae(files, precision, group)
         # Last, since its imports take seconds: they go on in another thread while the experts are read.
         self._text: TextEncoder | None = None
-        if mesh is None or mesh.world.leads:  # the others are told what it says
-            self._text = load_text_encoder(files, config, at_text, None if mesh else cancel)
+        if group.is_rank0:  # the others receive what it encodes
+            self._text = load_text_encoder(files, config, at_text, group.local_cancel(cancel))
 
     @contextmanager
     def text(self) -> Iterator[TextEncoder]:
@@ -200,17 +198,14 @@ def _reader(
 
 
 def planner_for(
-    files: ModelFiles, config: EngineConfig, precision: Precision, mesh: Mesh | None = None
+    files: ModelFiles, config: EngineConfig, precision: Precision, group: Group = ALONE
 ) -> MemoryPlanner | None:
     """What plans where this model's weights live; None where the device has no memory of its own to offload from."""
     if precision.device.type != "cuda":
         return None
-    free = FreeMemory(vram=torch.cuda.mem_get_info(precision.device)[0], ram=free_ram())
-    if mesh is not None:  # all plan alike, for the smallest device and their share of the host's memory
-        everywhere = mesh.world.wire.gather_json([free.vram, free.ram])
-        free = FreeMemory(
-            vram=min(vram for vram, _ in everywhere), ram=min(ram for _, ram in everywhere) // mesh.world.size
-        )
+    # All processes plan alike: for the smallest device, and each for its share of host memory.
+    everywhere = group.all_gather_json([torch.cuda.mem_get_info(precision.device)[0], free_ram()])
+    free = FreeMemory(vram=min(vram for vram, _ in everywhere), ram=min(ram for _, ram in everywhere) // group.size)
     if files.prebuilt is None and config.build:
         free = replace(free, ram=2**62)  # what could not be kept is in no file, so it cannot stay on disk
     return MemoryPlanner(free=free, model=model_sizes(files, config, precision), options=OffloadOptions.of(config))
@@ -227,7 +222,7 @@ def offloaded(
     planner: MemoryPlanner | None = None,
     copies: Copies | None = None,
     cancel: CancelToken | None = None,
-    mesh: Mesh | None = None,
+    group: Group = ALONE,
 ) -> Offloaded:
     """The model loaded for `plan`: parts that will not stay on the device go to host memory at once."""
     log.info("Placement: %s", plan)
@@ -242,7 +237,7 @@ def offloaded(
         expert_home=None if plan.mode == "resident" else host,
         from_disk=plan.from_disk and plan.mode != "resident",
         cancel=cancel,
-        mesh=mesh,
+        group=group,
     )
     return Offloaded(
         loaded,
@@ -252,7 +247,7 @@ def offloaded(
         planner=planner,
         readers=loaded.readers,
         dtype_of=expert_dtypes(precision),
-        read_ahead=mesh is None,  # of several processes all read together, between their other exchanges
+        read_ahead=group.size == 1,  # of several processes all read together, between their other exchanges
     )
 
 

@@ -1,10 +1,11 @@
-"""One model on several processes: the mesh they form, what they share, and how a failure of one ends all.
+"""One model on several processes: which part each one computes, what they exchange, and how one failure ends them all.
 
-    world = join(environment)                    meet.py: the processes that torchrun started
-    mesh = Mesh(world, cfg_p_size, seq_p_size)   guidance branches x parts of the sequence, for one model
-    mesh.split(branches)                         splits the tokens of a DiT (ulysses.py)
-    mesh.rows(height)                            splits the rows of the VAE's pictures (rows.py)
-    world.stream(tensors)                        what rank 0 reads, on all (feed.py)
+    group = join(environment)                    rendezvous.py: connect the processes that torchrun started
+    mesh = Mesh(group, cfg_p_size, seq_p_size)   guidance branches x parts of the sequence, for one model
+    mesh.token_split(branches)                   splits the tokens of a DiT (ulysses.py)
+    mesh.spatial_split(height)                   splits the height of the VAE's frames (spatial_shards.py)
+    group.broadcast_stream(tensors)              sends tensors that rank 0 reads to all ranks (broadcast.py)
 
-The models know two small protocols of this (`TokenSplit`, `Bands`); with one process none of it is there.
+The models know two small protocols from here, `TokenSplit` and `SpatialSplit`. A program that works alone has a
+`SingleProcess` in place of the group: the same methods, each of them the identity, so callers need no `if`.
 """

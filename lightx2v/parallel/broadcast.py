@@ -1,7 +1,7 @@
-"""Tensors that rank 0 makes or reads, on every process: weights, LoRAs, prompts, pictures.
+"""Broadcast of tensors that rank 0 makes or reads: weights, LoRAs, prompts and input images.
 
-Small tensors travel together, large ones alone: a model has a thousand small ones, and an exchange takes its time.
-Nothing is held longer than its bundle, so the host's memory and its reads do not grow with the number of processes.
+Small tensors travel in bundles and large ones alone: a model has a thousand small tensors, and each exchange costs
+time. Nothing is held longer than its bundle, so host memory and file reads do not grow with the number of processes.
 """
 
 from __future__ import annotations
@@ -17,57 +17,57 @@ from torch import Tensor
 from .. import errors
 from ..errors import LightX2VError
 from ..progress import CancelToken
-from .collectives import Wire
+from .collectives import Collectives
 
 BUNDLE, ALIGN = 8 << 20, 16
 
 TensorStream = Iterable[tuple[str, Tensor]]
 
 
-def feed(
-    wire: Wire, device: torch.device, tensors: TensorStream, cancel: CancelToken | None = None
+def broadcast_stream(
+    collectives: Collectives, device: torch.device, tensors: TensorStream, cancel: CancelToken | None = None
 ) -> Iterator[tuple[str, Tensor]]:
-    """(name, tensor) as rank 0 reads them, on every process's `device`; the others' `tensors` are never begun.
+    """Yield (name, tensor) as rank 0 reads them, on every rank's `device`. Other ranks never start their `tensors`.
 
-    What stops rank 0 from reading is raised on every process.
+    An error that stops rank 0 is raised on every rank.
     """
-    if wire.rank:
-        while (heads := wire.tell(None)) is not None:
-            if isinstance(heads, dict):
-                raise recall(heads)
-            yield from _unpacked(wire, device, heads)
+    if collectives.rank:
+        while (header := collectives.broadcast_json(None)) is not None:
+            if isinstance(header, dict):
+                raise error_from_json(header)
+            yield from _receive(collectives, device, header)
         return
-    coming = bundles(tensors, cancel)
+    bundles = _bundles(tensors, cancel)
     while True:
         try:
-            bundle = next(coming, None)
+            bundle = next(bundles, None)
             placed = [(name, tensor.to(device)) for name, tensor in bundle or ()]
             flat = [tensor.contiguous().reshape(-1).view(torch.uint8) for _, tensor in placed]
-            packed = flat[0] if len(flat) == 1 else torch.cat([padded(raw) for raw in flat]) if flat else None
+            packed = flat[0] if len(flat) == 1 else torch.cat([_padded(raw) for raw in flat]) if flat else None
         except BaseException as error:
-            wire.tell(describe(error))
+            collectives.broadcast_json(error_to_json(error))
             raise
         if packed is None:
             break
-        wire.tell([[name, list(t.shape), str(t.dtype).removeprefix("torch.")] for name, t in placed])
-        wire.spread(packed)
+        collectives.broadcast_json([[name, list(t.shape), str(t.dtype).removeprefix("torch.")] for name, t in placed])
+        collectives.broadcast(packed)
         del bundle, flat, packed
         yield from placed
-    wire.tell(None)
+    collectives.broadcast_json(None)
 
 
-def _unpacked(wire: Wire, device: torch.device, heads: list[Any]) -> Iterator[tuple[str, Tensor]]:
-    """The tensors of one bundle, received."""
-    kinds = [getattr(torch, dtype) for _, _, dtype in heads]
-    sizes = [math.prod(shape) * kind.itemsize for (_, shape, _), kind in zip(heads, kinds, strict=True)]
-    places = sizes if len(heads) == 1 else [size + -size % ALIGN for size in sizes]
-    parts = wire.spread(torch.empty(sum(places), dtype=torch.uint8, device=device)).split(places)
-    for (name, shape, _), kind, size, part in zip(heads, kinds, sizes, parts, strict=True):
-        tensor = part[:size].view(kind).view(shape)
-        yield name, tensor if len(heads) == 1 else tensor.clone()
+def _receive(collectives: Collectives, device: torch.device, header: list[Any]) -> Iterator[tuple[str, Tensor]]:
+    """Receive the tensors of one bundle; `header` is [name, shape, dtype] for each."""
+    dtypes = [getattr(torch, dtype) for _, _, dtype in header]
+    sizes = [math.prod(shape) * dtype.itemsize for (_, shape, _), dtype in zip(header, dtypes, strict=True)]
+    places = sizes if len(header) == 1 else [size + -size % ALIGN for size in sizes]
+    parts = collectives.broadcast(torch.empty(sum(places), dtype=torch.uint8, device=device)).split(places)
+    for (name, shape, _), dtype, size, part in zip(header, dtypes, sizes, parts, strict=True):
+        tensor = part[:size].view(dtype).view(shape)
+        yield name, tensor if len(header) == 1 else tensor.clone()
 
 
-def bundles(tensors: TensorStream, cancel: CancelToken | None) -> Iterator[list[tuple[str, Tensor]]]:
+def _bundles(tensors: TensorStream, cancel: CancelToken | None) -> Iterator[list[tuple[str, Tensor]]]:
     bundle, size = [], 0
     for name, tensor in tensors:
         if cancel is not None:
@@ -82,18 +82,18 @@ def bundles(tensors: TensorStream, cancel: CancelToken | None) -> Iterator[list[
         yield bundle
 
 
-def padded(raw: Tensor) -> Tensor:
-    """Bytes up to a multiple of ALIGN, so that what follows them can be seen as any dtype."""
+def _padded(raw: Tensor) -> Tensor:
+    """Pad bytes to a multiple of ALIGN, so that the next tensor can be viewed as any dtype."""
     return F.pad(raw, (0, -raw.numel() % ALIGN))
 
 
-def describe(error: BaseException) -> dict[str, str]:
+def error_to_json(error: BaseException) -> dict[str, str]:
     """An error as JSON, for the other processes."""
     return {"error": type(error).__name__, "message": str(error)}
 
 
-def recall(message: dict[str, str]) -> LightX2VError:
-    """The error that `describe` was given; one that is not ours becomes a plain LightX2VError."""
+def error_from_json(message: dict[str, str]) -> LightX2VError:
+    """The error that `error_to_json` wrote. An error that is not one of ours becomes a plain LightX2VError."""
     kind = getattr(errors, message["error"], None)
     if isinstance(kind, type) and issubclass(kind, LightX2VError):
         return kind(message["message"])

@@ -1,6 +1,6 @@
-"""Tensors between processes: the few exchanges that parallel runs are made of, and a count of their bytes.
+"""Collectives: the exchanges of tensors between processes that a parallel run is made of, and a count of their bytes.
 
-Every exchange of a group goes through one `Wire`. Nothing is pickled: shapes are known on both sides or travel as JSON.
+Nothing is pickled: both sides know the shapes, or the shapes travel as JSON.
 """
 
 from __future__ import annotations
@@ -14,8 +14,13 @@ import torch.distributed as dist
 from torch import Tensor
 
 
-class Wire:
-    """One group of processes. `sent` counts the bytes this process sent to others, by kind; `calls` the exchanges."""
+class Collectives:
+    """All exchanges of one torch.distributed group.
+
+    `sent` counts the bytes that this process has sent to others, by the kinds that reports name: "swap" (all-to-all),
+    "collect" (all-gather), "spread" (broadcast), "trade" (send and receive), "agree" (flags) and "tell" (JSON).
+    `calls` counts the exchanges.
+    """
 
     def __init__(self, group: dist.ProcessGroup) -> None:
         self.group = group
@@ -27,69 +32,74 @@ class Wire:
         self.calls += 1
         self.sent[kind] = self.sent.get(kind, 0) + nbytes
 
-    def swap(self, x: Tensor, send: Sequence[int], receive: Sequence[int]) -> Tensor:
-        """All-to-all along the first axis: `send[r]` entries go to rank r, `receive[r]` come from it."""
+    def all_to_all(self, x: Tensor, send: Sequence[int], receive: Sequence[int]) -> Tensor:
+        """Exchange along the first axis: `send[r]` entries go to rank r, `receive[r]` entries come from it."""
         x = x.contiguous()
         out = x.new_empty(sum(receive), *x.shape[1:])
         self._count("swap", (x.shape[0] - send[self.rank]) * x[:1].numel() * x.itemsize)
         dist.all_to_all_single(out, x, list(receive), list(send), group=self.group)
         return out
 
-    def collect(self, x: Tensor, lengths: Sequence[int]) -> Tensor:
-        """Everybody's x, of `lengths[r]` entries along the first axis, one after another; on all processes."""
+    def all_gather(self, x: Tensor, lengths: Sequence[int]) -> Tensor:
+        """Concatenate the x of all ranks along the first axis, on every rank. Rank r has `lengths[r]` entries."""
         longest = max(lengths)
-        mine = x.new_zeros(longest, *x.shape[1:])
-        mine[: x.shape[0]] = x
+        padded = x.new_zeros(longest, *x.shape[1:])
+        padded[: x.shape[0]] = x
         out = x.new_empty(self.size * longest, *x.shape[1:])
-        self._count("collect", mine.numel() * mine.itemsize * (self.size - 1))
-        dist.all_gather(list(out.split(longest)), mine, group=self.group)
+        self._count("collect", padded.numel() * padded.itemsize * (self.size - 1))
+        dist.all_gather(list(out.split(longest)), padded, group=self.group)
         if min(lengths) == longest:
             return out
         return torch.cat([part[:length] for part, length in zip(out.split(longest), lengths, strict=True)])
 
-    def spread(self, x: Tensor) -> Tensor:
-        """Rank 0's x on all processes; the others give a tensor of its shape and dtype to be filled."""
+    def broadcast(self, x: Tensor) -> Tensor:
+        """Rank 0's x on every rank. The other ranks pass a tensor of its shape and dtype, to be filled."""
         raw = x.contiguous()
         flat = raw.reshape(-1).view(torch.uint8)
-        if self.rank == 0:
-            self._count("spread", flat.numel() * (self.size - 1))
-        else:
-            self._count("spread", 0)
+        self._count("spread", flat.numel() * (self.size - 1) if self.rank == 0 else 0)
         if flat.numel():
             dist.broadcast(flat, group=self.group, group_src=0)
         return raw
 
-    def trade(self, exchanges: Sequence[tuple[int, Tensor | None, Tensor | None]]) -> None:
-        """With each (rank, send, receive) neighbour at once; `receive` is filled."""
+    def send_receive(self, exchanges: Sequence[tuple[int, Tensor | None, Tensor | None]]) -> None:
+        """Exchange with several ranks at once: (rank, tensor to send, tensor to receive into), None for neither."""
         sends = [(rank, x.contiguous()) for rank, x, _ in exchanges if x is not None]
         self._count("trade", sum(x.numel() * x.itemsize for _, x in sends))
-        peers = [dist.P2POp(dist.isend, x, group=self.group, group_peer=rank) for rank, x in sends]
-        peers += [
+        operations = [dist.P2POp(dist.isend, x, group=self.group, group_peer=rank) for rank, x in sends]
+        operations += [
             dist.P2POp(dist.irecv, x, group=self.group, group_peer=rank) for rank, _, x in exchanges if x is not None
         ]
-        for work in dist.batch_isend_irecv(peers) if peers else []:
+        for work in dist.batch_isend_irecv(operations) if operations else []:
             work.wait()
 
-    def to_first(self, x: Tensor, lengths: Sequence[int]) -> Tensor | None:
-        """Everybody's x, of `lengths[r]` entries along the first axis, one after another, on rank 0."""
+    def gather(self, x: Tensor, lengths: Sequence[int]) -> Tensor | None:
+        """Concatenate the x of all ranks along the first axis, on rank 0; None on the others."""
         if self.rank != 0:
-            self.trade([(0, x, None)])
+            self.send_receive([(0, x, None)])
             return None
         out = x.new_empty(sum(lengths), *x.shape[1:])
         parts = list(out.split(list(lengths)))
         parts[0].copy_(x)
-        self.trade([(rank, None, part) for rank, part in enumerate(parts) if rank])
+        self.send_receive([(rank, None, part) for rank, part in enumerate(parts) if rank])
         return out
 
-    def agree(self, flag: bool, *, all_of_them: bool) -> bool:
-        """Whether all (or any) of the processes say so. A few bytes on the CPU, so no device is waited for."""
+    def all_true(self, flag: bool) -> bool:
+        """Whether the flag is set on all ranks."""
+        return self._reduce(flag, dist.ReduceOp.MIN)
+
+    def any_true(self, flag: bool) -> bool:
+        """Whether the flag is set on at least one rank."""
+        return self._reduce(flag, dist.ReduceOp.MAX)
+
+    def _reduce(self, flag: bool, operation: dist.ReduceOp.RedOpType) -> bool:
+        """All-reduce of one flag: a few bytes on the CPU, so it waits for no device."""
         votes = torch.tensor([int(flag)], dtype=torch.int32)
         self._count("agree", 4 * (self.size - 1))
-        dist.all_reduce(votes, dist.ReduceOp.MIN if all_of_them else dist.ReduceOp.MAX, group=self.group)
+        dist.all_reduce(votes, operation, group=self.group)
         return bool(votes.item())
 
-    def tell(self, message: Any) -> Any:
-        """Rank 0's message (JSON types) on all processes."""
+    def broadcast_json(self, message: Any) -> Any:
+        """Rank 0's message (JSON types) on every rank."""
         data = json.dumps(message).encode() if self.rank == 0 else b""
         length = torch.tensor([len(data)], dtype=torch.int64)
         self._count("tell", len(data) * (self.size - 1))
@@ -100,15 +110,15 @@ class Wire:
         dist.broadcast(payload, group=self.group, group_src=0)
         return json.loads(payload.numpy().tobytes())
 
-    def gather_json(self, message: Any) -> list[Any]:
-        """Everybody's message (JSON types), on all processes."""
+    def all_gather_json(self, message: Any) -> list[Any]:
+        """The messages (JSON types) of all ranks, on every rank."""
         data = torch.frombuffer(bytearray(json.dumps(message).encode()), dtype=torch.uint8)
-        own = torch.tensor([data.numel()], dtype=torch.int64)
-        lengths = self.collect(own, [1] * self.size).tolist()
-        parts = self.collect(data, lengths).split(lengths)
+        length = torch.tensor([data.numel()], dtype=torch.int64)
+        lengths = self.all_gather(length, [1] * self.size).tolist()
+        parts = self.all_gather(data, lengths).split(lengths)
         return [json.loads(part.numpy().tobytes()) for part in parts]
 
 
-def shares(total: int, parts: int) -> list[int]:
-    """`total` in `parts` lengths that differ by one at most: nothing is padded, so nothing needs a mask."""
+def shard_sizes(total: int, parts: int) -> list[int]:
+    """Split `total` into `parts` lengths that differ by at most one: no padding, so no mask."""
     return [total // parts + (part < total % parts) for part in range(parts)]

@@ -1,4 +1,4 @@
-"""Who does what for one loaded model: guidance branches x parts of the sequence, and all processes for the VAE."""
+"""Mesh: which part of a model each process computes. Guidance branches x parts of the sequence; all share the VAE."""
 
 from __future__ import annotations
 
@@ -6,70 +6,56 @@ from typing import Any
 
 from torch import Tensor
 
-from ..progress import CancelToken
-from .collectives import Wire, shares
-from .process_group import World
+from .collectives import shard_sizes
+from .process_group import Group
+from .spatial_shards import SpatialShards
 from .ulysses import Ulysses
-from .vae_bands import Rows
 
 
 class Mesh:
-    """`cfg` joins the two processes that do the two branches of the same tokens, `seq` those of the same branch."""
+    """The layout for one loaded model.
 
-    def __init__(self, world: World, cfg_p_size: int, seq_p_size: int) -> None:
-        self.world = world
-        self.cfg, seq, everybody = world.wires(cfg_p_size, seq_p_size)
-        self._beside = Ulysses(seq) if seq is not None else None
-        self._alone = Ulysses(everybody) if self.cfg is not None else self._beside
-        self._wires = {"world": world.wire, "cfg": self.cfg, "seq": seq, "all": everybody}
+    `cfg` joins the two processes that do the two guidance branches of the same tokens, `seq` those that share one
+    branch. With a `SingleProcess` every method is the identity.
+    """
 
-    def split(self, branches: int) -> Ulysses | None:
-        """How a DiT's tokens are shared in a step of one or two branches.
+    def __init__(self, group: Group, cfg_p_size: int, seq_p_size: int) -> None:
+        self.group = group
+        self.cfg, seq, everyone = group.collectives_for(cfg_p_size, seq_p_size)
+        self._branch_split = Ulysses(seq) if seq is not None else None
+        self._whole_split = Ulysses(everyone) if self.cfg is not None and everyone is not None else self._branch_split
+        groups = {"world": group.collectives, "cfg": self.cfg, "seq": seq, "all": everyone}
+        self._collectives = {name: collectives for name, collectives in groups.items() if collectives is not None}
 
-        Where one expert has no guidance, all processes share its one branch: none repeats the work of another.
+    def token_split(self, branches: int) -> Ulysses | None:
+        """How a DiT splits its tokens in a step with one or two branches; None for no split.
+
+        All processes share the single branch of an expert without guidance, so none repeats the work of another.
         """
-        return self._alone if branches == 1 else self._beside
+        return self._whole_split if branches == 1 else self._branch_split
 
-    def rows(self, height: int) -> Rows | None:
-        """How latents of this height are split over all processes for the VAE; None if they are too few rows."""
-        return Rows(self.world.wire, shares(height, self.world.size)) if height >= self.world.size else None
+    def spatial_split(self, height: int) -> SpatialShards | None:
+        """How all processes split latents of this height for the VAE; None with too few rows, or alone."""
+        collectives = self.group.collectives
+        if collectives is None or height < self.group.size:
+            return None
+        return SpatialShards(collectives, shard_sizes(height, self.group.size))
 
-    def branch(self, branches: list[Any]) -> list[Any]:
-        """Of the prompt and the negative prompt those that this process has to do."""
+    def local_branches(self, branches: list[Any]) -> list[Any]:
+        """Of the prompt and the negative prompt, those that this process computes."""
         return branches if self.cfg is None or len(branches) < 2 else [branches[self.cfg.rank]]
 
-    def both(self, velocities: list[Tensor], branches: int) -> list[Tensor]:
-        """The velocities of all branches, from those of this process's."""
+    def gather_branches(self, velocities: list[Tensor], branches: int) -> list[Tensor]:
+        """The velocities of all branches, from those that this process has computed."""
         if self.cfg is None or branches < 2:
             return velocities
-        return list(self.cfg.collect(velocities[0][None], [1, 1]))
+        return list(self.cfg.all_gather(velocities[0][None], [1, 1]))
 
     @property
     def sent(self) -> dict[str, dict[str, int]]:
-        """Bytes this process has sent to others since `count_anew`, by group and kind."""
-        return {name: dict(wire.sent) for name, wire in self._wires.items() if wire is not None and wire.sent}
+        """Bytes that this process has sent to others since `reset_counts`, by group and kind."""
+        return {name: dict(collectives.sent) for name, collectives in self._collectives.items() if collectives.sent}
 
-    def count_anew(self) -> None:
-        for wire in self._wires.values():
-            if wire is not None:
-                wire.sent.clear()
-
-
-class SharedCancel(CancelToken):
-    """A run's cancel flag on all processes: whoever is asked to stop, they stop at the same `check`.
-
-    `check` is an exchange, so all must call it at the same places: between steps and between chunks of the VAE.
-    """
-
-    def __init__(self, wire: Wire, token: CancelToken | None) -> None:
-        super().__init__()
-        self._wire, self._token = wire, token
-
-    @property
-    def cancelled(self) -> bool:
-        return super().cancelled or (self._token is not None and self._token.cancelled)
-
-    def check(self) -> None:
-        if self._wire.agree(self.cancelled, all_of_them=False):
-            self.cancel()
-            super().check()
+    def reset_counts(self) -> None:
+        for collectives in self._collectives.values():
+            collectives.sent.clear()

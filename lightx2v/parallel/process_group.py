@@ -1,12 +1,12 @@
-"""Several processes that work on one video: what rank 0 tells the others, how a failure of one ends all.
+"""ProcessGroup: several processes that work on one video, the commands of rank 0, and how a failure of one ends all.
 
-    world = join(environment)               meet.py
-    mesh = Mesh(world, cfg_p_size, seq_p_size)
-    with world.together(): …                what may fail on one process only
+    group = join(environment)               rendezvous.py
+    mesh = Mesh(group, cfg_p_size, seq_p_size)
+    with group.collective(): …              work that may fail on one process only
 
-Rank 0 reads, writes and talks to people; the others do what it tells them (`same`). Commands are JSON in rank 0's
-store on loopback; failures go through torchrun's, which outlives every rank. Waiting there needs no device and has no
-time limit.
+Rank 0 reads, writes and talks to people; the others follow its commands (`run_on_rank0`). Commands are JSON in rank
+0's store on loopback. Failures go through torchrun's store, which outlives every rank. Waiting for a command needs no
+device and has no time limit.
 """
 
 from __future__ import annotations
@@ -18,186 +18,209 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import init_device_mesh
 
-from ..config.engine_config import EngineConfig
 from ..errors import ConfigError, GroupFailed, LightX2VError
 from ..progress import CancelToken
-from .broadcast import TensorStream, describe, feed, recall
-from .collectives import Wire
-from .heartbeat import Watch
+from .broadcast import TensorStream, broadcast_stream, error_from_json, error_to_json
+from .collectives import Collectives
+from .heartbeat import Heartbeat
+from .single_process import SingleProcess
 
 SETTLE = 8.0
-"""Seconds in which all processes must have come out of a piece of work after it failed on one of them."""
+"""Seconds in which all processes must have left a collective after it failed on one of them."""
 POLL = 0.02
-LEAVE, CLOSE = "leave", "close"
+EXIT, CLOSE, REFUSED = "exit", "close", "refused"
+"""Commands: the program ends; the model is closed; what rank 0 was asked for is an error."""
+
+T = TypeVar("T")
 
 
-class World:
-    """One per program; `join` makes it. `store` takes commands, `watch` failures."""
+class ProcessGroup:
+    """The processes of this program; `join` makes the one instance. `store` carries commands, `heartbeat` failures."""
 
-    def __init__(self, rank: int, size: int, device: torch.device, store: dist.Store, watch: Watch) -> None:
-        everybody = dist.group.WORLD
-        assert everybody is not None
+    def __init__(self, rank: int, size: int, device: torch.device, store: dist.Store, heartbeat: Heartbeat) -> None:
+        world = dist.group.WORLD
+        assert world is not None
         self.rank, self.size, self.device = rank, size, device
-        self.wire = Wire(everybody)
-        self._all_wires = [self.wire]
-        self._wires: dict[tuple[int, int], tuple[Wire | None, Wire | None, Wire]] = {}
-        self._store, self._watch = store, watch
-        self._told = self._works = self._forgotten = 0
+        self.collectives = Collectives(world)
+        self._all_collectives = [self.collectives]
+        self._layouts: dict[tuple[int, int], tuple[Collectives | None, Collectives | None, Collectives]] = {}
+        self._store, self._heartbeat = store, heartbeat
+        self._commands = self._works = self._deleted = 0
 
     @property
-    def leads(self) -> bool:
+    def is_rank0(self) -> bool:
         return self.rank == 0
 
-    def wires(self, cfg_p_size: int, seq_p_size: int) -> tuple[Wire | None, Wire | None, Wire]:
-        """This process's groups among `cfg_p_size` x `seq_p_size`: the branches, the sequence, everybody.
+    def check_device(self, device: str) -> None:
+        """Raise ConfigError if a configuration asks for another device than the processes are on."""
+        if device not in ("auto", self.device.type):
+            raise ConfigError(
+                f'device is "{device}", but the {self.size} processes run on {self.device.type.upper()}, one device '
+                'each. Set device to "auto"; CUDA_VISIBLE_DEVICES selects the GPUs, if any.'
+            )
 
-        All processes ask for it. A layout's groups are made once: NCCL keeps memory for each.
+    def close(self) -> None:
+        """End this process's part. The others end too, as soon as they wait for a command.
+
+        After a failure the process ends here: NCCL would wait for exchanges that never come.
         """
-        known = self._wires.get((cfg_p_size, seq_p_size))
-        if known is not None:
-            return known
-        whole = self.wire.group
-        if cfg_p_size > 1 and seq_p_size > 1:
-            mesh = init_device_mesh(self.device.type, (cfg_p_size, seq_p_size), mesh_dim_names=("cfg_p", "seq_p"))
-            cfg, seq = Wire(mesh.get_group("cfg_p")), Wire(mesh.get_group("seq_p"))
-        else:
-            cfg, seq = Wire(whole) if cfg_p_size > 1 else None, Wire(whole) if seq_p_size > 1 else None
-        made = self._wires[cfg_p_size, seq_p_size] = (cfg, seq, Wire(whole))
-        self._all_wires += [wire for wire in made if wire is not None]
-        return made
-
-    # ---- what rank 0 tells the others -------------------------------------------------------------------------------
-
-    def tell(self, what: str, content: Any = None) -> None:
-        """Rank 0's next command, in JSON types."""
-        self._store.set(f"command/{self._told}", json.dumps({"what": what, "content": content}))
-        self._told += 1
-
-    def peek(self) -> tuple[str, Any]:
-        """The next command, whenever it comes; it stays the next one."""
-        key = f"command/{self._told}"
-        try:
-            while not self._store.check([key]):
-                time.sleep(POLL)
-            command = json.loads(self._store.get(key))
-        except RuntimeError:
-            raise GroupFailed(self._watch.reason() or "Process 0 ended without a word.") from None
-        return command["what"], command["content"]
-
-    def same(self, what: str, content: Callable[[], Any]) -> Any:
-        """One call that all processes make: rank 0's content, on all. What rank 0 refuses is refused everywhere."""
-        if self.leads:
-            try:
-                said = content()
-            except LightX2VError as error:
-                self.tell("refused", describe(error))
-                raise
-            self.tell(what, said)
-            return said
-        while (heard := self.peek())[0] == CLOSE:  # each closes its own
-            self.skip()
-        if heard[0] == LEAVE:
-            raise GroupFailed("Process 0 has ended.")
-        self.skip()
-        if heard[0] == "refused":
-            raise recall(heard[1])
-        if heard[0] != what:
-            raise GroupFailed(f"Rank 0 does {heard[0]} while this process does {what}: the scripts must do the same.")
-        return heard[1]
-
-    def skip(self) -> None:
-        """Done with the command that `peek` shows."""
-        self._told += 1
-
-    def leave(self) -> None:
-        """The program ends. The others, if they wait for a command, end too.
-
-        After a failure it ends here: NCCL would wait for exchanges that never come.
-        """
-        if self._watch.reason():
+        if self._heartbeat.failure():
             sys.stdout.flush()
             sys.stderr.flush()
             os._exit(1)
-        if self.leads:
-            with contextlib.suppress(RuntimeError):
-                self.tell(LEAVE)
-        self._watch.close()
-        if self.leads:
-            self._watch.wait_for_others(SETTLE)  # they read the last command from this process's store
+        with contextlib.suppress(RuntimeError):
+            self.send_command(EXIT)
+        self._heartbeat.close()
+        if self.is_rank0:
+            self._heartbeat.wait_for_others(SETTLE)  # they read the last command from this process's store
         if dist.is_initialized():
             dist.destroy_process_group()
 
-    def agree_on_model(
-        self, config: EngineConfig, preset: str, *, prepare: Callable[[], None]
-    ) -> tuple[EngineConfig, str]:
-        """What rank 0 wants to load, once it has called `prepare`."""
+    # ---- exchanges --------------------------------------------------------------------------------------------------
 
-        def prepared() -> dict[str, Any]:
-            prepare()
-            return {"config": config.to_json(), "preset": preset}
+    def collectives_for(
+        self, cfg_p_size: int, seq_p_size: int
+    ) -> tuple[Collectives | None, Collectives | None, Collectives]:
+        """This process's groups in a layout: guidance branches, sequence, all processes. All ranks must call it.
 
-        said = self.same("load", prepared)
-        return EngineConfig.from_json(said["config"]), said["preset"]
+        The groups of a layout are made once: NCCL keeps memory for each.
+        """
+        known = self._layouts.get((cfg_p_size, seq_p_size))
+        if known is not None:
+            return known
+        world = self.collectives.group
+        if cfg_p_size > 1 and seq_p_size > 1:
+            mesh = init_device_mesh(self.device.type, (cfg_p_size, seq_p_size), mesh_dim_names=("cfg_p", "seq_p"))
+            cfg, seq = Collectives(mesh.get_group("cfg_p")), Collectives(mesh.get_group("seq_p"))
+        else:
+            cfg = Collectives(world) if cfg_p_size > 1 else None
+            seq = Collectives(world) if seq_p_size > 1 else None
+        layout = self._layouts[cfg_p_size, seq_p_size] = (cfg, seq, Collectives(world))
+        self._all_collectives += [collectives for collectives in layout if collectives is not None]
+        return layout
 
-    def check_device(self, device: str) -> None:
-        """Raises ConfigError if this is not where the processes were put."""
-        if device not in ("auto", self.device.type):
-            raise ConfigError(
-                f'device is "{device}", but the {self.size} processes are on {self.device.type.upper()}, one device '
-                'each. Set device to "auto"; CUDA_VISIBLE_DEVICES says which GPUs are used, if any.'
+    def broadcast_stream(
+        self, tensors: TensorStream, cancel: CancelToken | None = None
+    ) -> Iterator[tuple[str, torch.Tensor]]:
+        """Yield (name, tensor) as rank 0 reads them, on every rank. Other ranks never start their `tensors`."""
+        return broadcast_stream(self.collectives, self.device, tensors, cancel)
+
+    def broadcast_json(self, message: Any) -> Any:
+        """Rank 0's message (JSON types) on every rank."""
+        return self.collectives.broadcast_json(message)
+
+    def all_gather_json(self, message: Any) -> list[Any]:
+        """The messages (JSON types) of all ranks, on every rank."""
+        return self.collectives.all_gather_json(message)
+
+    def any_true(self, flag: bool) -> bool:
+        """Whether the flag is set on at least one rank."""
+        return self.collectives.any_true(flag)
+
+    def local_cancel(self, cancel: CancelToken | None) -> CancelToken | None:
+        """The token for places where a single process may stop by itself: none, the others would wait for it."""
+        return None
+
+    # ---- commands of rank 0 -----------------------------------------------------------------------------------------
+
+    def send_command(self, command: str, content: Any = None) -> None:
+        """Send the next command from rank 0, in JSON types. The other ranks send none, so there it does nothing."""
+        if self.is_rank0:
+            self._store.set(f"command/{self._commands}", json.dumps([command, content]))
+            self._commands += 1
+
+    def next_command(self) -> tuple[str, Any]:
+        """Wait for the next command and its content. It stays the next one until `finish_command`."""
+        key = f"command/{self._commands}"
+        try:
+            while not self._store.check([key]):
+                time.sleep(POLL)
+            command, content = json.loads(self._store.get(key))
+        except RuntimeError:
+            raise GroupFailed(self._heartbeat.failure() or "Process 0 ended without a message.") from None
+        return command, content
+
+    def finish_command(self) -> None:
+        self._commands += 1
+
+    def run_on_rank0(
+        self, command: str, call: Callable[[], T], to_json: Callable[[T], Any], from_json: Callable[[Any], T]
+    ) -> T:
+        """Run `call` on rank 0 alone and return its result on every rank. All ranks must make this call.
+
+        A LightX2VError of rank 0 is raised on every rank.
+        """
+        if self.is_rank0:
+            try:
+                result = call()
+            except LightX2VError as error:
+                self.send_command(REFUSED, error_to_json(error))
+                raise
+            self.send_command(command, to_json(result))
+            return result
+        while (received := self.next_command())[0] == CLOSE:  # each process closes its own model
+            self.finish_command()
+        actual, content = received
+        if actual == EXIT:
+            raise GroupFailed("Process 0 has ended.")
+        self.finish_command()
+        if actual == REFUSED:
+            raise error_from_json(content)
+        if actual != command:
+            raise GroupFailed(
+                f'Process 0 calls "{actual}" while process {self.rank} calls "{command}". All processes must run the '
+                "same script."
             )
-
-    def stream(self, tensors: TensorStream, cancel: CancelToken | None = None) -> Iterator[tuple[str, torch.Tensor]]:
-        """(name, tensor) as rank 0 reads them, on every process; the others' `tensors` are never begun."""
-        return feed(self.wire, self.device, tensors, cancel)
+        return from_json(content)
 
     # ---- failures ---------------------------------------------------------------------------------------------------
 
     @contextmanager
-    def together(self) -> Iterator[None]:
-        """Work that all processes do. Where it fails on all, at the same exchange, the group can go on.
+    def collective(self) -> Iterator[None]:
+        """Work that all processes do. If all of them fail at the same exchange, the group can continue.
 
-        Otherwise some wait for an exchange that will not come; then the first failure is told and all processes end.
+        Otherwise some wait for an exchange that will not come; then all hear of the first failure and end.
         """
         work, self._works = self._works, self._works + 1
         try:
-            with self._watch.busy():
+            with self._heartbeat.needs_all():
                 try:
-                    self.wire.agree(True, all_of_them=True)  # all are here, so the work before this one is over
-                    self._forget(work - 1)
+                    self.collectives.all_true(True)  # all are here, so the work before this one is over
+                    self._delete_old_keys(work - 1)
                     yield
                 finally:
+                    calls = sum(collectives.calls for collectives in self._all_collectives)
                     with contextlib.suppress(RuntimeError):  # the store may be gone, with rank 0
-                        self._store.set(f"ended/{work}/{self.rank}", str(sum(wire.calls for wire in self._all_wires)))
+                        self._store.set(f"ended/{work}/{self.rank}", str(calls))
         except KeyboardInterrupt:
-            self._watch.fail("stopped by a signal", kind="KeyboardInterrupt")
+            self._heartbeat.report_failure("stopped by a signal", kind="KeyboardInterrupt")
             raise
         except BaseException as error:
             if not (missing := self._missing(work)):
                 raise
-            if isinstance(error, RuntimeError) and (not self._store_lives() or self._watch.silent(missing)):
-                who = ", ".join(map(str, missing))
-                self._watch.fail(f"Process {who} ended without a word.", kind="GroupFailed")
+            if isinstance(error, RuntimeError) and (not self._store_lives() or self._heartbeat.silent(missing)):
+                ranks = ", ".join(map(str, missing))
+                self._heartbeat.report_failure(f"Process {ranks} ended without a message.", kind="GroupFailed")
             else:
-                self._watch.fail(str(error), kind=type(error).__name__)
-            raise GroupFailed(self._watch.reason()) from error
+                self.report_failure(error)
+            raise GroupFailed(self._heartbeat.failure()) from error
 
-    def give_up(self, error: BaseException) -> None:
-        """Tells all processes that this one ends, so that they end too."""
-        self._watch.fail(str(error) or "stopped", kind=type(error).__name__)
+    def report_failure(self, error: BaseException) -> None:
+        """Tell all processes that this one ends with this error, so that they end too."""
+        self._heartbeat.report_failure(str(error) or "stopped", kind=type(error).__name__)
 
     def _missing(self, work: int) -> list[int]:
-        """The processes that do not come out of this work, or not at the same exchange."""
+        """The ranks that do not leave this work, or leave it at another exchange than this one."""
         deadline = time.monotonic() + SETTLE
         missing = list(range(self.size))
         try:
-            while missing and time.monotonic() < deadline and not self._watch.reason():
+            while missing and time.monotonic() < deadline and not self._heartbeat.failure():
                 missing = [rank for rank in missing if not self._store.check([f"ended/{work}/{rank}"])]
                 time.sleep(POLL)
             if missing:
@@ -208,16 +231,20 @@ class World:
         return [rank for rank, count in enumerate(calls) if count != calls[self.rank]]
 
     def _store_lives(self) -> bool:
-        """False once rank 0, whose store it is, has ended."""
+        """False once rank 0 has ended, which holds the store."""
         try:
             return self._store.check([]) or True
         except RuntimeError:
             return False
 
-    def _forget(self, work: int) -> None:
-        """Drops from the store what nobody will read any more: how this work ended, and the commands so far."""
+    def _delete_old_keys(self, work: int) -> None:
+        """Delete from the store what all have read: how this work ended, and the commands so far."""
         with contextlib.suppress(RuntimeError):
             self._store.delete_key(f"ended/{work}/{self.rank}")
-            while self.leads and self._forgotten < self._told:
-                self._store.delete_key(f"command/{self._forgotten}")
-                self._forgotten += 1
+            while self.is_rank0 and self._deleted < self._commands:
+                self._store.delete_key(f"command/{self._deleted}")
+                self._deleted += 1
+
+
+Group = ProcessGroup | SingleProcess
+"""The processes that work on one video: several, or this one alone."""

@@ -1,8 +1,8 @@
-"""Where the processes meet: once per program, on one machine, over loopback.
+"""Rendezvous: the processes of a program connect to each other, once, on one machine, over loopback.
 
-torchrun's own store listens on every interface. So nothing but heartbeats and the news of a failure goes through it
-(Watch): it outlives every rank. Commands, and what the groups of torch.distributed tell each other to connect, go
-through a store in rank 0 that listens on 127.0.0.1.
+torchrun's own store listens on every interface. So only heartbeats and the news of a failure go through it: it
+outlives every rank. Commands, and the addresses with which the groups of torch.distributed connect, go through a store
+in rank 0 that listens on 127.0.0.1.
 """
 
 from __future__ import annotations
@@ -20,49 +20,53 @@ from torch.distributed.rendezvous import rendezvous
 
 from ..config.environment import Environment
 from ..errors import ConfigError, GroupFailed
-from .heartbeat import Watch
-from .process_group import POLL, World
+from .heartbeat import Heartbeat
+from .process_group import POLL, ProcessGroup
 
 log = logging.getLogger("lightx2v.parallel")
 
 TIMEOUT = timedelta(minutes=30)
-"""Of one exchange. `Watch` notices failures within seconds; this is for what nobody thought of."""
-MEET = timedelta(minutes=5)
+"""Longest duration of one exchange. `Heartbeat` notices failures within seconds; this is the last resort."""
+CONNECT = timedelta(minutes=5)
 LOOPBACK = "127.0.0.1"
 
 
 @functools.cache
-def join(environment: Environment) -> World:
-    """Meets the other processes. NCCL on GPUs, gloo on CPUs; what is small always goes over gloo."""
+def join(environment: Environment) -> ProcessGroup:
+    """Connect to the other processes: NCCL on GPUs, gloo on CPUs and for small messages."""
     rank, size = environment.rank, environment.world_size or 1
-    device = place(environment)
+    device = _device(environment)
     environment.use_loopback()
-    # A connection each: one for this thread, one for the watch, which must not wait for it.
-    outer = _torchruns_store(environment)
-    own = _rank_0s_store(environment, outer)
-    heard = _torchruns_store(environment) or _client(own.port)
-    _all_are_here(own, rank, size)
-    watch = Watch(dist.PrefixStore(f"lightx2v/{environment.restart_count}/watch", heard), rank, size)
+    torchruns = _torchruns_store(environment)
+    rank0s = _rank0s_store(environment, torchruns)
+    # The heartbeat has a connection of its own, so that it never waits for this thread's calls.
+    for_heartbeat = _torchruns_store(environment) or _client(rank0s.port)
+    _wait_for_all(rank0s, rank, size)
+    heartbeat = Heartbeat(
+        dist.PrefixStore(f"lightx2v/{environment.restart_count}/heartbeat", for_heartbeat), rank, size
+    )
     backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
-    group = dist.PrefixStore("group", own)
+    store = dist.PrefixStore("group", rank0s)
     try:
-        dist.init_process_group(backend, store=group, rank=rank, world_size=size, timeout=TIMEOUT)
+        dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=TIMEOUT)
     except RuntimeError as error:
         reason = str(error).partition("\n")[0]
-        raise GroupFailed(f"Process {rank} cannot connect to the others ({reason}): one of them has ended.") from None
+        raise GroupFailed(
+            f"Process {rank} cannot connect to the others ({reason}): one of them has ended. See its output for why."
+        ) from None
     log.info("Process %d of %d is on %s.", rank, size, device)
-    world = World(rank, size, device, dist.PrefixStore("lightx2v", own), watch)
-    atexit.register(world.leave)
-    return world
+    group = ProcessGroup(rank, size, device, dist.PrefixStore("lightx2v", rank0s), heartbeat)
+    atexit.register(group.close)
+    return group
 
 
-def place(environment: Environment) -> torch.device:
-    """This process's device. ConfigError where the processes are more than the devices, or on several machines."""
+def _device(environment: Environment) -> torch.device:
+    """This process's device. ConfigError if there are more processes than devices, or several machines."""
     size, local_rank = environment.world_size or 1, environment.local_rank
     if environment.local_world_size not in (None, size):
         raise ConfigError(
-            f"{size} processes were started, {environment.local_world_size} of them on this machine. One video is made "
-            "on one machine; start one group on each."
+            f"{size} processes were started, but only {environment.local_world_size} of them on this machine. All "
+            "processes of one video must run on one machine; start a separate group on each machine."
         )
     if not torch.cuda.is_available():
         return torch.device("cpu")
@@ -76,45 +80,47 @@ def place(environment: Environment) -> torch.device:
 
 
 def _torchruns_store(environment: Environment) -> dist.Store | None:
-    """A new connection to it; None where something else than torchrun started the processes."""
+    """A new connection to torchrun's store; None if another launcher started the processes."""
     if not environment.by_torchrun:
         return None
-    store, _, _ = next(iter(rendezvous("env://", timeout=MEET)))
+    store, _, _ = next(iter(rendezvous("env://", timeout=CONNECT)))
     return store
 
 
-def _rank_0s_store(environment: Environment, outer: dist.Store | None) -> dist.TCPStore:
-    """The port is any free one, told through torchrun's store; without torchrun it is the one of the environment."""
+def _rank0s_store(environment: Environment, torchruns: dist.Store | None) -> dist.TCPStore:
+    """Any free port, announced in torchrun's store; without torchrun, the port from the environment."""
     key = f"lightx2v/{environment.restart_count}/port"
     if environment.rank == 0:
-        listener = socket.create_server((LOOPBACK, environment.port if outer is None else 0), backlog=128)
+        listener = socket.create_server((LOOPBACK, environment.port if torchruns is None else 0), backlog=128)
         port = listener.getsockname()[1]
-        if outer is not None:
-            outer.set(key, str(port))
+        if torchruns is not None:
+            torchruns.set(key, str(port))
         return dist.TCPStore(
-            LOOPBACK, port, None, True, MEET, wait_for_workers=False, master_listen_fd=listener.detach()
+            LOOPBACK, port, None, True, CONNECT, wait_for_workers=False, master_listen_fd=listener.detach()
         )
-    if outer is None:
+    if torchruns is None:
         return _client(environment.port)
-    _wait(outer, [key], "Process 0")
-    return _client(int(outer.get(key)))
+    _wait(torchruns, [key], "Process 0")
+    return _client(int(torchruns.get(key)))
 
 
 def _client(port: int) -> dist.TCPStore:
-    return dist.TCPStore(LOOPBACK, port, None, False, MEET, wait_for_workers=False)
+    return dist.TCPStore(LOOPBACK, port, None, False, CONNECT, wait_for_workers=False)
 
 
-def _all_are_here(store: dist.Store, rank: int, size: int) -> None:
-    """From here on they can be expected to answer."""
+def _wait_for_all(store: dist.Store, rank: int, size: int) -> None:
+    """After this, every process can be expected to answer."""
     store.set(f"here/{rank}", "1")
     for other in range(size):
         _wait(store, [f"here/{other}"], f"Process {other}")
 
 
 def _wait(store: dist.Store, keys: list[str], who: str) -> None:
-    """In short looks, not in one call: that would hold back signals."""
-    deadline = time.monotonic() + MEET.total_seconds()
+    """Poll: one long call would hold back signals."""
+    deadline = time.monotonic() + CONNECT.total_seconds()
     while not store.check(keys):
         if time.monotonic() > deadline:
-            raise GroupFailed(f"{who} did not come within {MEET.total_seconds() / 60:.0f} minutes.")
+            raise GroupFailed(
+                f"{who} did not connect within {CONNECT.total_seconds() / 60:.0f} minutes. Start all processes anew."
+            )
         time.sleep(POLL)

@@ -21,7 +21,7 @@ def picture(width: int, height: int, seed: int = 0) -> np.ndarray:
 class RecordingVAE:
     """Stands in for the VAE: answers with constant latents and keeps what it was given."""
 
-    def encode_condition(self, frames, first_CHW, last_CHW=None, *, tiling=None, bands=None, cancel=None):
+    def encode_condition(self, frames, first_CHW, last_CHW=None, *, tiling=None, split=None, cancel=None):
         self.given = (frames, first_CHW, last_CHW)
         if cancel is not None:
             cancel.check()

@@ -6,7 +6,7 @@ import parallel_parts
 import pytest
 from parallel_ranks import group
 
-from lightx2v.parallel.collectives import shares
+from lightx2v.parallel.collectives import shard_sizes
 
 SHAPES = [[1, 4, 6], [3, 6, 10], [2, 2, 2]]
 """6, 45 and 2 tokens: fewer than processes, odd, and not divisible by 4."""
@@ -23,6 +23,6 @@ def test_every_layout_equals_one_process(cfg: int, seq: int, heads: int, prompts
 
 
 def test_shares_differ_by_one_at_most() -> None:
-    assert shares(45, 4) == [12, 11, 11, 11]
-    assert shares(2, 4) == [1, 1, 0, 0]
-    assert sum(shares(75_601, 8)) == 75_601
+    assert shard_sizes(45, 4) == [12, 11, 11, 11]
+    assert shard_sizes(2, 4) == [1, 1, 0, 0]
+    assert sum(shard_sizes(75_601, 8)) == 75_601

@@ -1,4 +1,4 @@
-"""The VAE in bands of rows on several processes gives what it gives alone, attention in its middle included."""
+"""The VAE in spatial shards on several processes gives the result of one process, with the attention in its middle."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from parallel_ranks import group
 
 
 @pytest.mark.parametrize(("size", "shapes"), [(2, [[6, 7, 4], [1, 4, 3]]), (4, [[4, 11, 3]])])
-def test_bands_equal_one_process(size: int, shapes: list[list[int]]) -> None:
+def test_shards_equal_one_process(size: int, shapes: list[list[int]]) -> None:
     """Latent frames, height and width; heights that do not divide among them."""
     results = group(size).call(parallel_parts.vae, size, shapes)
     assert max(results[0]["decoded"]) <= 1e-4

@@ -184,7 +184,7 @@ def offloaded_again(config: EngineConfig, lazy: bool, mesh: Any) -> Any:
     files, precision = locate(config), Precision.of(config)
     plan = replace(STREAMED, from_disk=lazy)
     choices = choose_attention(config, files, precision)
-    return offloaded(files, config, precision, *choices, plan, copies=HostCopies(poison=True), mesh=mesh)
+    return offloaded(files, config, precision, *choices, plan, copies=HostCopies(poison=True), group=mesh.group)
 
 
 def dist_size() -> int:
@@ -194,15 +194,15 @@ def dist_size() -> int:
 def again_and_again(root: str) -> list[Any]:
     """What is there after each of some loads and runs: entries in the store, groups of torch.distributed, tensors."""
     config, request = requests_of(Path(root))["base"]
-    world, left = join(Environment.read()), []
+    group, left = join(Environment.read()), []
     for _ in range(3):
         with LightX2VPipeline.from_config(config) as pipe:
             for seed in range(2):
                 pipe.run(replace(request, seed=seed, frames=1))
-        world._store.num_keys()  # an answer: what this process has put into the store has arrived there
-        world.wire.agree(True, all_of_them=True)
-        left.append([world._store.num_keys(), len(dist.distributed_c10d._world.pg_map), len(world._all_wires)])
-        world.wire.agree(True, all_of_them=True)
+        group._store.num_keys()  # an answer: what this process has put into the store has arrived there
+        group.collectives.all_true(True)
+        left.append([group._store.num_keys(), len(dist.distributed_c10d._world.pg_map), len(group._all_collectives)])
+        group.collectives.all_true(True)
     return left
 
 
@@ -223,5 +223,5 @@ def serving(root: str) -> list[Any]:
             ends.append(type(error).__name__)
         pipe.switch_lora([])
         pipe.close()
-    join(Environment.read()).tell("leave")
+    join(Environment.read()).send_command("exit")
     return ends

@@ -119,13 +119,13 @@ def failing(root: str, how: str, where: str, who: int) -> None:
             }[where]
             fail_at(owner, name, times, means)
     if where == "idle":
-        world = join(Environment.read())
-        world._store.set(f"idle/{world.rank}", "1")
-        if world.rank == who:
-            while not world._store.check([f"idle/{1 - who}"]):  # the other one has met all, too
+        group = join(Environment.read())
+        group._store.set(f"idle/{group.rank}", "1")
+        if group.rank == who:
+            while not group._store.check([f"idle/{1 - who}"]):  # the other one has met all, too
                 time.sleep(0.02)
             means()
-        if world.leads:
+        if group.is_rank0:
             time.sleep(60)
         LightX2VPipeline.follow()
         return

@@ -1,0 +1,83 @@
+"""Denoising: the steps of one video, from noise to latents, with the step that was reached, so they can resume."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+from torch import Tensor
+
+from ..config.request import Expert, Request
+from ..models.block import TextStates
+from ..parallel.shared_cancel import SharedCancel
+from ..progress import Meter
+from ..sampling import denoise, guided, initial_noise, solver_for
+from .engine import LoadedEngine
+
+
+class Denoising:
+    """`finish` takes the steps that are left. After an error it can be called again and repeats the failed step only.
+
+    `contexts` are the text encoder's states (L, D) of the prompt and, with guidance, of the negative prompt;
+    `condition` is (20, T, h, w) for image-to-video, else None.
+    """
+
+    def __init__(
+        self,
+        engine: LoadedEngine,
+        request: Request,
+        contexts: Sequence[Tensor],
+        condition: Tensor | None,
+        meter: Meter,
+        cancel: SharedCancel,
+    ) -> None:
+        self.engine, self.request, self.contexts, self.condition = engine, request, contexts, condition
+        self.meter, self.cancel = meter, cancel
+        # Several processes stop between steps only, where they can agree on it.
+        self.cancel_within_step = engine.mesh.group.local_cancel(cancel)
+        self.guided = dict(zip(("high", "low"), request.guided, strict=True))
+        self.text_states: dict[Expert, list[TextStates]] = {}
+        self.solver = solver_for(request)
+        self.schedule = self.solver.schedule
+        channels, frames, height, width = request.latent_shape
+        if condition is not None:  # an input image decides the size
+            height, width = condition.shape[-2:]
+        noise = initial_noise((channels, frames, height, width), request.seed)
+        self.step, self.latents = 0, noise.to(engine.precision.device)
+        self.solver_state = self.solver.state()
+
+    def finish(self) -> Tensor:
+        """The latents (16, T, h, w) after the last step."""
+        self.text_states.clear()
+        self.solver.restore(self.solver_state)
+        return denoise(
+            self.solver,
+            self.velocity,
+            self.latents,
+            start=self.step,
+            on_step=self.after_step,
+            cancel=self.cancel,
+            backend=self.engine.self_attention.name,
+        )
+
+    def velocity(self, expert: Expert, latents: Tensor, timestep: float, step: int) -> Tensor:
+        """The velocity at these latents, with guidance where the expert has it."""
+        mesh, branches = self.engine.mesh, 1 + self.guided[expert]
+        next_expert = self.schedule.experts[step + 1] if step + 1 < self.schedule.steps else None
+        with self.engine.placement.expert(expert, next_expert) as dit:
+            dit.split = mesh.token_split(branches)
+            if expert not in self.text_states:
+                self.text_states.clear()  # the other expert's keys and values are not needed again
+                local = mesh.local_branches(list(self.contexts[:branches]))
+                self.text_states[expert] = [dit.encode_text(context) for context in local]
+            velocities = dit(latents, timestep, self.text_states[expert], self.condition, self.cancel_within_step)
+        return guided(mesh.gather_branches(velocities, branches), expert, self.request.guidance)
+
+    def after_step(self, step: int, latents: Tensor, clean: Callable[[], Tensor]) -> None:
+        self.step, self.latents, self.solver_state = step + 1, latents, self.solver.state()
+        self.meter.emit(
+            "denoise",
+            step + 1,
+            self.schedule.steps,
+            self.schedule.experts[step],
+            preview=lambda: self.engine.preview(clean()),
+        )
