@@ -18,20 +18,21 @@ import torch
 
 from lightx2v.config.presets import resolve
 from lightx2v.config.request import Request
+from lightx2v.config.schedule import shifted_schedule, step_list_schedule
 from lightx2v.models.dit import WanDiT
 from lightx2v.pipeline import LightX2VPipeline
 from lightx2v.progress import CancelToken
-from lightx2v.sampling import Euler, Solver, UniPC, denoise, distill_schedule, initial_noise, unipc_schedule
+from lightx2v.sampling import Euler, Solver, UniPC, denoise, initial_noise
 
 SHAPES = {"demo 64x64x17": (16, 5, 8, 8), "480p 480x832x81": (16, 21, 60, 104)}
 
 
 def four_steps() -> Solver:
-    return Euler(distill_schedule([1000, 750, 500, 250], 5.0, 2))
+    return Euler(step_list_schedule([1000, 750, 500, 250], 5.0, 2))
 
 
 def forty_steps() -> Solver:
-    return UniPC(unipc_schedule(40, 12.0, 0.875))
+    return UniPC(shifted_schedule(40, 12.0, 0.875))
 
 
 def overhead_of(solver: Solver, shape: tuple[int, ...], forward_seconds: float) -> tuple[float, float]:

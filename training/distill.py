@@ -20,8 +20,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from lightx2v.config.schedule import Schedule
 from lightx2v.models.dit import WanDiT
-from lightx2v.sampling.schedule import Schedule
 from lightx2v.sampling.unipc import UniPC
 
 from .dit import Run, compiled_call, copy_of, load_dit, load_text

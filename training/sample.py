@@ -5,10 +5,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from lightx2v.config.schedule import Schedule, shifted_schedule, step_list_schedule
 from lightx2v.models.dit import WanDiT
 from lightx2v.models.vae import WanVAE
 from lightx2v.sampling.euler import Euler
-from lightx2v.sampling.schedule import Schedule, distill_schedule, unipc_schedule
 from lightx2v.sampling.unipc import UniPC
 
 from .detector import detect
@@ -22,7 +22,7 @@ BOUNDARY = {"t2v": 0.875, "i2v": 0.9}
 SHIFT = {"t2v": 12.0, "i2v": 5.0}
 GUIDANCE = {"t2v": (4.0, 3.0), "i2v": (3.5, 3.5)}
 STEP_LIST = (1000, 750, 500, 250)
-DISTILL = distill_schedule(STEP_LIST, 5.0, 2)
+DISTILL = step_list_schedule(STEP_LIST, 5.0, 2)
 
 
 def noise(count: int, device: torch.device, seed: int) -> Tensor:
@@ -60,7 +60,7 @@ def sample_base(
     boundary: float,
     guidance: tuple[float, float],
 ) -> Tensor:
-    schedule = unipc_schedule(steps, shift, boundary)
+    schedule = shifted_schedule(steps, shift, boundary)
     given = None if images is None else condition(images)
     solver = UniPC(schedule)
     for i in range(schedule.steps):

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from lightx2v.config.request import Request
-from lightx2v.cost.run_time import high_noise_steps
+from lightx2v.config.schedule import schedule_of
 from lightx2v.jobs.store import Job
 from lightx2v.progress import STAGES, Progress
 
@@ -85,7 +85,7 @@ def status(
 
 def phases_of(request: Request, event: Progress | None) -> list[str]:
     """The phases that this run has. A download is shown only when there is one."""
-    high = high_noise_steps(request)
+    high = schedule_of(request).high_noise_steps
     absent = {
         "download": event is None or event.stage != "download",
         "image": request.task == "t2v",
@@ -101,7 +101,7 @@ def phase_fill(request: Request, event: Progress | None) -> tuple[str, float]:
         return "load", 0.0
     if event.stage != "denoise":
         return event.stage, event.step / event.total if event.total else 0.0
-    high = high_noise_steps(request)
+    high = schedule_of(request).high_noise_steps
     if event.step < high:
         return "high", event.step / high
     return "low", (event.step - high) / max(1, request.steps - high)
@@ -162,7 +162,7 @@ def _now(words: Words, job: Job, event: Progress | None, ahead: int) -> str:
     if event.stage == "denoise":
         # An event counts the steps that are done; while the next one runs, that is the one to name.
         number = min(event.step + 1, event.total)
-        expert = words("expert_high" if number <= high_noise_steps(job.request) else "expert_low")
+        expert = words("expert_high" if number <= schedule_of(job.request).high_noise_steps else "expert_low")
         pace = _pace(event)
         rest = " · ".join(filter(None, [expert, words("a_step", time=numbers.seconds(pace)) if pace else ""]))
         title = tag("strong", esc(words("step_of", step=number, total=event.total)))

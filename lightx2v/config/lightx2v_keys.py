@@ -15,26 +15,15 @@ from .attention_names import check_attention_name
 from .checks import did_you_mean
 from .engine_config import EngineConfig
 from .request import Request
+from .request_settings import SETTINGS, SHOWN
 
-PER_VIDEO = frozenset({"prompt", "negative_prompt", "image_path", "last_frame_path"})
-"""Fields of Request that say what is shown. A preset file has none of them."""
+PER_VIDEO = frozenset(SHOWN)
+"""Fields of Request that say what a video shows. A preset file has none of them."""
 
 REQUEST_FIELDS = frozenset(item.name for item in fields(Request)) - PER_VIDEO
 ENGINE_FIELDS = frozenset(item.name for item in fields(EngineConfig))
 
-RENAMED = {
-    "infer_steps": "steps",
-    "target_video_length": "frames",
-    "num_frames": "frames",
-    "target_height": "height",
-    "target_width": "width",
-    "sample_shift": "shift",
-    "sample_guide_scale": "guidance",
-    "guidance_scale": "guidance",
-    "num_inference_steps": "steps",
-    "flow_shift": "shift",
-    "boundary_ratio": "boundary",
-}
+ALIASES = {alias: row.name for row in SETTINGS.values() for alias in row.aliases}
 """LightX2V's names in JSON and Python, and those of diffusers, for fields that have shorter names here."""
 
 INERT: dict[str, tuple[Any, ...]] = {
@@ -125,8 +114,8 @@ def sort_keys(data: Mapping[str, Any], where: str) -> Keys:
             _put(keys, key, "cross_attn_1_type", value, where)
         elif key in PER_VIDEO or key == "preset":
             raise ConfigError(f"{where}: {key} cannot be set here; it belongs to the request, not to a preset.")
-        elif key in RENAMED or key in REQUEST_FIELDS or key in ENGINE_FIELDS:
-            _put(keys, key, RENAMED[key] if key in RENAMED else key, value, where)
+        elif key in ALIASES or key in REQUEST_FIELDS or key in ENGINE_FIELDS:
+            _put(keys, key, ALIASES[key] if key in ALIASES else key, value, where)
         else:
             if warning := _without_field(key, value, where):
                 keys.warnings.append(warning)
@@ -169,7 +158,7 @@ KNOWN = sorted(
     {
         *REQUEST_FIELDS,
         *ENGINE_FIELDS,
-        *RENAMED,
+        *ALIASES,
         *INERT,
         *WITHOUT_EFFECT,
         "cross_attn_2_type",

@@ -20,8 +20,10 @@ check = Checks(BadRequest)
 
 Task = Literal["t2v", "i2v", "flf2v"]
 Expert = Literal["high", "low"]
+Sampler = Literal["unipc", "euler", "lcm"]
 
 TASKS: tuple[Task, ...] = ("t2v", "i2v", "flf2v")
+SAMPLERS: tuple[Sampler, ...] = ("unipc", "euler", "lcm")
 OFFICIAL_BOUNDARY: dict[Task, float] = {"t2v": 0.875, "i2v": 0.9, "flf2v": 0.9}
 """Of the base models: the high-noise expert runs at timesteps of 1000 x boundary and above."""
 
@@ -82,9 +84,9 @@ class LoraSpec:
 class Request:
     """One video.
 
-    `guidance` is (high-noise expert, low-noise expert); one number means both. With `denoising_step_list` the distilled
-    sampler runs: `steps` is then the length of the list and `boundary` is None, whatever was given. Without a list, a
-    `boundary` of None means the task's official one. For i2v and flf2v, height x width is an area and the image gives
+    `guidance` is (high-noise expert, low-noise expert); one number means both. With a `denoising_step_list`, `steps`
+    becomes the length of the list and `boundary` None. Without a list, a `boundary` of None means the task's official
+    one. A `sampler` of None means `solver`'s choice. For i2v and flf2v, height x width is an area and the image gives
     the shape, unless `resize_mode` says otherwise (framing.py).
     """
 
@@ -106,6 +108,7 @@ class Request:
     denoising_step_list: tuple[int, ...] | None = None
     boundary_step_index: int | None = None
     resize_mode: str | None = None
+    sampler: Sampler | None = None
     loras: tuple[LoraSpec, ...] | None = None
 
     def __post_init__(self) -> None:
@@ -126,8 +129,9 @@ class Request:
         put("shift", check.real("shift", self.shift, 0.01, 100.0))
         put("guidance", _pair("guidance", self.guidance))
         put("enable_cfg", check.flag("enable_cfg", self.enable_cfg))
-        self._check_sampler(put)
+        self._check_schedule(put)
         check.one_of("resize_mode", self.resize_mode, (None, *RESIZE_MODES))
+        check.one_of("sampler", self.sampler, (None, *SAMPLERS))
         put("loras", _loras(self.loras))
         if self.tokens > MAX_TOKENS:
             self.check_tokens(MAX_TOKENS)
@@ -142,7 +146,7 @@ class Request:
         if self.task == "i2v" and self.last_frame_path:
             raise BadRequest("Task i2v takes no last_frame_path. Use task flf2v, or leave last_frame_path out.")
 
-    def _check_sampler(self, put: Any) -> None:
+    def _check_schedule(self, put: Any) -> None:
         if self.denoising_step_list is None:
             put("steps", check.whole("steps", self.steps, 1, 200))
             boundary = OFFICIAL_BOUNDARY[self.task] if self.boundary is None else self.boundary
@@ -178,8 +182,13 @@ class Request:
 
     @property
     def distilled(self) -> bool:
-        """Whether the step list of a distilled model is run, instead of UniPC."""
+        """Whether the steps come from the step list of a distilled model."""
         return self.denoising_step_list is not None
+
+    @property
+    def solver(self) -> Sampler:
+        """The sampler that runs. LightX2V's files name none: UniPC for a base model, Euler with a step list."""
+        return self.sampler or ("euler" if self.distilled else "unipc")
 
     @property
     def area(self) -> int:

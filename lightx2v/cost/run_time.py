@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any, Literal, Self
 
 from ..config.request import Request
+from ..config.schedule import schedule_of
 
 log = logging.getLogger("lightx2v.estimate")
 
@@ -108,20 +109,11 @@ def dit_flops(shape: DiTShape, tokens: int) -> float:
     return shape.num_layers * block + ends
 
 
-def high_noise_steps(request: Request) -> int:
-    """How many of a run's steps the high-noise expert makes."""
-    if request.denoising_step_list is not None:
-        return min(request.boundary_step_index or 0, request.steps)
-    grid = (0.999 * (1 - k / request.steps) for k in range(request.steps))
-    sigmas = (request.shift * s / (1 + (request.shift - 1) * s) for s in grid)
-    return sum(int(1000 * sigma) >= (request.boundary or 0) * 1000 for sigma in sigmas)
-
-
 def estimate_cost(request: Request, shape: DiTShape | None = None, size: tuple[int, int] | None = None) -> RunCost:
     """The work of `request`. `size` is the video's (height, width) where an input picture changes it."""
     height, width = size or (request.height, request.width)
     tokens = request.latent_shape[1] * (height // 16) * (width // 16)
-    high = high_noise_steps(request)
+    high = schedule_of(request).high_noise_steps
     guided_high, guided_low = request.guided
     forwards = high * (1 + guided_high) + (request.steps - high) * (1 + guided_low)
     pixels, chunks = float(height * width * request.frames), request.latent_shape[1]

@@ -64,6 +64,7 @@ class Result:
             "width": self.width,
             "frames": self.request.frames,
             "fps": self.request.fps,
+            "sampler": self.request.solver,
             "file_bytes": self.file_bytes,
             "device": self.device,
             "attention": self.attention,

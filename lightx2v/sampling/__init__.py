@@ -1,34 +1,42 @@
-"""From noise to latents: schedules (when), solvers (how), the loop (denoise), checks on the outcome."""
+"""From noise to latents: solvers, the denoising loop, checks on the outcome. The schedules are in config/schedule.py.
+
+A solver is one file here, one row of SAMPLERS, and its name in SAMPLERS of config/request.py.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 from ..config.request import Request
+from ..config.schedule import Schedule, schedule_of
 from .checks import still_warning
 from .denoise import Solver, denoise, draw_seed, guided, initial_noise
 from .euler import Euler
-from .schedule import Schedule, distill_schedule, unipc_schedule
+from .lcm import LCM
 from .unipc import UniPC
 
 __all__ = [
+    "LCM",
+    "SAMPLERS",
     "Euler",
-    "Schedule",
     "Solver",
     "UniPC",
     "denoise",
-    "distill_schedule",
     "draw_seed",
     "guided",
     "initial_noise",
     "solver_for",
     "still_warning",
-    "unipc_schedule",
 ]
+
+SAMPLERS: dict[str, Callable[[Schedule, int], Solver]] = {
+    "unipc": lambda schedule, seed: UniPC(schedule),
+    "euler": lambda schedule, seed: Euler(schedule),
+    "lcm": LCM,
+}
+"""Name -> solver of a schedule and a seed. Every solver takes either kind of schedule."""
 
 
 def solver_for(request: Request) -> Solver:
-    """A fresh solver with the schedule that a request asks for; one run takes one solver."""
-    if request.denoising_step_list is not None and request.boundary_step_index is not None:
-        return Euler(distill_schedule(request.denoising_step_list, request.shift, request.boundary_step_index))
-    if request.boundary is None:
-        raise ValueError("a request needs a boundary, or a step list with its boundary_step_index")
-    return UniPC(unipc_schedule(request.steps, request.shift, request.boundary))
+    """A new solver with the request's schedule. Each run takes its own."""
+    return SAMPLERS[request.solver](schedule_of(request), request.seed)

@@ -15,9 +15,9 @@ import torch
 from torch import Tensor
 
 from ..config.request import Expert
+from ..config.schedule import Schedule
 from ..progress import CancelToken
 from .checks import require_finite
-from .schedule import Schedule
 
 Velocity = Callable[[Expert, Tensor, float, int], Tensor]
 """(expert, latents CTHW, timestep, step from 0) -> velocity CTHW, float32."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .schedule import Schedule
+from ..config.schedule import Schedule
 
 
 class Euler:

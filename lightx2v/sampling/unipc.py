@@ -20,7 +20,11 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .schedule import Schedule
+from ..config.schedule import Schedule
+
+LARGEST = 1 - 1e-6
+"""Pure noise, sigma 1, where a step list may begin, has lambda = -infinity. The weights use this sigma instead, as
+diffusers' UniPCMultistepScheduler does."""
 
 
 class Weights(NamedTuple):
@@ -45,7 +49,7 @@ class UniPCState:
 class UniPC:
     def __init__(self, schedule: Schedule) -> None:
         self.schedule = schedule
-        self._predict, self._correct = solver_weights(schedule.sigmas)
+        self._predict, self._correct = solver_weights((min(schedule.sigmas[0], LARGEST), *schedule.sigmas[1:]))
         self._state = UniPCState()
 
     def step(self, velocity: Tensor, i: int, latents: Tensor) -> Tensor:

@@ -12,7 +12,8 @@ import pytest
 from benchmarks.prediction import THREE_SIZES, UNSEEN, Runs
 from lightx2v import progress
 from lightx2v.config.request import Request
-from lightx2v.cost.run_time import OVERHEAD, DiTShape, Rates, dit_flops, estimate_cost, high_noise_steps
+from lightx2v.config.schedule import schedule_of
+from lightx2v.cost.run_time import OVERHEAD, DiTShape, Rates, dit_flops, estimate_cost
 
 DEMO = DiTShape(dim=128, ffn_dim=512, num_layers=6, text_dim=64, text_len=32)
 
@@ -47,7 +48,7 @@ def test_one_a14b_forward_costs_what_the_counter_of_torch_says(tokens: int, tera
 def test_steps_of_the_two_experts_follow_the_schedule() -> None:
     t2v = Request(prompt="x", steps=40, shift=12.0, boundary=0.875)
     i2v = Request(prompt="x", task="i2v", image_path="a.png", steps=40, shift=5.0, boundary=0.9)
-    assert (high_noise_steps(t2v), high_noise_steps(i2v), high_noise_steps(distilled())) == (26, 15, 2)
+    assert tuple(schedule_of(request).high_noise_steps for request in (t2v, i2v, distilled())) == (26, 15, 2)
 
 
 def test_guidance_doubles_the_forwards_only_of_the_guided_expert() -> None:

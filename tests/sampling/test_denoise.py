@@ -4,18 +4,20 @@ import numpy as np
 import pytest
 import torch
 
+from lightx2v.config.schedule import shifted_schedule, step_list_schedule
 from lightx2v.errors import Cancelled, NumericsError, OutOfMemory
 from lightx2v.progress import CancelToken
 from lightx2v.sampling import (
+    LCM,
+    SAMPLERS,
     Euler,
+    Solver,
     UniPC,
     denoise,
-    distill_schedule,
     draw_seed,
     guided,
     initial_noise,
     still_warning,
-    unipc_schedule,
 )
 
 SHAPE = (16, 3, 4, 6)
@@ -25,17 +27,19 @@ def velocity(expert: str, latents: torch.Tensor, timestep: float, i: int) -> tor
     return torch.tanh(latents) * (2.0 if expert == "high" else 1.5) - timestep / 1000
 
 
-def solvers() -> list[UniPC | Euler]:
-    return [UniPC(unipc_schedule(8, 5.0, 0.9)), Euler(distill_schedule([1000, 750, 500, 250], 5.0, 2))]
+SCHEDULES = {"shift": shifted_schedule(8, 5.0, 0.9), "list": step_list_schedule([1000, 750, 500, 250], 5.0, 2)}
+NAMES = {UniPC: "unipc", Euler: "euler", LCM: "lcm"}
 
 
-def fresh(solver: UniPC | Euler) -> UniPC | Euler:
-    return type(solver)(solver.schedule)
+def fresh(solver: Solver) -> Solver:
+    return SAMPLERS[NAMES[type(solver)]](solver.schedule, 7)
 
 
-@pytest.fixture(params=[0, 1], ids=["unipc", "euler"])
-def solver(request: pytest.FixtureRequest) -> UniPC | Euler:
-    return solvers()[request.param]
+@pytest.fixture(params=[(name, kind) for name in SAMPLERS for kind in SCHEDULES], ids="-".join)
+def solver(request: pytest.FixtureRequest) -> Solver:
+    """Every sampler, with either kind of schedule."""
+    name, kind = request.param
+    return SAMPLERS[name](SCHEDULES[kind], 7)
 
 
 def test_every_step_asks_the_scheduled_expert_at_the_scheduled_time(solver):

@@ -2,9 +2,10 @@ from __future__ import annotations
 
 import torch
 
-from lightx2v.sampling import Euler, distill_schedule
+from lightx2v.config.schedule import step_list_schedule
+from lightx2v.sampling import Euler
 
-SCHEDULE = distill_schedule([1000, 750, 500, 250], 5.0, 2)
+SCHEDULE = step_list_schedule([1000, 750, 500, 250], 5.0, 2)
 SHAPE = (16, 3, 4, 6)
 
 

@@ -7,7 +7,8 @@ import pytest
 import torch
 from diffusers import UniPCMultistepScheduler
 
-from lightx2v.sampling import Euler, UniPC, unipc_schedule
+from lightx2v.config.schedule import shifted_schedule, step_list_schedule
+from lightx2v.sampling import Euler, UniPC
 
 SHAPE = (16, 3, 4, 6)
 
@@ -78,14 +79,14 @@ def numpy_model(x: np.ndarray, sigma: float) -> np.ndarray:
 
 @pytest.mark.parametrize(("steps", "shift"), [(1, 5.0), (2, 5.0), (3, 12.0), (10, 1.0), (10, 5.0), (40, 12.0)])
 def test_equals_the_formulas_in_double_precision(steps, shift):
-    schedule = unipc_schedule(steps, shift, 0.875)
+    schedule = shifted_schedule(steps, shift, 0.875)
     expected = reference_run(schedule.sigmas, noise(torch.float64).numpy(), numpy_model)
     torch.testing.assert_close(run(UniPC(schedule), noise(torch.float64)).numpy(), expected, rtol=1e-10, atol=1e-10)
 
 
 @pytest.mark.parametrize(("steps", "shift"), [(10, 5.0), (40, 12.0)])
 def test_float32_stays_close_to_double_precision(steps, shift):
-    schedule = unipc_schedule(steps, shift, 0.875)
+    schedule = shifted_schedule(steps, shift, 0.875)
     exact = run(UniPC(schedule), noise(torch.float64))
     single = run(UniPC(schedule), noise())
     assert single.dtype is torch.float32
@@ -94,11 +95,23 @@ def test_float32_stays_close_to_double_precision(steps, shift):
 
 @pytest.mark.parametrize(("steps", "shift"), [(5, 5.0), (10, 3.0), (40, 12.0)])
 def test_equals_diffusers(steps, shift):
-    schedule = unipc_schedule(steps, shift, 0.875)
+    schedule = shifted_schedule(steps, shift, 0.875)
     theirs = UniPCMultistepScheduler(prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=shift)
     theirs.set_timesteps(sigmas=np.linspace(float(np.float32(0.999)), 0, steps + 1)[:-1])
     assert theirs.timesteps.tolist() == list(schedule.timesteps)
     assert theirs.sigmas.tolist() == list(schedule.sigmas)
+    x = noise()
+    for i, t in enumerate(theirs.timesteps):
+        x = theirs.step(model(x, schedule.sigmas[i]), t, x, return_dict=False)[0]
+    torch.testing.assert_close(run(UniPC(schedule), noise()), x, rtol=0, atol=2e-5)
+
+
+@pytest.mark.parametrize("step_list", [[1000, 750, 500, 250], [1000], [900, 600, 300]])
+def test_equals_diffusers_on_a_step_list_that_begins_at_pure_noise(step_list):
+    schedule = step_list_schedule(step_list, 5.0, 0)
+    theirs = UniPCMultistepScheduler(prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=5.0)
+    theirs.set_timesteps(sigmas=np.array(step_list) / 1000)
+    assert theirs.sigmas.tolist() == pytest.approx(schedule.sigmas, abs=2e-6)
     x = noise()
     for i, t in enumerate(theirs.timesteps):
         x = theirs.step(model(x, schedule.sigmas[i]), t, x, return_dict=False)[0]
@@ -120,7 +133,7 @@ def gaussian_error(solver_class, steps: int) -> float:
         x0 = mean + gain * (x - (1 - sigma) * mean)
         return (x - x0) / sigma
 
-    schedule = unipc_schedule(steps, 3.0, 0.875)
+    schedule = shifted_schedule(steps, 3.0, 0.875)
     x, start = noise(torch.float64), schedule.sigmas[0]
     exact = mean + deviation / spread(start) * (x - (1 - start) * mean)
     return float((run(solver_class(schedule), x, velocity) - exact).abs().max())
@@ -140,11 +153,11 @@ def test_converges_with_second_order_where_euler_has_first():
 @pytest.mark.parametrize("steps", [1, 2, 200])
 @pytest.mark.parametrize("shift", [0.01, 1.0, 100.0])
 def test_the_limits_of_a_request_stay_finite(steps, shift):
-    assert bool(run(UniPC(unipc_schedule(steps, shift, 0.875)), noise()).isfinite().all())
+    assert bool(run(UniPC(shifted_schedule(steps, shift, 0.875)), noise()).isfinite().all())
 
 
 def test_the_last_step_returns_the_clean_prediction():
-    schedule = unipc_schedule(6, 5.0, 0.9)
+    schedule = shifted_schedule(6, 5.0, 0.9)
     solver, x = UniPC(schedule), noise()
     for i in range(5):
         x = solver.step(model(x, schedule.sigmas[i]), i, x)
@@ -153,14 +166,14 @@ def test_the_last_step_returns_the_clean_prediction():
 
 
 def test_the_history_goes_on_when_the_expert_changes():
-    early, late = unipc_schedule(10, 12.0, 0.99), unipc_schedule(10, 12.0, 0.5)
+    early, late = shifted_schedule(10, 12.0, 0.99), shifted_schedule(10, 12.0, 0.5)
     assert early.experts != late.experts
     assert torch.equal(run(UniPC(early), noise()), run(UniPC(late), noise()))
 
 
 @pytest.mark.parametrize("at", [0, 1, 2, 5, 9])
 def test_a_restored_run_is_bit_equal(at):
-    schedule = unipc_schedule(10, 5.0, 0.9)
+    schedule = shifted_schedule(10, 5.0, 0.9)
     first, x = UniPC(schedule), noise()
     for i in range(at):
         x = first.step(model(x, schedule.sigmas[i]), i, x)
@@ -176,7 +189,7 @@ def test_a_restored_run_is_bit_equal(at):
 
 
 def test_a_failed_step_leaves_the_solver_as_it_was():
-    schedule = unipc_schedule(4, 5.0, 0.9)
+    schedule = shifted_schedule(4, 5.0, 0.9)
     solver, x = UniPC(schedule), noise()
     x = solver.step(model(x, schedule.sigmas[0]), 0, x)
     before = solver.state()
@@ -186,19 +199,19 @@ def test_a_failed_step_leaves_the_solver_as_it_was():
 
 
 def test_a_step_out_of_order_is_refused():
-    solver = UniPC(unipc_schedule(4, 5.0, 0.9))
+    solver = UniPC(shifted_schedule(4, 5.0, 0.9))
     with pytest.raises(ValueError, match="step 2"):
         solver.step(noise(), 2, noise())
 
 
 def test_bf16_velocities_are_combined_in_float32():
-    schedule = unipc_schedule(4, 5.0, 0.9)
+    schedule = shifted_schedule(4, 5.0, 0.9)
     v = model(noise(), 1.0).bfloat16()
     assert torch.equal(UniPC(schedule).step(v, 0, noise()), UniPC(schedule).step(v.float(), 0, noise()))
 
 
 def test_inputs_are_not_written_to():
-    schedule = unipc_schedule(3, 5.0, 0.9)
+    schedule = shifted_schedule(3, 5.0, 0.9)
     solver, x = UniPC(schedule), noise()
     for i in range(3):
         v = model(x, schedule.sigmas[i])

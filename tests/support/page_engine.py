@@ -18,7 +18,7 @@ import numpy as np
 from lightx2v.config.engine_config import EngineConfig
 from lightx2v.config.recorded_settings import recorded_settings
 from lightx2v.config.request import Request
-from lightx2v.cost.run_time import high_noise_steps
+from lightx2v.config.schedule import schedule_of
 from lightx2v.engine.result import Result
 from lightx2v.errors import OutOfMemory
 from lightx2v.media.video_writer import VideoWriter
@@ -90,7 +90,7 @@ class PaintingEngine:
             with meter.stage("image"):
                 _sleep(pace / 3, cancel)
                 meter.emit("image", 1, 1)
-        high = high_noise_steps(request)
+        high = schedule_of(request).high_noise_steps
         with meter.stage("denoise"):
             for step in range(request.steps):
                 _sleep(pace, cancel)

@@ -1,7 +1,7 @@
-"""When to look at which noise level with which expert: schedules as pure functions, in numbers.
+"""The noise level and the expert of each step: a schedule is a pure function of a Request, in numbers, without torch.
 
-sigma is the share of noise: latents at sigma are (1 - sigma) x0 + sigma noise. The model is told 1000 sigma. `shift`
-spends more steps where sigma is large: sigma = shift s / (1 + (shift - 1) s) for evenly spaced s.
+sigma is the share of noise: latents at sigma are (1 - sigma) x0 + sigma noise. The model's timestep is 1000 sigma.
+`shift` spends more steps where sigma is large: sigma = shift s / (1 + (shift - 1) s) for evenly spaced s.
 """
 
 from __future__ import annotations
@@ -11,14 +11,14 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from ..config.request import Expert
+from .request import Expert, Request
 
 TRAIN_STEPS = 1000
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Schedule:
-    """N steps from sigmas[i] to sigmas[i + 1]; sigmas[N] is 0. Step i asks experts[i] at timesteps[i].
+    """N steps from sigmas[i] to sigmas[i + 1]; sigmas[N] is 0. Step i runs experts[i] at timesteps[i].
 
     Sigmas are float32 values, as in the reference, held as Python floats.
     """
@@ -31,23 +31,37 @@ class Schedule:
     def steps(self) -> int:
         return len(self.timesteps)
 
+    @property
+    def high_noise_steps(self) -> int:
+        """The number of steps that the high-noise expert makes."""
+        return self.experts.count("high")
 
-def unipc_schedule(steps: int, shift: float, boundary: float) -> Schedule:
+
+def schedule_of(request: Request) -> Schedule:
+    """The schedule of a request: from its step list if it has one, else from its steps, shift and boundary."""
+    if request.denoising_step_list is not None and request.boundary_step_index is not None:
+        return step_list_schedule(request.denoising_step_list, request.shift, request.boundary_step_index)
+    if request.boundary is None:
+        raise ValueError("a request needs a boundary, or a step list with its boundary_step_index")
+    return shifted_schedule(request.steps, request.shift, request.boundary)
+
+
+def shifted_schedule(steps: int, shift: float, boundary: float) -> Schedule:
     """The base model's schedule: the high-noise expert while the timestep is at least 1000 `boundary`.
 
-    Timesteps are whole numbers, cut off, as in the reference; the boundary test is made on them, so keep it so.
+    Timesteps are truncated to whole numbers, as in the reference. The boundary test reads them, so keep them whole.
     """
-    largest = float(np.float32(1 - 1 / TRAIN_STEPS))  # the largest sigma of training; stored as float32 there
+    largest = float(np.float32(1 - 1 / TRAIN_STEPS))  # the largest sigma of training; the reference stores a float32
     exact = _shifted(np.linspace(largest, 0, steps + 1)[:-1], shift)
     timesteps = (exact * TRAIN_STEPS).astype(np.int64).tolist()
     experts: tuple[Expert, ...] = tuple("high" if t >= boundary * TRAIN_STEPS else "low" for t in timesteps)
     return Schedule(sigmas=_float32([*exact, 0.0]), timesteps=tuple(timesteps), experts=experts)
 
 
-def distill_schedule(step_list: Sequence[int], shift: float, boundary_step_index: int) -> Schedule:
+def step_list_schedule(step_list: Sequence[int], shift: float, boundary_step_index: int) -> Schedule:
     """The distilled models' schedule: the listed training steps (1..1000, falling), the first few by the high expert.
 
-    Timesteps are not cut to whole numbers: the distillation was trained on 833.33.
+    Timesteps are not truncated: the distillation was trained on 833.33.
     """
     if not 0 <= boundary_step_index < len(step_list):
         raise ValueError(f"boundary_step_index {boundary_step_index} is outside 0..{len(step_list) - 1}")
