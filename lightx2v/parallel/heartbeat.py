@@ -2,19 +2,27 @@
 
 A process whose partner is gone may wait forever inside an exchange, where no exception reaches it. So this thread ends
 it with `os._exit`, after the first failure is known to all and each process has had a moment to end by itself.
+
+Timeouts of the exchanges could not replace it: rank 0 may rightly decode tiles alone for minutes while the others
+wait, so a timeout that allows this would notice a stopped process after minutes too, not within SILENCE. And torchrun
+ends the group when a process ends, but does not notice one that hangs.
 """
 
 from __future__ import annotations
 
 import contextlib
+import hashlib
+import hmac
 import json
 import os
+import signal
 import sys
 import threading
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
+import psutil
 import torch.distributed as dist
 
 BEAT = 1.0
@@ -25,11 +33,15 @@ GRACE = 4.0
 
 
 class Heartbeat:
-    """`store` is a connection of its own: calls of another thread on it would delay the heartbeats."""
+    """`pids` are the process ids of all ranks.
 
-    def __init__(self, store: dist.Store, rank: int, size: int) -> None:
-        self._store, self._rank = store, rank
-        self._beats = {other: (b"", time.monotonic()) for other in range(size) if other != rank}
+    `store` is a connection of its own: calls of another thread on it would delay the heartbeats. Other machines may
+    reach it, so a failure counts only if it is signed with `secret`, which the processes share over loopback.
+    """
+
+    def __init__(self, store: dist.Store, rank: int, pids: Sequence[int], secret: bytes) -> None:
+        self._store, self._rank, self._pids, self._secret = store, rank, pids, secret
+        self._beats = {other: (b"", time.monotonic()) for other in range(len(pids)) if other != rank}
         self._closed = threading.Event()
         self._busy = False
         self._own_failure = ""
@@ -62,23 +74,33 @@ class Heartbeat:
 
     def report_failure(self, message: str, *, kind: str) -> None:
         """Tell all processes. Only the first failure of the group is kept."""
-        failure = {"rank": self._rank, "kind": kind, "message": message[:2000]}
-        self._own_failure = _sentence(failure)
+        self._own_failure = f"{kind} on process {self._rank}: {message[:2000]}"
+        value = json.dumps([self._own_failure, self._signature(self._own_failure)])
         with contextlib.suppress(RuntimeError):
-            self._store.compare_set("failed", "", json.dumps(failure))
+            if not self._shared_failure(self._store.compare_set("failed", "", value)):
+                self._store.set("failed", value)  # another program had put something there
 
     def failure(self) -> str:
         """The first failure of the group as a sentence, "" without one."""
-        try:
-            if self._store.check(["failed"]):
-                return _sentence(json.loads(self._store.get("failed")))
-        except RuntimeError:
-            pass
+        with contextlib.suppress(RuntimeError):
+            if self._store.check(["failed"]) and (failure := self._shared_failure(self._store.get("failed"))):
+                return failure
         return self._own_failure
 
-    def silent(self, ranks: Sequence[int]) -> bool:
-        """Whether the heartbeat of one of these ranks has stopped."""
-        return any(time.monotonic() - self._beats[rank][1] > 3 * BEAT for rank in ranks if rank in self._beats)
+    def _signature(self, failure: str) -> str:
+        return hmac.new(self._secret, failure.encode(), hashlib.sha256).hexdigest()
+
+    def _shared_failure(self, value: bytes) -> str:
+        """The failure in this value of the store; "" unless one of our processes has signed it."""
+        try:
+            failure, signature = json.loads(value)
+            return failure if hmac.compare_digest(self._signature(failure), signature) else ""
+        except (ValueError, TypeError, AttributeError):
+            return ""
+
+    def silent(self, ranks: Sequence[int], seconds: float = 3 * BEAT) -> list[int]:
+        """Those of these ranks whose last heartbeat is older than that."""
+        return [rank for rank in ranks if rank in self._beats and time.monotonic() - self._beats[rank][1] > seconds]
 
     def _watch(self) -> None:
         count, failed_at, failure = 0, 0.0, ""
@@ -94,7 +116,18 @@ class Heartbeat:
             if failed_at and time.monotonic() - failed_at > GRACE and not self._closed.is_set():
                 sys.stderr.write(f"error: {failure}\n")
                 sys.stderr.flush()
+                self._kill_stopped()
                 os._exit(1)
+
+    def _kill_stopped(self) -> None:
+        """Kill processes that hang: torchrun's SIGTERM does not reach a stopped one, and it would wait for 30 seconds.
+
+        Only a child of this process's own parent: the id of a process that has ended may be another program's now.
+        """
+        for rank in self.silent(list(self._beats), SILENCE):
+            with contextlib.suppress(psutil.Error, OSError):
+                if psutil.Process(self._pids[rank]).ppid() == os.getppid():
+                    os.kill(self._pids[rank], signal.SIGKILL)
 
     def _check_beats(self) -> str:
         """Read the others' heartbeats; the group's failure if one of them has stopped, else ""."""
@@ -110,7 +143,3 @@ class Heartbeat:
                 )
                 return self.failure()
         return ""
-
-
-def _sentence(failure: dict[str, str]) -> str:
-    return f"{failure['kind']} on process {failure['rank']}: {failure['message']}"

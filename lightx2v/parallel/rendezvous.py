@@ -1,8 +1,8 @@
 """Rendezvous: the processes of a program connect to each other, once, on one machine, over loopback.
 
-torchrun's own store listens on every interface. So only heartbeats and the news of a failure go through it: it
-outlives every rank. Commands, and the addresses with which the groups of torch.distributed connect, go through a store
-in rank 0 that listens on 127.0.0.1.
+torchrun's own store listens on every interface. So only heartbeats and the signed news of a failure go through it: it
+outlives every rank. Commands, the secret that signs, and the addresses with which the groups of torch.distributed
+connect go through a store in rank 0 that listens on 127.0.0.1.
 """
 
 from __future__ import annotations
@@ -10,6 +10,8 @@ from __future__ import annotations
 import atexit
 import functools
 import logging
+import os
+import secrets
 import socket
 import time
 from datetime import timedelta
@@ -41,10 +43,9 @@ def join(environment: Environment) -> ProcessGroup:
     rank0s = _rank0s_store(environment, torchruns)
     # The heartbeat has a connection of its own, so that it never waits for this thread's calls.
     for_heartbeat = _torchruns_store(environment) or _client(rank0s.port)
-    _wait_for_all(rank0s, rank, size)
-    heartbeat = Heartbeat(
-        dist.PrefixStore(f"lightx2v/{environment.restart_count}/heartbeat", for_heartbeat), rank, size
-    )
+    pids, secret = _meet(rank0s, rank, size)
+    signals = dist.PrefixStore(f"lightx2v/{environment.restart_count}/heartbeat", for_heartbeat)
+    heartbeat = Heartbeat(signals, rank, pids, secret)
     backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
     store = dist.PrefixStore("group", rank0s)
     try:
@@ -108,11 +109,14 @@ def _client(port: int) -> dist.TCPStore:
     return dist.TCPStore(LOOPBACK, port, None, False, CONNECT, wait_for_workers=False)
 
 
-def _wait_for_all(store: dist.Store, rank: int, size: int) -> None:
-    """After this, every process can be expected to answer."""
-    store.set(f"here/{rank}", "1")
+def _meet(store: dist.Store, rank: int, size: int) -> tuple[list[int], bytes]:
+    """Wait for all processes; from here on each must answer. Returns their ids and a secret of this run."""
+    if rank == 0:
+        store.set("secret", secrets.token_hex(32))
+    store.set(f"pid/{rank}", str(os.getpid()))
     for other in range(size):
-        _wait(store, [f"here/{other}"], f"Process {other}")
+        _wait(store, [f"pid/{other}"], f"Process {other}")
+    return [int(store.get(f"pid/{other}")) for other in range(size)], store.get("secret")
 
 
 def _wait(store: dist.Store, keys: list[str], who: str) -> None:

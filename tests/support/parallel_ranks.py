@@ -178,12 +178,11 @@ class Running:
     def pids(self) -> list[int]:
         return [process.pid for process in self._processes]
 
-    def ended(self, *, but: int | None = None) -> list[Ended]:
-        """Waits for all of them, or all but one that has stopped; what does not end has no exit code."""
+    def ended(self) -> list[Ended]:
+        """Wait for all of them. A process that does not end has no exit code."""
         deadline = time.monotonic() + PATIENCE
-        for rank, process in enumerate(self._processes):
-            if rank != but:
-                process.join(max(0.0, deadline - time.monotonic()))
+        for process in self._processes:
+            process.join(max(0.0, deadline - time.monotonic()))
         codes = [process.exitcode for process in self._processes]
         for process in self._processes:
             process.kill()

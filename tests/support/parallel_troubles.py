@@ -13,6 +13,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from parallel_runs import digest, requests_of
+from torch.distributed.rendezvous import rendezvous
 
 from lightx2v.config.engine_config import EngineConfig, ParallelConfig
 from lightx2v.config.environment import Environment
@@ -21,7 +22,7 @@ from lightx2v.errors import LightX2VError
 from lightx2v.jobs.queue import JobManager
 from lightx2v.models.dit import WanDiT
 from lightx2v.models.vae import WanVAE
-from lightx2v.parallel import heartbeat as watch
+from lightx2v.parallel import heartbeat
 from lightx2v.parallel.rendezvous import join
 from lightx2v.pipeline import LightX2VPipeline
 from lightx2v.progress import CancelToken, Progress
@@ -104,8 +105,8 @@ def failing(root: str, how: str, where: str, who: int) -> None:
     """Process `who` fails in the middle of what all do together, or while the others wait for a command."""
     config, request = requests_of(Path(root))["base"]
     if how == "stop" or where == "idle":
-        watch.SILENCE = 10.0  # not 15, so that the test is not that long
-    means = {"raise": bug, "kill": kill, "stop": stop, "starve": starve, "exit": leave}[how]
+        heartbeat.SILENCE = 10.0  # not 15, so that the test is not that long
+    means = {"raise": bug, "kill": kill, "stop": stop, "starve": starve, "exit": leave, "forge": forge}[how]
     if Environment.read().rank == who:
         if where == "meet":
             means()
@@ -164,6 +165,15 @@ def stop() -> None:
     os.kill(os.getpid(), signal.SIGSTOP)
 
 
+def forge() -> None:
+    """Another program writes into torchrun's store that a process has failed, and then this one really fails."""
+    store, _, _ = next(iter(rendezvous("env://")))
+    for key in ("failed", "beat/9"):
+        store.set(f"lightx2v/0/heartbeat/{key}", '["ValueError on process 0: a stranger says so", ""]')
+    time.sleep(3)  # the heartbeats look once a second
+    bug()
+
+
 def leave() -> None:
     raise SystemExit(0)
 
@@ -186,6 +196,6 @@ def queue(root: str) -> None:
             manager.submit(config, replace(request, seed=seed))
     jobs = [manager.wait(job.id, 60) for job in manager.list()]
     if not environment.restart_count:
-        time.sleep(60)  # the watch ends this process long before
+        time.sleep(60)  # the heartbeat ends this process long before
     manager.close()
     (Path(root) / "queue.txt").write_text(" ".join(job.state for job in sorted(jobs, key=lambda job: job.request.seed)))
