@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 from torch import Tensor
 
 from .sdpa import Attention
@@ -11,10 +14,40 @@ def load() -> Attention:
     try:
         from flash_attn_interface import flash_attn_func  # pyright: ignore[reportMissingImports]
     except ModuleNotFoundError:
-        from fa3_fwd_interface import flash_attn_func  # pyright: ignore[reportMissingImports]
+        import fa3_fwd_interface as package  # pyright: ignore[reportMissingImports]
+
+        return operator(package) or wrapper(package.flash_attn_func)
+    return wrapper(flash_attn_func)
+
+
+def wrapper(flash_attn_func: Callable[..., Any]) -> Attention:
+    """Calls the package's Python function."""
 
     def flash3(q_BLNH: Tensor, k_BLNH: Tensor, v_BLNH: Tensor) -> Tensor:
         out = flash_attn_func(q_BLNH, k_BLNH, v_BLNH)
         return out[0] if isinstance(out, tuple) else out  # releases before October 2025 return the softmax sums too
+
+    return flash3
+
+
+def operator(package: Any) -> Attention | None:
+    """Calls the package's operator itself; None where its arguments are not those known here.
+
+    The package's Python function is a `torch.library.custom_op`. Its first call imports torch's compiler, which costs
+    each process 5 seconds. The operator gives the same bits.
+    """
+    try:
+        fwd = package.fa3_fwd_cuda.fwd
+        arguments = fwd.default._schema.arguments
+    except AttributeError:
+        return None
+    needed = [argument.name for argument in arguments if not argument.has_default_value()]
+    if needed != ["q", "k", "v"] or not {"softmax_scale", "num_splits"} <= {argument.name for argument in arguments}:
+        return None
+
+    def flash3(q_BLNH: Tensor, k_BLNH: Tensor, v_BLNH: Tensor) -> Tensor:
+        q_BLNH, k_BLNH, v_BLNH = (x if x.stride(-1) == 1 else x.contiguous() for x in (q_BLNH, k_BLNH, v_BLNH))
+        scale = q_BLNH.shape[-1] ** -0.5
+        return fwd(q_BLNH, k_BLNH, v_BLNH, softmax_scale=scale, num_splits=1)[0]  # as flash_attn_func calls it
 
     return flash3

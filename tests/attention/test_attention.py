@@ -76,6 +76,44 @@ def test_flash3_of_either_age_and_package_works(package: str, monkeypatch: pytes
     assert resolve_attention("auto", "cpu", BF16).name == "flash_attn3"
 
 
+@pytest.mark.parametrize(
+    ("rest", "direct"),
+    [
+        ("Tensor? k_new = None, float? softmax_scale = None, int num_splits = 0", True),
+        ("Tensor? k_new = None, float? softmax_scale = None, int num_splits = 0, *, int needed", False),
+        ("Tensor? k_new = None, float? scale = None, int num_splits = 0", False),
+    ],
+)
+def test_flash3s_operator_is_called_itself_if_its_arguments_are_known(
+    rest: str, direct: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pose_as(monkeypatch, (9, 0))
+    monkeypatch.setitem(sys.modules, "flash_attn_interface", None)
+    library = torch.library.Library("flash3_of_a_test", "FRAGMENT")
+    library.define(f"fwd(Tensor q, Tensor k, Tensor v, {rest}) -> (Tensor, Tensor)")
+    calls: list[dict[str, object]] = []
+
+    def fwd(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *more: object, **named: object) -> object:
+        calls.append(named)
+        return sdpa(q, k, v), torch.zeros(1)
+
+    library.impl("fwd", fwd, "CPU")
+    install(
+        monkeypatch,
+        "fa3_fwd_interface",
+        fa3_fwd_cuda=torch.ops.flash3_of_a_test,
+        flash_attn_func=lambda *qkv: sdpa(*qkv),
+    )
+    try:
+        choice = resolve_attention("flash_attn3", "cpu", BF16, strict=True)
+        q = torch.randn(1, 16, 2, 16).transpose(1, 3).contiguous().transpose(1, 3)
+        assert choice.name == "flash_attn3"
+        torch.testing.assert_close(choice.fn(q, q, q), sdpa(q, q, q), rtol=0, atol=1e-6)
+        assert bool(calls) is direct
+    finally:
+        library._destroy()
+
+
 def test_a_broken_flash3_is_not_taken_for_a_missing_one(monkeypatch: pytest.MonkeyPatch) -> None:
     pose_as(monkeypatch, (9, 0))
     install(monkeypatch, "flash_attn_interface")  # without the function, as after another release of it
