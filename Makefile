@@ -11,7 +11,7 @@ BIN := .venv/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt $(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX))
 PROMPT ?= a red ball rolls left over green grass at night
 
-.PHONY: app demo test check format screenshots clean
+.PHONY: app demo quick test check format screenshots clean
 
 app: $(if $(NO_GPU_EXTRAS),.venv/.app,.venv/.gpu)  ## the page on http://127.0.0.1:7860 (ARGS="--share", "--port 8080", ...)
 	$(BIN)/python app.py $(ARGS)
@@ -19,8 +19,13 @@ app: $(if $(NO_GPU_EXTRAS),.venv/.app,.venv/.gpu)  ## the page on http://127.0.0
 demo: $(if $(NO_GPU_EXTRAS),.venv/.app,.venv/.gpu)  ## one small video without a browser; prints its path
 	$(BIN)/python -m lightx2v.infer --preset demo_t2v_distill_lora --prompt "$(PROMPT)" $(ARGS)
 
-test: check  ## static checks, then every test
-	$(BIN)/python -m pytest $(ARGS)
+quick: .venv/.dev  ## some tests of every package, in about a minute
+	$(BIN)/python -m pytest -m "not (slow or multi or browser or gpu)" $(ARGS)
+
+# Coverage has a cheap way of counting in Python 3.12 and newer.
+test: check  ## static checks, then every test; without ARGS also the line coverage of lightx2v/
+	COVERAGE_CORE=$$($(BIN)/python -c 'import sys; print("sysmon" if sys.version_info >= (3, 12) else "ctrace")') \
+		$(BIN)/python -m pytest $(or $(ARGS),--cov --cov-report=)
 
 check: .venv/.dev  ## format, lint and types
 	$(BIN)/ruff format --check .
