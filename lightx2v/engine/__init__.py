@@ -1,1 +1,1 @@
-"""A loaded engine and one run on it."""
+"""A loaded engine, and one run on it."""

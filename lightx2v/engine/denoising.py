@@ -1,4 +1,4 @@
-"""Denoising: the steps of one video, from noise to latents, with the step that was reached, so they can resume."""
+"""Denoising: the steps of one video from noise to latents. It knows the step it has reached, so it can resume."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from .engine import LoadedEngine
 
 
 class Denoising:
-    """`finish` takes the steps that are left. After an error it can be called again and repeats the failed step only.
+    """`finish` takes the remaining steps. After an error it can be called again and repeats only the failed step.
 
     `contexts` are the text encoder's states (L, D) of the prompt and, with guidance, of the negative prompt;
     `condition` is (20, T, h, w) for image-to-video, else None.
@@ -32,7 +32,7 @@ class Denoising:
     ) -> None:
         self.engine, self.request, self.contexts, self.condition = engine, request, contexts, condition
         self.meter, self.cancel = meter, cancel
-        # Several processes stop between steps only, where they can agree on it.
+        # Several processes stop only between steps, where they can agree on it.
         self.cancel_within_step = engine.mesh.group.local_cancel(cancel)
         self.guided = dict(zip(("high", "low"), request.guided, strict=True))
         self.text_states: dict[Expert, list[TextStates]] = {}

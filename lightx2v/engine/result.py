@@ -1,4 +1,4 @@
-"""What a finished run gives back, and its report as plain JSON."""
+"""Result: the video that a finished run returns, and its report as plain JSON."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Result:
-    """One video. `frames` (uint8, T H W C) and `latents` (float32, C T h w, before the VAE) only when asked for.
+    """One video. `frames` (uint8, T H W C) and `latents` (float32, C T h w, before the VAE) only if requested.
 
-    `request` is what ran: its seed is the one that was drawn. `height` and `width` are the video's, which an input
-    image may have decided. `attention` says which backend ran and why, `loras` what each LoRA file changed,
+    `request` is the one that ran, with the seed that was drawn. `height` and `width` are those of the video, which an
+    input image may have decided. `attention` tells which backend ran and why, `loras` what each LoRA file changed,
     `plan` where the weights lived (None where there was nothing to plan), `processes` what each of several took.
     """
 
@@ -47,7 +47,7 @@ class Result:
 
     @property
     def peak_vram(self) -> dict[str, Peak] | None:
-        """Per stage, None without CUDA."""
+        """Peak per stage; None without CUDA."""
         return self.timings.peak_vram
 
     @property
@@ -55,7 +55,7 @@ class Result:
         return self.timings.peak_rss
 
     def report(self) -> dict[str, Any]:
-        """Everything but the pixels, as JSON types: what the page shows and the server answers."""
+        """Everything except the pixels, as JSON types, for the page and the server."""
         return {
             "path": self.path,
             "preset": self.preset,

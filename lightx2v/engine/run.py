@@ -1,9 +1,9 @@
-"""One run: the five arrows for one request, measured and cancellable, on an engine that is loaded.
+"""Run: one request from prompt to mp4 on a loaded engine, with timings, progress events and cancel.
 
     prompt ─► text encoder ─► denoising (high-noise expert ► low-noise expert) ─► VAE ─► mp4
     image  ─► VAE encoder  ──┘
 
-A Run holds all that belongs to the request, so nothing of it stays behind in the engine.
+A Run holds all state of its request, so no request leaves a trace in the engine.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from ..models.vae import WanVAE
 from ..parallel.shared_cancel import SharedCancel
 from ..parallel.spatial_shards import SpatialShards
 from ..progress import CancelToken, Meter, OnProgress, Timings
-from .conditioning import encode_pictures, prepare_pictures
+from .conditioning import encode_condition, prepare_images
 from .denoising import Denoising
 from .engine import LoadedEngine, within_memory
 from .frame_sink import FrameSink
@@ -39,7 +39,7 @@ T = TypeVar("T")
 
 
 class Run:
-    """`use_loras`, then `video`, which does all the rest; each is called once."""
+    """Call `use_loras`, then `video`, each once."""
 
     def __init__(
         self,
@@ -103,7 +103,7 @@ class Run:
         )
 
     def retry_with_offload(self, stage: Stage, call: Callable[[], T], when: str = "") -> T:
-        """`call()`; when memory runs out again with more of the weights off the device, until nothing more helps."""
+        """Return `call()`. Each time it runs out of memory, move more weights off the device and call it again."""
         if self.group.size > 1:  # no retry: memory may have run out on one process only
             return within_memory(call, when or self.size)
         while True:
@@ -111,7 +111,7 @@ class Run:
                 return within_memory(call, when or self.size)
             except OutOfMemory as error:
                 failure = error
-            # Outside of the handler, where the failed call's tensors are free.
+            # Outside of the handler: only here are the failed call's tensors free.
             smaller = self.placement.reduce_memory(stage)
             if smaller is None:
                 raise failure
@@ -135,7 +135,7 @@ class Run:
         return states
 
     def encode_texts(self, texts: dict[str, str]) -> Iterator[tuple[str, Tensor]]:
-        """Yield (name, states) of these texts; note their number of tokens, and a warning where one is cut."""
+        """Yield (name, states) of these texts. Records their token counts, and a warning for each that is too long."""
         missing = [text for text in dict.fromkeys(texts.values()) if text not in self.engine.prompts]
         if not missing:
             self.meter.emit("text", 1, 1)
@@ -164,7 +164,7 @@ class Run:
             images = self.group.broadcast_stream(self.images())
             first_CHW, *more = [image_CHW.to(self.device) for _, image_CHW in images]
             with self.placement.vae() as vae:
-                condition = encode_pictures(
+                condition = encode_condition(
                     vae,
                     request.frames,
                     first_CHW,
@@ -177,12 +177,12 @@ class Run:
         return condition
 
     def images(self) -> Iterator[tuple[str, Tensor]]:
-        """First and last frame as the model sees them, read from their files."""
+        """Read the first and the last frame from their files, as the model sees them."""
         request = self.request
         assert request.image_path is not None
         first = load_image(request.image_path)
         last = load_image(request.last_frame_path) if request.last_frame_path else None
-        first_CHW, last_CHW = prepare_pictures(
+        first_CHW, last_CHW = prepare_images(
             first, last, height=request.height, width=request.width, mode=request.resize_mode
         )
         yield "first", first_CHW
@@ -190,11 +190,11 @@ class Run:
             yield "last", last_CHW
 
     def spatial_split(self, height: int) -> SpatialShards | None:
-        """How the processes split the VAE's frames; not at all where one of them works in tiles."""
+        """How the processes split the VAE's frames: not at all if the VAE works in tiles."""
         return None if self.placement.tiling else self.mesh.spatial_split(height)
 
     def denoise(self, contexts: Sequence[Tensor], condition: Tensor | None) -> Tensor:
-        """Noise to latents (16, T, h, w). When memory runs out, the steps already taken are kept."""
+        """Noise to latents (16, T, h, w). After running out of memory it repeats only the failed step."""
         with self.meter.stage("denoise"):
             denoising = Denoising(self.engine, self.request, contexts, condition, self.meter, self.cancel)
             self.meter.emit("denoise", 0, denoising.schedule.steps, denoising.schedule.experts[0])
@@ -203,7 +203,7 @@ class Run:
     def decode(
         self, latents_CTHW: Tensor, path: str | Path | None, metadata: bool, force: bool, return_frames: bool
     ) -> np.ndarray | None:
-        """Latents to frames, written while the VAE decodes. Returns the frames (T, H, W, C) if asked."""
+        """Latents to frames, written while the VAE decodes. Returns the frames (T, H, W, C) with `return_frames`."""
         sink, postpone = FrameSink(keep=return_frames), self.cancel.postpone
         try:
             if path is not None:
@@ -243,13 +243,13 @@ class Run:
             if split is not None:
                 whole_HTWC = split.gather(to_uint8(next(parts)).transpose(0, 1).contiguous())
                 frames = None if whole_HTWC is None else whole_HTWC.transpose(0, 1).contiguous()
-            else:  # too few rows to split, or tiles: rank 0 decodes alone
+            else:  # tiles, or too few rows to split: rank 0 decodes alone
                 frames = to_uint8(next(parts)) if self.group.is_rank0 else None
             if frames is not None:
                 yield frames.cpu().numpy()
 
     def process_reports(self, timings: Timings) -> tuple[dict[str, Any], ...]:
-        """What each of several processes took and sent; empty for one."""
+        """Timings and bytes sent of each of several processes; empty for one."""
         if self.group.size == 1:
             return ()
         report = {
@@ -262,7 +262,7 @@ class Run:
 
 
 def to_uint8(frames_CTHW: Tensor) -> Tensor:
-    """Frames in [-1, 1] to bytes (T, H, W, C), rounded to the nearest."""
+    """Convert frames in [-1, 1] to bytes (T, H, W, C), rounded to the nearest level."""
     levels = frames_CTHW.float().add(1).mul_(127.5).round_().clamp_(0, 255)
     return levels.to(torch.uint8).permute(1, 2, 3, 0).contiguous()
 

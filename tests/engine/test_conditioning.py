@@ -6,7 +6,7 @@ import torch
 from PIL import Image
 from vae_reference import random_vae, relative_error, same_in_diffusers, statistics
 
-from lightx2v.engine.conditioning import encode_pictures, frame_mask, prepare_pictures, to_pixels
+from lightx2v.engine.conditioning import encode_condition, frame_mask, prepare_images, to_pixels
 from lightx2v.errors import Cancelled
 from lightx2v.media.framing import RESIZE_MODES, frame_picture
 from lightx2v.models.vae import WanVAE
@@ -51,7 +51,7 @@ def bicubic_matrix(inputs: int, outputs: int) -> np.ndarray:
 @pytest.mark.parametrize("size", [(96, 54), (54, 96), (400, 225), (40, 40)])
 def test_default_pixels_equal_the_formula_in_double_precision(size):
     image = picture(*size)
-    pixels, _ = prepare_pictures(image, height=64, width=64)
+    pixels, _ = prepare_images(image, height=64, width=64)
     scaled = (image.astype(np.float64) / 255 - 0.5) / 0.5
     _, height, width = pixels.shape
     expected = np.einsum(
@@ -63,14 +63,14 @@ def test_default_pixels_equal_the_formula_in_double_precision(size):
 
 def test_a_pil_image_and_its_array_give_the_same_pixels():
     image = picture(50, 40)
-    by_array, _ = prepare_pictures(image, height=64, width=64)
-    by_pil, _ = prepare_pictures(Image.fromarray(image), height=64, width=64)
+    by_array, _ = prepare_images(image, height=64, width=64)
+    by_pil, _ = prepare_images(Image.fromarray(image), height=64, width=64)
     assert torch.equal(by_array, by_pil)
 
 
 def test_a_picture_of_the_right_size_is_only_rescaled_to_minus_one_and_one():
     image = picture(64, 48)
-    pixels, _ = prepare_pictures(image, height=48, width=64)
+    pixels, _ = prepare_images(image, height=48, width=64)
     expected = torch.from_numpy(image).permute(2, 0, 1).float() / 127.5 - 1
     torch.testing.assert_close(pixels, expected, rtol=0, atol=1e-6)
 
@@ -78,21 +78,21 @@ def test_a_picture_of_the_right_size_is_only_rescaled_to_minus_one_and_one():
 def test_channels_stay_red_green_blue():
     image = np.zeros((32, 32, 3), np.uint8)
     image[..., 0] = 255
-    pixels, _ = prepare_pictures(image, height=32, width=32)
+    pixels, _ = prepare_images(image, height=32, width=32)
     assert pixels[0].min() == 1 and pixels[1:].max() == -1
 
 
 @pytest.mark.parametrize("mode", [None, *RESIZE_MODES])
 def test_pixels_have_the_size_that_the_framing_announced(mode):
     framing = frame_picture((150, 100), 64, 96, mode)
-    pixels, _ = prepare_pictures(picture(150, 100), height=64, width=96, mode=mode)
+    pixels, _ = prepare_images(picture(150, 100), height=64, width=96, mode=mode)
     assert pixels.shape == (3, framing.height, framing.width)
 
 
 def test_crop_shows_the_centre_only():
     image = np.zeros((32, 96, 3), np.uint8)
     image[:, 32:64] = 255
-    pixels, _ = prepare_pictures(image, height=32, width=32, mode="crop")
+    pixels, _ = prepare_images(image, height=32, width=32, mode="crop")
     assert pixels.shape == (3, 32, 32) and pixels.min() == 1
 
 
@@ -106,21 +106,21 @@ def test_shrinking_with_antialias_averages_what_it_leaves_out():
 def test_the_callers_picture_is_not_written_to():
     image = picture(64, 64)
     before = image.copy()
-    prepare_pictures(image, height=64, width=64)
+    prepare_images(image, height=64, width=64)
     assert np.array_equal(image, before)
 
 
 def test_a_last_picture_of_the_same_size_is_framed_like_the_first():
     first, last = picture(150, 100), picture(150, 100, seed=1)
-    _, pixels = prepare_pictures(first, last, height=64, width=96)
-    alone, _ = prepare_pictures(last, height=64, width=96)
+    _, pixels = prepare_images(first, last, height=64, width=96)
+    alone, _ = prepare_images(last, height=64, width=96)
     assert pixels is not None and torch.equal(pixels, alone)
 
 
 def test_a_last_picture_of_another_shape_is_cropped_not_stretched():
     first, last = picture(64, 64), np.zeros((64, 192, 3), np.uint8)
     last[:, 64:128] = 255
-    pixels, last_pixels = prepare_pictures(first, last, height=64, width=64)
+    pixels, last_pixels = prepare_images(first, last, height=64, width=64)
     assert last_pixels is not None and last_pixels.shape == pixels.shape
     assert last_pixels.min() == 1
 
@@ -152,7 +152,7 @@ def test_the_mask_marks_the_first_frame_and_the_last_subframe():
 def test_the_condition_is_mask_then_latents(last):
     vae, first = RecordingVAE(), torch.zeros(3, 32, 48)
     end = torch.ones(3, 32, 48) if last else None
-    condition = encode_pictures(vae, 17, first, end)
+    condition = encode_condition(vae, 17, first, end)
     assert condition.shape == (20, 5, 4, 6) and condition.dtype is torch.float32
     assert torch.equal(condition[:4], frame_mask(17, 4, 6, last=last))
     assert bool((condition[4:] == 0.5).all())
@@ -164,7 +164,7 @@ def test_cancel_reaches_the_vae():
     token = CancelToken()
     token.cancel()
     with pytest.raises(Cancelled):
-        encode_pictures(RecordingVAE(), 17, torch.zeros(3, 32, 48), cancel=token)
+        encode_condition(RecordingVAE(), 17, torch.zeros(3, 32, 48), cancel=token)
 
 
 @pytest.mark.parametrize("last", [False, True])
@@ -176,7 +176,7 @@ def test_with_the_vae_the_latents_are_those_of_a_grey_clip_with_the_given_frames
     clip[:, 0] = first
     if last:
         clip[:, -1] = end
-    condition = encode_pictures(vae, 17, first, end if last else None)
+    condition = encode_condition(vae, 17, first, end if last else None)
     torch.testing.assert_close(condition[4:], vae.encode(clip), rtol=0, atol=1e-5)
 
 
@@ -187,8 +187,8 @@ def test_the_whole_condition_equals_its_transcription_in_double_precision(last):
     area, frames, width, height = 64 * 96, 9, 100, 75
     first, end = picture(width, height), picture(width, height, seed=1)
     vae = random_vae(VAEConfig(dim=8, res_blocks=1))
-    prepared = prepare_pictures(first, end if last else None, height=64, width=96)
-    condition = encode_pictures(vae, frames, *prepared)
+    prepared = prepare_images(first, end if last else None, height=64, width=96)
+    condition = encode_condition(vae, frames, *prepared)
 
     rows = int(np.sqrt(area * height / width) // 8 // 2 * 2)
     columns = int(np.sqrt(area / (height / width)) // 8 // 2 * 2)
