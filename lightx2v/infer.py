@@ -29,14 +29,13 @@ from .cli.terminal import ProgressLine, ended, logging_to, one_line
 from .config.engine_config import EngineConfig, hub_name
 from .config.environment import Environment
 from .config.lightx2v_keys import PER_VIDEO
-from .config.model_paths import needed_files
 from .config.presets import Resolved, list_presets, resolve
 from .config.recorded_settings import PICTURES, find_picture
 from .config.request import Request
 from .cost.machine import MachineReader
 from .cost.memory_forecast import forecast_for_gpu, forecast_for_machine
 from .errors import BadRequest, ConfigError, short_path
-from .hub import find
+from .hub import find_all
 from .loading import preload
 from .media.framing import RESIZE_MODES
 from .progress import CancelToken, OnProgress, log_duration
@@ -256,10 +255,10 @@ def _dry_run(resolved: Resolved, shown: dict[str, Any], card: float | None) -> d
     engine = resolved.engine
     guided = request.guided
     files = []
-    for name in needed_files(engine):
+    for name, place in find_all(engine).items():
         hub = hub_name(name)
         source = None if hub is None else {"repo": hub[0], "file": hub[1]}
-        files.append({"name": name, "here": find(name, engine) is not None, "hub": source})
+        files.append({"name": name, "here": place is not None, "hub": source})
     if card is None:
         here = MachineReader()()
         device, memory = here.name, forecast_for_machine(engine, request, here)

@@ -8,12 +8,12 @@ import time
 from collections.abc import Container
 from dataclasses import dataclass, replace
 from functools import partial
+from pathlib import Path
 from typing import Protocol
 
 from lightx2v.config.engine_config import EngineConfig, hub_name
-from lightx2v.config.model_paths import needed_files
 from lightx2v.errors import Cancelled, LightX2VError
-from lightx2v.hub import Hub, ensure, find, missing
+from lightx2v.hub import Hub, ensure, find_all, missing
 from lightx2v.hub.listing import HubFile, list_files
 from lightx2v.hub.plan import bytes_of, disk_free, part, planned
 from lightx2v.progress import CancelToken, Meter, Progress
@@ -98,7 +98,7 @@ class HubFiles:
         with self._lock:  # before the look at the files: a download that is over by now has left all of them
             download = self._download
         absent = set(missing(config))
-        states = [self._state(name, config, absent) for name in needed_files(config)]
+        states = [self._state(name, place, absent) for name, place in find_all(config).items()]
         with self._lock:
             recent = time.monotonic() - self._changed < STEADY
             changing = recent or self._running is not None
@@ -129,9 +129,9 @@ class HubFiles:
     def _source(self) -> Hub:
         return self._hub or Hub()
 
-    def _state(self, name: str, config: EngineConfig, absent: Container[str]) -> FileState:
-        if (path := find(name, config)) is not None:
-            return FileState(name=name, ready=True, here=bytes_of(path))
+    def _state(self, name: str, place: Path | None, absent: Container[str]) -> FileState:
+        if place is not None:
+            return FileState(name=name, ready=True, here=bytes_of(place))
         repo, inside = hub_name(name) or ("", None)
         if name not in absent or inside is None:
             return FileState(name=name, ready=False)

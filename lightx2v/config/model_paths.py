@@ -1,41 +1,116 @@
-"""Which files a configuration needs, and where relative paths are looked up."""
+"""The parts of a model, where each one may be, and which files a configuration needs."""
 
 from __future__ import annotations
 
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 
 from .engine_config import EngineConfig
 
-_PACKAGE = Path(__file__).resolve().parents[1]
-PROJECT = _PACKAGE / "_data" if (_PACKAGE / "_data").is_dir() else _PACKAGE.parent
-"""The folder with presets/ and assets/: the checkout, or the data inside an installed package."""
+PROJECT = Path(__file__).resolve().parents[2]
+
+VAE_FILE = "Wan2.1_VAE.pth"
+SHARED_FOLDERS = ("distill_int8", "distill_fp8", "distill_models", "int8", "fp8", "original", "")
+"""Where below the model folder LightX2V looks for the text encoder and the VAE, in its order."""
+EXPERT_FOLDERS = {"high": ("high_noise_model/", "transformer/"), "low": ("low_noise_model/", "transformer_2/")}
+"""An expert's folder in the official layout, then in that of diffusers."""
+ARCHITECTURE_FOLDERS = (
+    "",
+    "low_noise_model/",
+    "high_noise_model/",
+    "distill_models/low_noise_model/",
+    "original/",
+    "transformer/",
+)
+"""Where below the model folder the DiT's config.json may be."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ModelPart:
+    """One part of a model, such as its VAE.
+
+    `path` is the value of the configuration key `key`. Without one, the part is the first of `candidates` that exists
+    in the model folder; a folder ends in "/". `name` is the path, or the part in the official layout: what a download
+    fetches. `file` is the file to take where `path` names a folder.
+    """
+
+    title: str
+    name: str
+    key: str = ""
+    path: str | None = None
+    candidates: tuple[str, ...]
+    file: str = ""
+
+
+def parts(engine: EngineConfig) -> list[ModelPart]:
+    """Both experts, the text encoder, the tokenizer and the VAE.
+
+    Where both experts are named, prebuilt or not, the base model's 114 GB are not needed, only its config.json: that is
+    a part of its own then.
+    """
+    experts = [_expert(engine, which) for which in ("high", "low")]
+    architecture = []
+    if all(expert.path for expert in experts):
+        candidates = tuple(f"{folder}config.json" for folder in ARCHITECTURE_FOLDERS)
+        architecture = [_part(engine, "architecture", "", "high_noise_model/config.json", candidates)]
+    return [
+        *experts,
+        *architecture,
+        _text_encoder(engine),
+        _part(engine, "tokenizer", "t5_tokenizer_path", "google/umt5-xxl/", ("google/umt5-xxl/", "tokenizer/")),
+        _part(engine, "VAE", "vae_path", VAE_FILE, tuple(_shared(VAE_FILE)), file=VAE_FILE),
+    ]
 
 
 def needed_files(engine: EngineConfig) -> list[str]:
-    """What has to be there to load `engine`: files and folders (ending in "/"), by Hub name or path, as they are given.
-
-    Named experts, built or not, spare the base model's: 114 GB. Only the architecture is still read from its folder.
-    """
-    files = []
-    named = []
-    for expert in ("high", "low"):
-        original = getattr(engine, f"{expert}_noise_original_ckpt")
-        quantized = getattr(engine, f"{expert}_noise_quantized_ckpt") if engine.dit_quantized else None
-        named.append(quantized or original)
-        files.append(named[-1] or f"{engine.model_path}/{expert}_noise_model/")
-    if all(named):
-        files.append(f"{engine.model_path}/high_noise_model/config.json")
-    kind = str(engine.t5_quant_scheme).partition("-")[0] if engine.t5_quantized and not engine.build else "bf16"
-    text_encoder = engine.t5_quantized_ckpt or engine.t5_original_ckpt
-    files += [
-        text_encoder or f"{engine.model_path}/models_t5_umt5-xxl-enc-{kind}.pth",
-        engine.t5_tokenizer_path or f"{engine.model_path}/google/umt5-xxl/",
-        engine.vae_path or f"{engine.model_path}/Wan2.1_VAE.pth",
-    ]
-    return list(dict.fromkeys(files + [lora.path for lora in engine.lora_configs]))
+    """The names of all files and folders (ending in "/") that loading `engine` needs: the model's parts and LoRAs."""
+    return list(dict.fromkeys([part.name for part in parts(engine)] + [lora.path for lora in engine.lora_configs]))
 
 
 def search_roots(engine: EngineConfig) -> list[Path]:
-    """Where a relative path of a configuration is looked for, in this order."""
-    given = [Path(engine.models_dir).expanduser()] if engine.models_dir else []
-    return [*given, Path.cwd(), PROJECT]
+    """The folders in which a relative path of a configuration is looked for, in this order."""
+    roots = [Path(engine.models_dir).expanduser()] if engine.models_dir else []
+    return [*roots, Path.cwd(), PROJECT]  # the demo presets name `assets/demo/…`, whatever the working folder is
+
+
+def shard_names(name: str) -> set[str]:
+    """All file names of the set that `model-00002-of-00006.safetensors` belongs to; none for any other name."""
+    match = re.fullmatch(r"(.*)-\d{5}-of-(\d{5})(\.\w+)", name)
+    if match is None or int(match[2]) > 10_000:
+        return set()
+    return {f"{match[1]}-{index:05}-of-{match[2]}{match[3]}" for index in range(1, int(match[2]) + 1)}
+
+
+def _expert(engine: EngineConfig, which: str) -> ModelPart:
+    """The quantized checkpoint where the configuration asks for one, else the original, else the model's folder."""
+    quantized = engine.dit_quantized and getattr(engine, f"{which}_noise_quantized_ckpt")
+    key = f"{which}_noise_{'quantized' if quantized else 'original'}_ckpt"
+    folders = EXPERT_FOLDERS[which]
+    return _part(engine, f"{which}-noise expert", key, folders[0], folders)
+
+
+def _text_encoder(engine: EngineConfig) -> ModelPart:
+    """Prebuilt files are made from the bf16 text encoder where there is no quantized one."""
+    key = "t5_quantized_ckpt" if engine.t5_quantized_ckpt else "t5_original_ckpt"
+    official = "models_t5_umt5-xxl-enc-bf16.pth"
+    candidates = [*_shared(official), "text_encoder/"]
+    if engine.t5_quantized:
+        scheme = (engine.t5_quant_scheme or "fp8").partition("-")[0]
+        quantized = f"models_t5_umt5-xxl-enc-{scheme}.pth"
+        candidates = [*_shared(quantized), *(candidates if engine.build else [])]
+        official = official if engine.build else quantized
+    return _part(engine, "text encoder", key, official, tuple(candidates))
+
+
+def _part(
+    engine: EngineConfig, title: str, key: str, official: str, candidates: tuple[str, ...], *, file: str = ""
+) -> ModelPart:
+    path = (getattr(engine, key) if key else None) or None
+    name = path or f"{engine.model_path}/{official}"
+    return ModelPart(title=title, name=name, key=key, path=path, candidates=candidates, file=file)
+
+
+def _shared(file: str) -> Iterator[str]:
+    return (f"{folder}/{file}" if folder else file for folder in SHARED_FOLDERS)

@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from ..config.engine_config import EngineConfig
-from ..config.model_paths import PROJECT
 from ..config.request import Request
+from ..hub import model_folder
 from . import memory_plan
 from .machine import Machine
 from .memory_plan import GIB, RESERVE, TEXT_WEIGHTS, VAE_WEIGHTS, MemoryPlan, ModelSize, OffloadOptions, Workload
@@ -77,13 +77,6 @@ def forecast(config: EngineConfig, request: Request, *, vram: int, ram: int) -> 
 def bytes_needed(config: EngineConfig, request: Request, *, vram: int, ram: int) -> int:
     """Bytes of device memory at the highest, where `vram` bytes are free."""
     return max(forecast(config, request, vram=vram, ram=ram).plan.bytes.values())
-
-
-def model_folder(config: EngineConfig) -> Path | None:
-    """The model's folder if it is on this machine."""
-    path = Path(config.model_path)
-    places = [Path(config.models_dir) / path] if config.models_dir else []
-    return next((place for place in (*places, path, PROJECT / path) if place.is_dir()), None)
 
 
 @lru_cache(maxsize=64)

@@ -13,7 +13,7 @@ transfer itself is ours (`transfer.py`).
 from __future__ import annotations
 
 from .download import ensure, fetch
-from .find import find, find_cached, find_lora
+from .find import find, find_all, find_cached, find_lora, find_part, local_places, model_folder
 from .listing import Hub
 from .plan import DownloadPlan, PlannedFile, make_plan, missing
 
@@ -24,8 +24,12 @@ __all__ = [
     "ensure",
     "fetch",
     "find",
+    "find_all",
     "find_cached",
     "find_lora",
+    "find_part",
+    "local_places",
     "make_plan",
     "missing",
+    "model_folder",
 ]

@@ -17,6 +17,8 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
+from ..config.model_paths import shard_names
+
 ORPHANED = 24 * 3600.0
 """Seconds after which nobody goes on with a partial file that has a name of its own."""
 FORGOTTEN = 30 * ORPHANED
@@ -139,9 +141,6 @@ def is_whole(folder: Path) -> bool:
                 wanted |= {str(name) for name in json.loads((folder / index).read_text("utf-8"))["weight_map"].values()}
             except (OSError, ValueError, KeyError, AttributeError, TypeError):
                 return False
-    for name in names:
-        if (part := re.fullmatch(r"(.*)-(\d{5})-of-(\d{5})(\.\w+)", name)) is not None:
-            stem, _, count, suffix = part.groups()
-            wanted |= {f"{stem}-{i:05}-of-{count}{suffix}" for i in range(1, int(count) + 1)}
+    wanted = wanted.union(*map(shard_names, names))
     content = {name for name in names if not name.endswith((".index.json", "config.json"))}
     return bool(content) and wanted <= names

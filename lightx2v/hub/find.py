@@ -6,39 +6,73 @@ import os
 from pathlib import Path
 
 from ..config.engine_config import EngineConfig, hub_name
-from ..config.model_paths import search_roots
+from ..config.model_paths import ModelPart, parts, search_roots
 from ..errors import LoraError, short_path
 from .cache import CachedRepo, standard_cache
 
 
-def find(name: str, config: EngineConfig) -> Path | None:
-    """The file or folder that a path of the configuration means: a local one, or one in the shared cache."""
-    roots = [Path(name).expanduser()] if Path(name).expanduser().is_absolute() else local_candidates(name, config)
-    local = next((path for path in roots if path.exists()), None)
-    return local or find_cached(name)
+def find(path: str, config: EngineConfig) -> Path | None:
+    """The file or folder of a path in the configuration: a local one, or one in the shared cache."""
+    return next((place for place in local_places(path, config) if os.path.exists(place)), None) or find_cached(path)
+
+
+def find_part(part: ModelPart, config: EngineConfig) -> Path | None:
+    """The file or folder of one part of the model."""
+    if part.path:
+        place = find(part.path, config)
+        if place is not None and part.file and place.is_dir():
+            place /= part.file
+        return place if place is not None and place.exists() else None
+    model = local_model_folder(config)
+    if model is None:
+        names = (f"{config.model_path}/{candidate}" for candidate in part.candidates)
+        return next(filter(None, map(find_cached, names)), None)
+    for candidate in part.candidates:
+        place = model / candidate
+        if place.is_dir() if candidate.endswith("/") else place.is_file():
+            return place
+    return None
+
+
+def find_all(config: EngineConfig) -> dict[str, Path | None]:
+    """{name: where it is} of everything that loading needs, as in `needed_files`."""
+    places = {part.name: find_part(part, config) for part in parts(config)}
+    return places | {lora.path: find(lora.path, config) for lora in config.lora_configs}
 
 
 def find_cached(name: str) -> Path | None:
-    """A file, a folder with all its parts, or a repository of the shared cache, by its name on the Hub."""
+    """A file, a folder with all its shards, or a repository in the shared cache, by its name on the Hub."""
     hub = hub_name(name)
     return CachedRepo(standard_cache(), hub[0]).find(hub[1]) if hub else None
 
 
 def find_lora(path: str, config: EngineConfig) -> Path:
-    """The file of a LoRA: absolute, below one of the places where the configuration's files are looked for, or in the
-    shared cache. LoraError where it is nowhere."""
-    given, model = (Path(os.path.expanduser(name)) for name in (path, config.model_path))
-    roots = [*search_roots(config), model, model.parent]
-    places = [given] if given.is_absolute() else [root / given for root in dict.fromkeys(roots)]
-    found = next((place for place in places if os.path.exists(place)), None) or find_cached(path)
-    if found is not None:
-        return found
-    hub, looked = hub_name(path), dict.fromkeys(short_path(place, 3) for place in places)
+    """The file of a LoRA. LoraError where it is on none of the places for a path of the configuration."""
+    place = find(path, config)
+    if place is not None:
+        return place
+    hub, looked = hub_name(path), dict.fromkeys(short_path(place, 3) for place in local_places(path, config))
     raise LoraError(
         f"There is no LoRA {short_path(path, 3)}. Looked for {', '.join(looked)}. "
         + (f"Download it with: hf download {hub[0]} {hub[1]}" if hub and hub[1] else "Check the path.")
     )
 
 
-def local_candidates(name: str, config: EngineConfig) -> list[Path]:
-    return [root / Path(name).expanduser() for root in search_roots(config)]
+def model_folder(config: EngineConfig) -> Path | None:
+    """The folder of the model on this machine: a local one, or the repository's in the shared cache."""
+    return local_model_folder(config) or find_cached(config.model_path)
+
+
+def local_model_folder(config: EngineConfig) -> Path | None:
+    path = Path(config.model_path).expanduser()
+    return next((root / path for root in search_roots(config) if (root / path).is_dir()), None)
+
+
+def local_places(path: str, config: EngineConfig) -> list[Path]:
+    """Where a path of the configuration may be, in order: below a search root, or in or beside the model."""
+    relative = Path(path).expanduser()
+    if relative.is_absolute():
+        return [relative]
+    model = model_folder(config)
+    around = [model, model.parent, model.parent.parent] if model else []
+    return [root / relative for root in dict.fromkeys([*search_roots(config), *around])]

@@ -9,10 +9,9 @@ from pathlib import Path
 
 from ..config.engine_config import EngineConfig, hub_name
 from ..config.lora_names import partner_name
-from ..config.model_paths import needed_files
 from ..errors import ConfigError, DownloadError, byte_size, short_path
 from .cache import CachedRepo
-from .find import find, find_cached, local_candidates
+from .find import find, find_all, find_cached, local_model_folder
 from .listing import Hub, HubFile, list_files
 
 SPARE = 0.05
@@ -71,11 +70,11 @@ def missing(config: EngineConfig) -> list[str]:
 
     A model folder that is here is taken as it is: nothing is put into it or beside it.
     """
-    own_model = any(path.is_dir() for path in local_candidates(config.model_path, config))
+    own_model = local_model_folder(config) is not None
     return [
         name
-        for name in needed_files(config)
-        if hub_name(name) and not (own_model and name.startswith(f"{config.model_path}/")) and not find(name, config)
+        for name, place in find_all(config).items()
+        if place is None and hub_name(name) and not (own_model and name.startswith(f"{config.model_path}/"))
     ]
 
 
@@ -103,9 +102,9 @@ def make_plan(
     hub = hub or Hub()
     absent = missing(config)
     found, lacking = [], []
-    for name in needed_files(config):
-        if (path := find(name, config)) is not None:
-            found.append((name, bytes_of(path)))
+    for name, place in find_all(config).items():
+        if place is not None:
+            found.append((name, bytes_of(place)))
         elif name not in absent:
             lacking.append(name)
     wanted: dict[str, list[str]] = {}

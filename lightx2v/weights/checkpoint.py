@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import json
 import math
-import re
 from collections import deque
 from collections.abc import Callable, Container, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -21,6 +20,7 @@ from pathlib import Path, PurePath
 
 import torch
 
+from ..config.model_paths import shard_names
 from ..errors import CheckpointError, short_path
 from .pth_reader import PthReader
 from .safetensors_reader import AGAIN, CHUNK, SafetensorsReader, TensorEntry, cast_target
@@ -31,7 +31,6 @@ AHEAD = 3
 """Tensors on their way to a device that are read before they are asked for; 141 MB each at full size in bf16."""
 
 PICKLES = (".pth", ".pt", ".bin")
-SHARD_OF = re.compile(r"(?P<stem>.*)-(?P<index>\d{5})-of-(?P<count>\d{5})(?P<suffix>\.\w+)", re.IGNORECASE)
 
 
 class Checkpoint:
@@ -192,19 +191,8 @@ def _open_folder(folder: Path) -> Checkpoint:
     if not paths:
         raise CheckpointError(f"{short_path(folder)} holds no model: expected *.safetensors, with or without an index.")
     names = {path.name for path in paths}
-    _require_shards(folder, names, {other for name in names for other in _siblings(name)})
+    _require_shards(folder, names, set().union(*map(shard_names, names)))
     return Checkpoint(folder, [open_file(path) for path in paths])
-
-
-def _siblings(name: str) -> set[str]:
-    """All file names of the set that `model-00002-of-00006.safetensors` says it belongs to."""
-    match = SHARD_OF.fullmatch(name)
-    if not match or int(match["count"]) > 10_000:
-        return set()
-    return {
-        f"{match['stem']}-{index:05}-of-{match['count']}{match['suffix']}"
-        for index in range(1, int(match["count"]) + 1)
-    }
 
 
 def _require_shards(folder: Path, present: set[str], wanted: set[str]) -> None:

@@ -157,7 +157,7 @@ def test_what_is_here_in_part_counts_in_the_plan(home: Path, server: HubServer) 
 
 def test_progress_counts_bytes_up_to_the_whole(server: HubServer) -> None:
     events: list[Progress] = []
-    server.pace = 0.3
+    server.pace = 0.6
     ensure(merged(), meter=Meter(on_progress=events.append), hub=quick(server))
     assert {event.stage for event in events} == {"download"}
     steps = [event.step for event in events if event.total]
