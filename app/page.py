@@ -13,10 +13,9 @@ from lightx2v.config.recorded_settings import PICTURES
 from lightx2v.errors import OutputError, short_path
 
 from .backend.studio import Studio, settings_of
-from .events.clicks import Clicks
-from .events.handlers import Handlers
-from .events.page_state import Tab
-from .events.turn import BUSY_SECONDS, Screen
+from .events import clicks, handlers
+from .events.page_controller import BUSY_SECONDS, PageController, refreshed
+from .events.page_state import PageState
 from .form.fields import LORA_ROWS
 from .form.inputs import JS_ACT, build_inputs
 from .strings import Words
@@ -26,10 +25,9 @@ from .web.gradio_api import add_endpoints
 JS_WATCH = JS_ACT + " studio.watched(element); watch('value', () => studio.watched(element));"
 JS_COMPARE = JS_ACT + " studio.inStep(element);"
 STORAGE = "lightx2v-studio"
-JS_TELL = "(...values) => studio.tell(values)"
-PRIVATE: dict[str, Any] = {"queue": False, "show_progress": "hidden", "api_visibility": "private", "js": JS_TELL}
-"""Of every event: it says what the page shows, is answered at once and beside the queue, and is no part of the public
-interface."""
+JS_VERSIONS = "(...values) => studio.sendVersions(values)"
+PRIVATE: dict[str, Any] = {"queue": False, "show_progress": "hidden", "api_visibility": "private", "js": JS_VERSIONS}
+"""For every event: it sends the versions that the page shows, bypasses gradio's queue, and is not in the public API."""
 
 
 def build_page(studio: Studio) -> gr.Blocks:
@@ -37,12 +35,10 @@ def build_page(studio: Studio) -> gr.Blocks:
     words = Words("en")
     resolved = settings_of(studio.default_preset)
     with gr.Blocks(title=words("title"), analytics_enabled=False, fill_width=True, delete_cache=(3600, 86400)) as page:
-        told = gr.JSON(
-            {}, visible=False, elem_id="told"
-        )  # the first component, so that it is the first value of every event
-        session = gr.BrowserState({}, storage_key=STORAGE, secret=_storage_secret(studio.folder))
-        tab = gr.State(Tab())
-        timer = gr.Timer(BUSY_SECONDS / 2, active=False)  # no pace of `Screen`: the first answer sets one and starts it
+        versions = gr.JSON({}, visible=False, elem_id="versions")  # first, to be the first value of every event
+        stored = gr.BrowserState({}, storage_key=STORAGE, secret=_storage_secret(studio.folder))
+        state = gr.State(PageState())
+        timer = gr.Timer(BUSY_SECONDS / 2, active=False)  # the first answer starts it
         top = gr.HTML(apply_default_css=False, elem_id="top", js_on_load=JS_ACT)
         with gr.Tabs(elem_id="tabs"):
             with gr.Tab(words("tab_create"), id="create") as creating, gr.Row(elem_id="create"):
@@ -67,14 +63,15 @@ def build_page(studio: Studio) -> gr.Blocks:
             benchmark=benchmark, tabs=(creating, comparing), restore=restore,
         )  # fmt: skip
         add_endpoints(studio)
-        screen = Screen(studio, inputs, outputs, told=told, session=session, tab=tab, timer=timer)
-        _wire(page, screen)
+        controller = PageController(
+            studio, inputs, outputs, versions=versions, stored=stored, state=state, timer=timer
+        )  # fmt: skip
+        _wire(page, controller)
     return page
 
 
-def _wire(page: gr.Blocks, screen: Screen) -> None:
-    inputs, outputs = screen.inputs, screen.outputs
-    handlers, clicks = Handlers(screen), Clicks(screen)
+def _wire(page: gr.Blocks, controller: PageController) -> None:
+    inputs, outputs = controller.inputs, controller.outputs
     fields = set(inputs.fields.values())
     pictures = {inputs.fields[name] for name in PICTURES}
     column = {
@@ -83,48 +80,43 @@ def _wire(page: gr.Blocks, screen: Screen) -> None:
         *inputs.remove_lora,
     }  # fmt: skip
     column |= {inputs.files, inputs.files_box} - {None}
-    everything = [*column, *outputs.rendered, screen.session, screen.timer, outputs.restore, *outputs.tabs]
-    state = {screen.told, screen.session, screen.tab, screen.timer, inputs.generate}
-    read = state | fields - pictures
-    # "once" would lose a second click while the first is answered; "always_last" keeps it, for what does not ask which
-    # of several buttons was pressed.
-    every: dict[str, Any] = {"inputs": read, "outputs": everything, "trigger_mode": "multiple", **PRIVATE}
-    last: dict[str, Any] = {"inputs": read, "outputs": everything, "trigger_mode": "always_last", **PRIVATE}
+    everything = [*column, *outputs.rendered, controller.stored, controller.timer, outputs.restore, *outputs.tabs]
+    read = {controller.versions, controller.stored, controller.state, controller.timer, inputs.generate}
+    read |= fields - pictures
+    default: dict[str, Any] = {"inputs": read, "outputs": everything, **PRIVATE}
+    # "once" would lose a second click while the first is answered. "always_last" keeps the last one, which is enough
+    # where it does not matter which of several buttons was pressed.
+    every, last = {**default, "trigger_mode": "multiple"}, {**default, "trigger_mode": "always_last"}
+    on, on_click, on_submit = controller.listener, controller.click_listener, controller.click_listener
+    submitting: dict[str, Any] = {}
+    if controller.studio.exposure.zerogpu:
+        # A run belongs to its event, and visitors' events run beside each other: ZeroGPU has a queue of its own.
+        on_submit, submitting = controller.running_listener, {"queue": True, "concurrency_limit": None}
 
-    page.load(handlers.opened, inputs=read, outputs=everything, **PRIVATE)
-    screen.timer.tick(handlers.tick, inputs=read, outputs=everything, trigger_mode="once", **PRIVATE)
-    if screen.studio.exposure.zerogpu:
-        # The queue is ZeroGPU's own: visitors' requests for the GPU run beside each other here.
-        shown: dict[str, Any] = {
-            "show_progress": "hidden",
-            "api_visibility": "private",
-            "concurrency_limit": None,
-            "js": JS_TELL,
-        }
-        inputs.generate.click(handlers.generate_on_gpu, inputs=read | pictures, outputs=everything, **shown)
-    else:
-        inputs.generate.click(handlers.generate, inputs=read | pictures, outputs=everything, **PRIVATE)
+    page.load(controller.load_listener(handlers.opened), **default)
+    controller.timer.tick(on(refreshed), **{**default, "trigger_mode": "once"})
+    inputs.generate.click(on_submit(handlers.generate), **{**default, "inputs": read | pictures, **submitting})
     for component in (inputs.examples, inputs.files, *outputs.rendered):
         if component is not None:
-            component.act(clicks.act, **every)
-    outputs.restore.upload(handlers.restored, **{**every, "inputs": read | {outputs.restore}})
+            component.act(on_submit(clicks.act), **{**every, **submitting})
+    outputs.restore.upload(on(handlers.restored), **{**every, "inputs": read | {outputs.restore}})
 
-    inputs.preset.pick(handlers.picked, **every)
+    inputs.preset.pick(on_click(handlers.picked), **every)
     named = inputs.fields
-    named["task"].input(handlers.task_changed, **last)
-    gr.on([named["size"].input, named["shape"].input], handlers.size_chosen, **last)
-    named["length"].input(handlers.length_chosen, **last)
-    gr.on([named["height"].input, named["width"].input], handlers.size_typed, **last)
+    named["task"].input(on(handlers.task_changed), **last)
+    gr.on([named["size"].input, named["shape"].input], on(handlers.size_chosen), **last)
+    named["length"].input(on(handlers.length_chosen), **last)
+    gr.on([named["height"].input, named["width"].input], on(handlers.size_typed), **last)
     costly = ("frames", "fps", "videos", "steps", "enable_cfg", "guidance_high", "guidance_low", "boundary", "shift")
     costly += ("denoising_step_list", "boundary_step_index", "per_line", "offload", "attention", "negative_prompt")
-    changes = [*(named[name].input for name in costly), named["prompt"].blur]  # one video for each of its lines
+    changes = [*(named[name].input for name in costly), named["prompt"].blur]  # a prompt may make a video per line
     changes += [named[f"lora_{row}_low"].blur for row in range(LORA_ROWS)]
-    gr.on(changes, handlers.edited, **last)
-    gr.on([picture.change for picture in pictures], handlers.pictured, **{**last, "inputs": read | pictures})
-    gr.on([named[f"lora_{row}_high"].blur for row in range(LORA_ROWS)], handlers.paired, **last)
-    inputs.add_lora.click(handlers.lora_added, **last)
+    gr.on(changes, on(refreshed), **last)
+    gr.on([picture.change for picture in pictures], on(handlers.pictured), **{**last, "inputs": read | pictures})
+    gr.on([named[f"lora_{row}_high"].blur for row in range(LORA_ROWS)], on(handlers.paired), **last)
+    inputs.add_lora.click(on(handlers.lora_added), **last)
     for row, remove in enumerate(inputs.remove_lora):
-        remove.click(partial(handlers.lora_removed, row), **last)
+        remove.click(on(partial(handlers.lora_removed, row=row)), **last)
 
 
 def _storage_secret(folder: Path) -> str:

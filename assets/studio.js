@@ -172,11 +172,11 @@ window.studio = (() => {
   };
   let opened = false;
 
-  // ---- what the page shows, told with every event: the version of each part, and which part is in use -----------------
-  const tell = (values) => {
+  // ---- what the page shows, sent with every event: the version of each part, and which part is in use -----------------
+  const sendVersions = (values) => {
     const parts = [...document.querySelectorAll("[data-part]")];
-    const held = (part) => $("[aria-expanded=true]", part);
-    values[0] = Object.fromEntries(parts.map((part) => [part.dataset.part, held(part) ? "held" : part.dataset.version]));
+    const inUse = (part) => $("[aria-expanded=true]", part);
+    values[0] = Object.fromEntries(parts.map((part) => [part.dataset.part, inUse(part) ? "in use" : part.dataset.version]));
     return values;
   };
 
@@ -246,5 +246,5 @@ window.studio = (() => {
     new MutationObserver(applyTheme).observe(document.body, { attributes: true, attributeFilter: ["class"] });
   };
   document.readyState === "loading" ? document.addEventListener("DOMContentLoaded", keepTheme) : keepTheme();
-  return { actions, picker, tell, watched, inStep };
+  return { actions, picker, sendVersions, watched, inStep };
 })();

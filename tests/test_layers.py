@@ -21,7 +21,7 @@ pipeline infer convert download server
 """.split()
 """Packages and modules of lightx2v/. Each may import those to its left, and never one to its right."""
 
-PAGE = "exposure strings theme backend views form events web page".split()
+PAGE = "exposure strings theme gradio_compat backend views form events web page main".split()
 """The same for app/, which also may import every package of lightx2v/."""
 
 FRONT_ENDS = {"infer", "convert", "download", "server"}

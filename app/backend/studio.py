@@ -1,7 +1,7 @@
-"""What the page works with: the job manager, presets, predictions, files. No gradio here, and no torch.
+"""Studio: the job manager, presets, predictions and files behind the page. No gradio here, and no torch.
 
-One Studio serves all visitors. What belongs to one of them is asked for with their `owner`, a secret that their
-browser keeps; without it no run can be listed, seen or changed.
+One Studio serves all visitors. To list, see or change a visitor's runs the caller passes their `owner`, a secret that
+their browser keeps.
 """
 
 from __future__ import annotations
@@ -12,11 +12,11 @@ import secrets
 import threading
 import time
 from collections import OrderedDict
-from collections.abc import Container, Generator
+from collections.abc import Container
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 from lightx2v.config.engine_config import EngineConfig
 from lightx2v.config.model_paths import PROJECT
@@ -36,6 +36,7 @@ from lightx2v.progress import CancelToken, OnProgress, Progress
 from ..exposure import ADDRESS, Exposure
 from .measured_engine import Measured, engine_key
 from .model_files import Files, HubFiles
+from .zerogpu import LendGpu, ZeroGpuJobs
 
 log = logging.getLogger("lightx2v.page")
 
@@ -53,18 +54,9 @@ class Loaded:
     preset: str
 
 
-class Lender(Protocol):
-    """Runs on a GPU that is lent for each of them; `zerogpu.GpuLender` is one."""
-
-    config: EngineConfig
-
-    def reservation(self, request: Request) -> int: ...
-
-    def run(self, request: Request, *, owner: str, preset: str) -> Generator[Job]: ...
-
-
 class Studio:
-    """`files` knows which model files are here and may fetch others. `only` these presets are on offer, if given."""
+    """`files` knows which model files are here and downloads others. `only`, if given, limits the presets on offer.
+    `lend_gpu` is `spaces.GPU` on ZeroGPU: the engine of the default preset is loaded at once, and no other ever."""
 
     def __init__(
         self,
@@ -75,6 +67,7 @@ class Studio:
         files: Files | None = None,
         default_preset: str = "",
         only: Container[str] | None = None,
+        lend_gpu: LendGpu | None = None,
     ) -> None:
         self.exposure = exposure
         self.address = ADDRESS
@@ -83,25 +76,20 @@ class Studio:
         self.machine = MachineReader()
         self.files = files or HubFiles()
         self.loaded: Loaded | None = None
-        self.lender: Lender | None = None
         self._room_at_start = self.machine().vram_free or 0
-        self._open = open_engine
+        self._open_engine = open_engine
         self._rates = Rates(self.folder / "rates.json")
         self._posters = self.folder / "posters"
-        self._shown: OrderedDict[str, Path] = OrderedDict()
+        self._uploads: OrderedDict[str, Path] = OrderedDict()
         self._predicted: OrderedDict[str, Prediction] = OrderedDict()
-        self._adopted: OrderedDict[str, Job] = OrderedDict()
         self._lock = threading.Lock()
-        self._adopting = threading.Lock()
         shipped = [info for info in list_presets() if info.gpus == 1 and not info.offload]
         self.presets = [info for info in shipped if only is None or info.name in only]
         if not self.presets or default_preset and default_preset not in self.tasks:
             names = ", ".join(info.name for info in shipped)
             raise ConfigError(f"There is no preset {default_preset!r} for the page. Presets: {names}.")
         self.default_preset = default_preset or self._choose_default()
-        self.jobs = JobManager(
-            self._open_measured, self.folder, max_queue=exposure.limits.queue, predict=self._seconds
-        )  # fmt: skip
+        self.jobs = self._open_jobs() if lend_gpu is None else self._open_zerogpu_jobs(lend_gpu)
 
     # ---- presets ------------------------------------------------------------------------------------------------
 
@@ -149,8 +137,6 @@ class Studio:
 
     @property
     def _engine(self) -> EngineConfig | None:
-        if self.lender is not None:
-            return self.lender.config
         return self.loaded.config if self.loaded is not None else None
 
     def _predict(self, config: EngineConfig, request: Request, engine: EngineConfig | None) -> Prediction | None:
@@ -192,9 +178,27 @@ class Studio:
 
     # ---- engines ------------------------------------------------------------------------------------------------
 
-    def _open_measured(
-        self, config: EngineConfig, *, preset: str, on_progress: OnProgress, cancel: CancelToken
-    ) -> Engine:
+    def _open_jobs(self) -> JobManager:
+        return JobManager(
+            self._open_timed, self.folder, max_queue=self.exposure.limits.queue, predict=self._seconds
+        )  # fmt: skip
+
+    def _open_zerogpu_jobs(self, lend_gpu: LendGpu) -> ZeroGpuJobs:
+        preset = self.default_preset
+        config = settings_of(preset).engine
+        engine = self._open_engine(config, preset=preset, on_progress=lambda event: None, cancel=CancelToken())
+        self.loaded = Loaded(config=config, preset=preset)
+        return ZeroGpuJobs(
+            lend_gpu, engine, config, self.folder, max_queue=self.exposure.limits.queue, predict=self.predict,
+            on_finished=self._finished,
+        )  # fmt: skip
+
+    def _finished(self, config: EngineConfig, request: Request, report: dict[str, Any]) -> None:
+        # An input picture may have changed the video's size: count the work that was done.
+        done = replace(request, height=report["height"], width=report["width"])
+        self.learn(config, done, report["timings"]["seconds"])
+
+    def _open_timed(self, config: EngineConfig, *, preset: str, on_progress: OnProgress, cancel: CancelToken) -> Engine:
         started = time.perf_counter()
 
         def watch(event: Progress) -> None:
@@ -203,7 +207,7 @@ class Studio:
                 started = time.perf_counter()
             on_progress(event)
 
-        engine = self._open(config, preset=preset, on_progress=watch, cancel=cancel)
+        engine = self._open_engine(config, preset=preset, on_progress=watch, cancel=cancel)
         self.loaded = Loaded(config=config, preset=preset)
         seconds = time.perf_counter() - started
         return Measured(engine, config, seconds, learn=self.learn, closed=self._forget_loaded)
@@ -247,43 +251,18 @@ class Studio:
         if prediction is not None and prediction.source != "assumed":
             _remember(self._predicted, job_id, prediction)
 
-    def own(self, owner: str, job_id: str) -> Job | None:
-        """The run if it is this visitor's, else None, whether or not it exists."""
+    def job_of(self, owner: str, job_id: str) -> Job | None:
+        """The run if it belongs to this owner; None otherwise, whether or not it exists."""
         job = self._find(job_id)
         return job if job is not None and owner and secrets.compare_digest(job.owner, owner) else None
 
     def runs(self, owner: str) -> list[Job]:
-        """A visitor's runs, the newest first."""
-        if not owner:
-            return []
-        # A list first: another visitor's run may be adopted meanwhile.
-        adopted = [job for job in reversed(list(self._adopted.values())) if job.owner == owner]
-        return [*adopted, *self.jobs.list(owner, limit=HISTORY)]
-
-    def adopt(self, job: Job) -> None:
-        """Takes in a run as it stands that is none of the job manager's (ZeroGPU). A restart forgets it."""
-        with self._adopting:
-            known = self._adopted.get(job.id)
-            asked = known is not None and known.cancelling and not job.over
-            _remember(self._adopted, job.id, replace(job, cancelling=True) if asked else job)
-
-    def stop(self, job: Job) -> None:
-        """Asks a run to end: at its next step, or at once while it waits."""
-        with self._adopting:
-            known = self._adopted.get(job.id)
-            if known is not None:
-                self._adopted[job.id] = replace(known, cancelling=True)
-        if known is None:
-            self.jobs.cancel(job.id)
-
-    def stopping(self, job_id: str) -> bool:
-        """Whether somebody asked an adopted run to end."""
-        job = self._adopted.get(job_id)
-        return job is not None and job.cancelling
+        """The owner's runs, newest first."""
+        return self.jobs.list(owner, limit=HISTORY) if owner else []
 
     def _find(self, job_id: str) -> Job | None:
         try:
-            return self._adopted.get(job_id) or self.jobs.get(job_id)
+            return self.jobs.get(job_id)
         except UnknownJob:
             return None
 
@@ -297,10 +276,7 @@ class Studio:
 
     def delete(self, job: Job) -> None:
         """Removes a run and its files."""
-        if self._adopted.pop(job.id, None) is None:
-            self.jobs.delete(job.id)
-        elif job.path is not None:
-            job.path.unlink(missing_ok=True)
+        self.jobs.delete(job.id)
         (self._posters / f"{job.id}.jpg").unlink(missing_ok=True)
 
     # ---- files that are served ----------------------------------------------------------------------------------
@@ -338,14 +314,14 @@ class Studio:
                     return None
             return poster.read_bytes()
 
-    def show_file(self, path: Path) -> str:
-        """A token under which an uploaded video is served."""
+    def keep_upload(self, path: Path) -> str:
+        """Returns a token under which the page serves an uploaded video."""
         token = secrets.token_urlsafe(24)
-        _remember(self._shown, token, path)
+        _remember(self._uploads, token, path)
         return token
 
-    def shown_file(self, token: str) -> Path | None:
-        path = self._shown.get(token)
+    def uploaded_video(self, token: str) -> Path | None:
+        path = self._uploads.get(token)
         return path if path is not None and path.is_file() else None
 
     def close(self) -> None:

@@ -1,12 +1,12 @@
-"""Runs on ZeroGPU, where the GPU is lent to one visitor's request: there the page's event has to own the run.
+"""ZeroGpuJobs: the job manager's interface on ZeroGPU, which lends a GPU to one visitor's HTTP request.
 
-    main process                          forked process with the GPU
-    GpuLender.run ─ spaces.GPU(duration) ──►  denoise: the engine, in a thread; yields what happens
+    main process                               forked process with the GPU
+    ZeroGpuJobs.running ─ spaces.GPU(duration) ─►  denoise: the engine in a thread; yields messages
         │   ◄── ("progress", …) … ("done", frames, report)
-        └──► mp4 is written here: encoding on the lent GPU would be charged
+        └──► the mp4 is written here: encoding on the lent GPU would be charged
 
-The engine is opened once at start, before the fork. Closing the generator ends the fork's run: its thread sees the
-cancelled token at the next step.
+`submit` only queues a job. The event that submitted it runs it inside `running`, and leaving that block cancels it. The
+engine is loaded once at start, before the fork. Jobs are kept in memory: a restart forgets them.
 """
 
 from __future__ import annotations
@@ -16,94 +16,179 @@ import queue
 import secrets
 import threading
 import time
-from collections.abc import Callable, Generator
-from contextlib import closing
+from collections import OrderedDict
+from collections.abc import Callable, Collection, Generator, Iterator, Sequence
+from contextlib import closing, contextmanager
 from dataclasses import replace
-from typing import Any, Protocol
+from pathlib import Path
+from typing import Any
 
 from lightx2v.config.engine_config import EngineConfig
 from lightx2v.config.recorded_settings import recorded_settings
 from lightx2v.config.request import Request
-from lightx2v.errors import LightX2VError
-from lightx2v.jobs.store import Job
+from lightx2v.cost.run_time import Prediction
+from lightx2v.errors import BadRequest, Busy, LightX2VError
+from lightx2v.jobs.store import STATES, Job, State, UnknownJob
 from lightx2v.media.images import jpeg
 from lightx2v.media.video_writer import VideoWriter
-from lightx2v.progress import CancelToken, OnProgress, Progress
+from lightx2v.progress import CancelToken, Progress
 
-from .studio import Studio
-
-LEAST_SECONDS, MOST_SECONDS, UNKNOWN_SECONDS = 20, 300, 90
+MIN_SECONDS, MAX_SECONDS, UNKNOWN_SECONDS = 20, 300, 90
 MARGIN = 1.3
-"""A reservation that is too short loses the run; one that is too long only waits longer for its turn."""
+"""A reservation that is too short loses the run; one that is too long only waits longer for a GPU."""
+MAX_JOBS = 1000
 
 Message = tuple[Any, ...]
 LendGpu = Callable[..., Callable[..., Callable[..., Generator[Message]]]]
-"""`spaces.GPU`: takes `duration=`, gives a decorator."""
+"""`spaces.GPU`: takes `duration=`, returns a decorator."""
 
 
-class FramesEngine(Protocol):
-    """What is asked of LightX2VPipeline here: frames back, no file."""
+class ZeroGpuJobs:
+    """Jobs of one engine, each run on a GPU that is lent for it. The methods are those of JobManager.
 
-    def run(self, request: Request, *, on_progress: OnProgress, cancel: CancelToken, return_frames: bool) -> Any: ...
+    `engine` is a LightX2VPipeline, which returns frames here and writes no file.
+    """
 
+    alive = True
 
-class GpuLender:
-    """One engine, whose runs are requests for the GPU."""
-
-    def __init__(self, lend: LendGpu, engine: FramesEngine, config: EngineConfig, studio: Studio) -> None:
-        self._studio, self.config = studio, config
+    def __init__(
+        self,
+        lend_gpu: LendGpu,
+        engine: Any,
+        config: EngineConfig,
+        folder: Path,
+        *,
+        max_queue: int,
+        predict: Callable[[EngineConfig, Request], Prediction | None],
+        on_finished: Callable[[EngineConfig, Request, dict[str, Any]], None],
+    ) -> None:
+        self.config, self.folder, self.max_queue = config, folder, max_queue
+        self._on_finished = on_finished
+        self._lock = threading.RLock()
+        self._jobs: OrderedDict[str, Job] = OrderedDict()
+        self._waiting: list[str] = []
 
         def seconds(request: dict[str, Any]) -> int:
-            return self.reservation(Request.from_json(request))
+            return reserved_seconds(predict(config, Request.from_json(request)))
 
         def denoise(request: dict[str, Any]) -> Generator[Message]:
             yield from _messages(engine, Request.from_json(request))
 
-        # Requests cross the fork as plain JSON; the duration's signature has to be the function's.
-        self._denoise = lend(duration=seconds)(denoise)
+        # Requests cross the fork as plain JSON. spaces.GPU calls `duration` with the function's own arguments.
+        self._denoise = lend_gpu(duration=seconds)(denoise)
 
-    def reservation(self, request: Request) -> int:
-        """Whole seconds of GPU to ask for."""
-        prediction = self._studio.predict(self.config, request)
-        if prediction is None:
-            return UNKNOWN_SECONDS
-        on_gpu = sum(s for stage, s in prediction.stages.items() if stage not in ("load", "write"))
-        return min(MOST_SECONDS, max(LEAST_SECONDS, math.ceil(on_gpu * MARGIN + 5)))
+    # ---- JobManager's interface ---------------------------------------------------------------------------------
 
-    def run(self, request: Request, *, owner: str, preset: str) -> Generator[Job]:
-        """The job as it goes on, the last one being over. Closing this, or `studio.stop`, ends the run."""
-        now = time.time()
+    def get(self, id: str) -> Job:
+        with self._lock:
+            if id not in self._jobs:
+                raise UnknownJob("There is no job with this id.")
+            position = self._waiting.index(id) + 1 if id in self._waiting else None
+            return replace(self._jobs[id], position=position)
+
+    def list(self, owner: str | None = None, *, limit: int = 100, states: Collection[State] = STATES) -> list[Job]:
+        """Jobs, newest first; of one owner, or of all."""
+        with self._lock:
+            jobs = [job for job in reversed(self._jobs.values()) if owner in (None, job.owner) and job.state in states]
+            return [self.get(job.id) for job in jobs[:limit]]
+
+    def submit(self, config: EngineConfig, request: Request, *, owner: str = "", preset: str = "") -> Job:
+        self._check(config, request)
         job = Job(
-            id=secrets.token_hex(16), state="running", owner=owner, preset=preset, client_id=None, config=self.config,
-            request=request, created=now, started=now,
+            id=secrets.token_hex(16), state="queued", owner=owner, preset=preset, client_id=None, config=config,
+            request=request, created=time.time(),
         )  # fmt: skip
-        try:
-            self._studio.adopt(job)
-            yield job
-            with closing(self._denoise(request.to_json())) as messages:
-                for message in messages:
-                    if self._studio.stopping(job.id):
-                        return
-                    job = self._after(job, message)
-                    self._studio.adopt(job)
-                    yield job
-        finally:
-            if not job.over:
-                self._studio.adopt(replace(job, state="cancelled", finished=time.time()))
+        with self._lock:
+            if len(self._waiting) >= self.max_queue:
+                raise Busy(f"The queue is full: {len(self._waiting)} jobs are waiting. Try again later.")
+            self._jobs[job.id] = job
+            self._waiting.append(job.id)
+            while len(self._jobs) > MAX_JOBS:
+                self._jobs.popitem(last=False)
+            return self.get(job.id)
 
-    def _after(self, job: Job, message: Message) -> Job:
+    def edit(self, id: str, request: Request, *, config: EngineConfig, preset: str) -> Job:
+        self._check(config, request)
+        with self._lock:
+            self._queued(id)
+            return self._change(id, request=request, config=config, preset=preset)
+
+    def move(self, id: str, position: int) -> Job:
+        with self._lock:
+            self._queued(id)
+            self._waiting.remove(id)
+            self._waiting.insert(max(position, 1) - 1, id)
+            return self.get(id)
+
+    def cancel(self, id: str) -> Job:
+        """Cancels a queued job at once and a running one at its next step."""
+        with self._lock:
+            job = self.get(id)
+            if job.state == "queued":
+                self._waiting.remove(id)
+                return self._change(id, state="cancelled", finished=time.time())
+            return job if job.over else self._change(id, cancelling=True)
+
+    def delete(self, id: str) -> None:
+        with self._lock:
+            job = self.get(id)
+            if job.state == "running":
+                raise BadRequest("This job is running. Cancel it first, and delete it when it has stopped.")
+            if id in self._waiting:
+                self._waiting.remove(id)
+            del self._jobs[id]
+        if job.path is not None:
+            job.path.unlink(missing_ok=True)
+
+    def close(self) -> None:
+        """Does nothing: every run ends with the request that it belongs to."""
+
+    # ---- running inside a request -------------------------------------------------------------------------------
+
+    @contextmanager
+    def running(self, ids: Sequence[str]) -> Iterator[Iterator[None]]:
+        """Gives an iterator that runs queued jobs one after another and yields after every change of one. Leaving the
+        block, as gradio does when the visitor leaves, cancels all that are not over."""
+        with closing(self._run_all(ids)) as changes:
+            try:
+                yield changes
+            finally:
+                changes.close()
+                for id in ids:
+                    self.cancel(id)
+
+    def _run_all(self, ids: Sequence[str]) -> Generator[None]:
+        for id in ids:
+            with self._lock:
+                if id not in self._waiting:  # cancelled or deleted meanwhile
+                    continue
+                self._waiting.remove(id)
+                job = self._change(id, state="running", started=time.time())
+            try:
+                yield
+                with closing(self._denoise(job.request.to_json())) as messages:
+                    for message in messages:
+                        if self.get(id).cancelling:
+                            break
+                        self._change(id, **self._changes(job, message))
+                        yield
+            finally:
+                if not self.get(id).over:
+                    self._change(id, state="cancelled", finished=time.time())
+
+    def _changes(self, job: Job, message: Message) -> dict[str, Any]:
         kind, *rest = message
         if kind == "progress":
             progress, preview = rest
-            return replace(job, progress=progress, preview=preview or job.preview)
+            return {"progress": progress, **({"preview": preview} if preview else {})}
         if kind == "failed":
-            return replace(job, state="failed", finished=time.time(), error=rest[0])
+            return {"state": "failed", "finished": time.time(), "error": rest[0]}
         frames, report = rest
         return self._finish(job, frames, report)
 
-    def _finish(self, job: Job, frames: Any, report: dict[str, Any]) -> Job:
-        """Writes the video; adds to the report what only this side knows."""
-        path = self._studio.folder / f"{job.id}.mp4"
+    def _finish(self, job: Job, frames: Any, report: dict[str, Any]) -> dict[str, Any]:
+        """Writes the video and adds what only this process knows to the report."""
+        path = self.folder / f"{job.id}.mp4"
         settings = recorded_settings(job.preset, job.config, job.request, path)
         started = time.perf_counter()
         height, width = frames.shape[1:3]
@@ -111,37 +196,60 @@ class GpuLender:
             with VideoWriter(path, width, height, job.request.fps, settings=settings) as writer:
                 writer.write(frames)
         except LightX2VError as error:
-            return replace(job, state="failed", finished=time.time(), error=_told(error))
+            return {"state": "failed", "finished": time.time(), "error": _explain(error)}
         report["timings"]["seconds"]["write"] = time.perf_counter() - started
         report |= {"path": str(path), "file_bytes": path.stat().st_size}
-        self._studio.learn(job.config, replace(job.request, height=height, width=width), report["timings"]["seconds"])
-        return replace(job, state="succeeded", finished=time.time(), result=report, path=path, preview=None)
+        self._on_finished(job.config, job.request, report)
+        return {"state": "succeeded", "finished": time.time(), "result": report, "path": path, "preview": None}
+
+    def _change(self, id: str, **changes: Any) -> Job:
+        with self._lock:
+            job = replace(self._jobs[id], **changes)
+            self._jobs[id] = replace(job, cancelling=job.cancelling and not job.over)
+            return self.get(id)
+
+    def _queued(self, id: str) -> None:
+        if (state := self.get(id).state) != "queued":
+            raise BadRequest(f"This job is {state}; only a queued job can be changed.")
+
+    def _check(self, config: EngineConfig, request: Request) -> None:
+        if config != self.config:
+            raise BadRequest("This page runs one model. Choose its preset from the list.")
+        config.check_request(request)
 
 
-def _messages(engine: FramesEngine, request: Request) -> Generator[Message]:
-    """In the forked process: the engine in a thread, so that every step can be told while the next one runs."""
-    told: queue.Queue[Message] = queue.Queue()
+def reserved_seconds(prediction: Prediction | None) -> int:
+    """Whole seconds of GPU time to reserve for a run that is predicted to take this long."""
+    if prediction is None:
+        return UNKNOWN_SECONDS
+    on_gpu = sum(seconds for stage, seconds in prediction.stages.items() if stage not in ("load", "write"))
+    return min(MAX_SECONDS, max(MIN_SECONDS, math.ceil(on_gpu * MARGIN + 5)))
+
+
+def _messages(engine: Any, request: Request) -> Generator[Message]:
+    """Runs in the forked process: the engine works in a thread, so that each step is sent while the next one runs."""
+    messages: queue.Queue[Message] = queue.Queue()
     cancel = CancelToken()
 
-    def tell(event: Progress) -> None:
+    def send(event: Progress) -> None:
         preview = jpeg(event.preview(), max_side=512) if event.preview is not None else None
-        told.put(("progress", replace(event, preview=None), preview))
+        messages.put(("progress", replace(event, preview=None), preview))
 
     def work() -> None:
         try:
-            result = engine.run(request, on_progress=tell, cancel=cancel, return_frames=True)
-            told.put(("done", result.frames, result.report()))
+            result = engine.run(request, on_progress=send, cancel=cancel, return_frames=True)
+            messages.put(("done", result.frames, result.report()))
         except LightX2VError as error:
-            told.put(("failed", _told(error)))
+            messages.put(("failed", _explain(error)))
         except BaseException:
-            told.put(("failed", {"type": "LightX2VError", "message": "The run failed. Try again."}))
+            messages.put(("failed", {"type": "LightX2VError", "message": "The run failed. Try again."}))
             raise
 
     worker = threading.Thread(target=work, daemon=True, name="lightx2v-zerogpu")
     worker.start()
     try:
         while True:
-            message = told.get()
+            message = messages.get()
             yield message
             if message[0] != "progress":
                 return
@@ -150,5 +258,5 @@ def _messages(engine: FramesEngine, request: Request) -> Generator[Message]:
         worker.join(timeout=30)
 
 
-def _told(error: LightX2VError) -> dict[str, str]:
+def _explain(error: LightX2VError) -> dict[str, str]:
     return {"type": type(error).__name__, "message": str(error)}

@@ -1,1 +1,1 @@
-"""What happens when a visitor does something."""
+"""The page's events and what they do."""

@@ -1,14 +1,14 @@
-"""One open page of a visitor: what the server knows of it, and why no update of it is lost.
+"""PageState: what the server knows of one open page, and why no update of that page is lost.
 
-Events of a page cross: one that left the browser early may be answered late, and answers may arrive in another order.
+Events of a page cross: one that left the browser early may be answered late, and answers may arrive out of order.
 
-- Who the visitor is and what they look at is here and nowhere else. gradio gives all events of one page the same Tab,
-  and each works under its lock on what the one before left. What the browser keeps is a copy, read when a page opens.
-- What is typed belongs to the browser. An event carries all fields, the preset's name among them, as they stand in one
-  moment; an answer has values only for the fields that the event was about.
-- All else on the page follows from these two and from the jobs. Every event says which version of each part the page
-  shows, and its answer brings those that ought to be different. So what two answers in the wrong order left behind
-  is put right by the next tick.
+- The session lives here and nowhere else. gradio gives all events of one page the same PageState, and each event works
+  under its lock on what the event before left. The browser's storage is a copy, read when a page opens.
+- The browser owns what the visitor types. An event carries all fields, the preset's name among them, as they were at
+  one moment; an answer holds values only for the fields that the event was about.
+- Everything else on the page follows from these two and from the jobs. Every event carries the version of each part
+  that the page shows, and its answer replaces the parts that are out of date. So the next tick corrects whatever two
+  answers in the wrong order left behind.
 """
 
 from __future__ import annotations
@@ -16,22 +16,22 @@ from __future__ import annotations
 import threading
 from typing import Any, Self
 
-from ..backend.visitor import Visitor
+from ..backend.session import Session
 
 
-class Tab:
-    """The state of one page; gradio makes one for each by copying the first."""
+class PageState:
+    """The state of one page; gradio makes one per page by copying the first."""
 
     def __init__(self) -> None:
         self.lock = threading.Lock()
         """Held while an event is answered."""
-        self.visitor: Visitor | None = None
+        self.session: Session | None = None
         self.pictures: dict[str, str | None] = {}
-        """Paths of the chosen pictures, by field: too much to come with every event."""
+        """Paths of the chosen pictures, by field: too large to send with every event."""
         self.problem: tuple[str, dict[str, Any]] | None = None
-        """Why something could not be done, and what the fields said then: it is shown until they say something else."""
+        """An error message and the field values it belongs to: shown until the fields change."""
         self.untouched: dict[str, Any] | None = None
-        """What the fields said at first."""
+        """The field values when the page opened."""
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Self:
         return type(self)()

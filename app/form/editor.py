@@ -18,6 +18,7 @@ from lightx2v.media.framing import frame_picture
 from lightx2v.media.images import DECODING, load_image
 
 from ..backend.studio import Studio, settings_of
+from ..backend.zerogpu import reserved_seconds
 from ..strings import Words
 from ..views import panels
 from .demo_words import unknown_words
@@ -101,13 +102,13 @@ class Editor:
 
     def preset_list(self, words: Words, name: str) -> str:
         studio = self._studio
-        offers = []
+        options = []
         for info in studio.for_task(settings_of(name).preset.task):
             resolved = settings_of(info.name)
             request = stand_in(resolved.request)
             about = words("about_" + info.variant)
-            offers.append(
-                panels.Offer(
+            options.append(
+                panels.PresetOption(
                     name=info.name,
                     title=words.preset(info.name),
                     about=about,
@@ -116,7 +117,7 @@ class Editor:
                     files=studio.files.status(resolved.engine),
                 )
             )
-        return panels.preset_list(words, offers, name, studio.room)
+        return panels.preset_list(words, options, name, studio.room)
 
     def size(self, preset: str, values: Mapping[str, Any]) -> tuple[int, int]:
         """(height, width) from the two rows of choices."""
@@ -150,7 +151,7 @@ class Editor:
                 studio.room,
                 len(planned.requests),
                 unknown=studio.not_predicted(config, request, prediction) if prediction else (),
-                reserve=studio.lender.reservation(request) if studio.lender else None,
+                reserve=reserved_seconds(prediction) if studio.exposure.zerogpu else None,
             )
             + note
         )

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import math
-from abc import ABCMeta
-from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -16,6 +14,7 @@ from lightx2v.config.presets import Resolved
 from lightx2v.config.request import MAX_PROMPT
 
 from ..exposure import Exposure
+from ..gradio_compat import tolerant
 from ..strings import Words
 from .fields import LORA_ROWS, OFFLOAD, frames_for
 
@@ -60,18 +59,12 @@ def _choice(component: Any, sent: Any) -> str | int | None:
     return text_of(sent) if isinstance(sent, str) else max(0, min(sent, 2**31))
 
 
-def _tolerant(kind: type[Component], preprocess: Callable[[Any, Any], Any]) -> Any:
-    """A component of gradio that takes anything; its own answer to a wrong type is a traceback in the log. Made past
-    gradio's metaclass, which writes an interface file beside every module with a component."""
-    return ABCMeta.__new__(type(kind), kind.__name__, (kind,), {"is_template": True, "preprocess": preprocess})
-
-
-Textbox = _tolerant(gr.Textbox, lambda _, sent: text_of(sent))
-Dropdown = _tolerant(gr.Dropdown, lambda _, sent: text_of(sent))
-Checkbox = _tolerant(gr.Checkbox, lambda _, sent: sent if isinstance(sent, bool) else None)
-Number = _tolerant(gr.Number, _number)
-Choice = _tolerant(gr.Radio, _choice)
-Picture = _tolerant(gr.Image, lambda _, sent: sent.path if sent else None)
+Textbox = tolerant(gr.Textbox, lambda _, sent: text_of(sent))
+Dropdown = tolerant(gr.Dropdown, lambda _, sent: text_of(sent))
+Checkbox = tolerant(gr.Checkbox, lambda _, sent: sent if isinstance(sent, bool) else None)
+Number = tolerant(gr.Number, _number)
+Choice = tolerant(gr.Radio, _choice)
+Picture = tolerant(gr.Image, lambda _, sent: sent.path if sent else None)
 """An image as it was uploaded, for `load_image` to check. gradio itself decodes any size, makes transparency black and
 16-bit grey white, and fails without a word for the visitor on what is no picture."""
 

@@ -27,8 +27,8 @@ TOO_SLOW = 48 * 3600
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Offer:
-    """A preset as the list shows it, with its cost on this machine."""
+class PresetOption:
+    """A preset in the list, with its cost on this machine."""
 
     name: str
     title: str
@@ -78,10 +78,10 @@ def header(words: Words, machine: Machine, loaded: str, exposure: Exposure, *, a
     )
 
 
-def preset_list(words: Words, offers: Sequence[Offer], chosen: str, room: int | None) -> str:
+def preset_list(words: Words, presets: Sequence[PresetOption], chosen: str, room: int | None) -> str:
     """A button that shows the chosen preset, and the list of all with time, memory and download."""
-    current = next((offer for offer in offers if offer.name == chosen), offers[0])
-    options = "".join(_option(words, offer, room, chosen=offer is current) for offer in offers)
+    current = next((option for option in presets if option.name == chosen), presets[0])
+    options = "".join(_option(words, option, room, chosen=option is current) for option in presets)
     label = tag("span", esc(words("preset")), class_="label", id="preset-label")
     face = tag("span", esc(current.title), class_="name") + tag("span", "", class_="caret", aria_hidden="true")
     combo = tag(
@@ -187,20 +187,20 @@ def files_title(words: Words, status: FilesStatus) -> str:
     return f"{words('files')} — " + words("files_state", have=have, all=len(status.files), size=numbers.size(size))
 
 
-def _option(words: Words, offer: Offer, room: int | None, *, chosen: bool) -> str:
+def _option(words: Words, option: PresetOption, room: int | None, *, chosen: bool) -> str:
     need = ""
-    if offer.need is not None:
-        level = _level(offer.need, room)[0] if room is not None else ""
-        need = tag("span", esc(numbers.memory(offer.need)), class_=f"need {level}")
+    if option.need is not None:
+        level = _level(option.need, room)[0] if room is not None else ""
+        need = tag("span", esc(numbers.memory(option.need)), class_=f"need {level}")
     time = "–"
-    if offer.prediction is not None:
-        seconds = offer.prediction.seconds
+    if option.prediction is not None:
+        seconds = option.prediction.seconds
         time = words("days") if seconds > TOO_SLOW else f"≈ {numbers.about(seconds)}"
-    disk = tag("span", esc(_short_files(words, offer.files)), class_="disk" + (" ok" if offer.files.ready else ""))
-    name = tag("span", esc(offer.title), class_="name") + tag("span", esc(offer.about), class_="about")
+    disk = tag("span", esc(_short_files(words, option.files)), class_="disk" + (" ok" if option.files.ready else ""))
+    name = tag("span", esc(option.title), class_="name") + tag("span", esc(option.about), class_="about")
     cells = name + tag("span", esc(time), class_="time") + need + disk
     selected = "true" if chosen else "false"
-    return tag("li", cells, role="option", id=f"option-{offer.name}", data_name=offer.name, aria_selected=selected)
+    return tag("li", cells, role="option", id=f"option-{option.name}", data_name=option.name, aria_selected=selected)
 
 
 def _level(need: int, free: int) -> tuple[str, str]:

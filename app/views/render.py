@@ -8,13 +8,13 @@ from typing import Any
 import gradio as gr
 
 from ..backend.studio import Studio
-from ..backend.visitor import Scene
 from ..strings import Words
 from . import cards, panels
 from . import compare as comparison
 from .report import report
-from .retries import remedies
+from .retries import retry_options
 from .stage import stage, status
+from .view_state import ViewState
 
 PARTS = ("top", "stage", "status", "report", "queue", "history", "compare", "benchmark")
 
@@ -49,17 +49,17 @@ class Outputs:
         }
 
 
-def render(studio: Studio, words: Words, scene: Scene) -> dict[str, str]:
+def render(studio: Studio, words: Words, view: ViewState) -> dict[str, str]:
     """HTML of every part of PARTS."""
     return {
         "top": _top(studio, words),
-        "stage": stage(words, scene.job, sample=studio.sample is not None, shown=scene.visitor.shown),
-        "status": _status(studio, words, scene),
-        "report": _report(studio, words, scene),
-        "queue": cards.queue(words, scene.runs, scene.visitor.editing),
-        "history": cards.history(words, _past(scene), scene.visitor.job, scene.visitor.compared),
-        "compare": comparison.compare(words, scene.compared),
-        "benchmark": comparison.benchmark(words, scene.runs),
+        "stage": stage(words, view.job, sample=studio.sample is not None, uploaded=view.session.uploaded),
+        "status": _status(studio, words, view),
+        "report": _report(studio, words, view),
+        "queue": cards.queue(words, view.runs, view.session.editing),
+        "history": cards.history(words, _past(view), view.session.job, view.session.compared),
+        "compare": comparison.compare(words, view.compared),
+        "benchmark": comparison.benchmark(words, view.runs),
     }
 
 
@@ -69,21 +69,21 @@ def _top(studio: Studio, words: Words) -> str:
     return panels.header(words, studio.machine(), name, studio.exposure, alive=studio.jobs.alive)
 
 
-def _status(studio: Studio, words: Words, scene: Scene) -> str:
-    offers = remedies(words, scene.job, offload=studio.exposure.shows_paths and studio.machine().gpu)
-    expected = studio.expected_of(scene.job.id) if scene.job is not None else {}
-    return status(words, scene.job, offers, ahead=scene.ahead, expected=expected)
+def _status(studio: Studio, words: Words, view: ViewState) -> str:
+    options = retry_options(words, view.job, offload=studio.exposure.shows_paths and studio.machine().gpu)
+    expected = studio.expected_of(view.job.id) if view.job is not None else {}
+    return status(words, view.job, options, ahead=view.ahead, expected=expected)
 
 
-def _report(studio: Studio, words: Words, scene: Scene) -> str:
-    done = scene.finished
+def _report(studio: Studio, words: Words, view: ViewState) -> str:
+    done = view.finished
     predicted = studio.predicted_for(done.id) if done else None
-    on_stage = done is not None and not scene.visitor.shown and scene.job is not None and scene.job.id == done.id
+    on_stage = done is not None and not view.session.uploaded and view.job is not None and view.job.id == done.id
     return report(
         words, done, predicted=predicted, address=studio.address, key=bool(studio.exposure.password),
         paths=studio.exposure.shows_paths, earlier=not on_stage,
     )  # fmt: skip
 
 
-def _past(scene: Scene) -> list[Any]:
-    return [job for job in scene.runs if job.over]
+def _past(view: ViewState) -> list[Any]:
+    return [job for job in view.runs if job.over]

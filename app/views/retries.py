@@ -9,29 +9,31 @@ from lightx2v.config.request import Request
 from lightx2v.jobs.store import Job
 
 from ..strings import Words
-from .stage import Remedy
+from .stage import RetryOption
 
 SMALLER = 480 * 832
 RETRY = "retry"
 
 
-def remedies(words: Words, job: Job | None, *, offload: bool) -> list[Remedy]:
+def retry_options(words: Words, job: Job | None, *, offload: bool) -> list[RetryOption]:
     """Buttons for a run that did not succeed, the most promising first. `offload`: whether that may be changed here."""
     if job is None or job.state in ("queued", "running", "succeeded"):
         return []
-    found = []
+    options = []
     if job.error is not None and job.error["type"] == "OutOfMemory":
         request = job.request
         if offload and job.config.cpu_offload is not True:
-            found.append(Remedy(act="retry_offload", label=words("retry_offload")))
+            options.append(RetryOption(act="retry_offload", label=words("retry_offload")))
         if (smaller := smaller_size(request)) is not None:
-            found.append(Remedy(act="retry_smaller", label=words("retry_smaller", size=f"{smaller[1]} × {smaller[0]}")))
+            options.append(
+                RetryOption(act="retry_smaller", label=words("retry_smaller", size=f"{smaller[1]} × {smaller[0]}"))
+            )
         if (frames := fewer_frames(request)) is not None:
-            found.append(Remedy(act="retry_shorter", label=words("retry_shorter", n=frames)))
-    return [*found, Remedy(act=RETRY, label=words("retry"))]
+            options.append(RetryOption(act="retry_shorter", label=words("retry_shorter", n=frames)))
+    return [*options, RetryOption(act=RETRY, label=words("retry"))]
 
 
-def remedied(act: str, job: Job) -> tuple[EngineConfig, Request] | None:
+def apply_retry(act: str, job: Job) -> tuple[EngineConfig, Request] | None:
     """Engine and request with the change that `act` stands for; None where it changes nothing."""
     if act == "retry_offload":
         return replace(job.config, cpu_offload=True), job.request

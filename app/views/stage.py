@@ -22,17 +22,17 @@ ACTIVE = ("queued", "running")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Remedy:
+class RetryOption:
     """Something that may make a failed run succeed: a button with `act`, which changes the request and tries again."""
 
     act: str
     label: str
 
 
-def stage(words: Words, job: Job | None, *, sample: bool, shown: str = "") -> str:
+def stage(words: Words, job: Job | None, *, sample: bool, uploaded: str = "") -> str:
     """The 16:9 box. Never empty: a sample, a latent preview, a video, or what went wrong."""
     if job is None:
-        return _idle(words, sample=sample, shown=shown)
+        return _idle(words, sample=sample, uploaded=uploaded)
     if job.state == "succeeded":
         inner = tag(
             "video", "", src=f"studio/{job.id}/video.mp4", autoplay=True, loop=True, muted=True, playsinline=True,
@@ -41,7 +41,7 @@ def stage(words: Words, job: Job | None, *, sample: bool, shown: str = "") -> st
         return _box(_ambient(f"studio/{job.id}/poster.jpg") + inner, "done", job.id)
     if job.state in ACTIVE:
         return _box(_waiting(words, job), job.state, job.id)
-    poster = tag("img", src=f"studio/{job.id}/preview.jpg", alt="", class_="dim") if job.preview else _scene()
+    poster = tag("img", src=f"studio/{job.id}/preview.jpg", alt="", class_="dim") if job.preview else _landscape()
     title = words("state_" + job.state).capitalize()
     message = esc(job.error["message"]) if job.error else esc(words("explain_" + job.state))
     return _box(
@@ -54,7 +54,7 @@ def stage(words: Words, job: Job | None, *, sample: bool, shown: str = "") -> st
 def status(
     words: Words,
     job: Job | None,
-    remedies: Sequence[Remedy] = (),
+    retry_options: Sequence[RetryOption] = (),
     *,
     ahead: int = 0,
     expected: Mapping[str, float] | None = None,
@@ -74,7 +74,7 @@ def status(
         line = tag("div", left, class_="doing") + tag("div", clock + stop, class_="clock")
         return tag("div", _bar(words, job, event) + tag("div", line, class_="line"), class_="status")
     actions = "".join(
-        button(r.label, r.act, id=job.id, kind="primary" if i == 0 else "") for i, r in enumerate(remedies)
+        button(r.label, r.act, id=job.id, kind="primary" if i == 0 else "") for i, r in enumerate(retry_options)
     )
     title = (
         words("finished_in", time=_took(job)) if job.state == "succeeded" else words("state_" + job.state).capitalize()
@@ -209,15 +209,15 @@ def _waiting(words: Words, job: Job) -> str:
         source = f"studio/{job.id}/preview.jpg?step={step}"
         picture = tag("img", src=source, alt=words("preview_alt"), class_="preview")
         return _ambient(source) + picture + tag("span", esc(label), class_="tag")
-    return _scene("breathing") + tag(
+    return _landscape("breathing") + tag(
         "span", esc(words("doing_" + event.stage) if event else words("starting")), class_="tag"
     )
 
 
-def _idle(words: Words, *, sample: bool, shown: str) -> str:
-    if shown:
+def _idle(words: Words, *, sample: bool, uploaded: str) -> str:
+    if uploaded:
         video = tag(
-            "video", "", src=f"studio/{shown}/shown.mp4", autoplay=True, loop=True, muted=True, playsinline=True,
+            "video", "", src=f"studio/{uploaded}/shown.mp4", autoplay=True, loop=True, muted=True, playsinline=True,
             controls=True, aria_label=words("dropped_video"),
         )  # fmt: skip
         return _box(video, "shown", "")
@@ -227,7 +227,7 @@ def _idle(words: Words, *, sample: bool, shown: str) -> str:
         video = tag("video", "", **playing, class_="ambient", aria_hidden="true", tabindex=-1)
         video += tag("video", "", **playing, aria_label=words("sample_alt"))
         return _box(video + tag("span", esc(words("sample")), class_="tag") + hint, "sample", "")
-    return _box(_scene() + hint, "sample", "")
+    return _box(_landscape() + hint, "sample", "")
 
 
 def _ambient(source: str) -> str:
@@ -239,7 +239,7 @@ def _box(inner: str, state: str, job_id: str) -> str:
     return tag("div", inner, class_="stage", data_state=state, data_job=job_id)
 
 
-def _scene(extra: str = "") -> str:
+def _landscape(extra: str = "") -> str:
     """A quiet drawn landscape, so that the box is never a hole. Colours come from the style sheet."""
     return (
         f'<svg class="scene {extra}" viewBox="0 0 320 180" preserveAspectRatio="xMidYMid slice" aria-hidden="true">'

@@ -12,6 +12,7 @@ from collections.abc import Mapping
 
 from starlette.routing import BaseRoute
 
+from lightx2v.jobs.queue import JobManager
 from lightx2v.server.application import ApiMount, create_app
 from lightx2v.server.metrics import Metrics
 from lightx2v.server.service import Service
@@ -24,7 +25,7 @@ def api_routes(studio: Studio, variables: Mapping[str, str] = os.environ) -> lis
     """To be mounted before gradio's own routes; none where there is no API."""
     exposure = studio.exposure
     keys = api_keys(exposure, variables)
-    if exposure.zerogpu or exposure.open_to_others and not keys:
+    if not isinstance(studio.jobs, JobManager) or exposure.open_to_others and not keys:
         return []
     names = sorted((info.name for info in studio.presets), key=lambda name: name != studio.default_preset)
     service = Service(studio.jobs, {name: settings_of(name) for name in names}, check=exposure.limits.check)

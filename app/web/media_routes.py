@@ -14,6 +14,7 @@ from starlette.routing import BaseRoute, Route
 
 from ..backend.studio import JOB_ID, Studio
 from ..form.examples import picture
+from ..gradio_compat import signed_in
 
 HEADERS = {"X-Content-Type-Options": "nosniff", "Content-Security-Policy": "default-src 'none'; media-src 'self'"}
 FOREVER = {**HEADERS, "Cache-Control": "private, max-age=86400, immutable"}
@@ -45,8 +46,8 @@ def media_routes(studio: Studio) -> list[BaseRoute]:
         # A run that ended while the page asked has no preview any more; that is no error.
         return Response(data, media_type="image/jpeg", headers=headers) if data else Response(status_code=204)
 
-    def shown(request: Request) -> Response:
-        path = studio.shown_file(_job_id(request))
+    def uploaded(request: Request) -> Response:
+        path = studio.uploaded_video(_job_id(request))
         return FileResponse(path, media_type="video/mp4", headers=FOREVER) if path else _missing()
 
     def sample(request: Request) -> Response:
@@ -63,17 +64,8 @@ def media_routes(studio: Studio) -> list[BaseRoute]:
         Route("/studio/{id}/video.mp4", guarded(video)),
         Route("/studio/{id}/poster.jpg", guarded(poster)),
         Route("/studio/{id}/preview.jpg", guarded(preview)),
-        Route("/studio/{id}/shown.mp4", guarded(shown)),
+        Route("/studio/{id}/shown.mp4", guarded(uploaded)),
     ]
-
-
-def signed_in(request: Request) -> bool:
-    """Whether gradio would let this request in: nobody has to sign in, or the session cookie is a live one."""
-    app = request.app
-    if getattr(app, "auth", None) is None:
-        return True
-    names = (f"access-token-{app.cookie_id}", f"access-token-unsecure-{app.cookie_id}")
-    return any(request.cookies.get(name) in app.tokens for name in names)
 
 
 def _job_id(request: Request) -> str:

@@ -17,7 +17,7 @@ from page_events import Keyboard
 from patience import eventually
 from studio_app import Page
 
-STORED, TOLD = "lightx2v-studio", "told"
+STORED, VERSIONS = "lightx2v-studio", "versions"
 
 
 @dataclass
@@ -30,8 +30,8 @@ class Browser:
 
     def press(self, target: str, kind: str = "click", *, sent: Any = None, **values: Any) -> dict[str, Any]:
         """The answer to an event with everything that the browser holds now, or with other `values`."""
-        told = {name: version(html) for name, html in self.parts.items() if html}
-        changes = {**self.holds, TOLD: told, **values}
+        versions = {name: version(html) for name, html in self.parts.items() if html}
+        changes = {**self.holds, VERSIONS: versions, **values}
         return self.keyboard.press(target, kind, sent=sent, session=self.session, **changes)
 
     def take(self, answer: dict[str, Any]) -> None:
@@ -86,7 +86,7 @@ def test_one_run_is_edited_into_one(browser: Browser) -> None:
     (second,) = queue_of(browser, "second")
     browser.take(browser.press("queue", "act", sent={"act": "edit", "id": second}))
     browser.take(browser.press("generate", prompt="one\nand another", per_line=True))
-    assert "One run is edited, and these are 2" in str(browser.holds["cost"])
+    assert "these settings make 2" in str(browser.holds["cost"])
     browser.take(browser.press("generate", prompt="only one", per_line=True))
     assert re.findall(r'class="prompt">([^<]+)', str(browser.holds["queue"])) == ["an endless first one", "only one"]
 
@@ -131,8 +131,7 @@ def test_answers_in_the_wrong_order_are_put_right_by_the_next_tick(browser: Brow
     browser.take(late)
     browser.take(early)
     assert third in browser.holds["queue"], "the page shows what is not so any more"
-    told = browser.press("timer", "tick")
-    browser.take(told)
+    browser.take(browser.press("timer", "tick"))
     assert third not in browser.holds["queue"] and second in browser.holds["queue"]
     assert not {"queue", "top", "history", "preset", "cost", "examples"} & {
         name for name, html in browser.press("timer", "tick").items() if isinstance(html, str)

@@ -121,7 +121,7 @@ def test_a_size_that_is_being_typed_stops_no_page(
     session = f"typing {task}"
     form = {"mode": task, "preset_name": f"demo_{task}_distill_lora", "shape": "match" if task == "i2v" else "1:1"}
     keyboard.press("image_path", "change", session=session, image_path=page.upload(picture(), "a.png"), **form)
-    said = keyboard.press("height", "input", session=session, told={"cost": "", "crop": "?"}, **{**form, **size})
+    said = keyboard.press("height", "input", session=session, versions={"cost": "", "crop": "?"}, **{**form, **size})
     assert "problem" in said["cost"] and "problem" not in str(said["crop"])
     # A page that is opened now has what was typed again.
     opened = keyboard.press("page", "load", **{"lightx2v-studio": said["lightx2v-studio"]})

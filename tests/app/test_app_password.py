@@ -19,10 +19,10 @@ from types import SimpleNamespace
 
 import httpx
 import pytest
-from painted_app import entry
 from patience import PATIENCE, eventually
 from studio_app import LEAKS, ROOT, Page, launched
 
+from app import main
 from app.exposure import Exposure
 from lightx2v.errors import OutputError
 
@@ -126,13 +126,13 @@ def test_more_requests_than_a_person_makes_are_put_off(locked: Page) -> None:
 def test_a_start_that_makes_no_sense_ends_with_a_sentence(
     flags: tuple[str, ...], said: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert entry().main(flags) == 2
+    assert main.main(flags) == 2
     assert said in capsys.readouterr().err
 
 
 def test_an_output_folder_that_cannot_be_is_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "file").touch()
-    assert entry().main(["--output_dir", str(tmp_path / "file")]) == OutputError.exit_code
+    assert main.main(["--output_dir", str(tmp_path / "file")]) == OutputError.exit_code
     said = capsys.readouterr().err
     assert "file/uploads cannot be made" in said and "--output_dir" in said
 
@@ -145,10 +145,10 @@ def test_an_unknown_preset_is_refused_by_name(tmp_path: Path) -> None:
 
 def test_a_share_link_that_could_not_be_made_is_said(capsys: pytest.CaptureFixture[str]) -> None:
     demo = SimpleNamespace(local_url="http://127.0.0.1:7860/", share_url=None)
-    entry().announce(demo, Exposure(share=True, open_to_others=True, user="studio", password="pw123"))
+    main.announce(demo, Exposure(share=True, open_to_others=True, user="studio", password="pw123"))
     said = capsys.readouterr().out
     assert "no share link" in said and "api.gradio.app" in said and "User studio, password pw123" in said
     demo.share_url = "https://abc.gradio.live"
-    entry().announce(demo, Exposure(share=True, open_to_others=True))
+    main.announce(demo, Exposure(share=True, open_to_others=True))
     said = capsys.readouterr().out
     assert "https://abc.gradio.live" in said and "Anybody" in said

@@ -93,7 +93,7 @@ def test_what_is_of_a_wrong_type_stops_no_event_and_leaves_no_traceback(
     sent: list[tuple[str, str, dict[str, Any]]] = [("timer", "tick", {name: wrong}) for name in sorted(fields)]
     sent += [(name, "input", {name: wrong}) for name in ("mode", "size", "shape", "length", "height")]
     sent += [("generate", "click", {name: wrong, "width": 33}) for name in ("mode", "preset_name", "offload")]
-    sent += [("preset", "pick", {"sent": {"name": wrong}}), ("timer", "tick", {"told": wrong})]
+    sent += [("preset", "pick", {"sent": {"name": wrong}}), ("timer", "tick", {"versions": wrong})]
     clicks = [wrong, {"act": wrong, "id": id}, {"act": "restore", "id": wrong}]
     clicks += [
         {"act": act, "id": id, "name": wrong, "text": wrong, "picture": wrong} for act in ("language", "example")

@@ -23,12 +23,11 @@ from typing import Any
 import gradio as gr
 import pytest
 from page_engine import Painter
-from painted_app import entry
 from patience import PATIENCE, free_port
 from PIL import Image
 from studio_app import ROOT, launched
 
-from app import page
+from app import main, page
 from app.backend.studio import Studio
 from app.exposure import Exposure
 from app.form import editor as editing
@@ -75,8 +74,7 @@ def test_threads_leave_the_cores_to_the_browser_unless_told_otherwise(
     tmp_path: Path, given: dict[str, str], used: str
 ) -> None:
     """torch reads it once, when it is imported."""
-    script = "import os, pathlib, runpy, sys; main = runpy.run_path('app.py');"
-    script += "main['prepare_environment'](pathlib.Path(sys.argv[1]));"
+    script = "import os, pathlib, sys; from app import main; main.prepare_environment(pathlib.Path(sys.argv[1]));"
     script += "print(os.environ['OMP_WAIT_POLICY'], 'torch' in sys.modules)"
     environment = {name: value for name, value in os.environ.items() if name != "OMP_WAIT_POLICY"} | given
     command = [sys.executable, "-c", script, str(tmp_path)]
@@ -128,7 +126,7 @@ def test_pages_that_were_opened_and_left_do_not_fill_the_memory(
     monkeypatch.setattr(page, "build_page", lambda studio: demo)
     studio = Studio(Painter(), tmp_path, Exposure())
     try:
-        entry().launch(studio)
+        main.launch(studio)
     finally:
         studio.close()
     assert asked["state_session_capacity"] <= 500

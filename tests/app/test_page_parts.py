@@ -21,7 +21,7 @@ from app.backend.studio import settings_of
 from app.strings import TABLES, Words, preferred
 from app.views import cards, compare, numbers, panels, report, stage
 from app.views.html import button, esc, tag
-from app.views.retries import remedied, remedies
+from app.views.retries import apply_retry, retry_options
 from app.views.snippets import snippets
 from lightx2v import infer
 from lightx2v.config.request import Request
@@ -207,16 +207,16 @@ def test_lora_matches_are_in_the_report() -> None:
 
 def test_out_of_memory_offers_what_helps() -> None:
     failed = job("failed", error={"type": "OutOfMemory", "message": "no room"})
-    acts = [remedy.act for remedy in remedies(Words("en"), failed, offload=True)]
+    acts = [option.act for option in retry_options(Words("en"), failed, offload=True)]
     assert acts == ["retry_offload", "retry_smaller", "retry_shorter", "retry"]
-    assert "retry_offload" not in [r.act for r in remedies(Words("en"), failed, offload=False)]
+    assert "retry_offload" not in [r.act for r in retry_options(Words("en"), failed, offload=False)]
     large = replace(failed, request=Request(prompt="x", height=720, width=1280))
-    assert [r.label for r in remedies(Words("en"), large, offload=False)][0] == "Try at 832 × 480"
-    config, request = remedied("retry_offload", failed) or (None, None)
+    assert [r.label for r in retry_options(Words("en"), large, offload=False)][0] == "Try at 832 × 480"
+    config, request = apply_retry("retry_offload", failed) or (None, None)
     assert config is not None and config.cpu_offload is True and request == failed.request
-    shorter = remedied("retry_shorter", failed)
+    shorter = apply_retry("retry_shorter", failed)
     assert shorter is not None and shorter[1].frames == 5
-    assert remedied("delete_everything", failed) is None
+    assert apply_retry("delete_everything", failed) is None
 
 
 def test_the_cost_is_green_amber_or_red_and_says_so_in_words() -> None:

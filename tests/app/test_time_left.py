@@ -6,10 +6,9 @@ import gradio as gr
 import pytest
 
 from app.backend.model_files import FilesStatus
-from app.events.turn import together
+from app.gradio_compat import merge_updates
 from app.strings import Words
-from app.views.panels import TOO_SLOW, cost_line, preset_list
-from app.views.panels import Offer as Offered
+from app.views.panels import TOO_SLOW, PresetOption, cost_line, preset_list
 from app.views.stage import time_left
 from lightx2v.cost.run_time import Prediction
 from lightx2v.progress import Progress
@@ -44,15 +43,15 @@ def test_without_a_prediction_only_what_is_measured_is_told() -> None:
 def test_days_are_a_word() -> None:
     ready = FilesStatus(files=(), disk_free=1)
     slow = Prediction(stages={"denoise": TOO_SLOW + 1.0}, source="scaled")
-    offer = Offered(name="t2v_base", title="Base", about="x", prediction=slow, need=None, files=ready)
+    offer = PresetOption(name="t2v_base", title="Base", about="x", prediction=slow, need=None, files=ready)
     assert "days on this machine" in cost_line(Words("en"), slow, None, ready, None, 1)
     assert ">days<" in preset_list(Words("en"), [offer], "t2v_base", None)
 
 
-def test_a_label_and_a_value_for_one_field_arrive_together() -> None:
+def test_a_label_and_a_value_for_one_field_arrive_merge_updates() -> None:
     label = gr.update(label="步数")
     for value in (4, None):
-        merged = together(label, value)
+        merged = merge_updates(label, value)
         assert merged["label"] == "步数" and merged["value"] == value
-    merged = together(label, gr.update(choices=[1]))
+    merged = merge_updates(label, gr.update(choices=[1]))
     assert merged["choices"] == [1] and merged["label"] == "步数" and "value" not in merged

@@ -1,4 +1,4 @@
-"""A visitor is what their browser kept, believed in its form only; what they see follows their own runs."""
+"""A session is what a browser stored, if it is well-formed; its view follows its own runs."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ import pytest
 from page_engine import Painter
 from patience import PATIENCE, eventually
 
+from app.backend.session import Session
 from app.backend.studio import Studio, settings_of
-from app.backend.visitor import Visitor, look
-from app.backend.zerogpu import GpuLender
-from app.events.clicks import Clicks
+from app.events.clicks import act_on_job
 from app.exposure import Exposure
 from app.page import _storage_secret
+from app.views.view_state import build_view
 from lightx2v.config.request import Request
 from lightx2v.errors import BadRequest
 from lightx2v.jobs.store import Job
@@ -49,55 +49,56 @@ def begin(studio: Studio, job: Job) -> None:
     "stored", [None, [], "x", {"owner": "short"}, {"owner": "x" * 40 + "\n"}, {"owner": 5}, {"owner": ["a"]}], ids=str
 )
 def test_a_made_up_browser_storage_makes_a_new_visitor(stored: Any) -> None:
-    assert re.fullmatch(r"[\w-]{43}", Visitor.of(stored).owner)
+    assert re.fullmatch(r"[\w-]{43}", Session.of(stored).owner)
 
 
 def test_what_a_browser_kept_is_believed_only_in_its_form() -> None:
-    owner = Visitor.of(None).owner
+    owner = Session.of(None).owner
     kept = {
-        "owner": owner, "job": "../x", "language": "xx", "compared": ["a/b", 5, "c"], "pinned": "yes", "shown": "/etc",
+        "owner": owner, "job": "../x", "language": "xx", "compared": ["a/b", 5, "c"], "pinned": "yes",
+        "uploaded": "/etc",
     }  # fmt: skip
-    assert Visitor.of(kept, "zh") == Visitor(owner=owner, language="zh")
-    visitor = Visitor(owner=owner, language="zh", job="a" * 32, pinned=True, compared=("b" * 32,))
-    assert Visitor.of(json.loads(json.dumps(visitor.to_json()))) == visitor
+    assert Session.of(kept, "zh") == Session(owner=owner, language="zh")
+    session = Session(owner=owner, language="zh", job="a" * 32, pinned=True, compared=("b" * 32,))
+    assert Session.of(json.loads(json.dumps(session.to_json()))) == session
 
 
 def test_the_stage_follows_the_run_unless_one_was_chosen(studio: Studio) -> None:
-    visitor = Visitor.of(None)
-    first = studio.jobs.wait(submit(studio, visitor.owner, "one").id, PATIENCE)
-    second = submit(studio, visitor.owner, "an endless one")
+    session = Session.of(None)
+    first = studio.jobs.wait(submit(studio, session.owner, "one").id, PATIENCE)
+    second = submit(studio, session.owner, "an endless one")
     begin(studio, second)
-    assert look(studio, replace(visitor, job=first.id)).visitor.job == second.id
-    assert look(studio, replace(visitor, job=first.id, pinned=True)).visitor.job == first.id
-    assert look(studio, replace(visitor, job=first.id)).finished == first
+    assert build_view(studio, replace(session, job=first.id)).session.job == second.id
+    assert build_view(studio, replace(session, job=first.id, pinned=True)).session.job == first.id
+    assert build_view(studio, replace(session, job=first.id)).finished == first
 
 
 def test_a_run_that_came_and_went_between_two_looks_is_shown(studio: Studio) -> None:
-    visitor = Visitor.of(None)
-    first, second = (studio.jobs.wait(submit(studio, visitor.owner, prompt).id, PATIENCE) for prompt in ("one", "two"))
-    assert look(studio, replace(visitor, job=first.id)).visitor.job == second.id
-    assert look(studio, replace(visitor, job=first.id, pinned=True)).visitor.job == first.id
-    assert look(studio, visitor).visitor.job == "", "nobody is shown a run that they did not ask for on this page"
+    session = Session.of(None)
+    first, second = (studio.jobs.wait(submit(studio, session.owner, prompt).id, PATIENCE) for prompt in ("one", "two"))
+    assert build_view(studio, replace(session, job=first.id)).session.job == second.id
+    assert build_view(studio, replace(session, job=first.id, pinned=True)).session.job == first.id
+    assert build_view(studio, session).session.job == "", "nobody is shown a run that they did not ask for on this page"
 
 
 def test_a_run_that_began_is_edited_no_longer(studio: Studio) -> None:
-    visitor = Visitor.of(None)
-    first, second = (submit(studio, visitor.owner, prompt) for prompt in ("an endless one", "waits"))
+    session = Session.of(None)
+    first, second = (submit(studio, session.owner, prompt) for prompt in ("an endless one", "waits"))
     begin(studio, first)
-    assert look(studio, replace(visitor, editing=second.id)).visitor.editing == second.id
-    assert look(studio, replace(visitor, editing=first.id)).visitor.editing == ""
+    assert build_view(studio, replace(session, editing=second.id)).session.editing == second.id
+    assert build_view(studio, replace(session, editing=first.id)).session.editing == ""
     studio.jobs.cancel(second.id)
-    assert look(studio, replace(visitor, editing=second.id)).visitor.editing == ""
+    assert build_view(studio, replace(session, editing=second.id)).session.editing == ""
 
 
 def test_a_visitor_sees_their_own_runs_only(studio: Studio) -> None:
-    alice, bob = Visitor.of(None), Visitor.of(None)
+    alice, bob = Session.of(None), Session.of(None)
     job = studio.jobs.wait(submit(studio, alice.owner, "alice's secret garden").id, PATIENCE)
-    assert [run.id for run in look(studio, alice).runs] == [job.id]
+    assert [run.id for run in build_view(studio, alice).runs] == [job.id]
     for guess in (bob, replace(bob, job=job.id), replace(bob, compared=(job.id, job.id), editing=job.id)):
-        scene = look(studio, guess)
-        assert scene.runs == () and scene.job is None and scene.compared == () and scene.finished is None
-    assert studio.own(bob.owner, job.id) is None and studio.own("", job.id) is None
+        view = build_view(studio, guess)
+        assert view.runs == () and view.job is None and view.compared == () and view.finished is None
+    assert studio.job_of(bob.owner, job.id) is None and studio.job_of("", job.id) is None
     assert studio.runs("") == []
 
 
@@ -166,24 +167,23 @@ def test_what_nothing_is_known_of_yet_is_named(studio: Studio) -> None:
     studio.jobs.wait(submit(studio, "o" * 40, "x").id, PATIENCE)
     assert unknown(mine, request) == []
     assert unknown(other.engine, pictured) == ["load", "image"]
-    studio.lender = GpuLender(lambda **_: lambda run: run, Painter(), other.engine, studio)  # type: ignore[arg-type]
-    assert unknown(other.engine, pictured) == ["image"], "on ZeroGPU the one model is always loaded"
+
+
+def test_on_zerogpu_the_one_model_is_always_loaded(tmp_path: Path) -> None:
+    preset = settings_of("demo_i2v_distill_lora")
+    request = Request(prompt="x", image_path="a.png", **preset.request)
+    lent: Any = lambda duration: lambda run: run  # noqa: E731
+    studio = Studio(Painter(), tmp_path, Exposure(), default_preset="demo_i2v_distill_lora", lend_gpu=lent)
+    studio.learn(preset.engine, replace(request, image_path="a.png"), {"text": 0.1, "denoise": 1.0})
+    prediction = studio.predict(preset.engine, request)
+    assert prediction is not None
+    assert studio.not_predicted(preset.engine, request, prediction) == ["image"]
 
 
 def test_a_request_that_does_not_fit_its_engine_is_refused(studio: Studio) -> None:
     request = Request(prompt="x", **settings_of(PRESET).request)
     with pytest.raises(BadRequest):
         studio.submit(settings_of("demo_i2v_base").engine, request, owner="o" * 40, preset="demo_i2v_base")
-
-
-def test_a_stop_stays_asked_for_when_the_run_reports_its_next_step(studio: Studio) -> None:
-    job = replace(submit(studio, "x" * 40, "one"), id="b" * 32, state="running")
-    studio.adopt(job)
-    studio.stop(job)
-    studio.adopt(job)  # of a step that ended meanwhile
-    assert studio.stopping(job.id)
-    studio.adopt(replace(job, state="cancelled"))
-    assert not studio.stopping(job.id)
 
 
 def test_the_storages_key_is_its_owners_and_kept(tmp_path: Path) -> None:
@@ -199,8 +199,7 @@ def test_a_run_that_begins_before_its_click_arrives_stays_where_it_is(studio: St
     running = submit(studio, "alice", "endless")
     waiting = submit(studio, "alice", "another")
     begin(studio, running)
-    turn: Any = SimpleNamespace(visitor=Visitor(owner="alice"))
-    clicks = Clicks(SimpleNamespace(studio=studio, inputs=None))  # type: ignore[arg-type]
-    clicks._act_on_job(turn, act, replace(running, state="queued", position=1))
+    event: Any = SimpleNamespace(session=Session(owner="alice"), studio=studio)
+    act_on_job(event, act, replace(running, state="queued", position=1))
     assert studio.jobs.get(waiting.id).position == 1
-    studio.stop(running)
+    studio.jobs.cancel(running.id)

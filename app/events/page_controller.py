@@ -1,0 +1,293 @@
+"""PageController: answers every event of the page. page_state.py explains why no update is lost."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import replace
+from typing import Any
+
+import gradio as gr
+from gradio.components import Component
+
+from lightx2v.config.engine_config import EngineConfig
+from lightx2v.config.recorded_settings import PICTURES
+from lightx2v.config.request import Request
+from lightx2v.errors import LightX2VError
+from lightx2v.jobs.store import Job
+
+from ..backend.session import Session
+from ..backend.studio import Studio, settings_of
+from ..backend.zerogpu import ZeroGpuJobs
+from ..form.editor import Editor, Updates, form_of, preset_values
+from ..form.fields import Unfilled, fields_of
+from ..form.inputs import MATCH, Inputs
+from ..gradio_compat import forget_copies, merge_updates, newest_component, payload
+from ..strings import Words
+from ..views import panels
+from ..views.html import tag
+from ..views.render import Outputs, render
+from ..views.view_state import build_view
+from .page_state import PageState
+
+BUSY_SECONDS, IDLE_SECONDS = 1.0, 4.0
+
+IN_USE = "in use"
+"""The page's script sends this instead of a part's version while that part is in use, such as an open list."""
+
+Data = dict[Component, Any]
+"""What gradio passes to an event listener: the values of its input components."""
+
+
+class PageController:
+    """One for the page, shared by all sessions.
+
+    Its own components: `versions` carries the version of each rendered part, `stored` is the browser's storage, `state`
+    holds the PageState, `timer` ticks.
+    """
+
+    def __init__(
+        self, studio: Studio, inputs: Inputs, outputs: Outputs, *, versions: Any, stored: Any, state: Any, timer: Any
+    ) -> None:
+        self.studio, self.inputs, self.outputs = studio, inputs, outputs
+        self.versions, self.stored, self.state, self.timer = versions, stored, state, timer
+        self.editor = Editor(studio, inputs)
+        self._newest = newest_component()
+        """None of the page's own components has a greater number."""
+        self.typed = inputs.fields.keys() - {*PICTURES}
+        """Names of the fields that the browser stores. A picture is a path; paths from a browser are not trusted."""
+
+    def listener(self, handler: Handler) -> Callable[[Data], Updates]:
+        """The function that gradio calls for an event that `handler` handles."""
+
+        def listen(data: Data) -> Updates:
+            return self._answer(handler, data)
+
+        return listen
+
+    def click_listener(self, handler: Handler) -> Callable[[Data, gr.EventData], Updates]:
+        """The same for an event that carries an object from the page's script, such as which button was clicked."""
+
+        def listen(data: Data, click: gr.EventData) -> Updates:
+            return self._answer(handler, data, sent=payload(click))
+
+        return listen
+
+    def running_listener(self, handler: Handler) -> Callable[[Data, gr.EventData], Iterator[Updates]]:
+        """The same on ZeroGPU, where the event that submits runs has to run them: on the GPU lent to its visitor."""
+
+        def listen(data: Data, click: gr.EventData) -> Iterator[Updates]:
+            jobs = self.studio.jobs
+            assert isinstance(jobs, ZeroGpuJobs)
+            submitted: list[str] = []
+            updates = self._answer(handler, data, sent=payload(click), submitted=submitted)
+            with jobs.running(submitted) as changes:
+                yield updates
+                for _ in changes:
+                    yield self._answer(refreshed, data)
+
+        return listen
+
+    def load_listener(self, handler: Handler) -> Callable[[Data, gr.Request], Updates]:
+        """The same for the event of a page that opens, which needs the HTTP request."""
+
+        def listen(data: Data, request: gr.Request) -> Updates:
+            return self._answer(handler, data, request=request)
+
+        return listen
+
+    def _answer(self, handler: Handler, data: Data, **details: Any) -> Updates:
+        with self.event(data, **details) as event:
+            try:
+                handler(event)
+            except LightX2VError as error:
+                event.refuse(error)
+            return event.answer()
+
+    @contextmanager
+    def event(self, data: Data, **details: Any) -> Iterator[PageEvent]:
+        """Handles the event that brought `data`; other events of the same page wait."""
+        state = data[self.state]
+        with state.lock:
+            forget_copies(self._newest)
+            yield PageEvent(self, state, data, **details)
+
+    def stored_values(self, stored: Any) -> dict[str, Any] | None:
+        """The fields that the browser stored, if they are still valid here. Empty ones get the preset's value."""
+        kept = stored.get("form") if isinstance(stored, dict) else None
+        if not isinstance(kept, dict) or self.studio.tasks.get(str(kept.get("preset")), "") != kept.get("task"):
+            return None
+        kept = {name: value for name, value in kept.items() if name in self.typed and value is not None}
+        kept = {name: self.inputs.fields[name].preprocess(value) for name, value in kept.items()}
+        kept = {name: value for name, value in kept.items() if value is not None}  # drops values of a wrong type
+        values = {**preset_values(kept["preset"]), **kept}
+        try:
+            form_of({**values, "prompt": "…"})
+            self.editor.whole({**values, "match_image": False}, task=kept["task"])
+        except (LightX2VError, TypeError, ValueError, ArithmeticError):
+            return None
+        return {**values, "match_image": values.get("shape") == MATCH}
+
+
+class PageEvent:
+    """One event of a page. Handlers change `session` and fill in fields; `answer` adds everything that follows.
+
+    `sent` is the object that came with a click, `request` the HTTP request of a page that opens. `submitted` receives
+    the ids of the runs that the handler queues.
+    """
+
+    def __init__(
+        self,
+        page: PageController,
+        state: PageState,
+        data: Data,
+        *,
+        sent: Mapping[str, Any] | None = None,
+        request: gr.Request | None = None,
+        submitted: list[str] | None = None,
+    ) -> None:
+        self.page, self.state, self.data = page, state, data
+        self.sent, self.request = sent or {}, request
+        self._submitted = [] if submitted is None else submitted
+        self.studio, self.inputs = page.studio, page.inputs
+        self.updates: Updates = {}
+        if state.session is None:
+            state.session = Session.of(data[page.stored])
+        self.session: Session = state.session
+        fields = {name: data[component] for name, component in self.inputs.fields.items() if component in data}
+        self.values: dict[str, Any] = {**dict.fromkeys(PICTURES), **state.pictures, **fields}
+        """The fields as the browser will hold them after the answer."""
+
+    @property
+    def words(self) -> Words:
+        return Words(self.session.language)
+
+    @property
+    def preset(self) -> str:
+        name = self.values["preset"]
+        return name if name in self.studio.tasks else self.studio.default_preset
+
+    def change(self, **changes: Any) -> None:
+        """Changes the session."""
+        self.session = replace(self.session, **changes)
+
+    def refuse(self, error: LightX2VError) -> None:
+        """Shows the error in place of the cost until the fields change."""
+        message = self.words(error.key) if isinstance(error, Unfilled) else str(error)
+        self.state.problem = message, self._typed
+
+    def submit(self, preset: str, config: EngineConfig, request: Request) -> Job:
+        """Queues a run of this session."""
+        job = self.studio.submit(config, request, owner=self.session.owner, preset=preset)
+        self._submitted.append(job.id)
+        return job
+
+    # ---- fields -------------------------------------------------------------------------------------------------
+
+    def fill(self, values: Mapping[str, Any], *, task: str) -> None:
+        """Puts `values` into their fields, and touches no others."""
+        whole = self.page.editor.whole(values, task=task)
+        self.updates |= self.page.editor.fill(self.words, whole)
+        self.values |= whole
+        self.state.pictures |= {name: values[name] for name in PICTURES if name in values}
+
+    def fill_run(self, preset: str, config: EngineConfig, request: Request) -> None:
+        """Fills in the settings of a run. Shows the stored pictures of our own jobs again; ignores other paths."""
+        if preset not in self.studio.tasks:
+            preset = self.studio.default_for("t2v" if request.task == "t2v" else "i2v")
+        values = fields_of(preset, config, request)
+        for name in PICTURES:
+            path = self.studio.folder / (values[name] or "")  # a video names its picture relative to itself
+            inside = path.resolve().is_relative_to(self.studio.folder.resolve()) and os.path.isfile(path)
+            values[name] = str(path) if inside else None
+        self.fill(values, task=values["task"])
+
+    def set_fields(self, **values: Any) -> None:
+        """Sets single fields that follow from others."""
+        for name, value in values.items():
+            self.updates[self.inputs.fields[name]] = gr.update(value=value)
+        self.values |= values
+
+    def relabel(self) -> None:
+        """Shows every label in the session's language; values stay."""
+        words, labels = self.words, self.page.editor.relabel(self.words, self.values["task"])
+        for component, label in (labels | self.page.outputs.relabel(words)).items():
+            known = component in self.updates
+            self.updates[component] = merge_updates(label, self.updates[component]) if known else label
+
+    # ---- the answer ---------------------------------------------------------------------------------------------
+
+    def answer(self) -> Updates:
+        """The fields that the handler filled in, the parts that are out of date on the page, what the browser stores,
+        and the interval of the timer."""
+        data, page = self.data, self.page
+        view = build_view(self.studio, self.session)
+        self.session = self.state.session = view.session
+        words, inputs = self.words, self.inputs
+        right = render(self.studio, words, view)
+        parts = {getattr(page.outputs, name): (name, html) for name, html in right.items()}
+        left = page.editor.parts(words, self.values, self._problem())
+        parts |= {getattr(inputs, name): (name, html) for name, html in left.items()}
+        versions = data[page.versions] if isinstance(data[page.versions], dict) else {}
+        updates = dict(self.updates)
+        for component, (name, html) in parts.items():
+            version = hashlib.sha256(html.encode()).hexdigest()[:16] if html else ""
+            if versions.get(name, "") not in (version, IN_USE):
+                versions[name] = version
+                # The browser's clock may be off by hours; the script corrects it with data_now.
+                attributes = {"data_part": name, "data_version": version, "data_now": f"{time.time():.2f}"}
+                updates[component] = tag("div", html, class_="part", **attributes) if html else ""
+        data[page.versions] = versions  # for the next answer to the same event
+        if inputs.files in updates:
+            status = self.studio.files.status(settings_of(self.preset).engine)
+            title = gr.update(label=panels.files_title(words, status))
+            updates[inputs.files_box] = merge_updates(title, updates.get(inputs.files_box, gr.update()))
+        label = self._button(words)
+        if data[inputs.generate] != label:
+            updates[inputs.generate] = gr.update(value=label)
+        interval = BUSY_SECONDS if view.busy else IDLE_SECONDS
+        if data[page.timer] != interval:
+            updates[page.timer] = gr.Timer(interval, active=True)
+        stored = self._stored()
+        if stored != data[page.stored]:
+            updates[page.stored] = stored
+        return updates or gr.skip()
+
+    @property
+    def _typed(self) -> dict[str, Any]:
+        return {name: value for name, value in self.values.items() if name in self.page.typed}
+
+    def _problem(self) -> str:
+        if self.state.problem is not None and self.state.problem[1] != self._typed:
+            self.state.problem = None
+        return self.state.problem[0] if self.state.problem is not None else ""
+
+    def _stored(self) -> dict[str, Any]:
+        """For the browser: the session, and the fields once the visitor has changed them; pictures stay here."""
+        form = self._typed
+        if self.state.untouched is None:
+            self.state.untouched = form
+        before = self.data[self.page.stored]
+        known = isinstance(before, dict) and "form" in before
+        return self.session.to_json() | ({"form": form} if known or form != self.state.untouched else {})
+
+    def _button(self, words: Words) -> str:
+        if self.session.editing:
+            return words("save_edit")
+        values, lines = self.values, 1
+        if values["per_line"]:
+            lines = sum(1 for line in str(values["prompt"]).splitlines() if line.strip())
+        videos = values["videos"] if isinstance(values["videos"], (int, float)) else 1
+        count = max(1, lines) * max(1, int(videos))
+        return words("generate") if count == 1 else words("generate_n", n=count)
+
+
+def refreshed(event: PageEvent) -> None:
+    """The timer ticked, or a field changed that affects the cost: the answer holds everything that changed."""
+
+
+Handler = Callable[[PageEvent], None]
+"""Handles one event: changes the session, fills in fields or submits runs. A LightX2VError becomes a message."""

@@ -1,0 +1,175 @@
+"""The page's command line:  python app.py [--share] [--host ADDRESS] [--port N]
+
+Without flags it listens on 127.0.0.1 only and needs no password. With --share, or on an address that other machines
+reach, it generates a password for this start and prints it; only --public opens such a page without one.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib.util
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from lightx2v.cli.parser import ArgumentParser
+from lightx2v.cli.runner import CommandContext, run_command
+from lightx2v.errors import ConfigError, OutputError, short_path
+from lightx2v.loading import preload
+from lightx2v.server.command import check_port
+
+from .backend.studio import Studio
+from .exposure import Exposure, add_flags, decide
+
+OPEN_PAGES = 500
+"""Beyond this gradio forgets the page that was silent for longest, which starts anew with its next event. Anyone can
+open pages, each takes half a megabyte, and gradio's default of 10 000 would take five gigabytes."""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Serves the page until Ctrl+C; returns the exit code."""
+    return run_command(_parser(), _run, argv)
+
+
+def _parser() -> ArgumentParser:
+    parser = ArgumentParser(description="LightX2V Studio: videos from text and images.")
+    add_flags(parser)
+    preset, output = (os.environ.get(f"LIGHTX2V_{name}", "") for name in ("PRESET", "OUTPUT_DIR"))
+    parser.add_argument("--preset", default=preset, help="preset to start with; the only one on ZeroGPU")
+    parser.add_argument("--output_dir", default=output or "outputs", help="folder for videos and the job list")
+    parser.add_argument("--open", action="store_true", help="open the page in the browser")
+    parser.add_argument("--mcp", action="store_true", help="also serve the tools over MCP (needs gradio[mcp])")
+    return parser
+
+
+def _run(args: argparse.Namespace, context: CommandContext) -> int:
+    exposure = decide(args, os.environ)
+    if args.mcp and importlib.util.find_spec("mcp") is None:
+        raise ConfigError('--mcp needs one more package. Install it with: pip install "gradio[mcp]"')
+    if context.environment.distributed and follow():
+        return _exit_code(context)
+    if not exposure.hosted:  # gradio would retry for ever or print a traceback
+        check_port(args.host, args.port or 0)
+    prepare_environment(Path(args.output_dir))
+    studio = open_studio(Path(args.output_dir), exposure, args.preset)
+    try:
+        demo = launch(studio, open_browser=args.open, mcp=args.mcp)
+        announce(demo, exposure)
+        preload.start()  # while the visitor writes the first prompt
+        demo.block_thread()
+    finally:
+        studio.close()
+    return _exit_code(context)
+
+
+def _exit_code(context: CommandContext) -> int:
+    """gradio handles the signal that ends the page. Without a signal this process followed rank 0 to its end."""
+    return context.interrupts.exit_code if context.interrupts.token.cancelled else 0
+
+
+def open_studio(output: Path, exposure: Exposure, preset: str) -> Studio:
+    """Opens what the page works with. On ZeroGPU this loads its one model, before any visitor gets a GPU."""
+    if not exposure.zerogpu:
+        return Studio(open_engine, output, exposure, default_preset=preset)
+    import spaces  # has to come before torch  # pyright: ignore[reportMissingImports]
+
+    only = [preset] if preset else None
+    return Studio(open_engine, output, exposure, default_preset=preset, only=only, lend_gpu=spaces.GPU)
+
+
+def follow() -> bool:
+    """Under torchrun, rank 0 serves the page. Every other rank takes part in its runs here and then returns True."""
+    from lightx2v.pipeline import LightX2VPipeline
+
+    return LightX2VPipeline.follow()
+
+
+def open_engine(config: Any, *, preset: str, on_progress: Any, cancel: Any) -> Any:
+    """Loads the model for the first job. Only this imports torch."""
+    from lightx2v.pipeline import LightX2VPipeline
+
+    return LightX2VPipeline.from_config(config, preset=preset, on_progress=on_progress, cancel=cancel)
+
+
+def prepare_environment(output: Path) -> None:
+    """Sets what gradio and torch read on import: no telemetry, and uploads go to the output folder."""
+    uploads = output.absolute() / "uploads"
+    try:
+        uploads.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise OutputError(
+            f"Could not create the folder {short_path(uploads)}: {error.strerror}. Choose a writable folder with "
+            "--output_dir."
+        ) from None
+    os.environ["GRADIO_TEMP_DIR"] = str(uploads)
+    os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"
+    # Threads that spin while they wait compete with the browser for the cores: with two cores and one other busy
+    # program a run of the demo would take two to three times as long.
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    # gradio checks at start that it reaches itself over loopback; a proxy would swallow that request.
+    for name in ("NO_PROXY", "no_proxy"):
+        known = [host for host in os.environ.get(name, "").split(",") if host]
+        os.environ[name] = ",".join(dict.fromkeys([*known, "localhost", "127.0.0.1"]))
+
+
+def launch(studio: Studio, *, open_browser: bool = False, mcp: bool = False, **more: Any) -> Any:
+    """Serves the page in the background; returns gradio's Blocks with `local_url` and `share_url`."""
+    from starlette.middleware import Middleware
+
+    from .page import build_page
+    from .theme import head, theme
+    from .web.api_routes import api_routes
+    from .web.guard import Guard
+    from .web.media_routes import media_routes
+
+    exposure = studio.exposure
+    origins: set[str] = set()
+    demo = build_page(studio)
+    demo.launch(
+        server_name=exposure.host,
+        server_port=exposure.port,
+        share=exposure.share,
+        auth=exposure.auth,
+        auth_message="LightX2V Studio",
+        inbrowser=open_browser,
+        prevent_thread_lock=True,
+        quiet=True,
+        show_error=False,
+        max_file_size=exposure.limits.upload,
+        state_session_capacity=OPEN_PAGES,
+        footer_links=["api"],
+        run_history=False,
+        enable_monitoring=False,
+        ssr_mode=False,
+        mcp_server=mcp,
+        theme=theme(),
+        head=head(),
+        app_kwargs={
+            "openapi_url": None,  # gradio has its own, behind the password
+            "routes": [*api_routes(studio), *media_routes(studio)],
+            "middleware": [Middleware(Guard, exposure=exposure, origins=origins)],
+        },
+        **more,
+    )
+    studio.address = (demo.share_url or demo.local_url or studio.address).rstrip("/")
+    if demo.share_url:
+        origins.add(demo.share_url.partition("://")[2].strip("/").lower())
+    return demo
+
+
+def announce(demo: Any, exposure: Exposure) -> None:
+    """Prints the page's address, how to sign in, and whether the share link could be made."""
+    print(f"LightX2V Studio is on {demo.local_url}")
+    if exposure.share:
+        if demo.share_url:
+            print(f"Shared on {demo.share_url}")
+        else:
+            print(
+                "There is no share link: gradio could not open its tunnel. Check that this machine can reach "
+                "api.gradio.app and that nothing blocks the program frpc. The page itself runs on this machine."
+            )
+    if exposure.auth:
+        print(f"User {exposure.user}, password {exposure.password}")
+    elif exposure.open_to_others and not exposure.hosted:
+        print("Anyone who knows the address can use it.")
