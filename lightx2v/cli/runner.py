@@ -75,6 +75,6 @@ def _exit_code(call: Callable[[], int], context: CommandContext, stopped: str) -
         code, message = error.exit_code, f"error: {error}"
     except BrokenPipeError:  # `--list_presets | head`: the reader has left, and Python would flush to it at exit
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 1
+        return context.interrupts.exit_code if context.interrupts.token.cancelled else 1
     context.progress.finish(message if context.environment.rank == 0 else "")
     return code
