@@ -33,7 +33,7 @@ def opened(event: PageEvent) -> None:
     stored = event.data[event.page.stored]
     known = Session.of(stored, event.request.headers.get("accept-language", ""))
     # A new visitor may have pressed a button before this event is answered.
-    event.session = known if stored else replace(known, owner=event.session.owner)
+    event.session = known if stored else replace(event.session, language=known.language)
     job_id = event.request.query_params.get("job", "")
     if job_id and event.studio.job_of(event.session.owner, job_id) is not None:
         event.change(job=job_id, pinned=event.session.pinned and event.session.job == job_id)

@@ -66,7 +66,7 @@ def test_a_port_that_there_is_not_is_told(tmp_path: Path, port: str) -> None:
 
 def test_an_address_of_another_machine_is_told_instead_of_being_tried_for_ever(tmp_path: Path) -> None:
     code, said = ends(tmp_path, "--host", "192.0.2.1", "--public")
-    assert code == 2 and said.startswith("192.0.2.1 cannot be listened on") and len(said.splitlines()) == 1
+    assert code == 2 and said.startswith("error: 192.0.2.1 cannot be listened on") and len(said.splitlines()) == 1
 
 
 @pytest.mark.parametrize(("given", "used"), [({}, "PASSIVE"), ({"OMP_WAIT_POLICY": "ACTIVE"}, "ACTIVE")])

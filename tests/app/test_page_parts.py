@@ -138,7 +138,7 @@ def test_both_languages_say_everything_with_the_same_blanks() -> None:
 
 
 def test_no_word_is_missing_and_none_is_idle() -> None:
-    source = "\n".join(path.read_text() for path in (ROOT / "app").glob("*.py") if path.name != "strings.py")
+    source = "\n".join(path.read_text() for path in (ROOT / "app").rglob("*.py") if path.name != "strings.py")
     strings = (ROOT / "app" / "strings.py").read_text()
     used = set(re.findall(r'words\(\s*"(\w+)"', source)) | set(re.findall(r'"(\w+)"', source))
     prefixes = set(re.findall(r'"(\w+_)" \+', source + strings)) | set(re.findall(r'f"(\w+_)\{', source))
@@ -289,9 +289,9 @@ def test_settings_pasted_into_curl_are_what_the_server_takes(image: str | None) 
     headers = [(name.lower().encode(), value.encode()) for name, value in message.headers.items()]
     scope = {"type": "http", "method": "POST", "headers": headers}
     body, pictures = asyncio.run(read_body(HttpRequest(scope, receive), VideoBody))
-    wish = body.wish(pictures)
-    assert wish.preset == "demo_t2v_distill_lora" and wish.prompt == odd.request.prompt and pictures == files
-    assert wish.settings == {
+    video = body.video_request(pictures)
+    assert video.preset == "demo_t2v_distill_lora" and video.prompt == odd.request.prompt and pictures == files
+    assert video.settings == {
         "width": 128, "num_frames": 9, "fps": 8.0, "flow_shift": 3.0, "guidance_scale": [2.0, 1.0],
         "enable_cfg": True, "seed": 7,
     }  # fmt: skip
