@@ -29,8 +29,8 @@ from ..weights.dit_names import wan_names
 from ..weights.lora import match_lora
 from ..weights.model_weights import ModelWeights, scale_name
 from ..weights.quantization import FORMATS, GATE, QUANTISED, is_expert_matrix, is_text_matrix
-from ..weights.safetensors_reader import FLOATS
 from ..weights.safetensors_writer import write_safetensors
+from ..weights.tensor_file import FLOATS
 from .expert_loras import files_for
 from .model_files import ModelFiles
 from .networks import DTYPES

@@ -17,7 +17,6 @@ import hashlib
 import json
 import logging
 import re
-import struct
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -32,7 +31,7 @@ from ..config.environment import Environment
 from ..errors import OutputError, short_path
 from ..progress import CancelToken, OnProgress
 from ..weights.checkpoint import open_checkpoint
-from ..weights.safetensors_reader import MAX_HEADER
+from ..weights.safetensors_reader import header_text
 from .conversion import FINGERPRINT, VERSION, Conversion, convert, fingerprint, has_fingerprint, prebuilt_conversions
 from .model_files import ModelFiles, PrebuiltFiles
 
@@ -161,7 +160,7 @@ def _state(path: Path) -> State:
             return "stale"
         known = [*made["of"], *made["loras"]]
         sources = [Path(source) for source in json.loads(about[PATHS])]
-    except (OSError, ValueError, KeyError, TypeError, struct.error):
+    except (OSError, ValueError, KeyError, TypeError):
         return "stale"  # interrupted before its header was whole, or not ours
     if not all(source.parent.is_dir() for source in sources):
         return "missing-source"
@@ -173,11 +172,7 @@ def _state(path: Path) -> State:
 
 def _metadata(path: Path) -> dict[str, str]:
     """Of a file that need not be whole."""
-    with path.open("rb") as file:
-        (length,) = struct.unpack("<Q", file.read(8))
-        if length > MAX_HEADER:
-            raise ValueError("no header")
-        return json.loads(file.read(length))["__metadata__"]
+    return json.loads(header_text(path)[0])["__metadata__"]
 
 
 def find_prebuilt(files: ModelFiles, config: EngineConfig, plain: str) -> PrebuiltFiles | None:

@@ -147,7 +147,7 @@ class TextEncoder(nn.Module):
         renamed = ((hf_name(name), tensor) for name, tensor in tensors)
         stream_into(holder, renamed, dtype_of=dtype_of, device=device, source_name=source, cancel=cancel)
         table = weights.file_names[TABLE]
-        encoder = cls(stack, checkpoint.mapped(table), load_tokenizer(tokenizer), text_len=text_len)
+        encoder = cls(stack, checkpoint.memory_map(table), load_tokenizer(tokenizer), text_len=text_len)
         encoder.require_vocabulary(sizes.vocab, short_path(tokenizer))
         return encoder
 

@@ -23,9 +23,8 @@ import torch
 from ..config.model_paths import shard_names
 from ..errors import CheckpointError, short_path
 from .pth_reader import PthReader
-from .safetensors_reader import AGAIN, CHUNK, SafetensorsReader, TensorEntry, cast_target
-
-TensorFile = SafetensorsReader | PthReader
+from .safetensors_reader import SafetensorsReader
+from .tensor_file import CHUNK, DOWNLOAD_AGAIN, TensorEntry, TensorFile, cast_target
 
 AHEAD = 3
 """Tensors on their way to a device that are read before they are asked for; 141 MB each at full size in bf16."""
@@ -74,13 +73,13 @@ class Checkpoint:
         """One tensor in memory of its own, in the dtype it is stored in."""
         return self._home[name].read(name)
 
-    def pieces(self, name: str, dtype: torch.dtype | None = None) -> Iterator[torch.Tensor]:
+    def chunks(self, name: str, dtype: torch.dtype | None = None) -> Iterator[torch.Tensor]:
         """One tensor, cast if it is an ordinary float, flat and a few megabytes at a time."""
-        return self._home[name].pieces(name, dtype)
+        return self._home[name].chunks(name, dtype)
 
-    def mapped(self, name: str) -> torch.Tensor:
+    def memory_map(self, name: str) -> torch.Tensor:
         """One tensor as a memory map: bytes are read when they are touched. Treat it as read-only."""
-        return self._home[name].mapped(name)
+        return self._home[name].memory_map(name)
 
     def tensors(
         self,
@@ -121,18 +120,18 @@ def _ahead(chosen: Sequence[tuple[TensorFile, str, torch.dtype | None]]) -> Iter
     reading: deque[tuple[str, Future[torch.Tensor], torch.Tensor]] = deque()
     with ThreadPoolExecutor(AHEAD, "lightx2v-load") as threads:
 
-        def start(room: torch.Tensor) -> None:
+        def start(buffer: torch.Tensor) -> None:
             for file, name, dtype in islice(coming, 1):
-                reading.append((name, threads.submit(file.read, name, dtype, None, room), room))
+                reading.append((name, threads.submit(file.read, name, dtype, None, buffer), buffer))
 
         with torch.inference_mode(False):  # the threads, which write into them, are not in it
-            rooms = [torch.empty(largest, dtype=torch.uint8) for _ in range(min(AHEAD, len(chosen)))]
-        for room in rooms:
-            start(room)
+            buffers = [torch.empty(largest, dtype=torch.uint8) for _ in range(min(AHEAD, len(chosen)))]
+        for buffer in buffers:
+            start(buffer)
         while reading:
-            name, read, room = reading.popleft()
+            name, read, buffer = reading.popleft()
             yield name, read.result()
-            start(room)
+            start(buffer)
 
 
 def open_checkpoint(path: str | Path) -> Checkpoint:
@@ -158,7 +157,7 @@ def open_file(path: Path) -> TensorFile:
     name, text = short_path(path), head.lstrip(b"\xef\xbb\xbf \t\r\n").lower()
     if size < 16 or not head.strip(b"\0"):
         filled = "" if size < 16 else ", the first of them all zero"
-        raise CheckpointError(f"{name} is incomplete: got {size} bytes{filled}. {AGAIN}")
+        raise CheckpointError(f"{name} is incomplete: got {size} bytes{filled}. {DOWNLOAD_AGAIN}")
     if head[8:9] == b"{":
         return SafetensorsReader(path)
     if text.startswith(b"version https://git-lfs"):
@@ -166,13 +165,13 @@ def open_file(path: Path) -> TensorFile:
             f"{name} is a git-lfs pointer, not the model. Run `git lfs pull` in its folder, or download the file again."
         )
     if text.startswith((b"<!doctype", b"<html", b"<?xml", b"<head", b"<error")):
-        raise CheckpointError(f"{name} is a web page, not a model: the download was answered with an error. {AGAIN}")
+        raise CheckpointError(f"{name} is a web page with an error message, not a model. {DOWNLOAD_AGAIN}")
     if head.startswith(b"GGUF"):
         raise CheckpointError(f"{name} is a GGUF file; safetensors and PyTorch files are supported.")
     if head.startswith(b"PK\x03\x04") or head.startswith(b"\x80"):
         return PthReader(path)
     raise CheckpointError(
-        f"{name} is neither a safetensors nor a PyTorch file (first bytes {head[:8].hex(' ')}). {AGAIN}"
+        f"{name} is neither a safetensors nor a PyTorch file (first bytes {head[:8].hex(' ')}). {DOWNLOAD_AGAIN}"
     )
 
 
@@ -231,9 +230,9 @@ def _read_index(index: Path) -> dict[str, str]:
     try:
         weight_map = json.loads(index.read_text("utf-8"))["weight_map"]
     except (ValueError, KeyError, TypeError, RecursionError) as error:
-        raise CheckpointError(f"{name} is damaged ({type(error).__name__}: {error!s:.100}). {AGAIN}") from None
+        raise CheckpointError(f"{name} is damaged ({type(error).__name__}: {error!s:.100}). {DOWNLOAD_AGAIN}") from None
     if not isinstance(weight_map, dict) or not weight_map or not all(isinstance(v, str) for v in weight_map.values()):
-        raise CheckpointError(f"{name} is damaged: weight_map must map tensor names to file names. {AGAIN}")
+        raise CheckpointError(f"{name} is damaged: weight_map must map tensor names to file names. {DOWNLOAD_AGAIN}")
     outside = [
         file for file in weight_map.values() if file != PurePath(file).name or "\\" in file or file in ("", "..")
     ]

@@ -19,7 +19,7 @@ from ..errors import CheckpointError, short_path
 from .checkpoint import Checkpoint
 from .lora import MatchedLora
 from .quantization import SCALE, QuantLayout, check_scale, cosine, dequantise, quantise, read_layout
-from .safetensors_reader import FLOATS
+from .tensor_file import FLOATS
 
 ROWS = 256
 """Of a weight that a LoRA is added to: 5 MB of float32 at full width."""
@@ -127,7 +127,7 @@ class ModelWeights:
         """
         file_name = self.file_names[name]
         if not self.is_modified(name):
-            yield from ((name, piece) for piece in self.checkpoint.pieces(file_name, dtype_of(name)))
+            yield from ((name, piece) for piece in self.checkpoint.chunks(file_name, dtype_of(name)))
             return
         yield from self._make(name, self.checkpoint.tensor(file_name).to(device), dtype_of(name))
 

@@ -17,7 +17,7 @@ from torch import nn
 from ..errors import CheckpointError, short_path
 from ..progress import CancelToken
 from .checkpoint import Checkpoint
-from .safetensors_reader import FLOATS
+from .tensor_file import FLOATS
 
 TensorStream = Iterable[tuple[str, torch.Tensor]]
 DtypeOf = Callable[[str], torch.dtype]

@@ -17,7 +17,7 @@ from pathlib import Path
 import torch
 
 from ..errors import CheckpointError, short_path
-from .safetensors_reader import AGAIN, CHUNK, TensorEntry, cast_target, empty
+from .tensor_file import CHUNK, DOWNLOAD_AGAIN, TensorEntry, allocate, cast_target
 
 MIN_TORCH = (2, 10)
 REMAP_AFTER = 512 << 20
@@ -41,7 +41,8 @@ class PthReader:
             _check_zip(path)
         elif _starts_as_zip(path):
             raise CheckpointError(
-                f"{short_path(path)} is incomplete: got {path.stat().st_size} bytes, its end is missing. {AGAIN}"
+                f"{short_path(path)} is incomplete: got {path.stat().st_size} bytes, the end is missing. "
+                f"{DOWNLOAD_AGAIN}"
             )
         self._state = self._open()
         self.entries = {name: _entry(path, name, tensor) for name, tensor in self._state.items()}
@@ -53,17 +54,17 @@ class PthReader:
         name: str,
         dtype: torch.dtype | None = None,
         staging: torch.Tensor | None = None,
-        room: torch.Tensor | None = None,
+        buffer: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        """The tensor in memory of its own, or in `room`; an ordinary float is cast to `dtype` on the way.
+        """The tensor in memory of its own, or in `buffer`; an ordinary float is cast to `dtype` on the way.
 
         The map is renewed now and then, because pages once read count as resident memory.
         """
         with self._lock:
             tensor = self._touch(name, self.entries[name].nbytes)
-        return empty(tuple(tensor.shape), cast_target(tensor.dtype, dtype), room).copy_(tensor)
+        return allocate(tuple(tensor.shape), cast_target(tensor.dtype, dtype), buffer).copy_(tensor)
 
-    def pieces(self, name: str, dtype: torch.dtype | None = None) -> Iterator[torch.Tensor]:
+    def chunks(self, name: str, dtype: torch.dtype | None = None) -> Iterator[torch.Tensor]:
         """What `read` gives, flat and some rows at a time, for tensors that are larger than memory should hold."""
         entry = self.entries[name]
         target = cast_target(entry.dtype, dtype)
@@ -87,7 +88,7 @@ class PthReader:
             self._state = self._open()
         return self._state[name]
 
-    def mapped(self, name: str) -> torch.Tensor:
+    def memory_map(self, name: str) -> torch.Tensor:
         """The tensor as a private memory map: nothing is read before it is touched. Treat it as read-only.
 
         The map is a new one, so that keeping it keeps none of the pages that `read` has touched.
@@ -107,7 +108,7 @@ class PthReader:
             ) from None
         except (RuntimeError, ValueError, TypeError, KeyError, AttributeError, IndexError, EOFError, OSError) as error:
             reason = str(error).splitlines()[0][:200] if str(error) else type(error).__name__
-            raise CheckpointError(f"{name} cannot be read as a PyTorch file ({reason}). {AGAIN}") from None
+            raise CheckpointError(f"{name} cannot be read as a PyTorch file ({reason}). {DOWNLOAD_AGAIN}") from None
         if isinstance(state, dict) and isinstance(state.get("state_dict"), dict):
             state = state["state_dict"]
         if not isinstance(state, dict) or not state:
@@ -135,7 +136,7 @@ def _check_zip(path: Path) -> None:
         with zipfile.ZipFile(path) as archive:
             records = archive.infolist()
     except (zipfile.BadZipFile, OSError, NotImplementedError, ValueError) as error:
-        raise CheckpointError(f"{short_path(path)} is damaged: {error}. {AGAIN}") from None
+        raise CheckpointError(f"{short_path(path)} is damaged: {error}. {DOWNLOAD_AGAIN}") from None
     if any(record.compress_type != zipfile.ZIP_STORED for record in records):
         raise CheckpointError(f"{short_path(path)} was refused: its records are compressed, PyTorch writes them plain.")
     if any(record.filename.endswith(".pkl") and record.file_size > MAX_PICKLE for record in records):

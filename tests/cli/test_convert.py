@@ -23,7 +23,7 @@ from lightx2v.weights.dit_names import wan_names
 from lightx2v.weights.lora import match_lora
 from lightx2v.weights.model_weights import ModelWeights
 from lightx2v.weights.quantization import GATE, dequantise, is_expert_matrix
-from lightx2v.weights.safetensors_reader import CHUNK
+from lightx2v.weights.tensor_file import CHUNK
 
 
 @pytest.fixture(scope="module")
@@ -149,7 +149,7 @@ def test_a_large_table_goes_through_in_pieces(tmp_path: Path, kind: str) -> None
         torch.save(tensors, path, _use_new_zipfile_serialization=kind == "pth")
     checkpoint = open_checkpoint(path)
     for dtype in (None, torch.float32):
-        pieces = list(checkpoint.pieces("token_embedding.weight", dtype))
+        pieces = list(checkpoint.chunks("token_embedding.weight", dtype))
         assert len(pieces) > 2 and max(piece.numel() for piece in pieces) * 2 <= CHUNK
         assert torch.equal(torch.cat(pieces), table.flatten().to(dtype or torch.bfloat16))
     whole: list[str] = []

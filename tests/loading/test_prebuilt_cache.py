@@ -77,7 +77,7 @@ def reads(monkeypatch: pytest.MonkeyPatch) -> Counter[str]:
         seen[place] += self.entries[name].nbytes
 
     for kind in (SafetensorsReader, PthReader):
-        for method in ("read", "pieces"):
+        for method in ("read", "chunks"):
             original = getattr(kind, method)
 
             def spy(self: Any, name: str, *more: Any, _original: Any = original) -> Any:

@@ -135,7 +135,7 @@ def counted() -> Iterator[dict[str, int]]:
     load = run_module.load_image
     with ExitStack() as stack:
         for kind in (SafetensorsReader, PthReader):
-            for name in ("read", "mapped"):
+            for name in ("read", "memory_map"):
                 stack.enter_context(mock.patch.object(kind, name, noting(getattr(kind, name))))
         stack.enter_context(mock.patch.object(run_module, "load_image", picture))
         yield read

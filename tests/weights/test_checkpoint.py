@@ -23,7 +23,8 @@ from tiny import DiTSizes, random_dit, write_shards
 
 from lightx2v.errors import CheckpointError
 from lightx2v.weights.checkpoint import Checkpoint, open_checkpoint
-from lightx2v.weights.safetensors_reader import CHUNK, DTYPES
+from lightx2v.weights.safetensors_reader import DTYPES
+from lightx2v.weights.tensor_file import CHUNK
 
 Tensors = dict[str, torch.Tensor]
 
@@ -131,7 +132,9 @@ def test_every_dtype_reads_as_the_library_reads_it(tmp_path: Path) -> None:
         ours = checkpoint.tensor(name)
         assert (ours.dtype, ours.shape) == (library[name].dtype, library[name].shape)
         assert torch.equal(ours.reshape(-1).view(torch.uint8), library[name].reshape(-1).view(torch.uint8))
-        assert torch.equal(checkpoint.mapped(name).reshape(-1).view(torch.uint8), ours.reshape(-1).view(torch.uint8))
+        assert torch.equal(
+            checkpoint.memory_map(name).reshape(-1).view(torch.uint8), ours.reshape(-1).view(torch.uint8)
+        )
 
 
 def test_empty_tensors_are_tensors(tmp_path: Path) -> None:
@@ -297,40 +300,46 @@ def entry(start: int, end: int, shape: object = None, dtype: object = "F32") -> 
 
 
 HOSTILE: list[tuple[str, object, str]] = [
-    ("overlap", {"a": entry(0, 8), "b": entry(4, 8)}, "overlaps"),
-    ("twins", {"a": entry(0, 8), "b": entry(0, 8)}, "overlaps"),
-    ("gap", {"a": entry(4, 8)}, "gap"),
+    ("overlap", {"a": entry(0, 8), "b": entry(4, 8)}, "invalid offset for tensor `b`"),
+    ("twins", {"a": entry(0, 8), "b": entry(0, 8)}, "invalid offset"),
+    ("gap", {"a": entry(4, 8)}, "invalid offset for tensor `a`"),
     ("past the end", {"a": entry(0, 400)}, "incomplete"),
-    ("huge shape", {"a": entry(0, 8, [2**62, 2**62])}, "bytes"),
-    ("too many sides", {"a": entry(0, 8, [1] * 1000)}, "shape"),
-    ("negative", {"a": entry(0, 8, [-2])}, "shape"),
-    ("negative offset", {"a": {"dtype": "F32", "shape": [2], "data_offsets": [-8, 0]}}, "offsets"),
-    ("backwards", {"a": {"dtype": "F32", "shape": [2], "data_offsets": [8, 0]}}, "bytes"),
-    ("bool sides", {"a": entry(0, 8, [True, 2])}, "shape"),
-    ("float sides", {"a": entry(0, 8, [2.0])}, "shape"),
-    ("wrong size", {"a": entry(0, 8, [3])}, "bytes"),
+    ("huge shape", {"a": entry(0, 8, [2**62, 2**62])}, "overflow"),
+    ("huge side of nothing", {"a": entry(0, 8), "b": entry(8, 8, [2**63, 0])}, "tensor b has the shape"),
+    ("huge sides of nothing", {"a": entry(0, 8), "b": entry(8, 8, [0, 2**62, 4])}, "tensor b has the shape"),
+    ("too many sides", {"a": entry(0, 8, [2] + [1] * 1000)}, "shape"),
+    ("negative", {"a": entry(0, 8, [-2])}, "integer `-2`"),
+    ("negative offset", {"a": {"dtype": "F32", "shape": [2], "data_offsets": [-8, 0]}}, "integer `-8`"),
+    ("backwards", {"a": {"dtype": "F32", "shape": [2], "data_offsets": [8, 0]}}, "invalid offset"),
+    ("bool sides", {"a": entry(0, 8, [True, 2])}, "boolean `true`"),
+    ("float sides", {"a": entry(0, 8, [2.0])}, "floating point `2.0`"),
+    ("wrong size", {"a": entry(0, 8, [3])}, "invalid shape"),
     ("dtype", {"a": entry(0, 8, dtype="F99")}, "F99"),
-    ("dtype kind", {"a": entry(0, 8, dtype=["F32"])}, "dtype"),
-    ("no shape", {"a": {"dtype": "F32", "data_offsets": [0, 8]}}, "data_offsets"),
-    ("extra key", {"a": {**entry(0, 8), "stride": [1]}}, "data_offsets"),
-    ("not an object", {"a": [0, 8]}, "data_offsets"),
-    ("metadata", {"__metadata__": {"a": 1}, "a": entry(0, 8)}, "__metadata__"),
+    ("dtype torch lacks", {"a": entry(0, 8, [16], dtype="F4")}, "dtype F4; supported are"),
+    ("dtype kind", {"a": entry(0, 8, dtype=["F32"])}, "invalid type: sequence"),
+    ("dtype as a map", {"a": entry(0, 8, dtype={"F32": None})}, "supported are"),
+    ("no shape", {"a": {"dtype": "F32", "data_offsets": [0, 8]}}, "missing field `shape`"),
+    ("extra key", {"a": {**entry(0, 8), "stride": [1]}}, "exactly dtype, shape and data_offsets"),
+    ("not an object", {"a": [0, 8]}, "invalid type: integer `0`"),
+    ("a list of the right types", {"a": ["F32", [2], [0, 8]]}, "exactly dtype, shape and data_offsets"),
+    ("metadata", {"__metadata__": {"a": 1}, "a": entry(0, 8)}, "expected a string"),
     (
         "twice",
         b'{"a":{"dtype":"F32","shape":[2],"data_offsets":[0,8]},"a":{"dtype":"F32","shape":[2],"data_offsets":[0,8]}}',
-        "twice",
+        "the key a occurs twice",
     ),
-    ("twice inside", b'{"a":{"dtype":"F32","dtype":"F16","shape":[2],"data_offsets":[0,8]}}', "twice"),
+    ("twice inside", b'{"a":{"dtype":"F32","dtype":"F16","shape":[2],"data_offsets":[0,8]}}', "duplicate field"),
     ("deep", b'{"a":' + b"[" * 200_000 + b"}", "JSON"),
     ("long number", b'{"a":' + b"9" * 100_000 + b"}", "JSON"),
-    ("not utf-8", b'{"\xff\xfe":1}', "JSON"),
+    ("not utf-8", b'{"\xff\xfe":1}', "UTF-8"),
     ("cut JSON", b'{"a":{"dtype":', "JSON"),
 ]
 
 
 @pytest.mark.parametrize(("header", "word"), [pytest.param(h, w, id=name) for name, h, w in HOSTILE])
 def test_a_hostile_header_is_refused(tmp_path: Path, header: object, word: str) -> None:
-    refused(write_raw(tmp_path / "m.safetensors", header), "m.safetensors", word)
+    message = refused(write_raw(tmp_path / "m.safetensors", header), "m.safetensors", word)
+    assert message.endswith(("download it again.", "Use a file with one of these."))
 
 
 @pytest.mark.parametrize("length", [2**40, 2**63, 2**64 - 1, 17 << 20, 1, 0])
