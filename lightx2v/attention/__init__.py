@@ -1,4 +1,4 @@
-"""Which kernel computes attention: one table of backends, tried and tested on the device before they are used.
+"""Attention: one table of backends, each tested on the device before it is used.
 
 Importing this package does not import torch. `config/attention_names.py` has the names that presets use.
 """

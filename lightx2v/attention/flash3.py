@@ -21,20 +21,20 @@ def load() -> Attention:
 
 
 def wrapper(flash_attn_func: Callable[..., Any]) -> Attention:
-    """Calls the package's Python function."""
+    """Call the package's Python function."""
 
     def flash3(q_BLNH: Tensor, k_BLNH: Tensor, v_BLNH: Tensor) -> Tensor:
         out = flash_attn_func(q_BLNH, k_BLNH, v_BLNH)
-        return out[0] if isinstance(out, tuple) else out  # releases before October 2025 return the softmax sums too
+        return out[0] if isinstance(out, tuple) else out  # releases before October 2025 also return the softmax sums
 
     return flash3
 
 
 def operator(package: Any) -> Attention | None:
-    """Calls the package's operator itself; None where its arguments are not those known here.
+    """Call the package's operator itself; None if its arguments are not those known here.
 
-    The package's Python function is a `torch.library.custom_op`. Its first call imports torch's compiler, which costs
-    each process 5 seconds. The operator gives the same bits.
+    The package's Python function is a `torch.library.custom_op`. Its first call imports torch's compiler, which takes
+    5 seconds in each process. The operator gives the same bits.
     """
     try:
         fwd = package.fa3_fwd_cuda.fwd

@@ -1,4 +1,4 @@
-"""SageAttention 2: package `sageattention`; scores in int8, values in fp8 where the device has it. Not exact."""
+"""SageAttention 2: package `sageattention`; scores in int8, values in fp8 if the device supports it. Not exact."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""torch's own scaled dot product attention: on every device, and the measure for all other backends."""
+"""torch's own scaled dot product attention: runs on every device, and is the reference for all other backends."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ Attention = Callable[[Tensor, Tensor, Tensor], Tensor]
 
 
 def sdpa(q_BLNH: Tensor, k_BLNH: Tensor, v_BLNH: Tensor) -> Tensor:
-    """Full attention with the kernel torch chooses."""
+    """Full attention with the kernel that torch chooses."""
     return F.scaled_dot_product_attention(
         q_BLNH.transpose(1, 2), k_BLNH.transpose(1, 2), v_BLNH.transpose(1, 2)
     ).transpose(1, 2)
@@ -28,10 +28,10 @@ def cudnn_sdpa(q_BLNH: Tensor, k_BLNH: Tensor, v_BLNH: Tensor) -> Tensor:
 
 
 def sdpa_repeated_last(q_BLNH: Tensor, k_BLNH: Tensor, v_BLNH: Tensor, repeats: int) -> Tensor:
-    """Full attention to keys of which the last one stands for `repeats` equal ones.
+    """Full attention to keys whose last one represents `repeats` equal ones.
 
     m equal keys weigh m·exp(s) = exp(s + ln m) in the softmax, so one key with ln m added to its score replaces them
-    exactly. A short prompt padded to 512 rows costs its own length this way.
+    exactly. So a short prompt that is padded to 512 rows costs only its own length.
     """
     bias = torch.zeros(k_BLNH.shape[1], device=q_BLNH.device, dtype=q_BLNH.dtype)
     bias[-1] = math.log(repeats)

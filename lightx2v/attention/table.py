@@ -1,8 +1,8 @@
 """The table of attention backends, and the choice of the one that runs.
 
-A backend is taken only if the device fits, its package imports, and its output agrees with torch's float32 attention on
-this device: an installed kernel is not yet one that works. `auto` tries the exact backends in the order of AUTO for the
-device's architecture, never one that rounds to 8 bits. All take and return (B, L, N, H) and know no mask.
+A backend is chosen only if its kernels fit the device, its package imports, and its output agrees with torch's float32
+attention on this device: an installed kernel does not always work. `auto` tries the exact backends in the order of AUTO
+for the device's architecture, never one that rounds to 8 bits. All take and return (B, L, N, H) and have no mask.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ class Choice:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Backend:
-    """`majors` are the architectures its kernels are built for; `tolerance` is the relative error it may have."""
+    """`majors`: the architectures that its kernels are built for; `tolerance`: its largest allowed relative error."""
 
     load: Callable[[], Attention]
     majors: frozenset[int]
@@ -52,7 +52,7 @@ TABLE: dict[str, Backend] = {
     "sage_attn2": Backend(load=sage2.load, majors=frozenset({8, 9, 10, 12}), tolerance=0.08),
     "sage_attn3": Backend(load=sage3.load, majors=frozenset({10, 12}), tolerance=0.25),
 }
-"""Everything but torch_sdpa, which runs everywhere and is what the others are measured by."""
+"""All backends except torch_sdpa, which runs everywhere and is the reference for the others."""
 
 AUTO: dict[Architecture, tuple[str, ...]] = {
     (8, 6): ("cudnn",),  # RTX 3090
@@ -74,7 +74,7 @@ KERNEL_FAILURES = (
     LookupError,
     subprocess.SubprocessError,
 )
-"""What foreign kernels raise where they do not fit: wrong wheel, wrong device, no compiler, another signature."""
+"""What third-party kernels raise if they do not fit: wrong wheel, wrong device, no compiler, another signature."""
 
 
 class Unfit(Exception):
@@ -84,10 +84,10 @@ class Unfit(Exception):
 def resolve_attention(
     name: str, device: torch.device | str, dtype: torch.dtype, strict: bool = False, *, head_dim: int = 128
 ) -> Choice:
-    """The backend called `name`, or the best one for this device for `auto`.
+    """The backend called `name`; for `auto`, the best one for this device.
 
-    A named backend that cannot run is replaced by the best one that can, with one warning; with `strict` it is a
-    ConfigError. An unknown name is always one.
+    If the named backend cannot run, the best one that can takes its place, with one warning; with `strict` it is a
+    ConfigError. An unknown name is always a ConfigError.
     """
     check_attention_name(name)
     device = torch.device(device)
@@ -102,7 +102,7 @@ def resolve_attention(
         if strict:
             raise ConfigError(
                 f"The attention backend {name!r} cannot run here: {unfit}. "
-                "Use 'auto', install what is missing, or turn attention_strict off."
+                "Use 'auto', install the missing package, or turn attention_strict off."
             ) from None
         best = _best(device, dtype, head_dim)
         log.warning("attention %s cannot run here: %s; using %s instead", name, unfit, best.name)
@@ -123,13 +123,13 @@ def _best(device: torch.device, dtype: torch.dtype, head_dim: int) -> Choice:
 
 
 def _qualify(name: str, device: torch.device, dtype: torch.dtype, head_dim: int) -> tuple[Attention, str]:
-    """The backend's function and the proof that it works here, or Unfit with the reason."""
+    """The backend's function and the proof that it works here. Raises Unfit with the reason."""
     backend, architecture = TABLE[name], _architecture(device)
     if architecture is None:
-        raise Unfit(f"it needs a CUDA device, this is {device.type}")
+        raise Unfit(f"it needs a CUDA device, but this is {device.type}")
     if architecture[0] not in backend.majors:
         built_for = ", ".join(f"sm{major}x" for major in sorted(backend.majors))
-        raise Unfit(f"it is built for {built_for}, this is sm{architecture[0]}{architecture[1]}")
+        raise Unfit(f"it is built for {built_for}, but this is sm{architecture[0]}{architecture[1]}")
     if dtype not in (torch.bfloat16, torch.float16):
         raise Unfit(f"it computes in bf16 or fp16, not {str(dtype).removeprefix('torch.')}")
     try:
@@ -148,7 +148,7 @@ def _qualify(name: str, device: torch.device, dtype: torch.dtype, head_dim: int)
 
 
 def self_test(fn: Attention, device: torch.device, dtype: torch.dtype, head_dim: int) -> float:
-    """Largest relative error against float32 attention over self- and cross-attention of uneven lengths."""
+    """Largest relative error against float32, for self- and cross-attention with uneven lengths."""
     generator = torch.Generator("cpu").manual_seed(0)
     worst = 0.0
     for batch, queries, keys in ((1, 640, 640), (1, 391, 77), (2, 129, 513)):

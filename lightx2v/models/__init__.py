@@ -1,4 +1,4 @@
 """The three networks of Wan2.2-A14B.
 
-`umt5` reads the prompt, `dit` predicts the velocity, `vae` maps pixels to latents and back.
+`umt5` encodes the prompt, `dit` predicts the velocity, `vae` maps pixels to latents and back.
 """

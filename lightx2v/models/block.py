@@ -19,11 +19,11 @@ from .pointwise import gelu
 
 
 class TextStates:
-    """Prompts of one or more batch rows, as one expert's text embedding sees them.
+    """Prompts of one or more batch rows, after one expert's text embedding.
 
-    `rows_BLD` ends with one row for the zero padding up to the model's text length when there is any, and `padding`
-    says how many rows that one stands for. With `keep` each block's keys and values are computed at the first step and
-    kept for the others. They belong to the weights that made them: encode again after changing weights.
+    If the model's text length needs zero padding, `rows_BLD` ends with one row for all of it, and `padding` is the
+    number of rows that this one represents. With `keep`, each block's keys and values are computed in the first
+    step and kept for the others. They belong to the weights that made them: encode again after the weights change.
     """
 
     def __init__(self, rows_BLD: Tensor, padding: int, *, keep: bool) -> None:
@@ -38,10 +38,10 @@ class TextStates:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Pass:
-    """What all blocks share during one forward.
+    """The inputs that all blocks share in one forward.
 
-    `groups` says which prompts the rows of each stream attend to. `modulation_B6D` has B = 1 when all rows share a
-    timestep. `chunk` bounds how many tokens go through the feed-forward at once.
+    `groups` are the prompts that the rows of each stream attend to. `modulation_B6D` has B = 1 if all rows share a
+    timestep. At most `chunk` tokens go through the feed-forward at once.
     """
 
     modulation_B6D: Tensor
@@ -53,13 +53,13 @@ class Pass:
     chunk: int
 
     def slices(self, tokens: int) -> list[slice]:
-        """The pieces of a stream after its self-attention. Only in-place work can be cut: gradients get one piece."""
+        """How to cut a stream after its self-attention. Only in-place work can be cut: gradients need one piece."""
         if torch.is_grad_enabled():
             return [slice(0, tokens)]
         return [slice(start, min(start + self.chunk, tokens)) for start in range(0, tokens, self.chunk)]
 
     def fan_out(self, streams: list[Tensor]) -> list[Tensor]:
-        """Copies the one stream all prompts shared so far to one row per prompt; the first may keep the original."""
+        """Copy the one stream that all prompts have shared to one row per prompt; the first may keep the original."""
         rows = [sum(text.batch for text in group) for group in self.groups]
         if [x_BLD.shape[0] for x_BLD in streams] == rows:
             return streams
@@ -82,7 +82,7 @@ class QKVO(nn.Module):
         return x_BLD.unflatten(-1, (self.num_heads, -1))
 
     def rotated(self, x_BLD: Tensor, rotations_L1P: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Queries, keys and values (B, L, N, H) of tokens with a position."""
+        """Queries, keys and values (B, L, N, H) of tokens that have a position."""
         q_BLNH = norm_rotate(self.q(x_BLD), self.norm_q.weight, self.eps, rotations_L1P)
         k_BLNH = norm_rotate(self.k(x_BLD), self.norm_k.weight, self.eps, rotations_L1P)
         return q_BLNH, k_BLNH, self.split(self.v(x_BLD))
@@ -104,7 +104,7 @@ class Block(nn.Module):
     def __init__(self, dim: int, ffn_dim: int, num_heads: int, eps: float) -> None:
         super().__init__()
         self.eps = eps
-        # In place: the other division imports torch._dynamo on the meta device, which takes a second.
+        # In place: on the meta device the other division imports torch._dynamo, which takes a second.
         self.modulation = nn.Parameter(torch.randn(1, 6, dim).div_(dim**0.5))
         self.self_attn = QKVO(dim, num_heads, eps)
         self.norm3 = nn.LayerNorm(dim, eps)
@@ -112,9 +112,9 @@ class Block(nn.Module):
         self.ffn = nn.Sequential(nn.Linear(dim, ffn_dim), Gelu(), nn.Linear(ffn_dim, dim))
 
     def forward(self, streams: list[Tensor], index: int, shared: Pass) -> list[Tensor]:
-        """One visit for all streams: several prompts cost one trip of the weights. `index` names kept keys and values.
+        """Run all streams at once, so several prompts load the weights once. `index` names the kept keys and values.
 
-        Until the first cross-attention all prompts see the same tokens, so the first block attends to itself once.
+        Up to the first cross-attention all prompts have the same tokens, so the first self-attention runs once.
         """
         shift_a, scale_a, gate_a, shift_f, scale_f, gate_f = (self.modulation + shared.modulation_B6D).unbind(1)
         streams = [self._attend(x_BLD, shift_a, scale_a, gate_a, shared) for x_BLD in streams]
@@ -161,12 +161,12 @@ class Block(nn.Module):
 
 
 def _whole(x_BLD: Tensor, parts: list[Tensor]) -> Tensor:
-    """What the parts make up: several of them were written into x itself."""
+    """The whole stream: several parts have been written into x itself."""
     return parts[0] if len(parts) == 1 else x_BLD
 
 
 def attend_to_text(q_BLNH: Tensor, k_BLNH: Tensor, v_BLNH: Tensor, padding: int, attention: Attention) -> Tensor:
-    """Attention to a prompt whose last row stands for `padding` rows: the model attends to padding, without a mask."""
+    """Attention to a prompt whose last row represents `padding` rows: the model attends to padding, with no mask."""
     if padding > 1 and attention is sdpa and q_BLNH.device.type == "cpu":
         return sdpa_repeated_last(q_BLNH, k_BLNH, v_BLNH, padding)
     if padding > 1:

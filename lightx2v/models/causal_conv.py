@@ -1,14 +1,14 @@
-"""Convolution that looks into the past only, and the memory it needs when a clip comes in chunks.
+"""Causal convolution: it sees only the past, and remembers what it needs when a clip comes in chunks.
 
-`CausalConv3d` is the VAE's 3x3x3 convolution: the two frames before the first one are zero. A `Stream` holds, for one
-clip, the last two input frames of every layer, so that chunk after chunk gives what the whole clip gives.
+`CausalConv3d` is the VAE's 3x3x3 convolution: the two frames before the first one are zero. A `Stream` holds the last
+two input frames of every layer for one clip, so that its chunks one by one give the result of the whole clip.
 
 On a CPU in float32, streamed chunks are computed by Winograd's short convolution along time: 2 or 4 frames by 4 or 6
-two-dimensional convolutions instead of 6 or 12. That up to halves the arithmetic of the VAE, and avoids conv3d, which
-is ten times slower than conv2d there when channels are few. The rounding error stays at 5e-6 of the output's maximum.
+two-dimensional convolutions instead of 6 or 12. That saves up to half of the VAE's arithmetic, and avoids conv3d, which
+is ten times slower than conv2d there with few channels. The rounding error stays at 5e-6 of the output's maximum.
 
 Shapes: B batch, C channels, T frames, H height, W width. Streamed tensors have B = 1 and lie in memory as THWC
-(channels_last_3d), where a run of frames is one contiguous piece and a norm over channels is a norm over the last axis.
+(channels_last_3d), so a run of frames is one contiguous piece and a norm over channels is a norm over the last axis.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 PAST = 2
-"""Frames of the past that a kernel of three sees."""
+"""Past frames that a kernel of three sees."""
 
 # Winograd F(frames, 3): output = A [(G kernel) * (B input)], points 0, 1, -1, (2, -2,) infinity.
 _INPUT = {
@@ -67,7 +67,7 @@ class SpatialSplit(Protocol):
 
 
 class Stream:
-    """What the layers remember between the chunks of one clip. Made anew for each clip; inference only."""
+    """The memory of all layers between the chunks of one clip: one Stream per clip, for inference only."""
 
     def __init__(self, winograd: int = 4, split: SpatialSplit | None = None) -> None:
         """`winograd` is the most frames that one short convolution makes; `split` tells which rows the clip has.
@@ -81,7 +81,7 @@ class Stream:
         self._kernels: dict[tuple[nn.Module, int], Tensor] = {}
 
     def room(self, layer: nn.Module, x_BCTHW: Tensor) -> Tensor:
-        """An uninitialised chunk of x's shape with the two frames before it in front; fill [:, :, PAST:]."""
+        """The two frames before a chunk of x's shape, then room for the chunk: fill [:, :, PAST:]."""
         batch, channels, frames, height, width = x_BCTHW.shape
         joined = x_BCTHW.new_empty(batch, frames + PAST, height, width, channels).permute(0, 4, 1, 2, 3)
         if (before := self.past.get(layer)) is None:
@@ -91,13 +91,13 @@ class Stream:
         return joined
 
     def join(self, layer: nn.Module, x_BCTHW: Tensor) -> Tensor:
-        """x with the two frames before it in front."""
+        """The two frames before x, then x."""
         joined = self.room(layer, x_BCTHW)
         joined[:, :, PAST:] = x_BCTHW
         return joined
 
     def remember(self, layer: nn.Module, joined_BCTHW: Tensor) -> None:
-        """Keeps the last two frames; a copy, so that the rest of the chunk can be freed."""
+        """Keep a copy of the last two frames, so that the chunk itself can be freed."""
         self.past[layer] = joined_BCTHW[:, :, -PAST:].clone(memory_format=torch.preserve_format)
 
     def with_halo(self, x_BCTHW: Tensor, *, above: bool = True) -> Tensor:
@@ -112,11 +112,11 @@ class Stream:
         return x_BCTHW if self.split is None else x_BCTHW[:, :, :, 1:-1]
 
     def memory(self, layer: nn.Module) -> list[Tensor | None]:
-        """What the layer and the layers in it remember now."""
+        """The frames that the layer and the layers in it remember now."""
         return [self.past.get(module) for module in layer.modules()]
 
     def kernels(self, conv: CausalConv3d, frames: int) -> Tensor:
-        """The two-dimensional kernels (n, C_out, C_in, 3, 3) for a chunk of this many frames, made once for a clip."""
+        """The two-dimensional kernels (n, C_out, C_in, 3, 3) for chunks of this many frames, computed once per clip."""
         key = (conv, frames)
         if key not in self._kernels:
             weight = conv.weight
@@ -140,7 +140,7 @@ class CausalConv3d(nn.Conv3d):
         return self.joined(stream.join(self, x_BCTHW), stream)
 
     def joined(self, joined_BCTHW: Tensor, stream: Stream) -> Tensor:
-        """The next chunk, already behind the two frames before it (`Stream.room`)."""
+        """Convolve the next chunk, which follows the two frames before it (`Stream.room`)."""
         begins = self not in stream.past
         stream.remember(self, joined_BCTHW)
         return stream.without_halo(self._convolve(stream.with_halo(joined_BCTHW), begins, stream))
@@ -158,9 +158,9 @@ class CausalConv3d(nn.Conv3d):
         return clip_THWC.permute(3, 0, 1, 2)[None]
 
     def _short(self, frames_THWC: Tensor, kernels: Tensor) -> Tensor:
-        """1, 2 or 4 frames out of the two before and themselves, by two-dimensional convolutions."""
+        """1, 2 or 4 output frames from as many input frames and the two before, by two-dimensional convolutions."""
         n, height, width, _ = frames_THWC.shape
-        if n == PAST + 1:  # one frame out: the three side by side as channels
+        if n == PAST + 1:  # one output frame: its three inputs side by side as channels
             stacked_BCHW = frames_THWC.permute(1, 2, 0, 3).flatten(2).permute(2, 0, 1)[None]
             return F.conv2d(stacked_BCHW, kernels[0], self.bias, padding=1).permute(0, 2, 3, 1)
         transform = kernels.new_tensor(_INPUT[n - PAST])

@@ -1,8 +1,8 @@
-"""The element-wise steps between the DiT's matrix products, all in float32 inside, each one function.
+"""The element-wise steps between the DiT's matrix products, one function each, computed in float32.
 
-They are memory-bound: `fused` puts one kernel in the place of each where a device has it. These here run everywhere,
-with gradients too, and are what the kernels are measured by. Without gradients, float32 copies of a long video's tokens
-are made ROWS at a time: rows do not depend on each other, so the numbers are the same.
+They are memory-bound: `fused` replaces each by one kernel where a device has it. The functions here run everywhere,
+also with gradients, and are the reference for the kernels. Without gradients they make float32 copies of a long
+video's tokens ROWS at a time: rows do not depend on each other, so the numbers are the same.
 
 Legend: B batch (1 in the modulation when all rows share it), L tokens, D width, N heads, H head dim, P = H/2 pairs,
 F feed-forward width.
@@ -20,7 +20,7 @@ from ..weights.quantization import LARGEST, SMALLEST_ROW
 from .rope import rotate
 
 ROWS = 4096
-"""Tokens with float32 copies at once: 84 MB at full width, where 720p's would take 1.5 GB."""
+"""Tokens with float32 copies at once: 84 MB at full width. All tokens at 720p would take 1.5 GB."""
 
 
 def norm_modulate(x_BLD: Tensor, shift_BD: Tensor, scale_BD: Tensor, eps: float, dtype: torch.dtype) -> Tensor:
@@ -31,7 +31,7 @@ def norm_modulate(x_BLD: Tensor, shift_BD: Tensor, scale_BD: Tensor, eps: float,
             out_BLD[:, where] = norm_modulate(x_BLD[:, where], shift_BD, scale_BD, eps, dtype)
         return out_BLD
     if scale_BD.shape[0] == 1:
-        # With one modulation for all rows it is a LayerNorm with this weight and bias: one pass instead of three.
+        # With one modulation for all rows this is a LayerNorm with weight and bias: one pass instead of three.
         return F.layer_norm(x_BLD, x_BLD.shape[-1:], 1 + scale_BD[0], shift_BD[0], eps).to(dtype)
     normed = F.layer_norm(x_BLD, x_BLD.shape[-1:], None, None, eps)
     return torch.addcmul(shift_BD.unsqueeze(1), normed, 1 + scale_BD.unsqueeze(1)).to(dtype)
@@ -48,7 +48,7 @@ def layer_norm(x_BLD: Tensor, weight_D: Tensor, bias_D: Tensor, eps: float, dtyp
 
 
 def normed(x_BLD: Tensor, weight_D: Tensor, eps: float) -> Tensor:
-    """RMSNorm over the whole width, in x's dtype. Without gradients x may be overwritten."""
+    """RMSNorm over the whole width, in x's dtype. Without gradients it may overwrite x."""
     if parts := _parts(x_BLD):
         for where in parts:
             x_BLD[:, where] = normed(x_BLD[:, where], weight_D, eps)
@@ -60,7 +60,7 @@ def rms_norm(x_BLD: Tensor, weight_D: Tensor, eps: float) -> Tensor:
     """RMSNorm over the whole width, float32."""
     if torch.is_grad_enabled() or not x_BLD.is_cpu:
         return F.rms_norm(x_BLD.float(), weight_D.shape, weight_D, eps)
-    # torch has no fused kernel for this on CPUs; three passes instead of its five.
+    # torch has no fused kernel for this on CPUs: three passes instead of its five.
     length_BL1 = torch.linalg.vector_norm(x_BLD, dim=-1, keepdim=True, dtype=torch.float32)
     scale_BL1 = length_BL1.square_().div_(x_BLD.shape[-1]).add_(eps).rsqrt_()
     return torch.mul(x_BLD, scale_BL1).mul_(weight_D)
@@ -69,7 +69,7 @@ def rms_norm(x_BLD: Tensor, weight_D: Tensor, eps: float) -> Tensor:
 def norm_rotate(x_BLD: Tensor, weight_D: Tensor, eps: float, rotations_L1P: Tensor) -> Tensor:
     """RMSNorm over the whole width, then the rotary position of every head; (B, L, N, H) in x's dtype.
 
-    Without gradients x may be overwritten.
+    Without gradients it may overwrite x.
     """
     head_dim = 2 * rotations_L1P.shape[-1]
     if parts := _parts(x_BLD):
@@ -81,7 +81,7 @@ def norm_rotate(x_BLD: Tensor, weight_D: Tensor, eps: float, rotations_L1P: Tens
 
 
 def _parts(x_BLD: Tensor) -> list[slice]:
-    """Pieces of the tokens; none where all go at once."""
+    """How to cut the tokens; empty if all are computed at once."""
     tokens = x_BLD.shape[1]
     if tokens <= ROWS or torch.is_grad_enabled():
         return []
@@ -89,7 +89,7 @@ def _parts(x_BLD: Tensor) -> list[slice]:
 
 
 def gelu(x_BLF: Tensor) -> Tensor:
-    """GELU in its tanh form. Without gradients x itself may be overwritten."""
+    """GELU in its tanh form. Without gradients it may overwrite x."""
     if torch.is_grad_enabled() or not x_BLF.is_cpu or x_BLF.dtype != torch.float32:
         return F.gelu(x_BLF, approximate="tanh")
     # ½(1 + tanh u) is sigmoid(2u), and on CPUs torch's sigmoid costs a third of its tanh: 9 ms against 16 for 4 million
@@ -102,19 +102,19 @@ def gelu(x_BLF: Tensor) -> Tensor:
 
 
 def add_gated(x_BLD: Tensor, y_BLD: Tensor, gate_BD: Tensor) -> Tensor:
-    """x + gate·y in float32. Without gradients the sum is written into x: at 720p that saves 1.5 GB."""
+    """x + gate·y in float32. Without gradients it writes the sum into x, which saves 1.5 GB at 720p."""
     if torch.is_grad_enabled():
         return torch.addcmul(x_BLD, y_BLD.float(), gate_BD.unsqueeze(1))
     return x_BLD.addcmul_(y_BLD, gate_BD.unsqueeze(1))
 
 
 def add(x_BLD: Tensor, y_BLD: Tensor) -> Tensor:
-    """x + y in float32. Without gradients the sum is written into x."""
+    """x + y in float32. Without gradients it writes the sum into x."""
     return x_BLD + y_BLD if torch.is_grad_enabled() else x_BLD.add_(y_BLD)
 
 
 def quantise_tokens(x_MI: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """Rows in 8 bits and the scale (M, 1) of each, for products with 8-bit weights."""
+    """The rows in 8 bits and the scale (M, 1) of each, for products with 8-bit weights."""
     largest = LARGEST[dtype]
     scale_M1 = x_MI.abs().amax(1, keepdim=True).float().clamp_(min=SMALLEST_ROW).div_(largest)
     values = (x_MI.float() / scale_M1).clamp_(-largest, largest)

@@ -1,8 +1,8 @@
-"""Latents to a small picture while they are still noisy: one 16 x 3 matrix, microseconds, no decoder.
+"""Preview: a small picture of latents that are still noisy, by one 16 x 3 matrix, in microseconds, with no decoder.
 
-Each latent pixel is close to a linear function of the mean colour of the 8 x 8 pixels it stands for. The matrix comes
-from `latent_rgb.json` beside the VAE where somebody fitted it on real clips, else it is fitted once on coloured blobs
-that go through this very encoder.
+Each latent pixel is close to a linear function of the mean colour of its 8 x 8 pixels. The matrix comes from
+`latent_rgb.json` beside the VAE, fitted on real clips. Without that file it is fitted once, on coloured blobs that go
+through this very encoder.
 """
 
 from __future__ import annotations
@@ -20,11 +20,11 @@ from .vae import WanVAE
 
 FACTORS_NAME = "latent_rgb.json"
 PICTURES, SIDE = 24, 64
-"""What is fitted on: 24 x 64 latent pixels for 17 unknowns per colour; half a second at the real width on two cores."""
+"""Size of the fit: 24 x 64 latent pixels for 17 unknowns per colour; half a second at the real width on two cores."""
 
 
 class Preview:
-    """`preview(latents)` is one uint8 picture (h, w, 3) of latents (C, T, h, w): their middle frame."""
+    """`preview(latents)` is a uint8 picture (h, w, 3) of the middle frame of latents (C, T, h, w)."""
 
     def __init__(self, matrix: Tensor) -> None:
         """`matrix` (C + 1, 3) maps a latent pixel and a one to RGB in [-1, 1]."""
@@ -37,7 +37,7 @@ class Preview:
 
     @classmethod
     def for_vae(cls, vae: WanVAE, path: Path) -> Preview:
-        """The matrix beside the VAE file `path`, or one that is fitted now."""
+        """Read the matrix beside the VAE file `path`, or fit one."""
         factors = path.parent / FACTORS_NAME
         if not factors.is_file():
             return cls(fit(vae, blobs(PICTURES, SIDE)))

@@ -1,8 +1,8 @@
-"""Linear layers with 8-bit weights, put in the place of ordinary ones.
+"""QuantLinear: linear layers with 8-bit weights, in place of ordinary ones.
 
 Where the device multiplies 8-bit numbers (`torch._scaled_mm` for e4m3, `torch._int_mm` for int8), activations are
-quantised per token as they come. Each is tried once per device, against the exact product, before it is used. Elsewhere
-the weights are widened for each product, which gives the same numbers as a dequantised model everywhere.
+quantised per token. Each kernel is first compared with the exact product, once per device. On other devices the weights
+are dequantised for each product, which gives the same numbers as a dequantised model.
 
 Legend: M rows, I input and O output features.
 """
@@ -26,7 +26,7 @@ Kernel = Callable[[Tensor, Tensor, Tensor, Tensor | None], Tensor]
 """(x_MI, q_OI, scale_O1, bias_O) -> y_MO in the dtype of x."""
 
 GATE = 0.998
-"""The cosine to the exact product below which a kernel is not used. Activations in e4m3 alone give about 0.9993."""
+"""The lowest cosine to the exact product that a kernel may have. Activations in e4m3 alone give about 0.9993."""
 
 
 class QuantLinear(nn.Module):
@@ -49,7 +49,7 @@ class QuantLinear(nn.Module):
 
 
 def swap_linears(module: nn.Module, formats: Mapping[str, torch.dtype], *, fast: bool = True) -> None:
-    """Puts a QuantLinear, on the meta device, where `formats` (weight name -> dtype) says a weight is quantised.
+    """Replace linear layers whose weights are in `formats` (weight name -> dtype) by QuantLinears on the meta device.
 
     `fast` allows kernels that quantise activations too.
     """
@@ -77,7 +77,7 @@ def scaled_mm(x_MI: Tensor, q_OI: Tensor, scale_O1: Tensor, bias_O: Tensor | Non
 def int_mm(x_MI: Tensor, q_OI: Tensor, scale_O1: Tensor, bias_O: Tensor | None) -> Tensor:
     """int8 x int8 in int32, with a scale per token and per output channel."""
     rows = len(x_MI)
-    x_q, x_scale = quantise_tokens(F.pad(x_MI, (0, 0, 0, max(0, 32 - rows))), torch.int8)  # it wants more than 16 rows
+    x_q, x_scale = quantise_tokens(F.pad(x_MI, (0, 0, 0, max(0, 32 - rows))), torch.int8)  # needs more than 16 rows
     y_MO = torch._int_mm(x_q, q_OI.t())[:rows].float().mul_(x_scale[:rows]).mul_(scale_O1.t())
     return (y_MO if bias_O is None else y_MO.add_(bias_O)).to(x_MI.dtype)
 
@@ -87,7 +87,7 @@ _KERNELS: dict[torch.dtype, Kernel] = {torch.float8_e4m3fn: scaled_mm, torch.int
 
 @cache
 def kernel_for(weight: torch.dtype, device: torch.device, compute: torch.dtype) -> Kernel:
-    """The fastest kernel that works on this device and passes the gate. Its name and the reason are logged once."""
+    """The fastest kernel that works on this device and passes GATE. Logs its name and the reason once."""
     fast = _KERNELS.get(weight)
     if device.type != "cuda" or fast is None or compute != torch.bfloat16:
         return dequantised
@@ -98,7 +98,7 @@ def kernel_for(weight: torch.dtype, device: torch.device, compute: torch.dtype) 
 
 
 def why_not(kernel: Kernel, weight: torch.dtype, device: torch.device, compute: torch.dtype) -> str:
-    """Why `kernel` cannot be used, or "". Tried on one product with channels of very different sizes."""
+    """Why `kernel` cannot be used, or "". Tries one product whose channels have very different sizes."""
     generator = torch.Generator().manual_seed(0)
     x_MI = torch.randn(48, 256, generator=generator).to(device, compute)
     sizes_O = torch.logspace(-3, 1, 128)
@@ -110,7 +110,7 @@ def why_not(kernel: Kernel, weight: torch.dtype, device: torch.device, compute: 
     except (RuntimeError, NotImplementedError, ValueError) as error:
         return (str(error).splitlines() or ["no reason given"])[0][:120]
     exact = dequantised(x_MI.float(), q_OI, scale_O1, bias_O.float())
-    # Channel by channel: a wrong scale on a small one would not show in the whole.
+    # Channel by channel: in the whole product a wrong scale of a small channel would not show.
     cosine = F.cosine_similarity(got, exact, dim=0).min().item()
     size = (got.norm(dim=0) / exact.norm(dim=0) - 1).abs().max().item()
     good = cosine >= GATE and size <= 0.05

@@ -1,14 +1,14 @@
 """Triton kernels for the element-wise steps of the DiT: each reads its input once and writes its result once.
 
-Same names, arguments and results as in pointwise.py and quant_linear.py, up to the order of float32 sums; without
-gradients, on tensors whose rows are dense. `fused` tries them on a device before they are used. Importing this file
-imports triton, which only that one does.
+Same names, arguments and results as in pointwise.py and quant_linear.py, up to the order of float32 sums; no gradients,
+and only tensors with dense rows. `fused` tests them on a device before it uses them, and is the only module that
+imports this file and with it triton.
 
-One program does one row of D values, in registers: widths up to 16384.
+One program computes one row of D values in registers: widths up to 16384.
 """
 
 # pyright: reportCallIssue=false
-# A launch takes options of the compiler (num_warps) beside the kernel's own arguments; triton.jit has no type for that.
+# A launch takes compiler options (num_warps) beside the kernel's own arguments; triton.jit has no type for that.
 
 from __future__ import annotations
 
@@ -66,7 +66,7 @@ def add_gated_(x_BLD: Tensor, y_BLD: Tensor, gate_BD: Tensor | None) -> Tensor:
 
 
 def quantise_tokens(x_MI: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """Rows in 8 bits and the scale (M, 1) of each."""
+    """The rows in 8 bits and the scale (M, 1) of each."""
     rows, width = x_MI.shape
     q_MI = torch.empty(x_MI.shape, dtype=dtype, device=x_MI.device)
     scale_M1 = torch.empty(rows, 1, dtype=torch.float32, device=x_MI.device)

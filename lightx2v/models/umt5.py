@@ -1,13 +1,13 @@
-"""UMT5: a prompt becomes the rows of numbers that the DiT attends to.
+"""UMT5: the text encoder, from a prompt to the states that the DiT attends to.
 
-The network is transformers' UMT5 encoder stack, fed from Wan's own file (`models_t5_umt5-xxl-enc-*.pth`) through a
-mapping of names. The sizes come from the tensors, so an encoder of any width loads.
+The network is transformers' UMT5 encoder stack with the weights of Wan's own file (`models_t5_umt5-xxl-enc-*.pth`),
+through a mapping of names. The sizes come from the tensors, so an encoder of any width loads.
 
 A prompt is encoded at its own length. The official code pads to 512 tokens, masks the padding and cuts it off again;
-the rows are the same and cost up to four times less this way. The token table (2.1 GB of 11.4) is never loaded: at
-most 512 of its 256 384 rows are read, from the mapped file.
+the states are the same, and cost up to four times less this way. The token table (2.1 GB of 11.4) is never loaded: at
+most 512 of its 256 384 rows are read from the mapped file.
 
-Letters: L tokens, D width.
+Legend: L tokens, D width.
 """
 
 from __future__ import annotations
@@ -37,10 +37,10 @@ if TYPE_CHECKING:
     from transformers.models.umt5.modeling_umt5 import UMT5DenseGatedActDense, UMT5Stack
 
 EMBEDDING, TABLE = "shared.weight", "token_embedding.weight"
-"""The token table, in transformers' and in Wan's name."""
+"""The token table's name in transformers and in Wan's file."""
 
 _SCALE = re.compile(r"(.+)\.(weight_scale|scale_weight|scale_input|input_scale)")
-"""What belongs to a quantised weight is called after it."""
+"""Tensors that belong to a quantised weight carry its name."""
 
 _OUTSIDE = (  # Wan, transformers
     ("token_embedding.weight", EMBEDDING),
@@ -59,7 +59,7 @@ _BLOCK = (  # after "blocks.<i>." and "encoder.block.<i>.layer."
 
 @dataclass(frozen=True, slots=True)
 class TextEmbedding:
-    """One prompt, encoded. `tokens` is what the whole prompt has; when `truncated`, only the first ones were used."""
+    """One encoded prompt. `tokens` counts the whole prompt; if `truncated`, only the first ones were encoded."""
 
     states_LD: torch.Tensor
     tokens: int
@@ -68,7 +68,7 @@ class TextEmbedding:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class UMT5Sizes:
-    """The encoder's sizes, read off its tensors. UMT5-XXL: 256384, 4096, 64, 64, 10240, 24, 32."""
+    """The encoder's sizes, from the shapes of its tensors. UMT5-XXL: 256384, 4096, 64, 64, 10240, 24, 32."""
 
     vocab: int
     width: int
@@ -80,7 +80,7 @@ class UMT5Sizes:
 
     @classmethod
     def from_shapes(cls, shapes: Mapping[str, tuple[int, ...]]) -> UMT5Sizes:
-        """From transformers' names. KeyError where a tensor is missing."""
+        """From shapes under transformers' names. Raises KeyError if a tensor is missing."""
         layer = "encoder.block.0.layer"
         vocab, width = shapes[EMBEDDING]
         buckets, heads = shapes[f"{layer}.0.SelfAttention.relative_attention_bias.weight"]
@@ -97,7 +97,7 @@ class UMT5Sizes:
 
 
 class TextEncoder(nn.Module):
-    """`encode(prompt)`. Moves like any module; the token table stays where the file is."""
+    """`encode(prompt)`. Moves between devices like any module, but the token table stays in the file."""
 
     def __init__(self, stack: UMT5Stack, embedding_VD: torch.Tensor, tokenizer: Tokenizer, *, text_len: int) -> None:
         super().__init__()
@@ -118,16 +118,16 @@ class TextEncoder(nn.Module):
         quantise: torch.dtype | None = None,
         cancel: CancelToken | None = None,
     ) -> TextEncoder:
-        """From Wan's T5 file (or transformers' folder) and the tokenizer's folder; `quantise` makes it 8-bit."""
+        """Load Wan's T5 file (or transformers' folder) and the tokenizer's folder; `quantise` is an 8-bit dtype."""
         preload()
-        if dtype is torch.float16:  # UMT5's activations leave its range
+        if dtype is torch.float16:  # UMT5's activations exceed its range
             dtype = torch.bfloat16
         if not isinstance(checkpoint, Checkpoint):
             checkpoint = open_checkpoint(checkpoint)
         source = short_path(checkpoint.path)
         names = {name: wan_name(name) for name in checkpoint.shapes}
         for name in [name for name, ours in names.items() if ours == "encoder.embed_tokens.weight"]:
-            del names[name]  # the token table a second time
+            del names[name]  # a second copy of the token table
         weights = ModelWeights(checkpoint, names, matrix=is_text_matrix, quantise=quantise)
         shapes = {hf_name(name): shape for name, shape in weights.shapes.items()}
         try:
@@ -152,17 +152,17 @@ class TextEncoder(nn.Module):
         return encoder
 
     def require_vocabulary(self, rows: int, source: str) -> None:
-        """A tokenizer of another model gives ids that the table has no row for."""
+        """Refuse another model's tokenizer: its ids have no row in the table."""
         size = self.tokenizer.get_vocab_size()
         if size > rows:
             raise CheckpointError(
-                f"{source} is a tokenizer of {size} tokens, the text encoder knows {rows}. "
-                "Use the one that came with the model."
+                f"{source} is a tokenizer with {size} tokens, but the text encoder has {rows}. "
+                "Use the tokenizer that came with the model."
             )
 
     @torch.no_grad()
     def encode(self, prompt: str) -> TextEmbedding:
-        """The prompt's rows, without padding, ending with the end-of-text token."""
+        """The prompt's states without padding, up to and including the end-of-text token."""
         ids = self.tokenizer.encode(clean_prompt(prompt)).ids
         tokens = len(ids)
         if tokens > self.text_len:
@@ -174,7 +174,7 @@ class TextEncoder(nn.Module):
 
 
 def clean_prompt(text: str) -> str:
-    """As the official code does: broken encodings repaired, HTML entities resolved, white space to single blanks."""
+    """Clean like the official code: repair encodings, resolve HTML entities, make white space single blanks."""
     import ftfy
 
     text = html.unescape(html.unescape(ftfy.fix_text(text)))
@@ -182,7 +182,7 @@ def clean_prompt(text: str) -> str:
 
 
 class FeedForward(nn.Module):
-    """transformers' gated feed-forward without its cast of the activations to the weights' dtype, 8 bits here."""
+    """transformers' gated feed-forward, but without its cast of activations to the weights' dtype: 8 bits here."""
 
     def __init__(self, theirs: UMT5DenseGatedActDense) -> None:
         super().__init__()
@@ -201,7 +201,7 @@ def replace_feed_forwards(stack: UMT5Stack) -> None:
 
 
 def hf_name(name: str) -> str:
-    """transformers' name for one of Wan's T5 tensors; a name that has none comes back as it is."""
+    """transformers' name for one of Wan's T5 tensors; an unknown name is returned unchanged."""
     if match := _SCALE.fullmatch(name):
         return hf_name(f"{match[1]}.weight").removesuffix("weight") + match[2]
     if match := re.fullmatch(r"blocks\.(\d+)\.(.+)", name):
@@ -224,9 +224,9 @@ _IMPORTING = threading.Lock()
 
 
 def preload() -> None:
-    """Imports what `load` needs. transformers takes seconds to import: `preload.start` does it while others work.
+    """Import the packages that `load` needs. transformers takes seconds: `preload.start` imports it in the background.
 
-    Two threads inside one package's imports could see halves of its modules; the second one waits here.
+    Two threads that import one package at once could see half-initialised modules, so the second one waits here.
     """
     with _IMPORTING:
         import ftfy  # noqa: F401
@@ -235,7 +235,7 @@ def preload() -> None:
 
 
 def build_stack(sizes: UMT5Sizes) -> UMT5Stack:
-    """The encoder without weights, on the meta device. The token table is looked up outside of it."""
+    """The encoder without weights, on the meta device. The token table is read outside of it."""
     from transformers.models.umt5.configuration_umt5 import UMT5Config
     from transformers.models.umt5.modeling_umt5 import UMT5Stack
 
@@ -262,7 +262,7 @@ def build_stack(sizes: UMT5Sizes) -> UMT5Stack:
 
 
 def load_tokenizer(folder: str | Path) -> Tokenizer:
-    """The tokenizer exactly as `tokenizer.json` describes it: what AutoTokenizer gives, in a fraction of its time."""
+    """The tokenizer exactly as `tokenizer.json` describes it: equal to AutoTokenizer's, in a fraction of its time."""
     from tokenizers import Tokenizer
 
     path = Path(folder) / "tokenizer.json"
@@ -270,7 +270,7 @@ def load_tokenizer(folder: str | Path) -> Tokenizer:
         raise CheckpointError(f"{short_path(folder)} has no tokenizer.json. Download the tokenizer folder again.")
     try:
         text = path.read_text("utf-8")
-        described = json.loads(text)["model"]["type"]  # the library itself raises nothing narrower than Exception
+        described = json.loads(text)["model"]["type"]  # the library raises only plain Exceptions
     except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise CheckpointError(f"{short_path(path)} is damaged ({error!s:.100}). Download it again.") from None
     if described != "Unigram":

@@ -1,9 +1,9 @@
-"""The causal video VAE of Wan2.1, which Wan2.2-A14B uses too: frames to latents and back, streamed over time.
+"""WanVAE: the causal video VAE of Wan2.1 and Wan2.2-A14B, from frames to latents and back, streamed over time.
 
-One latent frame stands for the first video frame, every further one for 4 frames; space shrinks by 8. All layers look
-into the past only, so a clip may be cut anywhere along time, and a clip in chunks gives what the whole clip gives.
-`encode` and `decode` use that to run in bounded memory; `encode_clip` and `decode_clip` run whole batches with
-gradients. Parameter names are those of Wan2.1_VAE.pth.
+The first latent frame represents one video frame, every further one 4; space shrinks by 8. All layers see only the
+past, so a clip may be cut anywhere along time, and its chunks give the result of the whole clip. `encode` and `decode`
+use that to run in bounded memory; `encode_clip` and `decode_clip` run whole batches with gradients. Parameter names are
+those of Wan2.1_VAE.pth.
 
 Shapes: B batch, C channels, T frames, H height, W width; latents are CTHW and normalised to about unit variance.
 """
@@ -59,7 +59,7 @@ class WanVAE(nn.Module):
         split: SpatialSplit | None = None,
         cancel: CancelToken | None = None,
     ) -> Tensor:
-        """Latents of the clip that conditions image-to-video: the image, then grey, at its end `last_CHW` if given.
+        """Latents of the clip that conditions image-to-video: the image, then grey, and `last_CHW` at its end if given.
 
         Equal bit by bit to `encode` of that clip, at about a third of its cost for 81 frames: see `_features`.
         """
@@ -95,10 +95,10 @@ class WanVAE(nn.Module):
     ) -> Iterator[Tensor]:
         """The encoder's output for each chunk of a clip.
 
-        While the very same tensor comes again and again, a layer whose memory did not change will give the same output
-        again, bit by bit, if the layers before it do. The first layers reach that rest within a few chunks, as each
-        sees only so far into the past; resting layers are not computed again. (Convolutions are short ones of two
-        frames here: those of four would round a chunk's frames together and come to rest a chunk later each.)
+        While the same tensor object repeats, a layer whose memory did not change gives the same output again, bit by
+        bit, if the layers before it do. The first layers come to this rest within a few chunks, as each sees only so
+        far into the past; resting layers are not computed again. (Convolutions make two frames at a time here: with four,
+        a chunk's frames would be rounded together, and each layer would come to rest one chunk later.)
         """
         weight = self.conv1.weight
         stream, layers = Stream(winograd=2, split=split), self.encoder.layers()
@@ -130,10 +130,10 @@ class WanVAE(nn.Module):
         split: SpatialSplit | None = None,
         cancel: CancelToken | None = None,
     ) -> Iterator[Tensor]:
-        """Yields float32 frames CTHW in [-1, 1]: one for the first latent frame, then 4 for each.
+        """Yield float32 frames CTHW in [-1, 1]: one for the first latent frame, then 4 for each.
 
-        Without tiles each piece comes when it is decoded, on the VAE's device; with tiles all come at the end, in host
-        memory. With `split`, only the rows of this process.
+        Without tiles it yields each chunk once decoded, on the VAE's device; with tiles, all at the end in host memory.
+        With `split` it yields only the rows of this process.
         """
         if split is not None:
             latents_CTHW, tiling = split.shard(latents_CTHW, 1), None

@@ -1,6 +1,6 @@
-"""The layers of the causal video VAE, in inference streamed chunk by chunk and in training over whole clips.
+"""The layers of the causal video VAE: streamed chunk by chunk for inference, over whole clips for training.
 
-Every layer is called with a clip and its `Stream` (None: the whole clip at once, with gradients). Parameter names are
+Call every layer with a clip and its `Stream`; None means the whole clip at once, with gradients. Parameter names are
 those of Wan2.1_VAE.pth, hence the numbered entries.
 
 Shapes: B batch, C channels, T frames, H height, W width.
@@ -17,7 +17,7 @@ from .vae_config import VAEConfig
 
 
 class RMSNorm(nn.Module):
-    """x / |x| * sqrt(C) * gamma over the channels; the statistics are float32 whatever the module's dtype."""
+    """x / |x| * sqrt(C) * gamma over the channels. The statistics are float32 in any dtype of the module."""
 
     def __init__(self, channels: int, dims: int) -> None:
         super().__init__()
@@ -28,9 +28,9 @@ class RMSNorm(nn.Module):
         return F.normalize(x.float(), dim=1).to(x.dtype) * (self.gamma * scale)
 
     def activate(self, out: Tensor, x: Tensor) -> None:
-        """SiLU of the same, for inference, written into `out` with little besides."""
+        """SiLU of `forward`, for inference, written into `out` with little extra memory."""
         channels = self.gamma.shape[0]
-        if x.is_cuda:  # two fused kernels; a third fewer passes over memory
+        if x.is_cuda:  # two fused kernels: a third fewer passes over memory
             normal = F.rms_norm(x.movedim(1, -1), (channels,), self.gamma.flatten(), 1e-24)
             torch.ops.aten.silu.out(normal.movedim(-1, 1), out=out)
             return
@@ -101,7 +101,7 @@ class Attention(nn.Module):
 
 
 def _mix(conv: nn.Conv3d, x_BCTHW: Tensor) -> Tensor:
-    """A 1x1x1 convolution as a product over the channels, which lie together in memory."""
+    """A 1x1x1 convolution as a matrix product over the channels, which are contiguous in memory."""
     x = F.linear(x_BCTHW.permute(0, 2, 3, 4, 1), conv.weight.flatten(1), conv.bias)
     return x.permute(0, 4, 1, 2, 3)
 
@@ -115,7 +115,7 @@ def _clip(frames: Tensor, batch: int) -> Tensor:
 
 
 class Downsample(nn.Module):
-    """Halves height and width; with `temporal` also time, where the very first frame stays on its own."""
+    """Halves height and width; with `temporal` also time, where the very first frame stays alone."""
 
     def __init__(self, channels: int, temporal: bool) -> None:
         super().__init__()
@@ -141,7 +141,7 @@ class Downsample(nn.Module):
 
 
 class Upsample(nn.Module):
-    """Doubles height and width, halves the channels; with `temporal` doubles every frame but the very first."""
+    """Doubles height and width, halves the channels; with `temporal`, doubles every frame except the very first."""
 
     def __init__(self, channels: int, temporal: bool) -> None:
         super().__init__()
@@ -163,7 +163,7 @@ class Upsample(nn.Module):
         if stream is None or self not in stream.past:
             first, x_BCTHW = x_BCTHW[:, :, :1], x_BCTHW[:, :, 1:]
             if stream is not None:
-                stream.past[self] = x_BCTHW[:, :, :0]  # a mark without data: the first frame has been
+                stream.past[self] = x_BCTHW[:, :, :0]  # a mark without data: the first frame is done
             if x_BCTHW.shape[2] == 0:
                 return first
         if stream is None:
@@ -195,7 +195,7 @@ class Encoder(nn.Module):
         self.head = Head(width, 2 * config.z_dim)
 
     def layers(self) -> list[nn.Module]:
-        """In the order in which a clip passes them; each is called with the clip and its stream."""
+        """The layers in the order in which a clip passes them."""
         return [self.conv1, *self.downsamples, *self.middle, self.head]
 
 
@@ -216,5 +216,5 @@ class Decoder(nn.Module):
         self.head = Head(width, 3)
 
     def layers(self) -> list[nn.Module]:
-        """In the order in which a clip passes them; each is called with the clip and its stream."""
+        """The layers in the order in which a clip passes them."""
         return [self.conv1, *self.middle, *self.upsamples, self.head]

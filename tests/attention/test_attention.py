@@ -202,8 +202,8 @@ def test_a_kernel_that_is_installed_but_wrong_is_not_used(
 @pytest.mark.parametrize(
     ("name", "architecture", "dtype", "why"),
     [
-        ("flash_attn2", None, BF16, "needs a CUDA device, this is cpu"),
-        ("flash_attn3", (8, 9), BF16, "built for sm9x, this is sm89"),
+        ("flash_attn2", None, BF16, "needs a CUDA device, but this is cpu"),
+        ("flash_attn3", (8, 9), BF16, "built for sm9x, but this is sm89"),
         ("flash_attn2", (9, 0), torch.float32, "bf16 or fp16, not float32"),
         ("sage_attn2", (9, 0), BF16, "does not import"),
         ("cudnn", (9, 0), BF16, "cuDNN is not there"),

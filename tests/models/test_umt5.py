@@ -227,7 +227,7 @@ def test_a_text_encoder_that_lacks_a_layer_or_has_another_shape(tmp_path: Path) 
 def test_a_tokenizer_of_another_model_is_refused(tiny: TinyModels, tmp_path: Path) -> None:
     vocabulary = write_tokenizer(tmp_path)
     torch.save(random_t5(T5Sizes(), vocabulary - 1, seed=1), tmp_path / "t5.pth")
-    with pytest.raises(CheckpointError, match=f"tokenizer of {vocabulary} tokens.*knows {vocabulary - 1}"):
+    with pytest.raises(CheckpointError, match=f"tokenizer with {vocabulary} tokens.*has {vocabulary - 1}"):
         TextEncoder.load(tmp_path / "t5.pth", tmp_path)
 
 
