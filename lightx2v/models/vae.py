@@ -97,7 +97,7 @@ class WanVAE(nn.Module):
 
         While the same tensor object repeats, a layer whose memory did not change gives the same output again, bit by
         bit, if the layers before it do. The first layers come to this rest within a few chunks, as each sees only so
-        far into the past; resting layers are not computed again. (Convolutions make two frames at a time here: with four,
+        far into the past; resting layers are not computed again. (Convolutions make two frames at once here: with four,
         a chunk's frames would be rounded together, and each layer would come to rest one chunk later.)
         """
         weight = self.conv1.weight
