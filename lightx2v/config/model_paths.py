@@ -9,7 +9,9 @@ from pathlib import Path
 
 from .engine_config import EngineConfig
 
-PROJECT = Path(__file__).resolve().parents[2]
+_PACKAGE = Path(__file__).resolve().parents[1]
+PROJECT = _PACKAGE / "_data" if (_PACKAGE / "_data").is_dir() else _PACKAGE.parent
+"""The folder with presets/ and assets/: the checkout, or the data inside an installed package."""
 
 VAE_FILE = "Wan2.1_VAE.pth"
 SHARED_FOLDERS = ("distill_int8", "distill_fp8", "distill_models", "int8", "fp8", "original", "")
