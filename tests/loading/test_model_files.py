@@ -12,6 +12,8 @@ from conftest import TinyModels
 
 from lightx2v.config.engine_config import EngineConfig
 from lightx2v.errors import CheckpointError
+from lightx2v.hub import find_all
+from lightx2v.hub import missing as download_missing
 from lightx2v.loading.model_files import locate
 
 
@@ -46,6 +48,8 @@ def test_the_folders_of_diffusers_are_known_for_the_experts(model: Path) -> None
     files = locate(config(model))
     assert (files.high.name, files.low.name) == ("transformer", "transformer_2")
     assert files.architecture
+    assert set(find_all(config(model)).values()) == {files.high, files.low, files.t5, files.tokenizer, files.vae}
+    assert not download_missing(config(model)), "the files that load are the files that count as here"
 
 
 @pytest.mark.parametrize("absolute", [True, False])
