@@ -42,7 +42,7 @@ def count(shape: tuple[int, int, int], heads: int, layers: int) -> None:
     dit.split = mesh.token_split(1)
     latents = torch.randn(16, *shape, device=group.device)
     dit(latents, 500.0, [dit.encode_text(torch.randn(8, 64, device=group.device))])
-    sent = group.collectives.all_gather_json(mesh.sent.get("seq", {}))
+    sent = group.all_gather_json(mesh.sent.get("seq", {}))
     if group.is_rank0:
         tokens = shape[0] * shape[1] // 2 * (shape[2] // 2)
         expected = formula(tokens, config.dim, layers, size, 4)

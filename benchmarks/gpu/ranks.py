@@ -66,7 +66,7 @@ class Ranks(Bench):
     def ready(self) -> None:
         if self.cuda:
             torch.cuda.synchronize()
-        self.group.collectives.all_true(True)
+        self.group.all_true(True)
 
     def together(self, call: Callable[[], object], repeats: int, *, warm_up: int = 1) -> dict[str, Any]:
         """`timed`, by the clock of the slowest process; and how long the fastest one took."""
@@ -79,7 +79,7 @@ class Ranks(Bench):
                 torch.cuda.synchronize()
             if number >= warm_up:
                 taken.append(time.perf_counter() - began)
-        everybody = self.group.collectives.all_gather_json(taken)
+        everybody = self.group.all_gather_json(taken)
         slowest = sorted(max(times) for times in zip(*everybody, strict=True))
         return {
             "seconds": slowest[len(slowest) // 2],
@@ -386,7 +386,7 @@ def load(bench: Ranks) -> None:
         return
     config: DiTConfig = replace(bench.sizes.dit, num_layers=bench.sizes.few_layers)
     with tempfile.TemporaryDirectory(dir=roomy()) as folder:
-        path = Path(bench.group.collectives.broadcast_json(str(Path(folder) / "expert.safetensors")))
+        path = Path(bench.group.broadcast_json(str(Path(folder) / "expert.safetensors")))
         if bench.group.is_rank0:
             save(path, {name: tensor.cpu() for name, tensor in expert(bench, config).state_dict().items()})
         bench.clear()

@@ -15,16 +15,16 @@ from torch import Tensor
 
 
 class Collectives:
-    """All exchanges of one torch.distributed group.
+    """The exchanges of one torch.distributed group (`handle`).
 
     `sent` counts the bytes that this process has sent to others, by the kinds that reports name: "swap" (all-to-all),
     "collect" (all-gather), "spread" (broadcast), "trade" (send and receive), "agree" (flags) and "tell" (JSON).
     `calls` counts the exchanges.
     """
 
-    def __init__(self, group: dist.ProcessGroup) -> None:
-        self.group = group
-        self.rank, self.size = dist.get_rank(group), dist.get_world_size(group)
+    def __init__(self, handle: dist.ProcessGroup) -> None:
+        self.handle = handle
+        self.rank, self.size = dist.get_rank(handle), dist.get_world_size(handle)
         self.sent: dict[str, int] = {}
         self.calls = 0
 
@@ -37,7 +37,7 @@ class Collectives:
         x = x.contiguous()
         out = x.new_empty(sum(receive), *x.shape[1:])
         self._count("swap", (x.shape[0] - send[self.rank]) * x[:1].numel() * x.itemsize)
-        dist.all_to_all_single(out, x, list(receive), list(send), group=self.group)
+        dist.all_to_all_single(out, x, list(receive), list(send), group=self.handle)
         return out
 
     def all_gather(self, x: Tensor, lengths: Sequence[int]) -> Tensor:
@@ -47,7 +47,7 @@ class Collectives:
         padded[: x.shape[0]] = x
         out = x.new_empty(self.size * longest, *x.shape[1:])
         self._count("collect", padded.numel() * padded.itemsize * (self.size - 1))
-        dist.all_gather(list(out.split(longest)), padded, group=self.group)
+        dist.all_gather(list(out.split(longest)), padded, group=self.handle)
         if min(lengths) == longest:
             return out
         return torch.cat([part[:length] for part, length in zip(out.split(longest), lengths, strict=True)])
@@ -58,16 +58,16 @@ class Collectives:
         flat = raw.reshape(-1).view(torch.uint8)
         self._count("spread", flat.numel() * (self.size - 1) if self.rank == 0 else 0)
         if flat.numel():
-            dist.broadcast(flat, group=self.group, group_src=0)
+            dist.broadcast(flat, group=self.handle, group_src=0)
         return raw
 
     def send_receive(self, exchanges: Sequence[tuple[int, Tensor | None, Tensor | None]]) -> None:
         """Exchange with several ranks at once: (rank, tensor to send, tensor to receive into), None for neither."""
         sends = [(rank, x.contiguous()) for rank, x, _ in exchanges if x is not None]
         self._count("trade", sum(x.numel() * x.itemsize for _, x in sends))
-        operations = [dist.P2POp(dist.isend, x, group=self.group, group_peer=rank) for rank, x in sends]
+        operations = [dist.P2POp(dist.isend, x, group=self.handle, group_peer=rank) for rank, x in sends]
         operations += [
-            dist.P2POp(dist.irecv, x, group=self.group, group_peer=rank) for rank, _, x in exchanges if x is not None
+            dist.P2POp(dist.irecv, x, group=self.handle, group_peer=rank) for rank, _, x in exchanges if x is not None
         ]
         for work in dist.batch_isend_irecv(operations) if operations else []:
             work.wait()
@@ -95,7 +95,7 @@ class Collectives:
         """All-reduce of one flag: a few bytes on the CPU, so it waits for no device."""
         votes = torch.tensor([int(flag)], dtype=torch.int32)
         self._count("agree", 4 * (self.size - 1))
-        dist.all_reduce(votes, operation, group=self.group)
+        dist.all_reduce(votes, operation, group=self.handle)
         return bool(votes.item())
 
     def broadcast_json(self, message: Any) -> Any:
@@ -103,11 +103,11 @@ class Collectives:
         data = json.dumps(message).encode() if self.rank == 0 else b""
         length = torch.tensor([len(data)], dtype=torch.int64)
         self._count("tell", len(data) * (self.size - 1))
-        dist.broadcast(length, group=self.group, group_src=0)
+        dist.broadcast(length, group=self.handle, group_src=0)
         payload = torch.frombuffer(bytearray(data), dtype=torch.uint8) if data else torch.empty(0, dtype=torch.uint8)
         if self.rank != 0:
             payload = torch.empty(int(length.item()), dtype=torch.uint8)
-        dist.broadcast(payload, group=self.group, group_src=0)
+        dist.broadcast(payload, group=self.handle, group_src=0)
         return json.loads(payload.numpy().tobytes())
 
     def all_gather_json(self, message: Any) -> list[Any]:

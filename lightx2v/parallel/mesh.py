@@ -6,7 +6,7 @@ from typing import Any
 
 from torch import Tensor
 
-from .collectives import shard_sizes
+from .collectives import Collectives, shard_sizes
 from .process_group import Group
 from .spatial_shards import SpatialShards
 from .ulysses import Ulysses
@@ -24,8 +24,8 @@ class Mesh:
         self.cfg, seq, everyone = group.collectives_for(cfg_p_size, seq_p_size)
         self._branch_split = Ulysses(seq) if seq is not None else None
         self._whole_split = Ulysses(everyone) if self.cfg is not None and everyone is not None else self._branch_split
-        groups = {"world": group.collectives, "cfg": self.cfg, "seq": seq, "all": everyone}
-        self._collectives = {name: collectives for name, collectives in groups.items() if collectives is not None}
+        groups = {"world": group, "cfg": self.cfg, "seq": seq, "all": everyone}
+        self._collectives = {name: each for name, each in groups.items() if isinstance(each, Collectives)}
 
     def token_split(self, branches: int) -> Ulysses | None:
         """How a DiT splits its tokens in a step with one or two branches; None for no split.
@@ -36,10 +36,9 @@ class Mesh:
 
     def spatial_split(self, height: int) -> SpatialShards | None:
         """How all processes split latents of this height for the VAE; None with too few rows, or alone."""
-        collectives = self.group.collectives
-        if collectives is None or height < self.group.size:
+        if not isinstance(self.group, Collectives) or height < self.group.size:
             return None
-        return SpatialShards(collectives, shard_sizes(height, self.group.size))
+        return SpatialShards(self.group, shard_sizes(height, self.group.size))
 
     def local_branches(self, branches: list[Any]) -> list[Any]:
         """Of the prompt and the negative prompt, those that this process computes."""

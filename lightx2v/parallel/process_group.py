@@ -35,20 +35,19 @@ SETTLE = 8.0
 """Seconds in which all processes must have left a collective after it failed on one of them."""
 POLL = 0.02
 EXIT, CLOSE, REFUSED = "exit", "close", "refused"
-"""Commands: the program ends; the model is closed; what rank 0 was asked for is an error."""
+"""Commands: the program ends; the model is closed; the call on rank 0 failed."""
 
 T = TypeVar("T")
 
 
-class ProcessGroup:
-    """The processes of this program; `join` makes the one instance. `store` carries commands, `heartbeat` failures."""
+class ProcessGroup(Collectives):
+    """All processes of this program; `join` makes the one instance. `store` carries commands, `heartbeat` failures."""
 
-    def __init__(self, rank: int, size: int, device: torch.device, store: dist.Store, heartbeat: Heartbeat) -> None:
-        world = dist.group.WORLD
-        assert world is not None
-        self.rank, self.size, self.device = rank, size, device
-        self.collectives = Collectives(world)
-        self._all_collectives = [self.collectives]
+    def __init__(self, device: torch.device, store: dist.Store, heartbeat: Heartbeat) -> None:
+        assert dist.group.WORLD is not None
+        super().__init__(dist.group.WORLD)
+        self.device = device
+        self._all_collectives: list[Collectives] = [self]
         self._layouts: dict[tuple[int, int], tuple[Collectives | None, Collectives | None, Collectives]] = {}
         self._store, self._heartbeat = store, heartbeat
         self._commands = self._works = self._deleted = 0
@@ -94,14 +93,13 @@ class ProcessGroup:
         known = self._layouts.get((cfg_p_size, seq_p_size))
         if known is not None:
             return known
-        world = self.collectives.group
         if cfg_p_size > 1 and seq_p_size > 1:
             mesh = init_device_mesh(self.device.type, (cfg_p_size, seq_p_size), mesh_dim_names=("cfg_p", "seq_p"))
             cfg, seq = Collectives(mesh.get_group("cfg_p")), Collectives(mesh.get_group("seq_p"))
         else:
-            cfg = Collectives(world) if cfg_p_size > 1 else None
-            seq = Collectives(world) if seq_p_size > 1 else None
-        layout = self._layouts[cfg_p_size, seq_p_size] = (cfg, seq, Collectives(world))
+            cfg = Collectives(self.handle) if cfg_p_size > 1 else None
+            seq = Collectives(self.handle) if seq_p_size > 1 else None
+        layout = self._layouts[cfg_p_size, seq_p_size] = (cfg, seq, Collectives(self.handle))
         self._all_collectives += [collectives for collectives in layout if collectives is not None]
         return layout
 
@@ -109,19 +107,7 @@ class ProcessGroup:
         self, tensors: TensorStream, cancel: CancelToken | None = None
     ) -> Iterator[tuple[str, torch.Tensor]]:
         """Yield (name, tensor) as rank 0 reads them, on every rank. Other ranks never start their `tensors`."""
-        return broadcast_stream(self.collectives, self.device, tensors, cancel)
-
-    def broadcast_json(self, message: Any) -> Any:
-        """Rank 0's message (JSON types) on every rank."""
-        return self.collectives.broadcast_json(message)
-
-    def all_gather_json(self, message: Any) -> list[Any]:
-        """The messages (JSON types) of all ranks, on every rank."""
-        return self.collectives.all_gather_json(message)
-
-    def any_true(self, flag: bool) -> bool:
-        """Whether the flag is set on at least one rank."""
-        return self.collectives.any_true(flag)
+        return broadcast_stream(self, self.device, tensors, cancel)
 
     def local_cancel(self, cancel: CancelToken | None) -> CancelToken | None:
         """The token for places where a single process may stop by itself: none, the others would wait for it."""
@@ -191,7 +177,7 @@ class ProcessGroup:
         try:
             with self._heartbeat.needs_all():
                 try:
-                    self.collectives.all_true(True)  # all are here, so the work before this one is over
+                    self.all_true(True)  # all are here, so the work before this one is over
                     self._delete_old_keys(work - 1)
                     yield
                 finally:

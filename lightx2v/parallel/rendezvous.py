@@ -56,7 +56,7 @@ def join(environment: Environment) -> ProcessGroup:
             f"Process {rank} cannot connect to the others ({reason}): one of them has ended. See its output for why."
         ) from None
     log.info("Process %d of %d is on %s.", rank, size, device)
-    group = ProcessGroup(rank, size, device, dist.PrefixStore("lightx2v", rank0s), heartbeat)
+    group = ProcessGroup(device, dist.PrefixStore("lightx2v", rank0s), heartbeat)
     atexit.register(group.close)
     return group
 

@@ -17,7 +17,6 @@ class SingleProcess:
     """Has the methods of `ProcessGroup` that loading and running use; their meaning is documented there."""
 
     rank, size, is_rank0 = 0, 1, True
-    collectives = None
 
     def collectives_for(self, cfg_p_size: int, seq_p_size: int) -> tuple[None, None, None]:
         return None, None, None

@@ -200,9 +200,9 @@ def again_and_again(root: str) -> list[Any]:
             for seed in range(2):
                 pipe.run(replace(request, seed=seed, frames=1))
         group._store.num_keys()  # an answer: what this process has put into the store has arrived there
-        group.collectives.all_true(True)
+        group.all_true(True)
         left.append([group._store.num_keys(), len(dist.distributed_c10d._world.pg_map), len(group._all_collectives)])
-        group.collectives.all_true(True)
+        group.all_true(True)
     return left
 
 
