@@ -138,7 +138,7 @@ def test_a_lora_that_is_not_there_is_said_before_anything_is_queued(path: str, a
 
 def test_an_empty_prompt_is_said_in_one_way() -> None:
     for changes in ({"prompt": ""}, {"prompt": " \n "}, {"prompt": "\n", "per_line": True}):
-        with pytest.raises(BadRequest, match="The prompt is empty. Say what is seen"):
+        with pytest.raises(BadRequest, match="The prompt is empty. Describe the scene"):
             plan(form(**changes), PRESETS, HERE)
 
 
