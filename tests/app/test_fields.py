@@ -159,6 +159,9 @@ def test_a_page_for_others_takes_no_paths_and_no_offload() -> None:
         ("high/Style-HIGH.safetensors", "high/Style-LOW.safetensors"),
         ("me/HighNoise.safetensors", "me/LowNoise.safetensors"),
         ("me/style.safetensors", ""),
+        ("me/highlander_style.safetensors", ""),
+        ("me/highres_low_noise.safetensors", ""),
+        ("me/highres_high_noise.safetensors", "me/highres_low_noise.safetensors"),
     ],
 )
 def test_the_low_noise_partner_is_found_by_name(high: str, low: str) -> None:
