@@ -72,15 +72,16 @@ def _top(studio: Studio, words: Words) -> str:
 
 def _status(studio: Studio, words: Words, view: ViewState) -> str:
     options = retry_options(words, view.job, offload=studio.exposure.shows_paths and studio.machine().gpu)
-    expected = studio.expected_of(view.job.id) if view.job is not None else {}
-    return status(words, view.job, options, ahead=view.ahead, expected=expected)
+    prediction = studio.prediction_of(view.job.id) if view.job is not None else None
+    return status(words, view.job, options, ahead=view.ahead, expected=prediction.stages if prediction else {})
 
 
 def _report(studio: Studio, words: Words, view: ViewState) -> str:
     done = view.finished
-    predicted = studio.predicted_for(done.id) if done else None
+    prediction = studio.prediction_of(done.id) if done else None
     on_stage = done is not None and not view.session.uploaded and view.job is not None and view.job.id == done.id
+    exposure, predicted = studio.exposure, prediction.seconds if prediction else None
     return report(
-        words, done, predicted=predicted, address=studio.address, key=bool(studio.exposure.password),
-        paths=studio.exposure.shows_paths, earlier=not on_stage,
+        words, done, predicted=predicted, address=studio.address, key=bool(exposure.password),
+        paths=exposure.shows_paths, earlier=not on_stage,
     )  # fmt: skip
