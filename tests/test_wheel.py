@@ -6,19 +6,24 @@ import os
 import subprocess
 import sys
 import sysconfig
+import time
+import urllib.error
+import urllib.request
 import venv
 import zipfile
+from collections.abc import Iterator
 from dataclasses import dataclass
 from email.parser import Parser
 from pathlib import Path
 
 import pytest
 from packaging.requirements import Requirement
+from patience import PATIENCE, free_port
 
 from lightx2v.media.mp4 import probe
 
 ROOT = Path(__file__).parents[1]
-COMMANDS = ("lightx2v-infer", "lightx2v-server", "lightx2v-download", "lightx2v-convert")
+COMMANDS = ("lightx2v-studio", "lightx2v-infer", "lightx2v-server", "lightx2v-download", "lightx2v-convert")
 
 pytestmark = [pytest.mark.slow, pytest.mark.multi]
 
@@ -111,3 +116,36 @@ def test_a_demo_video_goes_to_the_working_folder_and_nothing_into_the_package(
     (video,) = (outside / "outputs").glob("*.mp4")
     assert probe(video).frames == 17
     assert installed.files() == before
+
+
+@pytest.fixture
+def page(installed: Installed, outside: Path) -> Iterator[str]:
+    port = free_port()
+    environment = os.environ | {"NO_PROXY": "127.0.0.1"}
+    command = [installed.bin / "lightx2v-studio", "--port", str(port)]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, env=environment) as process:
+        yield f"http://127.0.0.1:{port}"
+        process.terminate()
+        process.wait(60)
+
+
+def test_the_page_is_served_with_its_style_and_examples(page: str, installed: Installed, outside: Path) -> None:
+    before = installed.files()
+    text = fetched(f"{page}/")
+    assert "--p-load: #98a1b0" in text and "--p-load: #98a1b0" in (ROOT / "assets" / "studio.css").read_text("utf-8")
+    assert "demo_t2v_distill_lora" in fetched(f"{page}/config")
+    assert installed.files() == before
+    assert [path.name for path in outside.iterdir()] == ["outputs"]
+
+
+def fetched(url: str) -> str:
+    opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
+    until = time.monotonic() + PATIENCE
+    while True:
+        try:
+            with opener.open(url, timeout=PATIENCE) as response:
+                return response.read().decode()
+        except urllib.error.URLError:
+            if time.monotonic() > until:
+                raise
+            time.sleep(0.1)
