@@ -1,6 +1,7 @@
-"""Writes the tables of README.md and README_zh.md that the presets decide: python scripts/readme_tables.py
+"""Write the tables that the presets decide into README.md, README_zh.md and docs/presets.md.
 
-`--check` changes nothing and exits 1 where a table is out of date.
+python scripts/readme_tables.py            write them
+python scripts/readme_tables.py --check    change nothing; exit with 1 if a table is out of date
 """
 
 from __future__ import annotations
@@ -16,59 +17,89 @@ from lightx2v.config.request import Request  # noqa: E402
 from lightx2v.cost.memory_forecast import Forecast, forecast_for_gpu  # noqa: E402
 from lightx2v.cost.memory_plan import GIB  # noqa: E402
 
-CARDS = (12, 16, 24, 80)
-PRESETS = {
-    "README.md": "| preset | what it is | size, frames | steps |",
-    "README_zh.md": "| 预设 | 说明 | 尺寸、帧数 | 步数 |",
-}
-FITS = {
-    "README.md": ("| preset |", "RAM", {"resident": "", "swap": " swaps", "stream": " streams"}),
-    "README_zh.md": ("| 预设 |", "内存", {"resident": "", "swap": " 交换", "stream": " 流式"}),
+SIZES = (12, 16, 24, 80)
+"""GPUs of the memory table, in GB."""
+CHOICES = (
+    (12, "t2v_distill_fp8", "i2v_distill_fp8"),
+    (24, "t2v_distill_fp8", "i2v_distill_fp8"),
+    (48, "t2v_distill_fp8", "i2v_distill_fp8"),
+    (80, "t2v_distill_merged", "i2v_distill_merged"),
+)
+"""GPU in GB, and the preset that suits it for each task: the least quantized one of four steps that needs no streaming,
+or else the smallest one."""
+HEADS = {
+    "README.md": ("GPU", "text to video", "image to video", "GPU memory", "host memory", "none"),
+    "README_zh.md": ("显卡", "文生视频", "图生视频", "显存", "内存", "无"),
 }
 BEGIN, END = "<!-- {}:begin (python scripts/readme_tables.py) -->", "<!-- {}:end -->"
 
 
-def presets(readme: str) -> str:
+def cards(readme: str) -> str:
+    """One row for each size of GPU: a preset for each task, and the peak memory of both in GiB."""
+    *head, none = HEADS[readme]
+    rows = [[none, "`demo_t2v_distill_lora`", "`demo_i2v_distill_lora`", "–", "2"]]
+    for size, *names in CHOICES:
+        forecasts = [_forecast(name, size) for name in names]
+        peaks = ", ".join(f"{max(each.plan.bytes.values()) / GIB:.0f}" for each in forecasts)
+        host = max(each.host for each in forecasts) / GIB
+        rows.append([f"{size} GB", *(f"`{name}`" for name in names), peaks, f"{host:.0f}" if host else "–"])
+    return _table(head, rows)
+
+
+def presets() -> str:
     rows = []
     for info in list_presets():
         request = resolve(info.name, {}).request
         size = f"{request['width']}x{request['height']}, {request['frames']}"
         steps = len(request["denoising_step_list"] or ()) or request["steps"]
-        rows.append(f"| `{info.name}` | {info.title} | {size} | {steps} |")
-    return "\n".join([PRESETS[readme], "|---|---|---|---|", *rows])
+        rows.append([f"`{info.name}`", info.title, size, str(steps)])
+    return _table(["preset", "what it is", "size, frames", "steps"], rows)
 
 
-def fits(readme: str) -> str:
-    """One row for all presets that take the same; of offload and several GPUs there is nothing else to say."""
-    first, ram, words = FITS[readme]
-    rows: dict[str, list[str]] = {}
+def fits() -> str:
+    """One row for all presets that need the same memory, without the variants for offload and several GPUs."""
+    rows: dict[tuple[str, ...], list[str]] = {}
     for info in list_presets():
         if info.demo or info.offload or info.gpus > 1:
             continue
-        resolved = resolve(info.name)
-        request = Request(prompt="x", **resolved.request | ({} if info.task == "t2v" else {"image_path": "x.png"}))
-        found = [forecast_for_gpu(resolved.engine, request, card) for card in CARDS]
-        cells = [_cell(each, words) for each in found] + [f"{max(each.host for each in found) / GIB:.0f}"]
-        rows.setdefault(" | ".join(cells), []).append(f"`{info.name}`")
-    head = first + "".join(f" {card} GB |" for card in CARDS) + f" {ram} |"
-    return "\n".join([head, "|---" * (len(CARDS) + 2) + "|", *(f"| {', '.join(n)} | {c} |" for c, n in rows.items())])
+        forecasts = [_forecast(info.name, size) for size in SIZES]
+        cells = [*map(_cell, forecasts), f"{max(each.host for each in forecasts) / GIB:.0f}"]
+        rows.setdefault(tuple(cells), []).append(f"`{info.name}`")
+    head = ["preset", *(f"{size} GB" for size in SIZES), "RAM"]
+    return _table(head, [[", ".join(names), *cells] for cells, names in rows.items()])
 
 
-def _cell(found: Forecast, words: dict[str, str]) -> str:
-    return f"{max(found.plan.bytes.values()) / GIB:.1f}{words[found.plan.mode]}" if found.fits else "–"
+def _forecast(preset: str, size: float) -> Forecast:
+    resolved = resolve(preset)
+    image = {} if resolved.engine.task == "t2v" else {"image_path": "x.png"}
+    return forecast_for_gpu(resolved.engine, Request(prompt="x", **resolved.request | image), size)
+
+
+def _cell(forecast: Forecast) -> str:
+    word = {"resident": "", "swap": " swaps", "stream": " streams"}[forecast.plan.mode]
+    return f"{max(forecast.plan.bytes.values()) / GIB:.1f}{word}" if forecast.fits else "–"
+
+
+def _table(head: list[str], rows: list[list[str]]) -> str:
+    return "\n".join("| " + " | ".join(row) + " |" for row in (head, ["---"] * len(head), *rows))
 
 
 def main() -> int:
+    tables = {
+        "README.md": {"cards": cards("README.md")},
+        "README_zh.md": {"cards": cards("README_zh.md")},
+        "docs/presets.md": {"presets": presets(), "fits": fits()},
+    }
     stale = []
-    for readme in PRESETS:
-        path = ROOT / readme
+    for file, content in tables.items():
+        path = ROOT / file
         text = new = path.read_text("utf-8")
-        for name, table in (("presets", presets), ("fits", fits)):
+        for name, table in content.items():
             begin, end = BEGIN.format(name), END.format(name)
             head, rest = new.split(begin)
-            new = f"{head}{begin}\n{table(readme)}\n{end}{rest.split(end)[1]}"
+            new = f"{head}{begin}\n{table}\n{end}{rest.split(end)[1]}"
         if new != text:
-            stale.append(readme)
+            stale.append(file)
             if "--check" not in sys.argv:
                 path.write_text(new, "utf-8")
     if stale and "--check" in sys.argv:
