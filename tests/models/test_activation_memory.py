@@ -1,5 +1,7 @@
-"""ModelSize memory against the memory that a forward of the real size takes: run on the meta device, where tensors have
-sizes and no bytes, and every storage that an operation makes is watched until it is let go."""
+"""The memory model against a forward of the real size, on the meta device, where tensors have sizes and no bytes.
+
+Every storage that an operation allocates counts until it is freed.
+"""
 
 from __future__ import annotations
 
@@ -28,7 +30,7 @@ SHAPES = {"720p": (16, 21, 90, 160), "480p": (16, 21, 60, 104), "480p, 33 frames
 BF16 = ModelSize(dit=DiTShape(num_layers=LAYERS))
 
 
-class Watch(TorchDispatchMode):
+class PeakMemory(TorchDispatchMode):
     """The largest sum of bytes of the storages that operations made and that were alive at the same time."""
 
     def __init__(self) -> None:
@@ -82,9 +84,9 @@ def peak(
         latents, prompt = torch.empty(shape), torch.empty(512, 4096)
     dit.cross_attention = lambda q, k, v: torch.empty_like(q)
     dit.sequential_cfg, dit.cache_text_kv = sequential_cfg, cache_text_kv
-    with torch.inference_mode(), Watch() as watch:
+    with torch.inference_mode(), PeakMemory() as memory:
         dit(latents, 900.0, [dit.encode_text(prompt) for _ in range(branches)])
-    return watch.peak
+    return memory.peak
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-"""The DiT on a mesh of processes gives what it gives alone."""
+"""The DiT on a mesh of processes gives the result of one process."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def test_every_layout_equals_one_process(cfg: int, seq: int, heads: int, prompts
         assert any("swap" in kinds for kinds in result["sent"].values()) == (seq > 1 or prompts == 1)
 
 
-def test_shares_differ_by_one_at_most() -> None:
+def test_shard_sizes_differ_by_at_most_one() -> None:
     assert shard_sizes(45, 4) == [12, 11, 11, 11]
     assert shard_sizes(2, 4) == [1, 1, 0, 0]
     assert sum(shard_sizes(75_601, 8)) == 75_601

@@ -19,7 +19,7 @@ LORA = str(ROOT / "assets/demo/loras/wan2.2_i2v_demo_high_noise_lora_rank16_4ste
 
 @pytest.fixture(scope="module")
 def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The tiny models, and what one process makes of every request."""
+    """The tiny models, and the results of one process for every request."""
     folder = tiny_models(tmp_path_factory.mktemp("parallel"))
     group(1).call(parallel_runs.make, str(folder), "tiny", TINY, [])
     group(1).call(parallel_runs.make, str(folder), "demo", DEMO, [])
@@ -58,7 +58,7 @@ def test_every_layout_makes_the_video_of_one_process(
 
 
 def check_report(report: dict[str, Any], size: int) -> None:
-    """Every process's seconds, steps and memory are in it, and what it sent."""
+    """It has the seconds, steps, memory and sent bytes of every process."""
     processes = report["processes"]
     assert [process["rank"] for process in processes] == list(range(size))
     for process in processes:
@@ -67,13 +67,13 @@ def check_report(report: dict[str, Any], size: int) -> None:
         assert len(timings["steps"]) == report["request"]["steps"]
         assert timings["peak_rss"] > 0 and "peak_vram" in timings
         assert any(process["sent"].values())
-        if not report["request"]["enable_cfg"]:  # in a layout with two branches too nobody repeats another's work
+        if not report["request"]["enable_cfg"]:  # in a layout with two branches too no process repeats another's work
             assert any("swap" in kinds for kinds in process["sent"].values())
     assert not any("write" in process["timings"]["seconds"] for process in processes[1:])
 
 
-def test_rank_0_alone_reads(root: Path) -> None:
-    """Weights, pictures, and LoRAs that are exchanged, merged or beside the weights."""
+def test_only_rank_0_reads_files(root: Path) -> None:
+    """Weights, input images, and LoRAs that are exchanged: merged, or beside the weights."""
     first, second = group(2).call(parallel_runs.reads, str(root), [LORA])
     assert all(first.values()), first
     for what, amount in second.items():  # a LoRA's scales are read by all: a few bytes for each layer
@@ -87,13 +87,13 @@ def test_blocks_are_streamed_from_host_memory_or_from_rank_0s_disk(root: Path, l
     assert (first[2] > 0) == lazy and second[2] == 0
 
 
-def test_nothing_piles_up_between_requests(root: Path) -> None:
+def test_requests_leave_nothing_behind(root: Path) -> None:
     once, *later = group(2).call(parallel_runs.again_and_again, str(root))[0]
     assert later == [once, once]
 
 
 def test_the_others_follow_a_server(root: Path) -> None:
-    """Layouts follow the request: where it has no guidance, all share its one branch."""
+    """The layout follows the request: without guidance, all processes share its one branch."""
     served, *followed = group(4).call(parallel_runs.serving, str(root))
     assert followed == [[]] * 3
     for first, short, unguided, again, refused in (served[:5], served[5:]):

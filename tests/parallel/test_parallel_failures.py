@@ -1,4 +1,4 @@
-"""Whatever happens to one of several processes: none waits for ever, and the first failure is what is told."""
+"""When one of several processes fails, none of the others waits forever, and all report the first failure."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import parallel_troubles
 import pytest
 from parallel_ranks import Ended, Running, group, tiny_models, under_torchrun
 
-TOLD = {
+MESSAGES = {
     "raise": "ValueError on process {who}: nobody thought of this",
     "starve": "on process {who}: ",
     "kill": "Process {who} ",
@@ -32,7 +32,7 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tiny_models(tmp_path_factory.mktemp("failures"))
 
 
-def test_mistakes_and_cancelling_end_all_processes_alike_and_leave_nothing(root: Path) -> None:
+def test_errors_and_cancels_end_alike_on_all_processes_and_leave_nothing_behind(root: Path) -> None:
     both = group(2).call(parallel_troubles.mistakes, str(root))
     leader, follower = both
     assert leader == follower
@@ -49,22 +49,22 @@ def test_mistakes_and_cancelling_end_all_processes_alike_and_leave_nothing(root:
     assert world[0] == "ConfigError" and "2 were started" in world[1]
 
 
-def test_memory_that_runs_out_on_all_fails_the_request_alone(root: Path) -> None:
+def test_running_out_of_memory_on_all_processes_fails_only_that_request(root: Path) -> None:
     assert group(2).call(parallel_troubles.starved, str(root), True) == [["OutOfMemory", "made"]] * 2
 
 
-def test_who_waits_for_the_others_to_come_hears_signals(root: Path) -> None:
-    """torchrun ends the others when one is killed before they have met."""
+def test_a_process_that_waits_for_the_others_reacts_to_signals(root: Path) -> None:
+    """torchrun ends the others if one is killed before all have connected."""
     running = Running(2, parallel_troubles.failing, str(root), "kill", "meet", 1)
     running.wait_for(1)
     running.signal(0, signal.SIGTERM)
     assert [end.code for end in running.ended()] == [-15, -9]
 
 
-def test_who_is_alone_while_they_connect_says_so(root: Path) -> None:
+def test_a_process_whose_partner_dies_while_connecting_reports_it(root: Path) -> None:
     killed, alone = Running(2, parallel_troubles.failing, str(root), "kill", "connect", 0).ended()
     assert (killed.code, alone.code) == (-9, 1)
-    assert "Process 1 cannot connect to the others" in alone.said and "one of them has ended" in alone.said
+    assert "Process 1 cannot connect to the others" in alone.output and "one of them has ended" in alone.output
 
 
 def test_a_failure_of_one_process_ends_all(root: Path) -> None:
@@ -78,8 +78,8 @@ def test_a_failure_of_one_process_ends_all(root: Path) -> None:
     for (how, where, who), running in groups.items():
         ends = running.ended()
         expected = {"kill": -9, "stop": -9, "exit": 0}.get(how, 1)
-        told, said = TOLD[how].format(who=who), "".join(end.said for end in ends)
-        if (ends[1 - who].code, ends[who].code) != (1, expected) or told not in said or "stranger" in said:
+        message, output = MESSAGES[how].format(who=who), "".join(end.output for end in ends)
+        if (ends[1 - who].code, ends[who].code) != (1, expected) or message not in output or "stranger" in output:
             wrong.append((how, where, who, ends))
     assert not wrong, "\n".join(describe(case) for case in wrong)
     assert time.monotonic() - started < 110, "some process waited until it was killed"
@@ -87,13 +87,13 @@ def test_a_failure_of_one_process_ends_all(root: Path) -> None:
 
 def describe(case: tuple[str, str, int, list[Ended]]) -> str:
     how, where, who, ends = case
-    said = "\n".join(f"    {rank}: {end.code}: {end.said[-1500:]}" for rank, end in enumerate(ends))
+    said = "\n".join(f"    {rank}: {end.code}: {end.output[-1500:]}" for rank, end in enumerate(ends))
     return f"{how} of {who} while {where}:\n{said}"
 
 
 def test_torchrun_starts_the_group_again_and_the_queue_goes_on(root: Path) -> None:
     (end,) = Running(1, under_torchrun, parallel_troubles.queue, str(root)).ended()
-    assert end.code == 0, end.said[-3000:]
+    assert end.code == 0, end.output[-3000:]
     first, second, third = (root / "queue.txt").read_text().split()
     assert first == third == "succeeded"
     assert second in ("failed", "interrupted")

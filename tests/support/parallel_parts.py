@@ -1,4 +1,4 @@
-"""Parts of the model on several processes, against one process: what the groups of the parallel tests call."""
+"""Cases for the parallel tests: the DiT and the VAE on several processes, compared with one."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def dit_of(seed: int, heads: int) -> WanDiT:
 
 @torch.inference_mode()
 def dit(cfg: int, seq: int, heads: int, shapes: list[list[int]], prompts: int) -> dict[str, Any]:
-    """Velocities of one or two prompts over the mesh, against those of this process alone."""
+    """Largest differences of the velocities of one or two prompts: on the mesh against this process alone."""
     mesh = enter(cfg, seq)
     alone, shared = dit_of(0, heads), dit_of(0, heads)
     shared.split = mesh.token_split(prompts)
@@ -58,7 +58,7 @@ def dit(cfg: int, seq: int, heads: int, shapes: list[list[int]], prompts: int) -
 
 @torch.inference_mode()
 def vae(size: int, shapes: list[list[int]]) -> dict[str, Any]:
-    """Decoding and encoding in spatial shards against this process alone; largest differences."""
+    """Largest differences of decoding and encoding: in spatial shards against this process alone."""
     mesh = enter(1, size)
     torch.manual_seed(3)
     model = WanVAE(VAEConfig(dim=8, res_blocks=1)).eval()

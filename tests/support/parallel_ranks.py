@@ -1,10 +1,10 @@
-"""Processes that form a world on the CPU, as torchrun would start them: for tests.
+"""Process groups on the CPU for tests, started as torchrun starts them.
 
-    results = group(2).call(case, 1, 2)          processes that have met stay for the next case
-    ends = Running(2, case, str(folder)).ended() processes of their own, to their end: exit codes and what they said
+    results = group(2).call(case, 1, 2)          connected processes, which stay for the next case
+    ends = Running(2, case, str(folder)).ended() new processes, until they end: exit codes and output
 
-A case is a function that all of them call with the same arguments. Processes are forked off a server that has imported
-everything already, so they start within a tenth of a second.
+A case is a function that all processes call with the same arguments. They are forked from a server that has already
+imported everything, so they start within a tenth of a second.
 """
 
 from __future__ import annotations
@@ -30,11 +30,11 @@ from patience import free_port
 
 ROOT = Path(__file__).parents[2]
 IMPORTS = [
-    *("parallel_parts", "parallel_runs", "parallel_troubles", "parallel_faces"),
+    *("parallel_parts", "parallel_runs", "parallel_troubles", "parallel_front_ends"),
     *("ftfy", "tokenizers", "transformers.models.umt5.modeling_umt5", "imageio_ffmpeg"),
 ]
 PATIENCE = 120.0
-"""Seconds for one case. Only a test that fails waits so long."""
+"""Longest seconds for one case. Only a failing test waits so long."""
 
 
 def environment(**more: object) -> dict[str, str]:
@@ -45,14 +45,14 @@ def environment(**more: object) -> dict[str, str]:
 
 
 def place(rank: int, size: int, port: int) -> dict[str, object]:
-    """What a launcher tells each of its processes."""
+    """The variables that a launcher sets for each of its processes."""
     whole = {"WORLD_SIZE": size, "LOCAL_WORLD_SIZE": size, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
     return {"RANK": rank, "LOCAL_RANK": rank} | whole
 
 
 @functools.cache
 def _context() -> Any:
-    """Starts the server from which processes are forked; it has no threads, so forking is safe."""
+    """Start the server from which processes are forked. It has no threads, so forking is safe."""
     multiprocessing.set_forkserver_preload(IMPORTS)
     with mock.patch.dict(os.environ, environment()):
         forkserver.ensure_running()
@@ -60,7 +60,7 @@ def _context() -> Any:
 
 
 def tiny_models(folder: Path) -> Path:
-    """Two models of four heads and a picture, as `parallel_runs.requests_of` wants them."""
+    """Two models with four heads and an input image, for `parallel_runs.requests_of`."""
     import numpy as np
     from PIL import Image
     from tiny import DiTSizes, build_tiny
@@ -74,7 +74,7 @@ def tiny_models(folder: Path) -> Path:
 
 
 class Group:
-    """Processes that have met and call one case after another."""
+    """Connected processes that call one case after another."""
 
     def __init__(self, size: int) -> None:
         port, self.pipes, self.processes = free_port(), [], []
@@ -87,7 +87,7 @@ class Group:
             self.processes.append(process)
 
     def call(self, case: Callable[..., Any], *arguments: Any) -> list[Any]:
-        """What the case returns in each process; AssertionError with the traceback of one where it fails."""
+        """The case's result in each process. AssertionError with the traceback of the first that fails."""
         deadline = time.monotonic() + PATIENCE
         for pipe in self.pipes:
             pipe.send((case, arguments))
@@ -116,7 +116,7 @@ def group(size: int) -> Group:
 
 def _begin(variables: dict[str, object]) -> None:
     os.environ.update({name: str(value) for name, value in variables.items()})
-    gc.freeze()  # collections need not look through what was imported
+    gc.freeze()  # garbage collection need not visit the imported modules
 
 
 def _serve(variables: dict[str, object], pipe: Connection) -> None:
@@ -135,11 +135,11 @@ def _serve(variables: dict[str, object], pipe: Connection) -> None:
 @dataclass(frozen=True)
 class Ended:
     code: int | None
-    said: str
+    output: str
 
 
 class Running:
-    """The case in processes of their own, as torchrun starts them: with a store that outlives them all."""
+    """The case in new processes, as torchrun starts them: with a store that outlives them all."""
 
     def __init__(self, size: int, case: Callable[..., Any], *arguments: Any) -> None:
         import torch.distributed as dist
@@ -160,10 +160,10 @@ class Running:
     def wait_for(self, rank: int) -> None:
         self._processes[rank].join(PATIENCE)
 
-    def wait_to_hear(self, rank: int, word: str) -> None:
+    def wait_for_output(self, rank: int, word: str) -> None:
         deadline = time.monotonic() + PATIENCE
         while word not in Path(self._file(rank)).read_text():
-            assert time.monotonic() < deadline and self._processes[rank].is_alive(), f"{rank} has not said {word}"
+            assert time.monotonic() < deadline and self._processes[rank].is_alive(), f"{rank} has not printed {word}"
             time.sleep(0.05)
 
     def signal(self, rank: int, number: int) -> None:
@@ -187,13 +187,13 @@ class Running:
         for process in self._processes:
             process.kill()
             process.join()
-        said = [Path(self._file(rank)).read_text() for rank in range(len(codes))]
+        outputs = [Path(self._file(rank)).read_text() for rank in range(len(codes))]
         self._folder.cleanup()
-        return [Ended(*end) for end in zip(codes, said, strict=True)]
+        return [Ended(*end) for end in zip(codes, outputs, strict=True)]
 
 
 def _run(variables: dict[str, object], file: str, case: Callable[..., Any], arguments: Any) -> None:
-    """A program of its own, as far as that goes: its output in a file, and everything at its exit."""
+    """Run the case like a program: with its output in a file, and its exit functions at the end."""
     _begin(variables)
     for number in (1, 2):
         os.dup2(os.open(file, os.O_WRONLY | os.O_CREAT | os.O_APPEND), number)
@@ -211,10 +211,10 @@ def _run(variables: dict[str, object], file: str, case: Callable[..., Any], argu
 
 
 def under_torchrun(case: Callable[..., Any], *arguments: Any) -> None:
-    """As `torchrun --nproc_per_node=2 --max-restarts=1` does: by its agent, with the case instead of a program."""
+    """Start two processes like `torchrun --nproc_per_node=2 --max-restarts=1`, with the case instead of a program."""
     from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
-    multiprocessing.current_process()._config["daemon"] = False  # else it may not have children
+    multiprocessing.current_process()._config["daemon"] = False  # a daemon may not have children
     for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"):
         os.environ.pop(name, None)
     config = LaunchConfig(
@@ -233,6 +233,6 @@ def under_torchrun(case: Callable[..., Any], *arguments: Any) -> None:
 
 def program(case: Callable[..., Any], *arguments: Any) -> None:
     code = case(*arguments)
-    atexit._run_exitfuncs()  # a process that was forked ends without them
+    atexit._run_exitfuncs()  # a forked process ends without them
     if code:
         os._exit(code)

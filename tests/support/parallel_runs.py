@@ -1,4 +1,4 @@
-"""Whole runs on several processes, against one: what the groups of the parallel tests call."""
+"""Cases for the parallel tests: whole runs on several processes, compared with one."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ STREAMED = MemoryPlan(mode="stream", resident_blocks=1, prefetch_slots=2, text="
 
 
 def requests_of(root: Path) -> Named:
-    """Of the tiny model: 30 tokens and 10 rows of latents, so that 4 processes have uneven shares."""
+    """Requests for the tiny models: 30 tokens and 10 latent rows, so that 4 processes have uneven shards."""
     size = {"height": 80, "width": 48, "frames": 5, "prompt": "a red ball", "seed": 3}
     base = {"steps": 3, "shift": 5.0}
     distilled = {"denoising_step_list": (1000, 750, 500, 250), "boundary_step_index": 2, "enable_cfg": False}
@@ -60,7 +60,7 @@ def requests_of(root: Path) -> Named:
 
 
 def demo_requests(root: Path) -> Named:
-    """Of the demo model: its presets, with fewer frames, and fewer steps where they may be chosen."""
+    """Requests for the demo model: its presets with fewer frames, and fewer steps where these may be chosen."""
     picture = Path(__file__).parents[2] / "assets/demo/examples/blue_ball_beach.png"
     found: Named = {}
     for task in ("t2v", "i2v"):
@@ -79,9 +79,9 @@ ALL = {"tiny": requests_of, "demo": demo_requests}
 
 
 def make(root: str, kind: str, names: list[str], layouts: list[list[int]]) -> list[Any]:
-    """Runs these requests on these layouts (none: alone); rank 0 leaves latents, frames and videos in the folder.
+    """Run these requests on these layouts, or alone without one. Rank 0 saves latents, frames and videos in the folder.
 
-    A model is loaded once for all layouts: loading a tiny one takes ten times as long as running it.
+    It loads a model once for all layouts: loading a tiny one takes ten times as long as running it.
     """
     requests, ends, loaded = ALL[kind](Path(root)), [], {}
     with ExitStack() as stack:
@@ -101,7 +101,7 @@ def make(root: str, kind: str, names: list[str], layouts: list[list[int]]) -> li
 
 
 def kept(pipe: LightX2VPipeline, request: Request, where: Path) -> dict[str, Any]:
-    """One run's report; its latents as a digest, and in the folder where there are frames."""
+    """One run's report with a digest of its latents. Saves them in the folder if the run has frames."""
     path = where.with_suffix(".mp4") if "base" in where.name else None  # ffmpeg takes longer than the tiny model
     result = pipe.run(request, save_result_path=path, return_frames=True, return_latents=True)
     assert result.latents is not None
@@ -117,7 +117,7 @@ def digest(latents: torch.Tensor | None) -> str:
 
 @contextmanager
 def counted() -> Iterator[dict[str, int]]:
-    """Bytes of tensors and pictures that this process reads from files meanwhile."""
+    """Count the bytes of tensors and the images that this process reads from files inside."""
     read = {"tensors": 0, "pictures": 0}
 
     def noting(method: Any) -> Any:
@@ -142,7 +142,7 @@ def counted() -> Iterator[dict[str, int]]:
 
 
 def reads(root: str, loras: list[str]) -> dict[str, Any]:
-    """What each process reads while it loads, runs, exchanges LoRAs of both kinds, and with weights left on disk."""
+    """What each process reads while it loads, runs and exchanges LoRAs, merged and beside the weights."""
     found: dict[str, Any] = {}
     config, request = demo_requests(Path(root))["i2v_distill_lora"]
     config = replace(config, parallel=ParallelConfig(seq_p_size=dist_size()))
@@ -192,14 +192,14 @@ def dist_size() -> int:
 
 
 def again_and_again(root: str) -> list[Any]:
-    """What is there after each of some loads and runs: entries in the store, groups of torch.distributed, tensors."""
+    """After each of some loads and runs, count the store's keys, torch.distributed's groups and our collectives."""
     config, request = requests_of(Path(root))["base"]
     group, left = join(Environment.read()), []
     for _ in range(3):
         with LightX2VPipeline.from_config(config) as pipe:
             for seed in range(2):
                 pipe.run(replace(request, seed=seed, frames=1))
-        group._store.num_keys()  # an answer: what this process has put into the store has arrived there
+        group._store.num_keys()  # waits for an answer, so this process's writes have arrived
         group.all_true(True)
         left.append([group._store.num_keys(), len(dist.distributed_c10d._world.pg_map), len(group._all_collectives)])
         group.all_true(True)
@@ -207,7 +207,7 @@ def again_and_again(root: str) -> list[Any]:
 
 
 def serving(root: str) -> list[Any]:
-    """Rank 0 runs one request after another as a server does, and changes the model; the others follow."""
+    """Rank 0 runs one request after another and changes the model, like a server; the others follow."""
     if LightX2VPipeline.follow():
         return []
     ends: list[Any] = []

@@ -1,4 +1,4 @@
-"""What goes wrong on one of several processes: mistakes, cancelling, errors, kills. Run by the parallel tests."""
+"""Cases for the parallel tests: errors, cancels and kills on one of several processes."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ from lightx2v.weights import module_loader as stream
 
 
 def mistakes(root: str) -> list[Any]:
-    """What people do wrong, and cancelling: it ends the same way on both processes, and the next run is as ever."""
+    """User errors and cancels, which must end alike on both processes and not change the next run."""
     config, request = requests_of(Path(root))["base"]
     picture_config, pictured = requests_of(Path(root))["i2v"]
     ends: list[Any] = []
@@ -43,7 +43,7 @@ def mistakes(root: str) -> list[Any]:
             ends.append([type(error).__name__, str(error)])
 
     def cancelled(stage: str, step: int, who: int, request: Request = request) -> None:
-        """Process `who` asks to stop where it is told of this step; notes the last step of denoising here."""
+        """Process `who` cancels at this progress event. Also records the last denoising step here."""
         token, steps = CancelToken(), [-1]
 
         def seen(event: Progress) -> None:
@@ -86,7 +86,7 @@ def mistakes(root: str) -> list[Any]:
 
 
 def starved(root: str, everybody: bool) -> list[Any]:
-    """Memory runs out in a step, on both processes or on one; then a video is made."""
+    """Memory runs out in a step, on both processes or on one; then the next run succeeds."""
     config, request = requests_of(Path(root))["base"]
     ends: list[Any] = []
     with LightX2VPipeline.from_config(config) as pipe:
@@ -102,10 +102,10 @@ def starved(root: str, everybody: bool) -> list[Any]:
 
 
 def failing(root: str, how: str, where: str, who: int) -> None:
-    """Process `who` fails in the middle of what all do together, or while the others wait for a command."""
+    """Process `who` fails during work of all processes, or while the others wait for a command."""
     config, request = requests_of(Path(root))["base"]
     if how == "stop" or where == "idle":
-        heartbeat.SILENCE = 10.0  # not 15, so that the test is not that long
+        heartbeat.SILENCE = 10.0  # instead of 15, for a shorter test
     means = {"raise": bug, "kill": kill, "stop": stop, "starve": starve, "exit": leave, "forge": forge}[how]
     if Environment.read().rank == who:
         if where == "meet":
@@ -123,7 +123,7 @@ def failing(root: str, how: str, where: str, who: int) -> None:
         group = join(Environment.read())
         group._store.set(f"idle/{group.rank}", "1")
         if group.rank == who:
-            while not group._store.check([f"idle/{1 - who}"]):  # the other one has met all, too
+            while not group._store.check([f"idle/{1 - who}"]):  # the other one has connected too
                 time.sleep(0.02)
             means()
         if group.is_rank0:
@@ -137,7 +137,7 @@ def failing(root: str, how: str, where: str, who: int) -> None:
 
 
 def fail_at(owner: Any, name: str, times: int, means: Callable[[], None]) -> None:
-    """The `times`th call fails."""
+    """Make the `times`th call fail."""
     real, calls = getattr(owner, name), []
 
     def failing(*arguments: Any, **more: Any) -> Any:
@@ -179,7 +179,7 @@ def leave() -> None:
 
 
 def queue(root: str) -> None:
-    """Rank 0 works on a queue. The first time, process 1 is killed in the second job; the group is started again."""
+    """Rank 0 works on a queue. At first, process 1 is killed in the second job and torchrun restarts the group."""
     environment = Environment.read()
     if environment.rank and not environment.restart_count:
         fail_at(WanDiT, "forward", 5, kill)

@@ -1,4 +1,4 @@
-"""The programs that people start with torchrun, each in one of its processes. Run by the parallel tests."""
+"""The programs that users start with torchrun, as cases for one process each. The parallel tests run them."""
 
 from __future__ import annotations
 

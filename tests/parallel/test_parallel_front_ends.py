@@ -1,4 +1,4 @@
-"""The command line, the Python API, the server and the page on several processes: one of them talks, all work."""
+"""The command line, the Python API, the server and the page on several processes: rank 0 talks, all compute."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import httpx
-import parallel_faces
+import parallel_front_ends
 import pytest
 from parallel_ranks import Running, under_torchrun
 from patience import PATIENCE, eventually, free_port
@@ -21,15 +21,15 @@ from lightx2v.media.mp4 import probe, read_settings
 
 
 def test_the_command_line_under_torchrun(tmp_path: Path) -> None:
-    """torchrun's agent starts the processes; the layout is chosen."""
+    """torchrun's agent starts the processes, and the program chooses the layout."""
     video = tmp_path / "cat.mp4"
-    arguments = ["--preset", parallel_faces.PRESET, "--steps", "3", "--save_result_path", str(video)]
-    (end,) = Running(1, under_torchrun, parallel_faces.infer, *arguments).ended()
-    assert end.code == 0, end.said
+    arguments = ["--preset", parallel_front_ends.PRESET, "--steps", "3", "--save_result_path", str(video)]
+    (end,) = Running(1, under_torchrun, parallel_front_ends.infer, *arguments).ended()
+    assert end.code == 0, end.output
     assert probe(video).frames == 5
     for rank in (0, 1):
-        assert f"[rank {rank}] Run DiT cost" in end.said and f"[rank {rank}] Total Cost cost" in end.said
-    assert end.said.count("5 frames") == 1 and "; process 1 0." in end.said
+        assert f"[rank {rank}] Run DiT cost" in end.output and f"[rank {rank}] Total Cost cost" in end.output
+    assert end.output.count("5 frames") == 1 and "; process 1 0." in end.output
     assert read_settings(video)["engine"]["parallel"] == {
         "cfg_p_size": 2,
         "seq_p_size": 1,
@@ -38,7 +38,7 @@ def test_the_command_line_under_torchrun(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("arguments", "told"),
+    ("arguments", "message"),
     [
         (["--preset", "t2v_base_cfg_ulysses"], "torchrun --nproc_per_node=8, or use cfg_p_size 2, seq_p_size 1 or"),
         (
@@ -48,51 +48,53 @@ def test_the_command_line_under_torchrun(tmp_path: Path) -> None:
         (["--preset", "demo_t2v_base", "--set", 'parallel={"seq_p_size": 3}'], "cfg_p_size 1, seq_p_size 2"),
     ],
 )
-def test_impossible_layouts_are_refused_before_loading(arguments: list[str], told: str) -> None:
-    first, second = Running(2, parallel_faces.infer, *arguments).ended()
+def test_impossible_layouts_are_refused_before_loading(arguments: list[str], message: str) -> None:
+    first, second = Running(2, parallel_front_ends.infer, *arguments).ended()
     assert (first.code, second.code) == (2, 2)
-    assert told in first.said and "Load models" not in first.said and second.said == ""
+    assert message in first.output and "Load models" not in first.output and second.output == ""
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_a_signal_that_torchrun_repeats_stops_all_at_one_step(tmp_path: Path, number: signal.Signals) -> None:
     video = tmp_path / "long.mp4"
     arguments = ["--preset", "demo_t2v_base", "--steps", "200", "--save_result_path", str(video)]
-    running = Running(2, parallel_faces.infer, *arguments)
-    running.wait_to_hear(0, "denoise")
+    running = Running(2, parallel_front_ends.infer, *arguments)
+    running.wait_for_output(0, "denoise")
     for _ in range(2):
         for rank in (0, 1):
             running.signal(rank, number)
     ends = running.ended()
     assert [end.code for end in ends] == [128 + number] * 2, ends
-    assert "Stopped; no video was written." in ends[0].said and "Traceback" not in ends[0].said + ends[1].said
+    assert "Stopped; no video was written." in ends[0].output and "Traceback" not in ends[0].output + ends[1].output
     assert not list(tmp_path.iterdir())
 
 
 def test_the_tutorials_python_example(tmp_path: Path) -> None:
-    ends = Running(2, parallel_faces.example, str(tmp_path)).ended()
+    ends = Running(2, parallel_front_ends.example, str(tmp_path)).ended()
     assert [end.code for end in ends] == [0, 0], ends
     assert probe(tmp_path / "example.mp4").frames == 5
 
 
-@pytest.mark.parametrize("face", [parallel_faces.server, parallel_faces.page])
-def test_what_serves_others_makes_videos_with_all_processes(tmp_path: Path, face: Callable[..., object]) -> None:
-    """One video, then a long one during which torchrun is told to stop."""
+@pytest.mark.parametrize("front_end", [parallel_front_ends.server, parallel_front_ends.page])
+def test_the_server_and_the_page_make_videos_with_all_processes(
+    tmp_path: Path, front_end: Callable[..., object]
+) -> None:
+    """Make one video, then stop torchrun during a long one."""
     port = free_port()
-    running = Running(2, face, port, str(tmp_path))
+    running = Running(2, front_end, port, str(tmp_path))
     try:
         with httpx.Client(base_url=f"http://127.0.0.1:{port}", timeout=PATIENCE, trust_env=False) as client:
             wait_until(running, lambda: answers(client, "/v1/models").get("object") == "list")
-            wish = {"model": parallel_faces.PRESET, "prompt": parallel_faces.PROMPT, "num_frames": 5}
+            body = {"model": parallel_front_ends.PRESET, "prompt": parallel_front_ends.PROMPT, "num_frames": 5}
             for steps, wanted in ((3, "completed"), (200, "in_progress")):
-                made = client.post("/v1/videos", json=wish | {"num_inference_steps": steps}).json()
+                made = client.post("/v1/videos", json=body | {"num_inference_steps": steps}).json()
                 wait_until(running, lambda made=made, wanted=wanted: state(client, made["id"]) == wanted)
     finally:
         for rank in (0, 1, 0, 1):
             running.signal(rank, signal.SIGTERM)
         ends = running.ended()
     assert [end.code for end in ends] == [143, 0], ends
-    assert all(re.search(rf"\[rank {rank}\] (INFO +)?Run DiT cost", end.said) for rank, end in enumerate(ends)), ends
+    assert all(re.search(rf"\[rank {rank}\] (INFO +)?Run DiT cost", end.output) for rank, end in enumerate(ends)), ends
     with closing(sqlite3.connect(tmp_path / "jobs.sqlite")) as jobs:
         assert jobs.execute("SELECT state FROM jobs ORDER BY number").fetchall() == [("succeeded",), ("interrupted",)]
 
@@ -116,17 +118,17 @@ def wait_until(running: Running, ready: Callable[[], bool]) -> None:
 
 
 def test_nothing_listens_to_other_machines(tmp_path: Path) -> None:
-    """Of what the processes themselves open; torchrun's own port is its business."""
+    """Check the ports that the processes open themselves; torchrun's own port is not ours."""
     arguments = ["--preset", "demo_t2v_base", "--steps", "200", "--save_result_path", str(tmp_path / "x.mp4")]
-    running = Running(2, parallel_faces.infer, *arguments)
+    running = Running(2, parallel_front_ends.infer, *arguments)
     try:
-        running.wait_to_hear(0, "denoise")
-        heard = [listening(pid) for pid in running.pids]
+        running.wait_for_output(0, "denoise")
+        addresses = [listening(pid) for pid in running.pids]
     finally:
         for rank in (0, 1):
             running.signal(rank, signal.SIGINT)
         running.ended()
-    assert all(heard) and set.union(*heard) == {"0100007F"}
+    assert all(addresses) and set.union(*addresses) == {"0100007F"}
 
 
 def listening(pid: int) -> set[str]:
