@@ -1,8 +1,8 @@
-"""Who can reach the page, and what follows from it: address, password, limits, what is hidden.
+"""Exposure: who can reach the page, and the address, password, limits and hidden parts that follow from it.
 
-On this machine alone (the default) everything is open. Whoever lets others in, by `--share` or an address that is not
-loopback, gets a password made up for the occasion, unless `--public` says that everybody is welcome. On a hosted page
-(Hugging Face Spaces) everybody is. Pages that others reach have limits, and hide files and paths.
+By default only this machine reaches the page, without a password. With `--share` or an address other than loopback the
+page generates a password, unless `--public` lets everyone in. A hosted page (Hugging Face Spaces) has no password.
+Pages that others can reach have limits and hide files and paths.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ MEGABYTE = 1_000_000
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Limits:
-    """What one visitor may ask for. The defaults are the engine's own."""
+    """Limits on one visitor's requests. The defaults are the engine's own."""
 
     prompt: int = MAX_PROMPT
     area: int = MAX_SIDE * MAX_SIDE
@@ -34,7 +34,7 @@ class Limits:
     upload: int = 200 * MEGABYTE
 
     def check(self, request: Request) -> None:
-        """Raises BadRequest, naming the limit, for a request beyond what this page allows."""
+        """Raises BadRequest, naming the limit, for a request that exceeds one."""
         for name, got, limit in (
             ("prompt", len(request.prompt), self.prompt),
             ("negative_prompt", len(request.negative_prompt), self.prompt),
@@ -51,14 +51,12 @@ class Limits:
             )
 
 
-PUBLIC_LIMITS = Limits(
-    prompt=2000, area=1280 * 720, frames=81, steps=50, queue=10, batch=4, upload=32 * MEGABYTE
-)  # fmt: skip
+PUBLIC_LIMITS = Limits(prompt=2000, area=1280 * 720, frames=81, steps=50, queue=10, batch=4, upload=32 * MEGABYTE)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Exposure:
-    """`open_to_others` anybody but this machine's user may come; `hosted` on Spaces; `password` what they must know."""
+    """`open_to_others`: other people can reach the page. `hosted`: it runs on Spaces."""
 
     host: str | None = "127.0.0.1"
     port: int | None = None
@@ -70,7 +68,7 @@ class Exposure:
     password: str = field(default="", repr=False)
     limits: Limits = Limits()
     hosts: frozenset[str] | None = None
-    """Host headers that are answered, None for any. On loopback it keeps other sites out (DNS rebinding)."""
+    """Accepted Host headers, None for any. On loopback they keep other sites out (DNS rebinding)."""
 
     @property
     def auth(self) -> tuple[str, str] | None:
@@ -78,46 +76,46 @@ class Exposure:
 
     @property
     def shows_paths(self) -> bool:
-        """Whether LoRA paths, model files and the offload choice are on the page."""
+        """Whether the page has LoRA paths, model files and the offload choice."""
         return not self.open_to_others
 
 
 def add_flags(parser: argparse.ArgumentParser) -> None:
-    """The flags of the command line that `decide` reads."""
+    """Adds the flags that `decide` reads."""
     parser.add_argument("--host", default="127.0.0.1", help="address to listen on (default: this machine only)")
     port = os.environ.get("GRADIO_SERVER_PORT") or None
     parser.add_argument("--port", type=int, default=port, help="port (default: the first free one from 7860)")
-    parser.add_argument("--share", action="store_true", help="make a public link; prints it with a user and password")
+    parser.add_argument(
+        "--share", action="store_true", help="create a public link and print it with a user and password"
+    )
     parser.add_argument("--public", action="store_true", help="let others in without a password")
-    parser.add_argument(
-        "--auth", metavar="USER:PASSWORD", help="ask for this user and password instead of a made-up one"
-    )
-    parser.add_argument(
-        "--allow_host",
-        action="append",
-        default=[],
-        metavar="NAME",
-        help="also answer to this host name (behind a proxy)",
-    )
+    parser.add_argument("--auth", metavar="USER:PASSWORD", help="require these instead of a generated password")
+    allow_host = "also accept this host name (behind a proxy)"
+    parser.add_argument("--allow_host", action="append", default=[], metavar="NAME", help=allow_host)
 
 
 def decide(args: argparse.Namespace, variables: Mapping[str, str]) -> Exposure:
-    """The exposure that flags and environment ask for; ConfigError where they contradict each other."""
+    """The exposure from flags and environment; ConfigError if they contradict each other."""
     if variables.get("SPACE_ID"):
         zerogpu = variables.get("SPACES_ZERO_GPU", "").lower() in ("1", "true", "t")
-        return Exposure(host=None, open_to_others=True, hosted=True, zerogpu=zerogpu, limits=PUBLIC_LIMITS)
+        limits = replace(PUBLIC_LIMITS, batch=1) if zerogpu else PUBLIC_LIMITS
+        return Exposure(host=None, open_to_others=True, hosted=True, zerogpu=zerogpu, limits=limits)
     if args.public and args.auth:
-        raise ConfigError("--public means without a password, and --auth gives one. Use one of them.")
+        raise ConfigError("--public means without a password, but --auth sets one. Use only one of the two.")
     here = is_loopback(args.host)
     exposure = Exposure(host=args.host, port=args.port, share=args.share)
     if args.auth:
         user, colon, password = args.auth.partition(":")
         if not (user and colon and password):
-            raise ConfigError("--auth is USER:PASSWORD, both not empty, with a colon between them.")
+            raise ConfigError(
+                "--auth needs USER:PASSWORD: a user and a password, both non-empty, with a colon between them."
+            )
         exposure = replace(exposure, user=user, password=password)
     if here and not args.share:
         if args.public:
-            raise ConfigError("--public lets others in, but nobody can reach 127.0.0.1. Add --share or --host.")
+            raise ConfigError(
+                "--public has no effect on 127.0.0.1, which other machines cannot reach. Add --share or --host."
+            )
         names = {"127.0.0.1", "localhost", "[::1]", "::1", args.host.lower(), *(h.lower() for h in args.allow_host)}
         return replace(exposure, hosts=frozenset(names))
     exposure = replace(exposure, open_to_others=True, limits=PUBLIC_LIMITS)
@@ -127,3 +125,4 @@ def decide(args: argparse.Namespace, variables: Mapping[str, str]) -> Exposure:
 
 
 ADDRESS = "http://127.0.0.1:7860"
+"""The page's address until it is launched."""

@@ -1,4 +1,4 @@
-"""The page: layout and wiring. What the parts look like is in assets/studio.css, what they do in `handlers.py`."""
+"""The page: its layout, and which event calls which handler. assets/studio.css has its look, events/ what it does."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ PRIVATE: dict[str, Any] = {"queue": False, "show_progress": "hidden", "api_visib
 
 
 def build_page(studio: Studio) -> gr.Blocks:
-    """The whole page for one studio. Launching it is `app.py`'s."""
+    """Builds the whole page; `main.launch` serves it."""
     words = Words("en")
     resolved = settings_of(studio.default_preset)
     with gr.Blocks(title=words("title"), analytics_enabled=False, fill_width=True, delete_cache=(3600, 86400)) as page:
@@ -120,7 +120,7 @@ def _wire(page: gr.Blocks, controller: PageController) -> None:
 
 
 def _storage_secret(folder: Path) -> str:
-    """One key for the browser's storage that lives as long as the output folder, so that a restart forgets nobody."""
+    """The key of the browsers' storage, kept in the output folder so that sessions survive a restart."""
     file = folder / "browser.key"
     try:
         file.touch(mode=0o600)
@@ -129,7 +129,7 @@ def _storage_secret(folder: Path) -> str:
             file.write_text(key, encoding="ascii")
     except (OSError, UnicodeDecodeError) as error:
         raise OutputError(
-            f"{short_path(file)} cannot be read or written: {getattr(error, 'strerror', 'it is no text')}. Move it "
-            "away, and a new one is made, or give another folder with --output_dir."
+            f"Could not read or write {short_path(file)}: {getattr(error, 'strerror', 'it is not text')}. Move it away "
+            "so that a new one is created, or choose another folder with --output_dir."
         ) from None
     return key

@@ -1,4 +1,4 @@
-"""Every word on the page, in English and Chinese. `Words(language)("key", name=value)` gives one of them."""
+"""Strings: every text on the page in English and Chinese. `Words(language)("key", name=value)` returns one."""
 
 from __future__ import annotations
 
@@ -28,8 +28,8 @@ _TABLE: dict[str, tuple[str, str]] = {
     "image_hint": ("Drop an image here, or click to choose one", "将图片拖到此处，或点击选择"),
     "prompt": ("Prompt", "提示词"),
     "prompt_hint": (
-        "What is seen, what moves, how the camera moves.  Ctrl+Enter makes the video.",
-        "画面里有什么、怎么动、镜头怎么动。按 Ctrl+Enter 生成。",
+        "Describe the scene, the motion and the camera.  Press Ctrl+Enter to generate.",
+        "描述画面、动作和镜头。按 Ctrl+Enter 生成。",
     ),
     "examples": ("Examples", "示例"),
     "preset": ("Preset", "预设"),
@@ -47,13 +47,13 @@ _TABLE: dict[str, tuple[str, str]] = {
     "advanced": ("Advanced", "高级设置"),
     "files": ("Model files", "模型文件"),
     "seed": ("Seed", "随机种子"),
-    "seed_info": ("--seed · -1: a new one every time", "--seed · -1：每次随机"),
+    "seed_info": ("--seed · -1: random each time", "--seed · -1：每次随机"),
     "videos": ("Videos", "视频数量"),
-    "videos_info": ("one seed each", "每个用不同种子"),
+    "videos_info": ("each with its own seed", "每个用不同种子"),
     "per_line": ("One video per line of the prompt", "提示词每行生成一个视频"),
     "negative_prompt": ("Negative prompt", "负向提示词"),
     "negative_info": (
-        "Empty: the model's own. Not used while guidance is off.",
+        "Leave empty for the model's default. Ignored while guidance is off.",
         "留空则用模型默认值；关闭引导时不生效。",
     ),
     "steps": ("Steps", "步数"),
@@ -62,7 +62,7 @@ _TABLE: dict[str, tuple[str, str]] = {
     "guidance_low": ("Guidance, low noise", "引导强度（低噪声）"),
     "guidance": ("Guidance", "引导"),
     "enable_cfg": ("Guidance (doubles the work)", "启用引导（计算量翻倍）"),
-    "boundary": ("Boundary between the experts", "专家切换边界"),
+    "boundary": ("Expert switch (noise level)", "专家切换点（噪声水平）"),
     "denoising_step_list": ("Denoising steps", "去噪时间步"),
     "boundary_step_index": ("Low-noise expert from step", "低噪声专家起始步"),
     "height": ("Height", "高"),
@@ -80,34 +80,34 @@ _TABLE: dict[str, tuple[str, str]] = {
     "restore_file": ("Restore from a video …", "从视频恢复…"),
     # crop preview
     "crop_sizes": ("{from_size} → {to_size}", "{from_size} → {to_size}"),
-    "crop_whole": ("The model sees the whole picture.", "模型会看到整张图片。"),
-    "crop_part": ("The bright part is what the model sees.", "明亮部分为模型所见。"),
-    "crop_none": ("The part that the model sees is shown here.", "这里显示模型将看到的部分。"),
+    "crop_whole": ("The model sees the whole image.", "模型会看到整张图片。"),
+    "crop_part": ("The model sees the bright part.", "模型只看到明亮的部分。"),
+    "crop_none": ("Shows the part of the image that the model sees.", "这里显示模型将看到的部分。"),
     # cost line
     "cost_time": ("about {time}", "约 {time}"),
-    "cost_assumed": ("about {time} (a guess; exact after the first run)", "约 {time}（粗略估计，首次运行后更准确）"),
+    "cost_assumed": ("about {time} (rough estimate until the first run)", "约 {time}（首次运行前为粗略估计）"),
     "cost_load": ("+ loading", "+ 加载"),
-    "cost_image": ("+ reading the image", "+ 编码图片"),
+    "cost_image": ("+ encoding the image", "+ 编码图片"),
     "cost_days": ("days on this machine", "本机需要数天"),
     "days": ("days", "数天"),
-    "cost_unknown": ("time known after the first run", "首次运行后可预估时间"),
+    "cost_unknown": ("time estimate after the first run", "首次运行后可预估时间"),
     "cost_fits": ("{need} of {free}", "需 {need} / 可用 {free}"),
     "cost_tight": ("{need} of {free}: tight", "需 {need} / 可用 {free}：紧张"),
-    "cost_over": ("{need} needed, {free} free: turn offload on", "需 {need}，仅 {free} 可用：请开启卸载"),
+    "cost_over": ("needs {need}, only {free} free: turn offload on", "需 {need}，仅 {free} 可用：请开启卸载"),
     "cost_download": ("{size} to download", "需下载 {size}"),
     "cost_ready": ("nothing to download", "无需下载"),
     "demo_world": (
-        "The demo model knows a ball, box, triangle, star, heart or ring in eight colours that rolls, rises, falls, "
-        "grows, shrinks, spins or bounces on grass, sand, snow or sea.",
-        "演示模型认识草地、沙滩、雪地和海面上八种颜色的球、方块、三角形、星星、爱心和圆环，"
+        "The demo model only knows balls, boxes, triangles, stars, hearts and rings in eight colours that roll, rise, "
+        "fall, grow, shrink, spin or bounce on grass, sand, snow or sea.",
+        "演示模型只认识草地、沙滩、雪地和海面上八种颜色的球、方块、三角形、星星、爱心和圆环，"
         "以及滚动、上升、下落、变大、变小、旋转和弹跳。",
     ),
-    "demo_unknown": ("Not in the demo's world: {words}", "演示模型不认识：{words}"),
+    "demo_unknown": ("The demo model does not know: {words}", "演示模型不认识：{words}"),
     "missing": ("files missing", "缺少文件"),
     "ready": ("ready", "就绪"),
     # stage and status
     "idle_title": ("Your video appears here", "视频将在这里显示"),
-    "idle_text": ("Write what you want to see, then press Generate.", "写下想看到的画面，然后点击“生成视频”。"),
+    "idle_text": ("Describe what you want to see, then press Generate.", "描述想看到的画面，然后点击“生成视频”。"),
     "idle_hint": ("Ready.", "就绪。"),
     "sample": ("sample", "示例"),
     "sample_alt": ("A sample video", "示例视频"),
@@ -115,7 +115,7 @@ _TABLE: dict[str, tuple[str, str]] = {
     "video_of": ("Video: {prompt}", "视频：{prompt}"),
     "preview_step": ("preview · step {step} of {total}", "预览 · 第 {step}/{total} 步"),
     "preview_alt": ("Preview of the unfinished video", "未完成视频的预览"),
-    "progress": ("Progress of the run", "运行进度"),
+    "progress": ("Progress", "运行进度"),
     "phase_download": ("download", "下载"),
     "phase_load": ("load", "加载"),
     "phase_text": ("text", "文本"),
@@ -127,8 +127,8 @@ _TABLE: dict[str, tuple[str, str]] = {
     "phase_write": ("write", "写入"),
     "doing_download": ("Downloading", "下载中"),
     "doing_load": ("Loading the model", "加载模型"),
-    "doing_text": ("Reading the prompt", "编码提示词"),
-    "doing_image": ("Reading the image", "编码图片"),
+    "doing_text": ("Encoding the prompt", "编码提示词"),
+    "doing_image": ("Encoding the image", "编码图片"),
     "doing_denoise": ("Denoising", "去噪"),
     "doing_decode": ("Decoding", "解码"),
     "doing_write": ("Writing the file", "写入文件"),
@@ -141,7 +141,7 @@ _TABLE: dict[str, tuple[str, str]] = {
     "estimating": ("estimating", "估算中"),
     "starting": ("Starting", "准备中"),
     "stopping": ("Stopping", "正在停止"),
-    "queued_behind": ("Waiting, number {n} in the queue", "排队中，第 {n} 位"),
+    "queued_behind": ("Waiting: number {n} in the queue", "排队中，第 {n} 位"),
     "stop": ("Stop", "停止"),
     "finished_in": ("Done in {time}", "完成，用时 {time}"),
     "state_queued": ("waiting", "排队中"),
@@ -167,9 +167,9 @@ _TABLE: dict[str, tuple[str, str]] = {
     "predicted": ("predicted", "预测"),
     "file": ("file", "文件"),
     "n_frames": ("{n} frames", "{n} 帧"),
-    "again_new_seed": ("Again, new seed", "换种子再来"),
-    "same_seed": ("Same seed", "使用此种子"),
-    "continue_last": ("Continue from last frame", "从尾帧继续"),
+    "again_new_seed": ("Again with a new seed", "换种子再来"),
+    "same_seed": ("Use this seed", "使用此种子"),
+    "continue_last": ("Continue from the last frame", "从尾帧继续"),
     "download": ("Download", "下载"),
     "details": ("Details", "详情"),
     "settings_as": ("Settings as CLI · Python · curl · JSON", "导出设置：CLI · Python · curl · JSON"),
@@ -188,8 +188,8 @@ _TABLE: dict[str, tuple[str, str]] = {
     "run": ("run", "编号"),
     # history and queue
     "history": ("History", "历史"),
-    "drop_hint": ("drop one of your videos on the page to restore its settings", "将生成的视频拖到页面即可恢复设置"),
-    "history_empty": ("Your runs are kept here, also after a restart.", "生成记录会保存在这里，重启后仍在。"),
+    "drop_hint": ("drop a video made here on the page to restore its settings", "将生成的视频拖到页面即可恢复设置"),
+    "history_empty": ("Your runs appear here and stay after a restart.", "生成记录会保存在这里，重启后仍在。"),
     "restore_run": ("Show this run and its settings: {prompt}", "显示此次运行及其设置：{prompt}"),
     "delete_run": ("Delete: {prompt}", "删除：{prompt}"),
     "compare_run": ("Compare: {prompt}", "加入对比：{prompt}"),
@@ -202,26 +202,26 @@ _TABLE: dict[str, tuple[str, str]] = {
     # compare
     "compare": ("Compare", "对比"),
     "compare_empty": (
-        "Choose two finished runs in the history with the compare button.",
+        "Choose two finished runs with the compare buttons in the history.",
         "在历史中用对比按钮选择两个已完成的视频。",
     ),
-    "compare_one": ("One run is chosen. Choose a second one in the history.", "已选一个，请在历史中再选一个。"),
+    "compare_one": ("Choose a second run in the history.", "已选一个，请在历史中再选一个。"),
     "play_both": ("Play or pause both", "同时播放或暂停"),
     "seek_both": ("Position in both videos", "同步进度"),
     "setting": ("setting", "设置"),
-    "same_settings": ("All settings are equal.", "所有设置都相同。"),
+    "same_settings": ("All settings are the same.", "所有设置都相同。"),
     "swap": ("Swap", "交换"),
     "clear": ("Clear", "清除"),
     "benchmark": ("Measured on this machine", "本机实测"),
     "benchmark_hint": (
-        "median of the finished runs of each kind, loading not counted",
+        "median of the finished runs of each kind, without loading",
         "各类已完成运行的中位数，不含加载",
     ),
-    "benchmark_empty": ("This table fills from the runs made here.", "运行之后这里会出现数据。"),
+    "benchmark_empty": ("Finished runs appear in this table.", "完成的运行会显示在此表中。"),
     "runs": ("runs", "次数"),
     # files
-    "files_state": ("{have} of {all} here · {size}", "已有 {have}/{all} · {size}"),
-    "have": ("here", "已有"),
+    "files_state": ("{have} of {all} present · {size}", "已有 {have}/{all} · {size}"),
+    "have": ("present", "已有"),
     "lacks": ("missing", "缺少"),
     "part_high": ("High-noise expert", "高噪声专家"),
     "part_low": ("Low-noise expert", "低噪声专家"),
@@ -239,21 +239,21 @@ _TABLE: dict[str, tuple[str, str]] = {
     "variant_distill_lora": ("4-step LoRA", "4 步 LoRA"),
     "variant_distill_merged": ("4-step merged", "4 步合并"),
     "variant_distill_fp8": ("4-step FP8", "4 步 FP8"),
-    "about_base": ("many guided steps, the reference", "多步加引导，作为基准"),
-    "about_distill_lora": ("distilled, keeps your own LoRAs", "蒸馏，可叠加自己的 LoRA"),
-    "about_distill_merged": ("distilled, one file per expert", "蒸馏，每个专家一个文件"),
-    "about_distill_fp8": ("distilled, half the memory", "蒸馏，内存减半"),
+    "about_base": ("many steps with guidance: the reference", "多步加引导，作为基准"),
+    "about_distill_lora": ("distilled; accepts your own LoRAs", "蒸馏，可叠加自己的 LoRA"),
+    "about_distill_merged": ("distilled; one file per expert", "蒸馏，每个专家一个文件"),
+    "about_distill_fp8": ("distilled; half the memory", "蒸馏，内存减半"),
     "demo": ("Demo", "演示"),
     # messages
     "prompt_empty": (
-        "The prompt is empty. Say what is seen and what moves, or choose an example.",
+        "The prompt is empty. Describe the scene and the motion, or choose an example.",
         "提示词为空。请描述画面和动作，或选择一个示例。",
     ),
     "image_missing": (
         "Image to video needs a first frame. Choose an image, or switch to text to video.",
         "图生视频需要首帧图片。请选择一张图片，或切换到文生视频。",
     ),
-    "not_yours": ("That run is not there any more.", "该运行已不存在。"),
+    "not_yours": ("This run no longer exists.", "该运行已不存在。"),
     "zerogpu_reserves": ("reserves {n} s of your GPU quota", "将占用 {n} 秒 GPU 配额"),
 }
 
@@ -264,7 +264,7 @@ TABLES: dict[str, dict[str, str]] = {
 
 
 class Words:
-    """The words of one language."""
+    """The texts of one language."""
 
     def __init__(self, language: str) -> None:
         self.language = language if language in TABLES else "en"
@@ -275,24 +275,22 @@ class Words:
         return text.format(**values) if values else text
 
     def preset(self, name: str) -> str:
-        """A short name for a preset: its variant, in this language; unknown ones by their own name."""
-        for variant in ("distill_lora", "distill_merged", "distill_fp8", "merged", "fp8", "base"):
-            if re.fullmatch(rf"(demo_)?(t2v|i2v)_{variant}(_offload)?(_cfg_ulysses)?", name):
-                key = "variant_" + (
-                    variant if variant in ("base",) or variant.startswith("distill") else f"distill_{variant}"
-                )
-                return f"{self('demo')} · {self(key)}" if name.startswith("demo_") else self(key)
-        return name
+        """A short name for a preset: its variant in this language. An unknown preset keeps its own name."""
+        shape = r"(demo_)?[ti]2v_(?:(base|distill_lora)|(?:distill_)?(merged|fp8))(_offload)?(_cfg_ulysses)?"
+        if (match := re.fullmatch(shape, name)) is None:
+            return name
+        variant = self("variant_" + (match[2] or f"distill_{match[3]}"))
+        return f"{self('demo')} · {variant}" if match[1] else variant
 
 
 def preferred(header: str) -> str:
-    """The language of an Accept-Language header that we have; English if it names none."""
-    wishes: list[tuple[float, str]] = []
+    """The best supported language for an Accept-Language header; English if it names none."""
+    ranked: list[tuple[float, str]] = []
     for part in header.split(",")[:20]:
         name, _, quality = part.strip().partition(";q=")
         try:
             weight = float(quality) if quality else 1.0
         except ValueError:
             weight = 0.0
-        wishes.append((-weight, name.strip().lower().partition("-")[0]))
-    return next((name for _, name in sorted(wishes, key=lambda wish: wish[0]) if name in TABLES), "en")
+        ranked.append((-weight, name.strip().lower().partition("-")[0]))
+    return next((name for _, name in sorted(ranked, key=lambda item: item[0]) if name in TABLES), "en")

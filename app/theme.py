@@ -1,4 +1,4 @@
-"""The page's colours, fonts and head."""
+"""The page's theme: colours, fonts, and the HTML head with style sheet and script."""
 
 from __future__ import annotations
 
@@ -10,14 +10,14 @@ ASSETS = PROJECT / "assets"
 
 
 def head() -> str:
-    """Style sheet and script, inline: both have to be there before the first component is mounted, and gradio's own
-    way of adding a style sheet rewrites its selectors, wrongly where they hold a comma in brackets."""
+    """Style sheet and script, inline: both must load before gradio mounts the first component. gradio's parameter for a
+    style sheet rewrites its selectors, and breaks those with a comma in brackets."""
     style, script = ((ASSETS / name).read_text(encoding="utf-8") for name in ("studio.css", "studio.js"))
     return f"<style>{style}</style><script>{script}</script>"
 
 
 def theme() -> gr.themes.Base:
-    """System fonts, one accent colour; everything else is in the style sheet's variables."""
+    """System fonts and one accent colour; the style sheet defines the rest."""
     fonts = ["Inter", "system-ui", "-apple-system", "Segoe UI", "Roboto", "Noto Sans CJK SC", "sans-serif"]
     mono = ["ui-monospace", "SF Mono", "Menlo", "Consolas", "DejaVu Sans Mono", "monospace"]
     base = gr.themes.Base(primary_hue="indigo", neutral_hue="zinc", font=fonts, font_mono=mono)
@@ -57,7 +57,7 @@ _COLOURS = {
     "checkbox_border_color_focus": ("#3b5bdb", "#8aa0ff"),
     "link_text_color": ("#3b5bdb", "#8aa0ff"),
 }
-"""Light and dark. Text on its background has a contrast of 4.5 or more everywhere."""
+"""(light, dark). All text has a contrast of 4.5 or more to its background."""
 
 
 _MEASURES = {

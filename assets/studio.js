@@ -1,10 +1,10 @@
-// What the page does without asking the server: keys, clicks on rendered HTML, the running clock, the address bar,
-// the theme, dropped videos, and playing two videos in step. Loaded once, before the page is mounted.
+// The page's script: keys, clicks on rendered HTML, elapsed time, the address bar, the theme, dropped videos, and two
+// videos in sync. Loaded once, before gradio mounts the page.
 window.studio = (() => {
   "use strict";
   const $ = (selector, root = document) => root.querySelector(selector);
 
-  // ---- theme: the person's choice, else the system's --------------------------------------------------------------
+  // ---- theme: the visitor's choice, else the system's -------------------------------------------------------------
   const applyTheme = () => {
     const saved = localStorage.getItem("studio-theme"), body = document.body.classList;
     if (saved && body.contains("dark") !== (saved === "dark")) body.toggle("dark");
@@ -25,7 +25,7 @@ window.studio = (() => {
         setTimeout(() => target.classList.remove("copied"), 1500);
       };
       if (navigator.clipboard) return navigator.clipboard.writeText(code.textContent).then(copied);
-      getSelection().selectAllChildren(code); // browsers have no clipboard for a page over http from another machine
+      getSelection().selectAllChildren(code); // over http from another machine a page has no clipboard
       if (document.execCommand("copy")) copied();
     },
     play: (target) => {
@@ -42,11 +42,11 @@ window.studio = (() => {
       if (local[target.dataset.act]) return local[target.dataset.act](target);
       trigger("act", { ...target.dataset });
     });
-    stay(element);
+    keepFocus(element);
   };
 
-  // ---- after a row moved, the keyboard is where it was: on the same button of the same run, not at the same place -------
-  const stay = (element) => {
+  // ---- focus: after a row has moved, the same button of the same run keeps the keyboard focus ---------------------------
+  const keepFocus = (element) => {
     let at = null;
     element.addEventListener("focusin", (event) => (at = { ...event.target.closest("[data-act]")?.dataset }));
     new MutationObserver(() => {
@@ -59,7 +59,7 @@ window.studio = (() => {
     }).observe(element, { childList: true, subtree: true, attributes: true });
   };
 
-  // ---- the preset list: a button and a listbox, usable by keyboard ---------------------------------------------------
+  // ---- the preset list: a button and a listbox, with keyboard support -------------------------------------------------
   const picker = (element, props, trigger) => {
     const list = () => $("[role=listbox]", element);
     const button = () => $("[role=combobox]", element);
@@ -106,11 +106,11 @@ window.studio = (() => {
     });
   };
 
-  // ---- keys: Ctrl+Enter generates, Escape stops when nothing else wants it --------------------------------------------
+  // ---- keys: Ctrl+Enter generates; Escape stops unless a field handles it ---------------------------------------------
   document.addEventListener("keydown", (event) => {
     if (event.key === "Enter" && (event.ctrlKey || event.metaKey)) {
       event.preventDefault();
-      // The text box tells its value when it changes; let that happen before the button reads it.
+      // Let the text box report its value before the button reads it.
       setTimeout(() => ($("#generate button") || $("#generate")).click(), 60);
     }
     if (event.key === "Escape" && !event.target.closest("input, textarea, [role=combobox], dialog")) {
@@ -118,19 +118,19 @@ window.studio = (() => {
     }
   });
 
-  // ---- on a narrow screen the stage is below the button: a new run is brought into view --------------------------------
+  // ---- on a narrow screen the stage is below the button: scroll to it when a run starts --------------------------------
   let pressed = false;
   document.addEventListener("click", (event) => {
     if (event.target.closest("#generate")) pressed = true;
   });
-  const bringStage = (state) => {
+  const scrollToStage = (state) => {
     if (!pressed || !["queued", "running"].includes(state)) return;
     pressed = false;
     if (innerWidth <= 820) $("#theatre")?.scrollIntoView({ behavior: "smooth", block: "start" });
   };
 
-  // ---- the clock of the running job, and the job in the address bar --------------------------------------------------
-  let skew = 0; // seconds that the server's clock is ahead of ours
+  // ---- elapsed time of the running job, and the job in the address bar ------------------------------------------------
+  let skew = 0; // seconds by which the server's clock is ahead of ours
   const clockText = (seconds) => {
     const s = Math.max(0, Math.floor(seconds));
     const two = (n) => String(n).padStart(2, "0");
@@ -146,7 +146,7 @@ window.studio = (() => {
     if (root) skew = Number(root.dataset.now) - Date.now() / 1000;
     const stage = $(".stage[data-job]", element);
     if (stage) {
-      if (!opened) setTimeout(retype, 150); // after the fields have got what the browser kept
+      if (!opened) setTimeout(retype, 150); // after gradio has filled in the stored fields
       opened = true;
       const url = new URL(location.href);
       const job = stage.dataset.job;
@@ -154,12 +154,12 @@ window.studio = (() => {
         job ? url.searchParams.set("job", job) : url.searchParams.delete("job");
         history.replaceState(history.state, "", url);
       }
-      bringStage(stage.dataset.state);
+      scrollToStage(stage.dataset.state);
     }
     tick();
   };
 
-  // ---- what was typed while the network was lost is there again when the page has loaded itself anew --------------------
+  // ---- texts typed while the connection was lost: restored when the page has reloaded itself --------- ------------------
   const texts = () => [...document.querySelectorAll("#prompt textarea, #negative_prompt textarea")];
   addEventListener("pagehide", () => sessionStorage.setItem("studio-texts", JSON.stringify(texts().map((t) => t.value))));
   const retype = () => {
@@ -172,7 +172,7 @@ window.studio = (() => {
   };
   let opened = false;
 
-  // ---- what the page shows, sent with every event: the version of each part, and which part is in use -----------------
+  // ---- sent with every event: the version of each part that the page shows, or that the part is in use - ---------------
   const sendVersions = (values) => {
     const parts = [...document.querySelectorAll("[data-part]")];
     const inUse = (part) => $("[aria-expanded=true]", part);
@@ -187,7 +187,7 @@ window.studio = (() => {
     input.dispatchEvent(new Event("change", { bubbles: true }));
   };
 
-  // ---- one of our videos, dropped anywhere, goes to the restore button's own file input -------------------------------
+  // ---- a video dropped anywhere goes to the file input of the restore button ------------------------------------------
   const isVideo = (event) => [...(event.dataTransfer?.items || [])].some((item) => item.kind === "file" && item.type.startsWith("video/"));
   document.addEventListener("dragover", (event) => {
     if (!isVideo(event)) return;
@@ -210,7 +210,7 @@ window.studio = (() => {
     },
     true,
   );
-  // A picture from the clipboard becomes the first frame.
+  // A pasted picture becomes the first frame.
   document.addEventListener("paste", (event) => {
     const file = [...(event.clipboardData?.files || [])].find((f) => f.type.startsWith("image/"));
     const input = $("#image_path input[type=file]");
@@ -219,7 +219,7 @@ window.studio = (() => {
     give(input, file);
   });
 
-  // ---- two videos in step: the first leads, the second follows -------------------------------------------------------
+  // ---- two videos in sync: the second follows the first -------------------------------------------------------------
   const pair = (inside) => [...inside.closest(".compare").querySelectorAll("video")];
   const inStep = (element) => {
     element.addEventListener("input", (event) => {
@@ -240,7 +240,7 @@ window.studio = (() => {
     requestAnimationFrame(follow);
   };
 
-  // gradio sets its theme class while it mounts; ours has to be the last word.
+  // gradio sets its theme class while it mounts; ours has to win.
   const keepTheme = () => {
     applyTheme();
     new MutationObserver(applyTheme).observe(document.body, { attributes: true, attributeFilter: ["class"] });

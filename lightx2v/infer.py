@@ -12,96 +12,46 @@ from __future__ import annotations
 
 import argparse
 import json
-import logging
 import os
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Protocol
+from typing import Any
 
 from .cli.parser import ArgumentParser
-from .cli.signals import ECHO, Interrupts
-from .cli.terminal import ProgressLine, ended, logging_to, one_line
-from .config.engine_config import EngineConfig, hub_name
+from .cli.runner import CommandContext, run_command
+from .cli.terminal import one_line
+from .config.engine_config import MODEL_CLASSES, EngineConfig, hub_name
 from .config.environment import Environment
 from .config.lightx2v_keys import PER_VIDEO
 from .config.presets import Resolved, list_presets, resolve
 from .config.recorded_settings import PICTURES, find_picture
-from .config.request import Request
+from .config.request import TASKS, Request
+from .config.request_settings import SETTINGS, SHOWN, Guidance, Setting
 from .cost.machine import MachineReader
 from .cost.memory_forecast import forecast_for_gpu, forecast_for_machine
 from .errors import BadRequest, ConfigError, short_path
 from .hub import find_all
+from .jobs.engine_slot import Engine, OpenEngine
 from .loading import preload
-from .media.framing import RESIZE_MODES
 from .progress import CancelToken, OnProgress, log_duration
-
-log = logging.getLogger("lightx2v.infer")
-
-
-class Outcome(Protocol):
-    """What a run gives back, as far as it is shown here."""
-
-    @property
-    def path(self) -> str | None: ...
-
-    def report(self) -> dict[str, Any]: ...
-
-
-class LoadedEngine(Protocol):
-    """What can run a request: LightX2VPipeline, or a stand-in in tests."""
-
-    def run(
-        self,
-        request: Request,
-        *,
-        save_result_path: str | Path | None = None,
-        on_progress: OnProgress | None = None,
-        cancel: CancelToken | None = None,
-        metadata: bool = True,
-        force: bool = False,
-    ) -> Outcome: ...
-
-    def close(self) -> None: ...
-
-
-OpenEngine = Callable[[EngineConfig, str, OnProgress], LoadedEngine]
-"""Loads an engine: its configuration, the preset's name, where progress goes."""
 
 
 def main(argv: Sequence[str] | None = None, *, open_engine: OpenEngine | None = None) -> int:
-    """Runs the command line and returns its exit code. `open_engine` replaces what loads the model."""
-    try:
-        options = _parser().parse(argv)
-    except SystemExit as stop:  # argparse has said what is wrong, or shown the help
-        return int(stop.code or 0)
-    try:
-        environment = Environment.read()
-    except ConfigError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return error.exit_code
-    line = ProgressLine(sys.stderr)
-    level = logging.DEBUG if options.verbose else logging.INFO
-    echo = ECHO if environment.distributed else 0.0
-    with logging_to(sys.stderr, line, level, prefix=environment.log_prefix), Interrupts(echo=echo) as interrupts:
-        run = partial(_run, options, environment, line, interrupts, open_engine or _load_pipeline)
-        return ended(run, line, interrupts, stopped="Stopped; no video was written.", tell=not environment.rank)
+    """Run the command line and return its exit code. `open_engine` replaces the loader of the model."""
+    body = partial(_run, open_engine=open_engine or _load_pipeline)
+    return run_command(_parser(), body, argv, stopped="Stopped; no video was written.")
 
 
-def _run(
-    options: argparse.Namespace,
-    environment: Environment,
-    line: ProgressLine,
-    interrupts: Interrupts,
-    open_engine: OpenEngine,
-) -> int:
-    leads = environment.rank == 0
-    on_progress = line if leads else lambda _: None
-    if not leads and (options.list_presets or options.dry_run):
+def _run(options: argparse.Namespace, context: CommandContext, *, open_engine: OpenEngine) -> int:
+    environment = context.environment
+    is_rank0 = environment.rank == 0
+    on_progress = context.progress if is_rank0 else lambda _: None
+    if not is_rank0 and (options.list_presets or options.dry_run):
         return 0
     if options.list_presets:
         for info in list_presets():
@@ -122,11 +72,14 @@ def _run(
 
         request = replace(request, seed=draw_seed())
     _check_pictures(request)
-    path = _output_path(options, resolved, request, environment) if leads else None
+    path = _output_path(options, resolved, request, environment) if is_rank0 else None
     with log_duration("Total Cost"):
-        engine = open_engine(resolved.engine, resolved.preset.name, on_progress)
+        # A signal during loading ends the process at once, so the token for it is never set.
+        engine = open_engine(
+            resolved.engine, preset=resolved.preset.name, on_progress=on_progress, cancel=CancelToken()
+        )
         try:
-            with interrupts.cancelling() as token:
+            with context.interrupts.cancelling() as token:
                 result = engine.run(
                     request,
                     save_result_path=path,
@@ -137,20 +90,20 @@ def _run(
                 )
         finally:
             engine.close()
-    line.clear()
-    if not leads:
-        return 0
-    print(result.path)
-    print(_summary(result.report()))
+    context.progress.clear()
+    if is_rank0:
+        report = result.report()
+        print(report["path"])
+        print(_summary(report))
     return 0
 
 
-def _load_pipeline(config: EngineConfig, preset: str, on_progress: OnProgress) -> LoadedEngine:
+def _load_pipeline(config: EngineConfig, *, preset: str, on_progress: OnProgress, cancel: CancelToken) -> Engine:
     if Environment.read().rank == 0:  # the others need no text encoder
         preload.start()
     from .pipeline import LightX2VPipeline
 
-    return LightX2VPipeline.from_config(config, preset=preset, on_progress=on_progress)
+    return LightX2VPipeline.from_config(config, preset=preset, on_progress=on_progress, cancel=cancel)
 
 
 # ---- what is asked for ----------------------------------------------------------------------------------------------
@@ -312,20 +265,19 @@ def _summary(report: dict[str, Any]) -> str:
 
 # ---- the flags ------------------------------------------------------------------------------------------------------
 
-_OVERRIDES = frozenset(
-    """
-    model_cls task model_path models_dir seed height width frames steps shift guidance fps boundary enable_cfg
-    resize_mode
-    """.split()
-)
-"""Flags whose names are those of fields, so that they go into `resolve` as they are."""
+_ENGINE_FLAGS = ("model_cls", "task", "model_path", "models_dir")
+_OVERRIDES = frozenset({*_ENGINE_FLAGS, *(name for name, row in SETTINGS.items() if row.flag)})
+"""Flags with the names of fields, which `resolve` takes as they are."""
+
+Add = Callable[..., Any]
+"""`add_argument` of one group of flags."""
 
 
 def _parser() -> ArgumentParser:
     parser = ArgumentParser(
         prog="python -m lightx2v.infer",
         usage="python -m lightx2v.infer --preset NAME --prompt TEXT [options]",
-        description="Makes one video with Wan2.2 from a prompt, and an image for i2v.",
+        description="Makes one video with Wan2.2 from a prompt, and for i2v from an image.",
         epilog="Exit codes: 0 done, 1 failed, 2 bad usage, 130 interrupted, 143 terminated.",
         allow_abbrev=False,
     )
@@ -335,33 +287,36 @@ def _parser() -> ArgumentParser:
     add("--config_json", metavar="FILE", help="a preset from a JSON file in LightX2V's format")
     add("--from", dest="from_video", metavar="VIDEO", help="the settings inside an mp4 made here, to repeat it")
     add("--list_presets", action="store_true", help="list the presets and exit")
-
-    add = parser.add_argument_group("what it shows").add_argument
-    add("--prompt", metavar="TEXT", help="what happens in the video")
-    add("--negative_prompt", metavar="TEXT", help='what should not; "" is the model\'s default, " " nothing')
-    add("--image_path", metavar="IMAGE", help="first frame, for i2v and flf2v")
-    add("--last_frame_path", metavar="IMAGE", help="last frame, for flf2v")
-
-    add = parser.add_argument_group("over the preset: this video").add_argument
-    add("--seed", type=int, metavar="N", help="-1 draws one")
-    add("--height", type=int, metavar="PIXELS", help="a multiple of 16; with an image, height x width is an area")
-    add("--width", type=int, metavar="PIXELS")
+    _add_settings(parser.add_argument_group("what it shows").add_argument, SHOWN)
+    add = parser.add_argument_group("settings of this video, which override the preset").add_argument
+    _add_settings(add, SETTINGS)
     add("--target_shape", type=int, nargs=2, metavar=("H", "W"), help="height and width in one")
-    add("--frames", "--num_frames", type=int, metavar="N", help="4n + 1")
-    add("--fps", type=float, metavar="N", help="frames per second of the file")
-    add("--steps", type=int, metavar="N", help="denoising steps of a base model")
-    add("--shift", type=float, metavar="X", help="shift of the noise levels")
-    add("--guidance", type=float, nargs="+", metavar="X", help="for both experts, or high-noise then low-noise")
-    add("--enable_cfg", action=argparse.BooleanOptionalAction, default=None, help="guidance, at twice the time")
-    add("--boundary", type=float, metavar="X", help="share of the noise levels below which the low-noise expert works")
-    add("--resize_mode", metavar="MODE", help=f"how an image is fitted: {', '.join(RESIZE_MODES)}")
+    _add_engine_flags(parser.add_argument_group("settings of the engine, which override the preset").add_argument)
+    _add_output_flags(parser.add_argument_group("output").add_argument)
+    return parser
 
-    add = parser.add_argument_group("over the preset: the engine").add_argument
-    add("--task", choices=("t2v", "i2v", "flf2v"))
-    add("--model_cls", metavar="CLASS", help="wan2.2_moe or wan2.2_moe_distill")
+
+def _add_settings(add: Add, rows: Mapping[str, Setting]) -> None:
+    kinds: dict[Any, dict[str, Any]] = {
+        int: {"type": int},
+        float: {"type": float},
+        Guidance: {"type": float, "nargs": "+"},
+        str: {},
+    }
+    for row in rows.values():
+        if row.type is bool:
+            add(row.usage, action=argparse.BooleanOptionalAction, default=None, help=row.help)
+        elif row.flag:
+            names = (row.usage, "--num_frames") if row.name == "frames" else (row.usage,)
+            add(*names, metavar=row.metavar, help=row.help, **kinds[row.type])
+
+
+def _add_engine_flags(add: Add) -> None:
+    add("--task", choices=TASKS)
+    add("--model_cls", metavar="CLASS", help=" or ".join(MODEL_CLASSES))
     add("--model_path", metavar="PATH", help="a folder, or a Hub name such as Wan-AI/Wan2.2-T2V-A14B")
-    add("--models_dir", metavar="FOLDER", help="where relative paths are looked for first")
-    add("--strict_attention", action="store_true", help="fail where the attention backend asked for cannot run")
+    add("--models_dir", metavar="FOLDER", help="the folder in which relative paths are looked up first")
+    add("--strict_attention", action="store_true", help="fail if the chosen attention backend cannot run")
     add(
         "--set",
         type=_assignment,
@@ -371,19 +326,19 @@ def _parser() -> ArgumentParser:
         help="any other key of a preset, its value as JSON, e.g. cpu_offload=true; may be repeated",
     )
 
-    add = parser.add_argument_group("output").add_argument
+
+def _add_output_flags(add: Add) -> None:
     add("--save_result_path", metavar="FILE", help="default: outputs/<preset>_<seed>_<time>.mp4")
     add("--force", action="store_true", help="replace the file if it exists")
     add("--no_metadata", action="store_true", help="do not write the prompt and the settings into the file")
     add(
         "--dry_run",
         action="store_true",
-        help="print the resolved configuration, plan and memory as JSON; load and fetch nothing",
+        help="print the resolved configuration, plan and memory as JSON; load and download nothing",
     )
-    add("--card", type=_card, metavar="GB", help="with --dry_run: on a card of that size instead of this machine's")
+    add("--card", type=_card, metavar="GB", help="with --dry_run: plan for a GPU of that size instead of this machine")
     add("--verbose", action="store_true", help="log more, and tracebacks")
-    add("--return_result_tensor", action="store_true", help=argparse.SUPPRESS)  # LightX2V's; means nothing here
-    return parser
+    add("--return_result_tensor", action="store_true", help=argparse.SUPPRESS)  # LightX2V's; has no effect here
 
 
 def _assignment(text: str) -> tuple[str, Any]:

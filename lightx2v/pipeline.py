@@ -17,7 +17,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Self
+from typing import Any, Self, Unpack
 
 import torch
 
@@ -26,7 +26,8 @@ from .cli.terminal import log_to_stderr
 from .config.engine_config import EngineConfig
 from .config.environment import Environment
 from .config.presets import resolve
-from .config.request import LoraSpec, Request
+from .config.request import LoraSpec, Request, check
+from .config.request_settings import SETTINGS, Guidance, RequestSettings
 from .cost.machine import free_memory
 from .engine.engine import LoadedEngine, load_engine, within_memory
 from .engine.result import Result
@@ -39,6 +40,21 @@ from .progress import CancelToken, Meter, OnProgress
 from .sampling import draw_seed
 
 log = logging.getLogger("lightx2v.pipeline")
+
+
+class GeneratorSettings(RequestSettings, total=False):
+    """Keywords of `create_generator`: a video's settings, LightX2V's Python names for some of them, and the engine's.
+
+    Every other key of a preset file works too.
+    """
+
+    infer_steps: int
+    num_frames: int
+    guidance_scale: Guidance
+    sample_shift: float
+    attn_mode: str
+    dtype: str
+    cpu_offload: bool
 
 
 class LightX2VPipeline:
@@ -172,49 +188,16 @@ class LightX2VPipeline:
             "seq_p_attn_type": seq_p_attn_type,
         }
 
-    def create_generator(
-        self,
-        config_json: str | Path | None = None,
-        *,
-        attn_mode: str | None = None,
-        infer_steps: int | None = None,
-        num_frames: int | None = None,
-        height: int | None = None,
-        width: int | None = None,
-        guidance_scale: float | Sequence[float] | None = None,
-        sample_shift: float | None = None,
-        fps: float | None = None,
-        boundary: float | None = None,
-        boundary_step_index: int | None = None,
-        denoising_step_list: Sequence[int] | None = None,
-        resize_mode: str | None = None,
-        dtype: str | None = None,
-    ) -> None:
-        """Resolves the configuration and loads the model. What is given here goes over what the JSON says.
+    def create_generator(self, config_json: str | Path | None = None, **settings: Unpack[GeneratorSettings]) -> None:
+        """Resolve the configuration and load the model. `settings` override those of the JSON.
 
         `config_json` is a file in LightX2V's format or the name of a shipped preset. Sizes are in pixels (multiples of
-        16), `num_frames` is 4n + 1, `guidance_scale` one number or (high-noise expert, low-noise expert). All of it is
-        what `generate` starts from. Raises ConfigError, BadRequest, CheckpointError (LoraError), DownloadError or
-        OutOfMemory; nothing stays loaded then.
+        16), `num_frames` is 4n + 1, `guidance_scale` one number or (high-noise expert, low-noise expert). `generate`
+        starts from these settings; None leaves one to the JSON. Raises ConfigError, BadRequest, CheckpointError
+        (LoraError), DownloadError or OutOfMemory; no model stays loaded then.
         """
         self._before_loading("create_generator")
-        given = {
-            "self_attn_1_type": attn_mode,
-            "cross_attn_1_type": attn_mode,
-            "steps": infer_steps,
-            "frames": num_frames,
-            "height": height,
-            "width": width,
-            "guidance": guidance_scale,
-            "shift": sample_shift,
-            "fps": fps,
-            "boundary": boundary,
-            "boundary_step_index": boundary_step_index,
-            "denoising_step_list": denoising_step_list,
-            "resize_mode": resize_mode,
-            "dtype": dtype,
-        }
-        overrides = self._overrides | {key: value for key, value in given.items() if value is not None}
+        overrides = self._overrides | {key: value for key, value in settings.items() if value is not None}
         preset = config_json if config_json is not None else {}
         environment = Environment.read()
         if environment.profiling:
@@ -234,54 +217,30 @@ class LightX2VPipeline:
         *,
         prompt: str,
         negative_prompt: str = "",
-        seed: int | None = None,
         image_path: str | Path | None = None,
         last_frame_path: str | Path | None = None,
         save_result_path: str | Path | None = None,
         return_result_tensor: bool = False,
         return_latents: bool = False,
-        height: int | None = None,
-        width: int | None = None,
-        frames: int | None = None,
-        fps: float | None = None,
-        steps: int | None = None,
-        shift: float | None = None,
-        guidance: float | Sequence[float] | None = None,
-        boundary: float | None = None,
-        denoising_step_list: Sequence[int] | None = None,
-        boundary_step_index: int | None = None,
-        resize_mode: str | None = None,
         on_progress: OnProgress | None = None,
         cancel: CancelToken | None = None,
+        **settings: Unpack[RequestSettings],
     ) -> Result:
-        """One video. What is not given is what `create_generator` was told. An existing file is replaced.
+        """Make one video. Settings that are missing or None are `create_generator`'s. An existing file is replaced.
 
         `image_path` and `last_frame_path` are JPEG, PNG or WebP files; sizes are in pixels, `fps` in frames a second,
-        `guidance` is one number or (high-noise expert, low-noise expert). `save_result_path` is an mp4 (its folder has
-        to be there), None writes none. The Result has `frames` (uint8, T H W C) with `return_result_tensor`, `latents`
-        (float32, C T h w, before the VAE) with `return_latents`, the seed (-1 draws one), seconds per stage and bytes
-        at the peaks. `on_progress` is called in this thread; `cancel` is looked at between blocks and tiles. Raises
-        BadRequest, LoraError, OutputError, OutOfMemory, NumericsError, Cancelled, or Busy while another run goes on;
-        the next run is not affected.
+        `guidance` is one number or (high-noise expert, low-noise expert). `save_result_path` is an mp4 in an existing
+        folder; None writes no file. The Result has `frames` (uint8, T H W C) with `return_result_tensor`, `latents`
+        (float32, C T h w, before the VAE) with `return_latents`, the seed (-1 draws one), seconds per stage and peaks
+        in bytes. `on_progress` runs in this thread; `cancel` is checked between blocks and tiles. Raises BadRequest,
+        LoraError, OutputError, OutOfMemory, NumericsError, Cancelled, or Busy during another run; the next run is not
+        affected.
         """
-        given = {
-            "seed": seed,
-            "image_path": None if image_path is None else str(image_path),
-            "last_frame_path": None if last_frame_path is None else str(last_frame_path),
-            "height": height,
-            "width": width,
-            "frames": frames,
-            "fps": fps,
-            "steps": steps,
-            "shift": shift,
-            "guidance": guidance,
-            "boundary": boundary,
-            "denoising_step_list": denoising_step_list,
-            "boundary_step_index": boundary_step_index,
-            "resize_mode": resize_mode,
-        }
-        fields = self._defaults | {key: value for key, value in given.items() if value is not None}
-        request = Request(prompt=prompt, negative_prompt=negative_prompt, **fields)
+        check.known_keys(settings, [*SETTINGS], "generate")
+        images = {"image_path": image_path, "last_frame_path": last_frame_path}
+        given = {name: str(path) for name, path in images.items() if path is not None}
+        given |= {name: value for name, value in settings.items() if value is not None}
+        request = Request(prompt=prompt, negative_prompt=negative_prompt, **self._defaults | given)
         return self.run(
             request,
             save_result_path=save_result_path,

@@ -1,4 +1,4 @@
-"""Which files a preset needs, which of them are here, and the download of the others."""
+"""Model files: which ones a preset needs, which are on this machine, and the download of the others."""
 
 from __future__ import annotations
 
@@ -20,15 +20,15 @@ from lightx2v.progress import CancelToken, Meter, Progress
 
 log = logging.getLogger("lightx2v.page")
 
-ASK_AGAIN = 600.0
-"""Seconds after which a repository that could not be listed is asked for again."""
-STEADY = 5.0
-"""Seconds after a change in which pages still look at the list: longer than the time between two looks."""
+RETRY_SECONDS = 600.0
+"""Seconds until a repository that could not be listed is listed again."""
+SETTLE_SECONDS = 5.0
+"""Seconds after a change for which `changing` stays true: longer than the interval of a page's timer."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class FileState:
-    """One thing that a preset needs. `bytes` is its whole size where it is known, `here` how much of it is."""
+    """A file or folder that a preset needs: `bytes` is its full size if known, `here` the bytes on this machine."""
 
     name: str
     ready: bool
@@ -49,12 +49,14 @@ class Download:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class FilesStatus:
+    """All files of a preset, and the download."""
+
     files: tuple[FileState, ...]
     disk_free: int
     download: Download | None = None
     can_download: bool = False
     changing: bool = False
-    """Whether a page should look again soon."""
+    """Whether the status may change within seconds."""
 
     @property
     def ready(self) -> bool:
@@ -62,7 +64,7 @@ class FilesStatus:
 
     @property
     def missing_bytes(self) -> int | None:
-        """Bytes to fetch; None where a size is not known."""
+        """Bytes to download; None if a size is unknown."""
         missing = [file for file in self.files if not file.ready]
         if any(file.bytes is None for file in missing):
             return None
@@ -70,7 +72,7 @@ class FilesStatus:
 
 
 class Files(Protocol):
-    """What the page asks about model files. Every method returns at once; `download` goes on in the background."""
+    """The model files of a preset. Every method returns at once; `download` continues in the background."""
 
     def status(self, config: EngineConfig) -> FilesStatus: ...
 
@@ -80,27 +82,27 @@ class Files(Protocol):
 
 
 class HubFiles:
-    """Files on this machine, in a folder or in the cache that all programs share, and the Hub for what is missing.
+    """Files in a folder or in the Hub's cache on this machine, and the Hub for missing ones.
 
-    What the Hub has is asked for in the background, once a repository, so that a size is there before the download.
+    A background thread lists each repository once, so that the page can show sizes before a download.
     """
 
     def __init__(self, hub: Hub | None = None) -> None:
         self._hub = hub
         self._lock = threading.Lock()
         self._listings: dict[str, list[HubFile]] = {}
-        self._asked: dict[str, float] = {}
-        self._changed = -STEADY
+        self._listed_at: dict[str, float] = {}
+        self._changed = -SETTLE_SECONDS
         self._running: CancelToken | None = None
         self._download: Download | None = None
 
     def status(self, config: EngineConfig) -> FilesStatus:
-        with self._lock:  # before the look at the files: a download that is over by now has left all of them
+        with self._lock:  # before looking for files: a download that has ended by now has left all of them
             download = self._download
         absent = set(missing(config))
         states = [self._state(name, place, absent) for name, place in find_all(config).items()]
         with self._lock:
-            recent = time.monotonic() - self._changed < STEADY
+            recent = time.monotonic() - self._changed < SETTLE_SECONDS
             changing = recent or self._running is not None
         return FilesStatus(
             files=tuple(states),
@@ -119,7 +121,7 @@ class HubFiles:
         threading.Thread(target=self._fetch, args=(config, token), name="download", daemon=True).start()
 
     def cancel(self) -> None:
-        """Stops the download, or puts the message of a failed one away."""
+        """Stops the download, or dismisses the error of a failed one."""
         with self._lock:
             if self._running is not None:
                 self._running.cancel()
@@ -135,28 +137,28 @@ class HubFiles:
         repo, inside = hub_name(name) or ("", None)
         if name not in absent or inside is None:
             return FileState(name=name, ready=False)
-        self._ask(repo)
+        self._list(repo)
         files = [planned(self._source.repo(repo), file) for file in part(self._listings.get(repo, ()), inside)]
         size = sum(file.file.size for file in files) if files else None
         return FileState(name=name, ready=False, bytes=size, here=sum(file.here for file in files))
 
-    def _ask(self, repo: str) -> None:
-        """Has the repository listed, unless that was done or tried just now."""
+    def _list(self, repo: str) -> None:
+        """Lists the repository in the background, unless that was done or tried recently."""
         with self._lock:
-            if repo in self._listings or time.monotonic() - self._asked.get(repo, -ASK_AGAIN) < ASK_AGAIN:
+            if repo in self._listings or time.monotonic() - self._listed_at.get(repo, -RETRY_SECONDS) < RETRY_SECONDS:
                 return
-            self._asked[repo] = time.monotonic()
+            self._listed_at[repo] = time.monotonic()
 
-        def ask() -> None:
+        def list_repo() -> None:
             try:
                 listing = list_files(self._source, repo)
-            except LightX2VError as error:  # the download will say it to somebody who asked for one
+            except LightX2VError as error:  # a download will show the same error
                 log.debug("%s", error)
                 return
             with self._lock:
                 self._listings[repo], self._changed = listing, time.monotonic()
 
-        threading.Thread(target=ask, name="list", daemon=True).start()
+        threading.Thread(target=list_repo, name="list", daemon=True).start()
 
     def _fetch(self, config: EngineConfig, token: CancelToken) -> None:
         error = ""

@@ -95,14 +95,14 @@ class Studio:
 
     @property
     def tasks(self) -> dict[str, str]:
-        """Preset name -> task, of those on offer."""
+        """{preset: task} of the presets on offer."""
         return {info.name: info.task for info in self.presets}
 
     def for_task(self, task: str) -> list[PresetInfo]:
         return [info for info in self.presets if info.task == task]
 
     def default_for(self, task: str, like: str = "") -> str:
-        """The preset of `task` that is most like the one named `like`: the same variant, demo or not."""
+        """The preset of `task` most like the one named `like`: demo or not, and of the same variant."""
         wanted = next((info for info in self.presets if info.name == (like or self.default_preset)), None)
         offered = self.for_task(task)
         if wanted is None or not offered:
@@ -110,7 +110,7 @@ class Studio:
         return max(offered, key=lambda info: (info.demo == wanted.demo, info.variant == wanted.variant)).name
 
     def _choose_default(self) -> str:
-        """The first real preset whose files are here, on a machine with a GPU; else the demo in four steps."""
+        """On a machine with a GPU the first real preset whose files are here; else the four-step demo."""
         if self.machine().gpu:
             for info in sorted(self.presets, key=lambda info: -VARIANTS.index(info.variant)):
                 if not info.demo and self.files.status(settings_of(info.name).engine).ready:
@@ -121,17 +121,17 @@ class Studio:
     # ---- predictions --------------------------------------------------------------------------------------------
 
     def predict(self, config: EngineConfig, request: Request) -> Prediction | None:
-        """How long this will take here; loading counts unless this very engine will be in memory when it begins."""
+        """How long this run will take on this machine, with loading unless its engine will be in memory by then."""
         return self._predict(config, request, self._next_engine)
 
     def not_predicted(self, config: EngineConfig, request: Request, prediction: Prediction) -> list[str]:
-        """Of "load" and "image", what this run will do and what nothing is known of yet."""
-        comes = {"load": config != self._next_engine, "image": "image" in self._work(config, request).calls}
-        return [stage for stage, does in comes.items() if does and stage not in prediction.stages]
+        """Which of the stages "load" and "image" this run will have although their time is still unknown."""
+        stages = {"load": config != self._next_engine, "image": "image" in self._work(config, request).calls}
+        return [stage for stage, present in stages.items() if present and stage not in prediction.stages]
 
     @property
     def _next_engine(self) -> EngineConfig | None:
-        """The one that will be in memory when all that is queued has run."""
+        """The engine that will be in memory once every queued job has run."""
         before = self.jobs.list(states=("queued", "running"), limit=1)
         return before[0].config if before else self._engine
 
@@ -140,34 +140,28 @@ class Studio:
         return self.loaded.config if self.loaded is not None else None
 
     def _predict(self, config: EngineConfig, request: Request, engine: EngineConfig | None) -> Prediction | None:
-        """`engine` is the one that is in memory when the run begins."""
+        """`engine` is the one in memory when the run starts."""
         work, loaded = self._work(config, request), engine == config
         return self._rates.predict(self.machine().name, engine_key(config), work, loaded=loaded)
 
     @property
     def room(self) -> int | None:
-        """Bytes of VRAM for a run: what is free, and what our own loaded model takes; None without a GPU."""
+        """Bytes of VRAM that a run may use: free memory plus our own loaded model's; None without a GPU."""
         machine = self.machine()
         if machine.vram_free is None or self.loaded is None:
             return machine.vram_free
         return max(machine.vram_free, self._room_at_start)
 
     def memory_need(self, config: EngineConfig, request: Request) -> int | None:
-        """Bytes of VRAM at the highest, None without a GPU."""
+        """Peak VRAM of the run in bytes; None without a GPU."""
         room = self.room
         if room is None:
             return None
         return bytes_needed(config, request, vram=room, ram=self.machine().ram_free)
 
-    def predicted_for(self, job_id: str) -> float | None:
-        """What was predicted when the job was submitted."""
-        found = self._predicted.get(job_id)
-        return found.seconds if found is not None else None
-
-    def expected_of(self, job_id: str) -> dict[str, float]:
-        """The same by stage; nothing where nothing was known."""
-        found = self._predicted.get(job_id)
-        return found.stages if found is not None else {}
+    def prediction_of(self, job_id: str) -> Prediction | None:
+        """The prediction made when the job was submitted or edited; None if nothing was measured before."""
+        return self._predicted.get(job_id)
 
     def _seconds(self, config: EngineConfig, request: Request) -> float | None:
         prediction = self._predict(config, request, self._engine)
@@ -216,16 +210,13 @@ class Studio:
         self.loaded = None
 
     def learn(self, config: EngineConfig, request: Request, seconds: dict[str, float]) -> None:
-        """Remembers what a finished run took, by stage."""
+        """Records the seconds that each stage of a finished run took."""
         self._rates.record(self.machine().name, engine_key(config), self._work(config, request), seconds)
 
-    # ---- runs of one visitor ------------------------------------------------------------------------------------
+    # ---- runs of one owner --------------------------------------------------------------------------------------
 
     def submit(self, config: EngineConfig, request: Request, *, owner: str, preset: str) -> Job:
-        """Queues a run and keeps what was predicted for it.
-
-        Of a page that others reach, these cannot make this machine download a model.
-        """
+        """Queues a run and keeps its prediction. On a page that others can reach, it never starts a model download."""
         self._check_files(config, preset)
         prediction = self.predict(config, request)
         job = self.jobs.submit(config, request, owner=owner, preset=preset)
@@ -233,7 +224,7 @@ class Studio:
         return job
 
     def edit(self, job: Job, config: EngineConfig, request: Request, *, preset: str) -> None:
-        """Gives a run that waits other settings, as `submit` would take them; it keeps its place."""
+        """Changes the settings of a queued run, which keeps its place."""
         self._check_files(config, preset)
         prediction = self.predict(config, request)
         self.jobs.edit(job.id, request, config=config, preset=preset)
@@ -242,8 +233,8 @@ class Studio:
     def _check_files(self, config: EngineConfig, preset: str) -> None:
         if self.exposure.open_to_others and not self.exposure.hosted and not self.files.status(config).ready:
             raise BadRequest(
-                f"The model files of {preset} are not on this machine. Choose another preset; whoever runs the page "
-                f"can fetch them with python -m lightx2v.download {preset}."
+                f"The model files of {preset} are not on this machine. Choose another preset, or ask the page's owner "
+                f"to download them with: python -m lightx2v.download {preset}"
             )
 
     def _expect(self, job_id: str, prediction: Prediction | None) -> None:
@@ -267,7 +258,7 @@ class Studio:
             return None
 
     def swap(self, first: Job, second: Job) -> None:
-        """Exchanges two waiting runs of one visitor; nobody else's run moves."""
+        """Exchanges two queued runs of one owner; no other run moves."""
         places = [first.position, second.position]
         if places[0] is not None and places[1] is not None:
             early, late = (first, second) if places[0] < places[1] else (second, first)
@@ -286,17 +277,17 @@ class Studio:
         return SAMPLE if SAMPLE.is_file() else None
 
     def video_of(self, job_id: str) -> Path | None:
-        """The video of a run; ids cannot be guessed, so having one is the permission."""
+        """The video of a run. Ids cannot be guessed, so knowing one is the permission."""
         job = self._find(job_id)
         return existing(job.path, self.folder) if job is not None else None
 
     def preview_of(self, job_id: str) -> bytes | None:
-        """The latest picture of the latents; the poster when the run ended in between."""
+        """The latest preview of the latents, or the poster once the run has ended."""
         job = self._find(job_id)
         return job.preview or self.poster_of(job_id) if job is not None else None
 
     def poster_of(self, job_id: str) -> bytes | None:
-        """A small picture of a run's middle frame, made once."""
+        """A small image of the run's middle frame, created once."""
         job, video = self._find(job_id), self.video_of(job_id)
         if job is None or video is None:
             return None
@@ -308,9 +299,9 @@ class Studio:
                     self._posters.mkdir(exist_ok=True)
                     new = poster.with_suffix(".new")
                     new.write_bytes(data)
-                    new.replace(poster)  # half a poster, of a full disk or a kill, would be kept for ever
+                    new.replace(poster)  # a full disk or a kill must not leave half a poster
                 except (LightX2VError, OSError) as error:
-                    log.warning("No poster for %s: %s", job_id, error)
+                    log.warning("Could not create a poster for %s: %s", job_id, error)
                     return None
             return poster.read_bytes()
 
@@ -330,12 +321,12 @@ class Studio:
 
 @lru_cache(maxsize=128)
 def settings_of(preset: str) -> Resolved:
-    """What a shipped preset means. Presets do not change while the app runs."""
+    """The settings of a shipped preset, which do not change while the app runs."""
     return resolve(preset)
 
 
 def _remember(table: OrderedDict[str, Any], key: str, value: Any) -> None:
-    """Adds to a table that keeps the last thousand."""
+    """Adds to a table of at most a thousand entries."""
     table[key] = value
     if len(table) > 1000:
         table.popitem(last=False)

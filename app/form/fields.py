@@ -13,6 +13,7 @@ from dataclasses import dataclass, fields
 from typing import Any, Self
 
 from lightx2v.config.engine_config import EngineConfig
+from lightx2v.config.lora_names import expert_of, partner_names
 from lightx2v.config.presets import resolve
 from lightx2v.config.request import LoraSpec, Request
 from lightx2v.errors import BadRequest
@@ -146,10 +147,8 @@ def fields_of(preset: str, config: EngineConfig, request: Request) -> dict[str, 
 
 
 def pair_of(high: str) -> str:
-    """The low-noise file that goes with a high-noise one, by its name; "" where the name does not tell."""
-    folder, slash, name = high.rpartition("/")
-    paired = re.sub(r"high", lambda m: {"high": "low", "High": "Low", "HIGH": "LOW"}.get(m[0], "low"), name, flags=re.I)
-    return folder + slash + paired if paired != name else ""
+    """The low-noise file that belongs to a high-noise one, by its name; "" where the name does not tell."""
+    return next(iter(partner_names(high)), "") if expert_of(high) == "high" else ""
 
 
 def size_of(tier: int, shape: str) -> tuple[int, int]:

@@ -1,4 +1,4 @@
-"""Cards of runs: the strip of past ones, and the queue."""
+"""Cards of runs: the history and the queue."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from .report import peak_vram
 
 
 def history(words: Words, jobs: Sequence[Job], current: str, compared: Sequence[str]) -> str:
-    """Past runs, newest first. A card restores its run; the small buttons compare and delete."""
+    """Past runs, newest first. A card shows its run; its small buttons compare and delete it."""
     hint = tag("span", esc(words("drop_hint")), class_="quiet")
     head = tag("header", tag("h2", esc(words("history"))) + hint)
     if not jobs:
@@ -24,33 +24,29 @@ def history(words: Words, jobs: Sequence[Job], current: str, compared: Sequence[
 
 
 def queue(words: Words, jobs: Sequence[Job], editing: str) -> str:
-    """Runs to come, in order, when there is more than the one that runs. An empty text else."""
+    """The running job and those that wait, in order; "" if nothing waits behind another run."""
     waiting = sorted((job for job in jobs if job.state == "queued"), key=lambda job: job.position or 0)
     running = [job for job in jobs if job.state == "running"]
     if not waiting or len(waiting) + len(running) < 2:
         return ""
     rows = [_running(words, job) for job in running]
-    for place, job in enumerate(waiting):
-        rows.append(_waiting(words, job, place, len(waiting), editing=job.id == editing))
-    head = tag(
-        "header", tag("h2", esc(words("queue"))) + tag("span", esc(words("n_waiting", n=len(waiting))), class_="quiet")
-    )
+    rows += [_waiting(words, job, i, len(waiting), editing=job.id == editing) for i, job in enumerate(waiting)]
+    count = tag("span", esc(words("n_waiting", n=len(waiting))), class_="quiet")
+    head = tag("header", tag("h2", esc(words("queue"))) + count)
     return tag("section", head + tag("ol", "".join(rows), class_="queue"), class_="card", aria_label=words("queue"))
 
 
 def _card(words: Words, job: Job, *, current: bool, compared: bool) -> str:
     prompt = job.request.prompt
     done = job.state == "succeeded"
-    picture = (
-        tag("img", src=f"studio/{job.id}/poster.jpg", alt="", loading="lazy")
-        if done
-        else tag("span", esc(words("state_" + job.state)), class_="nopicture")
-    )
+    picture = tag("span", esc(words("state_" + job.state)), class_="nopicture")
+    if done:
+        picture = tag("img", src=f"studio/{job.id}/poster.jpg", alt="", loading="lazy")
     texts = tag("span", esc(prompt), class_="prompt") + tag("span", esc(_summary(words, job)), class_="quiet")
-    open_name = words("restore_run", prompt=prompt[:80])
     main = tag(
         "button", picture + texts, type="button", class_="open", data_act="restore", data_id=job.id,
-        aria_label=open_name, title=prompt[:300], aria_current="true" if current else None,
+        aria_label=words("restore_run", prompt=prompt[:80]), title=prompt[:300],
+        aria_current="true" if current else None,
     )  # fmt: skip
     tools = icon_button("trash", "delete", words("delete_run", prompt=prompt[:40]), id=job.id)
     if done:
@@ -75,12 +71,12 @@ def _running(words: Words, job: Job) -> str:
 
 
 def _waiting(words: Words, job: Job, place: int, count: int, *, editing: bool) -> str:
-    what = job.request.prompt[:40]
+    prompt = job.request.prompt[:40]
     tools = [
-        icon_button("up", "up", words("move_up", prompt=what), disabled=place == 0, id=job.id),
-        icon_button("down", "down", words("move_down", prompt=what), disabled=place == count - 1, id=job.id),
-        icon_button("edit", "edit", words("edit_run", prompt=what), id=job.id),
-        icon_button("close", "cancel", words("cancel_run", prompt=what), id=job.id),
+        icon_button("up", "up", words("move_up", prompt=prompt), disabled=place == 0, id=job.id),
+        icon_button("down", "down", words("move_down", prompt=prompt), disabled=place == count - 1, id=job.id),
+        icon_button("edit", "edit", words("edit_run", prompt=prompt), id=job.id),
+        icon_button("close", "cancel", words("cancel_run", prompt=prompt), id=job.id),
     ]
     return _row(words, job, str(place + 1), "".join(tools), "editing" if editing else "")
 

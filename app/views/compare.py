@@ -1,4 +1,4 @@
-"""Two runs side by side, what differs between them, and the times and memory measured on this machine."""
+"""The Compare tab: two runs side by side with their differences, and a table of all runs made on this machine."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from lightx2v.jobs.store import Job
 from ..strings import Words
 from . import numbers
 from .html import button, esc, tag
-from .report import made_in, peak_vram, step_seconds
+from .report import peak_vram, seconds_without_loading, step_seconds
 
 SHOWN_ALWAYS = ("prompt", "seed")
 NOT_COMPARED = ("image_path", "last_frame_path", "task")
@@ -22,10 +22,15 @@ _GUIDED = {
     (True, False): "phase_high",
     (False, True): "phase_low",
 }
+"""Which experts use guidance -> the key of its words."""
+_COLUMNS = (
+    *("preset", "size", "steps", "guidance", "offload", "device"),
+    *("total", "a_step_short", "phase_decode", "peak_vram", "peak_ram", "runs"),
+)
 
 
 def compare(words: Words, jobs: Sequence[Job]) -> str:
-    """The tab's upper part for none, one or two chosen runs."""
+    """Two chosen runs with their differences, or how to choose them."""
     if len(jobs) < 2:
         text = words("compare_one") if jobs else words("compare_empty")
         return tag("section", tag("p", esc(text), class_="quiet empty"), class_="card")
@@ -35,50 +40,26 @@ def compare(words: Words, jobs: Sequence[Job]) -> str:
     seek = tag("input", type="range", min=0, max=1000, value=0, class_="seek", aria_label=words("seek_both"))
     actions = button(words("swap"), "swap") + button(words("clear"), "clear")
     controls = tag("div", play + seek + actions, class_="row controls")
-    return tag(
-        "section", tag("div", videos, class_="pair") + controls + _table(words, left, right), class_="card compare"
-    )
+    content = tag("div", videos, class_="pair") + controls + _table(words, left, right)
+    return tag("section", content, class_="card compare")
 
 
 def benchmark(words: Words, jobs: Sequence[Job]) -> str:
-    """One row for each kind of run that came to its end; the tutorial's table from this machine's runs."""
-    groups: dict[tuple[str, str, int, str, str, str], list[Job]] = defaultdict(list)
+    """One row for each kind of finished run: the tutorial's table with this machine's times."""
+    groups: dict[tuple[Any, ...], list[Job]] = defaultdict(list)
     for job in jobs:
         if job.state == "succeeded" and job.result:
             request, result = job.request, job.result
             size = f"{result.get('width', request.width)} × {result.get('height', request.height)} × {request.frames}"
-            offload = {True: "on", False: "off"}.get(job.config.cpu_offload, "auto")  # type: ignore[call-overload]
-            guided = words(_GUIDED[request.guided])
-            device = str(result.get("device", ""))
-            task = words("mode_" + ("t2v" if request.task == "t2v" else "i2v"))
-            kind = (
-                f"{task} · {words.preset(job.preset)}",
-                size,
-                request.steps,
-                guided,
-                words("offload_" + offload),
-                device,
-            )
-            groups[kind].append(job)
+            offload = "auto" if job.config.cpu_offload == "auto" else "on" if job.config.cpu_offload else "off"
+            preset = f"{words('mode_' + ('t2v' if request.task == 't2v' else 'i2v'))} · {words.preset(job.preset)}"
+            kind = (preset, size, request.steps, words(_GUIDED[request.guided]), words("offload_" + offload))
+            groups[*kind, str(result.get("device", ""))].append(job)
     head = tag("header", tag("h2", esc(words("benchmark"))) + tag("span", esc(words("benchmark_hint")), class_="quiet"))
     if not groups:
         return tag("section", head + tag("p", esc(words("benchmark_empty")), class_="quiet empty"), class_="card")
-    names = (
-        "preset",
-        "size",
-        "steps",
-        "guidance",
-        "offload",
-        "device",
-        "total",
-        "a_step_short",
-        "phase_decode",
-        "peak_vram",
-        "peak_ram",
-        "runs",
-    )
-    top = tag("tr", "".join(tag("th", esc(words(name)), scope="col") for name in names))
-    rows = sorted(((_measured(group), key, len(group)) for key, group in groups.items()), key=lambda row: row[1])
+    top = tag("tr", "".join(tag("th", esc(words(name)), scope="col") for name in _COLUMNS))
+    rows = sorted(((_figures(group), key, len(group)) for key, group in groups.items()), key=lambda row: row[1])
     body = "".join(
         tag("tr", tag("th", esc(key[0]), scope="row") + "".join(tag("td", esc(c)) for c in (*key[1:], *values, runs)))
         for values, key, runs in rows
@@ -88,7 +69,7 @@ def benchmark(words: Words, jobs: Sequence[Job]) -> str:
 
 
 def settings_of(job: Job) -> dict[str, str]:
-    """What may differ between two runs, as text."""
+    """The settings in which two runs may differ, as text."""
     data: dict[str, Any] = job.request.to_json()
     data["seed"] = (job.result or {}).get("seed", job.request.seed)
     shown = {"preset": job.preset, "cpu_offload": job.config.cpu_offload}
@@ -106,7 +87,11 @@ def _video(words: Words, job: Job, side: str) -> str:
     )  # fmt: skip
     timings = (job.result or {})["timings"]
     vram = peak_vram(timings)
-    facts = [words.preset(job.preset), numbers.seconds(made_in(timings)), numbers.memory(vram[0]) if vram else ""]
+    facts = [
+        words.preset(job.preset),
+        numbers.seconds(seconds_without_loading(timings)),
+        numbers.memory(vram[0]) if vram else "",
+    ]
     caption = tag("strong", side) + tag("span", esc(" · ".join(filter(None, facts))), class_="quiet")
     poster = tag("img", src=f"studio/{job.id}/poster.jpg", alt="", class_="ambient")
     return tag("figure", tag("div", poster + video, class_="stage") + tag("figcaption", caption))
@@ -125,13 +110,13 @@ def _table(words: Words, left: Job, right: Job) -> str:
     return tag("table", tag("thead", top) + tag("tbody", "".join(rows)), class_="diff") + note
 
 
-def _measured(jobs: Sequence[Job]) -> list[str]:
+def _figures(jobs: Sequence[Job]) -> list[str]:
     timings = [(job.result or {})["timings"] for job in jobs]
     steps = [s for s in map(step_seconds, timings) if s is not None]
     decode = [t["seconds"].get("decode", 0.0) for t in timings]
     vram = [peak[0] for peak in map(peak_vram, timings) if peak]
     return [
-        numbers.seconds(statistics.median(map(made_in, timings))),
+        numbers.seconds(statistics.median(map(seconds_without_loading, timings))),
         numbers.seconds(statistics.median(steps)) if steps else "–",
         numbers.seconds(statistics.median(decode)),
         numbers.memory(max(vram)) if vram else "–",

@@ -1,4 +1,4 @@
-"""Small pieces of HTML. Whatever a person or a file says goes through `esc`, here and in every module that uses it."""
+"""Building blocks of HTML. Here and in every caller, text from people and files goes through `esc`."""
 
 from __future__ import annotations
 
@@ -6,14 +6,15 @@ from html import escape
 
 
 def esc(value: object) -> str:
-    """Text for HTML, in content and in attributes."""
+    """Escapes text for use in content and in attributes."""
     return escape(str(value), quote=True)
 
 
 def tag(name: str, content: str = "", /, **attributes: object) -> str:
-    """An element around `content`, which is HTML already. `class_` and `data_act` lose and change their underscores.
+    """An element around `content`, which is HTML already.
 
-    An attribute that is None or False is left out, True has no value; all others are escaped here.
+    Attributes: `class_` becomes class and `data_act` data-act; None and False leave one out, True gives it no value,
+    and all other values are escaped here.
     """
     parts = [name]
     for key, value in attributes.items():
@@ -27,14 +28,14 @@ def tag(name: str, content: str = "", /, **attributes: object) -> str:
 
 
 def button(label: str, act: str, *, kind: str = "", name: str | None = None, **data: object) -> str:
-    """A button that the page's script reports with its data-* values. `name` is what a screen reader says."""
+    """A button whose clicks the page's script sends with its data-* values. Screen readers read `name`."""
     values = {f"data_{key}": value for key, value in data.items()}
     classes = f"btn {kind}".strip()
     return tag("button", esc(label), type="button", class_=classes, data_act=act, aria_label=name, title=name, **values)
 
 
 def icon_button(icon: str, act: str, name: str, *, disabled: bool = False, **data: object) -> str:
-    """A button that shows one of ICONS and says `name`."""
+    """A button that shows one of ICONS. Screen readers read `name`."""
     values = {f"data_{key}": value for key, value in data.items()}
     return tag(
         "button", ICONS[icon], type="button", class_="btn icon", data_act=act, aria_label=name, title=name,

@@ -1,10 +1,10 @@
-"""Numbers as people read them: the same form everywhere on the page, with figures of equal width."""
+"""Numbers for people: times and sizes in one format everywhere on the page."""
 
 from __future__ import annotations
 
 GIBIBYTE = 2**30
 NARROW = "\u202f"
-"""A narrow space that does not break: between a number and its unit."""
+"""The narrow no-break space between a number and its unit."""
 
 
 def seconds(value: float) -> str:
@@ -22,7 +22,7 @@ def seconds(value: float) -> str:
 
 
 def about(value: float) -> str:
-    """A time that is not exact: no digits that it does not have."""
+    """An estimated time, with no more digits than it deserves."""
     if value < 10:
         return f"{value:.1f}{NARROW}s"
     if value < 120:
@@ -34,22 +34,15 @@ def about(value: float) -> str:
     return f"{value / 86400:.0f}{NARROW}d"
 
 
-def clock(value: float) -> str:
-    """0:07, 1:01, 1:02:03."""
-    whole = max(0, int(value))
-    hours, minutes = whole // 3600, whole // 60 % 60
-    return f"{hours}:{minutes:02}:{whole % 60:02}" if hours else f"{minutes}:{whole % 60:02}"
-
-
 def memory(value: float) -> str:
-    """Bytes of memory, as the drivers count them: GiB, or MiB under one of those."""
+    """Bytes of memory in GiB, as drivers count them, or in MiB below one GiB."""
     if value < GIBIBYTE:
         return f"{value / 2**20:.0f}{NARROW}MiB"
     return f"{value / GIBIBYTE:.1f}{NARROW}GiB"
 
 
 def size(value: float) -> str:
-    """Bytes of a file, as shops count them."""
+    """Bytes of a file in GB, as disks are sold."""
     for unit, step in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
         if value >= step:
             return f"{value / step:.1f}{NARROW}{unit}"

@@ -1,4 +1,4 @@
-"""HTML of the page's fixed parts: header, preset list, cost line, crop preview, model files."""
+"""The fixed panels: header, preset list, cost line, crop preview, model files."""
 
 from __future__ import annotations
 
@@ -20,10 +20,10 @@ from . import numbers
 from .html import button, esc, tag
 
 TIGHT = 0.9
-"""Above this share of the free memory a run is called tight: other programs also take some."""
+"""A run that needs more than this share of the free memory is marked as tight: other programs need some too."""
 
 TOO_SLOW = 48 * 3600
-"""Seconds above which a number says less than a word."""
+"""Above this many seconds the page says "days" instead of a number."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -39,7 +39,7 @@ class PresetOption:
 
 
 def header(words: Words, machine: Machine, loaded: str, exposure: Exposure, *, alive: bool) -> str:
-    """Name, machine, what is loaded; language and theme."""
+    """The header: name, machine, loaded model, language and theme."""
     if machine.vram_free is not None and machine.vram_total is not None:
         free = words("memory_free", free=numbers.memory(machine.vram_free), total=numbers.memory(machine.vram_total))
         name = f"{machine.name} · {free}"
@@ -65,21 +65,22 @@ def header(words: Words, machine: Machine, loaded: str, exposure: Exposure, *, a
             data_name=name,
             lang=name,
             aria_pressed="true" if words.language == name else "false",
-        )  # fmt: skip
+        )
         for name, label in LANGUAGES.items()
     )
     half = '<svg viewBox="0 0 16 16" width="16" height="16" aria-hidden="true"><circle cx="8" cy="8" r="6" fill="none" '
     half += 'stroke="currentColor" stroke-width="1.5"/><path d="M8 2a6 6 0 0 1 0 12z" fill="currentColor"/></svg>'
     theme = tag("button", half, type="button", class_="btn icon", data_act="theme", aria_label=words("theme"))
     tools = tag("div", languages, class_="segment", role="group", aria_label=words("language")) + theme
-    title = tag("h1", esc(words("title")))
-    return tag(
-        "header", title + tag("div", "".join(chips), class_="chips") + tag("div", tools, class_="tools"), class_="top"
-    )
+    content = tag("h1", esc(words("title"))) + tag("div", "".join(chips), class_="chips")
+    return tag("header", content + tag("div", tools, class_="tools"), class_="top")
 
 
 def preset_list(words: Words, presets: Sequence[PresetOption], chosen: str, room: int | None) -> str:
-    """A button that shows the chosen preset, and the list of all with time, memory and download."""
+    """A button with the chosen preset, and the list of all presets with time, memory and download size.
+
+    `room` is the VRAM in bytes that a run may use, None without a GPU.
+    """
     current = next((option for option in presets if option.name == chosen), presets[0])
     options = "".join(_option(words, option, room, chosen=option is current) for option in presets)
     label = tag("span", esc(words("preset")), class_="label", id="preset-label")
@@ -103,8 +104,10 @@ def cost_line(
     unknown: Sequence[str] = (),
     reserve: int | None = None,
 ) -> str:
-    """Under the button: seconds, and which stages they leave out because they are `unknown`; memory against the `room`
-    there is, bytes to download; or the lent GPU's seconds."""
+    """The line under the button: time, memory needed of the `room` there is, and bytes to download.
+
+    `count` videos are to be made. The time leaves out the stages in `unknown`. `reserve`: ZeroGPU seconds.
+    """
     parts = [_time(words, prediction, count, unknown)]
     if need is not None and room is not None:
         level, key = _level(need, room)
@@ -115,30 +118,26 @@ def cost_line(
 
 
 def demo_note(words: Words, unknown: Sequence[str]) -> str:
-    """The line that names what of a prompt the demo model does not know. It keeps its place where there is nothing."""
-    said = words("demo_unknown", words=", ".join(unknown)) if unknown else ""
-    return tag("p", esc(said), class_="cost one-line", role="status", title=said or None)
+    """Names the words of a prompt that the demo model does not know. Without any the line stays, empty."""
+    text = words("demo_unknown", words=", ".join(unknown)) if unknown else ""
+    return tag("p", esc(text), class_="cost one-line", role="status", title=text or None)
 
 
 def problem(message: str) -> str:
-    """In place of the cost: why this cannot be made as it is."""
+    """An error in place of the cost line."""
     return tag("p", esc(message), class_="cost problem", role="alert")
 
 
 def crop_preview(words: Words, picture: Image.Image | None, framing: Framing | None) -> str:
-    """The picture with the part that the model sees left bright."""
+    """The picture, with everything dimmed that the model does not see."""
     if picture is None or framing is None:
         return tag("p", esc(words("crop_none")), class_="quiet crop-empty")
     data = base64.b64encode(jpeg(picture, max_side=320)).decode()
     left, top, right, bottom = framing.box
     width, height = picture.size
-    place = {
-        "left": left / width,
-        "top": top / height,
-        "width": (right - left) / width,
-        "height": (bottom - top) / height,
-    }
-    style = ";".join(f"{name}:{100 * share:.3f}%" for name, share in place.items())
+    shares = (left / width, top / height, (right - left) / width, (bottom - top) / height)
+    names = ("left", "top", "width", "height")
+    style = ";".join(f"{name}:{100 * share:.3f}%" for name, share in zip(names, shares, strict=True))
     image = tag("img", src=f"data:image/jpeg;base64,{data}", alt="")
     figure = tag("div", image + tag("i", "", class_="window", style=style), class_="crop")
     sizes = words("crop_sizes", from_size=f"{width} × {height}", to_size=f"{framing.width} × {framing.height}")
@@ -148,7 +147,7 @@ def crop_preview(words: Words, picture: Image.Image | None, framing: Framing | N
 
 
 def file_list(words: Words, status: FilesStatus) -> str:
-    """What each part of the model is, has and lacks; the download and what is free on the disk."""
+    """The model's files with their sizes and whether they are here; the download; free disk space."""
     rows = []
     for file in status.files:
         state = tag("span", esc(words("have" if file.ready else "lacks")), class_="ok" if file.ready else "over")
@@ -173,7 +172,7 @@ def file_list(words: Words, status: FilesStatus) -> str:
 
 
 def part_of(name: str) -> str:
-    """Which part of a model a file is, by its name."""
+    """The part of the model that a file is, from its name."""
     known = (
         ("lora", "lora"), ("config.json", "config"), ("high_noise", "high"), ("low_noise", "low"), ("t5_umt5", "text"),
         ("umt5-xxl", "tokenizer"), ("VAE", "vae"),
@@ -204,7 +203,7 @@ def _option(words: Words, option: PresetOption, room: int | None, *, chosen: boo
 
 
 def _level(need: int, free: int) -> tuple[str, str]:
-    """The class and the words for a need of memory against what is free."""
+    """CSS class and text key for a need of memory and what is free."""
     if need > free:
         return "over", "cost_over"
     return ("tight", "cost_tight") if need > TIGHT * free else ("ok", "cost_fits")
@@ -215,7 +214,7 @@ def _time(words: Words, prediction: Prediction | None, count: int, unknown: Sequ
         return esc(words("cost_unknown"))
     if prediction.seconds > TOO_SLOW:
         return tag("strong", esc(words("cost_days")))
-    load = prediction.stages.get("load", 0.0) if count > 1 else 0.0  # several videos wait for it once
+    load = prediction.stages.get("load", 0.0) if count > 1 else 0.0  # several videos load only once
     key = "cost_assumed" if prediction.source == "assumed" else "cost_time"
     text = words(key, time=numbers.about(prediction.seconds - load))
     more = [words(f"cost_{stage}") for stage in dict.fromkeys([*(["load"] if load else []), *unknown])]

@@ -1,4 +1,4 @@
-"""The right side for one visitor, as HTML."""
+"""Renders the right side and the header of the page for one session."""
 
 from __future__ import annotations
 
@@ -36,11 +36,11 @@ class Outputs:
 
     @property
     def rendered(self) -> set[Any]:
-        """Those that `render` fills."""
+        """The components that `render` fills."""
         return {getattr(self, name) for name in PARTS}
 
     def relabel(self, words: Words) -> dict[Any, Any]:
-        """What is no HTML of ours, in another language."""
+        """Labels, in another language, of the components that are not our own HTML."""
         create, compare = self.tabs
         return {
             create: gr.Tab(label=words("tab_create")),
@@ -50,14 +50,15 @@ class Outputs:
 
 
 def render(studio: Studio, words: Words, view: ViewState) -> dict[str, str]:
-    """HTML of every part of PARTS."""
+    """{part: HTML} for every name in PARTS."""
+    past = [job for job in view.runs if job.over]
     return {
         "top": _top(studio, words),
         "stage": stage(words, view.job, sample=studio.sample is not None, uploaded=view.session.uploaded),
         "status": _status(studio, words, view),
         "report": _report(studio, words, view),
         "queue": cards.queue(words, view.runs, view.session.editing),
-        "history": cards.history(words, _past(view), view.session.job, view.session.compared),
+        "history": cards.history(words, past, view.session.job, view.session.compared),
         "compare": comparison.compare(words, view.compared),
         "benchmark": comparison.benchmark(words, view.runs),
     }
@@ -71,19 +72,16 @@ def _top(studio: Studio, words: Words) -> str:
 
 def _status(studio: Studio, words: Words, view: ViewState) -> str:
     options = retry_options(words, view.job, offload=studio.exposure.shows_paths and studio.machine().gpu)
-    expected = studio.expected_of(view.job.id) if view.job is not None else {}
-    return status(words, view.job, options, ahead=view.ahead, expected=expected)
+    prediction = studio.prediction_of(view.job.id) if view.job is not None else None
+    return status(words, view.job, options, ahead=view.ahead, expected=prediction.stages if prediction else {})
 
 
 def _report(studio: Studio, words: Words, view: ViewState) -> str:
     done = view.finished
-    predicted = studio.predicted_for(done.id) if done else None
+    prediction = studio.prediction_of(done.id) if done else None
     on_stage = done is not None and not view.session.uploaded and view.job is not None and view.job.id == done.id
+    exposure, predicted = studio.exposure, prediction.seconds if prediction else None
     return report(
-        words, done, predicted=predicted, address=studio.address, key=bool(studio.exposure.password),
-        paths=studio.exposure.shows_paths, earlier=not on_stage,
+        words, done, predicted=predicted, address=studio.address, key=bool(exposure.password),
+        paths=exposure.shows_paths, earlier=not on_stage,
     )  # fmt: skip
-
-
-def _past(view: ViewState) -> list[Any]:
-    return [job for job in view.runs if job.over]

@@ -1,4 +1,4 @@
-"""What a finished run cost, as figures, one bar and a table; and the same run for other faces to repeat."""
+"""The report of a finished run: time and memory as figures, a bar and a table; and snippets that repeat the run."""
 
 from __future__ import annotations
 
@@ -22,50 +22,47 @@ def report(
     job: Job | None,
     *,
     predicted: float | None = None,
-    can_continue: bool = True,
     address: str = ADDRESS,
     key: bool = False,
     paths: bool = True,
     earlier: bool = False,
 ) -> str:
-    """The panel under the stage for the last finished run; an empty text before there is one. `earlier` says that the
-    stage shows something else by now."""
+    """The panel under the stage for the last finished run; "" before there is one.
+
+    `predicted` is the time predicted for it in seconds. `address`, `key` and `paths` are those of `snippets`. `earlier`
+    means that the stage shows something else by now.
+    """
     if job is None or job.state != "succeeded" or not job.result:
         return ""
-    result = job.result
+    result, texts = job.result, snippets(job, address=address, key=key, paths=paths)
     title = words("earlier_run" if earlier else "last_run")
     head = tag("h2", esc(title)) + tag("span", esc(_subtitle(words, job)), class_="quiet")
     parts = [
         tag("header", head),
         _chips(words, result, predicted),
         _bar(words, result["timings"]),
-        _buttons(words, job, can_continue=can_continue),
+        _buttons(words, job),
         *(tag("p", esc(warning), class_="warn") for warning in result.get("warnings", ())),
         tag("details", tag("summary", esc(words("details"))) + _details(words, job)),
-        tag(
-            "details",
-            tag("summary", esc(words("settings_as")))
-            + _snippets(words, snippets(job, address=address, key=key, paths=paths)),
-            class_="snippets",
-        ),
+        tag("details", tag("summary", esc(words("settings_as"))) + _snippets(words, texts), class_="snippets"),
     ]
     return tag("section", "".join(parts), class_="card report", aria_label=title)
 
 
 def step_seconds(timings: Mapping[str, Any]) -> float | None:
-    """Mean seconds of a denoising step without the first, which warms up."""
+    """Mean seconds per denoising step, without the first, which warms up."""
     times = [step["seconds"] for step in timings.get("steps", ())]
     times = times[1:] if len(times) > 2 else times
     return sum(times) / len(times) if times else None
 
 
-def made_in(timings: Mapping[str, Any]) -> float:
-    """Seconds without loading, which only the first run of an engine waits for."""
+def seconds_without_loading(timings: Mapping[str, Any]) -> float:
+    """Total seconds without loading, which only the first run of an engine waits for."""
     return timings["total"] - timings["seconds"].get("load", 0.0)
 
 
 def peak_vram(timings: Mapping[str, Any]) -> tuple[int, int] | None:
-    """(allocated, reserved) bytes at the highest; None without a GPU."""
+    """Highest (allocated, reserved) bytes; None without a GPU."""
     peaks = timings.get("peak_vram")
     if not peaks:
         return None
@@ -73,7 +70,7 @@ def peak_vram(timings: Mapping[str, Any]) -> tuple[int, int] | None:
 
 
 def stage_seconds(timings: Mapping[str, Any]) -> dict[str, float]:
-    """Seconds by phase of BAR: denoising split between the experts."""
+    """Seconds per phase of BAR, with denoising split between the experts."""
     seconds = dict(timings.get("seconds", {}))
     experts = timings.get("experts", {})
     denoise = seconds.pop("denoise", 0.0)
@@ -83,7 +80,7 @@ def stage_seconds(timings: Mapping[str, Any]) -> dict[str, float]:
 
 
 def attention_line(result: Mapping[str, Any]) -> str:
-    """Which backend ran and why, in one line."""
+    """The attention backends that ran, and why."""
     attention = result.get("attention") or {}
     names = " / ".join(dict.fromkeys(attention[part] for part in ("self", "cross") if part in attention))
     reason = attention.get("reason", "")
@@ -127,12 +124,12 @@ def _bar(words: Words, timings: Mapping[str, Any]) -> str:
     return tag("div", "".join(spans), class_="stack", aria_hidden="true") + tag("ul", "".join(legend), class_="legend")
 
 
-def _buttons(words: Words, job: Job, *, can_continue: bool) -> str:
+def _buttons(words: Words, job: Job) -> str:
     seed = (job.result or {}).get("seed", job.request.seed)
     row = [
         button(words("again_new_seed"), "again", id=job.id),
         button(words("same_seed"), "same_seed", id=job.id, seed=seed),
-        button(words("continue_last"), "last_frame", id=job.id) if can_continue else "",
+        button(words("continue_last"), "last_frame", id=job.id),
         button(words("compare"), "compare", id=job.id),
         tag("a", esc(words("download")), class_="btn", href=f"studio/{job.id}/video.mp4?download", download=True),
     ]
@@ -146,50 +143,43 @@ def _details(words: Words, job: Job) -> str:
     head = [words("stage"), words("time")] + ([words("allocated"), words("reserved")] if peaks else [])
     rows = []
     for stage in STAGES:
-        if stage not in timings["seconds"]:
-            continue
-        cells = [words("phase_" + stage), numbers.seconds(timings["seconds"][stage])]
-        if peaks:
-            peak = peaks.get(stage)
-            cells += [numbers.memory(peak["allocated"]), numbers.memory(peak["reserved"])] if peak else ["–", "–"]
-        rows.append(cells)
-        if stage == "denoise":
-            rows += [
-                [words("each_expert", expert=words("expert_" + expert)), time] for expert, time in _experts(timings)
-            ]
+        if stage in timings["seconds"]:
+            cells = [words("phase_" + stage), numbers.seconds(timings["seconds"][stage])]
+            if peaks:
+                peak = peaks.get(stage)
+                cells += [numbers.memory(peak["allocated"]), numbers.memory(peak["reserved"])] if peak else ["–", "–"]
+            rows.append(cells)
+            if stage == "denoise":
+                rows += _expert_rows(words, timings)
     table = _table(head, rows)
+    guidance = " / ".join(f"{scale:g}" for scale in job.request.guidance)
     facts = [
         (words("device"), result.get("device", "")),
         (words("attention"), attention_line(result)),
         (words("peak_ram"), numbers.memory(timings["peak_rss"])),
-        (
-            words("prompt_tokens"),
-            ", ".join(f"{words(k)} {v}" for k, v in (result.get("text_tokens") or {}).items()),
-        ),
+        (words("prompt_tokens"), ", ".join(f"{words(k)} {v}" for k, v in (result.get("text_tokens") or {}).items())),
         ("LoRA", _lora_line(words, result)),
         (words("memory"), str((result.get("plan") or {}).get("reason", ""))),
         (words("shift"), f"{job.request.shift:g}"),
-        (
-            words("guidance"),
-            " / ".join(f"{g:g}" for g in job.request.guidance) if any(job.request.guided) else words("off"),
-        ),
+        (words("guidance"), guidance if any(job.request.guided) else words("off")),
         (words("run"), job.id),
     ]
     items = (tag("dt", esc(name)) + tag("dd", esc(value)) for name, value in facts if value)
     return tag("div", table + tag("dl", "".join(items), class_="facts"), class_="details")
 
 
-def _experts(timings: Mapping[str, Any]) -> list[tuple[str, str]]:
-    found = []
+def _expert_rows(words: Words, timings: Mapping[str, Any]) -> list[list[str]]:
+    rows = []
     for expert in ("high", "low"):
         times = [step["seconds"] for step in timings.get("steps", ()) if step.get("expert") == expert]
         if times:
-            found.append((expert, f"{len(times)} × {numbers.seconds(sum(times) / len(times))}"))
-    return found
+            mean = numbers.seconds(sum(times) / len(times))
+            rows.append([words("each_expert", expert=words("expert_" + expert)), f"{len(times)} × {mean}"])
+    return rows
 
 
 def _lora_line(words: Words, result: Mapping[str, Any]) -> str:
-    """How much of each LoRA found its place."""
+    """How many tensors of each LoRA matched."""
     return "; ".join(
         words("lora_match", name=lora["path"].rsplit("/", 1)[-1], matched=lora["applied"], total=lora["total"])
         for lora in result.get("loras", ())
@@ -209,7 +199,6 @@ def _snippets(words: Words, texts: Mapping[str, str]) -> str:
     blocks = []
     for name, text in texts.items():
         copy = button(words("copy"), "copy", kind="small", name=words("copy_what", what=name))
-        blocks.append(
-            tag("figure", tag("figcaption", esc(name) + copy) + tag("pre", tag("code", esc(text)), tabindex=0))
-        )
+        code = tag("pre", tag("code", esc(text)), tabindex=0)
+        blocks.append(tag("figure", tag("figcaption", esc(name) + copy) + code))
     return "".join(blocks)

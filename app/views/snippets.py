@@ -1,10 +1,10 @@
-"""One run as text for other faces: command line, Python and HTTP, which repeat it, and all that it held as JSON."""
+"""Snippets: one run as a command line, Python or HTTP call that repeats it, and its settings as JSON."""
 
 from __future__ import annotations
 
 import json
 import shlex
-from dataclasses import MISSING, fields, replace
+from dataclasses import fields, replace
 from pathlib import PurePath
 from typing import Any
 
@@ -19,12 +19,12 @@ OVER_HTTP = {
     "frames": "num_frames", "steps": "num_inference_steps", "shift": "flow_shift", "guidance": "guidance_scale",
     "boundary": "boundary_ratio", "image_path": "input_reference", "last_frame_path": "last_frame_reference",
 }  # fmt: skip
-"""What /v1/videos calls a setting, where it has another name for it."""
+"""Names of settings in /v1/videos, where they differ from ours."""
 
 
 def snippets(job: Job, *, address: str = ADDRESS, key: bool = False, paths: bool = True) -> dict[str, str]:
-    """Name -> text, ready to be copied. `address` is the page's own, which asks for a key if `key`. Without `paths` a
-    picture is its bare name: where this machine keeps it is nobody's business on a page for others."""
+    """{name: text} ready to copy. `address` is the page's own URL, which needs a key if `key` is set. Without `paths` a
+    picture is named without its folder, so that a page for others does not reveal this machine's paths."""
     if not paths:
         pictures = {name: getattr(job.request, name) for name in ("image_path", "last_frame_path")}
         bare = {name: PurePath(path).name for name, path in pictures.items() if path}
@@ -35,19 +35,15 @@ def snippets(job: Job, *, address: str = ADDRESS, key: bool = False, paths: bool
 
 
 def changed_settings(job: Job) -> dict[str, Any]:
-    """The fields of the request that differ from the preset: what has to be said beside its name."""
-    below: dict[str, Any] = {}
+    """The fields of the request that differ from the preset."""
+    preset: dict[str, Any] = {}
     try:
-        below = resolve(job.preset).request if job.preset else {}
-    except LightX2VError:  # a preset that is gone; then everything is said
+        preset = resolve(job.preset).request if job.preset else {}
+    except LightX2VError:  # the preset is gone: every setting differs from the defaults
         pass
-    changed: dict[str, Any] = {}
     data = job.request.to_json()
-    for field in fields(Request):
-        value = getattr(job.request, field.name)
-        default = below[field.name] if field.name in below else field.default
-        if default is MISSING or value != default:
-            changed[field.name] = data[field.name]
+    defaults = {field.name: preset.get(field.name, field.default) for field in fields(Request)}
+    changed = {name: data[name] for name, default in defaults.items() if getattr(job.request, name) != default}
     changed["seed"] = job.result["seed"] if job.result else job.request.seed
     changed.pop("task", None)
     if job.config.cpu_offload != "auto":
@@ -74,18 +70,17 @@ def _cli(job: Job, changed: dict[str, Any]) -> str:
 
 def _python(job: Job, changed: dict[str, Any]) -> str:
     generate = ("prompt", "negative_prompt", "image_path", "last_frame_path", "seed")
-    settings = {name: value for name, value in changed.items() if name not in generate}
-    asked = {name: value for name, value in changed.items() if name in generate}
-    asked["save_result_path"] = "outputs/video.mp4"
-    lines = [f"    {name}={value!r}," for name, value in asked.items()]
-    more = "".join(f", {name}={value!r}" for name, value in settings.items())
+    arguments = {name: value for name, value in changed.items() if name in generate}
+    arguments["save_result_path"] = "outputs/video.mp4"
+    lines = [f"    {name}={value!r}," for name, value in arguments.items()]
+    settings = "".join(f", {name}={value!r}" for name, value in changed.items() if name not in generate)
     preset = f"config_json={f'presets/{job.preset}.json'!r}" if job.preset else ""
     return "\n".join(
         [
             "from lightx2v import LightX2VPipeline",
             "",
             f"pipe = LightX2VPipeline(model_cls={job.config.model_cls!r}, task={job.config.task!r})",
-            f"pipe.create_generator({preset}{more})",
+            f"pipe.create_generator({preset}{settings})",
             "result = pipe.generate(",
             *lines,
             ")",
@@ -101,16 +96,16 @@ def _curl(job: Job, changed: dict[str, Any], address: str, key: bool) -> str:
     if job.preset:
         words.append(f"-F model={shlex.quote(job.preset)}")
     for name, value in changed.items():
-        if name == "cpu_offload" or value is None:  # the server's own, not one video's
+        if name == "cpu_offload" or value is None:  # the server decides on offload, not the request
             continue
-        if name == "steps" and job.request.denoising_step_list is not None:  # the list says how many
+        if name == "steps" and job.request.denoising_step_list is not None:  # the list sets the number of steps
             continue
         field = OVER_HTTP.get(name, name)
         if field.endswith("_reference"):
             words.append(f"-F {shlex.quote(f'{field}=@{value}')}")
         else:
             text = value if isinstance(value, str) else json.dumps(value)
-            words.append(f"--form-string {shlex.quote(f'{field}={text}')}")  # -F would read a file after @ or <
+            words.append(f"--form-string {shlex.quote(f'{field}={text}')}")  # -F would read a file named after @ or <
     return " \\\n  ".join(words)
 
 

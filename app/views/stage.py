@@ -1,10 +1,9 @@
-"""The stage and what is under it while a run goes on: picture, phases, clock, and what to do when it failed."""
+"""The stage and the status below it: picture or video, phases, time left, and buttons after a failure."""
 
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping
 
 from lightx2v.config.request import Request
 from lightx2v.config.schedule import schedule_of
@@ -16,21 +15,16 @@ from . import numbers
 from .html import button, esc, tag
 
 PHASES = ("download", "load", "text", "image", "high", "low", "decode", "write")
-"""The stages of a run as the bar shows them: denoising is two, one for each expert."""
+"""The stages of a run in the progress bar: denoising is two phases, one for each expert."""
 
 ACTIVE = ("queued", "running")
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class RetryOption:
-    """Something that may make a failed run succeed: a button with `act`, which changes the request and tries again."""
-
-    act: str
-    label: str
-
-
 def stage(words: Words, job: Job | None, *, sample: bool, uploaded: str = "") -> str:
-    """The 16:9 box. Never empty: a sample, a latent preview, a video, or what went wrong."""
+    """The 16:9 box. Never empty: it shows a sample, a latent preview, a video, or an error.
+
+    `uploaded` is the token of a video that the visitor dropped.
+    """
     if job is None:
         return _idle(words, sample=sample, uploaded=uploaded)
     if job.state == "succeeded":
@@ -42,26 +36,22 @@ def stage(words: Words, job: Job | None, *, sample: bool, uploaded: str = "") ->
     if job.state in ACTIVE:
         return _box(_waiting(words, job), job.state, job.id)
     poster = tag("img", src=f"studio/{job.id}/preview.jpg", alt="", class_="dim") if job.preview else _landscape()
-    title = words("state_" + job.state).capitalize()
-    message = esc(job.error["message"]) if job.error else esc(words("explain_" + job.state))
-    return _box(
-        poster + tag("div", tag("strong", esc(title)) + tag("p", message), class_="notice", role="alert"),
-        job.state,
-        job.id,
-    )
+    title = tag("strong", esc(words("state_" + job.state).capitalize()))
+    message = tag("p", esc(job.error["message"] if job.error else words("explain_" + job.state)))
+    return _box(poster + tag("div", title + message, class_="notice", role="alert"), job.state, job.id)
 
 
 def status(
     words: Words,
     job: Job | None,
-    retry_options: Sequence[RetryOption] = (),
+    retry_options: Mapping[str, str] | None = None,
     *,
     ahead: int = 0,
     expected: Mapping[str, float] | None = None,
 ) -> str:
-    """Phase bar and one line: what happens, how long it took, how long it will. The height is always the same.
+    """The progress bar and one line: the current step, elapsed time and time left. Its height never changes.
 
-    `expected` are the seconds predicted for each stage of the run, where something is known.
+    `ahead` is the run's position in the queue; `expected` holds the seconds predicted for each stage, as far as known.
     """
     if job is None:
         line = tag("span", esc(words("idle_hint")), class_="quiet")
@@ -69,22 +59,22 @@ def status(
     if job.state in ACTIVE:
         event = job.progress
         left = _now(words, job, event, ahead)
-        clock = _clock(words, job, event, expected or {})
+        times = _times(words, job, event, expected or {})
         stop = button(words("stop"), "stop", kind="stop", id=job.id, key="Escape")
-        line = tag("div", left, class_="doing") + tag("div", clock + stop, class_="clock")
+        line = tag("div", left, class_="doing") + tag("div", times + stop, class_="clock")
         return tag("div", _bar(words, job, event) + tag("div", line, class_="line"), class_="status")
-    actions = "".join(
-        button(r.label, r.act, id=job.id, kind="primary" if i == 0 else "") for i, r in enumerate(retry_options)
-    )
-    title = (
-        words("finished_in", time=_took(job)) if job.state == "succeeded" else words("state_" + job.state).capitalize()
-    )
+    actions = ""
+    for act, label in (retry_options or {}).items():
+        actions += button(label, act, id=job.id, kind="" if actions else "primary")
+    title = words("state_" + job.state).capitalize()
+    if job.state == "succeeded":  # the report's total: it counts loading, but not waiting for a download
+        title = words("finished_in", time=numbers.seconds((job.result or {})["timings"]["total"]))
     line = tag("div", tag("strong", esc(title)), class_="doing") + tag("div", actions, class_="clock")
     return tag("div", _bar(words, job, job.progress) + tag("div", line, class_="line"), class_="status")
 
 
 def phases_of(request: Request, event: Progress | None) -> list[str]:
-    """The phases that this run has. A download is shown only when there is one."""
+    """The phases of this run. A download counts only while there is one."""
     high = schedule_of(request).high_noise_steps
     absent = {
         "download": event is None or event.stage != "download",
@@ -96,7 +86,7 @@ def phases_of(request: Request, event: Progress | None) -> list[str]:
 
 
 def phase_fill(request: Request, event: Progress | None) -> tuple[str, float]:
-    """The phase an event is in, and how much of it is done, from 0 to 1."""
+    """The phase of an event, and how much of it is done, from 0 to 1."""
     if event is None:
         return "load", 0.0
     if event.stage != "denoise":
@@ -108,7 +98,7 @@ def phase_fill(request: Request, event: Progress | None) -> tuple[str, float]:
 
 
 def overall(request: Request, event: Progress | None) -> float:
-    """How much of the run is done, counting a phase as one, denoising as four: for the progressbar role."""
+    """How much of the run is done, from 0 to 1, for screen readers. Each phase of denoising counts as four others."""
     phases = phases_of(request, event)
     weight = {phase: 4.0 if phase in ("high", "low") else 1.0 for phase in phases}
     phase, fill = phase_fill(request, event)
@@ -119,11 +109,11 @@ def overall(request: Request, event: Progress | None) -> float:
 
 
 def time_left(event: Progress | None, expected: Mapping[str, float], elapsed: float) -> float | None:
-    """Seconds until the video is there: measured for the stage that runs, predicted for those to come."""
+    """Seconds until the video is done: measured for the current stage, predicted for the later ones."""
     later = sum(expected.get(name, 0.0) for name in STAGES[STAGES.index(event.stage) + 1 :]) if event else 0.0
     if event is not None and event.stage in ("denoise", "decode", "write"):
-        own = event.eta if event.eta is not None else expected.get(event.stage)
-        return None if own is None else own + later
+        current = event.eta if event.eta is not None else expected.get(event.stage)
+        return None if current is None else current + later
     return max(later, sum(expected.values()) - elapsed) if expected else None
 
 
@@ -160,7 +150,7 @@ def _now(words: Words, job: Job, event: Progress | None, ahead: int) -> str:
     if event is None:
         return tag("strong", esc(words("starting")))
     if event.stage == "denoise":
-        # An event counts the steps that are done; while the next one runs, that is the one to name.
+        # An event counts finished steps; the page names the step in progress.
         number = min(event.step + 1, event.total)
         expert = words("expert_high" if number <= schedule_of(job.request).high_noise_steps else "expert_low")
         pace = _pace(event)
@@ -180,25 +170,20 @@ def _plain_now(words: Words, job: Job, event: Progress | None) -> str:
 
 
 def _pace(event: Progress) -> float | None:
-    """Seconds a step, from the time left in the events of the engine. None until a step is done."""
+    """Seconds per step, from the time left in the engine's event. None until a step is done."""
     if not event.step or event.eta is None or event.step >= event.total:
         return None
     return event.eta / (event.total - event.step)
 
 
-def _clock(words: Words, job: Job, event: Progress | None, expected: Mapping[str, float]) -> str:
-    """Elapsed and left. The script counts on between two events, so the start is all that it needs."""
+def _times(words: Words, job: Job, event: Progress | None, expected: Mapping[str, float]) -> str:
+    """Time elapsed and time left. The page's script counts the elapsed time from the start that it gets here."""
     if job.state != "running" or job.started is None:
         return ""
     seconds = time_left(event, expected, time.time() - job.started)
     left = words("left", time=numbers.about(seconds)) if seconds is not None else words("estimating")
     elapsed = tag("span", "0:00", class_="elapsed", data_since=f"{job.started:.2f}")
     return tag("span", elapsed + tag("span", " · " + esc(left)), class_="times")
-
-
-def _took(job: Job) -> str:
-    """The report's own total: loading is in it, waiting for a download is not."""
-    return numbers.seconds((job.result or {})["timings"]["total"])
 
 
 def _waiting(words: Words, job: Job) -> str:
@@ -231,7 +216,7 @@ def _idle(words: Words, *, sample: bool, uploaded: str) -> str:
 
 
 def _ambient(source: str) -> str:
-    """The same picture again, which the style sheet blurs, behind one that does not fill the box."""
+    """The same picture again, blurred by the style sheet, behind one that does not fill the box."""
     return tag("img", src=source, alt="", class_="ambient")
 
 
@@ -240,7 +225,7 @@ def _box(inner: str, state: str, job_id: str) -> str:
 
 
 def _landscape(extra: str = "") -> str:
-    """A quiet drawn landscape, so that the box is never a hole. Colours come from the style sheet."""
+    """A drawn landscape for an empty box. Its colours come from the style sheet."""
     return (
         f'<svg class="scene {extra}" viewBox="0 0 320 180" preserveAspectRatio="xMidYMid slice" aria-hidden="true">'
         '<rect class="sky" width="320" height="180"/><circle class="sun" cx="228" cy="74" r="22"/>'

@@ -129,7 +129,7 @@ def _answer(studio: Studio, job: Job) -> dict[str, Any]:
         "state": job.state,
         "position": job.position,
         "starts_in": job.starts_in,
-        "predicted_seconds": studio.predicted_for(job.id),
+        "predicted_seconds": prediction.seconds if (prediction := studio.prediction_of(job.id)) else None,
         "progress": None,
         "error": job.error,
         "video": None,

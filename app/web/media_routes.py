@@ -1,12 +1,13 @@
-"""Routes for what the page shows: a run's video, poster and latent preview, by the run's unguessable id.
+"""Media routes: a run's video, poster and latent preview, under the run's unguessable id.
 
-Only these files leave the output folder. The names come from the job manager, never from the request, and where the
-page has a password these routes ask for it as gradio's own do.
+Only these files leave the output folder. Their names come from the job manager, never from the request. If the page has
+a password, these routes require it as gradio's own routes do.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 
 from starlette.requests import Request
 from starlette.responses import FileResponse, PlainTextResponse, Response
@@ -21,20 +22,22 @@ FOREVER = {**HEADERS, "Cache-Control": "private, max-age=86400, immutable"}
 
 
 def media_routes(studio: Studio) -> list[BaseRoute]:
-    """To be mounted before gradio's own routes."""
+    """The routes, to mount before gradio's own."""
 
-    def guarded(answer: Callable[[Request], Response]) -> Callable[[Request], Response]:
+    def route(path: str, answer: Callable[[Request], Response]) -> Route:
         def checked(request: Request) -> Response:
             return answer(request) if signed_in(request) else PlainTextResponse("Sign in first.", status_code=401)
 
-        return checked
+        return Route(f"/studio/{path}", checked)
+
+    def mp4(path: Path | None, name: str | None = None) -> Response:
+        return FileResponse(path, media_type="video/mp4", filename=name, headers=FOREVER) if path else _missing()
 
     def video(request: Request) -> Response:
-        path = studio.video_of(job_id := _job_id(request))
-        if path is None:
-            return _missing()
-        name = f"lightx2v-{job_id[:8]}.mp4" if "download" in request.query_params else None
-        return FileResponse(path, media_type="video/mp4", filename=name, headers=FOREVER)
+        job_id = _job_id(request)
+        return mp4(
+            studio.video_of(job_id), f"lightx2v-{job_id[:8]}.mp4" if "download" in request.query_params else None
+        )
 
     def poster(request: Request) -> Response:
         data = studio.poster_of(_job_id(request))
@@ -43,28 +46,20 @@ def media_routes(studio: Studio) -> list[BaseRoute]:
     def preview(request: Request) -> Response:
         data = studio.preview_of(_job_id(request))
         headers = {**HEADERS, "Cache-Control": "no-store"}
-        # A run that ended while the page asked has no preview any more; that is no error.
+        # A run that has just ended has no preview any more, which is no error.
         return Response(data, media_type="image/jpeg", headers=headers) if data else Response(status_code=204)
-
-    def uploaded(request: Request) -> Response:
-        path = studio.uploaded_video(_job_id(request))
-        return FileResponse(path, media_type="video/mp4", headers=FOREVER) if path else _missing()
-
-    def sample(request: Request) -> Response:
-        path = studio.sample
-        return FileResponse(path, media_type="video/mp4", headers=FOREVER) if path else _missing()
 
     def example(request: Request) -> Response:
         path = picture(request.path_params["name"])
         return FileResponse(path, media_type="image/png", headers=FOREVER) if path else _missing()
 
     return [
-        Route("/studio/examples/{name}.png", guarded(example)),
-        Route("/studio/sample.mp4", guarded(sample)),
-        Route("/studio/{id}/video.mp4", guarded(video)),
-        Route("/studio/{id}/poster.jpg", guarded(poster)),
-        Route("/studio/{id}/preview.jpg", guarded(preview)),
-        Route("/studio/{id}/shown.mp4", guarded(uploaded)),
+        route("examples/{name}.png", example),
+        route("sample.mp4", lambda request: mp4(studio.sample)),
+        route("{id}/video.mp4", video),
+        route("{id}/poster.jpg", poster),
+        route("{id}/preview.jpg", preview),
+        route("{id}/shown.mp4", lambda request: mp4(studio.uploaded_video(_job_id(request)))),
     ]
 
 
@@ -74,4 +69,4 @@ def _job_id(request: Request) -> str:
 
 
 def _missing() -> Response:
-    return PlainTextResponse("There is nothing here.", status_code=404)
+    return PlainTextResponse("Not found.", status_code=404)

@@ -33,6 +33,9 @@ MAX_FRAMES = 1001
 MAX_TOKENS = 262_144
 """About 3.5 times the official largest video (1280x720, 81 frames: 75 600 tokens). A preset may set a lower ceiling."""
 MAX_PROMPT = 10_000
+MAX_STEPS = 200
+MAX_LORAS = 32
+MAX_STRENGTH = 100.0
 MAX_SEED = 2**32 - 1
 """Torch's CPU generator, which draws the noise, reads 32 bits: larger seeds would repeat smaller ones' videos."""
 
@@ -62,7 +65,7 @@ class LoraSpec:
             check.bad("LoRA name", self.expert, "high_noise_model, low_noise_model or auto")
         if not isinstance(self.path, str) or not self.path.strip() or "\0" in self.path:
             check.bad("LoRA path", self.path, "a file or a Hub name such as owner/repo/file.safetensors")
-        object.__setattr__(self, "strength", check.real("LoRA strength", self.strength, -100.0, 100.0))
+        object.__setattr__(self, "strength", check.real("LoRA strength", self.strength, -MAX_STRENGTH, MAX_STRENGTH))
 
     def to_json(self) -> dict[str, Any]:
         return {"name": _LORA_NAMES[self.expert], "path": self.path, "strength": self.strength}
@@ -148,7 +151,7 @@ class Request:
 
     def _check_schedule(self, put: Any) -> None:
         if self.denoising_step_list is None:
-            put("steps", check.whole("steps", self.steps, 1, 200))
+            put("steps", check.whole("steps", self.steps, 1, MAX_STEPS))
             boundary = OFFICIAL_BOUNDARY[self.task] if self.boundary is None else self.boundary
             put("boundary", check.real("boundary", boundary, 0.0, 1.0))
             if self.boundary_step_index is not None:
@@ -243,8 +246,8 @@ class Request:
 
 def check_step_list(value: Any) -> tuple[int, ...]:
     """A distilled sampler's timesteps: whole numbers from 1000 down to 1, each smaller than the one before."""
-    if isinstance(value, str) or not isinstance(value, Sequence) or not 1 <= len(value) <= 200:
-        check.bad("denoising_step_list", value, "a list of 1 to 200 timesteps such as [1000, 750, 500, 250]")
+    if isinstance(value, str) or not isinstance(value, Sequence) or not 1 <= len(value) <= MAX_STEPS:
+        check.bad("denoising_step_list", value, f"a list of 1 to {MAX_STEPS} timesteps such as [1000, 750, 500, 250]")
     steps = tuple(check.whole("denoising_step_list", step, 1, 1000) for step in value)
     for before, after in zip(steps, steps[1:], strict=False):
         if after >= before:
@@ -298,6 +301,6 @@ def _pair(name: str, value: Any) -> tuple[float, float]:
 def _loras(value: Any) -> tuple[LoraSpec, ...] | None:
     if value is None:
         return None
-    if isinstance(value, (str, Mapping)) or not isinstance(value, Sequence) or len(value) > 32:
-        check.bad("loras", value, "null or a list of at most 32 LoRAs")
+    if isinstance(value, (str, Mapping)) or not isinstance(value, Sequence) or len(value) > MAX_LORAS:
+        check.bad("loras", value, f"null or a list of at most {MAX_LORAS} LoRAs")
     return tuple(lora if isinstance(lora, LoraSpec) else LoraSpec.from_json(lora) for lora in value)

@@ -17,6 +17,7 @@ from .request import SAMPLERS
 
 Guidance = float | Sequence[float]
 """One number for both experts, or (high-noise expert, low-noise expert)."""
+StepList = Sequence[int]
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,7 +89,7 @@ class RequestSettings(TypedDict, total=False):
     boundary: Annotated[float, Setting(
         "X", "noise level, from 0 to 1, below which the low-noise expert works",
         video="boundary_ratio", schedule="shift", step=0.025)]
-    denoising_step_list: Annotated[Sequence[int], Setting(
+    denoising_step_list: Annotated[StepList, Setting(
         "N", "timesteps of a distilled model, falling from 1000",
         video="denoising_step_list", schedule="list", flag=False)]
     boundary_step_index: Annotated[int, Setting(

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ..config.engine_config import EngineConfig, hub_name
-from ..config.lora_names import partner_name
+from ..config.lora_names import partner_names
 from ..errors import ConfigError, DownloadError, byte_size, short_path
 from .cache import CachedRepo
 from .find import find, find_all, find_cached, local_model_folder
@@ -78,18 +78,15 @@ def missing(config: EngineConfig) -> list[str]:
     ]
 
 
-def partner_names(config: EngineConfig) -> list[str]:
-    """The names that the other halves of LoRAs would have on the Hub, where one half is given for both experts and is
-    not a local file, which has its other half beside it."""
-    names = []
-    for lora in config.lora_configs:
-        other = partner_name(lora.path) if lora.expert == "auto" else None
-        if other is None or (hub_name(other) or ("", None))[1] is None:
-            continue
-        local = find(lora.path, config) != find_cached(lora.path)
-        if not local and find(other, config) is None:
-            names.append(other)
-    return names
+def partners_on_hub(config: EngineConfig) -> list[str]:
+    """Names that the Hub may have for the partners of LoRAs that are given for both experts.
+
+    A local LoRA has its partner beside it, if it has one.
+    """
+    loras = [lora.path for lora in config.lora_configs if lora.expert == "auto"]
+    from_hub = [path for path in loras if find(path, config) == find_cached(path)]
+    names = [name for path in from_hub for name in partner_names(path) if (hub_name(name) or ("", None))[1]]
+    return [name for name in names if find(name, config) is None]
 
 
 def make_plan(
@@ -116,8 +113,8 @@ def make_plan(
                 "Check the path, or name the file or the folder in the repository that is meant."
             )
         wanted.setdefault(repo, []).append(inside + "/" * name.endswith("/"))
-    halves = [half for half in map(hub_name, partner_names(config)) if half and half[0] in wanted]
-    for repo, inside in halves:  # they come along where the Hub has them
+    partners = [name for name in map(hub_name, partners_on_hub(config)) if name and name[0] in wanted]
+    for repo, inside in partners:  # they come along where the Hub has them
         wanted[repo].append(inside or "")
     files: dict[str, PlannedFile] = {}
     known = []
@@ -126,7 +123,7 @@ def make_plan(
         cached = hub.repo(repo)
         for inside in insides:
             chosen = part(listing, inside)
-            if not chosen and (repo, inside) in halves:
+            if not chosen and (repo, inside) in partners:
                 continue
             if not chosen:
                 raise DownloadError(

@@ -1,20 +1,21 @@
-"""What clients send: the two families' bodies, and how one is read from JSON or from a form.
+"""The request bodies of both APIs (/v1/videos and LightX2V's tasks), and their readers for JSON and forms.
 
-Bodies are read here and not by FastAPI because either content type may come to the same route, because JSON may be
-nested deeper than Python can recurse, and because errors must not repeat what was sent.
+This file reads the bodies instead of FastAPI because a route accepts both content types, because JSON may be nested
+deeper than Python can recurse, and because an error must not repeat the client's values.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Callable
 from typing import Annotated, Any, Literal, TypeVar
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, create_model
 from starlette.datastructures import UploadFile
 from starlette.requests import Request as HttpRequest
 
-from ..config.request import MAX_PROMPT
+from ..config.request import MAX_PROMPT, MAX_STEPS, MAX_STRENGTH
+from ..config.request_settings import SETTINGS, Guidance, StepList
 from ..errors import BadRequest
 from ..media.images import MAX_BYTES
 from .service import LoraChoice, VideoRequest
@@ -22,11 +23,39 @@ from .service import LoraChoice, VideoRequest
 Body = TypeVar("Body", bound=BaseModel)
 Text = Annotated[str, Field(max_length=MAX_PROMPT)]
 Picture = Annotated[str, Field(max_length=2 * MAX_BYTES)]
-Pair = float | Annotated[list[float], Field(min_length=2, max_length=2)]
-Steps = Annotated[list[int], Field(min_length=1, max_length=200)]
-MANY = 3 * MAX_PROMPT
-"""Commas in a JSON body: those of two prompts and some. Sixty megabytes of them would hold up everybody for seconds."""
+Strength = Annotated[float, Field(ge=-MAX_STRENGTH, le=MAX_STRENGTH)]
+TYPES: dict[Any, Any] = {
+    int: int,
+    float: float,
+    bool: bool,
+    str: Annotated[str, Field(max_length=40)],
+    Guidance: float | Annotated[list[float], Field(min_length=2, max_length=2)],
+    StepList: Annotated[list[int], Field(min_length=1, max_length=MAX_STEPS)],
+}
+"""The JSON type of a setting. Its range is checked later, by Request, whose error names the nearest valid value."""
+NAMES = {api: {name: row for row in SETTINGS.values() if (name := getattr(row, api))} for api in ("video", "task")}
+"""API -> name of the field in its body -> setting."""
+LISTS = {name for rows in NAMES.values() for name, row in rows.items() if row.type in (Guidance, StepList)}
+LISTS |= {"loras", "target_shape"}
+MAX_COMMAS = 3 * MAX_PROMPT
+"""Commas in a JSON body: enough for two prompts. Parsing sixty megabytes of commas would block the server for
+seconds."""
 FILES = ("input_reference", "last_frame_reference", "image_file", "last_frame_file")
+
+
+def with_settings(api: Literal["video", "task"]) -> Callable[[type[Body]], type[Body]]:
+    """A class decorator that adds a field for every setting that the API has."""
+    fields: Any = {
+        name: (TYPES[row.type] | None, Field(None, description=row.help)) for name, row in NAMES[api].items()
+    }
+    return lambda body: create_model(
+        body.__name__, __base__=body, __doc__=body.__doc__, __module__=body.__module__, **fields
+    )
+
+
+def _settings(body: BaseModel, api: Literal["video", "task"]) -> dict[str, Any]:
+    """The settings in `body` under the client's names. `config.resolve` knows them, so its errors use them too."""
+    return {name: value for name in NAMES[api] if (value := getattr(body, name)) is not None}
 
 
 class UnsupportedType(BadRequest):
@@ -45,12 +74,13 @@ class LoraBody(BaseModel):
         None,
         description="The expert that it is for. Without one the file's name decides: high_noise, low_noise, or both.",
     )
-    strength: Annotated[float, Field(ge=-100, le=100)] = 1.0
+    strength: Strength = 1.0
 
     def lora(self) -> LoraChoice:
         return LoraChoice(file=self.path, expert=self.name, strength=self.strength)
 
 
+@with_settings("video")
 class VideoBody(BaseModel):
     """One video. What is not given is the preset's. In a form every value is text, lists as JSON."""
 
@@ -64,24 +94,11 @@ class VideoBody(BaseModel):
     )
     last_frame_reference: Picture | None = Field(None, description="The last frame, in the same ways.")
     size: Annotated[str, Field(pattern=r"^\d{2,4}x\d{2,4}$")] | None = Field(None, description="WIDTHxHEIGHT.")
-    height: int | None = None
-    width: int | None = None
     seconds: Annotated[float, Field(gt=0, le=600, strict=False)] | None = Field(
         None,
         description="The length, as a number or (OpenAI's clients) as text; the nearest 4n + 1 frames are made.",
     )
-    num_frames: int | None = Field(None, description="4n + 1; goes before seconds.")
-    fps: float | None = None
-    num_inference_steps: int | None = Field(None, description="Of a base model; a distilled one has its step list.")
-    flow_shift: float | None = None
-    guidance_scale: Pair | None = Field(None, description="For both experts, or [high-noise, low-noise].")
     guidance_scale_2: float | None = Field(None, description="For the low-noise expert.")
-    enable_cfg: bool | None = None
-    boundary_ratio: float | None = None
-    denoising_step_list: Steps | None = None
-    boundary_step_index: int | None = None
-    resize_mode: Annotated[str, Field(max_length=40)] | None = None
-    seed: int | None = Field(None, description="-1, or none, draws one.")
     loras: Annotated[list[LoraBody], Field(max_length=8)] | None = None
     client_id: Annotated[str, Field(max_length=200)] | None = Field(
         None, description="Your own id. The same body with the same id again gives the same job."
@@ -89,18 +106,18 @@ class VideoBody(BaseModel):
     file_name: Annotated[str, Field(max_length=200)] | None = Field(None, description="What the video is called.")
 
     def video_request(self, files: dict[str, bytes]) -> VideoRequest:
-        settings = _given(self, _VIDEO_SETTINGS)
+        settings = _settings(self, "video")
         if self.size is not None:
-            if self.height is not None or self.width is not None:
-                raise BadRequest("size and height, width say the same. Keep one of them.")
+            if "height" in settings or "width" in settings:
+                raise BadRequest("size and height, width set the same thing. Keep one of them.")
             width, _, height = self.size.partition("x")
             settings |= {"width": int(width), "height": int(height)}
         if self.guidance_scale_2 is not None:
-            if not isinstance(self.guidance_scale, float):
+            if not isinstance(settings.get("guidance_scale"), float):
                 raise BadRequest(
-                    "guidance_scale_2 is the low-noise expert's; guidance_scale must be one number beside it."
+                    "guidance_scale_2 is for the low-noise expert, so guidance_scale must be one number beside it."
                 )
-            settings["guidance_scale"] = [self.guidance_scale, self.guidance_scale_2]
+            settings["guidance_scale"] = [settings["guidance_scale"], self.guidance_scale_2]
         return VideoRequest(
             prompt=self.prompt,
             negative_prompt=self.negative_prompt,
@@ -115,12 +132,7 @@ class VideoBody(BaseModel):
         )
 
 
-_VIDEO_SETTINGS = (
-    *("height", "width", "num_frames", "fps", "num_inference_steps", "flow_shift", "guidance_scale", "enable_cfg"),
-    *("boundary_ratio", "denoising_step_list", "boundary_step_index", "resize_mode", "seed"),
-)
-
-
+@with_settings("task")
 class TaskBody(BaseModel):
     """One video in LightX2V's words. Fields of its other models are taken only while they ask for nothing."""
 
@@ -134,17 +146,9 @@ class TaskBody(BaseModel):
     save_result_path: Annotated[str, Field(max_length=200)] = Field(
         "", description="What the video is called: a file's name, never a path."
     )
-    seed: int | None = Field(None, description="-1, or none, draws one.")
-    infer_steps: int | None = Field(None, description="Of a base model; a distilled one has its step list.")
-    target_video_length: int | None = Field(None, description="Frames, 4n + 1.")
     target_shape: Annotated[list[int], Field(max_length=2)] = Field(default=[], description="[height, width]")
-    target_fps: float | None = Field(None, description="Frames per second of the file.")
-    sample_shift: float | None = None
-    sample_guide_scale: Pair | None = None
-    enable_cfg: bool | None = None
-    resize_mode: Annotated[str, Field(max_length=40)] | None = None
     lora_name: Annotated[str, Field(max_length=255)] | None = None
-    lora_strength: Annotated[float, Field(ge=-100, le=100)] = 1.0
+    lora_strength: Strength = 1.0
     image_mask_path: Literal[""] | None = None
     audio_path: Literal[""] | None = None
     video_path: Literal[""] | None = None
@@ -157,9 +161,7 @@ class TaskBody(BaseModel):
     reuse: bool | None = Field(None, description="Without effect.")
 
     def video_request(self, files: dict[str, bytes]) -> VideoRequest:
-        settings = _given(self, _TASK_SETTINGS)
-        if self.target_fps is not None:
-            settings["fps"] = self.target_fps
+        settings = _settings(self, "task")
         if self.target_shape:
             settings["target_shape"] = self.target_shape
         return VideoRequest(
@@ -172,16 +174,6 @@ class TaskBody(BaseModel):
             client_id=self.task_id or None,
             name=self.save_result_path,
         )
-
-
-_TASK_SETTINGS = (
-    *("seed", "infer_steps", "target_video_length", "sample_shift", "sample_guide_scale", "enable_cfg", "resize_mode"),
-)
-
-
-def _given(body: BaseModel, names: Sequence[str]) -> dict[str, Any]:
-    """What was given of these, which `config.resolve` knows under their own names, so that errors use the client's."""
-    return {name: value for name in names if (value := getattr(body, name)) is not None}
 
 
 async def read_body(request: HttpRequest, kind: type[Body]) -> tuple[Body, dict[str, bytes]]:
@@ -208,22 +200,16 @@ async def read_body(request: HttpRequest, kind: type[Body]) -> tuple[Body, dict[
 
 
 def _from_text(kind: type[BaseModel], name: str, text: str) -> Any:
-    """A form's value; numbers pass as text, lists must be JSON, and an empty one is none at all but in prompts."""
+    """A value of a form. Numbers stay text, lists are JSON, and an empty value means none, except for prompts."""
     if not text and name not in ("prompt", "negative_prompt"):
         return None
-    if text[:1] == "[" and name in (
-        "loras",
-        "denoising_step_list",
-        "guidance_scale",
-        "sample_guide_scale",
-        "target_shape",
-    ):
+    if text[:1] == "[" and name in LISTS:
         return _parsed(text.encode())
     return text
 
 
 def _parsed(raw: bytes) -> Any:
-    if raw.count(b",") > MANY:
+    if raw.count(b",") > MAX_COMMAS:
         raise BadRequest("The body holds more values than any video has settings.")
     try:
         return json.loads(raw)

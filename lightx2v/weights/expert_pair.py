@@ -6,11 +6,9 @@ given twice, or the two the wrong way round would all run without complaint and 
 
 from __future__ import annotations
 
-import re
-from pathlib import PurePath
-
 import torch
 
+from ..config.lora_names import expert_in, expert_of
 from ..errors import CheckpointError, short_path
 from .checkpoint import Checkpoint
 from .dit_names import wan_names
@@ -70,11 +68,5 @@ def _bytes_equal(a: torch.Tensor, b: torch.Tensor) -> bool:
 
 
 def _says(checkpoint: Checkpoint) -> str | None:
-    """ "high" or "low" if the file's or folder's name says one of them and not both, else what its metadata says."""
-    said = _noise_level(PurePath(checkpoint.path).name)
-    return said or _noise_level(" ".join(checkpoint.metadata.values()))
-
-
-def _noise_level(text: str) -> str | None:
-    found = set(re.findall(r"(?<![a-z])(high|low)[_\- ]?noise", text.lower()))
-    return found.pop() if len(found) == 1 else None
+    """ "high" or "low" by the name of the file or folder, else by its metadata."""
+    return expert_of(checkpoint.path) or expert_in(" ".join(checkpoint.metadata.values()))

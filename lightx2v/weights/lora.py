@@ -21,7 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..config.lora_names import partner_name
+from ..config.lora_names import partner_names
 from ..errors import LoraError, short_path
 from .checkpoint import Checkpoint, open_checkpoint
 from .dit_names import diffusers_to_wan, strip_prefix, wan_to_diffusers
@@ -320,8 +320,5 @@ def _require_fit(
 
 
 def partner_of(path: str | Path) -> Path | None:
-    """The other half of a pair of LoRAs: the file beside `path` whose name differs in "high" and "low" only."""
-    path = Path(path)
-    name = partner_name(path.name)
-    partner = path.with_name(name) if name else None
-    return partner if partner is not None and partner.is_file() else None
+    """The LoRA for the other expert that belongs to `path` by its name, if it is there."""
+    return next((Path(name) for name in partner_names(Path(path).as_posix()) if Path(name).is_file()), None)

@@ -129,7 +129,7 @@ def test_two_visitors_do_not_see_each_others_runs(page: Page, keyboard: Keyboard
     # Bob knows Alice's id by some accident. Each of these would show or change her run.
     for act in ("stop", "cancel", "delete", "restore", "same_seed", "again", "last_frame", "compare", "edit", "up"):
         said = keyboard.press("history", "act", sent={"act": act, "id": ids[0]}, **{"lightx2v-studio": bob})
-        assert "not there any more" in str(said["cost"]) and "secret garden" not in str(said.get("prompt")), act
+        assert "no longer exists" in str(said["cost"]) and "secret garden" not in str(said.get("prompt")), act
     for claim in ({"job": ids[0], "pinned": True}, {"compared": [ids[0], ids[0]]}, {"editing": ids[0]}):
         said = keyboard.press("timer", "tick", **{"lightx2v-studio": {**bob, **claim}})
         shown = {name: html for name, html in said.items() if name != "lightx2v-studio"}

@@ -87,7 +87,7 @@ def test_a_key_file_that_is_none_is_told(tmp_path: Path, content: bytes | None) 
     key.mkdir() if content is None else key.write_bytes(content)
     code, said = ends(tmp_path, "--port", str(free_port()))
     assert code == 1 and len(said.splitlines()) == 1, said
-    assert "browser.key cannot be read or written" in said and "Move it away" in said
+    assert "Could not read or write" in said and "browser.key" in said and "Move it away" in said
     assert str(tmp_path) not in said
 
 

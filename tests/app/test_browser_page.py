@@ -227,8 +227,8 @@ def test_settings_are_copied_also_where_the_browser_has_no_clipboard(chrome: Bro
         assert tab.input_value("#prompt textarea") == tab.inner_text("#report figure:first-of-type code")
 
 
-def test_five_controls_and_no_more_are_there_at_first(visitor: Person) -> None:
-    """Prompt, preset, offload, size, Generate; beside them the choice of text or image, and examples."""
+def test_seven_controls_and_no_more_are_there_at_first(visitor: Person) -> None:
+    """Beside them are the choice of text or image, and examples."""
     ids = visitor.tab.evaluate(
         "[...document.querySelectorAll('#left :not(#mode) > [data-testid=block-info], #preset-label, #generate')]"
         ".filter(e => e.checkVisibility()).map(e => e.innerText.trim())"

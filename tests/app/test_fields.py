@@ -138,7 +138,7 @@ def test_a_lora_that_is_not_there_is_said_before_anything_is_queued(path: str, a
 
 def test_an_empty_prompt_is_said_in_one_way() -> None:
     for changes in ({"prompt": ""}, {"prompt": " \n "}, {"prompt": "\n", "per_line": True}):
-        with pytest.raises(BadRequest, match="The prompt is empty. Say what is seen"):
+        with pytest.raises(BadRequest, match="The prompt is empty. Describe the scene"):
             plan(form(**changes), PRESETS, HERE)
 
 
@@ -159,6 +159,9 @@ def test_a_page_for_others_takes_no_paths_and_no_offload() -> None:
         ("high/Style-HIGH.safetensors", "high/Style-LOW.safetensors"),
         ("me/HighNoise.safetensors", "me/LowNoise.safetensors"),
         ("me/style.safetensors", ""),
+        ("me/highlander_style.safetensors", ""),
+        ("me/highres_low_noise.safetensors", ""),
+        ("me/highres_high_noise.safetensors", "me/highres_low_noise.safetensors"),
     ],
 )
 def test_the_low_noise_partner_is_found_by_name(high: str, low: str) -> None:

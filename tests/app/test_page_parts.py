@@ -207,11 +207,11 @@ def test_lora_matches_are_in_the_report() -> None:
 
 def test_out_of_memory_offers_what_helps() -> None:
     failed = job("failed", error={"type": "OutOfMemory", "message": "no room"})
-    acts = [option.act for option in retry_options(Words("en"), failed, offload=True)]
+    acts = [*retry_options(Words("en"), failed, offload=True)]
     assert acts == ["retry_offload", "retry_smaller", "retry_shorter", "retry"]
-    assert "retry_offload" not in [r.act for r in retry_options(Words("en"), failed, offload=False)]
+    assert "retry_offload" not in retry_options(Words("en"), failed, offload=False)
     large = replace(failed, request=Request(prompt="x", height=720, width=1280))
-    assert [r.label for r in retry_options(Words("en"), large, offload=False)][0] == "Try at 832 × 480"
+    assert [*retry_options(Words("en"), large, offload=False).values()][0] == "Try at 832 × 480"
     config, request = apply_retry("retry_offload", failed) or (None, None)
     assert config is not None and config.cpu_offload is True and request == failed.request
     shorter = apply_retry("retry_shorter", failed)
@@ -251,7 +251,7 @@ def test_the_crop_preview_is_what_the_model_sees() -> None:
     box = frame_picture((1200, 900), 480, 832, "fixed_shape").box
     assert f"top:{100 * box[1] / 900:.3f}%" in html and f"height:{100 * (box[3] - box[1]) / 900:.3f}%" in html
     assert "1200 × 900 → 832 × 480" in html and "bright part" in html
-    assert "whole picture" in panels.crop_preview(Words("en"), picture, frame_picture((1200, 900), 480, 832))
+    assert "whole image" in panels.crop_preview(Words("en"), picture, frame_picture((1200, 900), 480, 832))
 
 
 def test_settings_pasted_into_the_command_line_ask_for_the_same_video(capsys: pytest.CaptureFixture[str]) -> None:
@@ -301,7 +301,6 @@ def test_numbers_read_as_people_write_them() -> None:
     narrow = "\u202f"
     cases = {0.844: "0.84 s", 18.94: "18.9 s", 192.0: "3 min 12 s", 7500.0: "2 h 05 min", 1.3e6: "15 d"}
     assert {value: numbers.seconds(value).replace(narrow, " ") for value in cases} == cases
-    assert [numbers.clock(value) for value in (7, 61, 3723)] == ["0:07", "1:01", "1:02:03"]
     assert numbers.memory(14.6 * 2**30) == f"14.6{narrow}GiB" and numbers.size(2.1e6) == f"2.1{narrow}MB"
     assert numbers.seconds(119.99) == f"2{narrow}min 00{narrow}s"
 
@@ -362,6 +361,6 @@ def test_the_cost_names_what_is_not_in_its_seconds() -> None:
         return re.findall("<strong>(.*?)</strong>", html)[0].replace("\u202f", " ")
 
     assert said({"denoise": 12.0}) == "about 12 s"
-    assert said({"denoise": 12.0}, unknown=("load", "image")) == "about 12 s + loading + reading the image"
+    assert said({"denoise": 12.0}, unknown=("load", "image")) == "about 12 s + loading + encoding the image"
     assert said({"load": 8.0, "denoise": 12.0}) == "about 20 s"
     assert said({"load": 8.0, "denoise": 12.0}, count=3) == "3 × about 12 s + loading", "they wait for it once"

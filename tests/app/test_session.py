@@ -115,12 +115,12 @@ def test_a_visitors_queue_is_reordered_without_moving_others(studio: Studio) -> 
 
 def test_a_run_teaches_the_prediction_and_its_own_is_kept(studio: Studio) -> None:
     first = studio.jobs.wait(submit(studio, "o" * 40, "x").id, PATIENCE)
-    assert studio.predicted_for(first.id) is None
+    assert studio.prediction_of(first.id) is None
     prediction = studio.predict(first.config, first.request)
     assert prediction is not None and prediction.source == "measured"
     job = submit(studio, "o" * 40, "x")
-    assert studio.predicted_for(job.id) == prediction.seconds
-    assert set(studio.expected_of(job.id)) >= {"text", "denoise", "decode"} and "load" not in studio.expected_of(job.id)
+    assert studio.prediction_of(job.id) == prediction
+    assert set(prediction.stages) >= {"text", "denoise", "decode"} and "load" not in prediction.stages
 
 
 def test_what_is_expected_of_an_edited_run_is_that_of_its_new_settings(studio: Studio) -> None:
@@ -130,10 +130,10 @@ def test_what_is_expected_of_an_edited_run_is_that_of_its_new_settings(studio: S
     took = {"text": 0.01, "denoise": 1.0, "decode": 0.5, "write": 0.1}
     studio.learn(running.config, running.request, took)
     job = submit(studio, owner, "x")
-    before = studio.predicted_for(job.id)
+    before = studio.prediction_of(job.id)
     studio.edit(job, job.config, replace(job.request, frames=49), preset=job.preset)
-    after = studio.predicted_for(job.id)
-    assert before is not None and after is not None and after > 2 * before
+    after = studio.prediction_of(job.id)
+    assert before is not None and after is not None and after.seconds > 2 * before.seconds
 
 
 def test_loading_counts_only_where_the_run_before_leaves_another_model(studio: Studio) -> None:

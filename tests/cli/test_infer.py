@@ -49,7 +49,7 @@ class Stage:
     arguments: dict[str, Any] = field(default_factory=dict)
     closed: int = 0
 
-    def open(self, config: EngineConfig, preset: str, on_progress: OnProgress) -> Stage:
+    def open(self, config: EngineConfig, *, preset: str, on_progress: OnProgress, cancel: CancelToken) -> Stage:
         self.config, self.preset = config, preset
         on_progress(Progress(stage="load"))
         return self
@@ -536,7 +536,7 @@ class Engine:
     def close(self):
         print("closed", flush=True)
 
-def open_engine(config, preset, on_progress):
+def open_engine(config, *, preset, on_progress, cancel):
     if sys.argv[1] == "load":
         print("loading", flush=True)
         time.sleep(600)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import gc
+import itertools
 import json
 import os
 import re
@@ -24,7 +25,8 @@ from patience import PATIENCE
 from lightx2v import pipeline
 from lightx2v.config.engine_config import EngineConfig, ParallelConfig
 from lightx2v.config.model_paths import PROJECT
-from lightx2v.errors import Busy, Cancelled, ConfigError
+from lightx2v.config.request import SAMPLERS
+from lightx2v.errors import BadRequest, Busy, Cancelled, ConfigError
 from lightx2v.media.mp4 import read_settings
 from lightx2v.pipeline import LightX2VPipeline
 from lightx2v.progress import CancelToken, Progress
@@ -198,3 +200,35 @@ def test_the_end_of_the_block_frees_every_weight(tiny: TinyModels) -> None:
     assert pipe.generate(prompt="a cat").seed == 42
     pipe.close()
     pipe.close()
+
+
+STEP_LIST: dict[str, Any] = {"denoising_step_list": [1000, 750, 500], "boundary_step_index": 1}
+
+
+@pytest.mark.parametrize(
+    ("schedule", "default"), [({"steps": 3}, "unipc"), (STEP_LIST, "euler")], ids=["shift", "list"]
+)
+def test_every_sampler_makes_a_video_of_its_own_with_either_schedule(
+    pipe: LightX2VPipeline, tmp_path: Path, schedule: dict[str, Any], default: str
+) -> None:
+    latents: dict[str | None, torch.Tensor] = {}
+    for name in (None, *SAMPLERS):
+        path = tmp_path / f"{name}.mp4"
+        made = pipe.generate(
+            prompt="a cat", seed=1, sampler=name, save_result_path=path, return_latents=True, **schedule
+        )
+        assert made.report()["sampler"] == (name or default)
+        assert read_settings(path)["request"]["sampler"] == name
+        assert made.latents is not None and bool(made.latents.isfinite().all())
+        latents[name] = made.latents
+    assert torch.equal(latents[None], latents[default])
+    for first, second in itertools.combinations(SAMPLERS, 2):
+        assert not torch.equal(latents[first], latents[second])
+
+
+def test_a_keyword_that_is_no_setting_is_refused_with_the_nearest(pipe: LightX2VPipeline) -> None:
+    with pytest.raises(BadRequest, match="generate: unknown key 'guidence'. Did you mean 'guidance'"):
+        pipe.generate(prompt="a cat", guidence=3.0)  # type: ignore[call-arg]
+    pipe.close()
+    with pytest.raises(ConfigError, match="override: unknown key 'infer_step'. Did you mean 'infer_steps'"):
+        pipe.create_generator(infer_step=3)  # type: ignore[call-arg]

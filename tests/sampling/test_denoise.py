@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 import torch
 
+from lightx2v.config import request as request_module
 from lightx2v.config.schedule import shifted_schedule, step_list_schedule
 from lightx2v.errors import Cancelled, NumericsError, OutOfMemory
 from lightx2v.progress import CancelToken
@@ -53,6 +54,10 @@ def test_every_step_asks_the_scheduled_expert_at_the_scheduled_time(solver):
     denoise(solver, recording, initial_noise(SHAPE, 0))
     assert asked == list(zip(range(schedule.steps), schedule.experts, schedule.timesteps, strict=True))
     assert {expert for _, expert, _ in asked} == {"high", "low"}
+
+
+def test_the_table_and_the_names_are_the_same() -> None:
+    assert tuple(SAMPLERS) == request_module.SAMPLERS
 
 
 def test_equals_the_steps_taken_by_hand(solver):

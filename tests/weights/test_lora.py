@@ -10,7 +10,6 @@ from conftest import TinyModels
 from lora_files import DIALECTS, RANK, Tensors, base_weights, equal, random_pairs, write
 from safetensors.torch import save_file
 
-from lightx2v.config.lora_names import expert_of, task_of
 from lightx2v.config.request import LoraSpec
 from lightx2v.errors import BadRequest, LoraError
 from lightx2v.weights.checkpoint import open_checkpoint
@@ -204,41 +203,18 @@ def test_nan_in_a_lora_is_refused(weights: ModelWeights, tmp_path: Path) -> None
 
 
 @pytest.mark.parametrize(
-    ("name", "level"),
-    [
-        ("wan2.2_t2v_demo_high_noise_lora_rank16.safetensors", "high"),
-        ("Wan2.2-Lightning_lora_LOW_fp16.safetensors", "low"),
-        ("wan22-HighNoise-style.safetensors", "high"),
-        ("highlights-follow-flow.safetensors", None),
-        ("high_and_low.safetensors", None),
-    ],
-)
-def test_the_name_tells_the_noise_level(name: str, level: str | None) -> None:
-    assert expert_of(name) == level
-
-
-@pytest.mark.parametrize(
-    ("name", "task"),
-    [
-        ("wan2.2_i2v_A14b_high_noise_lora_rank64.safetensors", "i2v"),
-        ("Wan22-T2V480p-style.safetensors", "t2v"),
-        ("t2v_and_i2v.safetensors", None),
-        ("style.safetensors", None),
-    ],
-)
-def test_the_name_tells_the_task(name: str, task: str | None) -> None:
-    assert task_of(name) == task
-
-
-@pytest.mark.parametrize(
     ("given", "partner"),
     [
         ("a_high_noise_lora.safetensors", "a_low_noise_lora.safetensors"),
         ("a_lora_LOW.safetensors", "a_lora_HIGH.safetensors"),
         ("LowNoise-b.safetensors", "HighNoise-b.safetensors"),
+        ("HighNoise/c-HighNoise.safetensors", "LowNoise/c-LowNoise.safetensors"),
+        ("high_noise/d_high_noise.safetensors", "high_noise/d_low_noise.safetensors"),
     ],
 )
 def test_one_file_of_a_pair_finds_the_other(tmp_path: Path, given: str, partner: str) -> None:
+    for name in (given, partner):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
     (tmp_path / given).touch()
     assert partner_of(tmp_path / given) is None
     (tmp_path / partner).touch()
