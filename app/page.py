@@ -13,6 +13,7 @@ from lightx2v.config.recorded_settings import PICTURES
 from lightx2v.errors import OutputError, short_path
 
 from .backend.studio import Studio, settings_of
+from .backend.zerogpu import ZeroGpuJobs
 from .events import clicks, handlers
 from .events.page_controller import BUSY_SECONDS, PageController, refreshed
 from .events.page_state import PageState
@@ -89,7 +90,7 @@ def _wire(page: gr.Blocks, controller: PageController) -> None:
     every, last = {**default, "trigger_mode": "multiple"}, {**default, "trigger_mode": "always_last"}
     on, on_click, on_submit = controller.listener, controller.click_listener, controller.click_listener
     submitting: dict[str, Any] = {}
-    if controller.studio.exposure.zerogpu:
+    if isinstance(controller.studio.jobs, ZeroGpuJobs):
         # A run belongs to its event, and visitors' events run beside each other: ZeroGPU has a queue of its own.
         on_submit, submitting = controller.running_listener, {"queue": True, "concurrency_limit": None}
 

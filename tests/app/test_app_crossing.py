@@ -1,7 +1,7 @@
-"""Events of one open page that cross each other: none of them is undone by another.
+"""Events of one open page that cross each other: none of them undoes another.
 
-Covered: an event that left the browser before an earlier answer was there; many at the same time; answers that arrive
-in the wrong order; an answer has values only for the fields it is about; half a number is no error.
+Covered: an event sent before an earlier answer arrived; many at the same time; answers that arrive in the wrong order;
+an answer has values only for its own fields; a half-typed number is no error.
 """
 
 from __future__ import annotations
@@ -22,20 +22,20 @@ STORED, VERSIONS = "lightx2v-studio", "versions"
 
 @dataclass
 class Browser:
-    """What a browser holds of one page: its storage, the versions of the parts, and all else by elem_id."""
+    """The state of one page in a browser: its storage, the versions of the parts, and all values by elem_id."""
 
     keyboard: Keyboard
     session: str = field(default_factory=lambda: secrets.token_hex(6))
     holds: dict[str, Any] = field(default_factory=dict)
 
     def press(self, target: str, kind: str = "click", *, sent: Any = None, **values: Any) -> dict[str, Any]:
-        """The answer to an event with everything that the browser holds now, or with other `values`."""
+        """Sends an event with everything that the browser holds now, or with other `values`; returns the answer."""
         versions = {name: version(html) for name, html in self.parts.items() if html}
         changes = {**self.holds, VERSIONS: versions, **values}
         return self.keyboard.press(target, kind, sent=sent, session=self.session, **changes)
 
     def take(self, answer: dict[str, Any]) -> None:
-        """The answer arrived."""
+        """Applies an answer."""
         for name, value in answer.items():
             if not (isinstance(value, dict) and value.get("__type__") == "update"):
                 self.holds[name] = value
@@ -60,7 +60,7 @@ def browser(page: Page) -> Any:
 
 
 def queue_of(browser: Browser, *prompts: str) -> list[str]:
-    """Ids of runs that wait, the first of them running."""
+    """Queues runs behind one that does not end; returns the ids of those that wait."""
     browser.take(browser.press("generate", prompt="\n".join(("an endless first one", *prompts)), per_line=True))
     browser.take(eventually(lambda: "running" in str((a := browser.press("timer", "tick")).get("stage")) and a))
     return re.findall(r'data-act="edit"[^>]*data-id="([^"]+)"', str(browser.holds["queue"]))
@@ -82,7 +82,7 @@ def test_an_event_from_before_an_answer_undoes_nothing(browser: Browser) -> None
     assert order == ["an endless first one", "third", "second, edited"]
 
 
-def test_one_run_is_edited_into_one(browser: Browser) -> None:
+def test_one_run_cannot_be_edited_into_two(browser: Browser) -> None:
     (second,) = queue_of(browser, "second")
     browser.take(browser.press("queue", "act", sent={"act": "edit", "id": second}))
     browser.take(browser.press("generate", prompt="one\nand another", per_line=True))
@@ -91,7 +91,7 @@ def test_one_run_is_edited_into_one(browser: Browser) -> None:
     assert re.findall(r'class="prompt">([^<]+)', str(browser.holds["queue"])) == ["an endless first one", "only one"]
 
 
-def test_what_a_new_visitor_pressed_before_the_page_was_answered_is_theirs(page: Page) -> None:
+def test_a_click_before_the_first_answer_counts(page: Page) -> None:
     new = Browser(Keyboard(page, page.http.get("/config").json()))
     early = new.press("generate", prompt="one")
     new.take(new.press("page", "load"))
@@ -99,7 +99,7 @@ def test_what_a_new_visitor_pressed_before_the_page_was_answered_is_theirs(page:
     assert early[STORED]["owner"] == new.holds[STORED]["owner"]
 
 
-def test_all_of_many_clicks_at_once_count(browser: Browser, page: Page) -> None:
+def test_many_clicks_at_once_all_count(browser: Browser, page: Page) -> None:
     made = [page_run(browser, prompt) for prompt in ("one", "two")]
     clicks = [("history", {"act": "compare", "id": id}) for id in made] + [("top", {"act": "language", "name": "zh"})]
     clicks.append(("history", {"act": "restore", "id": made[0]}))
@@ -124,21 +124,21 @@ def page_run(browser: Browser, prompt: str) -> str:
     return str(browser.holds[STORED]["job"])
 
 
-def test_answers_in_the_wrong_order_are_put_right_by_the_next_tick(browser: Browser) -> None:
+def test_the_next_tick_corrects_answers_in_the_wrong_order(browser: Browser) -> None:
     second, third = queue_of(browser, "second", "third")
     early = browser.press("queue", "act", sent={"act": "edit", "id": second})
     late = browser.press("queue", "act", sent={"act": "cancel", "id": third})
     browser.take(late)
     browser.take(early)
-    assert third in browser.holds["queue"], "the page shows what is not so any more"
+    assert third in browser.holds["queue"], "the page is out of date"
     browser.take(browser.press("timer", "tick"))
     assert third not in browser.holds["queue"] and second in browser.holds["queue"]
     assert not {"queue", "top", "history", "preset", "cost", "examples"} & {
         name for name, html in browser.press("timer", "tick").items() if isinstance(html, str)
-    }, "what the page shows is not sent again"
+    }, "parts that are up to date are not sent again"
 
 
-def test_an_answer_has_values_only_for_what_it_is_about(browser: Browser) -> None:
+def test_an_answer_has_values_only_for_its_own_fields(browser: Browser) -> None:
     typed = {"prompt": "typed meanwhile", "seed": 77, "negative_prompt": "blur", "videos": 2}
 
     def values(answer: dict[str, Any]) -> set[str]:
@@ -160,7 +160,7 @@ def test_an_answer_has_values_only_for_what_it_is_about(browser: Browser) -> Non
     assert not values(page_language) & fields
 
 
-def test_half_a_number_is_no_error_until_somebody_wants_a_video(browser: Browser) -> None:
+def test_a_half_typed_number_only_affects_the_cost(browser: Browser) -> None:
     answer = browser.press("width", "input", width=8)
     assert "problem" in str(answer["cost"]) and "width" in str(answer["cost"])
     assert browser.press("timer", "tick", width=8, steps=None), "and none to anything else"
@@ -168,14 +168,14 @@ def test_half_a_number_is_no_error_until_somebody_wants_a_video(browser: Browser
     assert "problem" not in str(answer["cost"])
 
 
-def test_a_choice_that_was_taken_back_meanwhile_is_no_error(browser: Browser) -> None:
+def test_an_outdated_choice_is_no_error(browser: Browser) -> None:
     browser.take(browser.press("preset", "pick", sent={"name": "t2v_distill_lora"}))
     assert browser.holds["size"] == 632
     late = browser.press("timer", "tick", preset_name="demo_t2v_distill_lora", size=96, length=17)
-    assert "option-demo_t2v_distill_lora" in str(late["preset"]), "the preset that the event's fields belong to"
+    assert "option-demo_t2v_distill_lora" in str(late["preset"]), "the answer is about the preset of the event"
 
 
-def test_a_problem_stays_until_the_fields_say_something_else(browser: Browser) -> None:
+def test_a_problem_stays_until_the_fields_change(browser: Browser) -> None:
     browser.take(browser.press("generate", prompt=""))
     assert "problem" in browser.holds["cost"]
     browser.take(browser.press("timer", "tick", prompt=""))

@@ -1,7 +1,7 @@
-"""The launched page's public endpoints, as programs use them.
+"""The public endpoints of a launched page, as programs use them.
 
-Covered: errors leak neither paths nor tracebacks; ids of others and of nobody are refused alike; a program that goes
-away leaves its job running until it is cancelled; a run that failed leaves the next one alone.
+Covered: errors leak neither paths nor tracebacks; unknown and foreign ids get the same refusal; a job survives the
+program that submitted it, until it is cancelled; a failed run does not affect the next one.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ def test_there_are_four_named_endpoints_and_no_others(page: Page) -> None:
     assert set(info["named_endpoints"]["/generate"]["parameters"][0]) >= {"parameter_name", "type"}
 
 
-def test_presets_tell_their_names_tasks_and_settings(page: Page) -> None:
+def test_presets_have_names_tasks_and_settings(page: Page) -> None:
     presets = page.ask("presets")
     assert [preset["name"] for preset in presets if preset["default"]] == [PRESET]
     chosen = next(preset for preset in presets if preset["name"] == PRESET)
@@ -75,7 +75,7 @@ def test_progress_names_stage_step_and_expert(page: Page) -> None:
 
 
 def test_a_program_that_goes_away_leaves_its_job_running(page: Page) -> None:
-    """The job is the manager's; only its id, kept anywhere, is needed to come back."""
+    """The id is all that a program needs to find its job again."""
     with httpx.Client(base_url=page.url, timeout=PATIENCE) as session:
         job = page.ask("generate", session=session, prompt="a slow ball of nobody", settings={"frames": 5})["id"]
     page.wait(job, "running", "succeeded")
@@ -96,7 +96,7 @@ def test_a_program_that_goes_away_leaves_its_job_running(page: Page) -> None:
         ({"prompt": "x", "preset": "demo_i2v_base", "image": {"path": "../../etc/passwd"}}, "not an uploaded file"),
     ],
 )
-def test_a_bad_request_says_what_is_wrong_and_nothing_else(page: Page, arguments: dict[str, Any], said: str) -> None:
+def test_a_bad_request_returns_its_error_and_nothing_else(page: Page, arguments: dict[str, Any], said: str) -> None:
     with pytest.raises(Refused) as caught:
         page.ask("generate", **arguments)
     assert said in str(caught.value)
@@ -132,6 +132,6 @@ def test_a_run_that_fails_says_what_to_do_and_the_next_one_succeeds(
     page.make(prompt if prompt == "too large" else "whole", settings={"height": 64, "width": 64, "frames": 5})
 
 
-def test_what_went_wrong_inside_is_in_the_log(page: Page) -> None:
+def test_internal_errors_are_in_the_log(page: Page) -> None:
     page.wait(page.ask("generate", prompt="broken again")["id"])
     assert "secret detail" in page.said

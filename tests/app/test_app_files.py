@@ -1,7 +1,7 @@
-"""Files that the launched page gives away: results by their unguessable id, and nothing else.
+"""Files that a launched page serves: results under their unguessable id, and nothing else.
 
 Covered: gradio's file routes for system files, the working folder, presets, models, the database, URLs and `..`;
-results of another id, of traversing ids, and outside of the output folder.
+results of another id, path traversal in ids, and files outside the output folder.
 """
 
 from __future__ import annotations
@@ -51,14 +51,14 @@ def result(page: Page) -> str:
         "/studio/jobs.sqlite",
     ],
 )
-def test_no_route_gives_a_file_that_is_not_a_result(page: Page, result: str, path: str) -> None:
+def test_no_route_serves_a_file_that_is_not_a_result(page: Page, result: str, path: str) -> None:
     answer = page.http.get(path.format(root=ROOT, output=page.folder, result=result))
     assert answer.status_code in (400, 403, 404), (answer.status_code, answer.text[:200])
     assert b"root:" not in answer.content and b"SQLite" not in answer.content
     assert "Traceback" not in answer.text
 
 
-def test_a_run_gives_its_video_and_its_picture(page: Page, result: str) -> None:
+def test_a_run_serves_its_video_and_poster(page: Page, result: str) -> None:
     video, poster = (page.http.get(f"/studio/{result}/{name}") for name in ("video.mp4", "poster.jpg"))
     assert video.content[4:8] == b"ftyp" and poster.content[:2] == b"\xff\xd8"
     for answer in (video, poster):
@@ -68,8 +68,8 @@ def test_a_run_gives_its_video_and_its_picture(page: Page, result: str) -> None:
     assert page.http.get(f"/studio/{NOBODY}/preview.jpg").status_code == 204
 
 
-def test_a_video_that_leads_out_of_the_output_folder_is_not_served(page: Page) -> None:
-    """As if somebody had exchanged a result for a link to a file of the system."""
+def test_a_link_out_of_the_output_folder_is_not_served(page: Page) -> None:
+    """As if an attacker had replaced a result with a link to a system file."""
     id = str(page.make("a link", settings={"frames": 5})["id"])
     assert page.http.get(f"/studio/{id}/video.mp4").status_code == 200
     video = page.folder / f"{id}.mp4"
@@ -79,17 +79,17 @@ def test_a_video_that_leads_out_of_the_output_folder_is_not_served(page: Page) -
     assert answer.status_code == 404 and not LEAKS.search(answer.text)
 
 
-def test_what_is_secret_on_the_disk_is_readable_by_its_owner_only(page: Page) -> None:
+def test_secret_files_are_readable_by_their_owner_only(page: Page) -> None:
     assert (page.folder / "browser.key").stat().st_mode & 0o077 == 0
 
 
 def test_ids_cannot_be_guessed(page: Page, result: str) -> None:
     other = str(page.make("another file", settings={"frames": 5})["id"])
     assert all(re.fullmatch("[0-9a-f]{32}", id) for id in (result, other))
-    assert sum(a == b for a, b in zip(result, other, strict=True)) < 16, "no counter, no clock in it"
+    assert sum(a == b for a, b in zip(result, other, strict=True)) < 16, "ids contain no counter and no time"
 
 
-def test_uploads_are_kept_apart_from_the_outputs(page: Page) -> None:
+def test_uploads_have_their_own_folder(page: Page) -> None:
     upload = Path(page.upload(b"x", "../../evil.png")["path"])
     assert upload.is_relative_to(page.folder / "uploads") and upload.name == "evil.png"
     assert os.path.commonpath([upload.resolve(), page.folder]) == str(page.folder)

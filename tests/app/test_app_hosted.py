@@ -1,7 +1,7 @@
-"""The launched page on a Space, with and without ZeroGPU, on this machine and without any GPU.
+"""A launched page as on a Space, with and without ZeroGPU; here without any GPU.
 
-Covered: it starts; it hides what belongs to the machine; it has limits and names them; on ZeroGPU the visitor's own
-request runs the engine, reserves a time for it, and ends it when the visitor leaves.
+Covered: it starts, hides its machine, and names its limits; on ZeroGPU the visitor's own request reserves GPU time,
+runs the engine, and ends the run when the visitor leaves.
 """
 
 from __future__ import annotations
@@ -55,7 +55,7 @@ def test_a_space_takes_no_large_upload(space: Page) -> None:
     assert large.status_code == 413
 
 
-SPACES = '''"""Stands in for Hugging Face's package of this name: lends a GPU to a generator function."""
+SPACES = '''"""Replaces Hugging Face's package of this name: lends a GPU to a generator function."""
 import inspect
 import pathlib
 
@@ -96,7 +96,7 @@ def test_zerogpu_has_one_preset_and_runs_it_in_the_visitors_request(zerogpu: Pag
     assert list(zerogpu.folder.glob("*.mp4"))
 
 
-def test_who_leaves_gives_the_gpu_back(zerogpu: Page) -> None:
+def test_a_visitor_who_leaves_gives_the_gpu_back(zerogpu: Page) -> None:
     """The run of a closed tab ends at its next step, long before it is done."""
     config, prompt = zerogpu.http.get("/config").json(), "a slow ball that nobody waits for"
     videos = set(zerogpu.folder.glob("*.mp4"))
@@ -107,12 +107,12 @@ def test_who_leaves_gives_the_gpu_back(zerogpu: Page) -> None:
     ended = eventually(lambda: [e for e in zerogpu.painted if e["event"] == "end" and e["prompt"] == prompt])
     began = next(e for e in zerogpu.painted if e["event"] == "begin" and e["prompt"] == prompt)
     assert ended[0]["at"] - began["at"] < 0.5 * 40 * Painter.slow_seconds
-    assert set(zerogpu.folder.glob("*.mp4")) == videos, "it was not made to its end"
+    assert set(zerogpu.folder.glob("*.mp4")) == videos, "no video was written"
     list(generate(zerogpu, config, "the next one has the GPU"))
 
 
 def generate(page: Page, config: dict[str, Any], prompt: str, **values: Any) -> Iterator[str]:
-    """What the Generate button's event sends to the browser, message by message."""
+    """The messages that the Generate button's event sends to the browser."""
     components = {c["id"]: c for c in config["components"]}
     names = {id: component["props"].get("elem_id") for id, component in components.items()}
     button = next(id for id, name in names.items() if name == "generate")
@@ -130,5 +130,5 @@ def generate(page: Page, config: dict[str, Any], prompt: str, **values: Any) -> 
                 return
 
 
-def test_a_page_on_its_own_machine_is_no_space(page: Page) -> None:
+def test_a_local_page_shows_what_a_space_hides(page: Page) -> None:
     assert shown(page.http.get("/config").json()) >= {"files", "offload"}

@@ -1,7 +1,7 @@
-"""What may come in to the launched page, and what is turned away at the door.
+"""Input that a launched page accepts or refuses.
 
-Covered: pictures that explode, lie, are cut off or are no pictures; odd but honest ones; addresses instead of
-pictures, of which none is ever fetched; foreign hosts and sites; bodies that are huge, deep or broken.
+Covered: decompression bombs, images with a false header, truncated files and other types; unusual but valid images;
+URLs in place of images, which are never fetched; foreign hosts and sites; bodies that are huge, deep or broken.
 """
 
 from __future__ import annotations
@@ -75,7 +75,7 @@ TAKEN = {
 
 
 @pytest.mark.parametrize("name", REFUSED)
-def test_what_is_no_picture_is_refused_in_one_sentence(page: Page, name: str) -> None:
+def test_a_file_that_is_not_an_image_is_refused_in_one_sentence(page: Page, name: str) -> None:
     image = page.upload(REFUSED[name], name)
     with pytest.raises(Refused) as caught:
         page.ask("generate", prompt="x", image=image, **I2V)
@@ -83,7 +83,7 @@ def test_what_is_no_picture_is_refused_in_one_sentence(page: Page, name: str) ->
 
 
 @pytest.mark.parametrize("name", TAKEN)
-def test_odd_but_honest_pictures_are_taken(page: Page, name: str) -> None:
+def test_unusual_but_valid_images_are_accepted(page: Page, name: str) -> None:
     done = page.make(f"picture {name}", image=page.upload(TAKEN[name], name), **I2V)
     assert done["state"] == "succeeded"
     assert any(e["event"] == "begin" and e["request"]["image_path"] for e in page.painted)
@@ -96,7 +96,7 @@ def grey16() -> bytes:
 
 
 @pytest.mark.parametrize("name", [*TAKEN, "grey16.png"])
-def test_a_run_of_the_page_gets_the_very_picture_that_was_chosen(page: Page, keyboard: Keyboard, name: str) -> None:
+def test_a_run_gets_exactly_the_chosen_image(page: Page, keyboard: Keyboard, name: str) -> None:
     data = TAKEN.get(name) or grey16()
     prompt = f"the very {name}"
     form = {"mode": "i2v", "preset_name": I2V["preset"], "frames": 5, "width": 96, "height": 96}
@@ -106,7 +106,7 @@ def test_a_run_of_the_page_gets_the_very_picture_that_was_chosen(page: Page, key
 
 
 @pytest.mark.parametrize("name", REFUSED)
-def test_what_is_no_picture_is_said_below_the_fields(page: Page, keyboard: Keyboard, name: str) -> None:
+def test_an_invalid_image_is_reported_below_the_fields(page: Page, keyboard: Keyboard, name: str) -> None:
     said = keyboard.press(
         "image_path", "change", mode="i2v", shape="match", image_path=page.upload(REFUSED[name], name)
     )
@@ -115,7 +115,7 @@ def test_what_is_no_picture_is_said_below_the_fields(page: Page, keyboard: Keybo
 
 @pytest.mark.parametrize("size", [{"height": -16}, {"height": 0}, {"width": 10**9}, {"width": None}], ids=str)
 @pytest.mark.parametrize("task", ["t2v", "i2v"])
-def test_a_size_that_is_being_typed_stops_no_page(
+def test_a_half_typed_size_does_not_stop_the_page(
     page: Page, keyboard: Keyboard, task: str, size: dict[str, Any]
 ) -> None:
     session = f"typing {task}"
@@ -128,7 +128,7 @@ def test_a_size_that_is_being_typed_stops_no_page(
     assert opened["top"] and all(opened[name] == value for name, value in size.items() if value is not None)
 
 
-def test_a_runs_picture_comes_back_without_loss(page: Page, keyboard: Keyboard) -> None:
+def test_a_restored_run_has_its_image_without_loss(page: Page, keyboard: Keyboard) -> None:
     noise = np.random.default_rng(7).integers(0, 256, (64, 96, 3), np.uint8)
     data = io.BytesIO()
     Image.fromarray(noise).save(data, "PNG")
@@ -151,14 +151,14 @@ def test_a_runs_picture_comes_back_without_loss(page: Page, keyboard: Keyboard) 
         assert np.array_equal(np.asarray(shown), noise)
 
 
-def test_a_picture_that_comes_before_its_task_is_no_problem(keyboard: Keyboard) -> None:
-    """As while a browser fills in the fields of a run of the other task."""
+def test_an_image_may_arrive_before_its_task(keyboard: Keyboard) -> None:
+    """This happens while a browser fills in the fields of a run of the other task."""
     said = keyboard.press("image_path", "change", mode="t2v", preset_name=I2V["preset"])
     assert "preset" in said["preset"] and said["cost"]["__type__"] == "update" and "problem" not in str(said["cost"])
 
 
 class Listener:
-    """A server on this machine that counts who comes."""
+    """A server on this machine that counts its connections."""
 
     def __init__(self) -> None:
         self.socket = socket.create_server(("127.0.0.1", 0))
@@ -200,8 +200,8 @@ def listening() -> Iterator[Listener]:
         "data:image/png;base64,AAAA",
     ],
 )
-def test_an_address_is_no_picture_and_nobody_is_called(page: Page, address: str) -> None:
-    """The page takes uploads only; so no redirect, no changing name and no endless body can reach it either."""
+def test_a_url_is_not_an_image_and_is_never_fetched(page: Page, address: str) -> None:
+    """The page accepts uploads only, so redirects, DNS rebinding and endless bodies cannot reach it either."""
     with listening() as listener:
         address = address.format(port=listener.port)
         for image in ({"url": address}, {"path": address}, {"path": address, "url": address}):
@@ -234,7 +234,7 @@ def test_foreign_hosts_and_sites_are_refused(page: Page) -> None:
     ],
     ids=["large", "deep", "broken", "form", "empty", "list", "unknown"],
 )
-def test_a_broken_body_is_refused_quietly(page: Page, body: bytes, type: str) -> None:
+def test_a_broken_body_is_refused_without_being_echoed(page: Page, body: bytes, type: str) -> None:
     for path in ("call/generate", "call/v2/generate", "queue/join", "run/predict"):
         try:
             with httpx.Client(base_url=page.url, timeout=PATIENCE) as http:
@@ -244,5 +244,5 @@ def test_a_broken_body_is_refused_quietly(page: Page, body: bytes, type: str) ->
             continue
         assert answer.status_code in (400, 404, 413, 415, 422, 429, 500) or "event_id" in answer.json(), answer.text
         assert not LEAKS.search(answer.text), answer.text[:300]
-        assert len(answer.text) < 2000, "the body is not sent back"
+        assert len(answer.text) < 2000, "the answer does not repeat the body"
     assert "xxxxxxxxxx" not in page.said and "[[[[[" not in page.said

@@ -1,7 +1,7 @@
-"""A launched page with a password, and how it is started.
+"""A launched page with a password, and its start.
 
-Covered: no address that others reach without a password, unless asked for; a wrong or missing password on every
-route that the server has, its documentation, files and streams among them; more requests than a person makes.
+Covered: no address that others reach is without a password, except with --public; a wrong or missing password on every
+route of the server, with its documentation, files and streams; more requests than a person sends.
 """
 
 from __future__ import annotations
@@ -30,12 +30,12 @@ OPEN = re.compile(
     r"/(login|login_check|token|logout|oauth/\w+|theme\.css|robots\.txt|manifest\.json|favicon\.ico|pwa_icon|pwa_icon/.*"
     r"|static/.*|assets/.*|svelte/.*|gradio_api/(login_check|token|user|theme\.css|app_id|startup-events|dev/reload|heartbeat/.*))?/?"
 )
-"""What a browser needs to show the form where one signs in, and what says nothing about anybody."""
+"""Routes that the login form needs, and routes that reveal nothing."""
 
 
 @pytest.fixture(scope="module")
 def locked(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Page]:
-    """A page that other machines reach."""
+    """A page that other machines can reach."""
     with launched(tmp_path_factory.mktemp("locked") / "outputs", "--host", "0.0.0.0") as started:
         yield started
 
@@ -72,14 +72,14 @@ def test_every_route_asks_for_the_password(locked: Page) -> None:
     assert set(ours.values()) == {401} and list(answers.values()).count(401) > 30
 
 
-def test_what_needs_no_password_tells_nothing(locked: Page) -> None:
+def test_pages_without_a_password_reveal_nothing(locked: Page) -> None:
     page = locked.http.get("/").text
     assert '"auth_required":true' in page
     for told in ("elem_id", "demo_t2v", 'components":[{', str(locked.folder)):
         assert told not in page, told
 
 
-def test_the_password_is_new_and_said_once(locked: Page) -> None:
+def test_the_password_is_printed_once(locked: Page) -> None:
     assert locked.said.count(password(locked)) == 1 and len(password(locked)) >= 12
 
 
@@ -90,7 +90,7 @@ def test_a_wrong_password_is_refused(locked: Page, word: str) -> None:
     assert not answer.cookies
 
 
-def test_the_right_one_opens_everything(locked: Page) -> None:
+def test_the_right_password_opens_everything(locked: Page) -> None:
     with signed_in(locked) as session:
         made = locked.ask("generate", session=session, prompt="behind a door", settings={"frames": 5})
         video = eventually(lambda: locked.ask("status", session=session, id=made["id"])["video"])
@@ -99,7 +99,7 @@ def test_the_right_one_opens_everything(locked: Page) -> None:
         assert "elem_id" in session.get("/config").text
 
 
-def test_more_requests_than_a_person_makes_are_put_off(locked: Page) -> None:
+def test_a_flood_of_requests_gets_429(locked: Page) -> None:
     with signed_in(locked) as session:
         job = locked.ask("generate", session=session, prompt="a slow one meanwhile", settings={"frames": 5})["id"]
         time.sleep(2)  # the tests before have asked for much, and twenty a second are forgiven
@@ -111,7 +111,7 @@ def test_more_requests_than_a_person_makes_are_put_off(locked: Page) -> None:
         with ThreadPoolExecutor(8) as pool:
             answer = eventually(lambda: next((a for a in pool.map(post, range(80)) if a.status_code == 429), None))
         assert "Wait" in answer.text and answer.headers["retry-after"]
-        assert eventually(lambda: locked.ask("status", session=session, id=job)["video"]), "the run does not mind"
+        assert eventually(lambda: locked.ask("status", session=session, id=job)["video"]), "the run continues"
 
 
 @pytest.mark.parametrize(
@@ -123,14 +123,14 @@ def test_more_requests_than_a_person_makes_are_put_off(locked: Page) -> None:
         (("--auth", "nocolon"), "USER:PASSWORD"),
     ],
 )
-def test_a_start_that_makes_no_sense_ends_with_a_sentence(
+def test_contradictory_flags_end_with_one_sentence(
     flags: tuple[str, ...], said: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert main.main(flags) == 2
     assert said in capsys.readouterr().err
 
 
-def test_an_output_folder_that_cannot_be_is_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_an_impossible_output_folder_is_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "file").touch()
     assert main.main(["--output_dir", str(tmp_path / "file")]) == OutputError.exit_code
     said = capsys.readouterr().err
@@ -143,7 +143,7 @@ def test_an_unknown_preset_is_refused_by_name(tmp_path: Path) -> None:
     assert done.returncode == 2 and "demo_t2v_base" in done.stderr and "Traceback" not in done.stderr
 
 
-def test_a_share_link_that_could_not_be_made_is_said(capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_missing_share_link_is_reported(capsys: pytest.CaptureFixture[str]) -> None:
     demo = SimpleNamespace(local_url="http://127.0.0.1:7860/", share_url=None)
     main.announce(demo, Exposure(share=True, open_to_others=True, user="studio", password="pw123"))
     said = capsys.readouterr().out

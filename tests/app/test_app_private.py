@@ -1,7 +1,7 @@
-"""The page's own events, pressed by hand as somebody would who reads its configuration.
+"""The page's own events, sent by hand as an attacker would who has read its configuration.
 
 Covered: text never becomes a path; hidden events accept only what the page offers; one visitor neither sees nor
-touches another's runs, with the same prompt and the same picture's name; made-up browser storage is nobody's.
+touches another's runs, even with the same prompt and image name; forged browser storage gives access to nothing.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ def test_all_events_but_four_are_private(keyboard: Keyboard) -> None:
     assert sorted(d["api_name"] for d in public) == ["cancel", "generate", "presets", "status"]
 
 
-def test_what_the_page_offers_is_made(page: Page, keyboard: Keyboard) -> None:
+def test_an_event_sent_by_hand_makes_a_video(page: Page, keyboard: Keyboard) -> None:
     said = keyboard.press("generate", prompt="pressed by hand", **{"lightx2v-studio": visitor()})
     assert "problem" not in str(said["cost"])
     assert eventually(lambda: began(page, "pressed by hand"))
@@ -58,20 +58,22 @@ def test_what_the_page_offers_is_made(page: Page, keyboard: Keyboard) -> None:
     ],
     ids=str,
 )
-def test_hidden_events_take_only_what_the_page_offers(page: Page, keyboard: Keyboard, changes: dict[str, Any]) -> None:
+def test_hidden_events_accept_only_what_the_page_offers(
+    page: Page, keyboard: Keyboard, changes: dict[str, Any]
+) -> None:
     prompt = f"out of range {secrets.token_hex(4)}"
     said = keyboard.press("generate", **{"prompt": prompt, "lightx2v-studio": visitor(), **changes})
-    assert not said or "problem" in str(said["cost"]), "a refusal is said in place of the cost"
+    assert not said or "problem" in str(said["cost"]), "the cost line shows a refusal"
     assert not began(page, prompt)
 
 
 @pytest.mark.parametrize("number", [2**63, -(2**63) - 1, 10**20])
-def test_a_number_of_twenty_digits_is_refused_and_said(keyboard: Keyboard, number: int) -> None:
+def test_a_number_with_twenty_digits_is_refused_with_a_message(keyboard: Keyboard, number: int) -> None:
     said = keyboard.press("generate", prompt="a red ball", seed=number, **{"lightx2v-studio": visitor()})
     assert "problem" in said["cost"] and "seed is" in said["cost"]
 
 
-def test_half_a_character_in_the_prompt_stops_nothing(page: Page, keyboard: Keyboard) -> None:
+def test_a_lone_surrogate_in_the_prompt_is_dropped(page: Page, keyboard: Keyboard) -> None:
     said = keyboard.press("generate", prompt="half a \ud83d ball", **{"lightx2v-studio": visitor()})
     assert "problem" not in said["cost"] and eventually(lambda: began(page, "half a  ball"))
 
@@ -80,9 +82,7 @@ WRONG = [None, [], {"a": 1}, "x", "\ud83d", -1.5, float("nan"), float("inf"), 10
 
 
 @pytest.mark.parametrize("wrong", WRONG, ids=lambda wrong: str(wrong)[:9].encode("ascii", "replace").decode())
-def test_what_is_of_a_wrong_type_stops_no_event_and_leaves_no_traceback(
-    page: Page, keyboard: Keyboard, wrong: Any
-) -> None:
+def test_values_of_a_wrong_type_cause_no_traceback(page: Page, keyboard: Keyboard, wrong: Any) -> None:
     me = {"lightx2v-studio": visitor()}
     keyboard.press("generate", prompt="a run to click on", **me)
     seen = eventually(lambda: 'data-id="' in str(s := keyboard.press("timer", "tick", **me)) and str(s))
@@ -105,12 +105,12 @@ def test_what_is_of_a_wrong_type_stops_no_event_and_leaves_no_traceback(
     for target, kind, changes in sent:
         answer = keyboard.answer(target, kind, **{**me, **changes})
         assert answer.status_code == 200, (target, kind, str(changes)[:200], answer.text[:200])
-        assert len(answer.content) < 200_000, "text is cut, wherever it is shown again"
+        assert len(answer.content) < 200_000, "long text is cut wherever the page shows it"
     assert page.said.count("Traceback") == before
 
 
 def test_two_visitors_do_not_see_each_others_runs(page: Page, keyboard: Keyboard) -> None:
-    """The same prompt and settings from two people are two runs, each with its own file."""
+    """The same prompt and settings from two visitors make two runs, each with its own file."""
     alice, bob = visitor(), visitor()
     runs = {}
     for person in (alice, bob):
@@ -145,7 +145,7 @@ def test_the_text_of_a_field_never_becomes_a_path(page: Page, keyboard: Keyboard
     assert request["image_path"] is None and request["prompt"] == str(text)
 
 
-def test_a_size_is_looked_up_in_a_preset_on_offer_and_in_no_other_file(keyboard: Keyboard) -> None:
+def test_a_preset_name_never_becomes_a_path(keyboard: Keyboard) -> None:
     pressed = [
         keyboard.press("shape", "input", shape="1:1", size=None, preset_name=name)
         for name in (PRESET, "presets/t2v_base.json")
@@ -153,7 +153,7 @@ def test_a_size_is_looked_up_in_a_preset_on_offer_and_in_no_other_file(keyboard:
     assert pressed[0]["height"] and pressed[0]["height"] == pressed[1]["height"]
 
 
-def test_a_picture_that_made_up_storage_names_is_not_read(keyboard: Keyboard) -> None:
+def test_an_image_path_in_forged_storage_is_not_read(keyboard: Keyboard) -> None:
     form = {"preset": "demo_i2v_distill_lora", "task": "i2v", "prompt": "kept"}
     form |= dict.fromkeys(("image_path", "last_frame_path"), "assets/screenshots/running.webp")
     said = keyboard.press("page", "load", **{"lightx2v-studio": {**visitor(), "form": form}})
@@ -162,14 +162,14 @@ def test_a_picture_that_made_up_storage_names_is_not_read(keyboard: Keyboard) ->
 
 
 @pytest.mark.parametrize("stored", [None, [], "x", {"owner": ""}, {"owner": "short"}, {"owner": ["a"] * 40}], ids=str)
-def test_made_up_storage_is_a_new_visitor_without_runs(page: Page, keyboard: Keyboard, stored: Any) -> None:
+def test_forged_storage_starts_a_new_session_without_runs(page: Page, keyboard: Keyboard, stored: Any) -> None:
     page.make("somebody's", settings={"frames": 5})
     seen = keyboard.press("timer", "tick", **{"lightx2v-studio": stored})
     assert "restore" not in str(seen["history"]).split("drop_hint")[0].split("</header>")[-1]
     assert len(seen["lightx2v-studio"]["owner"]) >= 32
 
 
-def test_a_page_that_stays_open_takes_no_more_memory(page: Page, keyboard: Keyboard) -> None:
+def test_an_open_page_does_not_grow_in_memory(page: Page, keyboard: Keyboard) -> None:
     def resident() -> int:
         status = Path(f"/proc/{page.process.pid}/status").read_text()
         return int(status.split("VmRSS:")[1].split()[0]) // 1024
@@ -184,4 +184,4 @@ def test_a_page_that_stays_open_takes_no_more_memory(page: Page, keyboard: Keybo
 
     grown(30)
     # What else the page does meanwhile may take some once; what is kept of every look is taken every time.
-    assert any(grown(80) < 10 for _ in range(4)), "MB; a copy of every field for each look takes 20"
+    assert any(grown(80) < 10 for _ in range(4)), "MB; one copy of every field per tick would take 20"

@@ -1,8 +1,8 @@
-"""The launched page's queue, whoever asks.
+"""The queue of a launched page.
 
-Covered: fifty submissions at once, of which one runs at a time, in order, up to the queue's bound; what one click asks
-for beyond it; nothing of one job in the next; a submission while models are exchanged, of which two are never in
-memory; many jobs that leave no process, file handle or temporary file behind; jobs and results over a restart.
+Covered: fifty submissions at once run one at a time and in order, up to the queue's limit; a click beyond the limit;
+jobs do not affect each other; a submission while the model changes, with never two in memory; many jobs leave no
+process, file handle or temporary file behind; jobs and results survive a restart.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from studio_app import Page, Refused, launched, stop
 SMALL = {"height": 32, "width": 32, "frames": 1}
 
 
-def test_fifty_at_once_run_one_by_one_up_to_the_bound(space: Page) -> None:
+def test_fifty_submissions_at_once_run_one_by_one_up_to_the_limit(space: Page) -> None:
     first = space.ask("generate", prompt="an endless first one", settings=SMALL)["id"]
     space.wait(first, "running")
     taken: list[dict[str, Any]] = []
@@ -52,7 +52,7 @@ def test_fifty_at_once_run_one_by_one_up_to_the_bound(space: Page) -> None:
     assert begun == [job["prompt"] for job in sorted(taken, key=lambda job: job["position"])], "first come, first run"
 
 
-def test_what_the_queue_does_not_take_of_one_click_is_told(space: Page) -> None:
+def test_a_click_reports_the_runs_that_the_queue_refused(space: Page) -> None:
     keyboard, session = Keyboard(space, space.http.get("/config").json()), secrets.token_hex(6)
     first = space.ask("generate", prompt="an endless first one", settings=SMALL)["id"]
     space.wait(first, "running")
@@ -69,7 +69,7 @@ def test_what_the_queue_does_not_take_of_one_click_is_told(space: Page) -> None:
     assert "The queue is full" not in taken["cost"] + again["cost"]
 
 
-def test_a_job_is_the_same_alone_and_after_others(space: Page) -> None:
+def test_a_job_gives_the_same_video_alone_and_after_others(space: Page) -> None:
     alone = space.make("the same", seed=5, settings=SMALL)["id"]
     space.make("another", preset="demo_t2v_base", seed=9, negative_prompt="blur", settings={**SMALL, "steps": 3})
     after = space.make("the same", seed=5, settings=SMALL)["id"]
@@ -77,7 +77,7 @@ def test_a_job_is_the_same_alone_and_after_others(space: Page) -> None:
     assert first == second
 
 
-def test_models_are_exchanged_without_two_in_memory(space: Page) -> None:
+def test_two_models_are_never_in_memory(space: Page) -> None:
     kinds = ("demo_t2v_base", "demo_t2v_fp8", "demo_t2v_distill_lora") * 2
     settings = [{**SMALL, "steps": 2} if kind.endswith("base") else SMALL for kind in kinds]
     jobs = [space.ask("generate", prompt="x", preset=k, settings=s) for k, s in zip(kinds, settings, strict=True)]
@@ -106,7 +106,7 @@ def test_many_jobs_leave_nothing_behind(space: Page) -> None:
     assert left <= {".mp4", ".sqlite", ".sqlite-wal", ".sqlite-shm", ".json", ".jsonl", ".key"}, left
 
 
-def test_a_restart_keeps_jobs_results_and_what_was_learnt(tmp_path: Path) -> None:
+def test_a_restart_keeps_jobs_results_and_predictions(tmp_path: Path) -> None:
     with launched(tmp_path / "outputs") as page:
         done = page.make("before the restart", settings=SMALL)
         key = (page.folder / "browser.key").read_text()
@@ -118,8 +118,8 @@ def test_a_restart_keeps_jobs_results_and_what_was_learnt(tmp_path: Path) -> Non
         assert page.ask("status", id=done["id"])["state"] == "succeeded"
         assert page.http.get(f"/studio/{done['id']}/video.mp4").status_code == 200
         assert page.ask("status", id=running)["state"] == "interrupted"
-        assert page.wait(waiting)["state"] == "succeeded", "what waited is run"
-        assert (page.folder / "browser.key").read_text() == key, "browsers are known again"
+        assert page.wait(waiting)["state"] == "succeeded", "the queued job runs"
+        assert (page.folder / "browser.key").read_text() == key, "sessions survive"
         again = page.ask("generate", prompt="after the restart", settings=SMALL)
         assert again["predicted_seconds"] is not None
         assert page.wait(again["id"])["state"] == "succeeded"

@@ -1,7 +1,7 @@
-"""The page on a machine with something in the way: it says in a sentence what, and what to do, and ends or goes on.
+"""The page on a machine with a problem: it reports it in one sentence with the remedy, and ends or continues.
 
-Covered: a port or address that cannot be had, a file of its own folder that is none, a reader that leaves, two signals
-at once, very many open pages, large pictures.
+Covered: an unavailable port or address, an unreadable key file, a closed output pipe, two signals at once, very many
+open pages, large images.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ PAINTED = (sys.executable, str(ROOT / "tests" / "support" / "painted_app.py"))
 
 
 def ends(folder: Path, *flags: str) -> tuple[int, str]:
-    """The exit code of a page that does not start, and all that it says."""
+    """The exit code of a page that does not start, and its whole output."""
     environment = {**os.environ, "LIGHTX2V_OUTPUT_DIR": str(folder)}
     done = subprocess.run(
         [*PAINTED, *flags], capture_output=True, text=True, timeout=PATIENCE, env=environment, cwd=ROOT, check=False
@@ -52,28 +52,28 @@ def taken_port() -> Iterator[int]:
         yield int(other.getsockname()[1])
 
 
-def test_a_taken_port_is_told(tmp_path: Path) -> None:
+def test_a_taken_port_is_reported(tmp_path: Path) -> None:
     with taken_port() as port:
         code, said = ends(tmp_path, "--port", str(port))
     assert code == 2 and said.strip().endswith("cannot be listened on: Address already in use. Choose another --port.")
 
 
 @pytest.mark.parametrize("port", ["99999", "-1"])
-def test_a_port_that_there_is_not_is_told(tmp_path: Path, port: str) -> None:
+def test_an_invalid_port_is_reported(tmp_path: Path, port: str) -> None:
     code, said = ends(tmp_path, "--port", port)
     assert code == 2 and "Choose another --port." in said and len(said.splitlines()) == 1
 
 
-def test_an_address_of_another_machine_is_told_instead_of_being_tried_for_ever(tmp_path: Path) -> None:
+def test_an_address_of_another_machine_is_reported_at_once(tmp_path: Path) -> None:
     code, said = ends(tmp_path, "--host", "192.0.2.1", "--public")
     assert code == 2 and said.startswith("error: 192.0.2.1 cannot be listened on") and len(said.splitlines()) == 1
 
 
 @pytest.mark.parametrize(("given", "used"), [({}, "PASSIVE"), ({"OMP_WAIT_POLICY": "ACTIVE"}, "ACTIVE")])
-def test_threads_leave_the_cores_to_the_browser_unless_told_otherwise(
+def test_threads_wait_passively_unless_the_environment_says_otherwise(
     tmp_path: Path, given: dict[str, str], used: str
 ) -> None:
-    """torch reads it once, when it is imported."""
+    """torch reads the variable once, on import."""
     script = "import os, pathlib, sys; from app import main; main.prepare_environment(pathlib.Path(sys.argv[1]));"
     script += "print(os.environ['OMP_WAIT_POLICY'], 'torch' in sys.modules)"
     environment = {name: value for name, value in os.environ.items() if name != "OMP_WAIT_POLICY"} | given
@@ -82,7 +82,7 @@ def test_threads_leave_the_cores_to_the_browser_unless_told_otherwise(
 
 
 @pytest.mark.parametrize("content", [None, b"\xff\xfe"], ids=["folder", "no text"])
-def test_a_key_file_that_is_none_is_told(tmp_path: Path, content: bytes | None) -> None:
+def test_an_unreadable_key_file_is_reported(tmp_path: Path, content: bytes | None) -> None:
     key = tmp_path / "browser.key"
     key.mkdir() if content is None else key.write_bytes(content)
     code, said = ends(tmp_path, "--port", str(free_port()))
@@ -91,7 +91,7 @@ def test_a_key_file_that_is_none_is_told(tmp_path: Path, content: bytes | None) 
     assert str(tmp_path) not in said
 
 
-def test_a_reader_that_leaves_ends_nothing_and_leaves_no_traceback(tmp_path: Path) -> None:
+def test_a_closed_output_pipe_causes_no_traceback(tmp_path: Path) -> None:
     """python app.py | head -1"""
     command = [*PAINTED, "--port", str(free_port())]
     environment = {**os.environ, "LIGHTX2V_OUTPUT_DIR": str(tmp_path), "PYTHONUNBUFFERED": "1"}
@@ -106,7 +106,7 @@ def test_a_reader_that_leaves_ends_nothing_and_leaves_no_traceback(tmp_path: Pat
         assert process.wait(PATIENCE) == 143 and "Traceback" not in said and "BrokenPipe" not in said, said
 
 
-def test_two_signals_at_once_end_it_as_one(tmp_path: Path) -> None:
+def test_two_signals_at_once_count_as_one(tmp_path: Path) -> None:
     with launched(tmp_path / "out") as opened:
         id = opened.ask("generate", prompt="an endless run")["id"]
         opened.wait(id, "running")
@@ -117,10 +117,8 @@ def test_two_signals_at_once_end_it_as_one(tmp_path: Path) -> None:
         assert opened.ask("status", id=id)["state"] == "interrupted"
 
 
-def test_pages_that_were_opened_and_left_do_not_fill_the_memory(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Half a megabyte each, and whoever asks under a new name has opened one: gradio keeps 10 000 of them."""
+def test_abandoned_pages_do_not_fill_the_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each takes half a megabyte, any request can open one, and by default gradio keeps 10 000."""
     asked: dict[str, Any] = {}
     demo = SimpleNamespace(launch=lambda **flags: asked.update(flags), local_url="http://127.0.0.1:7860/", share_url="")
     monkeypatch.setattr(page, "build_page", lambda studio: demo)
@@ -133,8 +131,8 @@ def test_pages_that_were_opened_and_left_do_not_fill_the_memory(
     assert inspect.signature(gr.Blocks.launch).parameters["state_session_capacity"].default > 500
 
 
-def test_pictures_are_looked_at_one_after_the_other(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Each may take a quarter of a gigabyte, and forty visitors are answered at a time."""
+def test_images_are_decoded_one_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each may take a quarter of a gigabyte, and gradio answers forty visitors at a time."""
     now, most = 0, 0
 
     def look(path: str) -> Image.Image:

@@ -1,7 +1,7 @@
-"""A person who is faster than the network, or whose network or server goes away for a while, in a real browser.
+"""A visitor in a real browser who is faster than the network, or whose network or server fails for a while.
 
-Covered: clicks and typing while answers cross each other lose nothing; a lost network, and a restart of the app, after
-which the page is the same again: its run, its history, its queue, and what was typed in between.
+Covered: clicks and typing lose nothing while answers cross each other; after a lost connection or a restart of the app
+the page has its run, history, queue and typed text again.
 """
 
 from __future__ import annotations
@@ -71,7 +71,7 @@ def test_fast_clicks_and_typing_survive_answers_that_cross(chrome: Browser, page
         assert tab.input_value("#seed input") == "271828"
 
 
-def test_a_preset_brings_its_own_settings_and_leaves_what_was_typed(chrome: Browser, page: Page) -> None:
+def test_a_preset_sets_its_own_fields_and_keeps_the_rest(chrome: Browser, page: Page) -> None:
     with person(chrome, page, script=SLOW) as visitor:
         tab = visitor.tab
         tab.click("#advanced button")
@@ -89,7 +89,7 @@ def test_a_preset_brings_its_own_settings_and_leaves_what_was_typed(chrome: Brow
         assert tab.is_checked("#mode label:nth-of-type(2) input") and tab.input_value("#seed input") == "5"
 
 
-def test_half_a_number_is_said_below_the_button_only(visitor: Person) -> None:
+def test_a_half_typed_number_is_reported_below_the_button_only(visitor: Person) -> None:
     tab = visitor.tab
     tab.click("#advanced button")
     tab.fill("#width input", "8")
@@ -99,7 +99,7 @@ def test_half_a_number_is_said_below_the_button_only(visitor: Person) -> None:
     visitor.settle("() => !document.querySelector('#cost .problem')")
 
 
-def test_a_lost_network_loses_neither_the_run_nor_what_is_typed(visitor: Person) -> None:
+def test_a_lost_connection_loses_neither_the_run_nor_the_text(visitor: Person) -> None:
     tab = visitor.tab
     visitor.make("an endless one")
     visitor.see("running")

@@ -1,7 +1,7 @@
-"""The page in a real browser, for everybody: languages, themes, keyboard, screen readers, telephones.
+"""The page in a real browser: languages, themes, keyboard, screen readers, phones.
 
 Covered: English and Chinese; light and dark with a contrast of 4.5 or more; every field and button has a name; all
-of it works with keys; nothing scrolls sideways at 390, 768 and 1440 pixels; the stage does not jump.
+of it works with the keyboard; nothing scrolls sideways at 390, 768 and 1440 pixels; the stage does not jump.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ HAN = re.compile(r"[一-鿿]")
 LABELS = "[...document.querySelectorAll('[data-testid=block-info], #generate, [role=tab], h2')]"
 
 
-def test_the_page_speaks_chinese_to_a_chinese_browser_and_switches_back(chrome: Browser, page: Page) -> None:
+def test_a_chinese_browser_gets_chinese_and_can_switch_to_english(chrome: Browser, page: Page) -> None:
     with person(chrome, page, locale="zh-CN") as visitor:
         tab = visitor.tab
         visitor.settle("() => document.querySelector('#generate')?.innerText.includes('生成')")
@@ -46,8 +46,8 @@ def test_the_page_speaks_chinese_to_a_chinese_browser_and_switches_back(chrome: 
 
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])
-def test_text_stands_out_from_what_is_behind_it(chrome: Browser, page: Page, scheme: str) -> None:
-    """WCAG AA, from the colours that the browser computed, before a run and with a report below it."""
+def test_all_text_has_enough_contrast(chrome: Browser, page: Page, scheme: str) -> None:
+    """WCAG AA, from the colours that the browser computes, before a run and with a report."""
     with person(chrome, page, color_scheme=scheme) as visitor:
         visitor.settle("dark => document.body.classList.contains('dark') === dark", scheme == "dark")
         visitor.tab.click("#advanced button")
@@ -63,7 +63,7 @@ def test_text_stands_out_from_what_is_behind_it(chrome: Browser, page: Page, sch
             ".every(a => a.playState !== 'running' || a.effect.getTiming().iterations > 9)"
         )
         measured = visitor.tab.evaluate(CONTRAST)
-        assert len(measured) > 60, "most of the page was looked at"
+        assert len(measured) > 60, "the check covers most of the page"
         faint = [f"{ratio:.2f} {text!r}" for text, ratio, needed in measured if ratio < needed]
         assert not faint, faint
 
@@ -128,10 +128,10 @@ def test_everything_that_takes_input_has_a_name(visitor: Person) -> None:
     tab.wait_for_selector("#cost .problem[role=alert]")
     nameless = tab.evaluate(NAMELESS)
     assert not nameless, nameless
-    assert "first frame" in tab.inner_text("#cost"), "an image to video without an image says what it needs"
+    assert "first frame" in tab.inner_text("#cost"), "image to video without an image names what is missing"
 
 
-def test_it_all_works_with_keys(visitor: Person) -> None:
+def test_everything_works_with_the_keyboard(visitor: Person) -> None:
     tab = visitor.tab
     tab.focus("#preset-button")
     tab.keyboard.press("ArrowDown")
@@ -184,7 +184,7 @@ def test_no_width_scrolls_sideways_and_the_stage_does_not_jump(
         assert not cut, "phases and presets are named in full"
         assert tab.evaluate(wide) == width
         chips = "[...document.querySelectorAll('.top .chip')].map(e => e.checkVisibility())"
-        assert tab.evaluate(chips) == [True] * 3, "device, free memory, what is loaded"
+        assert tab.evaluate(chips) == [True] * 3, "device, free memory, loaded model"
         tab.click("#preset-button")
         visitor.settle("() => document.querySelector('#preset-button').ariaExpanded === 'true'")
         assert tab.evaluate(wide) == width
@@ -197,7 +197,7 @@ def test_no_width_scrolls_sideways_and_the_stage_does_not_jump(
         assert tab.evaluate(wide) == width
 
 
-def test_nothing_lies_over_the_button_of_a_telephone_but_an_open_list(chrome: Browser, page: Page) -> None:
+def test_only_an_open_list_covers_the_button_on_a_phone(chrome: Browser, page: Page) -> None:
     on_top = """name => {
         const {left, top, width, height} = document.querySelector('#generate').getBoundingClientRect();
         return !!document.elementFromPoint(left + width / 4, top + height / 2).closest(name); }"""
@@ -209,12 +209,12 @@ def test_nothing_lies_over_the_button_of_a_telephone_but_an_open_list(chrome: Br
         assert tab.evaluate(on_top, "#generate"), "the preset's row scrolls under it"
         tab.evaluate("scrollBy(0, 160)")
         tab.click("#preset-button")
-        assert tab.evaluate(on_top, "[role=listbox]"), "who chooses a preset reads all of them"
+        assert tab.evaluate(on_top, "[role=listbox]"), "every preset is readable"
 
 
 @pytest.mark.parametrize("script", ["", "Object.defineProperty(Navigator.prototype, 'clipboard', {value: undefined})"])
-def test_settings_are_copied_also_where_the_browser_has_no_clipboard(chrome: Browser, page: Page, script: str) -> None:
-    """It has none for a page that came over http from another machine."""
+def test_settings_are_copied_also_without_a_clipboard_api(chrome: Browser, page: Page, script: str) -> None:
+    """Over http from another machine a browser has none."""
     with person(chrome, page, script=script) as visitor:
         tab = visitor.tab
         visitor.make("a ball")

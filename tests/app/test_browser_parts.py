@@ -1,8 +1,8 @@
-"""Queue, comparison, remedies, pictures and edits in a real browser, over the painting engine.
+"""Queue, comparison, retries, images and edits in a real browser, over the painting engine.
 
-Covered: several prompts are several jobs that can be moved, edited and cancelled; two runs play in step with what
-differs between them; a run that failed offers a button that makes it succeed; the part of a picture that the model
-sees is shown before the run; the last frame becomes the next first one; two visitors have two histories.
+Covered: several prompts make several jobs, which can be moved, edited and cancelled; two runs play in sync with their
+differences; a failed run has a button that makes it succeed; the crop of an image is shown before the run; the last
+frame becomes the next first one; two visitors have two histories.
 """
 
 from __future__ import annotations
@@ -52,7 +52,7 @@ def test_lines_become_jobs_that_can_be_moved_edited_and_cancelled(visitor: Perso
     assert prompts(visitor, "#history .run:has(img)") == ["fourth", "second, edited"]
 
 
-def test_the_keyboard_stays_with_the_run_that_it_moves(visitor: Person) -> None:
+def test_a_moved_run_keeps_the_keyboard_focus(visitor: Person) -> None:
     tab = visitor.tab
     tab.click("#advanced button")
     tab.check("#per_line input")
@@ -67,7 +67,7 @@ def test_the_keyboard_stays_with_the_run_that_it_moves(visitor: Person) -> None:
     visitor.settle("() => document.activeElement.closest('li')?.innerText.includes('fourth')")
 
 
-def test_a_loras_high_noise_file_brings_its_low_noise_one(visitor: Person) -> None:
+def test_a_high_noise_lora_fills_in_its_low_noise_partner(visitor: Person) -> None:
     tab = visitor.tab
     tab.click("#advanced button")
     tab.click("#add_lora")
@@ -81,7 +81,7 @@ def test_a_loras_high_noise_file_brings_its_low_noise_one(visitor: Person) -> No
     tab.fill("#lora_0_low :is(input, textarea)", "")
     tab.focus("#seed input")
     visitor.settle("() => document.querySelector('#cost .problem')?.innerText.startsWith('There is no LoRA')")
-    assert tab.input_value("#lora_0_low :is(input, textarea)") == "", "who takes it away again means that"
+    assert tab.input_value("#lora_0_low :is(input, textarea)") == "", "a partner that was removed stays removed"
     tab.click("#remove_lora_0")
     tab.wait_for_selector("#lora_0_high", state="hidden")
     visitor.settle("() => document.querySelector('#cost .cost') && !document.querySelector('#cost .problem')")
@@ -90,7 +90,7 @@ def test_a_loras_high_noise_file_brings_its_low_noise_one(visitor: Person) -> No
     assert tab.input_value("#lora_0_high :is(input, textarea)") == ""
 
 
-def test_two_runs_play_in_step_and_show_what_differs(visitor: Person) -> None:
+def test_two_runs_play_in_sync_and_show_their_differences(visitor: Person) -> None:
     tab = visitor.tab
     for prompt in ("one ball", "another ball"):
         visitor.make(prompt)
@@ -116,7 +116,7 @@ def test_two_runs_play_in_step_and_show_what_differs(visitor: Person) -> None:
     tab.wait_for_selector("#compared .empty")
 
 
-def test_a_run_that_failed_offers_what_makes_it_succeed(visitor: Person) -> None:
+def test_a_failed_run_has_retry_buttons_that_succeed(visitor: Person) -> None:
     visitor.make("a ball that is too large")
     visitor.see("failed")
     visitor.settle("() => document.querySelector('#stage [role=alert]')?.innerText.includes('smaller')")
@@ -125,7 +125,7 @@ def test_a_run_that_failed_offers_what_makes_it_succeed(visitor: Person) -> None
     visitor.settle("() => document.querySelector('#report').innerText.includes('64 × 64')")
 
 
-def test_the_part_that_the_model_sees_is_shown_before_the_run(visitor: Person, tmp_path: Path) -> None:
+def test_the_crop_is_shown_before_the_run(visitor: Person, tmp_path: Path) -> None:
     tab = visitor.tab
     Image.fromarray(np.full((300, 800, 3), 120, np.uint8)).save(tmp_path / "wide.png")
     tab.click("#mode label:nth-of-type(2)")

@@ -1,7 +1,7 @@
-"""A person in a real browser makes a video, on the demo model first, leaves, comes back, and gets everything again.
+"""A visitor in a real browser makes a video, leaves, comes back, and finds everything again.
 
 Covered: typing, progress that moves, a video that plays, a reload and a second tab in mid-run that find the run
-again, Stop after which the next one starts, history, a video dropped on the page, downloads, no console errors.
+again, Stop and the next run after it, history, a video dropped on the page, downloads, no console errors.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ STAR = "a yellow star spins over the sea at sunset"
 
 @pytest.fixture(scope="module")
 def demo(chrome: Browser, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Page]:
-    """The page with the demo model itself; `chrome` first, so that nothing starts where there is no browser."""
+    """The page with the demo model. `chrome` comes first so that nothing starts without a browser."""
     with launched(tmp_path_factory.mktemp("demo") / "outputs", demo=True) as started:
         yield started
 
@@ -70,7 +70,7 @@ def make_and_watch(visitor: Person, folder: Path) -> None:
     assert read_settings(str(file))["request"]["prompt"] == STAR
 
 
-def test_a_reload_and_a_second_tab_find_the_run_again(visitor: Person) -> None:
+def test_a_reload_and_a_second_tab_show_the_same_run(visitor: Person) -> None:
     tab = visitor.tab
     prompt = "a red ball held on its way left"
     visitor.make(prompt)
@@ -84,7 +84,7 @@ def test_a_reload_and_a_second_tab_find_the_run_again(visitor: Person) -> None:
     other.close()
     visitor.page.let_go(prompt)
     visitor.see("done")
-    assert visitor.job == job, "it went on while nobody looked"
+    assert visitor.job == job, "the run continued while the page was closed"
     assert tab.input_value("#prompt textarea") == prompt
 
 
@@ -102,7 +102,7 @@ def test_stop_ends_a_run_and_the_next_one_starts(visitor: Person) -> None:
     tab.wait_for_selector(f"#history [data-act=restore][data-id='{first}'] .nopicture")
 
 
-def test_history_and_dropped_videos_bring_settings_back(visitor: Person) -> None:
+def test_history_and_dropped_videos_restore_settings(visitor: Person) -> None:
     tab = visitor.tab
     tab.click("#advanced button")
     tab.fill("#seed input", "77")
@@ -123,14 +123,14 @@ def test_history_and_dropped_videos_bring_settings_back(visitor: Person) -> None
     visitor.settle("() => document.querySelector('#seed input').value === '77'")
 
 
-def test_a_foreign_video_says_why_nothing_was_restored(visitor: Person, tmp_path: Path) -> None:
+def test_a_foreign_video_is_refused_with_a_message(visitor: Person, tmp_path: Path) -> None:
     (tmp_path / "other.mp4").write_bytes(b"\0\0\0\x18ftypmp42" + b"\0" * 200)
     drop(visitor, tmp_path / "other.mp4")
     visitor.tab.wait_for_selector("#cost .problem")
 
 
 def drop(visitor: Person, file: Path) -> None:
-    """A file dropped on the page, as the browser reports it."""
+    """Drops a file on the page."""
     data = base64.b64encode(file.read_bytes()).decode()
     visitor.tab.evaluate(
         """data => { const bytes = Uint8Array.from(atob(data), c => c.charCodeAt(0));

@@ -1,4 +1,4 @@
-"""Who may reach the page: every way to start it has an address, a password or a refusal."""
+"""Exposure: every way to start the page gives an address, a password or a refusal."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def test_without_flags_it_is_this_machine_alone_and_asks_for_nothing() -> None:
 
 
 @pytest.mark.parametrize("flags", [("--share",), ("--host", "0.0.0.0"), ("--host", "192.168.1.5"), ("--host", "::")])
-def test_whoever_lets_others_in_gets_a_new_password_each_time(flags: tuple[str, ...]) -> None:
+def test_a_page_for_others_gets_a_new_password_at_each_start(flags: tuple[str, ...]) -> None:
     first, second = started(*flags), started(*flags)
     assert first.auth is not None and second.auth is not None
     assert first.password != second.password and len(first.password) >= 12
@@ -54,7 +54,7 @@ def test_flags_that_contradict_each_other_are_refused(flags: tuple[str, ...], na
         started(*flags)
 
 
-def test_gradios_variable_is_the_port_where_no_flag_says_another(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_gradios_variable_sets_the_port_unless_a_flag_does(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("GRADIO_SERVER_PORT", "7999")
     assert started().port == 7999 and started("--port", "8123").port == 8123
     monkeypatch.setenv("GRADIO_SERVER_PORT", "")
@@ -66,7 +66,7 @@ def test_loopback_in_any_spelling_is_this_machine(host: str) -> None:
     assert not started("--host", host).open_to_others
 
 
-def test_a_space_is_public_by_nature_and_hides_what_is_the_machines() -> None:
+def test_a_space_is_public_and_hides_its_machine() -> None:
     space = started(SPACE_ID="someone/studio")
     assert space.hosted and space.open_to_others and not space.shows_paths and not space.zerogpu
     assert space.host is None and not space.share, "the platform chooses the address"
@@ -83,7 +83,7 @@ def test_a_space_is_public_by_nature_and_hides_what_is_the_machines() -> None:
         ({"steps": 100}, "steps"),
     ],
 )
-def test_a_page_for_others_has_limits_and_names_them(changes: dict[str, object], named: str) -> None:
+def test_a_page_for_others_names_its_limits(changes: dict[str, object], named: str) -> None:
     request = Request(**{"prompt": "x", **changes})  # type: ignore[arg-type]
     with pytest.raises(BadRequest, match=named):
         PUBLIC_LIMITS.check(request)

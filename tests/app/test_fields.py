@@ -1,4 +1,4 @@
-"""The fields of the page become requests, and come back from them."""
+"""The fields of the page become requests, and requests become fields again."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ HERE = Exposure()
 
 
 def values(name: str = "demo_t2v_distill_lora", /, **changes: Any) -> dict[str, Any]:
-    """What gradio's components give, floats and None included."""
+    """Values as gradio's components give them, including floats and None."""
     base = {"task": PRESETS[name], "prompt": "a red ball", "seed": -1.0, "shape": "1:1", "videos": 1.0}
     return {**preset_values(name), **base, **changes}
 
@@ -90,7 +90,7 @@ def test_lines_and_videos_multiply_up_to_the_limit() -> None:
         ({"videos": 0.0}, "videos"),
     ],
 )
-def test_what_is_wrong_is_named(changes: dict[str, Any], named: str) -> None:
+def test_an_invalid_field_is_named(changes: dict[str, Any], named: str) -> None:
     with pytest.raises(LightX2VError, match=named):
         plan(form(**changes), PRESETS, HERE)
 
@@ -129,14 +129,14 @@ def test_loras_come_on_top_of_the_presets_own_without_a_new_engine(
         ("x" * 300, "Check the path."),
     ],
 )
-def test_a_lora_that_is_not_there_is_said_before_anything_is_queued(path: str, advice: str) -> None:
+def test_a_missing_lora_is_reported_before_anything_is_queued(path: str, advice: str) -> None:
     for part in ("high", "low"):
         with pytest.raises(LoraError, match="There is no LoRA") as caught:
             plan(form(**{f"lora_1_{part}": path}), PRESETS, HERE)
         assert advice in str(caught.value)
 
 
-def test_an_empty_prompt_is_said_in_one_way() -> None:
+def test_an_empty_prompt_has_one_message() -> None:
     for changes in ({"prompt": ""}, {"prompt": " \n "}, {"prompt": "\n", "per_line": True}):
         with pytest.raises(BadRequest, match="The prompt is empty. Describe the scene"):
             plan(form(**changes), PRESETS, HERE)
@@ -190,7 +190,7 @@ def test_sizes_are_the_official_ones_and_whole_tokens() -> None:
         ("红色的robot,在海面上", ["robot"]),
     ],
 )
-def test_words_that_the_demo_model_never_saw_are_found(prompt: str, unknown: list[str]) -> None:
+def test_words_unknown_to_the_demo_model_are_found(prompt: str, unknown: list[str]) -> None:
     assert unknown_words(prompt) == unknown
 
 

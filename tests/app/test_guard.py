@@ -80,13 +80,13 @@ def test_a_refusal_repeats_nothing_of_what_was_sent(here: TestClient) -> None:
     assert "SECRET" not in answer.text and "evil" not in answer.text
 
 
-def test_one_client_can_not_ask_a_hundred_times_a_second(here: TestClient, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_one_client_cannot_send_a_hundred_requests_a_second(here: TestClient, monkeypatch: pytest.MonkeyPatch) -> None:
     now = 1000.0
     monkeypatch.setattr(limits, "time", SimpleNamespace(monotonic=lambda: now))
     assert [here.post("/").status_code for _ in range(150)] == [200] * 100 + [429] * 50
     now += 1
     assert [here.post("/").status_code for _ in range(30)] == [200] * 20 + [429] * 10
-    assert here.get("/").status_code == 200, "looking is not limited"
+    assert here.get("/").status_code == 200, "GET requests are not limited"
 
 
 def test_clients_do_not_share_a_bucket() -> None:
@@ -96,7 +96,7 @@ def test_clients_do_not_share_a_bucket() -> None:
 
 
 @pytest.mark.parametrize(("number", "status"), [(errno.ENOSPC, 507), (errno.EDQUOT, 507), (errno.EIO, 500)])
-def test_an_upload_onto_a_full_disk_is_told(number: int, status: int) -> None:
+def test_an_upload_to_a_full_disk_gets_507(number: int, status: int) -> None:
     async def full(request: Request) -> PlainTextResponse:
         raise OSError(number, "of the disk", "/somebody/uploads/a.png")
 

@@ -1,4 +1,4 @@
-"""The page's list of model files: what is here, what is not and how large it is, and the download behind it."""
+"""The page's list of model files: which are here, the size of the others, and their download."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def until(files: HubFiles, condition: Callable[[FilesStatus], bool]) -> FilesSta
     return eventually(lambda: condition(status := files.status(merged())) and status)
 
 
-def test_the_demo_is_here_and_asks_nobody(server: HubServer) -> None:
+def test_the_demo_needs_no_network(server: HubServer) -> None:
     status = HubFiles(quick(server)).status(resolve("demo_t2v_distill_lora").engine)
     assert status.ready and not status.can_download and not server.asked
     assert all(file.here > 0 for file in status.files)
@@ -53,7 +53,7 @@ def test_sizes_come_from_the_hub_before_any_download(server: HubServer) -> None:
     assert [path.partition("?")[0] for path in server.asked if "/models/" in path].count(f"/api/models/{BASE}") == 1
 
 
-def test_the_button_brings_the_files(server: HubServer) -> None:
+def test_the_button_downloads_the_files(server: HubServer) -> None:
     files, looked = HubFiles(quick(server)), threading.Event()
     server.faults[LOW] = [Fault(after=looked.is_set)]
     files.download(merged())
@@ -68,7 +68,7 @@ def test_the_button_brings_the_files(server: HubServer) -> None:
     assert server.bytes_of(HIGH) == 200_000 and server.bytes_of(T5) == 90_000
 
 
-def test_cancel_stops_the_download_and_the_next_one_goes_on(server: HubServer) -> None:
+def test_a_cancelled_download_resumes_later(server: HubServer) -> None:
     files = HubFiles(quick(server))
     server.faults = {path: [Fault(stall_after=70_000)] for path in (HIGH, LOW)}
     files.download(merged())
@@ -81,7 +81,7 @@ def test_cancel_stops_the_download_and_the_next_one_goes_on(server: HubServer) -
     assert server.bytes_of(HIGH) == 200_000 and server.bytes_of(LOW) == 200_001
 
 
-def test_a_failed_download_says_why_until_it_is_put_away(server: HubServer) -> None:
+def test_a_failed_download_shows_its_error_until_dismissed(server: HubServer) -> None:
     files = HubFiles(quick(server))
     server.gated.add(BASE)
     files.download(merged())
@@ -93,7 +93,7 @@ def test_a_failed_download_says_why_until_it_is_put_away(server: HubServer) -> N
     assert status.download is None and 'data-act="download"' in file_list(Words("en"), status)
 
 
-def test_without_the_hub_the_list_is_there_and_sizes_are_not(server: HubServer) -> None:
+def test_without_the_hub_files_are_listed_without_sizes(server: HubServer) -> None:
     files = HubFiles(quick(server))
     server.files.clear()
     for _ in range(3):

@@ -1,4 +1,4 @@
-"""The HTML of the page: what it says, that it says it in both languages, and that nobody's text becomes markup."""
+"""The HTML of the page: its content, in both languages, and that text never becomes markup."""
 
 from __future__ import annotations
 
@@ -66,7 +66,7 @@ def result(**changes: Any) -> dict[str, Any]:
 
 
 class Outline(HTMLParser):
-    """The tags and attributes that a browser would see."""
+    """The tags and attributes as a browser sees them."""
 
     def __init__(self, html: str) -> None:
         super().__init__()
@@ -108,7 +108,7 @@ EVERY_PART = {
 
 @pytest.mark.parametrize("part", EVERY_PART)
 @pytest.mark.parametrize("language", TABLES)
-def test_what_a_person_wrote_never_becomes_markup(part: str, language: str) -> None:
+def test_text_never_becomes_markup(part: str, language: str) -> None:
     evil = job(prompt=EVIL, progress=Progress(stage="decode", step=1, total=3, message=EVIL))
     html = EVERY_PART[part](Words(language), evil)
     outline = Outline(html)
@@ -126,7 +126,7 @@ def test_attributes_are_escaped_and_false_ones_left_out() -> None:
     assert esc("<'&\">") == "&lt;&#x27;&amp;&quot;&gt;"
 
 
-def test_both_languages_say_everything_with_the_same_blanks() -> None:
+def test_both_languages_have_all_texts_with_the_same_placeholders() -> None:
     english, chinese = TABLES["en"], TABLES["zh"]
     assert english.keys() == chinese.keys()
     for key, text in english.items():
@@ -137,7 +137,7 @@ def test_both_languages_say_everything_with_the_same_blanks() -> None:
     assert len(han) > 0.95 * len(chinese)
 
 
-def test_no_word_is_missing_and_none_is_idle() -> None:
+def test_no_text_is_missing_or_unused() -> None:
     source = "\n".join(path.read_text() for path in (ROOT / "app").rglob("*.py") if path.name != "strings.py")
     strings = (ROOT / "app" / "strings.py").read_text()
     used = set(re.findall(r'words\(\s*"(\w+)"', source)) | set(re.findall(r'"(\w+)"', source))
@@ -205,7 +205,7 @@ def test_lora_matches_are_in_the_report() -> None:
     assert "style_high.safetensors: 400 of 402 matched" in html and "/a/b" not in html
 
 
-def test_out_of_memory_offers_what_helps() -> None:
+def test_out_of_memory_has_retry_options() -> None:
     failed = job("failed", error={"type": "OutOfMemory", "message": "no room"})
     acts = [*retry_options(Words("en"), failed, offload=True)]
     assert acts == ["retry_offload", "retry_smaller", "retry_shorter", "retry"]

@@ -1,8 +1,9 @@
-"""The API on the page's port: one job manager, the page's password as its key, none for everybody."""
+"""The API on the page's port: the same job manager, the page's password as its key, and no API on a public page."""
 
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 from fake_engine import Garage
@@ -36,7 +37,8 @@ def test_the_page_and_the_api_share_a_port_and_a_queue(page: Page) -> None:
 
 
 def client(folder: Path, exposure: Exposure, **variables: str) -> tuple[Studio, TestClient]:
-    studio = Studio(Garage(), folder, exposure)
+    lend_gpu: Any = (lambda duration: lambda run: run) if exposure.zerogpu else None
+    studio = Studio(Garage(), folder, exposure, lend_gpu=lend_gpu)
     return studio, TestClient(Starlette(routes=api_routes(studio, variables)))
 
 
@@ -62,7 +64,7 @@ def test_the_pages_password_is_the_key(tmp_path: Path) -> None:
         (Exposure(), {}, True),
     ],
 )
-def test_where_everybody_may_come_there_is_no_api_without_a_key(
+def test_a_public_page_has_no_api_without_a_key(
     tmp_path: Path, exposure: Exposure, variables: dict[str, str], there: bool
 ) -> None:
     studio, http = client(tmp_path, exposure, **variables)

@@ -48,11 +48,11 @@ def begin(studio: Studio, job: Job) -> None:
 @pytest.mark.parametrize(
     "stored", [None, [], "x", {"owner": "short"}, {"owner": "x" * 40 + "\n"}, {"owner": 5}, {"owner": ["a"]}], ids=str
 )
-def test_a_made_up_browser_storage_makes_a_new_visitor(stored: Any) -> None:
+def test_forged_browser_storage_starts_a_new_session(stored: Any) -> None:
     assert re.fullmatch(r"[\w-]{43}", Session.of(stored).owner)
 
 
-def test_what_a_browser_kept_is_believed_only_in_its_form() -> None:
+def test_stored_values_are_used_only_if_well_formed() -> None:
     owner = Session.of(None).owner
     kept = {
         "owner": owner, "job": "../x", "language": "xx", "compared": ["a/b", 5, "c"], "pinned": "yes",
@@ -73,15 +73,15 @@ def test_the_stage_follows_the_run_unless_one_was_chosen(studio: Studio) -> None
     assert build_view(studio, replace(session, job=first.id)).finished == first
 
 
-def test_a_run_that_came_and_went_between_two_looks_is_shown(studio: Studio) -> None:
+def test_a_run_that_started_and_ended_between_two_ticks_is_shown(studio: Studio) -> None:
     session = Session.of(None)
     first, second = (studio.jobs.wait(submit(studio, session.owner, prompt).id, PATIENCE) for prompt in ("one", "two"))
     assert build_view(studio, replace(session, job=first.id)).session.job == second.id
     assert build_view(studio, replace(session, job=first.id, pinned=True)).session.job == first.id
-    assert build_view(studio, session).session.job == "", "nobody is shown a run that they did not ask for on this page"
+    assert build_view(studio, session).session.job == "", "a page does not show a run that was not started on it"
 
 
-def test_a_run_that_began_is_edited_no_longer(studio: Studio) -> None:
+def test_a_started_run_is_no_longer_edited(studio: Studio) -> None:
     session = Session.of(None)
     first, second = (submit(studio, session.owner, prompt) for prompt in ("an endless one", "waits"))
     begin(studio, first)
@@ -91,7 +91,7 @@ def test_a_run_that_began_is_edited_no_longer(studio: Studio) -> None:
     assert build_view(studio, replace(session, editing=second.id)).session.editing == ""
 
 
-def test_a_visitor_sees_their_own_runs_only(studio: Studio) -> None:
+def test_a_session_sees_its_own_runs_only(studio: Studio) -> None:
     alice, bob = Session.of(None), Session.of(None)
     job = studio.jobs.wait(submit(studio, alice.owner, "alice's secret garden").id, PATIENCE)
     assert [run.id for run in build_view(studio, alice).runs] == [job.id]
@@ -102,7 +102,7 @@ def test_a_visitor_sees_their_own_runs_only(studio: Studio) -> None:
     assert studio.runs("") == []
 
 
-def test_a_visitors_queue_is_reordered_without_moving_others(studio: Studio) -> None:
+def test_reordering_a_sessions_queue_moves_no_other_run(studio: Studio) -> None:
     running = submit(studio, "a" * 40, "an endless one")
     mine = submit(studio, "a" * 40, "mine")
     others = submit(studio, "b" * 40, "somebody else's")
@@ -113,7 +113,7 @@ def test_a_visitors_queue_is_reordered_without_moving_others(studio: Studio) -> 
     assert [get(id).position for id in (last.id, others.id, mine.id)] == [1, 2, 3]
 
 
-def test_a_run_teaches_the_prediction_and_its_own_is_kept(studio: Studio) -> None:
+def test_a_finished_run_improves_later_predictions(studio: Studio) -> None:
     first = studio.jobs.wait(submit(studio, "o" * 40, "x").id, PATIENCE)
     assert studio.prediction_of(first.id) is None
     prediction = studio.predict(first.config, first.request)
@@ -123,7 +123,7 @@ def test_a_run_teaches_the_prediction_and_its_own_is_kept(studio: Studio) -> Non
     assert set(prediction.stages) >= {"text", "denoise", "decode"} and "load" not in prediction.stages
 
 
-def test_what_is_expected_of_an_edited_run_is_that_of_its_new_settings(studio: Studio) -> None:
+def test_an_edited_run_gets_a_new_prediction(studio: Studio) -> None:
     owner = "o" * 40
     running = submit(studio, owner, "an endless one")
     begin(studio, running)
@@ -136,7 +136,7 @@ def test_what_is_expected_of_an_edited_run_is_that_of_its_new_settings(studio: S
     assert before is not None and after is not None and after.seconds > 2 * before.seconds
 
 
-def test_loading_counts_only_where_the_run_before_leaves_another_model(studio: Studio) -> None:
+def test_loading_counts_only_after_a_run_of_another_model(studio: Studio) -> None:
     for preset in ("demo_t2v_fp8", PRESET):
         settings = settings_of(preset)
         request = Request(prompt="x", **{**settings.request, "frames": 5, "seed": 1})
@@ -151,10 +151,10 @@ def test_loading_counts_only_where_the_run_before_leaves_another_model(studio: S
 
     assert "load" not in stages(mine) and "load" in stages(other)
     studio.submit(other, replace(request, prompt="an endless one"), owner="o" * 40, preset="demo_t2v_fp8")
-    assert "load" in stages(mine) and "load" not in stages(other), "that one will be in memory by then"
+    assert "load" in stages(mine) and "load" not in stages(other), "the other model will be in memory by then"
 
 
-def test_what_nothing_is_known_of_yet_is_named(studio: Studio) -> None:
+def test_stages_without_a_prediction_are_named(studio: Studio) -> None:
     mine, other = settings_of(PRESET).engine, settings_of("demo_i2v_distill_lora")
     request = Request(prompt="x", **settings_of(PRESET).request)
     pictured = Request(prompt="x", image_path="a.png", **other.request)
@@ -186,7 +186,7 @@ def test_a_request_that_does_not_fit_its_engine_is_refused(studio: Studio) -> No
         studio.submit(settings_of("demo_i2v_base").engine, request, owner="o" * 40, preset="demo_i2v_base")
 
 
-def test_the_storages_key_is_its_owners_and_kept(tmp_path: Path) -> None:
+def test_the_storage_key_is_private_and_kept(tmp_path: Path) -> None:
     key = _storage_secret(tmp_path)
     assert len(key) == 32 and _storage_secret(tmp_path) == key
     assert (tmp_path / "browser.key").stat().st_mode & 0o777 == 0o600
@@ -195,7 +195,7 @@ def test_the_storages_key_is_its_owners_and_kept(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("act", ["up", "down"])
-def test_a_run_that_begins_before_its_click_arrives_stays_where_it_is(studio: Studio, act: str) -> None:
+def test_a_run_that_starts_before_its_click_arrives_is_not_moved(studio: Studio, act: str) -> None:
     running = submit(studio, "alice", "endless")
     waiting = submit(studio, "alice", "another")
     begin(studio, running)

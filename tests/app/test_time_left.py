@@ -1,4 +1,4 @@
-"""The seconds left of a run: measured for the stage that runs, predicted for those to come, never guessed."""
+"""The seconds left in a run: measured for the current stage, predicted for later ones, never guessed."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def test_the_time_left_adds_what_is_to_come(event: Progress | None, elapsed: flo
     assert time_left(event, EXPECTED, elapsed) == pytest.approx(left)
 
 
-def test_without_a_prediction_only_what_is_measured_is_told() -> None:
+def test_without_a_prediction_only_measured_times_count() -> None:
     assert time_left(Progress(stage="text", step=1, total=1, eta=0.0), {}, 3.0) is None
     assert time_left(Progress(stage="denoise", step=0, total=4), {}, 3.0) is None
     assert time_left(Progress(stage="denoise", step=2, total=4, eta=5.0), {}, 3.0) == 5.0
@@ -48,7 +48,7 @@ def test_days_are_a_word() -> None:
     assert ">days<" in preset_list(Words("en"), [offer], "t2v_base", None)
 
 
-def test_a_label_and_a_value_for_one_field_arrive_merge_updates() -> None:
+def test_a_label_and_a_value_make_one_update() -> None:
     label = gr.update(label="步数")
     for value in (4, None):
         merged = merge_updates(label, value)

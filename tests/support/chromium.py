@@ -1,4 +1,4 @@
-"""A real browser over a launched page: where chromium is, a tab in it, and what people do there."""
+"""A real browser on a launched page: chromium, visitors with a tab, and their actions."""
 
 from __future__ import annotations
 
@@ -21,18 +21,18 @@ if TYPE_CHECKING:
 NAMES = ("chromium", "chromium-browser", "google-chrome", "chrome")
 ARGUMENTS = ("--no-sandbox", "--disable-dev-shm-usage", "--autoplay-policy=no-user-gesture-required")
 HARMLESS = ("Method not implemented.",)
-"""gradio's own, said about a function that it does not need."""
+"""gradio itself logs this about a function that it does not need."""
 
 
 def executable() -> str | None:
-    """A chromium of this machine; LIGHTX2V_CHROMIUM names another."""
+    """The path of chromium on this machine; LIGHTX2V_CHROMIUM names another."""
     found = (shutil.which(name) for name in (os.environ.get("LIGHTX2V_CHROMIUM", ""), *NAMES) if name)
     return next(filter(None, found), None)
 
 
 @contextmanager
 def browser() -> Iterator[Browser]:
-    """One browser for a module's tests; they are skipped where there is none."""
+    """One browser for all tests; without one they are skipped."""
     sync_api = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
     path = executable()
     if path is None:
@@ -47,12 +47,12 @@ def browser() -> Iterator[Browser]:
 
 UNFINISHED = """() => [...document.querySelectorAll('#queue [data-id], #stage .stage:is([data-state=queued],'
     + '[data-state=running])')].map(e => e.dataset.id || e.dataset.job)"""
-"""Ids of a visitor's runs that are not over, the first of them running."""
+"""Ids of a visitor's unfinished runs, the running one first."""
 
 
 @dataclass
 class Person:
-    """Somebody with a tab. `complaints` is what the browser's console says that nobody should see."""
+    """A visitor with a tab. `complaints` collects errors and warnings from the browser's console."""
 
     tab: Tab
     page: Page
@@ -111,7 +111,7 @@ def person(
 
 
 def watch(tab: Tab, complaints: list[str]) -> None:
-    """Collects what the console says, failed requests and exceptions of scripts."""
+    """Collects console messages, failed requests and exceptions of scripts."""
 
     def said(message: Any) -> None:
         if message.type in ("error", "warning") and message.text not in HARMLESS:
@@ -123,7 +123,7 @@ def watch(tab: Tab, complaints: list[str]) -> None:
 
 
 def downloads(tab: Tab, click: str, folder: Path) -> Path:
-    """The file that a click saves."""
+    """Clicks and returns the file that the browser saves."""
     with tab.expect_download() as waiting:
         tab.click(click)
     target = folder / waiting.value.suggested_filename

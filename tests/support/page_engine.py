@@ -1,8 +1,8 @@
 """An engine for the page's tests: draws a small moving scene instead of running a model.
 
-It reports and previews as the real one does, so everything on the page can be seen without weights. Words of the
-prompt say what else happens: "slow" takes its time, "endless" all of it, "held" waits after its first step until it is
-let go, "too large" runs out of memory, "broken" has a bug.
+It reports progress and previews as the real one does, so the whole page works without weights. Words in the prompt
+control it: "slow" slows each step, "endless" never ends, "held" waits after its first step until it is released,
+"too large" runs out of memory, "broken" raises an unexpected error.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from lightx2v.progress import CancelToken, Meter, OnProgress, Progress, Timings
 
 @dataclass
 class Painter:
-    """Opens engines. A step takes `step_seconds`, a slow one `slow_seconds`; `log` is told what happens."""
+    """Opens engines. A step takes `step_seconds`, a slow one `slow_seconds`; events go to the file `log`."""
 
     log: Path | None = None
     step_seconds: float = 0.01
@@ -162,7 +162,7 @@ def paint(request: Request) -> np.ndarray:
 
 
 def noised(picture: np.ndarray, amount: float, seed: int) -> np.ndarray:
-    """An eighth of the size and `amount` of noise: what a latent preview looks like."""
+    """The picture at an eighth of its size with noise, like a latent preview."""
     small = picture[::8, ::8].astype(np.float32)
     noise = np.random.default_rng(seed).normal(128, 60, small.shape)
     return np.clip(small * (1 - amount) + noise * amount, 0, 255).astype(np.uint8)

@@ -1,4 +1,4 @@
-"""A launched page's own events, sent by plain HTTP: what its script sends, and what it never would."""
+"""Keyboard: sends a launched page's own events by plain HTTP, with values that its script would never send too."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from studio_app import LEAKS, Page
 
 @dataclass(frozen=True)
 class Keyboard:
-    """Presses events of a page as its script does. `config` is what every browser is told."""
+    """Sends events of a page as its script does. `config` is the configuration that every browser gets."""
 
     page: Page
     config: dict[str, Any]
@@ -37,14 +37,14 @@ class Keyboard:
     def press(
         self, target: str, kind: str = "click", *, sent: Any = None, session: str = "", **changes: Any
     ) -> dict[str, Any]:
-        """What the event gives, by the elem_ids of its outputs; {} where it is refused. `changes`: other values.
+        """Sends an event; returns its answer by the elem_ids of its outputs, {} if refused. `changes`: other values.
         Events of one open page have the same `session`."""
         answer = self.answer(target, kind, sent=sent, session=session, **changes)
         assert not LEAKS.search(answer.text), answer.text[:300]
         return self.values(target, kind, answer)
 
     def answer(self, target: str, kind: str, *, sent: Any = None, session: str = "", **changes: Any) -> httpx.Response:
-        """The same as it came: where a picture is shown it says which of the visitor's own files that is."""
+        """Sends an event; returns the HTTP response, which may name a visitor's own file that holds an image."""
         event = self.event(target, kind)
         data = [changes.get(self.name(id), self.components()[id]["props"].get("value")) for id in event["inputs"]]
         session = session or secrets.token_hex(6)
@@ -56,7 +56,7 @@ class Keyboard:
         )
 
     def values(self, target: str, kind: str, answer: httpx.Response) -> dict[str, Any]:
-        """What an answer to the event holds, by the elem_ids of its outputs."""
+        """The values in an answer to the event, by the elem_ids of its outputs."""
         if answer.status_code != 200:
             return {}
         outputs = self.event(target, kind)["outputs"]

@@ -1,4 +1,4 @@
-"""Waiting for what another thread or process does: until it has done it, however busy the machine is."""
+"""Waits for another thread or process, however busy the machine is."""
 
 from __future__ import annotations
 
@@ -8,11 +8,11 @@ from collections.abc import Callable
 from typing import Any
 
 PATIENCE = 90.0
-"""Seconds to wait for what should take one. Only a test that fails waits so long."""
+"""Seconds to wait for something that should take one. Only a failing test waits so long."""
 
 
 def eventually(condition: Callable[[], Any]) -> Any:
-    """What `condition` gives once it gives something; AssertionError when it does not for a long time."""
+    """Returns the first true value of `condition`; AssertionError after PATIENCE seconds."""
     deadline = time.monotonic() + PATIENCE
     while not (value := condition()):
         assert time.monotonic() < deadline, f"still {value!r} after {PATIENCE:.0f} s"

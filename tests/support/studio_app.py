@@ -1,4 +1,4 @@
-"""The page as people start it: app.py in a process of its own, on a free port, for tests and pictures."""
+"""A launched page: app.py in a process of its own on a free port, for tests and screenshots."""
 
 from __future__ import annotations
 
@@ -20,19 +20,19 @@ from patience import PATIENCE, eventually, free_port
 ROOT = Path(__file__).parents[2]
 PRESET = "demo_t2v_distill_lora"
 LEAKS = re.compile(r"Traceback|File \"|/tmp/|/(?:root|home)/|site-packages|" + re.escape(str(ROOT)))
-"""What no answer may hold: a traceback, or where something is on this machine."""
+"""No answer may contain this: a traceback, or a path of this machine."""
 
 
 @dataclass(frozen=True)
 class Page:
-    """A running page. `said` is what it has printed so far."""
+    """A running page. `said` is its output so far."""
 
     url: str
     folder: Path
     process: subprocess.Popen[str]
     log: Path
     http: httpx.Client
-    """One for all requests: making one costs more than most requests do."""
+    """One for all requests: creating a client costs more than most requests."""
 
     @property
     def said(self) -> str:
@@ -40,12 +40,12 @@ class Page:
 
     @property
     def painted(self) -> list[dict[str, Any]]:
-        """What the painting engine did: {"event": "open" | "begin" | "end", "prompt": …, …}, in order."""
+        """The painting engine's log: {"event": "open" | "begin" | "end", "prompt": …, …}, in order."""
         file = self.folder / "painted.jsonl"
         return [json.loads(line) for line in file.read_text().splitlines()] if file.is_file() else []
 
     def ask(self, endpoint: str, *, session: httpx.Client | None = None, **values: Any) -> Any:
-        """One of the page's public endpoints by plain HTTP; AssertionError with the message where it refuses."""
+        """Calls a public endpoint by plain HTTP; raises Refused with its message."""
         http = session or self.http
         url = f"/gradio_api/call/v2/{endpoint}"
         # All tests are one client to the page's rate limit, which says to wait.
@@ -59,7 +59,7 @@ class Page:
         return json.loads(data)[0]
 
     def upload(self, data: bytes, name: str) -> dict[str, Any]:
-        """A file that was sent as the page sends it: what the endpoints take for an image."""
+        """Uploads a file as the page does; returns the value that endpoints take for an image."""
         answer = self.http.post("/gradio_api/upload", files={"files": (name, data)})
         assert answer.status_code == 200, answer.text
         return {"path": answer.json()[0], "meta": {"_type": "gradio.FileData"}}
@@ -70,39 +70,39 @@ class Page:
         return eventually(lambda: (s := self.ask("status", id=id))["state"] in wanted and s)
 
     def stop(self, ids: Iterable[str]) -> None:
-        """Ends those of the jobs that are not over, so that the next test finds an idle page."""
+        """Ends all unfinished jobs of these, so that the next test finds an idle page."""
         for id in (left := list(dict.fromkeys(ids))):
             self.ask("cancel", id=id)
         for id in left:
             self.wait(id)
 
     def let_go(self, prompt: str) -> None:
-        """Lets the painting engine go on with a run of this prompt, which has "held" in it."""
+        """Releases the run of this prompt, which contains "held"."""
         (self.folder / f"{prompt}.go").touch()
 
     def make(self, prompt: str = "a red ball", **values: Any) -> dict[str, Any]:
-        """A finished video."""
+        """Makes a video and returns its finished job."""
         done = self.wait(self.ask("generate", prompt=prompt, **values)["id"])
         assert done["state"] == "succeeded", done
         return done
 
 
 class Refused(Exception):
-    """An endpoint answered with an error; the text is all that it said."""
+    """An endpoint answered with an error; the text is its whole answer."""
 
 
 @contextmanager
 def launched(
     folder: Path, *flags: str, demo: bool = False, port: int | None = None, **variables: str
 ) -> Iterator[Page]:
-    """The page until the block ends. With `demo` the demo model runs, else the engine that paints."""
+    """Runs the page until the block ends, with the demo model if `demo`, else with the painting engine."""
     port = port or free_port()
     folder.mkdir(parents=True, exist_ok=True)
     log = folder.with_name(folder.name + ".log")
     command = [sys.executable, str(ROOT / "tests" / "support" / "painted_app.py"), "--port", str(port), *flags]
     environment = {**os.environ, **variables, "LIGHTX2V_OUTPUT_DIR": str(folder), "PYTHONUNBUFFERED": "1"}
-    environment |= {"GRADIO_SERVER_PORT": str(port)}  # on a Space the flags say nothing
-    environment |= {"OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "PASSIVE"}  # other tests want to run too
+    environment |= {"GRADIO_SERVER_PORT": str(port)}  # on a Space the flags have no effect
+    environment |= {"OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "PASSIVE"}  # leave cores to other tests
     with log.open("w") as output:
         process = subprocess.Popen(
             [*command, *(["--demo"] if demo else [])],
@@ -125,7 +125,7 @@ def launched(
 
 
 def stop(process: subprocess.Popen[str], number: int = signal.SIGTERM) -> int:
-    """Ends a page as a person or a service does; its exit code."""
+    """Ends a page with a signal; returns its exit code."""
     if process.poll() is None:
         process.send_signal(number)
     try:
