@@ -17,7 +17,7 @@ from .backend.zerogpu import ZeroGpuJobs
 from .events import clicks, handlers
 from .events.page_controller import BUSY_SECONDS, PageController, refreshed
 from .events.page_state import PageState
-from .form.fields import LORA_ROWS
+from .form.fields import CONTROLS, LORA_ROWS
 from .form.inputs import JS_ACT, build_inputs
 from .strings import Words
 from .views.render import Outputs
@@ -108,8 +108,8 @@ def _wire(page: gr.Blocks, controller: PageController) -> None:
     gr.on([named["size"].input, named["shape"].input], on(handlers.size_chosen), **last)
     named["length"].input(on(handlers.length_chosen), **last)
     gr.on([named["height"].input, named["width"].input], on(handlers.size_typed), **last)
-    costly = ("frames", "fps", "videos", "steps", "enable_cfg", "guidance_high", "guidance_low", "boundary", "shift")
-    costly += ("denoising_step_list", "boundary_step_index", "per_line", "offload", "attention", "negative_prompt")
+    costly = [name for name in CONTROLS if name not in ("height", "width")]
+    costly += ["videos", "guidance_high", "guidance_low", "per_line", "offload", "attention", "negative_prompt"]
     changes = [*(named[name].input for name in costly), named["prompt"].blur]  # a prompt may make a video per line
     changes += [named[f"lora_{row}_low"].blur for row in range(LORA_ROWS)]
     gr.on(changes, on(refreshed), **last)

@@ -69,6 +69,7 @@ _TABLE: dict[str, tuple[str, str]] = {
     "width": ("Width", "宽"),
     "frames": ("Frames", "帧数"),
     "fps": ("Frames per second", "帧率"),
+    "sampler": ("Sampler", "采样器"),
     "attention": ("Attention", "注意力后端"),
     "loras": ("LoRAs", "LoRA"),
     "lora_high": ("High-noise file or Hub name", "高噪声文件或 Hub 名称"),

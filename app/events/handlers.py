@@ -23,7 +23,7 @@ from lightx2v.media.mp4 import read_settings
 
 from ..backend.session import Session
 from ..form.editor import form_of, preset_values
-from ..form.fields import LORA_ROWS, Plan, pair_of, plan
+from ..form.fields import LORA_ROWS, SubmitPlan, low_noise_partner, submit_plan
 from .page_controller import PageEvent
 
 
@@ -54,7 +54,7 @@ def opened(event: PageEvent) -> None:
 def generate(event: PageEvent) -> None:
     """Generate was pressed: queues one job or several, or saves new settings for the job being edited."""
     event.state.problem = None
-    planned = plan(form_of(event.values), event.studio.tasks, event.studio.exposure)
+    planned = submit_plan(form_of(event.values), event.studio.tasks, event.studio.exposure)
     if event.session.editing:
         _save_edit(event, planned)
         event.change(editing="")
@@ -63,7 +63,7 @@ def generate(event: PageEvent) -> None:
         event.change(job=jobs[0].id, pinned=False, uploaded="")
 
 
-def _submit_all(event: PageEvent, planned: Plan) -> list[Job]:
+def _submit_all(event: PageEvent, planned: SubmitPlan) -> list[Job]:
     """Queues every request. If one is refused, those already queued stay and the page shows the reason."""
     jobs: list[Job] = []
     for request in planned.requests:
@@ -77,7 +77,7 @@ def _submit_all(event: PageEvent, planned: Plan) -> list[Job]:
     return jobs
 
 
-def _save_edit(event: PageEvent, planned: Plan) -> None:
+def _save_edit(event: PageEvent, planned: SubmitPlan) -> None:
     job = event.studio.job_of(event.session.owner, event.session.editing)
     if job is None or job.state != "queued":
         raise BadRequest("The run you edited has started or was deleted. Press Generate again to queue a new one.")
@@ -133,7 +133,7 @@ def paired(event: PageEvent) -> None:
     pairs = {}
     for row in range(LORA_ROWS):
         high, low = (event.values[f"lora_{row}_{part}"] for part in ("high", "low"))
-        if high and not low and (pair := pair_of(str(high))):
+        if high and not low and (pair := low_noise_partner(str(high))):
             pairs[f"lora_{row}_low"] = pair
     event.set_fields(**pairs)
 

@@ -23,7 +23,7 @@ from ..strings import Words
 from ..views import panels
 from .demo_words import unknown_words
 from .examples import examples
-from .fields import EXACT, Form, plan, size_of
+from .fields import EXACT, Form, setting_fields, size_of, submit_plan
 from .inputs import (
     MATCH,
     SHAPES,
@@ -134,10 +134,10 @@ class Editor:
             form = replace(form, prompt=form.prompt if form.prompt.strip() else "…")
             if form.task == "i2v":
                 form = replace(form, image_path=form.image_path or "picture.png")
-            planned = plan(form, studio.tasks, studio.exposure)
+            plan = submit_plan(form, studio.tasks, studio.exposure)
         except LightX2VError as error:
             return panels.problem(str(error))
-        config, request = planned.config, planned.requests[0]
+        config, request = plan.config, plan.requests[0]
         note = ""
         if settings_of(form.preset).preset.demo:
             note = panels.demo_note(words, unknown_words(form.prompt))
@@ -149,7 +149,7 @@ class Editor:
                 studio.memory_need(config, request),
                 studio.files.status(config),
                 studio.room,
-                len(planned.requests),
+                len(plan.requests),
                 unknown=studio.not_predicted(config, request, prediction) if prediction else (),
                 reserve=reserved_seconds(prediction) if studio.exposure.zerogpu else None,
             )
@@ -200,19 +200,8 @@ def _crop(language: str, path: str | None, height: Any, width: Any, mode: str | 
 
 
 def preset_values(name: str) -> dict[str, Any]:
-    """Values for all fields that a preset decides."""
-    resolved = settings_of(name)
-    request = resolved.request
-    values = {key: request[key] for key in ("height", "width", "frames", "fps", "steps", "shift", "enable_cfg")}
-    return values | {
-        "preset": name,
-        "match_image": request["resize_mode"] is None,
-        "guidance_high": request["guidance"][0],
-        "guidance_low": request["guidance"][1],
-        "boundary": request["boundary"],
-        "denoising_step_list": ", ".join(map(str, request["denoising_step_list"] or ())),
-        "boundary_step_index": request["boundary_step_index"],
-    }
+    """The values of every field that a preset decides."""
+    return {"preset": name, **setting_fields(settings_of(name).request)}
 
 
 def form_of(values: Mapping[str, Any]) -> Form:

@@ -1,7 +1,7 @@
 """From the fields of the page to requests, and back.
 
-A `Form` holds what the fields say, in the types that they give. `plan` checks all of it and makes the requests of one
-click; `fields_of` is the way back, for a run from the history, a dropped video or an edited job.
+A `Form` holds the values of the fields, in gradio's types. `submit_plan` checks them and makes one click's requests.
+`fields_of` is the way back, for a run from the history, a dropped video or an edited job.
 """
 
 from __future__ import annotations
@@ -16,53 +16,70 @@ from lightx2v.config.engine_config import EngineConfig
 from lightx2v.config.lora_names import expert_of, partner_names
 from lightx2v.config.presets import resolve
 from lightx2v.config.request import LoraSpec, Request
+from lightx2v.config.request_settings import SETTINGS, Setting, StepList
 from lightx2v.errors import BadRequest
 from lightx2v.hub import find_lora
 
+from ..backend.studio import settings_of
 from ..exposure import Exposure
 from ..strings import Words
 
 LORA_ROWS = 4
 OFFLOAD: dict[str, bool | str] = {"auto": "auto", "on": True, "off": False}
 EXACT = "fixed_shape"
-"""The resize mode of a video that is not to follow the shape of its first frame."""
+"""The resize mode of a video that ignores the shape of its first frame."""
+CONTROLS = {name: row for name, row in SETTINGS.items() if name not in ("seed", "guidance", "resize_mode")}
+"""Settings with one control each. `seed` numbers the videos of a click, `guidance` has two fields, and `match_image` is
+the page's choice of a resize mode."""
 
 
 class Unfilled(BadRequest):
-    """A field that has to be filled in and is not; `key` names the words for it."""
+    """A required field is empty. `key` names the message in app/strings.py."""
 
     def __init__(self, key: str) -> None:
         super().__init__(Words("en")(key))
         self.key = key
 
 
+def to_field(row: Setting, value: Any) -> Any:
+    """A setting of a Request, as its control on the page holds it."""
+    if row.type is StepList:
+        return ", ".join(map(str, value or ()))
+    return value or "" if row.choices else value
+
+
+def from_field(row: Setting, value: Any) -> Any:
+    """The way back. A value that is still wrong is left to Request, whose error names the nearest valid one."""
+    if row.type is StepList:
+        return _step_list(value or "")
+    return _whole(row.name, value) if row.type is int else value or None if row.choices else value
+
+
+def setting_fields(request: Mapping[str, Any]) -> dict[str, Any]:
+    """The settings of a Request, by the names of the page's fields."""
+    values = {name: to_field(row, request[name]) for name, row in CONTROLS.items()}
+    high, low = request["guidance"]
+    return values | {"guidance_high": high, "guidance_low": low, "match_image": request["resize_mode"] is None}
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Form:
-    """The fields of the page by the names of their components; beyond these, names are those of Request."""
+    """The fields of the page, as gradio gives them. `settings` are those of CONTROLS."""
 
     task: str
     preset: str
     prompt: str = ""
-    offload: str = "auto"
+    negative_prompt: str = ""
     image_path: str | None = None
     last_frame_path: str | None = None
     match_image: bool = True
-    height: int
-    width: int
-    frames: int
-    fps: float
     seed: int = -1
     videos: int = 1
     per_line: bool = False
-    negative_prompt: str = ""
-    steps: int
-    shift: float
+    settings: Mapping[str, Any]
     guidance_high: float
     guidance_low: float
-    enable_cfg: bool
-    boundary: float | None = None
-    denoising_step_list: str = ""
-    boundary_step_index: int | None = None
+    offload: str = "auto"
     attention: str = "auto"
     loras: tuple[tuple[str, str, float, float], ...] = ()
     """Rows of high-noise file, low-noise file and their strengths."""
@@ -72,10 +89,8 @@ class Form:
         """From component values: numbers come as float or None, rows of LoRAs as lora_0_high and so on."""
         known = {field.name for field in fields(cls)}
         data = {name: value for name, value in values.items() if name in known}
-        for name in ("prompt", "negative_prompt", "denoising_step_list"):
-            data[name] = data.get(name) or ""
-        for name in ("height", "width", "frames", "videos", "steps", "seed", "boundary_step_index"):
-            data[name] = _whole(data.get(name), name)
+        data |= {name: data.get(name) or "" for name in ("prompt", "negative_prompt")}
+        data |= {name: _whole(name, data.get(name), empty) for name, empty in (("seed", -1), ("videos", 1))}
         rows = []
         for row in range(LORA_ROWS):
             high, low = (str(values.get(f"lora_{row}_{part}") or "").strip() for part in ("high", "low"))
@@ -83,21 +98,20 @@ class Form:
                 strengths = (values.get(f"lora_{row}_strength_{part}") for part in ("high", "low"))
                 first, second = (1.0 if s is None else float(s) for s in strengths)
                 rows.append((high, low, first, second))
-        data["loras"] = tuple(rows)
-        return cls(**data)
+        return cls(**data, loras=tuple(rows), settings={name: values.get(name) for name in CONTROLS})
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Plan:
-    """What one click asks for: the same engine for all its requests."""
+class SubmitPlan:
+    """The jobs of one click on Generate: the same engine for all its requests."""
 
     preset: str
     config: EngineConfig
     requests: tuple[Request, ...]
 
 
-def plan(form: Form, presets: Mapping[str, str], exposure: Exposure) -> Plan:
-    """The requests of a form. `presets` (name -> task) are those on offer. Raises what a person can mend."""
+def submit_plan(form: Form, presets: Mapping[str, str], exposure: Exposure) -> SubmitPlan:
+    """The requests of a form. `presets` (name -> task) are those on offer. Raises errors that a person can fix."""
     if form.preset not in presets or presets[form.preset] != form.task:
         raise BadRequest(f"There is no preset {form.preset[:60]!r} for {form.task}. Choose one from the list.")
     if form.task == "i2v" and not form.image_path:
@@ -117,38 +131,30 @@ def plan(form: Form, presets: Mapping[str, str], exposure: Exposure) -> Plan:
         exposure.limits.check(request)
         resolved.engine.check_request(request)
         requests.append(request)
-    return Plan(preset=form.preset, config=resolved.engine, requests=tuple(requests))
+    return SubmitPlan(preset=form.preset, config=resolved.engine, requests=tuple(requests))
 
 
 def fields_of(preset: str, config: EngineConfig, request: Request) -> dict[str, Any]:
-    """Values for the components that give this run again. Pictures and LoRAs of the preset itself are left alone."""
-    offload = {True: "on", False: "off"}.get(config.cpu_offload, "auto")  # type: ignore[call-overload]
-    values: dict[str, Any] = {
+    """The values of the fields that repeat this run. The preset's own LoRAs stay out of the LoRA rows."""
+    shown = ("prompt", "negative_prompt", "image_path", "last_frame_path", "seed")
+    loras = config.lora_configs if request.loras is None else request.loras
+    added = [lora for lora in loras if lora not in settings_of(preset).engine.lora_configs]
+    return {
+        **setting_fields(request.to_json()),
+        **{name: getattr(request, name) for name in shown},
         "task": "t2v" if request.task == "t2v" else "i2v",
         "preset": preset,
-        "offload": offload,
-        "match_image": request.resize_mode is None,
+        "offload": next(name for name, value in OFFLOAD.items() if value == config.cpu_offload),
+        "attention": config.self_attn_1_type,
         "videos": 1,
         "per_line": False,
-        "guidance_high": request.guidance[0],
-        "guidance_low": request.guidance[1],
-        "denoising_step_list": ", ".join(map(str, request.denoising_step_list or ())),
-        "attention": config.self_attn_1_type,
-        "boundary": request.boundary,
-        "boundary_step_index": request.boundary_step_index,
+        **_lora_rows(added),
     }
-    for name in ("prompt", "negative_prompt", "image_path", "last_frame_path", "height", "width", "frames", "fps"):
-        values[name] = getattr(request, name)
-    for name in ("seed", "steps", "shift", "enable_cfg"):
-        values[name] = getattr(request, name)
-    asked = config.lora_configs if request.loras is None else request.loras
-    own = [lora for lora in asked if lora not in resolve(preset).engine.lora_configs]
-    return values | _lora_rows(own)
 
 
-def pair_of(high: str) -> str:
+def low_noise_partner(path: str) -> str:
     """The low-noise file that belongs to a high-noise one, by its name; "" where the name does not tell."""
-    return next(iter(partner_names(high)), "") if expert_of(high) == "high" else ""
+    return next(iter(partner_names(path)), "") if expert_of(path) == "high" else ""
 
 
 def size_of(tier: int, shape: str) -> tuple[int, int]:
@@ -175,15 +181,11 @@ def frames_for(seconds: float, fps: float) -> int:
 
 
 def _overrides(form: Form, exposure: Exposure) -> dict[str, Any]:
-    preset = resolve(form.preset)
-    distilled = preset.request["denoising_step_list"] is not None
-    values: dict[str, Any] = {name: getattr(form, name) for name in ("height", "width", "frames", "fps", "shift")}
-    values |= {"enable_cfg": form.enable_cfg, "guidance": [form.guidance_high, form.guidance_low]}
-    if distilled:
-        values["denoising_step_list"] = _step_list(form.denoising_step_list)
-        values["boundary_step_index"] = form.boundary_step_index
-    else:
-        values |= {"steps": form.steps, "boundary": form.boundary}
+    preset = settings_of(form.preset)
+    schedule = "shift" if preset.request["denoising_step_list"] is None else "list"
+    used = {name: row for name, row in CONTROLS.items() if row.schedule in ("", schedule)}
+    values: dict[str, Any] = {name: from_field(row, form.settings[name]) for name, row in used.items()}
+    values["guidance"] = [form.guidance_high, form.guidance_low]
     if form.task == "i2v":
         values["task"] = "flf2v" if form.last_frame_path else "i2v"
         values["resize_mode"] = None if form.match_image else EXACT
@@ -243,10 +245,8 @@ def _step_list(text: str) -> list[int]:
     return [int(part) for part in parts]
 
 
-def _whole(value: Any, name: str) -> Any:
-    """A number field gives float; what is no whole number stays, for Request to refuse with its nearest valid one."""
-    if value is None:
-        if name in ("boundary_step_index", "seed", "videos"):
-            return {"seed": -1, "videos": 1}.get(name)
+def _whole(name: str, value: Any, empty: int | None = None) -> Any:
+    """An integral float, which is what a number field gives, as int. `empty` is the value of an empty field."""
+    if value is None and empty is None:
         raise BadRequest(f"{name} is empty; enter a number.")
-    return int(value) if isinstance(value, float) and value.is_integer() else value
+    return empty if value is None else int(value) if isinstance(value, float) and value.is_integer() else value

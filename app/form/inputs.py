@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -12,11 +13,12 @@ from gradio.components import Component
 from lightx2v.config.attention_names import SUPPORTED as ATTENTION_NAMES
 from lightx2v.config.presets import Resolved
 from lightx2v.config.request import MAX_PROMPT
+from lightx2v.config.request_settings import SETTINGS, StepList
 
 from ..exposure import Exposure
 from ..gradio_compat import tolerant
 from ..strings import Words
-from .fields import LORA_ROWS, OFFLOAD, frames_for
+from .fields import CONTROLS, LORA_ROWS, OFFLOAD, frames_for, setting_fields
 
 JS_ACT = "const events = ['act']; studio.actions(element, trigger);"
 JS_PICK = "const events = ['pick']; studio.picker(element, props, trigger);"
@@ -27,15 +29,14 @@ MATCH = "match"
 HUGE = 1e300
 """Larger numbers are none that anybody means, and some of them no floats."""
 
-FLAGS = {
+USAGE = {
+    **{name: row.usage for name, row in SETTINGS.items()},
     "guidance_high": "--guidance HIGH",
     "guidance_low": "--guidance … LOW",
-    "denoising_step_list": "--set denoising_step_list",
-    "boundary_step_index": "--set boundary_step_index",
     "attention": "--set self_attn_1_type",
     "loras": "--set loras",
 }
-"""How the command line spells what it has no flag of the same name for."""
+"""How the command line writes each field of Advanced."""
 
 
 def text_of(sent: Any) -> str:
@@ -104,27 +105,14 @@ class Inputs:
 
 
 def build_inputs(words: Words, resolved: Resolved, exposure: Exposure, *, tasks: int = 2) -> Inputs:
-    """The column's components, in the order of decisions: what, how good, how large, go. `tasks`: how many on offer."""
+    """The column's components, in the order of decisions: what, how good, how large, go. `tasks` counts them."""
     inputs = Inputs()
-    request = resolved.request
     task = resolved.preset.task
-    inputs.add(
-        "task",
-        Choice(
-            task_choices(words), value=task, label=words("mode"), show_label=False, elem_id="mode", visible=tasks > 1
-        ),
-        "mode",
+    mode = Choice(
+        task_choices(words), value=task, label=words("mode"), show_label=False, elem_id="mode", visible=tasks > 1
     )
-    with gr.Group(visible=task == "i2v", elem_id="pictures") as inputs.i2v_only:
-        with gr.Row(elem_classes="plain"):
-            for name, key in (("image_path", "image"), ("last_frame_path", "last_frame")):
-                picture = Picture(
-                    type="filepath", format="png", label=words(key), height=168, sources=["upload"], min_width=140,
-                    elem_id=name, buttons=["fullscreen"], placeholder=words("image_hint"),
-                )  # fmt: skip
-                inputs.add(name, picture, key)
-                inputs.hints[picture] = ("placeholder", "image_hint")
-        inputs.crop = gr.HTML(apply_default_css=False, elem_id="crop")
+    inputs.add("task", mode, "mode")
+    _pictures(inputs, words, visible=task == "i2v")
     prompt = Textbox(
         label=words("prompt"), placeholder=words("prompt_hint"), lines=3, max_lines=12, elem_id="prompt",
         max_length=exposure.limits.prompt,
@@ -134,107 +122,104 @@ def build_inputs(words: Words, resolved: Resolved, exposure: Exposure, *, tasks:
     inputs.examples = gr.HTML(apply_default_css=False, elem_id="examples", js_on_load=JS_ACT)
     with gr.Row(elem_classes="plain", elem_id="how"):
         inputs.preset = gr.HTML(apply_default_css=False, elem_id="preset", js_on_load=JS_PICK, scale=4, min_width=220)
-        # In the browser, beside the other fields: so every event has the settings together with the preset they are of.
+        # A hidden field, so that every event carries the settings together with the preset that they belong to.
         inputs.add("preset", Textbox(resolved.preset.name, visible=False, elem_id="preset_name"))
         offload = Dropdown(
             offload_choices(words), value="auto", label=words("offload"), filterable=False, scale=1, min_width=100,
             visible=exposure.shows_paths, elem_id="offload",
         )  # fmt: skip
         inputs.add("offload", offload, "offload")
-    with gr.Row(elem_classes="plain", elem_id="how-large"):
-        tiers, shapes = size_choices(request), shape_choices(words, task)
-        size = Choice(
-            tiers,
-            value=tier_of(request),
-            label=words("size"),
-            elem_classes="segment",
-            min_width=110,
-            elem_id="size",
-        )
-        shape = Choice(
-            shapes,
-            value=shape_of(request, task),
-            label=words("shape"),
-            elem_classes="segment",
-            min_width=150,
-            elem_id="shape",
-        )
-        length = Choice(
-            length_choices(request),
-            value=request["frames"],
-            label=words("seconds"),
-            elem_classes="segment",
-            min_width=110,
-            elem_id="length",
-        )
-        inputs.add("size", size, "size")
-        inputs.add("shape", shape, "shape")
-        inputs.add("length", length, "seconds")
+    _size(inputs, words, resolved)
     inputs.generate = gr.Button(words("generate"), variant="primary", elem_id="generate", size="lg")
     inputs.cost = gr.HTML(apply_default_css=False, elem_id="cost")
-    _advanced(inputs, words, resolved, exposure)
+    _advanced(inputs, words, resolved.request, exposure)
     if exposure.shows_paths:
         with gr.Accordion(words("files"), open=True, elem_id="files") as inputs.files_box:
             inputs.files = gr.HTML(apply_default_css=False, js_on_load=JS_ACT)
     return inputs
 
 
-def _advanced(inputs: Inputs, words: Words, resolved: Resolved, exposure: Exposure) -> None:
-    """Everything a Request holds. Under each label stands the name that the command line uses."""
-    request, limits = resolved.request, exposure.limits
-    distilled = request["denoising_step_list"] is not None
+def _pictures(inputs: Inputs, words: Words, *, visible: bool) -> None:
+    with gr.Group(visible=visible, elem_id="pictures") as inputs.i2v_only:
+        with gr.Row(elem_classes="plain"):
+            for name, key in (("image_path", "image"), ("last_frame_path", "last_frame")):
+                picture = Picture(
+                    type="filepath", format="png", label=words(key), height=168, sources=["upload"], min_width=140,
+                    elem_id=name, buttons=["fullscreen"], placeholder=words("image_hint"),
+                )  # fmt: skip
+                inputs.add(name, picture, key)
+                inputs.hints[picture] = ("placeholder", "image_hint")
+        inputs.crop = gr.HTML(apply_default_css=False, elem_id="crop")
 
-    # No field has bounds of its own: half a number is out of them, which is no error while somebody types. `form.plan`
-    # says what is wrong with a whole one.
-    def number(name: str, key: str = "", *, info: str = "", value: Any = None, **more: Any) -> None:
-        shown = words(info) if info else FLAGS.get(name, f"--{name}")
-        start = request.get(name) if value is None else value
-        component = Number(value=start, label=words(key or name), info=shown, min_width=120, elem_id=name, **more)
-        inputs.add(name, component, key or name, info=info)
+
+def _size(inputs: Inputs, words: Words, resolved: Resolved) -> None:
+    request, task = resolved.request, resolved.preset.task
+    rows: tuple[tuple[str, str, list[Any], Any, int], ...] = (
+        ("size", "size", size_choices(request), tier_of(request), 110),
+        ("shape", "shape", shape_choices(words, task), shape_of(request, task), 150),
+        ("length", "seconds", length_choices(request), request["frames"], 110),
+    )
+    with gr.Row(elem_classes="plain", elem_id="how-large"):
+        for name, key, choices, value, width in rows:
+            component = Choice(
+                choices, value=value, label=words(key), elem_classes="segment", min_width=width, elem_id=name
+            )
+            inputs.add(name, component, key)
+
+
+def _advanced(inputs: Inputs, words: Words, request: Mapping[str, Any], exposure: Exposure) -> None:
+    """Everything else in a Request. The hint below a label is what the command line writes."""
+    distilled = request["denoising_step_list"] is not None
+    values = setting_fields(request)
+    paired = ("width", "height", "frames", "fps", "enable_cfg")
+
+    # The fields have no bounds: half a number is out of them, which is no error while somebody types. `submit_plan`
+    # refuses a whole one.
+    def number(name: str, value: Any, *, info: str = "", **more: Any) -> None:
+        hint = words(info) if info else USAGE[name]
+        component = Number(value=value, label=words(name), info=hint, min_width=120, elem_id=name, **more)
+        inputs.add(name, component, name, info=info)
+
+    def setting(name: str) -> None:
+        row, value, common = CONTROLS[name], values[name], {"label": words(name), "info": USAGE[name], "elem_id": name}
+        if row.type is bool:
+            inputs.add(name, Checkbox(value, **common), name)
+        elif row.choices:
+            choices = [("auto", ""), *((choice, choice) for choice in row.choices)]
+            inputs.add(name, Dropdown(choices, value=value, min_width=120, **common), name)
+        elif row.type is StepList:
+            inputs.add(name, Textbox(value, min_width=180, **common), name)
+        else:
+            number(name, value, precision=0 if row.type is int else None, step=row.step or 1)
 
     with gr.Accordion(words("advanced"), open=True, elem_id="advanced") as inputs.advanced:
         with gr.Row(elem_classes="plain"):
-            number("seed", value=-1, info="seed_info", precision=0)
-            component = Number(
-                1,
-                label=words("videos"),
-                info=words("videos_info"),
-                precision=0,
-                min_width=120,
-                elem_id="videos",
-            )
-            inputs.add("videos", component, "videos", info="videos_info")
+            number("seed", -1, info="seed_info", precision=0)
+            number("videos", 1, info="videos_info", precision=0)
         inputs.add("per_line", Checkbox(False, label=words("per_line"), elem_id="per_line"), "per_line")
         negative = Textbox(
-            label=words("negative_prompt"), info=words("negative_info"), lines=2, max_lines=6, max_length=limits.prompt,
-            elem_id="negative_prompt",
+            label=words("negative_prompt"), info=words("negative_info"), lines=2, max_lines=6,
+            elem_id="negative_prompt", max_length=exposure.limits.prompt,
         )  # fmt: skip
         inputs.add("negative_prompt", negative, "negative_prompt", info="negative_info")
+        for pair in (paired[:2], paired[2:4]):
+            with gr.Row(elem_classes="plain"):
+                for name in pair:
+                    setting(name)
+        setting("enable_cfg")
         with gr.Row(elem_classes="plain"):
-            number("width", precision=0, step=16)
-            number("height", precision=0, step=16)
-        with gr.Row(elem_classes="plain"):
-            number("frames", precision=0, step=4)
-            number("fps")
-        cfg = Checkbox(request["enable_cfg"], label=words("enable_cfg"), info="--enable_cfg", elem_id="enable_cfg")
-        inputs.add("enable_cfg", cfg, "enable_cfg")
-        with gr.Row(elem_classes="plain"):
-            for index, name in enumerate(("guidance_high", "guidance_low")):
-                number(name, value=request["guidance"][index], step=0.5)
-        with gr.Row(elem_classes="plain", visible=not distilled) as inputs.base_only:
-            number("steps", precision=0)
-            number("boundary", value=request["boundary"] or 0.875, step=0.025)
-        with gr.Row(elem_classes="plain", visible=distilled) as inputs.distilled_only:
-            steps = Textbox(
-                ", ".join(map(str, request["denoising_step_list"] or ())), label=words("denoising_step_list"),
-                info=FLAGS["denoising_step_list"], min_width=180, elem_id="denoising_step_list",
-            )  # fmt: skip
-            inputs.add("denoising_step_list", steps, "denoising_step_list")
-            number("boundary_step_index", value=request["boundary_step_index"] or 0, precision=0)
-        with gr.Row(elem_classes="plain"):
-            number("shift", step=0.5)
+            for name in ("guidance_high", "guidance_low"):
+                number(name, values[name], step=SETTINGS["guidance"].step)
+        boxes = {}
+        for schedule, visible in (("shift", not distilled), ("list", distilled), ("", True)):
+            with gr.Row(elem_classes="plain", visible=visible) as boxes[schedule]:
+                for name, row in CONTROLS.items():
+                    if row.schedule == schedule and name not in paired:
+                        setting(name)
+        inputs.base_only, inputs.distilled_only = boxes["shift"], boxes["list"]
+        with boxes[""]:
             attention = Dropdown(
-                [*ATTENTION_NAMES], value="auto", label=words("attention"), info=FLAGS["attention"], min_width=120,
+                [*ATTENTION_NAMES], value="auto", label=words("attention"), info=USAGE["attention"], min_width=120,
                 visible=exposure.shows_paths, elem_id="attention",
             )  # fmt: skip
             inputs.add("attention", attention, "attention")
@@ -246,7 +231,7 @@ def _lora_fields(inputs: Inputs, words: Words, *, visible: bool) -> None:
         with gr.Row(elem_classes="plain lora", visible=False) as box:
             for part in ("high", "low"):
                 path = Textbox(
-                    label=words(f"lora_{part}"), info=FLAGS["loras"], max_lines=1, scale=3, min_width=160,
+                    label=words(f"lora_{part}"), info=USAGE["loras"], max_lines=1, scale=3, min_width=160,
                     elem_id=f"lora_{row}_{part}",
                 )  # fmt: skip
                 inputs.add(f"lora_{row}_{part}", path, f"lora_{part}")

@@ -10,16 +10,14 @@ from typing import Any
 
 from lightx2v.config.presets import resolve
 from lightx2v.config.request import Request
+from lightx2v.config.request_settings import SETTINGS, SHOWN
 from lightx2v.errors import LightX2VError
 from lightx2v.jobs.store import Job
 
 from ..exposure import ADDRESS
 
-OVER_HTTP = {
-    "frames": "num_frames", "steps": "num_inference_steps", "shift": "flow_shift", "guidance": "guidance_scale",
-    "boundary": "boundary_ratio", "image_path": "input_reference", "last_frame_path": "last_frame_reference",
-}  # fmt: skip
-"""Names of settings in /v1/videos, where they differ from ours."""
+OVER_HTTP = {name: row.video for name, row in (SHOWN | SETTINGS).items() if row.video}
+"""The names of the settings in POST /v1/videos."""
 
 
 def snippets(job: Job, *, address: str = ADDRESS, key: bool = False, paths: bool = True) -> dict[str, str]:

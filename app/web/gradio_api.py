@@ -16,26 +16,35 @@ import gradio as gr
 
 from lightx2v.config.presets import resolve
 from lightx2v.config.request import Request
+from lightx2v.config.request_settings import SETTINGS
 from lightx2v.errors import BadRequest, LightX2VError
 from lightx2v.jobs.store import Job
 
 from ..backend.studio import Studio, settings_of
 from ..form.fields import new_seed
 
-SETTINGS = (
-    *("height", "width", "frames", "fps", "steps", "shift", "guidance", "enable_cfg", "boundary", "resize_mode"),
-    *("denoising_step_list", "boundary_step_index"),
-)
-"""Keys of `settings`: the fields of Request beside those that are arguments."""
+KEYS = tuple(name for name in SETTINGS if name != "seed")
+"""Keys of the argument `settings`: the seed is an argument of its own."""
 
 REPORTED = ("seed", "height", "width", "frames", "fps", "file_bytes", "device", "attention", "timings", "warnings")
-"""What of a report leaves the machine: no paths, no configuration."""
+"""The parts of a report that leave the machine: no paths, no configuration."""
 
 
 def add_endpoints(studio: Studio) -> None:
-    """To be called inside the Blocks."""
+    """Adds the endpoints to the Blocks that are being built."""
+    endpoints = Endpoints(studio)
+    for endpoint in (endpoints.generate, endpoints.status, endpoints.cancel, endpoints.presets):
+        gr.api(endpoint, api_name=endpoint.__name__, queue=False)
+
+
+class Endpoints:
+    """The methods are the endpoints; MCP clients read their docstrings."""
+
+    def __init__(self, studio: Studio) -> None:
+        self._studio = studio
 
     def generate(
+        self,
         prompt: str,
         preset: str = "",
         image: dict | None = None,
@@ -46,23 +55,21 @@ def add_endpoints(studio: Studio) -> None:
         """Queues a video and returns at once with the id to ask `status` for.
 
         Args:
-            prompt: What is seen, what moves, how the camera moves.
-            preset: A name from `presets`; the page's default without one.
+            prompt: The scene, its motion and the camera's motion.
+            preset: A name from `presets`; empty for the page's default.
             image: The first frame for an image-to-video preset, as gradio_client's handle_file gives it.
-            negative_prompt: What should not appear; empty for the model's own.
+            negative_prompt: What should not appear; empty for the model's default.
             seed: -1 draws one.
-            settings: More settings over the preset's: height, width, frames, fps, steps, shift, guidance,
-                enable_cfg, boundary, resize_mode, denoising_step_list, boundary_step_index.
+            settings: Settings that override the preset's, by the names that `presets` lists.
         """
-        with _told():
+        studio = self._studio
+        with _public_errors():
             name = preset or studio.default_preset
             if name not in studio.tasks:
                 raise BadRequest(f"There is no preset {name[:60]!r}. Ask `presets` for their names.")
-            if studio.exposure.zerogpu:
-                raise BadRequest("On ZeroGPU a video is made inside its visitor's own request. Open the page for it.")
             changed = dict(settings or {})
-            if unknown := sorted(set(changed) - set(SETTINGS)):
-                raise BadRequest(f"settings has no {str(unknown[0])[:60]!r}. It has: {', '.join(SETTINGS)}.")
+            if unknown := sorted(changed.keys() - KEYS):
+                raise BadRequest(f"settings has no {str(unknown[0])[:60]!r}. It has: {', '.join(KEYS)}.")
             resolved = resolve(name, changed)
             request = Request(
                 prompt=prompt,
@@ -77,45 +84,42 @@ def add_endpoints(studio: Studio) -> None:
             job = studio.submit(resolved.engine, request, owner=f"api-{secrets.token_hex(16)}", preset=name)
             return _answer(studio, job)
 
-    def status(id: str) -> dict:
+    def status(self, id: str) -> dict:
         """Where a job is: queued, running, succeeded, failed, cancelled or interrupted; with progress, times and video.
 
         Args:
-            id: What `generate` returned.
+            id: The id that `generate` returned.
         """
-        with _told():
-            return _answer(studio, studio.jobs.get(id))
+        with _public_errors():
+            return _answer(self._studio, self._studio.jobs.get(id))
 
-    def cancel(id: str) -> dict:
-        """Stops a job within one step; a queued one at once.
+    def cancel(self, id: str) -> dict:
+        """Stops a running job within one step, and a queued one at once.
 
         Args:
-            id: What `generate` returned.
+            id: The id that `generate` returned.
         """
-        with _told():
-            return _answer(studio, studio.jobs.cancel(id))
+        with _public_errors():
+            return _answer(self._studio, self._studio.jobs.cancel(id))
 
-    def presets() -> list[dict]:
-        """The presets on offer: name, task, what they are, and the settings they start from."""
+    def presets(self) -> list[dict]:
+        """The presets on offer: name, task, description, and the settings that they start from."""
         return [
             {
                 "name": info.name,
                 "task": info.task,
                 "title": info.title,
                 "summary": info.summary,
-                "default": info.name == studio.default_preset,
-                "settings": {key: settings_of(info.name).request[key] for key in SETTINGS},
+                "default": info.name == self._studio.default_preset,
+                "settings": {key: settings_of(info.name).request[key] for key in KEYS},
             }
-            for info in studio.presets
+            for info in self._studio.presets
         ]
-
-    for endpoint in (generate, status, cancel, presets):
-        gr.api(endpoint, api_name=endpoint.__name__, queue=False)
 
 
 @contextmanager
-def _told() -> Iterator[None]:
-    """Errors that a caller can mend are passed on by gradio; all others stay inside."""
+def _public_errors() -> Iterator[None]:
+    """gradio passes on the errors that a caller can fix. All others stay in the log."""
     try:
         yield
     except LightX2VError as error:
@@ -145,7 +149,7 @@ def _answer(studio: Studio, job: Job) -> dict[str, Any]:
 
 
 def _uploaded(image: Mapping[str, Any] | None) -> str | None:
-    """The path of a file that was uploaded to this page. Any other path is refused, whether it exists or not."""
+    """The path of a file that was uploaded to this page. Every other path is refused, whether it exists or not."""
     if image is None:
         return None
     folder = Path(os.environ["GRADIO_TEMP_DIR"]).resolve()

@@ -18,6 +18,7 @@ from starlette.requests import Request as HttpRequest
 
 from app.backend.model_files import Download, FilesStatus, FileState
 from app.backend.studio import settings_of
+from app.form.fields import CONTROLS
 from app.strings import TABLES, Words, preferred
 from app.views import cards, compare, numbers, panels, report, stage
 from app.views.html import button, esc, tag
@@ -140,7 +141,7 @@ def test_both_languages_have_all_texts_with_the_same_placeholders() -> None:
 def test_no_text_is_missing_or_unused() -> None:
     source = "\n".join(path.read_text() for path in (ROOT / "app").rglob("*.py") if path.name != "strings.py")
     strings = (ROOT / "app" / "strings.py").read_text()
-    used = set(re.findall(r'words\(\s*"(\w+)"', source)) | set(re.findall(r'"(\w+)"', source))
+    used = set(re.findall(r'words\(\s*"(\w+)"', source)) | set(re.findall(r'"(\w+)"', source)) | set(CONTROLS)
     prefixes = set(re.findall(r'"(\w+_)" \+', source + strings)) | set(re.findall(r'f"(\w+_)\{', source))
     idle = [
         k
@@ -148,7 +149,7 @@ def test_no_text_is_missing_or_unused() -> None:
         if k not in used and not any(k.startswith(p) for p in prefixes) and f'self("{k}")' not in strings
     ]
     assert not idle, idle
-    missing = set(re.findall(r'words\(\s*"(\w+)"\s*[,)]', source)) - TABLES["en"].keys()
+    missing = (set(re.findall(r'words\(\s*"(\w+)"\s*[,)]', source)) | set(CONTROLS)) - TABLES["en"].keys()
     assert not missing, missing
 
 
