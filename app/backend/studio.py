@@ -6,14 +6,15 @@ their browser keeps.
 
 from __future__ import annotations
 
+import hashlib
+import json
 import logging
 import re
 import secrets
 import threading
-import time
 from collections import OrderedDict
 from collections.abc import Container
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -26,15 +27,14 @@ from lightx2v.cost.machine import MachineReader
 from lightx2v.cost.memory_forecast import bytes_needed, shape_of
 from lightx2v.cost.run_time import Prediction, Rates, RunCost, estimate_cost
 from lightx2v.errors import BadRequest, ConfigError, LightX2VError
-from lightx2v.jobs.engine_slot import Engine, OpenEngine
+from lightx2v.jobs.engine_slot import LoadedModel, OpenEngine, Outcome
 from lightx2v.jobs.queue import JobManager
 from lightx2v.jobs.store import Job, UnknownJob
 from lightx2v.media.images import jpeg
 from lightx2v.media.video_writer import read_frame
-from lightx2v.progress import CancelToken, OnProgress, Progress
+from lightx2v.progress import CancelToken
 
 from ..exposure import ADDRESS, Exposure
-from .measured_engine import Measured, engine_key
 from .model_files import Files, HubFiles
 from .zerogpu import LendGpu, ZeroGpuJobs
 
@@ -44,14 +44,6 @@ SAMPLE = PROJECT / "assets" / "samples" / "idle.mp4"
 POSTER_SIDE = 360
 HISTORY = 60
 JOB_ID = re.compile(r"[A-Za-z0-9_-]{16,64}")
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Loaded:
-    """The engine in memory."""
-
-    config: EngineConfig
-    preset: str
 
 
 class Studio:
@@ -75,9 +67,7 @@ class Studio:
         self.folder.mkdir(parents=True, exist_ok=True)
         self.machine = MachineReader()
         self.files = files or HubFiles()
-        self.loaded: Loaded | None = None
         self._room_at_start = self.machine().vram_free or 0
-        self._open_engine = open_engine
         self._rates = Rates(self.folder / "rates.json")
         self._posters = self.folder / "posters"
         self._uploads: OrderedDict[str, Path] = OrderedDict()
@@ -89,7 +79,7 @@ class Studio:
             names = ", ".join(info.name for info in shipped)
             raise ConfigError(f"There is no preset {default_preset!r} for the page. Presets: {names}.")
         self.default_preset = default_preset or self._choose_default()
-        self.jobs = self._open_jobs() if lend_gpu is None else self._open_zerogpu_jobs(lend_gpu)
+        self.jobs = self._open_jobs(open_engine) if lend_gpu is None else self._open_zerogpu_jobs(open_engine, lend_gpu)
 
     # ---- presets ------------------------------------------------------------------------------------------------
 
@@ -172,42 +162,32 @@ class Studio:
 
     # ---- engines ------------------------------------------------------------------------------------------------
 
-    def _open_jobs(self) -> JobManager:
+    def _open_jobs(self, open_engine: OpenEngine) -> JobManager:
         return JobManager(
-            self._open_timed, self.folder, max_queue=self.exposure.limits.queue, predict=self._seconds
+            open_engine, self.folder, max_queue=self.exposure.limits.queue, predict=self._seconds,
+            on_finished=self._on_finished,
         )  # fmt: skip
 
-    def _open_zerogpu_jobs(self, lend_gpu: LendGpu) -> ZeroGpuJobs:
-        preset = self.default_preset
-        config = settings_of(preset).engine
-        engine = self._open_engine(config, preset=preset, on_progress=lambda event: None, cancel=CancelToken())
-        self.loaded = Loaded(config=config, preset=preset)
+    def _open_zerogpu_jobs(self, open_engine: OpenEngine, lend_gpu: LendGpu) -> ZeroGpuJobs:
+        model = LoadedModel(settings_of(self.default_preset).engine, self.default_preset)
+        engine = open_engine(
+            model.config, preset=model.preset, on_progress=lambda event: None, cancel=CancelToken()
+        )  # fmt: skip
         return ZeroGpuJobs(
-            lend_gpu, engine, config, self.folder, max_queue=self.exposure.limits.queue, predict=self.predict,
-            on_finished=self._finished,
+            lend_gpu, engine, model, self.folder, max_queue=self.exposure.limits.queue, predict=self.predict,
+            on_finished=self._on_finished,
         )  # fmt: skip
 
-    def _finished(self, config: EngineConfig, request: Request, report: dict[str, Any]) -> None:
-        # An input picture may have changed the video's size: count the work that was done.
-        done = replace(request, height=report["height"], width=report["width"])
-        self.learn(config, done, report["timings"]["seconds"])
+    @property
+    def loaded(self) -> LoadedModel | None:
+        """The model in memory."""
+        return self.jobs.loaded
 
-    def _open_timed(self, config: EngineConfig, *, preset: str, on_progress: OnProgress, cancel: CancelToken) -> Engine:
-        started = time.perf_counter()
-
-        def watch(event: Progress) -> None:
-            nonlocal started
-            if event.stage == "download":  # it says nothing about how long the next loading takes
-                started = time.perf_counter()
-            on_progress(event)
-
-        engine = self._open_engine(config, preset=preset, on_progress=watch, cancel=cancel)
-        self.loaded = Loaded(config=config, preset=preset)
-        seconds = time.perf_counter() - started
-        return Measured(engine, config, seconds, learn=self.learn, closed=self._forget_loaded)
-
-    def _forget_loaded(self) -> None:
-        self.loaded = None
+    def _on_finished(self, config: EngineConfig, request: Request, outcome: Outcome) -> None:
+        if (report := outcome.report) is not None:
+            # An input image may have changed the size of the video: count the work that was done.
+            done = replace(request, height=report["height"], width=report["width"])
+            self.learn(config, done, report["timings"]["seconds"])
 
     def learn(self, config: EngineConfig, request: Request, seconds: dict[str, float]) -> None:
         """Records the seconds that each stage of a finished run took."""
@@ -323,6 +303,12 @@ class Studio:
 def settings_of(preset: str) -> Resolved:
     """The settings of a shipped preset, which do not change while the app runs."""
     return resolve(preset)
+
+
+def engine_key(config: EngineConfig) -> str:
+    """A short name for everything that the speed of an engine depends on."""
+    text = json.dumps(config.to_json(), sort_keys=True)
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
 def _remember(table: OrderedDict[str, Any], key: str, value: Any) -> None:

@@ -28,6 +28,7 @@ from lightx2v.config.recorded_settings import recorded_settings
 from lightx2v.config.request import Request
 from lightx2v.cost.run_time import Prediction
 from lightx2v.errors import BadRequest, Busy, LightX2VError
+from lightx2v.jobs.engine_slot import LoadedModel, OnFinished, Outcome
 from lightx2v.jobs.store import STATES, Job, State, UnknownJob
 from lightx2v.media.images import jpeg
 from lightx2v.media.video_writer import VideoWriter
@@ -55,21 +56,21 @@ class ZeroGpuJobs:
         self,
         lend_gpu: LendGpu,
         engine: Any,
-        config: EngineConfig,
+        loaded: LoadedModel,
         folder: Path,
         *,
         max_queue: int,
         predict: Callable[[EngineConfig, Request], Prediction | None],
-        on_finished: Callable[[EngineConfig, Request, dict[str, Any]], None],
+        on_finished: OnFinished,
     ) -> None:
-        self.config, self.folder, self.max_queue = config, folder, max_queue
+        self.loaded, self.folder, self.max_queue = loaded, folder, max_queue
         self._on_finished = on_finished
         self._lock = threading.RLock()
         self._jobs: OrderedDict[str, Job] = OrderedDict()
         self._waiting: list[str] = []
 
         def seconds(request: dict[str, Any]) -> int:
-            return reserved_seconds(predict(config, Request.from_json(request)))
+            return reserved_seconds(predict(loaded.config, Request.from_json(request)))
 
         def denoise(request: dict[str, Any]) -> Generator[Message]:
             yield from _messages(engine, Request.from_json(request))
@@ -199,7 +200,7 @@ class ZeroGpuJobs:
             return {"state": "failed", "finished": time.time(), "error": _explain(error)}
         report["timings"]["seconds"]["write"] = time.perf_counter() - started
         report |= {"path": str(path), "file_bytes": path.stat().st_size}
-        self._on_finished(job.config, job.request, report)
+        self._on_finished(job.config, job.request, Outcome(report=report))
         return {"state": "succeeded", "finished": time.time(), "result": report, "path": path, "preview": None}
 
     def _change(self, id: str, **changes: Any) -> Job:
@@ -213,7 +214,7 @@ class ZeroGpuJobs:
             raise BadRequest(f"This job is {state}; only a queued job can be changed.")
 
     def _check(self, config: EngineConfig, request: Request) -> None:
-        if config != self.config:
+        if config != self.loaded.config:
             raise BadRequest("This page runs one model. Choose its preset from the list.")
         config.check_request(request)
 

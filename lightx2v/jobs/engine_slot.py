@@ -1,7 +1,7 @@
-"""The place for one loaded engine, and the wall between a failing job and the rest of the program.
+"""EngineSlot: the one loaded engine, and the boundary at which the failure of a job stops.
 
-`EngineSlot.run` never raises because of a job. Whatever happens becomes an Outcome: a report, or an error with
-a message that a person can act on. The traceback goes to the log, and nothing keeps the failed step's tensors.
+`EngineSlot.run` never raises because of a job. It returns an Outcome: a report, or an error with a message that says
+what to do. The traceback goes to the log, and no reference to the tensors of the failed step remains.
 """
 
 from __future__ import annotations
@@ -10,7 +10,9 @@ import errno
 import json
 import logging
 import sys
+import time
 import traceback
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -19,29 +21,37 @@ from ..config.engine_config import EngineConfig
 from ..config.request import Request
 from ..cost.machine import free_memory
 from ..errors import Cancelled, GroupFailed, LightX2VError, OutOfMemory, OutputError
-from ..progress import CancelToken, OnProgress
+from ..progress import CancelToken, OnProgress, Progress
 
 log = logging.getLogger("lightx2v.jobs")
 
 
-class RunReport(Protocol):
-    """What a run gives back."""
+class RunResult(Protocol):
+    """The result of a run. The report is JSON; its "timings" are those of `progress.Timings`."""
 
     def report(self) -> dict[str, Any]: ...
 
 
 class Engine(Protocol):
-    """A loaded model; LightX2VPipeline is one."""
+    """A loaded model that runs requests; LightX2VPipeline is one. `metadata` writes the settings into the video, and
+    `force` replaces an existing file."""
 
     def run(
-        self, request: Request, *, save_result_path: Path, on_progress: OnProgress, cancel: CancelToken
-    ) -> RunReport: ...
+        self,
+        request: Request,
+        *,
+        save_result_path: Path | None,
+        on_progress: OnProgress,
+        cancel: CancelToken,
+        metadata: bool = True,
+        force: bool = False,
+    ) -> RunResult: ...
 
     def close(self) -> None: ...
 
 
 class OpenEngine(Protocol):
-    """Loads a model; it may take minutes, so it reports progress and checks `cancel` meanwhile."""
+    """Loads a model. This may take minutes, so it reports progress and checks `cancel` meanwhile."""
 
     def __call__(
         self, config: EngineConfig, *, preset: str, on_progress: OnProgress, cancel: CancelToken
@@ -50,7 +60,7 @@ class OpenEngine(Protocol):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Outcome:
-    """How a job ended: `report` is set if it succeeded, else `error` (type, message). After `fatal` nothing can run."""
+    """The end of a job: `report` if it succeeded, else `error` (type, message). After `fatal` no job can run."""
 
     report: dict[str, Any] | None = None
     error: dict[str, str] | None = None
@@ -58,13 +68,29 @@ class Outcome:
     fatal: bool = False
 
 
-class EngineSlot:
-    """At most one engine: kept while the EngineConfig stays equal, closed before another one opens."""
+OnFinished = Callable[[EngineConfig, Request, Outcome], None]
+"""Called by the worker thread after every run, and before the job is recorded as finished."""
 
-    def __init__(self, open_engine: OpenEngine) -> None:
-        self._open_engine = open_engine
+
+@dataclass(frozen=True, slots=True)
+class LoadedModel:
+    """The configuration of the engine in memory, and the preset that it was loaded for."""
+
+    config: EngineConfig
+    preset: str
+
+
+class EngineSlot:
+    """At most one engine. It stays while the EngineConfig stays equal and is closed before another one opens.
+
+    `loaded` may be read from any thread.
+    """
+
+    def __init__(self, open_engine: OpenEngine, on_finished: OnFinished | None = None) -> None:
+        self.loaded: LoadedModel | None = None
+        self._open_engine, self._on_finished = open_engine, on_finished
         self._engine: Engine | None = None
-        self._config: EngineConfig | None = None
+        self._load_seconds = 0.0
 
     def run(
         self,
@@ -77,38 +103,32 @@ class EngineSlot:
         on_progress: OnProgress,
         cancel: CancelToken,
     ) -> Outcome:
-        """Makes the video `path`, loading first if need be."""
-        failure: BaseException | None = None
+        """Make the video `path`, after loading the engine if necessary."""
         try:
             cancel.check()
             engine = self._engine_for(config, preset, on_progress, cancel)
             cancel.check()
             result = engine.run(request, save_result_path=path, on_progress=on_progress, cancel=cancel)
             if not path.is_file() or not path.stat().st_size:
-                raise OutputError("The engine finished without writing the video. Its log may say why.")
-            report = result.report() | {"path": path.name, "preset": preset}  # a name: paths are the server's business
-            return Outcome(report=json.loads(json.dumps(report)))
-        except Exception as error:  # the one place where a job's failure stops
-            failure = error
-        if isinstance(failure, Cancelled):
-            release_frames(failure)
-            return Outcome(error=public_error(failure, id), cancelled=True)
-        # Text, not exc_info: a log record that is kept somewhere would keep the step's tensors through the traceback.
-        log.error("job %s failed\n%s", id, "".join(traceback.format_exception(failure)))
-        error = public_error(failure, id)
-        fatal = device_is_lost(failure) or isinstance(failure, GroupFailed)
-        starved, known = is_out_of_memory(failure), isinstance(failure, LightX2VError)
-        release_frames(failure)
-        failure = None
-        if starved:
-            free_memory()
-        elif not known:  # nobody knows what a bug left behind in the engine; the next job gets a fresh one
-            self.close()
-        return Outcome(error=error, fatal=fatal)
+                raise OutputError("The engine finished without writing the video. See the program's log.")
+            # The name only: the folder is private to the server.
+            report = self._with_load_time(result.report()) | {"path": path.name, "preset": preset}
+            outcome = Outcome(report=json.loads(json.dumps(report)))
+        except Exception as error:  # the one place where the failure of a job stops
+            outcome = self._failed(id, error)
+        if self._on_finished is not None:
+            self._on_finished(config, request, outcome)
+        return outcome
+
+    def load(self, config: EngineConfig, *, preset: str, on_progress: OnProgress, cancel: CancelToken) -> Engine:
+        """Load an engine before the first job, which then does not wait for it. Errors pass to the caller."""
+        engine = self._engine_for(config, preset, on_progress, cancel)
+        self._load_seconds = 0.0
+        return engine
 
     def close(self) -> None:
-        """Frees the engine, if there is one."""
-        engine, self._engine, self._config = self._engine, None, None
+        """Close the engine, if there is one, and free its memory."""
+        engine, self._engine, self.loaded = self._engine, None, None
         if engine is None:
             return
         try:
@@ -118,51 +138,87 @@ class EngineSlot:
         del engine
         free_memory()
 
-    def _engine_for(self, config: EngineConfig, preset: str, on_progress: OnProgress, cancel: CancelToken) -> Engine:
-        if self._engine is None or self._config != config:
+    def _failed(self, id: str, failure: Exception) -> Outcome:
+        """Log the failure, release what it holds in memory, and drop the engine if its state is unknown."""
+        if isinstance(failure, Cancelled):
+            release_frames(failure)
+            return Outcome(error=public_error(failure, id), cancelled=True)
+        # Text, not exc_info: a log record that is kept would keep the tensors of the step through the traceback.
+        log.error("job %s failed\n%s", id, "".join(traceback.format_exception(failure)))
+        fatal = device_is_lost(failure) or isinstance(failure, GroupFailed)
+        outcome = Outcome(error=public_error(failure, id), fatal=fatal)
+        release_frames(failure)
+        if is_out_of_memory(failure):
+            free_memory()
+        elif not isinstance(failure, LightX2VError):  # a bug may have damaged the engine: the next job gets a new one
             self.close()
-            self._engine = self._open_engine(config, preset=preset, on_progress=on_progress, cancel=cancel)
-            self._config = config
+        return outcome
+
+    def _engine_for(self, config: EngineConfig, preset: str, on_progress: OnProgress, cancel: CancelToken) -> Engine:
+        if self._engine is not None and self.loaded is not None and self.loaded.config == config:
+            return self._engine
+        self.close()
+        started = time.perf_counter()
+
+        def watch(event: Progress) -> None:
+            nonlocal started
+            if event.stage == "download":  # its time says nothing about the next load
+                started = time.perf_counter()
+            on_progress(event)
+
+        self._engine = self._open_engine(config, preset=preset, on_progress=watch, cancel=cancel)
+        self.loaded = LoadedModel(config, preset)
+        self._load_seconds = time.perf_counter() - started
         return self._engine
+
+    def _with_load_time(self, report: dict[str, Any]) -> dict[str, Any]:
+        """Add the time that the run waited for its engine to load. Each load is reported once."""
+        seconds, self._load_seconds = self._load_seconds, 0.0
+        timings = report["timings"]
+        if seconds:
+            stages = {"load": 0.0, **timings["seconds"]}
+            stages["load"] += seconds
+            timings |= {"seconds": stages, "total": timings["total"] + seconds}
+        return report
 
 
 def public_error(error: BaseException, id: str) -> dict[str, str]:
-    """Type and message for the person who waits: no traceback, and of errors that are not ours not even the text."""
+    """Type and message for the user: no traceback, and of errors that are not ours not even the text."""
     if isinstance(error, LightX2VError):
         return {"type": type(error).__name__, "message": str(error)}
     if is_out_of_memory(error):
-        message = "Out of memory. Make the video smaller or shorter, turn offload on, or take an FP8 preset."
+        message = "Out of memory. Make the video smaller or shorter, turn offload on, or use an FP8 preset."
         return {"type": OutOfMemory.__name__, "message": message}
     if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
         return {"type": OutputError.__name__, "message": "The disk is full. Free some space and run the job again."}
     if device_is_lost(error):
-        message = "The graphics card reported an error that only a restart clears. Restart the program; see its log."
+        message = "The GPU reported an error that only a restart clears. Restart the program; see its log."
         return {"type": "DeviceError", "message": message}
-    message = f"Something went wrong inside the program ({type(error).__name__}). Its log says more, under job {id}."
+    message = f"Internal error ({type(error).__name__}). The program's log has the details under job {id}."
     return {"type": type(error).__name__, "message": message}
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Host or device, whether or not somebody has already given it our own type."""
+    """True for host and device memory, whether or not the error already has our own type."""
     torch = sys.modules.get("torch")
     kinds = (MemoryError, OutOfMemory) if torch is None else (MemoryError, OutOfMemory, torch.OutOfMemoryError)
     return isinstance(error, kinds) or (isinstance(error, RuntimeError) and "out of memory" in str(error).lower())
 
 
 def device_is_lost(error: BaseException) -> bool:
-    """CUDA errors other than OOM (illegal access, device-side assert) make every later call of the process fail."""
+    """True for CUDA errors other than OOM (illegal access, device-side assert), after which every call fails."""
     return isinstance(error, RuntimeError) and "CUDA error" in str(error) and not is_out_of_memory(error)
 
 
 def release_frames(error: BaseException) -> None:
-    """Lets go of all frames that the error and its causes hold: their locals are the failed step's tensors."""
+    """Clear all frames that the error and its causes hold: their locals are the tensors of the failed step."""
     pending: list[BaseException | None] = [error]
     seen: set[int] = set()
     while pending:
-        error_ = pending.pop()
-        if error_ is None or id(error_) in seen:
+        current = pending.pop()
+        if current is None or id(current) in seen:
             continue
-        seen.add(id(error_))
-        traceback.clear_frames(error_.__traceback__)
-        error_.__traceback__ = None
-        pending += [error_.__cause__, error_.__context__]
+        seen.add(id(current))
+        traceback.clear_frames(current.__traceback__)
+        current.__traceback__ = None
+        pending += [current.__cause__, current.__context__]

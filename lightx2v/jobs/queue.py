@@ -1,15 +1,15 @@
-"""The queue: jobs outlive pages, requests and restarts; one of them runs at a time.
+"""JobManager: the job queue. Jobs survive closed pages, finished requests and restarts; one of them runs at a time.
 
     manager = JobManager(open_engine, Path("outputs"))
     job = manager.submit(config, request, owner="alice")
     manager.wait(job.id).path
 
-One worker thread owns the engine. It keeps it while the jobs' EngineConfig stays equal and closes it before it opens
-another: there are never two models in memory. Whatever goes wrong in a job ends that job, with a message for people
+One worker thread owns the engine. It keeps the engine while the jobs' EngineConfig stays equal and closes it before it
+opens another: there are never two models in memory. An error in a job ends only that job, with a message for the user
 in `Job.error` and the traceback in the log, and the next job runs. A cancelled job never becomes succeeded.
 
-Everything lives in one folder: jobs.sqlite, and per job files named by its id (`<id>.mp4`, input pictures). After a
-restart queued jobs run, and the one that was running is `interrupted` and can be requeued.
+Everything is in one folder: jobs.sqlite, and for each job the files named after its id (`<id>.mp4`, input images).
+After a restart the queued jobs run; the one that was running is `interrupted` and can be requeued.
 """
 
 from __future__ import annotations
@@ -29,20 +29,38 @@ from typing import Self
 from ..config.engine_config import EngineConfig
 from ..config.request import Request
 from ..errors import BadRequest, Busy, OutputError
-from .engine_slot import Engine, OpenEngine
+from ..progress import CancelToken, OnProgress
+from .engine_slot import Engine, EngineSlot, LoadedModel, OnFinished, OpenEngine
 from .files import JobFiles
+from .step_log import StepLog
 from .store import STATES, Job, JobEvent, JobStore, State, UnknownJob
 from .worker import JobWorker
 
 __all__ = ["Engine", "Job", "JobEvent", "JobManager", "OpenEngine", "UnknownJob"]
 
+CLOSING = "The server is shutting down. Retry once it has restarted."
+
+
+class Changes(threading.Condition):
+    """Wakes threads, as any condition does, and calls listeners: event loops, which must not block."""
+
+    def __init__(self, lock: threading.RLock) -> None:
+        super().__init__(lock)
+        self.listeners: list[Callable[[], None]] = []
+
+    def notify_all(self) -> None:
+        super().notify_all()
+        for listener in tuple(self.listeners):
+            listener()
+
 
 class JobManager:
-    """Submit, watch, cancel. Every method may be called from any thread and returns at once, `wait` apart.
+    """Submit, watch and cancel jobs. Call any method from any thread; only `wait` and `load` block.
 
-    `max_queue` jobs may wait besides the one that runs. `ttl` (seconds) and `size_cap` (bytes) bound what finished jobs
-    leave in the folder; the oldest go first, queued and running ones and the newest result never. `predict` tells how
-    many seconds a job takes, for `Job.starts_in`.
+    `max_queue` jobs may wait besides the running one. `ttl` (seconds) and `size_cap` (bytes) limit what finished jobs
+    leave in the folder: the oldest go first; queued and running jobs and the newest result always stay. `predict`
+    estimates the seconds that a job takes, for `Job.starts_in`. `on_finished` is called after every run. With
+    `start=False` no job runs before `start()`.
     """
 
     def __init__(
@@ -54,56 +72,76 @@ class JobManager:
         ttl: float | None = None,
         size_cap: int | None = None,
         predict: Callable[[EngineConfig, Request], float | None] | None = None,
+        on_finished: OnFinished | None = None,
         clock: Callable[[], float] = time.time,
+        start: bool = True,
     ) -> None:
         self.folder = Path(folder).absolute()
         self.max_queue = max_queue
         self._ttl, self._size_cap = ttl, size_cap
         self._predict, self._clock = predict, clock
         self._lock = threading.RLock()
-        self._changed = threading.Condition(self._lock)
+        self._changed = Changes(self._lock)
         self._files = JobFiles(self.folder)
+        self._steps = StepLog()
         self._store = JobStore(self.folder / "jobs.sqlite")
         self._closed = False
-        self._worker = JobWorker(open_engine, self._store, self._files, self._changed, clock=clock, purge=self.purge)
+        self._slot = EngineSlot(open_engine, on_finished)
+        self._worker = JobWorker(
+            self._slot, self._store, self._files, self._steps, self._changed, clock=clock, purge=self.purge
+        )
         try:
             self._store.recover(clock())
             self._files.remove_leftovers()
         except BaseException:
             self._store.close()
             raise
+        if start:
+            self.start()
+
+    def load(self, config: EngineConfig, *, preset: str, on_progress: OnProgress, cancel: CancelToken) -> Engine:
+        """Load an engine before `start`, in this thread; its errors pass to the caller. The first job then uses it."""
+        return self._slot.load(config, preset=preset, on_progress=on_progress, cancel=cancel)
+
+    def start(self) -> None:
+        """Let the jobs run."""
         self._worker.start()
 
-    # ---- asking -------------------------------------------------------------------------------------------------
+    # ---- queries ------------------------------------------------------------------------------------------------
 
     @property
     def alive(self) -> bool:
-        """Whether jobs are being worked on. False is for a health check to show: only a restart helps."""
+        """False once the worker has ended: a health check should show this, because only a restart helps."""
         return self._worker.alive
 
     @property
+    def loaded(self) -> LoadedModel | None:
+        """The model in memory."""
+        return self._slot.loaded
+
+    @property
     def waiting(self) -> int:
-        """How many jobs are queued."""
+        """The number of queued jobs."""
         with self._session() as store:
             return len(store.queued())
 
     def counts(self) -> dict[State, int]:
-        """How many jobs there are in each state."""
+        """The number of jobs in each state."""
         with self._session() as store:
             return store.counts()
 
     def check_room(self) -> None:
-        """Busy if no job can be queued now. `submit` looks by itself; this is for whoever has work to do before it."""
+        """Raise Busy if no job can be queued now. `submit` checks too; call this before expensive work."""
         with self._session() as store:
             self._check_room(store)
 
     def get(self, id: str) -> Job:
-        """The job as it stands; UnknownJob if there is none of this id."""
+        """A snapshot of the job; UnknownJob if there is none with this id."""
         with self._session() as store:
             return self._complete(self._row(store, id))
 
     def find(self, client_id: str, *, owner: str = "") -> Job:
-        """The owner's job that was submitted under this client_id."""
+        """The owner's job with this client_id."""
         with self._session() as store:
             job = store.find(_label("owner", owner), _label("client_id", client_id))
             if job is None:
@@ -111,24 +149,34 @@ class JobManager:
             return self._complete(job)
 
     def list(self, owner: str | None = None, *, limit: int = 100, states: Collection[State] = STATES) -> list[Job]:
-        """Jobs, the newest first; of one owner, or of all."""
+        """The jobs of one owner, or of all for None, the newest first."""
         with self._session() as store:
             queue = self._queue(store)
             return [self._complete(job, queue) for job in store.jobs(owner, states, min(max(limit, 0), 10_000))]
 
     def events(self, id: str, after: int = 0) -> list[JobEvent]:
-        """The job's log, from the entry after number `after` on."""
+        """The job's events with larger ids than `after`, in order. Those of its progress do not survive a restart."""
         with self._session() as store:
             self._row(store, id)
-            return store.events(id, min(max(after, 0), 2**62))
+            after = min(max(after, 0), 2**62)
+            return sorted(store.events(id, after) + self._steps.events(id, after), key=lambda event: event.id)
+
+    @contextmanager
+    def listening(self, listener: Callable[[], None]) -> Iterator[None]:
+        """Call `listener` after every change, from the thread that made it. It must return at once."""
+        self._changed.listeners.append(listener)
+        try:
+            yield
+        finally:
+            self._changed.listeners.remove(listener)
 
     def wait(self, id: str, timeout: float | None = None) -> Job:
-        """Blocks until the job is over or `timeout` seconds have passed; returns it as it then stands."""
+        """Block until the job is over or `timeout` seconds have passed; return a snapshot of it."""
         with self._session() as store:
             self._changed.wait_for(lambda: self._worker.closing or self._row(store, id).over, timeout)
             return self.get(id)
 
-    # ---- changing -----------------------------------------------------------------------------------------------
+    # ---- commands -----------------------------------------------------------------------------------------------
 
     def submit(
         self,
@@ -139,14 +187,15 @@ class JobManager:
         preset: str = "",
         client_id: str | None = None,
     ) -> Job:
-        """Queues a job; Busy when the queue is full. Input pictures are checked and copied, the originals may go.
+        """Queue a job; Busy when the queue is full. The job keeps checked copies of its input images.
 
-        The same `client_id` again from the same owner gives the same job: a client may repeat what got no answer.
+        The same submission with the same `client_id` from the same owner returns the same job, so that a client may
+        repeat a request that got no response.
         """
         owner, preset = _label("owner", owner), _label("preset", preset)
         client_id = None if client_id is None else _label("client_id", client_id)
         config.check_request(request)
-        with self._session() as store:  # before pictures are read: a full queue answers at once
+        with self._session() as store:  # before reading images, so that a full queue refuses at once
             if (known := self._known(store, owner, client_id, config, request)) is not None:
                 return known
             self._check_room(store)
@@ -155,7 +204,7 @@ class JobManager:
             own = self._files.with_own_images(id, request)
             with self._session() as store, store.transaction():
                 if (known := self._known(store, owner, client_id, config, request)) is not None:
-                    self._files.remove(id)  # it came twice at the same time
+                    self._files.remove(id)  # the same submission arrived twice at the same time
                     return known
                 self._check_room(store)
                 store.add(
@@ -168,23 +217,23 @@ class JobManager:
             raise
 
     def cancel(self, id: str) -> Job:
-        """A queued job is cancelled at once, a running one within a step; one that is over stays as it is."""
+        """Cancel a queued job at once, a running one within a step. A job that is over stays unchanged."""
         with self._session() as store:
             state = self._row(store, id).state
             if state == "queued":
                 store.finish(id, "cancelled", self._clock())
             elif self._worker.running is not None and self._worker.running.id == id:
-                self._worker.running.asked = True
+                self._worker.running.cancel_requested = True
                 self._worker.running.cancel.cancel()
             self._changed.notify_all()
             return self.get(id)
 
     def requeue(self, id: str) -> Job:
-        """Runs a job again that failed, was cancelled or interrupted. One that waits or runs already stays as it is."""
+        """Run a job again that failed, was cancelled or interrupted. A queued or running one stays unchanged."""
         with self._session() as store:
             job = self._row(store, id)
             if job.state == "succeeded":
-                raise BadRequest("This job has succeeded; running it again would replace its video. Submit it anew.")
+                raise BadRequest("This job has succeeded. A second run would replace its video. Submit a new job.")
             if job.over:
                 self._check_room(store)
                 store.requeue(id, self._clock())
@@ -192,7 +241,7 @@ class JobManager:
             return self.get(id)
 
     def move(self, id: str, position: int) -> Job:
-        """Gives a queued job another place in the queue, 1 being the next to run."""
+        """Move a queued job to another place in the queue; 1 is the next to run."""
         with self._session() as store:
             self._queued(store, id, "moved")
             order = [other for other in store.queued() if other != id]
@@ -202,7 +251,7 @@ class JobManager:
             return self.get(id)
 
     def edit(self, id: str, request: Request, *, config: EngineConfig | None = None, preset: str | None = None) -> Job:
-        """Replaces the request of a job that still waits, and its engine where one is given; it keeps its place."""
+        """Replace the request of a queued job, and its engine if `config` is given. The job keeps its place."""
         with self._session() as store:
             job = self._queued(store, id, "changed")
         config = config or job.config
@@ -216,41 +265,42 @@ class JobManager:
             return self.get(id)
 
     def delete(self, id: str) -> None:
-        """Removes a job and its files. A running one has to be cancelled first."""
+        """Remove a job and its files. Cancel a running one first."""
         with self._session() as store:
             if self._row(store, id).state == "running":
-                raise BadRequest("This job is running. Cancel it first, and delete it when it has stopped.")
+                raise BadRequest("This job is running. Cancel it first, and delete it once it has stopped.")
             self._remove(store, id)
             self._changed.notify_all()
 
     def purge(self) -> list[str]:
-        """Deletes what `ttl` and `size_cap` say, the oldest first; returns the ids. The worker calls it by itself."""
+        """Delete finished jobs beyond `ttl` and `size_cap`, oldest first; return their ids. The worker calls this."""
         if self._ttl is None and self._size_cap is None:
             return []
         with self._session() as store:
             over = store.over()
-            doomed = [id for id, ended in over if self._ttl is not None and ended < self._clock() - self._ttl]
+            expired = [id for id, ended in over if self._ttl is not None and ended < self._clock() - self._ttl]
             if self._size_cap is not None:
                 sizes = self._files.sizes()
-                gone = set(doomed)  # not the list's beginning, if the clock was put back
+                gone = set(expired)  # not always the first ones: the clock may have been put back
                 kept = [id for id, _ in over if id not in gone]
                 total = sum(sizes.get(id, 0) for id in kept)
                 for id in kept[:-1]:
                     if total <= self._size_cap:
                         break
                     total -= sizes.get(id, 0)
-                    doomed.append(id)
-            for id in doomed:
+                    expired.append(id)
+            for id in expired:
                 self._remove(store, id)
             self._changed.notify_all()
-        return doomed
+        return expired
 
     def close(self, timeout: float = 5.0) -> bool:
-        """The running job becomes interrupted, queued ones wait for the next start. False if the engine hangs on."""
+        """Interrupt the running job; queued ones wait for the next start. False if the engine does not stop."""
         stopped = self._worker.stop(timeout)
         with self._lock:
             self._closed = self._worker.abandoned = True
             self._store.close()
+            self._changed.notify_all()
         return stopped
 
     def __enter__(self) -> Self:
@@ -259,56 +309,59 @@ class JobManager:
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
         self.close()
 
-    # ---- inside -------------------------------------------------------------------------------------------------
+    # ---- internal -----------------------------------------------------------------------------------------------
 
     @contextmanager
     def _session(self) -> Iterator[JobStore]:
-        """The store under the lock; its errors as ours."""
+        """The store, under the lock; its errors become OutputError."""
         with self._lock:
             if self._closed:
-                raise Busy("The program is stopping. Ask again after its restart.")
+                raise Busy(CLOSING)
             try:
                 yield self._store
             except sqlite3.Error as error:
-                raise OutputError(f"The list of jobs cannot be read or written: {error}. Is the disk full?") from None
+                raise OutputError(f"Cannot access the list of jobs: {error}. Is the disk full?") from None
 
     def _row(self, store: JobStore, id: str) -> Job:
         if not isinstance(id, str) or re.fullmatch("[0-9a-f]{32}", id) is None:
-            raise UnknownJob("There is no job of this id.")
+            raise UnknownJob("There is no job with this id.")
         return store.job(id)
 
     def _remove(self, store: JobStore, id: str) -> None:
-        """The files first: on a full disk nothing can be taken off the list before they are gone."""
+        """Remove the files first: on a full disk SQLite needs their space to delete the row."""
         self._files.remove(id)
+        self._steps.remove(id)
         store.remove(id)
 
     def _queued(self, store: JobStore, id: str, verb: str) -> Job:
         job = self._row(store, id)
         if job.state != "queued":
-            raise BadRequest(f"This job is {job.state}; only a job that waits can be {verb}.")
+            raise BadRequest(f"This job is {job.state}; only a queued job can be {verb}.")
         return job
 
     def _check_room(self, store: JobStore) -> None:
         if self._worker.broken or self._worker.closing:
-            raise Busy(self._worker.broken or "The program is stopping. Ask again after its restart.")
+            raise Busy(self._worker.broken or CLOSING)
         waiting = len(store.queued())
         if waiting >= self.max_queue:
-            raise Busy(f"The queue is full: {waiting} jobs are waiting, no more than {self.max_queue} may. Try later.")
+            raise Busy(
+                f"The queue is full: {waiting} jobs are waiting, and the limit is {self.max_queue}. Try again later."
+            )
 
     def _known(
         self, store: JobStore, owner: str, client_id: str | None, config: EngineConfig, request: Request
     ) -> Job | None:
-        """The job already made from this very submission, if there is one."""
+        """The job of an earlier, equal submission, if there is one."""
         job = None if client_id is None else store.find(owner, client_id)
         if job is None:
             return None
         own = {"image_path": job.request.image_path, "last_frame_path": job.request.last_frame_path}
         if job.config != config or job.request.task != request.task or replace(request, **own) != job.request:
-            raise BadRequest("This id was used for another job already. Choose a new one, or none.")
+            raise BadRequest("This client_id was already used for another job. Choose a new one, or leave it out.")
         return self._complete(job)
 
     def _queue(self, store: JobStore) -> dict[str, tuple[int, float | None]]:
-        """Of each queued job: its position, and the seconds until it starts as far as they can be predicted."""
+        """For each queued job its position, and the predicted seconds until it starts, if known."""
         queue: dict[str, tuple[int, float | None]] = {}
         ahead = self._remaining(store)
         for position, id in enumerate(store.queued(), 1):
@@ -320,6 +373,7 @@ class JobManager:
         return queue
 
     def _remaining(self, store: JobStore) -> float | None:
+        """The predicted seconds until the running job ends."""
         if self._predict is None:
             return None
         if self._worker.running is None:
@@ -332,7 +386,7 @@ class JobManager:
         return None if whole is None else max(0.0, whole - (self._clock() - (job.started or 0.0)))
 
     def _complete(self, job: Job, queue: dict[str, tuple[int, float | None]] | None = None) -> Job:
-        """Adds what is not in the store: place in the queue, progress, the video's path."""
+        """Add what the store does not hold: place in the queue, progress, the video's path."""
         if job.state == "queued":
             position, starts_in = (self._queue(self._store) if queue is None else queue)[job.id]
             return replace(job, position=position, starts_in=starts_in)
@@ -341,11 +395,11 @@ class JobManager:
         running = self._worker.running
         if running is None or running.id != job.id:
             return job
-        return replace(job, cancelling=running.asked, progress=running.progress, preview=running.preview)
+        return replace(job, cancelling=running.cancel_requested, progress=running.progress, preview=running.preview)
 
 
 def _label(name: str, text: str) -> str:
-    """A short text that is safe to store and to log."""
+    """Check that a text is short and safe to store and to log."""
     if not isinstance(text, str) or len(text) > 200 or not (text.isprintable() and text.isascii() or not text):
         raise BadRequest(f"{name} must be at most 200 printable ASCII characters.")
     return text

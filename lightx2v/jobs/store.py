@@ -1,7 +1,8 @@
-"""Jobs on disk: one SQLite file that survives reloads, restarts and crashes.
+"""JobStore: the jobs on disk, in one SQLite file that survives reloads, restarts and crashes.
 
-`JobStore` knows rows and events and nothing of threads or engines; jobs.py holds the lock around every call. The
-file stays locked while it is open, so a second process on the same folder is refused instead of running jobs twice.
+It holds jobs and their changes of state, and knows no threads and no engines; JobManager holds a lock around every
+call. The file stays locked while it is open, so a second process on the same folder gets an error instead of running
+the jobs twice.
 """
 
 from __future__ import annotations
@@ -25,9 +26,12 @@ log = logging.getLogger("lightx2v.jobs")
 State = Literal["queued", "running", "succeeded", "failed", "cancelled", "interrupted"]
 STATES: tuple[State, ...] = ("queued", "running", "succeeded", "failed", "cancelled", "interrupted")
 OVER: frozenset[State] = frozenset(("succeeded", "failed", "cancelled", "interrupted"))
-"""The states that a job only leaves when somebody requeues it."""
+"""The states that a job leaves only through a requeue."""
 
 INTERRUPTED = {"type": "Interrupted", "message": "The program stopped while this job was running. Run it again."}
+
+LOST_EVENTS = 1_000_000
+"""More event ids than a run takes. After a restart its ids continue beyond those that clients have seen."""
 
 _VERSION = 2
 _SCHEMA = """
@@ -38,13 +42,13 @@ CREATE TABLE jobs (
     owner TEXT NOT NULL,
     preset TEXT NOT NULL,
     state TEXT NOT NULL,
-    place REAL,             -- order in the queue; NULL when not queued
+    place REAL,             -- order in the queue; NULL unless queued
     config TEXT NOT NULL,   -- JSON, like request, result and error
     request TEXT NOT NULL,
     created REAL NOT NULL,
     started REAL,
     finished REAL,
-    ending INTEGER,         -- 1, 2, 3 ... in the order in which jobs ended, whatever the clock said
+    ending INTEGER,         -- 1, 2, 3 ... in the order in which jobs ended, even if the clock was put back
     result TEXT,
     error TEXT,
     UNIQUE (owner, client_id)
@@ -53,7 +57,7 @@ CREATE INDEX jobs_by_state ON jobs (state, place);
 CREATE INDEX jobs_by_owner ON jobs (owner, number);
 CREATE TABLE events (
     job TEXT NOT NULL REFERENCES jobs (id) ON DELETE CASCADE,
-    id INTEGER NOT NULL,    -- 1, 2, 3 ... within the job
+    id INTEGER NOT NULL,    -- increases within the job; progress events, kept in memory, take the ids between
     time REAL NOT NULL,
     kind TEXT NOT NULL,
     data TEXT NOT NULL,
@@ -63,14 +67,14 @@ CREATE TABLE events (
 
 
 class UnknownJob(BadRequest):
-    """There is no job of this id (any more)."""
+    """There is no job with this id, or no longer."""
 
     status = 404
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class JobEvent:
-    """One entry in a job's log. `kind` is "state" (data: state, error) or "progress" (data: the fields of Progress)."""
+    """One event of a job. `kind` is "state" (data: state, error) or "progress" (data: the fields of Progress)."""
 
     id: int
     time: float
@@ -80,11 +84,11 @@ class JobEvent:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Job:
-    """A job as it stood when it was asked for. Times are seconds since 1970.
+    """A snapshot of a job. Times are seconds since 1970.
 
-    `position` is 1 for the job that is next, None unless queued; `starts_in` seconds are until then as far as they can
-    be predicted. `cancelling`: somebody asked to stop and the engine has not come to it yet. `progress` and `preview`
-    (JPEG) exist while it runs, `result` (the engine's report) and `path` once it has succeeded.
+    `position` is 1 for the next job, None unless queued; `starts_in` predicts the seconds until the start, None if
+    that is not possible. `cancelling`: a cancel was requested, and the engine has not stopped yet. `progress` and
+    `preview` (JPEG) exist while the job runs, `result` (the engine's report) and `path` once it has succeeded.
     """
 
     id: str
@@ -112,7 +116,7 @@ class Job:
 
 
 class JobStore:
-    """The rows of one folder's jobs. Every method is one transaction; sqlite3.Error passes through."""
+    """The jobs of one folder. Every method is one transaction; sqlite3.Error passes to the caller."""
 
     def __init__(self, file: Path) -> None:
         self._file = file
@@ -147,7 +151,9 @@ class JobStore:
         with self.transaction():  # takes the lock, and keeps it
             (version,) = self._db.execute("PRAGMA user_version").fetchone()
             if version > _VERSION:
-                raise ConfigError(f"{short_path(self._file)} was written by a newer version. Update, or move it away.")
+                raise ConfigError(
+                    f"{short_path(self._file)} was written by a newer version. Update this one, or move the file away."
+                )
             if version == 0:
                 for statement in _SCHEMA.split(";\n"):
                     self._db.execute(statement)
@@ -158,7 +164,7 @@ class JobStore:
 
     @contextmanager
     def transaction(self) -> Iterator[None]:
-        """All or nothing. Inside another transaction it is part of that one."""
+        """Commit everything inside, or nothing. Inside another transaction this one is part of it."""
         if self._db.in_transaction:
             yield
             return
@@ -167,7 +173,7 @@ class JobStore:
             yield
             self._db.execute("COMMIT")
         except BaseException:
-            if self._db.in_transaction:  # a full disk has rolled back already
+            if self._db.in_transaction:  # SQLite has already rolled back on a full disk
                 self._db.execute("ROLLBACK")
             raise
 
@@ -193,7 +199,7 @@ class JobStore:
                 " VALUES (?, ?, ?, ?, ?, ?, ?, 'queued', (SELECT coalesce(max(place), 0) + 1 FROM jobs))",
                 values,
             )
-            self.add_event(id, time, "state", {"state": "queued"})
+            self._add_event(id, time, "queued")
 
     def job(self, id: str) -> Job:
         row = self._db.execute("SELECT * FROM jobs WHERE id = ?", (id,)).fetchone()
@@ -207,7 +213,7 @@ class JobStore:
         return None if row is None else _job(row)
 
     def jobs(self, owner: str | None, states: Iterable[State], limit: int) -> list[Job]:
-        """The newest first."""
+        """The jobs in these states, the newest first; of all owners for None."""
         sql = "SELECT * FROM jobs WHERE (? IS NULL OR owner = ?) AND instr(?, state) ORDER BY number DESC LIMIT ?"
         return [_job(row) for row in self._db.execute(sql, (owner, owner, " ".join(states), limit))]
 
@@ -216,7 +222,7 @@ class JobStore:
         return [id for (id,) in self._db.execute("SELECT id FROM jobs WHERE state = 'queued' ORDER BY place, number")]
 
     def over(self) -> list[tuple[str, float]]:
-        """(id, when it ended) of the jobs that are over, in the order in which they ended."""
+        """(id, end time) of the jobs that are over, in the order in which they ended."""
         sql = (
             "SELECT id, coalesce(finished, created) AS ended FROM jobs WHERE instr(?, state)"
             " ORDER BY ending, ended, number"
@@ -227,10 +233,11 @@ class JobStore:
         found = dict(self._db.execute("SELECT state, count(*) FROM jobs GROUP BY state").fetchall())
         return {state: found.get(state, 0) for state in STATES}
 
-    def start(self, id: str, time: float) -> None:
+    def start(self, id: str, time: float) -> int:
+        """Mark the job as running; returns the id of that event."""
         with self.transaction():
             self._db.execute("UPDATE jobs SET state = 'running', place = NULL, started = ? WHERE id = ?", (time, id))
-            self.add_event(id, time, "state", {"state": "running"})
+            return self._add_event(id, time, "running")
 
     def finish(
         self,
@@ -240,7 +247,9 @@ class JobStore:
         *,
         result: dict[str, Any] | None = None,
         error: dict[str, str] | None = None,
+        skip: int = 0,
     ) -> None:
+        """Record the end of a job; `skip` is the number of event ids that its progress took."""
         values = (state, time, None if result is None else _dump(result), None if error is None else _dump(error), id)
         with self.transaction():
             self._db.execute(
@@ -248,20 +257,20 @@ class JobStore:
                 " ending = (SELECT coalesce(max(ending), 0) + 1 FROM jobs) WHERE id = ?",
                 values,
             )
-            self.add_event(id, time, "state", {"state": state, "error": error} if error else {"state": state})
+            self._add_event(id, time, state, error, skip)
 
     def requeue(self, id: str, time: float) -> None:
-        """Back to the end of the queue, as if it had never run."""
+        """Put the job back at the end of the queue, without its result."""
         with self.transaction():
             self._db.execute(
                 "UPDATE jobs SET state = 'queued', started = NULL, finished = NULL, result = NULL, error = NULL,"
                 " place = (SELECT coalesce(max(place), 0) + 1 FROM jobs) WHERE id = ?",
                 (id,),
             )
-            self.add_event(id, time, "state", {"state": "queued"})
+            self._add_event(id, time, "queued")
 
     def order(self, ids: Sequence[str]) -> None:
-        """Lets the queued jobs run in this order."""
+        """Set the order of the queued jobs."""
         with self.transaction():
             self._db.executemany("UPDATE jobs SET place = ? WHERE id = ?", enumerate(ids, 1))
 
@@ -272,12 +281,15 @@ class JobStore:
     def remove(self, id: str) -> None:
         self._db.execute("DELETE FROM jobs WHERE id = ?", (id,))
 
-    def add_event(self, id: str, time: float, kind: str, data: dict[str, Any]) -> None:
+    def _add_event(self, id: str, time: float, state: State, error: dict[str, str] | None = None, skip: int = 0) -> int:
+        data = {"state": state, "error": error} if error else {"state": state}
+        (last,) = self._db.execute("SELECT coalesce(max(id), 0) FROM events WHERE job = ?", (id,)).fetchone()
+        event = last + skip + 1
         self._db.execute(
-            "INSERT INTO events (job, id, time, kind, data)"
-            " VALUES (?, (SELECT coalesce(max(id), 0) + 1 FROM events WHERE job = ?), ?, ?, ?)",
-            (id, id, time, kind, _dump(data)),
+            "INSERT INTO events (job, id, time, kind, data) VALUES (?, ?, ?, 'state', ?)",
+            (id, event, time, _dump(data)),
         )
+        return event
 
     def events(self, id: str, after: int) -> list[JobEvent]:
         sql = "SELECT id, time, kind, data FROM events WHERE job = ? AND id > ? ORDER BY id"
@@ -287,17 +299,17 @@ class JobStore:
         ]
 
     def recover(self, time: float) -> None:
-        """After a restart: what was running is interrupted; what this version cannot read any more is dropped."""
+        """After a restart: mark the running job as interrupted, and drop jobs that this version cannot read."""
         with self.transaction():
             for row in self._db.execute("SELECT * FROM jobs").fetchall():
                 try:
                     _job(row)
                 except (LightX2VError, ValueError, TypeError, KeyError) as error:
-                    log.warning("job %s is from another version and is dropped: %s", row["id"], error)
+                    log.warning("dropping job %s, which another version wrote: %s", row["id"], error)
                     self.remove(row["id"])
                     continue
                 if row["state"] == "running":
-                    self.finish(row["id"], "interrupted", time, error=INTERRUPTED)
+                    self.finish(row["id"], "interrupted", time, error=INTERRUPTED, skip=LOST_EVENTS)
 
 
 def _job(row: sqlite3.Row) -> Job:

@@ -1,6 +1,6 @@
-"""The thread that runs the jobs, one after the other, and tells the rest what it is doing.
+"""JobWorker: the thread that runs the jobs one after the other and publishes their progress.
 
-It shares the store with JobManager under one lock. Only this thread touches the engine.
+It shares the store with JobManager under one lock. No other thread touches the engine while this one runs.
 """
 
 from __future__ import annotations
@@ -18,27 +18,30 @@ from dataclasses import dataclass, field, fields, replace
 from ..errors import LightX2VError
 from ..media.images import jpeg
 from ..progress import CancelToken, Progress
-from .engine_slot import EngineSlot, OpenEngine, Outcome
+from .engine_slot import EngineSlot, Outcome
 from .files import JobFiles
-from .store import INTERRUPTED, Job, JobStore, State
+from .step_log import StepLog
+from .store import INTERRUPTED, Job, JobEvent, JobStore, State
 
 log = logging.getLogger("lightx2v.jobs")
 
 PREVIEW_SECONDS = 0.5
 PREVIEW_SIDE = 512
 EVENT_SECONDS = 0.5
-"""Progress other than denoising steps is logged this often; `Running.progress` is always the newest."""
+"""Least time between two logged events that are not denoising steps. `Running.progress` is always the newest."""
 PURGE_SECONDS = 60.0
 RETRY_SECONDS = 1.0
 
 
 @dataclass(slots=True)
 class Running:
-    """The job that the worker is at. `asked`: somebody asked to cancel it."""
+    """The job that is running. `event` is the id of its latest event, `steps` counts the progress events among them."""
 
     id: str
+    event: int
+    steps: int = 0
     cancel: CancelToken = field(default_factory=CancelToken)
-    asked: bool = False
+    cancel_requested: bool = False
     progress: Progress | None = None
     preview: bytes | None = None
     next_preview: float = 0.0
@@ -46,16 +49,17 @@ class Running:
 
 
 class JobWorker:
-    """`running` is the job it is at, `broken` says why it has stopped for good; read and changed under the lock.
+    """`running` is the current job; `broken` is the reason why the thread has ended for good. Use both under the lock.
 
-    `abandoned`: the store is closed, and the thread is on its own because the engine did not stop in time.
+    `abandoned`: the store is closed, and the thread must not use it, because the engine did not stop in time.
     """
 
     def __init__(
         self,
-        open_engine: OpenEngine,
+        slot: EngineSlot,
         store: JobStore,
         files: JobFiles,
+        steps: StepLog,
         changed: threading.Condition,
         *,
         clock: Callable[[], float],
@@ -64,9 +68,8 @@ class JobWorker:
         self.running: Running | None = None
         self.closing = self.abandoned = False
         self.broken = ""
-        self._slot = EngineSlot(open_engine)
-        self._store, self._files, self._changed = store, files, changed
-        self._clock, self._purge = clock, purge
+        self._slot, self._store, self._files, self._steps = slot, store, files, steps
+        self._changed, self._clock, self._purge = changed, clock, purge
         self._next_purge = 0.0
         self._thread = threading.Thread(target=self._work, daemon=True, name="lightx2v-jobs")
 
@@ -78,20 +81,23 @@ class JobWorker:
         return self._thread.is_alive() and not self.broken and not self.closing
 
     def stop(self, timeout: float) -> bool:
-        """Cancels what runs and ends the thread; False if the engine does not listen within `timeout` seconds."""
+        """Cancel the running job and end the thread. False if the engine does not stop within `timeout` seconds."""
         with self._changed:
             self.closing = True
             if self.running is not None:
                 self.running.cancel.cancel()
             self._changed.notify_all()
+        if self._thread.ident is None:  # never started
+            self._slot.close()
+            return True
         self._thread.join(timeout)
         return not self._thread.is_alive()
 
     def _work(self) -> None:
-        """The thread: takes the next job, runs it, records how it ended, until the manager closes."""
+        """The thread: take the next job, run it, record its end, until the manager closes."""
         try:
-            while (taken := self._take()) is not None:
-                job, running = taken
+            while (next_job := self._take()) is not None:
+                job, running = next_job
                 outcome = self._slot.run(
                     job.id,
                     job.config,
@@ -101,20 +107,20 @@ class JobWorker:
                     on_progress=lambda event, running=running: self._on_progress(running, event),
                     cancel=running.cancel,
                 )
-                self._settle(running, outcome)
+                self._finish(running, outcome)
                 if outcome.fatal:
-                    self.broken = "The graphics card needs a restart of the program."
+                    self.broken = "The GPU needs a restart of the program."
                     break
-        finally:  # reached by a kill from inside a job too, SystemExit for example
+        finally:  # also when a job ends the thread, with SystemExit for example
             if not self.closing:
-                self.broken = self.broken or "The worker has stopped; its log says why. Restart the program."
+                self.broken = self.broken or "The worker has stopped. See the program's log, then restart it."
                 log.critical(self.broken)
                 if self.running is not None:
-                    self._settle(self.running, Outcome(error={"type": "Interrupted", "message": self.broken}))
+                    self._finish(self.running, Outcome(error={"type": "Interrupted", "message": self.broken}))
             self._slot.close()
 
     def _take(self) -> tuple[Job, Running] | None:
-        """The next job, marked running; blocks until there is one. None when the manager closes."""
+        """Wait for the next job and mark it as running. None when the manager closes."""
         with self._changed:
             while not self.closing:
                 try:
@@ -124,74 +130,71 @@ class JobWorker:
                     for id in self._store.queued()[:1]:
                         job = self._store.job(id)
                         self._files.ensure_folder()
-                        self._files.video(id).unlink(missing_ok=True)  # of a run that was interrupted
-                        self._store.start(id, self._clock())
-                        self.running = Running(id)
+                        self._files.video(id).unlink(missing_ok=True)  # from a run that was interrupted
+                        self.running = Running(id, event=self._store.start(id, self._clock()))
                         self._changed.notify_all()
                         return job, self.running
                     self._changed.wait(PURGE_SECONDS)
-                except (sqlite3.Error, OSError, LightX2VError) as error:  # a full disk, mostly: no reason to give up
+                except (sqlite3.Error, OSError, LightX2VError) as error:  # usually a full disk: try again
                     log.error("the queue waits: %s", error)
                     self._changed.wait(RETRY_SECONDS)
         return None
 
-    def _on_progress(self, running: Running, event: Progress) -> None:
-        preview = self._preview(running, event)
+    def _on_progress(self, running: Running, progress: Progress) -> None:
+        preview = self._preview(running, progress)
         with self._changed:
-            stage = running.progress.stage if running.progress else ""
-            running.progress = replace(event, preview=None)
+            new_stage = running.progress is None or running.progress.stage != progress.stage
+            finished = progress.step == progress.total
+            running.progress = replace(progress, preview=None)
             running.preview = preview or running.preview
             now = time.monotonic()
-            if (
-                stage != event.stage
-                or event.stage == "denoise"
-                or event.step == event.total
-                or now >= running.next_event
-            ):
+            if new_stage or finished or progress.stage == "denoise" or now >= running.next_event:
                 running.next_event = now + EVENT_SECONDS
-                data = {f.name: getattr(event, f.name) for f in fields(event) if f.name != "preview"}
-                try:
+                running.event += 1
+                running.steps += 1
+                data = {f.name: getattr(progress, f.name) for f in fields(progress) if f.name != "preview"}
+                event = JobEvent(id=running.event, time=self._clock(), kind="progress", data=data)
+                self._steps.add(running.id, event)
+                with contextlib.suppress(OSError):
                     self._files.ensure_folder()
-                    self._store.add_event(running.id, self._clock(), "progress", data)
-                except (sqlite3.Error, OSError) as error:
-                    log.warning("an event of job %s could not be stored: %s", running.id, error)
             self._changed.notify_all()
 
-    def _preview(self, running: Running, event: Progress) -> bytes | None:
-        """The event's picture as JPEG, at most twice a second; None where there is none."""
-        if event.preview is None or time.monotonic() < running.next_preview:
+    def _preview(self, running: Running, progress: Progress) -> bytes | None:
+        """The preview as JPEG, at most twice a second; else None."""
+        if progress.preview is None or time.monotonic() < running.next_preview:
             return None
         try:
-            picture = jpeg(event.preview(), max_side=PREVIEW_SIDE)
+            image = jpeg(progress.preview(), max_side=PREVIEW_SIDE)
         except Exception:  # a missing preview is no reason to lose the video
-            log.warning("job %s goes on without previews\n%s", running.id, traceback.format_exc())
+            log.warning("job %s continues without previews\n%s", running.id, traceback.format_exc())
             running.next_preview = math.inf
             return None
         running.next_preview = time.monotonic() + PREVIEW_SECONDS
-        return picture
+        return image
 
-    def _settle(self, running: Running, outcome: Outcome) -> None:
-        """Records how the job ended. Under one lock with `cancel`: who was told that it stops never sees it succeed."""
+    def _finish(self, running: Running, outcome: Outcome) -> None:
+        """Record the end of the job, under the lock that `cancel` takes: a job that was cancelled never succeeds."""
         with self._changed:
             while not self.abandoned:
-                state, error = self._verdict(running, outcome)
+                state, error = self._end_of(running, outcome)
                 result = outcome.report if state == "succeeded" else None
                 try:
                     if state != "succeeded":
                         self._files.video(running.id).unlink(missing_ok=True)
-                    self._store.finish(running.id, state, self._clock(), result=result, error=error)
+                    self._store.finish(running.id, state, self._clock(), result=result, error=error, skip=running.steps)
                     break
-                except (sqlite3.Error, OSError) as problem:  # without a record the job would run for ever
+                except (sqlite3.Error, OSError) as problem:  # without a record the job would stay running for ever
                     log.error("the end of job %s cannot be recorded yet: %s", running.id, problem)
                     with contextlib.suppress(OSError, LightX2VError):
-                        self._purge()  # what is due to go may be what fills the disk
+                        self._purge()  # expired jobs may be what fills the disk
                     self._changed.wait(RETRY_SECONDS)
             self.running = None
             self._next_purge = 0.0
             self._changed.notify_all()
 
-    def _verdict(self, running: Running, outcome: Outcome) -> tuple[State, dict[str, str] | None]:
-        if running.asked:
+    def _end_of(self, running: Running, outcome: Outcome) -> tuple[State, dict[str, str] | None]:
+        """The final state and the error."""
+        if running.cancel_requested:
             return "cancelled", None
         if outcome.report is not None:
             return "succeeded", None

@@ -1,10 +1,10 @@
-"""python -m lightx2v.server: the flags, the model loaded first, then the routes until Ctrl+C.
+"""python -m lightx2v.server: load the model first, then serve the routes until Ctrl+C.
 
     python -m lightx2v.server --model_cls wan2.2_moe --task t2v --model_path P --config_json J --port 8000
     python -m lightx2v.server --preset demo_t2v_distill_lora
 
-One model is loaded before the port opens, so that a wrong path ends the program at once. Others reach it only with
---host and a key (--api_key, or LIGHTX2V_API_KEY, which `ps` does not show).
+The model is loaded before the port opens, so that a wrong path ends the program at once. Other machines reach the
+server only with --host and a key (--api_key, or LIGHTX2V_API_KEY, which `ps` does not show).
 """
 
 from __future__ import annotations
@@ -13,157 +13,104 @@ import argparse
 import ipaddress
 import logging
 import socket
-import sys
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 from ..cli.parser import ArgumentParser
-from ..cli.signals import ECHO, Interrupts
-from ..cli.terminal import ProgressLine, ended, logging_to
+from ..cli.runner import CommandContext, run_command
 from ..config.engine_config import EngineConfig
 from ..config.environment import Environment
 from ..config.presets import Resolved, resolve
 from ..errors import ConfigError
 from ..jobs.engine_slot import Engine, OpenEngine
-from ..jobs.store import JobStore
+from ..jobs.queue import JobManager
 from ..progress import CancelToken, OnProgress
+from .metrics import Metrics
+from .warmup import warm_up
 
 log = logging.getLogger("lightx2v.server")
 
 MIN_KEY = 12
 MAX_CONNECTIONS = 500
-"""Further ones are answered 503 at once. Systems often let a program have 1024 files, connections among them."""
+"""Further ones get 503 at once. Many systems limit a process to 1024 open files, and connections count among them."""
 
 
 def main(argv: Sequence[str] | None = None, *, open_engine: OpenEngine | None = None) -> int:
-    """Serves until it is told to stop. Returns the exit code. `open_engine` replaces what loads the model."""
-    try:
-        options = _parser().parse(argv)
-    except SystemExit as stop:  # argparse has said what is wrong, or shown the help
-        return int(stop.code or 0)
-    try:
-        environment = Environment.read()
-    except ConfigError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return error.exit_code
-    line = ProgressLine(sys.stderr)
-    echo = ECHO if environment.distributed else 0.0
-    with logging_to(sys.stderr, line, logging.INFO, prefix=environment.log_prefix), Interrupts(echo=echo) as interrupts:
-        run = partial(_run, options, environment, line, interrupts, open_engine)
-        return ended(run, line, interrupts, stopped="")
+    """Serve until a signal. Returns the exit code. `open_engine` replaces the function that loads the model."""
+    return run_command(_parser(), partial(_run, open_engine=open_engine), argv)
 
 
-def _run(
-    options: argparse.Namespace,
-    environment: Environment,
-    line: ProgressLine,
-    interrupts: Interrupts,
-    open_engine: OpenEngine | None,
-) -> int:
+def _run(options: argparse.Namespace, context: CommandContext, *, open_engine: OpenEngine | None) -> int:
+    environment = context.environment
     keys = _keys(options, environment)
     resolved = resolve(_preset(options), _overrides(options), environment=environment)
     if environment.distributed and open_engine is None and _follow():
         return 0
     check_port(options.host, options.port)
-    folder = Path(options.output_dir or environment.output_dir or "outputs")
-    JobStore(folder / "jobs.sqlite").close()  # in use or not writable: neither should come out after minutes of loading
-    with interrupts.cancelling() as token:
-        loaded = Loaded.now(open_engine or load, resolved, line, token, warm=options.warmup)
-    line.clear()
-    try:
-        return _serve(options, folder, resolved, loaded, keys)
-    finally:
-        loaded.close()
+    metrics = Metrics()
+    jobs = JobManager(
+        open_engine or load,
+        Path(options.output_dir or environment.output_dir or "outputs"),
+        max_queue=options.max_queue_size,
+        ttl=options.result_ttl_hours * 3600 or None,
+        size_cap=int(options.result_cap_gb * 1e9) or None,
+        on_finished=metrics.observe_run,
+        start=False,
+    )
+    with jobs:
+        with context.interrupts.cancelling() as token:
+            name = resolved.preset.name
+            engine = jobs.load(resolved.engine, preset=name, on_progress=context.progress, cancel=token)
+            if options.warmup:
+                warm_up(engine, resolved, context.progress, token)
+        context.progress.clear()
+        jobs.start()
+        return _serve(options, jobs, metrics, resolved, keys)
 
 
 def load(config: EngineConfig, *, preset: str, on_progress: OnProgress, cancel: CancelToken) -> Engine:
-    """Loads the model. Only here is torch imported."""
+    """Load the model. Nothing else in this package imports torch."""
     from ..pipeline import LightX2VPipeline
 
     return LightX2VPipeline.from_config(config, preset=preset, on_progress=on_progress, cancel=cancel)
 
 
-class Loaded:
-    """What opens engines for the job manager: the first time the one that was loaded before the server started."""
-
-    def __init__(self, open_engine: OpenEngine, config: EngineConfig, engine: Engine) -> None:
-        self._open, self._config = open_engine, config
-        self._engine: Engine | None = engine
-
-    @classmethod
-    def now(
-        cls, open_engine: OpenEngine, resolved: Resolved, on_progress: OnProgress, cancel: CancelToken, *, warm: bool
-    ) -> Loaded:
-        engine = open_engine(resolved.engine, preset=resolved.preset.name, on_progress=on_progress, cancel=cancel)
-        if warm:
-            from .warmup import warm_up
-
-            warm_up(engine, resolved, on_progress, cancel)
-        return cls(open_engine, resolved.engine, engine)
-
-    def __call__(self, config: EngineConfig, *, preset: str, on_progress: OnProgress, cancel: CancelToken) -> Engine:
-        engine, self._engine = self._engine, None
-        if engine is not None and config == self._config:
-            return engine
-        if engine is not None:  # a job from before the restart, of another model
-            engine.close()
-        return self._open(config, preset=preset, on_progress=on_progress, cancel=cancel)
-
-    def close(self) -> None:
-        engine, self._engine = self._engine, None
-        if engine is not None:
-            engine.close()
-
-
-def _serve(options: argparse.Namespace, folder: Path, resolved: Resolved, loaded: Loaded, keys: list[str]) -> int:
+def _serve(options: argparse.Namespace, jobs: JobManager, metrics: Metrics, resolved: Resolved, keys: list[str]) -> int:
     import uvicorn
 
-    from ..jobs.queue import JobManager
     from .application import create_app
     from .input_images import InputImages
-    from .metrics import Metrics
     from .service import Service
 
-    metrics = Metrics()
-    jobs = JobManager(
-        metrics.watching(loaded),
-        folder,
-        max_queue=options.max_queue_size,
-        ttl=options.result_ttl_hours * 3600 or None,
-        size_cap=int(options.result_cap_gb * 1e9) or None,
+    name = resolved.preset.name or resolved.engine.task
+    images = InputImages(folder=options.input_dir)
+    service = Service(jobs, {name: resolved}, images=images, lora_dir=options.lora_dir)
+    config = uvicorn.Config(
+        create_app(service, metrics, keys=keys, hosts=_hosts(options)),
+        host=options.host,
+        port=options.port,
+        log_config=None,
+        access_log=False,
+        server_header=False,
+        timeout_graceful_shutdown=3,
+        http="h11",  # httptools, used by default if it is installed, accepts endless headers
+        limit_concurrency=MAX_CONNECTIONS,
     )
-    with jobs:
-        name = resolved.preset.name or resolved.engine.task
-        images = InputImages(folder=options.input_dir)
-        service = Service(jobs, {name: resolved}, images=images, lora_dir=options.lora_dir)
-        app = create_app(service, metrics, keys=keys, hosts=_hosts(options))
-        config = uvicorn.Config(
-            app,
-            host=options.host,
-            port=options.port,
-            log_config=None,
-            access_log=False,
-            server_header=False,
-            timeout_graceful_shutdown=3,
-            http="h11",  # httptools, where somebody has it, takes headers without end
-            limit_concurrency=MAX_CONNECTIONS,
-        )
-        logging.getLogger("uvicorn.error").setLevel(logging.WARNING)
-        log.info("Serving %s on http://%s:%d, documents on /docs", name, options.host, options.port)
-        server = uvicorn.Server(config)
-        try:
-            server.run()  # ends with the signal that stopped it, which is a KeyboardInterrupt then
-        except SystemExit:  # the port is taken; uvicorn has logged it
-            return 1
+    logging.getLogger("uvicorn.error").setLevel(logging.WARNING)
+    log.info("Serving %s on http://%s:%d, documentation on /docs", name, options.host, options.port)
+    try:
+        uvicorn.Server(config).run()  # raises KeyboardInterrupt after the signal that stopped it
+    except SystemExit:  # the port is in use; uvicorn has logged it
+        return 1
     return 0
 
 
 def check_port(host: str, port: int) -> None:
-    """ConfigError where the port cannot be had, which should not come out after minutes of loading. Port 0 is any."""
+    """Raise ConfigError if the port is not available, before minutes of loading. Port 0 means any port."""
     try:
-        if not 0 <= port <= 65535:  # getaddrinfo takes some of them, for another port
+        if not 0 <= port <= 65535:  # getaddrinfo accepts some of these, as another port
             raise OverflowError
         kind, *_, at = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
         with socket.socket(kind, socket.SOCK_STREAM) as probe:
@@ -173,11 +120,11 @@ def check_port(host: str, port: int) -> None:
         reason = getattr(error, "strerror", None) or "no such port"
         address = f"{host}:{port}" if port else host
         other = "--port" if port else "--host"
-        raise ConfigError(f"{address} cannot be listened on: {reason}. Choose another {other}.") from None
+        raise ConfigError(f"Cannot listen on {address}: {reason}. Choose another {other}.") from None
 
 
 def _follow() -> bool:
-    """Of torchrun's processes one serves; in the others this takes part in its runs and returns True at the end."""
+    """Rank 0 of torchrun's processes serves; in the others this takes part in its runs and returns True at the end."""
     from ..pipeline import LightX2VPipeline
 
     return LightX2VPipeline.follow()
@@ -185,12 +132,12 @@ def _follow() -> bool:
 
 def _preset(options: argparse.Namespace) -> str | dict[str, Any]:
     if options.preset and options.config_json:
-        raise ConfigError("--preset and --config_json both say what to run. Keep one of them.")
+        raise ConfigError("--preset and --config_json exclude each other. Keep one of them.")
     if options.preset or options.config_json:
         return options.preset or options.config_json
     if options.model_path:
         return {}
-    raise ConfigError("Say what to serve: --preset NAME, or --model_path P --config_json FILE.")
+    raise ConfigError("No model to serve. Give --preset NAME, or --model_path P --config_json FILE.")
 
 
 def _overrides(options: argparse.Namespace) -> dict[str, Any]:
@@ -199,12 +146,12 @@ def _overrides(options: argparse.Namespace) -> dict[str, Any]:
 
 
 def _keys(options: argparse.Namespace, environment: Environment) -> list[str]:
-    """The keys to let in. ConfigError where others could reach the server without one."""
+    """The accepted keys. ConfigError if other machines could reach the server without one."""
     keys = options.api_key or [key for key in (environment.api_key or "").split(",") if key.strip()]
     if not keys and not is_loopback(options.host):
         raise ConfigError(
-            f"--host {options.host} lets others reach this server, so it needs a key: set LIGHTX2V_API_KEY, or give "
-            "--api_key KEY. Clients send it as the header Authorization: Bearer KEY."
+            f"Other machines can reach a server on --host {options.host}, so it needs a key. Set LIGHTX2V_API_KEY, or "
+            "give --api_key KEY. Clients send the header Authorization: Bearer KEY."
         )
     if any(len(key.strip()) < MIN_KEY for key in keys):
         raise ConfigError(f"An API key needs at least {MIN_KEY} characters. Make one with: openssl rand -hex 16")
@@ -212,14 +159,14 @@ def _keys(options: argparse.Namespace, environment: Environment) -> list[str]:
 
 
 def _hosts(options: argparse.Namespace) -> frozenset[str] | None:
-    """The Host headers that are answered: on loopback only its own, against DNS rebinding."""
+    """The accepted Host headers: on loopback only those of loopback, against DNS rebinding."""
     if not is_loopback(options.host):
         return frozenset(name.lower() for name in options.allow_host) or None
     return frozenset({"127.0.0.1", "localhost", "[::1]", options.host.lower(), *map(str.lower, options.allow_host)})
 
 
 def is_loopback(host: str) -> bool:
-    """Whether only this machine reaches an address."""
+    """True if only this machine can reach the address."""
     try:
         return host.lower() == "localhost" or ipaddress.ip_address(host.strip("[]")).is_loopback
     except ValueError:
@@ -229,7 +176,7 @@ def is_loopback(host: str) -> bool:
 def _parser() -> ArgumentParser:
     parser = ArgumentParser(
         prog="python -m lightx2v.server",
-        description="Serves one model over HTTP. Exit codes: 1 failed, 2 bad usage, 130 or 143 stopped by a signal.",
+        description="Serve one model over HTTP. Exit codes: 1 failed, 2 bad usage, 130 or 143 stopped by a signal.",
         allow_abbrev=False,
     )
     add = parser.add_argument_group("what to serve").add_argument
@@ -240,20 +187,26 @@ def _parser() -> ArgumentParser:
     add("--model_path", metavar="PATH", help="a folder, or a Hub name such as Wan-AI/Wan2.2-T2V-A14B")
     add("--models_dir", metavar="FOLDER", help="where relative paths are looked for first")
     add("--lora_dir", type=Path, metavar="FOLDER", help="LoRA files that requests may add")
-    add("--input_dir", type=Path, metavar="FOLDER", help="pictures that requests may name")
+    add("--input_dir", type=Path, metavar="FOLDER", help="images that requests may name")
     add("--warmup", action="store_true", help="make one very short video before the port opens")
 
-    add = parser.add_argument_group("who reaches it").add_argument
+    add = parser.add_argument_group("access").add_argument
     add("--host", default="127.0.0.1", help="address to listen on (default: this machine only)")
     add("--port", type=int, default=8000)
-    add("--api_key", action="append", metavar="KEY", help="let in whoever has it; may be repeated, one for each client")
-    add("--allow_host", action="append", default=[], metavar="NAME", help="also answer to this host name")
+    add("--api_key", action="append", metavar="KEY", help="accept this key; repeat the flag for further clients")
+    add("--allow_host", action="append", default=[], metavar="NAME", help="also accept this host name")
 
     add = parser.add_argument_group("jobs and results").add_argument
     add("--output_dir", metavar="FOLDER", help="jobs and videos (default: LIGHTX2V_OUTPUT_DIR, or outputs)")
-    add("--max_queue_size", type=_count, default=10, metavar="N", help="jobs that may wait; more are refused (429)")
-    add("--result_ttl_hours", type=_amount, default=168.0, metavar="H", help="results are deleted then; 0 never")
-    add("--result_cap_gb", type=_amount, default=50.0, metavar="GB", help="the oldest results go beyond it; 0 never")
+    add("--max_queue_size", type=_count, default=10, metavar="N", help="jobs that may wait; further ones get 429")
+    add("--result_ttl_hours", type=_amount, default=168.0, metavar="H", help="delete results after H hours; 0: never")
+    add(
+        "--result_cap_gb",
+        type=_amount,
+        default=50.0,
+        metavar="GB",
+        help="delete the oldest results beyond it; 0: no limit",
+    )
     return parser
 
 
@@ -267,5 +220,5 @@ def _count(text: str) -> int:
 def _amount(text: str) -> float:
     value = float(text)
     if not 0 <= value <= 1e9:
-        raise argparse.ArgumentTypeError("expected a number from 0 on")
+        raise argparse.ArgumentTypeError("expected a number from 0 to 1e9")
     return value

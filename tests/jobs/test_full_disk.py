@@ -13,6 +13,7 @@ from tempfile import SpooledTemporaryFile
 
 import pytest
 from fake_engine import Garage, Script
+from job_runs import CONFIG, ask
 from patience import PATIENCE
 from served import I2V, serve
 
@@ -94,13 +95,19 @@ def test_a_folder_that_cannot_be_read_ends_no_worker(tmp_path: Path, monkeypatch
         assert served.client.get("/health").status_code == 200 and not troubles
 
 
-def test_what_cannot_be_written_at_the_end_of_a_transaction_is_not_begun_either(tmp_path: Path) -> None:
+def test_a_transaction_that_fails_leaves_nothing_and_the_next_one_works(tmp_path: Path) -> None:
     store = JobStore(tmp_path / "jobs.sqlite")
-    with pytest.raises(sqlite3.IntegrityError), store.transaction():
-        store._db.execute("PRAGMA defer_foreign_keys=ON")  # of a job that is not there: found out by COMMIT
-        store.add_event("0" * 32, 0.0, "state", {})
-    with store.transaction():
-        assert not store._db.execute("SELECT count(*) FROM events").fetchone()[0]
+    id = "0" * 32
+
+    def add() -> None:
+        store.add(id, config=CONFIG, request=ask(), owner="", preset="", client_id=None, time=0.0)
+
+    with pytest.raises(OSError), store.transaction():
+        add()
+        raise OSError
+    assert store.queued() == [] and store.events(id, 0) == []
+    add()
+    assert store.queued() == [id] and [event.id for event in store.events(id, 0)] == [1]
     store.close()
 
 

@@ -50,7 +50,7 @@ def test_the_real_engine_survives_out_of_memory_and_cancel_and_repeats_itself_ex
     request = Request(prompt="a red ball", **resolved.request)
     first = done(manager, manager.submit(resolved.engine, request, preset="tiny"))
     assert first.state == "succeeded" and first.path is not None, first.error
-    assert probe(first.path).frames == 5 and "goes on without previews" not in caplog.text
+    assert probe(first.path).frames == 5 and "continues without previews" not in caplog.text
     assert first.result is not None and len(first.result["timings"]["steps"]) == 4
 
     forward, calls, started = WanDiT.forward, [0], threading.Event()

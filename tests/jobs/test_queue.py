@@ -99,7 +99,7 @@ def test_a_preview_that_fails_is_tried_once_and_costs_only_the_preview(
     garage.script["blind"] = Script(preview=lambda: 1 / 0)
     job = done(manager, manager.submit(CONFIG, ask("blind")))
     assert job.state == "succeeded"
-    assert caplog.text.count("goes on without previews") == 1
+    assert caplog.text.count("continues without previews") == 1
 
 
 def test_odd_ids_are_unknown_and_not_errors_of_another_kind(manager: JobManager) -> None:
@@ -177,7 +177,7 @@ def test_a_job_can_be_moved(manager: JobManager, garage: Garage) -> None:
     event.set()
     done(manager, d)
     assert garage.ran == ["held", "c", "b", "a", "d"]
-    with pytest.raises(BadRequest, match="succeeded; only a job that waits can be moved"):
+    with pytest.raises(BadRequest, match="succeeded; only a queued job can be moved"):
         manager.move(b.id, 1)
 
 
@@ -187,7 +187,7 @@ def test_a_waiting_job_can_be_changed_and_keeps_its_place(manager: JobManager, g
     manager.submit(CONFIG, ask("second"))
     changed = manager.edit(first.id, ask("better"))
     assert changed.position == 1 and changed.request.prompt == "better"
-    with pytest.raises(BadRequest, match="running; only a job that waits can be changed"):
+    with pytest.raises(BadRequest, match="running; only a queued job can be changed"):
         manager.edit(held.id, ask("no"))
     with pytest.raises(BadRequest, match="task"):
         manager.edit(first.id, ask(task="i2v", image_path="x.png"))

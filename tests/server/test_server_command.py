@@ -52,13 +52,13 @@ def test_others_are_not_let_in_without_a_key(host: str, capsys: pytest.CaptureFi
 @pytest.mark.parametrize(
     ("flags", "word"),
     [
-        ([], "Say what to serve"),
+        ([], "No model to serve"),
         (["--preset", T2V, "--config_json", "x.json"], "Keep one of them"),
         (["--preset", "nothing"], "There is no preset"),
         (["--preset", T2V, "--api_key", "short"], "at least 12 characters"),
         (["--preset", T2V, "--port", "many"], "argument --port: invalid int value: 'many'"),
         (["--preset", T2V, "--max_queue_size", "0"], "from 1 to 10000"),
-        (["--preset", T2V, "--result_ttl_hours", "-1"], "from 0 on"),
+        (["--preset", T2V, "--result_ttl_hours", "-1"], "from 0 to 1e9"),
         (["--preset", T2V, "--hots", "::1"], "unknown flag --hots. Did you mean --host?"),
     ],
 )
@@ -225,7 +225,7 @@ def test_a_taken_port_is_told_before_anything_is_loaded(tmp_path: Path, capsys: 
         flags = ["--preset", T2V, "--port", str(taken.getsockname()[1]), "--output_dir", str(tmp_path)]
         garage = Garage()
         assert command.main(flags, open_engine=garage) == 2
-    assert "cannot be listened on" in capsys.readouterr().err and not garage.opened
+    assert "Cannot listen on" in capsys.readouterr().err and not garage.opened
 
 
 def test_two_servers_on_one_folder_are_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -41,7 +41,7 @@ def test_fifty_at_once_one_runs_the_queue_is_bounded_and_the_rest_is_told_so(tmp
     [
         (MemoryError(), "Out of memory. Make the video smaller"),
         (RuntimeError("CUDA out of memory. Tried to allocate"), "Out of memory. Make the video smaller"),
-        (ZeroDivisionError("at step"), "Something went wrong inside the program"),
+        (ZeroDivisionError("at step"), "Internal error (ZeroDivisionError)"),
         (OSError(28, "No space left"), "The disk is full"),
     ],
 )

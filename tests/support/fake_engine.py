@@ -25,7 +25,7 @@ from lightx2v.config.engine_config import EngineConfig
 from lightx2v.config.request import Request
 from lightx2v.errors import NumericsError
 from lightx2v.media.video_writer import VideoWriter
-from lightx2v.progress import CancelToken, Meter, OnProgress
+from lightx2v.progress import CancelToken, Meter, OnProgress, Timings
 
 STAGES = ("text", "denoise", "decode", "write")
 
@@ -50,9 +50,15 @@ class Script:
 class FakeResult:
     path: str
     request: Request
+    timings: Timings
 
     def report(self) -> dict[str, Any]:
-        return {"path": self.path, "seed": self.request.seed, "request": self.request.to_json()}
+        return {
+            "path": self.path,
+            "seed": self.request.seed,
+            "timings": self.timings.to_json(),
+            "request": self.request.to_json(),
+        }
 
 
 class Weights:
@@ -100,8 +106,16 @@ class FakeEngine:
         self.closed = False
 
     def run(
-        self, request: Request, *, save_result_path: Path, on_progress: OnProgress, cancel: CancelToken
+        self,
+        request: Request,
+        *,
+        save_result_path: Path | None,
+        on_progress: OnProgress,
+        cancel: CancelToken,
+        metadata: bool = True,
+        force: bool = False,
     ) -> FakeResult:
+        assert save_result_path is not None
         garage, script = self.garage, self.garage.script.get(request.prompt, Script())
         garage.ran.append(request.prompt)
         garage.running += 1
@@ -129,8 +143,7 @@ class FakeEngine:
             path.write_bytes(tiny_mp4())
         elif script.output:
             path.write_bytes(script.output)
-        meter.report()
-        return FakeResult(str(path), request)
+        return FakeResult(str(path), request, meter.report())
 
     def _incident(self, script: Script, cancel: CancelToken) -> None:
         self.garage.started.set()

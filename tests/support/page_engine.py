@@ -69,6 +69,8 @@ class PaintingEngine:
         save_result_path: Path | None = None,
         on_progress: OnProgress,
         cancel: CancelToken,
+        metadata: bool = True,
+        force: bool = False,
         return_frames: bool = False,
     ) -> Result:
         self.painter.note("begin", prompt=request.prompt, request=request.to_json())

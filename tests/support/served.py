@@ -64,7 +64,7 @@ def serve(
 ) -> Iterator[Served]:
     """The application in this process. `more` goes to JobManager."""
     garage, metrics = garage or Garage(), Metrics()
-    with JobManager(metrics.watching(garage), folder, max_queue=max_queue, **more) as jobs:
+    with JobManager(garage, folder, max_queue=max_queue, on_finished=metrics.observe_run, **more) as jobs:
         images = InputImages(fetcher=fetcher or Fetcher(), folder=input_dir)
         service = Service(jobs, {name: resolve(name) for name in presets}, images=images, lora_dir=lora_dir)
         app = create_app(service, metrics, keys=keys, hosts=frozenset({"testserver", "127.0.0.1"}), limits=limits)
