@@ -1,6 +1,6 @@
-"""docs/performance.md from the results: `python -m benchmarks.gpu.tables`. What was not run is listed as that.
+"""Write docs/performance.md from the results: `python -m benchmarks.gpu.tables`. It lists what was not run, too.
 
-Of a measurement that is there several times the last one counts.
+If a measurement was repeated, its last run counts.
 """
 
 from __future__ import annotations
@@ -16,7 +16,9 @@ from .__main__ import RESULTS, SECTIONS
 
 PAGE = Path("docs/performance.md")
 REMARKS = Path("benchmarks/results/remarks.md")
-"""What the numbers mean, by hand; put between the table of runs and the other tables."""
+"""The results in short and what they mean, written by hand; they open the page."""
+METHOD = Path("benchmarks/results/method.md")
+"""How the numbers were measured, written by hand; it follows the table of runs, after all results."""
 
 Line = dict[str, Any]
 GB = 1e9
@@ -25,21 +27,22 @@ GB = 1e9
 def main() -> None:
     lines = [json.loads(line) for line in RESULTS.read_text("utf-8").splitlines()]
     cpu = sorted(RESULTS.parent.glob("cpu*.jsonl"))
-    remarks = REMARKS.read_text("utf-8") if REMARKS.is_file() else ""
-    PAGE.write_text(page(lines, remarks, cpu), encoding="utf-8")
+    remarks, method = REMARKS.read_text("utf-8"), METHOD.read_text("utf-8")
+    PAGE.write_text(page(lines, remarks, method, cpu), encoding="utf-8")
     sys.stdout.write(f"{PAGE}\n")
 
 
-def page(lines: list[Line], remarks: str = "", cpu: Iterable[Path] = ()) -> str:
+def page(lines: list[Line], remarks: str = "", method: str = "", cpu: Iterable[Path] = ()) -> str:
     lines = [line for line in lines if not line.get("tiny")]
     parts = [
         "# Measured performance",
         "Made by `python -m benchmarks.gpu.tables` from `benchmarks/results/`; do not edit. Full-size models of "
-        "Wan2.2-A14B with random weights, batch 1, one prompt and no guidance unless a table says more. 480p is "
-        "832x480 and 720p 1280x720, 81 frames each.",
-        runs(lines),
+        "Wan2.2-A14B with random weights, batch 1, one prompt and no guidance unless a table says otherwise. 480p is "
+        "832x480 and 720p is 1280x720, 81 frames each.",
         remarks.strip(),
         *(text for part in PARTS if (text := part(lines))),
+        runs(lines),
+        method.strip(),
         not_run(lines),
         *(cpu_table(path) for path in cpu),
     ]
@@ -53,7 +56,7 @@ def runs(lines: list[Line]) -> str:
             what = [str(line.get(key)) for key in ("torch", "cuda", "cudnn", "triton", "python")]
             rows.setdefault((line.get("commit", ""), line["device"], *what), []).append(line["at"])
     table_rows = [[min(at), *key] for key, at in rows.items()]
-    return "## Runs\n\n" + table(
+    return "## How it was measured\n\n" + table(
         ["from (UTC)", "commit", "device", "torch", "CUDA", "cuDNN", "Triton", "Python"], table_rows
     )
 

@@ -24,7 +24,7 @@ def test_the_last_run_of_a_measurement_counts_and_toy_sizes_do_not() -> None:
     page = tables.page([START, LINE | {"seconds": 3.14}, LINE | {"seconds": 2.72}, LINE | {"seconds": 9, "tiny": True}])
     (row,) = rows(page, "One forward of an expert, 40 blocks")
     assert (row["video"], row["s"], row["TFLOP/s"]) == ("480p", "2.72", "600")
-    assert rows(page, "Runs")[0]["from (UTC)"] == "2026-01-01 10:00"
+    assert rows(page, "How it was measured")[0]["from (UTC)"] == "2026-01-01 10:00"
 
 
 def test_sections_that_did_not_end_are_listed() -> None:
