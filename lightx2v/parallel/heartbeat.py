@@ -122,11 +122,12 @@ class Heartbeat:
     def _kill_stopped(self) -> None:
         """Kill processes that hang: torchrun's SIGTERM does not reach a stopped one, and it would wait for 30 seconds.
 
-        Only a child of this process's own parent: the id of a process that has ended may be another program's now.
+        Only children of this process's own parent: the id of a process that has ended may be another program's now.
         """
         for rank in self.silent(list(self._beats), SILENCE):
-            with contextlib.suppress(psutil.Error, OSError):
-                if psutil.Process(self._pids[rank]).ppid() == os.getppid():
+            with contextlib.suppress(psutil.Error, OSError, RuntimeError):
+                is_sibling = psutil.Process(self._pids[rank]).ppid() == os.getppid()
+                if is_sibling and not self._store.check([f"closed/{rank}"]):
                     os.kill(self._pids[rank], signal.SIGKILL)
 
     def _check_beats(self) -> str:
@@ -138,8 +139,9 @@ class Heartbeat:
             if beat != last:
                 self._beats[other] = (beat, now)
             elif now - since > SILENCE and (self._busy or not self._store.check([f"closed/{other}"])):
-                self.report_failure(
-                    f"Process {other} has not been heard of for {SILENCE:.0f} seconds.", kind="GroupFailed"
+                message = (
+                    f"Process {other} has sent no heartbeat for {SILENCE:.0f} seconds: it hangs. Start the group again."
                 )
+                self.report_failure(message, kind="GroupFailed")
                 return self.failure()
         return ""

@@ -14,7 +14,7 @@ MESSAGES = {
     "raise": "ValueError on process {who}: nobody thought of this",
     "starve": "on process {who}: ",
     "kill": "Process {who} ",
-    "stop": "Process {who} has not been heard of",
+    "stop": "Process {who} has sent no heartbeat",
     "exit": "",
     "forge": "ValueError on process {who}: nobody thought of this",
 }
