@@ -142,14 +142,14 @@ class Head(nn.Module):
 
 
 class WanDiT(nn.Module):
-    """`forward` is `embed`, the `blocks` and `finish`; offloading and parallelism wrap these from outside.
+    """`forward` is `embed`, the `blocks` and `finish`. Offloading and parallelism wrap these from outside.
 
-    `self_attention` and `cross_attention` may be replaced at any time. `chunk` bounds how many tokens go through the
-    feed-forward at once: its inner tensors would be a block's largest. Prompts of one forward share a batch up to
-    `stack_tokens` tokens (on two CPU cores 25 % faster at 64, 6 % at 576, equal at 2016); beyond it they take turns in
-    each block, or with `sequential_cfg` in the whole forward, which needs memory for one only.
+    `self_attention` and `cross_attention` may be replaced at any time. At most `chunk` tokens go through the
+    feed-forward at once: its inner tensors would be a block's largest. Up to `stack_tokens` tokens the prompts of one
+    forward share a batch (on two CPU cores 25 % faster at 64, 6 % at 576, equal at 2016). Beyond, they take turns in
+    each block, or with `sequential_cfg` in the whole forward, which needs memory for only one.
     `cache_text_kv` is the default of `encode_text`. `split` shares the tokens with other processes; every process
-    gets the whole input and gives the whole velocity.
+    takes the whole input and returns the whole velocity.
     """
 
     def __init__(
@@ -183,13 +183,13 @@ class WanDiT(nn.Module):
         return bias.dtype
 
     def cast(self, compute: torch.dtype) -> WanDiT:
-        """Casts every parameter to the dtype it is kept in when products are computed in `compute`."""
+        """Cast every parameter to its own dtype for products in `compute` (`parameter_dtype`)."""
         for name, parameter in self.named_parameters():
             parameter.data = parameter.data.to(parameter_dtype(name, compute))
         return self
 
     def encode_text(self, context_LD: Tensor, *, keep: bool | None = None) -> TextStates:
-        """A prompt's encoder states, padding left out, as this expert attends to them.
+        """Prepare a prompt's encoder states, without padding, for this expert's cross-attention.
 
         `keep` keeps each block's keys and values of the prompt (200 kB per row in bf16 at full size) for later steps.
         """
@@ -198,7 +198,7 @@ class WanDiT(nn.Module):
     def _encode(self, context_BLD: Tensor, *, keep: bool) -> TextStates:
         padding = self.config.text_len - context_BLD.shape[1]
         assert padding >= 0, f"{context_BLD.shape[1]} text rows, at most {self.config.text_len} expected"
-        # All rows of the zero padding become the same row, so one is enough here.
+        # All rows of zero padding become the same row, so one is enough here.
         rows_BLD = F.pad(context_BLD.to(self.compute_dtype), (0, 0, 0, min(padding, 1)))
         return TextStates(self.text_embedding(rows_BLD), padding, keep=keep)
 
@@ -210,7 +210,7 @@ class WanDiT(nn.Module):
         condition_CTHW: Tensor | None = None,
         cancel: CancelToken | None = None,
     ) -> list[Tensor]:
-        """One float32 velocity (C, T, H, W) per prompt. `condition` joins the latents along C (image to video)."""
+        """One float32 velocity (C, T, H, W) per prompt. `condition` follows the latents along C (image to video)."""
         latents_BCTHW = latents_CTHW.unsqueeze(0)
         condition_BCTHW = None if condition_CTHW is None else condition_CTHW.unsqueeze(0)
         x_BLD, rotations_L1P = self.embed(latents_BCTHW, condition_BCTHW)
@@ -230,9 +230,9 @@ class WanDiT(nn.Module):
         context_BLD: Tensor,
         condition_BCTHW: Tensor | None = None,
     ) -> Tensor:
-        """Velocities (B, C, T, H, W) of different samples, each with its timestep and prompt, for training.
+        """Velocities (B, C, T, H, W) of different samples, each with its own timestep and prompt, for training.
 
-        `context` holds encoder states with zero rows where a prompt is shorter than the longest one.
+        `context` holds encoder states; prompts that are shorter than the longest one end with zero rows.
         """
         x_BLD, rotations_L1P = self.embed(latents_BCTHW, condition_BCTHW)
         text = self._encode(context_BLD, keep=False)
@@ -278,7 +278,7 @@ class WanDiT(nn.Module):
         assert channels == self.config.in_dim, f"{channels} input channels, the model has {self.config.in_dim}"
         assert height % PATCH == 0 and width % PATCH == 0, f"latents of {height}x{width} are not whole patches"
         grid = (frames, height // PATCH, width // PATCH)
-        # The convolution's kernel is its stride, so it is one product on the patches.
+        # The kernel is as large as the stride, so the convolution is one matrix product on the patches.
         patches = latents_BCTHW.float().unflatten(4, (-1, PATCH)).unflatten(3, (-1, PATCH))
         patches_BLK = patches.permute(0, 2, 3, 5, 1, 4, 6).flatten(4).flatten(1, 3)
         with torch.autocast(latents_BCTHW.device.type, enabled=False):
