@@ -17,6 +17,8 @@ from page_events import Keyboard
 from patience import eventually
 from studio_app import Page
 
+pytestmark = pytest.mark.multi
+
 STORED, VERSIONS = "lightx2v-studio", "versions"
 
 

@@ -17,6 +17,8 @@ from patience import PATIENCE, eventually
 from PIL import Image
 from studio_app import LEAKS, PRESET, Page, Refused
 
+pytestmark = pytest.mark.multi
+
 
 def test_there_are_four_named_endpoints_and_no_others(page: Page) -> None:
     info = page.http.get("/gradio_api/info").json()

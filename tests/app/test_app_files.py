@@ -13,6 +13,8 @@ from pathlib import Path
 import pytest
 from studio_app import LEAKS, ROOT, Page
 
+pytestmark = pytest.mark.multi
+
 NOBODY = "0" * 32
 
 

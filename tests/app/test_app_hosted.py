@@ -16,6 +16,8 @@ from page_engine import Painter
 from patience import eventually
 from studio_app import ROOT, Page, Refused, launched
 
+pytestmark = pytest.mark.multi
+
 HIDDEN = {"files", "offload", "attention", "add_lora"}
 
 

@@ -26,6 +26,8 @@ from studio_app import LEAKS, Page, Refused
 
 from lightx2v.media.mp4 import read_settings
 
+pytestmark = pytest.mark.multi
+
 I2V = {"preset": "demo_i2v_distill_lora", "settings": {"frames": 5}}
 
 

@@ -8,23 +8,17 @@ from __future__ import annotations
 
 import json
 import re
-import subprocess
-import sys
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from pathlib import Path
-from types import SimpleNamespace
 
 import httpx
 import pytest
 from patience import PATIENCE, eventually
-from studio_app import LEAKS, ROOT, Page, launched
+from studio_app import LEAKS, Page, launched
 
-from app import main
-from app.exposure import Exposure
-from lightx2v.errors import OutputError
+pytestmark = pytest.mark.multi
 
 OPEN = re.compile(
     r"/(login|login_check|token|logout|oauth/\w+|theme\.css|robots\.txt|manifest\.json|favicon\.ico|pwa_icon|pwa_icon/.*"
@@ -112,43 +106,3 @@ def test_a_flood_of_requests_gets_429(locked: Page) -> None:
             answer = eventually(lambda: next((a for a in pool.map(post, range(80)) if a.status_code == 429), None))
         assert "Wait" in answer.text and answer.headers["retry-after"]
         assert eventually(lambda: locked.ask("status", session=session, id=job)["video"]), "the run continues"
-
-
-@pytest.mark.parametrize(
-    ("flags", "said"),
-    [
-        (("--public",), "--share or --host"),
-        (("--public", "--share", "--auth", "a:b"), "--public means without"),
-        (("--mcp",), "gradio[mcp]"),
-        (("--auth", "nocolon"), "USER:PASSWORD"),
-    ],
-)
-def test_contradictory_flags_end_with_one_sentence(
-    flags: tuple[str, ...], said: str, capsys: pytest.CaptureFixture[str]
-) -> None:
-    assert main.main(flags) == 2
-    assert said in capsys.readouterr().err
-
-
-def test_an_impossible_output_folder_is_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    (tmp_path / "file").touch()
-    assert main.main(["--output_dir", str(tmp_path / "file")]) == OutputError.exit_code
-    said = capsys.readouterr().err
-    assert "Could not create the folder" in said and "file/uploads" in said and "--output_dir" in said
-
-
-def test_an_unknown_preset_is_refused_by_name(tmp_path: Path) -> None:
-    command = [sys.executable, "app.py", "--output_dir", str(tmp_path), "--preset", "nonsense"]
-    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, timeout=PATIENCE, check=False)
-    assert done.returncode == 2 and "demo_t2v_base" in done.stderr and "Traceback" not in done.stderr
-
-
-def test_a_missing_share_link_is_reported(capsys: pytest.CaptureFixture[str]) -> None:
-    demo = SimpleNamespace(local_url="http://127.0.0.1:7860/", share_url=None)
-    main.announce(demo, Exposure(share=True, open_to_others=True, user="studio", password="pw123"))
-    said = capsys.readouterr().out
-    assert "no share link" in said and "api.gradio.app" in said and "User studio, password pw123" in said
-    demo.share_url = "https://abc.gradio.live"
-    main.announce(demo, Exposure(share=True, open_to_others=True))
-    said = capsys.readouterr().out
-    assert "https://abc.gradio.live" in said and "Anyone" in said

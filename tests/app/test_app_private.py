@@ -15,6 +15,8 @@ from page_events import Keyboard
 from patience import eventually
 from studio_app import PRESET, Page
 
+pytestmark = pytest.mark.multi
+
 
 def visitor() -> dict[str, Any]:
     return {"owner": secrets.token_urlsafe(32), "language": "en"}

@@ -15,9 +15,12 @@ from pathlib import Path
 from typing import Any
 
 import psutil
+import pytest
 from page_events import Keyboard
 from patience import PATIENCE, eventually
 from studio_app import Page, Refused, launched, stop
+
+pytestmark = pytest.mark.multi
 
 SMALL = {"height": 32, "width": 32, "frames": 1}
 
@@ -106,6 +109,7 @@ def test_many_jobs_leave_nothing_behind(space: Page) -> None:
     assert left <= {".mp4", ".sqlite", ".sqlite-wal", ".sqlite-shm", ".json", ".jsonl", ".key"}, left
 
 
+@pytest.mark.slow
 def test_a_restart_keeps_jobs_results_and_predictions(tmp_path: Path) -> None:
     with launched(tmp_path / "outputs") as page:
         done = page.make("before the restart", settings=SMALL)

@@ -1,36 +1,24 @@
 """The page on a machine with a problem: it reports it in one sentence with the remedy, and ends or continues.
 
-Covered: an unavailable port or address, an unreadable key file, a closed output pipe, two signals at once, very many
-open pages, large images.
+Covered: an unavailable port or address, an unreadable key file, a closed output pipe, two signals at once.
 """
 
 from __future__ import annotations
 
-import inspect
 import os
 import signal
 import socket
 import subprocess
 import sys
-import threading
-import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from types import SimpleNamespace
-from typing import Any
 
-import gradio as gr
 import pytest
-from page_engine import Painter
 from patience import PATIENCE, free_port
-from PIL import Image
 from studio_app import ROOT, launched
 
-from app import main, page
-from app.backend.studio import Studio
-from app.exposure import Exposure
-from app.form import editor as editing
+pytestmark = pytest.mark.multi
 
 PAINTED = (sys.executable, str(ROOT / "tests" / "support" / "painted_app.py"))
 
@@ -106,6 +94,7 @@ def test_a_closed_output_pipe_causes_no_traceback(tmp_path: Path) -> None:
         assert process.wait(PATIENCE) == 143 and "Traceback" not in said and "BrokenPipe" not in said, said
 
 
+@pytest.mark.slow
 def test_two_signals_at_once_count_as_one(tmp_path: Path) -> None:
     with launched(tmp_path / "out") as opened:
         id = opened.ask("generate", prompt="an endless run")["id"]
@@ -115,39 +104,3 @@ def test_two_signals_at_once_count_as_one(tmp_path: Path) -> None:
         assert opened.process.wait(PATIENCE) == 143 and "Traceback" not in opened.said, opened.said
     with launched(tmp_path / "out") as opened:
         assert opened.ask("status", id=id)["state"] == "interrupted"
-
-
-def test_abandoned_pages_do_not_fill_the_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Each takes half a megabyte, any request can open one, and by default gradio keeps 10 000."""
-    asked: dict[str, Any] = {}
-    demo = SimpleNamespace(launch=lambda **flags: asked.update(flags), local_url="http://127.0.0.1:7860/", share_url="")
-    monkeypatch.setattr(page, "build_page", lambda studio: demo)
-    studio = Studio(Painter(), tmp_path, Exposure())
-    try:
-        main.launch(studio)
-    finally:
-        studio.close()
-    assert asked["state_session_capacity"] <= 500
-    assert inspect.signature(gr.Blocks.launch).parameters["state_session_capacity"].default > 500
-
-
-def test_images_are_decoded_one_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Each may take a quarter of a gigabyte, and gradio answers forty visitors at a time."""
-    now, most = 0, 0
-
-    def look(path: str) -> Image.Image:
-        nonlocal now, most
-        now += 1
-        most = max(most, now)
-        time.sleep(0.05)
-        now -= 1
-        return Image.new("RGB", (64, 64))
-
-    monkeypatch.setattr(editing, "load_image", look)
-    sizes = range(32, 32 + 8 * 16, 16)
-    threads = [threading.Thread(target=editing._crop, args=("en", "a.png", 64, width, None)) for width in sizes]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join(10)
-    assert most == 1

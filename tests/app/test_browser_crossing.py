@@ -113,6 +113,7 @@ def test_a_lost_connection_loses_neither_the_run_nor_the_text(visitor: Person) -
     visitor.settle("() => document.querySelector('#prompt textarea').value === 'typed while nobody listened'")
 
 
+@pytest.mark.slow
 def test_a_restart_of_the_app_forgets_nothing(chrome: Browser, tmp_path: Path) -> None:
     port = free_port()
     with launched(tmp_path / "outputs", port=port) as page, person(chrome, page, leave=False) as visitor:

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import threading
+import time
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
+from PIL import Image
 
 from app.backend.studio import settings_of
 from app.exposure import PUBLIC_LIMITS, Exposure, Limits
+from app.form import editor as editing
 from app.form.demo_words import unknown_words
 from app.form.editor import form_of, preset_values
 from app.form.examples import DEMO, DEMO_PICTURES
@@ -197,3 +201,25 @@ def test_words_unknown_to_the_demo_model_are_found(prompt: str, unknown: list[st
 def test_every_example_of_the_demo_is_within_its_world() -> None:
     texts = [*DEMO["en"], *DEMO["zh"], *(text for both in DEMO_PICTURES.values() for text in both.values())]
     assert [text for text in texts if unknown_words(text)] == []
+
+
+def test_images_are_decoded_one_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each may take a quarter of a gigabyte, and gradio answers forty visitors at a time."""
+    now, most = 0, 0
+
+    def look(path: str) -> Image.Image:
+        nonlocal now, most
+        now += 1
+        most = max(most, now)
+        time.sleep(0.05)
+        now -= 1
+        return Image.new("RGB", (64, 64))
+
+    monkeypatch.setattr(editing, "load_image", look)
+    sizes = range(32, 32 + 8 * 16, 16)
+    threads = [threading.Thread(target=editing._crop, args=("en", "a.png", 64, width, None)) for width in sizes]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(10)
+    assert most == 1

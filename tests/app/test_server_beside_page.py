@@ -18,6 +18,7 @@ from app.exposure import PUBLIC_LIMITS, Exposure
 from app.web.api_routes import api_routes
 
 
+@pytest.mark.multi
 def test_the_page_and_the_api_share_a_port_and_a_queue(page: Page) -> None:
     assert "gradio" in page.http.get("/").text
     assert page.http.get("/health").json() == {"status": "ok"}
