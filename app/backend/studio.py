@@ -48,7 +48,7 @@ JOB_ID = re.compile(r"[A-Za-z0-9_-]{16,64}")
 
 class Studio:
     """`files` knows which model files are here and downloads others. `only`, if given, limits the presets on offer.
-    `lend_gpu` is `spaces.GPU` on ZeroGPU: the engine of the default preset is loaded at once, and no other ever."""
+    `lend_gpu` is `spaces.GPU` on ZeroGPU, where the default preset's engine is loaded at once and no other later."""
 
     def __init__(
         self,
@@ -173,10 +173,7 @@ class Studio:
         engine = open_engine(
             model.config, preset=model.preset, on_progress=lambda event: None, cancel=CancelToken()
         )  # fmt: skip
-        return ZeroGpuJobs(
-            lend_gpu, engine, model, self.folder, max_queue=self.exposure.limits.queue, predict=self.predict,
-            on_finished=self._on_finished,
-        )  # fmt: skip
+        return ZeroGpuJobs(lend_gpu, engine, model, self.folder, predict=self.predict, on_finished=self._on_finished)
 
     @property
     def loaded(self) -> LoadedModel | None:

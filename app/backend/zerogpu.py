@@ -5,8 +5,8 @@
         │   ◄── ("progress", …) … ("done", frames, report)
         └──► the mp4 is written here: encoding on the lent GPU would be charged
 
-`submit` only queues a job. The event that submitted it runs it inside `running`, and leaving that block cancels it. The
-engine is loaded once at start, before the fork. Jobs are kept in memory: a restart forgets them.
+The event that submits a job also runs it, inside `running`; leaving that block cancels it. So no job ever waits in a
+queue here. The engine is loaded once at start, before the fork. Jobs are kept in memory: a restart forgets them.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from lightx2v.config.engine_config import EngineConfig
 from lightx2v.config.recorded_settings import recorded_settings
 from lightx2v.config.request import Request
 from lightx2v.cost.run_time import Prediction
-from lightx2v.errors import BadRequest, Busy, LightX2VError
+from lightx2v.errors import BadRequest, LightX2VError
 from lightx2v.jobs.engine_slot import LoadedModel, OnFinished, Outcome
 from lightx2v.jobs.store import STATES, Job, State, UnknownJob
 from lightx2v.media.images import jpeg
@@ -59,15 +59,13 @@ class ZeroGpuJobs:
         loaded: LoadedModel,
         folder: Path,
         *,
-        max_queue: int,
         predict: Callable[[EngineConfig, Request], Prediction | None],
         on_finished: OnFinished,
     ) -> None:
-        self.loaded, self.folder, self.max_queue = loaded, folder, max_queue
+        self.loaded, self.folder = loaded, folder
         self._on_finished = on_finished
         self._lock = threading.RLock()
         self._jobs: OrderedDict[str, Job] = OrderedDict()
-        self._waiting: list[str] = []
 
         def seconds(request: dict[str, Any]) -> int:
             return reserved_seconds(predict(loaded.config, Request.from_json(request)))
@@ -84,98 +82,81 @@ class ZeroGpuJobs:
         with self._lock:
             if id not in self._jobs:
                 raise UnknownJob("There is no job with this id.")
-            position = self._waiting.index(id) + 1 if id in self._waiting else None
-            return replace(self._jobs[id], position=position)
+            return self._jobs[id]
 
     def list(self, owner: str | None = None, *, limit: int = 100, states: Collection[State] = STATES) -> list[Job]:
         """Jobs, newest first; of one owner, or of all."""
         with self._lock:
             jobs = [job for job in reversed(self._jobs.values()) if owner in (None, job.owner) and job.state in states]
-            return [self.get(job.id) for job in jobs[:limit]]
+        return jobs[:limit]
 
     def submit(self, config: EngineConfig, request: Request, *, owner: str = "", preset: str = "") -> Job:
-        self._check(config, request)
+        if config != self.loaded.config:
+            raise BadRequest("This page runs one model. Choose its preset from the list.")
+        config.check_request(request)
+        now = time.time()
         job = Job(
-            id=secrets.token_hex(16), state="queued", owner=owner, preset=preset, client_id=None, config=config,
-            request=request, created=time.time(),
+            id=secrets.token_hex(16), state="running", owner=owner, preset=preset, client_id=None, config=config,
+            request=request, created=now, started=now,
         )  # fmt: skip
         with self._lock:
-            if len(self._waiting) >= self.max_queue:
-                raise Busy(f"The queue is full: {len(self._waiting)} jobs are waiting. Try again later.")
             self._jobs[job.id] = job
-            self._waiting.append(job.id)
-            while len(self._jobs) > MAX_JOBS:
+            if len(self._jobs) > MAX_JOBS:
                 self._jobs.popitem(last=False)
-            return self.get(job.id)
-
-    def edit(self, id: str, request: Request, *, config: EngineConfig, preset: str) -> Job:
-        self._check(config, request)
-        with self._lock:
-            self._queued(id)
-            return self._change(id, request=request, config=config, preset=preset)
-
-    def move(self, id: str, position: int) -> Job:
-        with self._lock:
-            self._queued(id)
-            self._waiting.remove(id)
-            self._waiting.insert(max(position, 1) - 1, id)
-            return self.get(id)
+        return job
 
     def cancel(self, id: str) -> Job:
-        """Cancels a queued job at once and a running one at its next step."""
-        with self._lock:
-            job = self.get(id)
-            if job.state == "queued":
-                self._waiting.remove(id)
-                return self._change(id, state="cancelled", finished=time.time())
-            return job if job.over else self._change(id, cancelling=True)
+        """Stops a running job at its next step."""
+        return job if (job := self.get(id)).over else self._change(id, cancelling=True)
 
     def delete(self, id: str) -> None:
         with self._lock:
             job = self.get(id)
-            if job.state == "running":
+            if not job.over:
                 raise BadRequest("This job is running. Cancel it first, and delete it when it has stopped.")
-            if id in self._waiting:
-                self._waiting.remove(id)
             del self._jobs[id]
         if job.path is not None:
             job.path.unlink(missing_ok=True)
 
-    def close(self) -> None:
-        """Does nothing: every run ends with the request that it belongs to."""
+    def move(self, id: str, position: int) -> Job:
+        raise BadRequest(f"This job is {self.get(id).state}; only a queued job can be moved.")
 
-    # ---- running inside a request -------------------------------------------------------------------------------
+    def edit(self, id: str, request: Request, *, config: EngineConfig, preset: str) -> Job:
+        raise BadRequest(f"This job is {self.get(id).state}; only a queued job can be changed.")
+
+    def close(self) -> None:
+        """Does nothing: every run ends with the event that it belongs to."""
+
+    # ---- running inside an event --------------------------------------------------------------------------------
 
     @contextmanager
     def running(self, ids: Sequence[str]) -> Iterator[Iterator[None]]:
-        """Gives an iterator that runs queued jobs one after another and yields after every change of one. Leaving the
-        block, as gradio does when the visitor leaves, cancels all that are not over."""
+        """Gives an iterator that runs the jobs one after another and yields after every change of one. Leaving the
+        block, as gradio does when the visitor leaves, cancels those that are not over."""
         with closing(self._run_all(ids)) as changes:
             try:
                 yield changes
             finally:
                 changes.close()
                 for id in ids:
-                    self.cancel(id)
+                    self._end(id)
 
     def _run_all(self, ids: Sequence[str]) -> Generator[None]:
         for id in ids:
-            with self._lock:
-                if id not in self._waiting:  # cancelled or deleted meanwhile
-                    continue
-                self._waiting.remove(id)
-                job = self._change(id, state="running", started=time.time())
-            try:
-                yield
-                with closing(self._denoise(job.request.to_json())) as messages:
-                    for message in messages:
-                        if self.get(id).cancelling:
-                            break
-                        self._change(id, **self._changes(job, message))
-                        yield
-            finally:
-                if not self.get(id).over:
-                    self._change(id, state="cancelled", finished=time.time())
+            job = self.get(id)
+            with closing(self._denoise(job.request.to_json())) as messages:
+                for message in messages:
+                    if self.get(id).cancelling:
+                        break
+                    self._change(id, **self._changes(job, message))
+                    yield
+            self._end(id)
+
+    def _end(self, id: str) -> None:
+        """Marks a run as cancelled that did not come to its end."""
+        with self._lock:
+            if id in self._jobs and not self._jobs[id].over:
+                self._change(id, state="cancelled", finished=time.time())
 
     def _changes(self, job: Job, message: Message) -> dict[str, Any]:
         kind, *rest = message
@@ -207,16 +188,7 @@ class ZeroGpuJobs:
         with self._lock:
             job = replace(self._jobs[id], **changes)
             self._jobs[id] = replace(job, cancelling=job.cancelling and not job.over)
-            return self.get(id)
-
-    def _queued(self, id: str) -> None:
-        if (state := self.get(id).state) != "queued":
-            raise BadRequest(f"This job is {state}; only a queued job can be changed.")
-
-    def _check(self, config: EngineConfig, request: Request) -> None:
-        if config != self.loaded.config:
-            raise BadRequest("This page runs one model. Choose its preset from the list.")
-        config.check_request(request)
+            return self._jobs[id]
 
 
 def reserved_seconds(prediction: Prediction | None) -> int:

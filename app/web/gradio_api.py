@@ -67,6 +67,8 @@ class Endpoints:
             name = preset or studio.default_preset
             if name not in studio.tasks:
                 raise BadRequest(f"There is no preset {name[:60]!r}. Ask `presets` for their names.")
+            if studio.exposure.zerogpu:
+                raise BadRequest("On ZeroGPU a video is made inside its visitor's own request. Open the page for it.")
             changed = dict(settings or {})
             if unknown := sorted(changed.keys() - KEYS):
                 raise BadRequest(f"settings has no {str(unknown[0])[:60]!r}. It has: {', '.join(KEYS)}.")

@@ -98,6 +98,11 @@ def test_zerogpu_has_one_preset_and_runs_it_in_the_visitors_request(zerogpu: Pag
     assert list(zerogpu.folder.glob("*.mp4"))
 
 
+def test_on_zerogpu_only_the_page_makes_videos(zerogpu: Page) -> None:
+    with pytest.raises(Refused, match="Open the page"):
+        zerogpu.ask("generate", prompt="a red ball")
+
+
 def test_a_visitor_who_leaves_gives_the_gpu_back(zerogpu: Page) -> None:
     """The run of a closed tab ends at its next step, long before it is done."""
     config, prompt = zerogpu.http.get("/config").json(), "a slow ball that nobody waits for"

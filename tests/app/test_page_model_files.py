@@ -27,7 +27,7 @@ from lightx2v.errors import BadRequest
 def server(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[HubServer]:
     point_here(monkeypatch, tmp_path)
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(model_files, "STEADY", 2 * PATIENCE)  # a change is still one when a test comes to look
+    monkeypatch.setattr(model_files, "SETTLE_SECONDS", 2 * PATIENCE)  # a change is still one when a test comes to look
     with serving(small_hub()) as started:
         yield started
 
