@@ -115,12 +115,11 @@ def prepare_environment(output: Path) -> None:
 
 def launch(studio: Studio, *, open_browser: bool = False, mcp: bool = False, **more: Any) -> Any:
     """Serves the page in the background; returns gradio's Blocks with `local_url` and `share_url`."""
-    from starlette.middleware import Middleware
 
     from .page import build_page
     from .theme import head, theme
     from .web.api_routes import api_routes
-    from .web.guard import Guard
+    from .web.limits import page_limits
     from .web.media_routes import media_routes
 
     exposure = studio.exposure
@@ -148,7 +147,7 @@ def launch(studio: Studio, *, open_browser: bool = False, mcp: bool = False, **m
         app_kwargs={
             "openapi_url": None,  # gradio has its own, behind the password
             "routes": [*api_routes(studio), *media_routes(studio)],
-            "middleware": [Middleware(Guard, exposure=exposure, origins=origins)],
+            "middleware": [page_limits(exposure, origins)],
         },
         **more,
     )

@@ -1,4 +1,7 @@
-"""The application: all routes behind their doors, and errors that tell a client what it can mend and nothing else."""
+"""The FastAPI application: all routes behind their middleware, and the responses to errors.
+
+An error response says how to correct the request. It reveals no path, no traceback and nothing of the request.
+"""
 
 from __future__ import annotations
 
@@ -21,9 +24,9 @@ from starlette.types import Receive, Scope, Send
 from .. import __version__
 from ..errors import Busy, LightX2VError
 from .auth import ApiKeyAuth
-from .limits import RequestLimits
+from .limits import DISK_FULL, RequestLimits, RequestRefused
 from .metrics import Metrics, MetricsMiddleware
-from .openapi import complete, error_responses
+from .openapi import complete_schema, error_responses
 from .responses import ErrorResponse, Health, error_response
 from .service import Service
 from .status_routes import status_routes
@@ -33,10 +36,10 @@ from .video_routes import video_routes
 
 log = logging.getLogger("lightx2v.server")
 
-ROOM = 16_000_000
-"""Bytes that have to be free for the next video."""
+MIN_FREE_DISK = 16_000_000
+"""Bytes that must be free for the next video."""
 PATHS = ("/v1/", "/health", "/ready", "/metrics", "/docs", "/openapi.json")
-"""Where the routes are, for whoever mounts them beside its own."""
+"""The paths of the routes, for an application that mounts them beside its own."""
 
 
 def create_app(
@@ -47,12 +50,12 @@ def create_app(
     hosts: Set[str] | None = None,
     limits: bool = True,
 ) -> FastAPI:
-    """`keys` let in, or everybody without any. `hosts` are the names it answers to, None for any. Without `limits` the
-    caller checks host, origin, size and rate."""
+    """`keys` are the accepted API keys; without any, every client is accepted. `hosts` are the accepted host names,
+    None for any. Without `limits` the caller checks host, origin, size and rate."""
     app = FastAPI(
         title="LightX2V",
         version=__version__,
-        description="Videos from text and images. Jobs go on when the client leaves; DELETE stops them.",
+        description="Videos from text and images. Jobs continue when the client disconnects; DELETE stops them.",
         redoc_url=None,
         swagger_ui_oauth2_redirect_url=None,
     )
@@ -60,17 +63,17 @@ def create_app(
     if limits:
         app.add_middleware(RequestLimits, hosts=hosts)
     app.add_middleware(MetricsMiddleware, metrics=metrics)
-    submissions = Submitter(service)
+    submitter = Submitter(service)
     app.include_router(status_routes(service))
-    app.include_router(task_routes(service, submissions))
-    app.include_router(video_routes(service, submissions))
-    _add_state(app, service, metrics)
-    _add_errors(app, service)
-    complete(app, keyed=bool(keys))
+    app.include_router(task_routes(service, submitter))
+    app.include_router(video_routes(service, submitter))
+    _add_health(app, service, metrics)
+    _add_error_handlers(app, service)
+    complete_schema(app, keyed=bool(keys))
     return app
 
 
-def _add_state(app: FastAPI, service: Service, metrics: Metrics) -> None:
+def _add_health(app: FastAPI, service: Service, metrics: Metrics) -> None:
     jobs = service.jobs
 
     @app.get("/", include_in_schema=False)
@@ -79,14 +82,14 @@ def _add_state(app: FastAPI, service: Service, metrics: Metrics) -> None:
 
     @app.get("/health", tags=["state"], responses=error_responses(503))
     def health() -> Health:
-        """Whether the program lives; 503 means that only a restart helps."""
+        """Check that the worker is alive; after 503 only a restart helps."""
         if not jobs.alive:
-            raise HTTPException(503, "The worker has stopped; its log says why. Restart the program.")
+            raise HTTPException(503, "The worker has stopped. See the program's log, then restart it.")
         return Health(status="ok")
 
     @app.get("/ready", tags=["state"], responses=error_responses(503))
     def ready() -> Health:
-        """Whether a job would be taken now; 503 while the queue or the disk is full."""
+        """Check that the server would accept a job now; 503 while the queue or the disk is full."""
         health()
         try:
             jobs.check_room()
@@ -95,20 +98,20 @@ def _add_state(app: FastAPI, service: Service, metrics: Metrics) -> None:
         try:
             disk = shutil.disk_usage(jobs.folder)
         except OSError as error:
-            raise HTTPException(503, f"The output folder cannot be read: {error.strerror}.") from None
-        if disk.free < ROOM <= disk.total:  # some file systems tell nothing, and then both are 0
+            raise HTTPException(503, f"Cannot read the output folder: {error.strerror}.") from None
+        if disk.free < MIN_FREE_DISK <= disk.total:  # some file systems report 0 for both
             raise HTTPException(503, "The disk is full.")
         return Health(status="ready")
 
     @app.get("/metrics", tags=["state"], response_class=PlainTextResponse, responses=error_responses())
     def prometheus() -> PlainTextResponse:
-        """Counters in Prometheus' text format."""
+        """Return the metrics in Prometheus' text format."""
         return PlainTextResponse(metrics.text(jobs), media_type="text/plain; version=0.0.4")
 
 
-def _add_errors(app: FastAPI, service: Service) -> None:
+def _add_error_handlers(app: FastAPI, service: Service) -> None:
     @app.exception_handler(LightX2VError)
-    def known(request: Request, error: LightX2VError) -> Response:
+    def known_error(request: Request, error: LightX2VError) -> Response:
         jobs = service.jobs
         full = isinstance(error, Busy) and jobs.alive and jobs.waiting >= jobs.max_queue
         content = ErrorResponse.from_error(error, position=jobs.waiting + 1 if full else None)
@@ -122,39 +125,39 @@ def _add_errors(app: FastAPI, service: Service) -> None:
         return error_response(422, "BadRequest", f"{where}: {first['msg'][:200]}.")
 
     @app.exception_handler(HTTPException)
-    def refused(request: Request, error: HTTPException) -> Response:
+    def http_error(request: Request, error: HTTPException) -> Response:
         return error_response(error.status_code, "HTTPError", str(error.detail), dict(error.headers or {}))
+
+    @app.exception_handler(RequestRefused)
+    def refused(request: Request, error: RequestRefused) -> Response:
+        return error_response(error.status, error.kind, error.message, error.headers)
 
     @app.exception_handler(OSError)
     def full_disk(request: Request, error: OSError) -> Response:
-        """Pictures pass through the folder for temporary files, which may be on another disk than the videos."""
+        """Images pass through the folder for temporary files, which may be on another disk than the videos."""
         if error.errno not in (errno.ENOSPC, errno.EDQUOT):
             raise error
         log.error("a request could not be stored: %s", error.strerror)
-        return error_response(
-            507, "OutputError", "A disk of the server is full. Free some space there, and send it again."
-        )
+        return error_response(507, "OutputError", DISK_FULL)
 
     @app.exception_handler(Exception)
-    def unknown(request: Request, error: Exception) -> Response:
+    def unknown_error(request: Request, error: Exception) -> Response:
         number = secrets.token_hex(4)
         log.error("request %s failed\n%s", number, "".join(traceback.format_exception(error)))
-        return error_response(
-            500, "InternalError", f"Something went wrong inside the program. Its log says more, under {number}."
-        )
+        return error_response(500, "InternalError", f"Internal error. The server's log has the details under {number}.")
 
 
 class ApiMount(BaseRoute):
-    """A route for another application's list: passes PATHS on to `app` and leaves everything else alone."""
+    """A route for the list of another application: it passes requests for PATHS to `app` and no others."""
 
     def __init__(self, app: FastAPI) -> None:
         self._app = app
-        self.original_router = app.router  # as FastAPI's included routers have, for whoever lists all routes
+        self.original_router = app.router  # as FastAPI's included routers have, for code that lists all routes
 
     def matches(self, scope: Scope) -> tuple[Match, Scope]:
         path = scope.get("path", "")
-        ours = any(path.startswith(known) if known.endswith("/") else path == known for known in PATHS)
-        return (Match.FULL if ours and scope["type"] == "http" else Match.NONE), {}
+        matches = any(path.startswith(known) if known.endswith("/") else path == known for known in PATHS)
+        return (Match.FULL if matches and scope["type"] == "http" else Match.NONE), {}
 
     def url_path_for(self, name: str, /, **path_params: Any) -> URLPath:
         raise NoMatchFound(name, path_params)

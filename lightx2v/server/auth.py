@@ -1,7 +1,7 @@
-"""Who asks: the keys that are let in, and the owner that each of them stands for.
+"""ApiKeyAuth: the middleware that accepts API keys, and the owner that each key stands for.
 
-A key comes as `Authorization: Bearer KEY`, as the password of HTTP Basic (what a browser asks for, for /docs), or as
-`X-API-Key`. Jobs belong to the key that submitted them; without keys (this machine only) all belong to one owner.
+A client sends a key as `Authorization: Bearer KEY`, as the password of HTTP Basic (which a browser asks for, on /docs),
+or as `X-API-Key`. A job belongs to the key that submitted it; without keys (on loopback only) all have one owner.
 """
 
 from __future__ import annotations
@@ -19,13 +19,13 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 from .responses import error_response
 
 OWNER = "lightx2v.owner"
-"""Where the owner is kept in an ASGI scope."""
-NOBODY = "api"
-"""The owner of all jobs where there are no keys."""
+"""The key of the owner in an ASGI scope."""
+ANONYMOUS = "api"
+"""The owner of all jobs on a server without keys."""
 
 
 class ApiKeyAuth:
-    """ASGI middleware: 401 without one of the keys, on every route. Without keys everybody is let in."""
+    """ASGI middleware: 401 on every route for requests without a valid key. Without `keys` it accepts all requests."""
 
     def __init__(self, app: ASGIApp, keys: Sequence[str] = ()) -> None:
         self._app = app
@@ -35,31 +35,29 @@ class ApiKeyAuth:
         if scope["type"] != "http":
             if scope["type"] == "lifespan":
                 await self._app(scope, receive, send)
-            else:  # there are no websockets here
+            else:  # there are no websocket routes
                 await send({"type": "websocket.close", "code": 1008})
             return
-        owner = self._owner(Headers(scope=scope)) if self._owners else NOBODY
+        owner = self._owner(Headers(scope=scope)) if self._owners else ANONYMOUS
         if owner is None:
-            sentence = "An API key is needed: send the header Authorization: Bearer KEY."
-            answer = error_response(
-                401, "Unauthorized", sentence, {"WWW-Authenticate": 'Basic realm="LightX2V", charset="UTF-8"'}
-            )
-            await answer(scope, receive, send)
+            message = "This server needs an API key. Send the header Authorization: Bearer KEY."
+            headers = {"WWW-Authenticate": 'Basic realm="LightX2V", charset="UTF-8"'}
+            await error_response(401, "Unauthorized", message, headers)(scope, receive, send)
             return
         scope[OWNER] = owner
         await self._app(scope, receive, send)
 
     def _owner(self, headers: Headers) -> str | None:
-        given = _digest(_key(headers))
+        received = _digest(_key(headers))
         owner = None
-        for digest, name in self._owners.items():  # all of them, so that the time tells nothing
-            if hmac.compare_digest(given, digest):
+        for digest, name in self._owners.items():  # compares all, so that the duration reveals nothing
+            if hmac.compare_digest(received, digest):
                 owner = name
         return owner
 
 
 def owner_of(request: Request) -> str:
-    """Whose request it is."""
+    """The owner that the request's key stands for."""
     return request.scope[OWNER]
 
 

@@ -1,15 +1,16 @@
-"""A job's progress as server-sent events.
+"""EventStreams: the progress of jobs as server-sent events.
 
     event: progress    {"stage": "denoise", "step": 3, "total": 40, …}
     event: state       {"status": "in_progress"}
     event: video       the whole job, once it is over; the stream ends
 
-Ids are the numbers of the job's log, so a client that lost the line goes on where it was (Last-Event-ID).
+Event ids increase within a job, so a client that lost its connection continues with Last-Event-ID.
 """
 
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import json
 from collections.abc import AsyncIterator
 from typing import Any
@@ -22,48 +23,58 @@ from ..jobs.store import Job, JobEvent, UnknownJob
 from .responses import VIDEO_STATUS, Step, Video
 from .service import Service
 
-POLL_SECONDS = 0.25
-"""EventStreams look instead of waiting, so that a hundred of them hold no threads."""
+PAUSE_SECONDS = 0.1
+"""Least time between two reads of a stream: events that come faster arrive together."""
 ALIVE_SECONDS = 15.0
+"""Without an event for so long a comment is sent, so that proxies keep the connection."""
 MAX_STREAMS = 100
 
 
 class EventStreams:
-    """The open streams of one server; more than MAX_STREAMS are refused."""
+    """The open streams of one server, at most MAX_STREAMS. A waiting stream holds no thread."""
 
     def __init__(self, service: Service) -> None:
         self._service = service
         self._open = 0
 
     def open(self, owner: str, job: Job, after: int) -> StreamingResponse:
+        """The job's events after the one with the id `after`, until the job is over."""
         if self._open >= MAX_STREAMS:
-            raise Busy(f"{MAX_STREAMS} clients are watching already. Ask GET /v1/videos/{job.id} instead.")
+            raise Busy(f"{MAX_STREAMS} event streams are already open. Poll GET /v1/videos/{job.id} instead.")
         headers = {"Cache-Control": "no-store", "X-Accel-Buffering": "no"}
         return StreamingResponse(self._lines(owner, job.id, after), media_type="text/event-stream", headers=headers)
 
     async def _lines(self, owner: str, id: str, after: int) -> AsyncIterator[str]:
+        loop, changed = asyncio.get_running_loop(), asyncio.Event()
+
+        def wake() -> None:
+            with contextlib.suppress(RuntimeError):  # the loop was closed before the stream
+                loop.call_soon_threadsafe(changed.set)
+
         self._open += 1
-        silent = 0.0
         try:
-            while True:
-                job, events = await run_in_threadpool(self._look, owner, id, after)
-                for event in events:
-                    after = event.id
-                    yield _message(event.kind, _content(event), after)
-                if job is None or job.over:
-                    if job is not None:
-                        yield _message("video", Video.from_job(job, self._service.file_names).model_dump())
-                    return
-                silent = 0.0 if events else silent + POLL_SECONDS
-                if silent >= ALIVE_SECONDS:
-                    silent = 0.0
-                    yield ": still here\n\n"
-                await asyncio.sleep(POLL_SECONDS)
+            with self._service.jobs.listening(wake):
+                while True:
+                    changed.clear()
+                    job, events = await run_in_threadpool(self._read, owner, id, after)
+                    for event in events:
+                        after = event.id
+                        yield _message(event.kind, _content(event), after)
+                    if job is None or job.over:
+                        if job is not None:
+                            yield _message("video", Video.from_job(job, self._service.file_names).model_dump())
+                        return
+                    await asyncio.sleep(PAUSE_SECONDS)
+                    try:
+                        async with asyncio.timeout(ALIVE_SECONDS):
+                            await changed.wait()
+                    except TimeoutError:
+                        yield ": still running\n\n"
         finally:
             self._open -= 1
 
-    def _look(self, owner: str, id: str, after: int) -> tuple[Job | None, list[JobEvent]]:
-        """The job and then its events: what came before the end is never missed. Nothing once it was deleted."""
+    def _read(self, owner: str, id: str, after: int) -> tuple[Job | None, list[JobEvent]]:
+        """The job, then its events, so that those before its end are never missed. None once it is deleted."""
         try:
             job = self._service.job(owner, id)
             return job, self._service.jobs.events(id, after)

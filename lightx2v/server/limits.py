@@ -1,16 +1,18 @@
-"""What every HTTP request passes first: host name, origin, size and rate. The page's guard uses the same parts.
+"""RequestLimits: the middleware that checks host name, origin, body size and rate of every HTTP request.
 
-A web page elsewhere can make a visitor's browser talk to a server on this machine; the host name (DNS rebinding) and
-the origin give it away. Refusals are plain sentences that repeat nothing of what was sent.
+The server and the page use it. A web page elsewhere can make a visitor's browser send requests to a server on this
+machine; the host name (DNS rebinding) and the origin reveal it. Error messages repeat nothing of the request.
 """
 
 from __future__ import annotations
 
 import asyncio
+import errno
+import logging
 import threading
 import time
 from collections import OrderedDict
-from collections.abc import Set
+from collections.abc import Callable, Set
 
 from starlette.datastructures import Headers
 from starlette.responses import Response
@@ -18,15 +20,21 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from .responses import error_response
 
+log = logging.getLogger("lightx2v.server")
+
 MAX_BODY = 60_000_000
-"""Two pictures of 20 MB in base64 and some text."""
+"""Two images of 20 MB in base64 and some text."""
 BODY_SECONDS = 300.0
-"""Such a body over a line of 1.6 Mbit/s. A client that sends a byte now and then must not hold its place for ever."""
+"""Such a body at 1.6 Mbit/s. A client that sends a byte now and then must not keep its place for ever."""
 SAFE_METHODS = ("GET", "HEAD", "OPTIONS")
+DISK_FULL = "A disk of the server is full. Free some space on the server and send the request again."
+
+Respond = Callable[[int, str, str, dict[str, str] | None], Response]
+"""Makes the response to a refused request from status, type, message and headers."""
 
 
 class RateLimit:
-    """A rate limit by client: `burst` at once, then `per_second`. Remembers the last thousand clients."""
+    """A rate limit by client: `burst` requests at once, then `per_second`. Remembers the last thousand clients."""
 
     def __init__(self, per_second: float, burst: int) -> None:
         self._rate, self._burst = per_second, burst
@@ -34,7 +42,7 @@ class RateLimit:
         self._lock = threading.Lock()
 
     def take(self, client: str) -> bool:
-        """Whether this client may do one more thing now."""
+        """True if this client may send one more request now."""
         now = time.monotonic()
         with self._lock:
             left, since = self._left.pop(client, (float(self._burst), now))
@@ -46,36 +54,101 @@ class RateLimit:
         return allowed
 
 
-class BodyRefused(Exception):
-    """A body that is not read to its end: larger than it said, or too slow. The text is for the client."""
+class RequestRefused(Exception):
+    """A request that breaks a limit. The message is for the client."""
 
-    def __init__(self, status: int, sentence: str) -> None:
-        super().__init__(sentence)
-        self.status = status
+    def __init__(self, status: int, kind: str, message: str, headers: dict[str, str] | None = None) -> None:
+        super().__init__(message)
+        self.status, self.kind, self.message, self.headers = status, kind, message, headers
 
 
-def bounded(receive: Receive, limit: int, seconds: float = BODY_SECONDS) -> Receive:
-    """`receive`, raising BodyRefused past `limit` bytes, or if the body is not whole `seconds` after the first read."""
-    seen, whole, deadline = 0, False, 0.0
+class RequestLimits:
+    """ASGI middleware. `hosts` are the accepted Host headers, None for any; `origins` are hosts besides the request's
+    own whose pages may send requests, None for any. `body_limit` gives the bytes that a path accepts, `client_of` the
+    name by which clients share the rate limit, and `respond` the form of the error responses."""
 
-    async def counted() -> Message:
-        nonlocal seen, whole, deadline
-        if whole:  # what still comes is the end of the connection, which may be far
+    def __init__(
+        self,
+        app: ASGIApp,
+        *,
+        hosts: Set[str] | None = None,
+        origins: Set[str] | None = frozenset(),
+        body_limit: Callable[[str], int] = lambda path: MAX_BODY,
+        client_of: Callable[[Scope, Headers], str] = lambda scope, headers: address(scope),
+        respond: Respond = error_response,
+        per_second: float = 20,
+        burst: int = 100,
+        body_seconds: float = BODY_SECONDS,
+    ) -> None:
+        self._app, self._hosts, self._origins, self._body_seconds = app, hosts, origins, body_seconds
+        self._body_limit, self._client_of, self._respond = body_limit, client_of, respond
+        self._rate = RateLimit(per_second, burst)
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+        started = False
+
+        async def send_and_note(message: Message) -> None:
+            nonlocal started
+            started = True
+            await send(message)
+
+        try:
+            limit = self._body_limit(scope["path"])
+            self._check(scope, Headers(scope=scope), limit)
+            await self._app(scope, bounded(receive, limit, self._body_seconds), send_and_note)
+        except RequestRefused as refused:
+            response = self._respond(refused.status, refused.kind, refused.message, refused.headers)
+        except OSError as error:
+            if started or error.errno not in (errno.ENOSPC, errno.EDQUOT):
+                raise
+            log.error("a request could not be stored: %s", error.strerror)
+            response = self._respond(507, "OutputError", DISK_FULL, None)
+        else:
+            return
+        if not started:
+            await response(scope, receive, send)
+
+    def _check(self, scope: Scope, headers: Headers, limit: int) -> None:
+        if self._hosts is not None and host_name(headers.get("host", "")) not in self._hosts:
+            raise RequestRefused(403, "Forbidden", "This host name is not allowed. Restart with --allow_host NAME.")
+        if scope["method"] in SAFE_METHODS:
+            return
+        if self._origins is not None and not same_origin(headers, self._origins):
+            raise RequestRefused(403, "Forbidden", "Requests from other sites are not allowed.")
+        length = headers.get("content-length", "0")
+        if not length.isdecimal() or len(length) > 15 or int(length) > limit:
+            raise _too_large(limit)
+        if not self._rate.take(self._client_of(scope, headers)):
+            message = "Too many requests. Wait a few seconds."
+            raise RequestRefused(429, "Busy", message, {"Retry-After": "5"})
+
+
+def bounded(receive: Receive, limit: int, seconds: float) -> Receive:
+    """`receive` that refuses bodies beyond `limit` bytes, and those incomplete `seconds` after the first read."""
+    size, complete, deadline = 0, False, 0.0
+
+    async def receive_bounded() -> Message:
+        nonlocal size, complete, deadline
+        if complete:  # the next message is the end of the connection, for which there is no deadline
             return await receive()
         deadline = deadline or time.monotonic() + seconds
         try:
             async with asyncio.timeout(deadline - time.monotonic()):
                 message = await receive()
         except TimeoutError:
-            raise BodyRefused(408, f"The request was not complete after {seconds:g} seconds. Send it again.") from None
+            late = f"The request was not complete after {seconds:g} seconds. Send it again."
+            raise RequestRefused(408, "BadRequest", late) from None
         if message["type"] == "http.request":
-            seen += len(message.get("body", b""))
-            if seen > limit:
-                raise BodyRefused(413, _larger(limit))
-        whole = not message.get("more_body", False)
+            size += len(message.get("body", b""))
+            if size > limit:
+                raise _too_large(limit)
+        complete = not message.get("more_body", False)
         return message
 
-    return counted
+    return receive_bounded
 
 
 def host_name(host: str) -> str:
@@ -84,67 +157,18 @@ def host_name(host: str) -> str:
 
 
 def same_origin(headers: Headers, more: Set[str] = frozenset()) -> bool:
-    """Whether a browser sent it from our own page (or one of `more` hosts), or something that is no browser did."""
+    """True if our own page, or one from `more` hosts, sent the request, or a program that is no browser."""
     origin = headers.get("origin")
     if origin is None:
         return headers.get("sec-fetch-site", "none") != "cross-site"
-    ours = {headers.get("host", "").lower(), headers.get("x-forwarded-host", "").lower()} - {""}
-    return origin.partition("://")[2].lower() in ours | more
+    own = {headers.get("host", "").lower(), headers.get("x-forwarded-host", "").lower()} - {""}
+    return origin.partition("://")[2].lower() in own | more
 
 
-class RequestLimits:
-    """ASGI middleware. `hosts` are the Host headers that are answered, None for any."""
-
-    def __init__(
-        self,
-        app: ASGIApp,
-        hosts: Set[str] | None = None,
-        *,
-        per_second: float = 20,
-        burst: int = 100,
-        body_seconds: float = BODY_SECONDS,
-    ) -> None:
-        self._app, self._hosts, self._body_seconds = app, hosts, body_seconds
-        self._rate = RateLimit(per_second, burst)
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] != "http":
-            await self._app(scope, receive, send)
-            return
-        refusal = self._refusal(scope, Headers(scope=scope))
-        if refusal is not None:
-            await refusal(scope, receive, send)
-            return
-        started = False
-
-        async def noted(message: Message) -> None:
-            nonlocal started
-            started = True
-            await send(message)
-
-        try:
-            await self._app(scope, bounded(receive, MAX_BODY, self._body_seconds), noted)
-        except BodyRefused as body:
-            if not started:
-                await error_response(body.status, "BadRequest", str(body))(scope, receive, send)
-
-    def _refusal(self, scope: Scope, headers: Headers) -> Response | None:
-        if self._hosts is not None and host_name(headers.get("host", "")) not in self._hosts:
-            return error_response(
-                403, "Forbidden", "This host name is not served. Start the server with --allow_host NAME."
-            )
-        if scope["method"] in SAFE_METHODS:
-            return None
-        if not same_origin(headers):
-            return error_response(403, "Forbidden", "Requests from other sites are not accepted.")
-        length = headers.get("content-length", "0")
-        if not length.isdecimal() or len(length) > 15 or int(length) > MAX_BODY:
-            return error_response(413, "BadRequest", _larger(MAX_BODY))
-        if not self._rate.take(scope["client"][0] if scope.get("client") else ""):
-            sentence = "Too many requests. Wait a few seconds."
-            return error_response(429, "Busy", sentence, {"Retry-After": "5"})
-        return None
+def address(scope: Scope) -> str:
+    """The client's address."""
+    return scope["client"][0] if scope.get("client") else ""
 
 
-def _larger(limit: int) -> str:
-    return f"The request is larger than {limit // 1_000_000} MB."
+def _too_large(limit: int) -> RequestRefused:
+    return RequestRefused(413, "BadRequest", f"The request is too large: at most {limit // 1_000_000} MB are accepted.")

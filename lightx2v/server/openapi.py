@@ -48,7 +48,7 @@ def request_body(kind: type[BaseModel]) -> dict[str, Any]:
     return {"requestBody": {"required": True, "content": content}}
 
 
-def complete(app: FastAPI, *, keyed: bool) -> None:
+def complete_schema(app: FastAPI, *, keyed: bool) -> None:
     """Makes `app.openapi` hold the schemas that `request_body` refers to, and that a key is needed where one is."""
     plain = app.openapi
 

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import shutil
 import threading
+import time
 from pathlib import Path
 from typing import Any
 
@@ -56,10 +58,67 @@ def test_events_come_while_the_job_runs_and_a_client_that_leaves_costs_nothing(t
             assert parsed(stream.read().decode())[-1][2]["status"] == "completed"
 
 
+def test_a_client_resumes_a_running_jobs_events_after_the_last_one_that_it_has_seen(tmp_path: Path) -> None:
+    hold = threading.Event()
+    garage = Garage(script={"hold": Script(hold=hold, at=("denoise", 3))})
+    with serve(tmp_path, garage) as served, listening(served) as client:
+        id = served.submit("hold")
+        assert garage.started.wait(PATIENCE)
+        seen = served.jobs.events(id)
+        headers = {"Last-Event-ID": str(seen[-1].id - 1)}
+        with client.stream("GET", f"/v1/videos/{id}/events", headers=headers) as stream:
+            hold.set()
+            events_ = parsed(stream.read().decode())
+    numbers = [number for number, *_ in events_ if number is not None]
+    assert numbers == list(range(seen[-1].id, numbers[-1] + 1))
+    steps = [data["step"] for _, kind, data in events_ if kind == "progress" and data["stage"] == "denoise"]
+    assert steps == [2, 3, 4] and events_[-1][2]["status"] == "completed"
+
+
+def test_a_stream_that_waits_reads_nothing_and_hears_of_a_change_at_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    hold, reads = threading.Event(), []
+    garage = Garage(script={"hold": Script(hold=hold)})
+    with serve(tmp_path, garage) as served, listening(served) as client:
+        id = served.submit("hold")
+        assert garage.started.wait(PATIENCE)
+        read = served.jobs.events
+        monkeypatch.setattr(served.jobs, "events", lambda *given: reads.append(time.monotonic()) or read(*given))
+        with client.stream("GET", f"/v1/videos/{id}/events") as stream:
+            lines = stream.iter_lines()
+            next(lines)
+            time.sleep(1)
+            assert len(reads) == 1
+            hold.set()
+            assert any("event: video" in line for line in lines)
+
+
+def test_after_a_restart_states_are_known_and_ids_continue_beyond_the_lost_steps(tmp_path: Path) -> None:
+    garage = Garage(script={"hold": Script(hold=threading.Event())})
+    with serve(tmp_path, garage) as served:
+        id = served.submit("hold")
+        assert garage.started.wait(PATIENCE)
+        before = served.jobs.events(id)
+        assert {event.kind for event in before} == {"state", "progress"}
+        shutil.copytree(tmp_path, tmp_path / "killed")  # the folder as a process leaves it that is killed now
+    with serve(tmp_path / "killed") as served:
+        after = parsed(served.client.get(f"/v1/videos/{id}/events").text)
+        assert [data["status"] for _, kind, data in after if kind == "state"] == [
+            "queued",
+            "in_progress",
+            "interrupted",
+        ]
+        assert not [kind for _, kind, _ in after if kind == "progress"]
+        headers = {"Last-Event-ID": str(before[-1].id)}
+        resumed = parsed(served.client.get(f"/v1/videos/{id}/events", headers=headers).text)
+        assert [kind for _, kind, _ in resumed] == ["state", "video"], "the client hears of the interruption"
+
+
 def test_too_many_watchers_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(events, "MAX_STREAMS", 0)
     with serve(tmp_path) as served:
         id = served.submit()
         answer = served.client.get(f"/v1/videos/{id}/events")
-        assert answer.status_code == 429 and "watching already" in answer.json()["error"]["message"]
+        assert answer.status_code == 429 and "event streams are already open" in answer.json()["error"]["message"]
         assert "position" not in answer.json()["error"], "it is not the queue that is full"

@@ -1,4 +1,4 @@
-"""Requests that are refused before gradio sees them."""
+"""The page refuses bad requests before gradio sees them."""
 
 from __future__ import annotations
 
@@ -8,14 +8,13 @@ from types import SimpleNamespace
 
 import pytest
 from starlette.applications import Starlette
-from starlette.middleware import Middleware
 from starlette.requests import Request
 from starlette.responses import PlainTextResponse
 from starlette.routing import Route
 from starlette.testclient import TestClient
 
 from app.exposure import Exposure, Limits
-from app.web.guard import MAX_JSON, Guard
+from app.web.limits import MAX_JSON, page_limits
 from lightx2v.server import limits
 from lightx2v.server.limits import RateLimit
 
@@ -28,8 +27,7 @@ async def read(request: Request) -> PlainTextResponse:
 
 def client(exposure: Exposure, *, origins: frozenset[str] = frozenset()) -> TestClient:
     routes = [Route(path, read, methods=["GET", "POST"]) for path in ("/", "/gradio_api/upload")]
-    guard = Middleware(Guard, exposure=exposure, origins=set(origins))
-    return TestClient(Starlette(routes=routes, middleware=[guard]), base_url=HERE)
+    return TestClient(Starlette(routes=routes, middleware=[page_limits(exposure, set(origins))]), base_url=HERE)
 
 
 @pytest.fixture
@@ -102,7 +100,7 @@ def test_an_upload_to_a_full_disk_gets_507(number: int, status: int) -> None:
 
     app = Starlette(
         routes=[Route("/gradio_api/upload", full, methods=["POST"])],
-        middleware=[Middleware(Guard, exposure=Exposure(), origins=set())],
+        middleware=[page_limits(Exposure(), set())],
     )
     answer = TestClient(app, base_url=HERE, raise_server_exceptions=False).post("/gradio_api/upload", content=b"x")
     assert answer.status_code == status and "somebody" not in answer.text
