@@ -161,5 +161,8 @@ def test_a_server_whose_disk_is_full_is_alive_but_not_ready(tmp_path: Path, monk
         assert answer.status_code == 503 and "disk" in answer.json()["error"]["message"]
         monkeypatch.setattr(application.shutil, "disk_usage", lambda path: os.statvfs("/no/such/folder"))
         answer = served.client.get("/ready")
-        assert answer.status_code == 503 and "Cannot read the output folder: No such file" in answer.json()["error"]["message"]
+        assert (
+            answer.status_code == 503
+            and "Cannot read the output folder: No such file" in answer.json()["error"]["message"]
+        )
         assert served.client.get("/health").status_code == 200
