@@ -37,10 +37,10 @@ def _run(options: argparse.Namespace, context: CommandContext) -> int:
     hub = Hub()
     plan = make_plan(config, hub=hub)
     print(_table(plan))
-    if plan.lacking:
+    if plan.unavailable:
         raise DownloadError(
-            f"{len(plan.lacking)} of these are neither on this machine nor names on the Hub: "
-            f"{', '.join(plan.lacking)}. Check model_path and --models_dir."
+            f"{len(plan.unavailable)} of these are neither on this machine nor names on the Hub: "
+            f"{', '.join(plan.unavailable)}. Check model_path and --models_dir."
         )
     if options.dry_run:
         plan.check_space()
@@ -55,8 +55,8 @@ def _run(options: argparse.Namespace, context: CommandContext) -> int:
 
 def _table(plan: DownloadPlan) -> str:
     """What is needed: bytes, whether it is here, name; then the sums."""
-    rows = [(f"{size:,}", "here", name) for name, size in plan.found]
-    rows += [("", "missing", name) for name in plan.lacking]
+    rows = [(f"{size:,}", "here", name) for name, size in plan.present]
+    rows += [("", "missing", name) for name in plan.unavailable]
     for file in plan.files:
         state = "cached" if file.done else f"{100 * file.here // file.file.size} %" if file.here else "to fetch"
         rows.append((f"{file.file.size:,}", state, file.name))

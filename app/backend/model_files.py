@@ -15,7 +15,7 @@ from lightx2v.config.engine_config import EngineConfig, hub_name
 from lightx2v.errors import Cancelled, LightX2VError
 from lightx2v.hub import Hub, ensure, find_all, missing
 from lightx2v.hub.listing import HubFile, list_files
-from lightx2v.hub.plan import bytes_of, disk_free, part, planned
+from lightx2v.hub.plan import disk_free, files_below, planned_file, size_on_disk
 from lightx2v.progress import CancelToken, Meter, Progress
 
 log = logging.getLogger("lightx2v.page")
@@ -133,12 +133,14 @@ class HubFiles:
 
     def _state(self, name: str, place: Path | None, absent: Container[str]) -> FileState:
         if place is not None:
-            return FileState(name=name, ready=True, here=bytes_of(place))
+            return FileState(name=name, ready=True, here=size_on_disk(place))
         repo, inside = hub_name(name) or ("", None)
         if name not in absent or inside is None:
             return FileState(name=name, ready=False)
         self._list(repo)
-        files = [planned(self._source.repo(repo), file) for file in part(self._listings.get(repo, ()), inside)]
+        files = [
+            planned_file(self._source.repo(repo), file) for file in files_below(self._listings.get(repo, ()), inside)
+        ]
         size = sum(file.file.size for file in files) if files else None
         return FileState(name=name, ready=False, bytes=size, here=sum(file.here for file in files))
 

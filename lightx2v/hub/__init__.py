@@ -1,13 +1,15 @@
 """From names on the Hub to files on this machine.
 
     plan = make_plan(config)        # what a model needs, what is here, exact bytes, free disk
-    fetch(plan, meter=meter)        # the rest, with progress; goes on inside a file after any break
-    ensure(config, meter=meter)     # both, and nothing where all is here: what loading a model does first
-    find(name, config)              # the local file or folder of a name, or None
+    fetch(plan, meter=meter)        # download the rest, with progress; continues inside a partial file
+    ensure(config, meter=meter)     # both, where something is missing: what loading a model does first
+    find(path, config)              # the local file or folder of a path, or None
 
-Files go to the cache that all programs share (`cache.py`), so what diffusers or `hf download` fetched is not fetched
-again. huggingface_hub gives metadata, addresses and permissions; since 1.18 it starts an interrupted file over, so the
-transfer itself is ours (`transfer.py`).
+Files go to the cache that all programs share (`cache.py`): what diffusers or `hf download` has fetched is not fetched
+again. huggingface_hub gives metadata, addresses and permissions. Since 1.18 it deletes the partial file of a failed
+download (`_download_to_tmp_and_move` in its `file_download.py`), so that 28 GB would start over; that is why
+`transfer.py` exists. Once `hf_hub_download` continues a partial file again, it replaces `transfer.py` and the event
+loop in `download.py`.
 """
 
 from __future__ import annotations
@@ -18,8 +20,8 @@ from .listing import Hub
 from .plan import DownloadPlan, PlannedFile, make_plan, missing
 
 __all__ = [
-    "Hub",
     "DownloadPlan",
+    "Hub",
     "PlannedFile",
     "ensure",
     "fetch",

@@ -1,9 +1,9 @@
 """The cache of model files that all programs on this machine share, in huggingface_hub's layout.
 
-models--OWNER--REPO/blobs/ETAG               a file's content, named by its hash; ETAG.incomplete while it comes
+models--OWNER--REPO/blobs/ETAG               a file's content, named by its hash; ETAG.incomplete while it arrives
 models--OWNER--REPO/snapshots/COMMIT/PATH    a link to it
-models--OWNER--REPO/refs/main                the commit that these programs take
-.locks/models--OWNER--REPO/ETAG.lock         held by whoever fetches that content
+models--OWNER--REPO/refs/main                the current commit
+.locks/models--OWNER--REPO/ETAG.lock         held by the process that downloads that content
 """
 
 from __future__ import annotations
@@ -19,15 +19,15 @@ from pathlib import Path
 
 from ..config.model_paths import shard_names
 
-ORPHANED = 24 * 3600.0
-"""Seconds after which nobody goes on with a partial file that has a name of its own."""
-FORGOTTEN = 30 * ORPHANED
-"""The same for one that any later download can go on with."""
+ABANDONED = 24 * 3600.0
+"""Age in seconds at which a partial file with a name of its own is deleted: no program continues it."""
+STALE = 30 * ABANDONED
+"""The same for a partial file that any later download can continue."""
 
 
 @dataclass(frozen=True, slots=True)
 class CachedRepo:
-    """One model repository, `name` being OWNER/REPO, in the cache folder `cache`."""
+    """The model repository `name`, OWNER/REPO, in the cache folder `cache`."""
 
     cache: Path
     name: str
@@ -38,7 +38,7 @@ class CachedRepo:
 
     @property
     def snapshot(self) -> Path | None:
-        """The folder of the commit that programs take; None where there is none yet."""
+        """The folder of the current commit; None where there is none yet."""
         try:
             commit = (self.folder / "refs" / "main").read_text("ascii").strip()
         except (OSError, UnicodeDecodeError):
@@ -50,28 +50,28 @@ class CachedRepo:
         return self.folder / "blobs" / etag
 
     def partial(self, etag: str) -> Path:
-        """The name under which huggingface_hub before 1.18 also left partial files, and went on with them."""
+        """The partial file of a content, under the name from which huggingface_hub before 1.18 also continued."""
         return self.folder / "blobs" / f"{etag}.incomplete"
 
     def has(self, etag: str, size: int) -> bool:
         blob = self.blob(etag)
         return blob.is_file() and blob.stat().st_size == size
 
-    def find(self, inside: str | None) -> Path | None:
-        """A file, or a folder with all its parts, of the current commit; the commit's folder for None."""
+    def find(self, path: str | None) -> Path | None:
+        """A file, or a folder with all its shards, in the current commit; the commit's own folder for None."""
         snapshot = self.snapshot
-        if snapshot is None or inside is None:
+        if snapshot is None or path is None:
             return snapshot
-        path = snapshot / inside
-        return path if path.is_file() or is_whole(path) else None
+        place = snapshot / path
+        return place if place.is_file() or is_complete(place) else None
 
-    def link(self, commit: str, inside: str, etag: str) -> None:
-        """Makes a blob visible as a file of `commit`."""
-        pointer, blob = self.folder / "snapshots" / commit / inside, self.blob(etag)
+    def link(self, commit: str, path: str, etag: str) -> None:
+        """Make a blob visible as the file `path` of `commit`."""
+        pointer, blob = self.folder / "snapshots" / commit / path, self.blob(etag)
         if pointer.exists():
             return
         pointer.parent.mkdir(parents=True, exist_ok=True)
-        pointer.unlink(missing_ok=True)  # a link to something that is gone
+        pointer.unlink(missing_ok=True)  # a link whose target is gone
         try:
             pointer.symlink_to(os.path.relpath(blob, pointer.parent))
         except FileExistsError:  # another process was faster
@@ -79,8 +79,8 @@ class CachedRepo:
         except OSError:  # Windows without the right to make links: huggingface_hub moves the file, too
             os.replace(blob, pointer)
 
-    def take(self, commit: str) -> None:
-        """From now on programs take `commit`."""
+    def make_current(self, commit: str) -> None:
+        """Let all programs use `commit` from now on."""
         ref = self.folder / "refs" / "main"
         ref.parent.mkdir(parents=True, exist_ok=True)
         new = ref.with_name(f"main.{os.getpid()}.new")
@@ -89,7 +89,7 @@ class CachedRepo:
 
     @contextmanager
     def try_lock(self, etag: str) -> Iterator[bool]:
-        """Whether this process may fetch that content now. The kernel takes the lock from a process that dies."""
+        """Yield whether this process may download a content now. The kernel frees the lock of a process that dies."""
         from filelock import FileLock, SoftFileLock, Timeout
 
         path = self.cache / ".locks" / self.folder.name / f"{etag}.lock"
@@ -110,37 +110,38 @@ class CachedRepo:
             lock.release()
 
     def sweep(self) -> None:
-        """Removes partial files that nobody will go on with: after a kill huggingface_hub leaves one under a new name
-        each time, and ours may be of a commit that is history."""
+        """Delete partial files that no program will continue.
+
+        A killed huggingface_hub leaves one under a new name each time, and ours may belong to an old commit.
+        """
         for partial in self.folder.glob("blobs/*.incomplete"):
-            etag, _, own = partial.name.removesuffix(".incomplete").partition(".")
+            etag, _, own_name = partial.name.removesuffix(".incomplete").partition(".")
             try:
                 age = time.time() - partial.stat().st_mtime
             except FileNotFoundError:
                 continue
-            if age > (ORPHANED if own else FORGOTTEN) or not own and self.blob(etag).exists():
-                with self.try_lock(etag) as free:
-                    if free:
+            if age > (ABANDONED if own_name else STALE) or not own_name and self.blob(etag).exists():
+                with self.try_lock(etag) as locked:
+                    if locked:
                         partial.unlink(missing_ok=True)
 
 
 def standard_cache() -> Path:
-    """By HF_HUB_CACHE or HF_HOME, else below the home folder."""
+    """The cache folder: HF_HUB_CACHE, below HF_HOME, or below the home folder."""
     from huggingface_hub import constants
 
     return Path(constants.HF_HUB_CACHE)
 
 
-def is_whole(folder: Path) -> bool:
+def is_complete(folder: Path) -> bool:
     """Whether a folder has all its shards: those that its index names, and n of those called 1-of-n."""
     names = {path.name for path in folder.glob("*") if path.is_file()}
-    wanted: set[str] = set()
+    wanted = set[str]().union(*map(shard_names, names))
     for index in names:
         if index.endswith(".index.json"):
             try:
                 wanted |= {str(name) for name in json.loads((folder / index).read_text("utf-8"))["weight_map"].values()}
             except (OSError, ValueError, KeyError, AttributeError, TypeError):
                 return False
-    wanted = wanted.union(*map(shard_names, names))
     content = {name for name in names if not name.endswith((".index.json", "config.json"))}
     return bool(content) and wanted <= names

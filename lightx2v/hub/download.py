@@ -1,7 +1,7 @@
-"""Carrying out a plan: several files at a time, with progress for whoever waits, stopped within a moment.
+"""Carry out a download plan: several files at a time, with progress events, cancelled within a moment.
 
-The transfers run in an event loop in a thread of their own, where cancelling means closing the connections whatever
-they are doing. The caller's thread waits, tells the progress and watches the cancel token.
+The transfers run in an event loop in a thread of their own, where a cancel closes the connections at once. The caller's
+thread waits, sends the progress events and watches the cancel token.
 """
 
 from __future__ import annotations
@@ -12,6 +12,8 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable
+from concurrent.futures import Future, wait
+from functools import partial
 from typing import TypeVar
 
 from ..config.engine_config import EngineConfig
@@ -25,148 +27,125 @@ log = logging.getLogger("lightx2v.hub")
 
 T = TypeVar("T")
 
-LOOK = 0.1
+POLL = 0.1
 """Seconds between two looks at the cancel token."""
-TELL = 0.5
+REPORT_EVERY = 0.5
 """Seconds between two progress events."""
-SPAN = 5.0
+SPEED_SPAN = 5.0
 """Seconds over which the speed is measured."""
 
 
 def ensure(config: EngineConfig, *, meter: Meter, cancel: CancelToken | None = None, hub: Hub | None = None) -> None:
-    """Fetches what `config` needs and this machine lacks; asks nobody where it lacks nothing.
+    """Download what `config` needs and this machine lacks. Send no request where it lacks nothing.
 
-    DownloadError says why that is not possible, Cancelled that somebody asked to stop.
+    DownloadError says why that is not possible. Cancelled follows `cancel`.
     """
     if not missing(config):
         return
     hub = hub or Hub()
     with meter.stage("download"):
         meter.emit("download", message="Asking the Hub for the list of files.")
-        plan = attended(lambda: make_plan(config, hub=hub), cancel)
+        plan = _wait_for(_in_thread(partial(make_plan, config, hub=hub)), cancel)
         fetch(plan, meter=meter, cancel=cancel, hub=hub)
 
 
 def fetch(plan: DownloadPlan, *, meter: Meter, cancel: CancelToken | None = None, hub: Hub | None = None) -> None:
-    """Brings what `plan` lacks into the cache and makes all of it visible there.
+    """Download the rest of the plan's files into the cache and make all of them visible there.
 
-    Progress is in bytes of what was lacking. DownloadError or Cancelled leave what came, for the next time.
+    Progress counts the bytes to download. DownloadError and Cancelled keep what has arrived for the next time.
     """
     plan.check_space()
     hub = hub or Hub()
-    repos = {file.file.repo: hub.repo(file.file.repo) for file in plan.files}
+    repos = {planned.file.repo: hub.repo(planned.file.repo) for planned in plan.files}
     for repo in repos.values():
         repo.sweep()
     transfers = [Transfer(hub, repos[file.file.repo], file.file, file.here) for file in plan.files if not file.done]
     if transfers:
         log.info("Downloading %s in %d files to %s", byte_size(plan.left), len(transfers), hub.cache)
-    loop = Loop(transfers, hub)
-    board = Board(transfers, plan.left, meter)
+    progress = DownloadProgress(transfers, plan.left, meter)
+    stop = CancelToken()
+    work = _in_thread(lambda: asyncio.run(_run_all(transfers, hub, stop)))
     with meter.stage("download"):
-        attended(loop.run, cancel, tick=board.tell, stop=loop.stop)
-        board.tell(last=True)
-    for file in (*(planned.file for planned in plan.files), *plan.known):
-        repos[file.repo].link(file.commit, file.path, file.etag)
-    for name, commit in {file.file.repo: file.file.commit for file in plan.files}.items():
-        repos[name].take(commit)
-
-
-class Loop:
-    """The transfers, several at a time. `run` is called in one thread, `stop` from another."""
-
-    def __init__(self, transfers: list[Transfer], hub: Hub) -> None:
-        self._transfers, self._hub = transfers, hub
-        self._main: asyncio.Task[None] | None = None
-        self._loop: asyncio.AbstractEventLoop | None = None
-        self._stopped = False
-
-    def run(self) -> None:
         try:
-            asyncio.run(self._all())
-        except asyncio.CancelledError:
-            pass
-        except BaseExceptionGroup as group:  # one failed, and the others were cancelled with it
-            raise group.exceptions[0] from None
-
-    def stop(self) -> None:
-        self._stopped = True
-        if self._loop is not None and self._main is not None and not self._loop.is_closed():
-            self._loop.call_soon_threadsafe(self._main.cancel)
-
-    async def _all(self) -> None:
-        from huggingface_hub import get_async_session
-
-        self._loop, self._main = asyncio.get_running_loop(), asyncio.current_task()
-        if self._stopped:
-            return
-        places = asyncio.Semaphore(self._hub.at_once)
-
-        async def bring(transfer: Transfer) -> None:
-            async with places:
-                await transfer.run(client)
-
-        async with get_async_session() as client, asyncio.TaskGroup() as group:
-            for transfer in self._transfers:
-                group.create_task(bring(transfer))
+            _wait_for(work, cancel, tick=progress.send)
+        except BaseException:
+            stop.cancel()
+            wait([work], timeout=1.0)
+            raise
+        progress.send(last=True)
+    for file in (*(planned.file for planned in plan.files), *plan.reusable):
+        repos[file.repo].link(file.commit, file.path, file.etag)
+    for name, commit in {planned.file.repo: planned.file.commit for planned in plan.files}.items():
+        repos[name].make_current(commit)
 
 
-class Board:
-    """Tells how far a download is."""
+async def _run_all(transfers: list[Transfer], hub: Hub, stop: CancelToken) -> None:
+    """Run the transfers, some at a time. Cancel the others once one has failed or `stop` is set."""
+    from huggingface_hub import get_async_session
+
+    slots = asyncio.Semaphore(hub.parallel_files)
+
+    async def run(transfer: Transfer) -> None:
+        async with slots:
+            await transfer.run(client)
+
+    async with get_async_session() as client:
+        tasks = [asyncio.create_task(run(transfer)) for transfer in transfers]
+        pending = set(tasks)
+        try:
+            while pending and not stop.cancelled:
+                done, pending = await asyncio.wait(pending, timeout=POLL, return_when=asyncio.FIRST_EXCEPTION)
+                for task in done:
+                    task.result()
+        finally:
+            for task in tasks:
+                task.cancel()
+            await asyncio.gather(*tasks, return_exceptions=True)
+
+
+class DownloadProgress:
+    """Sends the progress events of a download of `total` bytes."""
 
     def __init__(self, transfers: list[Transfer], total: int, meter: Meter) -> None:
         self._transfers, self._total, self._meter = transfers, total, meter
-        self._seen: deque[tuple[float, int]] = deque([(time.monotonic(), 0)])
+        self._sent: deque[tuple[float, int]] = deque([(time.monotonic(), 0)])
+        """When each event of the last seconds was sent, and the bytes by then."""
 
-    def tell(self, *, last: bool = False) -> None:
-        """One event, if it is time for one."""
+    def send(self, *, last: bool = False) -> None:
+        """Send one event if it is time for one."""
         now = time.monotonic()
-        if not last and now - self._seen[-1][0] < TELL and len(self._seen) > 1:
+        if not last and now - self._sent[-1][0] < REPORT_EVERY and len(self._sent) > 1:
             return
         left = sum(transfer.file.size - transfer.done for transfer in self._transfers)
         done = min(max(0, self._total - left), self._total)
-        while len(self._seen) > 1 and now - self._seen[0][0] > SPAN:
-            self._seen.popleft()
-        then, before = self._seen[0]
-        self._seen.append((now, done))
+        while len(self._sent) > 1 and now - self._sent[0][0] > SPEED_SPAN:
+            self._sent.popleft()
+        then, before = self._sent[0]
+        self._sent.append((now, done))
         speed = max(0, done - before) / max(now - then, 1e-3)
         note = next((f"{t.file.path.rpartition('/')[2]}: {t.note}" for t in self._transfers if t.note), "")
         message = f"{byte_size(done)} of {byte_size(self._total)}, {byte_size(speed)}/s" + (f", {note}" if note else "")
         self._meter.emit("download", done, self._total, message=message)
 
 
-def attended(
-    work: Callable[[], T],
-    cancel: CancelToken | None,
-    *,
-    tick: Callable[[], None] = lambda: None,
-    stop: Callable[[], None] | None = None,
-) -> T:
-    """`work()` in a thread, while this one calls `tick` and watches `cancel`. Its result, its error, or Cancelled.
+def _in_thread(work: Callable[[], T]) -> Future[T]:
+    """Start `work` in a daemon thread, so that the process can end while a server does not answer."""
+    future: Future[T] = Future()
 
-    `stop` makes the work end; without it a cancelled work is left to end by itself.
-    """
-    results: list[T] = []
-    errors: list[BaseException] = []
-
-    def caught() -> None:
+    def run() -> None:
         try:
-            results.append(work())
+            future.set_result(work())
         except BaseException as error:  # raised again in the caller's thread
-            errors.append(error)
+            future.set_exception(error)
 
-    thread = threading.Thread(target=caught, name="lightx2v-download", daemon=True)
-    thread.start()
-    try:
-        while thread.is_alive():
-            thread.join(LOOK)
-            if cancel is not None:
-                cancel.check()
-            tick()
-    except BaseException:
-        if stop is not None:
-            stop()
-            thread.join(1.0)
-        raise
-    if errors:
-        raise errors[0]
-    return results[0]
+    threading.Thread(target=run, name="lightx2v-download", daemon=True).start()
+    return future
+
+
+def _wait_for(future: Future[T], cancel: CancelToken | None, *, tick: Callable[[], None] = lambda: None) -> T:
+    """The future's result. Until it is there, call `tick` and raise Cancelled once `cancel` is set."""
+    while not wait([future], timeout=POLL).done:
+        if cancel is not None:
+            cancel.check()
+        tick()
+    return future.result()

@@ -1,4 +1,4 @@
-"""Before a download: what a model needs, what of it is here, the exact bytes of the rest, and whether they fit."""
+"""Plan a download: what a model needs, what this machine has of it, the exact bytes of the rest, and whether they fit."""
 
 from __future__ import annotations
 
@@ -15,13 +15,12 @@ from .find import find, find_all, find_cached, local_model_folder
 from .listing import Hub, HubFile, list_files
 
 SPARE = 0.05
-"""Share of the download that has to be free on top of it: other programs write, too."""
+"""Share of the download that must be free beyond it, because other programs write too."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PlannedFile:
-    """A file that a model needs from the Hub; `here` of its bytes are on this machine, and if it is `done` all of them,
-    checked."""
+    """A file that a model needs from the Hub. `here` of its bytes are in the cache; `done`: all of them, verified."""
 
     file: HubFile
     here: int
@@ -38,37 +37,40 @@ class PlannedFile:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class DownloadPlan:
-    """`files` make up what was missing. `found` are the needed names that are here, each with its size; `known` other
-    files of the same commits whose content is here; `lacking` needed names that are neither here nor on the Hub. `free`
-    is what is free on the cache's disk, in bytes."""
+    """What a configuration needs, and what of it is to be downloaded into the folder `cache`.
+
+    `files` make up the missing names. `present` are the needed names on this machine, each with its size; `unavailable`
+    those that are neither here nor on the Hub. `reusable` are other files of the same commits with their content in the
+    cache. `free` is the free space of the cache's disk, in bytes.
+    """
 
     files: tuple[PlannedFile, ...]
-    found: tuple[tuple[str, int], ...]
-    lacking: tuple[str, ...]
-    known: tuple[HubFile, ...]
+    present: tuple[tuple[str, int], ...]
+    unavailable: tuple[str, ...]
+    reusable: tuple[HubFile, ...]
     cache: Path
     free: int
 
     @property
     def left(self) -> int:
-        """Bytes to fetch."""
+        """Bytes to download."""
         return sum(file.left for file in self.files)
 
     def check_space(self) -> None:
-        """DownloadError with the numbers if what is left does not fit on the disk."""
+        """Raise DownloadError with the sizes if the download does not fit on the disk."""
         need = int(self.left * (1 + SPARE))
         if need > self.free:
             raise DownloadError(
-                f"{byte_size(self.left)} are to be downloaded, and {byte_size(self.free)} are free on the disk of "
+                f"The download of {byte_size(self.left)} does not fit: {byte_size(self.free)} are free on the disk of "
                 f"{short_path(self.cache)}. Free {byte_size(need - self.free)} more, or set HF_HOME to a folder on a "
                 "larger disk."
             )
 
 
 def missing(config: EngineConfig) -> list[str]:
-    """The names of files and folders that `config` needs, that are not on this machine and may be on the Hub.
+    """The needed names that are not on this machine and may be on the Hub.
 
-    A model folder that is here is taken as it is: nothing is put into it or beside it.
+    A local model folder is taken as it is: nothing is downloaded into it or for it.
     """
     own_model = local_model_folder(config) is not None
     return [
@@ -78,77 +80,70 @@ def missing(config: EngineConfig) -> list[str]:
     ]
 
 
-def partners_on_hub(config: EngineConfig) -> list[str]:
-    """Names that the Hub may have for the partners of LoRAs that are given for both experts.
+def partners_on_hub(config: EngineConfig) -> list[tuple[str, str]]:
+    """(repository, file) that the Hub may have for the partners of LoRAs that are given for both experts.
 
     A local LoRA has its partner beside it, if it has one.
     """
     loras = [lora.path for lora in config.lora_configs if lora.expert == "auto"]
-    from_hub = [path for path in loras if find(path, config) == find_cached(path)]
-    names = [name for path in from_hub for name in partner_names(path) if (hub_name(name) or ("", None))[1]]
-    return [name for name in names if find(name, config) is None]
+    names = [name for path in loras if find(path, config) == find_cached(path) for name in partner_names(path)]
+    partners = [hub_name(name) for name in names if find(name, config) is None]
+    return [(partner[0], partner[1]) for partner in partners if partner and partner[1]]
 
 
 def make_plan(
-    config: EngineConfig, *, hub: Hub | None = None, free: Callable[[Path], int] | None = None
+    config: EngineConfig, *, hub: Hub | None = None, free: Callable[[Path], int] = lambda folder: disk_free(folder)
 ) -> DownloadPlan:
-    """Asks the Hub about what is missing, one question a repository. DownloadError where it has no answer.
+    """Ask the Hub about what is missing, with one request per repository. DownloadError where it has no answer.
 
-    `free` tells what is free at a path, in bytes.
+    `free` returns the free bytes of a folder's disk.
     """
     hub = hub or Hub()
-    absent = missing(config)
-    found, lacking = [], []
-    for name, place in find_all(config).items():
-        if place is not None:
-            found.append((name, bytes_of(place)))
-        elif name not in absent:
-            lacking.append(name)
+    places, absent = find_all(config), missing(config)
     wanted: dict[str, list[str]] = {}
     for name in absent:
-        repo, inside = hub_name(name) or ("", None)
-        if inside is None:
+        repo, path = hub_name(name) or ("", None)
+        if path is None:
             raise ConfigError(
                 f"There is no {name} on this machine, and on the Hub it would be a whole repository. "
-                "Check the path, or name the file or the folder in the repository that is meant."
+                "Check the path, or name a file or a folder inside the repository."
             )
-        wanted.setdefault(repo, []).append(inside + "/" * name.endswith("/"))
-    partners = [name for name in map(hub_name, partners_on_hub(config)) if name and name[0] in wanted]
-    for repo, inside in partners:  # they come along where the Hub has them
-        wanted[repo].append(inside or "")
+        wanted.setdefault(repo, []).append(path + "/" * name.endswith("/"))
     files: dict[str, PlannedFile] = {}
-    known = []
-    for repo, insides in wanted.items():
-        listing = list_files(hub, repo)
-        cached = hub.repo(repo)
-        for inside in insides:
-            chosen = part(listing, inside)
-            if not chosen and (repo, inside) in partners:
-                continue
-            if not chosen:
-                raise DownloadError(
-                    f"{repo} has no {inside}. It has: {', '.join(sorted(_tops(listing))[:20]) or 'no files'}. "
-                    "Name one of these in the configuration."
-                )
-            files |= {f"{repo}/{file.path}": planned(cached, file) for file in chosen}
-        known += [file for file in listing if f"{repo}/{file.path}" not in files and cached.has(file.etag, file.size)]
+    reusable: list[HubFile] = []
+    for repo, paths in wanted.items():
+        listing, cached = list_files(hub, repo), hub.repo(repo)
+        chosen = [file for path in paths for file in _required(listing, path, repo)]
+        chosen += [file for at, path in partners_on_hub(config) if at == repo for file in files_below(listing, path)]
+        files |= {f"{repo}/{file.path}": planned_file(cached, file) for file in chosen}
+        reusable += [file for file in listing if file not in chosen and cached.has(file.etag, file.size)]
     return DownloadPlan(
         files=tuple(sorted(files.values(), key=lambda planned: planned.file.size)),
-        found=tuple(found),
-        lacking=tuple(lacking),
-        known=tuple(known),
+        present=tuple((name, size_on_disk(place)) for name, place in places.items() if place is not None),
+        unavailable=tuple(name for name, place in places.items() if place is None and name not in absent),
+        reusable=tuple(reusable),
         cache=hub.cache,
-        free=(free or disk_free)(hub.cache),
+        free=free(hub.cache),
     )
 
 
-def part(listing: Iterable[HubFile], inside: str) -> list[HubFile]:
-    """The file `inside` a repository, or all files of that folder."""
-    return [file for file in listing if file.path == inside or file.path.startswith(inside.rstrip("/") + "/")]
+def files_below(listing: Iterable[HubFile], path: str) -> list[HubFile]:
+    """The file `path` of a repository, or all files of that folder."""
+    return [file for file in listing if file.path == path or file.path.startswith(path.rstrip("/") + "/")]
 
 
-def planned(cached: CachedRepo, file: HubFile) -> PlannedFile:
-    """A file with what the cache has of it."""
+def _required(listing: list[HubFile], path: str, repo: str) -> list[HubFile]:
+    if files := files_below(listing, path):
+        return files
+    top = {file.path.partition("/")[0] + "/" * ("/" in file.path) for file in listing}
+    raise DownloadError(
+        f"{repo} has no {path}. It has: {', '.join(sorted(top)[:20]) or 'no files'}. Name one of these in the "
+        "configuration."
+    )
+
+
+def planned_file(cached: CachedRepo, file: HubFile) -> PlannedFile:
+    """A file with the number of its bytes in the cache."""
     if cached.has(file.etag, file.size):
         return PlannedFile(file=file, here=file.size, done=True)
     try:
@@ -158,17 +153,12 @@ def planned(cached: CachedRepo, file: HubFile) -> PlannedFile:
     return PlannedFile(file=file, here=size if size <= file.size else 0)
 
 
-def bytes_of(path: Path) -> int:
-    """The size of a file, or of all files in a folder."""
+def size_on_disk(path: Path) -> int:
+    """Bytes of a file, or of all files in a folder."""
     return sum(p.stat().st_size for p in path.rglob("*") if p.is_file()) if path.is_dir() else path.stat().st_size
 
 
 def disk_free(folder: Path) -> int:
-    """Bytes that are free on the disk of `folder`, which need not exist yet."""
+    """Free bytes of the disk of `folder`, which need not exist yet."""
     folder = folder.absolute()
     return shutil.disk_usage(next(path for path in (folder, *folder.parents) if path.exists())).free
-
-
-def _tops(listing: Iterable[HubFile]) -> set[str]:
-    """Files and folders at the top of a repository."""
-    return {file.path.partition("/")[0] + "/" * ("/" in file.path) for file in listing}

@@ -1,4 +1,4 @@
-"""One file from the Hub into the cache: from where it broke off, checked by its hash, there whole or not at all."""
+"""Download one file into the cache: resumable, checked by its hash, visible only when it is complete."""
 
 from __future__ import annotations
 
@@ -9,25 +9,23 @@ import os
 import re
 from pathlib import Path
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, Self
+from typing import Any, Self
 
 from ..errors import DownloadError, byte_size, short_path
-from .listing import Hub, HubFile, explain, failures
-
-if TYPE_CHECKING:
-    from .cache import CachedRepo
+from .cache import CachedRepo
+from .listing import Hub, HubFile, explain, request_errors
 
 log = logging.getLogger("lightx2v.hub")
 
 CHUNK = 1 << 20
-"""Bytes from the line that are written and hashed at once; at most so much is lost when the process is killed."""
+"""Bytes of a partial file that are read and hashed at once."""
 LONGEST_PAUSE = 60.0
 BUSY = (408, 425, 429, 500, 502, 503, 504)
-"""Answers after which asking again may help."""
+"""Statuses after which another try may help."""
 
 
 class Broken(Exception):
-    """The line or the answer failed in a way that another try may mend. `pause` is what the server asks for."""
+    """A connection or a response failed in a way that another try may mend. `pause` is the server's Retry-After."""
 
     def __init__(self, reason: str, pause: float = 0.0) -> None:
         super().__init__(reason)
@@ -35,7 +33,7 @@ class Broken(Exception):
 
 
 class Transfer:
-    """`run` brings one file. `done` of its bytes are on disk and `note` says what is going on, at any time."""
+    """The download of one file. `done` of its bytes are on disk; `note` says what happens now."""
 
     def __init__(self, hub: Hub, repo: CachedRepo, file: HubFile, done: int) -> None:
         self.hub, self.repo, self.file = hub, repo, file
@@ -43,65 +41,65 @@ class Transfer:
         self.note = ""
 
     async def run(self, client: Any) -> None:
-        """Fetches the rest of the file, over a httpx client; waits where another process is at it."""
+        """Download the rest of the file with an httpx client. Wait while another process downloads it."""
         file, repo = self.file, self.repo
+        path = repo.partial(file.etag)
         while not repo.has(file.etag, file.size):
-            with repo.try_lock(file.etag) as ours:
-                if ours and not repo.has(file.etag, file.size):
+            with repo.try_lock(file.etag) as locked:
+                if locked and not repo.has(file.etag, file.size):
                     try:
-                        with Partial(repo.partial(file.etag), file) as partial:
-                            await self._fill(client, partial)
-                        os.replace(partial.path, repo.blob(file.etag))
+                        with PartialFile(path, file) as partial:
+                            await self._complete(client, partial)
+                        os.replace(path, repo.blob(file.etag))
                     except OSError as error:
-                        raise not_written(error, repo.partial(file.etag), file, self.done) from None
-            if not ours:
+                        raise _not_written(error, path, file, self.done) from None
+            if not locked:
                 self.note = "another program is downloading it; waiting"
                 await asyncio.sleep(0.2)
-                self.done = size_of(repo.partial(file.etag))
+                self.done = path.stat().st_size if path.exists() else 0
         self.done, self.note = file.size, ""
 
-    async def _fill(self, client: Any, partial: Partial) -> None:
-        """Until the content is there and is the right one."""
+    async def _complete(self, client: Any, partial: PartialFile) -> None:
+        """Send requests until the content is complete and has the right hash."""
+        file = self.file
         if partial.size:
-            self.note = "checking what is here"
-            await partial.read_again()
-            log.info("%s goes on at %s of %s", self.file.path, byte_size(partial.size), byte_size(self.file.size))
+            self.note = "checking the partial file"
+            await partial.hash_again()
+            log.info("Continuing %s at %s of %s", file.path, byte_size(partial.size), byte_size(file.size))
         resumed = partial.size > 0
         failed = 0
         while True:
             self.done, self.note = partial.size, ""
-            if partial.size == self.file.size:
-                if partial.right:
+            if partial.size == file.size:
+                if partial.hash_matches:
                     self.note = "writing it to the disk"
-                    await asyncio.to_thread(partial.settle)
+                    await asyncio.to_thread(partial.flush)
                     return
-                partial.begin()
+                partial.clear()
                 if not resumed:
                     raise DownloadError(
-                        f"{self.file.path} of {self.file.repo} came with another content than the Hub says it has (its "
-                        "checksum differs), so it was thrown away. Try again; if it happens again, a proxy or the "
-                        "mirror in HF_ENDPOINT changes files."
+                        f"{file.path} from {file.repo} does not have the checksum that the Hub lists for it, so it was "
+                        "deleted. Try again. If it happens again, a proxy or the mirror in HF_ENDPOINT changes files."
                     )
-                log.warning("What was here of %s was damaged; it starts over.", self.file.path)
+                log.warning("The partial file of %s was damaged; downloading it from the start.", file.path)
                 resumed = False
             before = partial.size
             try:
-                await self._stream(client, partial)
+                await self._request(client, partial)
             except Broken as broken:
                 failed = 0 if partial.size > before else failed + 1
                 if failed >= self.hub.tries:
                     raise DownloadError(
-                        f"{self.file.path} of {self.file.repo} stopped at {byte_size(partial.size)} of "
-                        f"{byte_size(self.file.size)} ({broken}), {failed} times in a row. What came is kept: start "
-                        "again to go on from there."
+                        f"{file.path} from {file.repo} stopped at {byte_size(partial.size)} of {byte_size(file.size)} "
+                        f"({broken}), {failed} times in a row. The downloaded bytes are kept: start again to continue."
                     ) from None
-                pause = max(broken.pause, self.hub.pause * 2 ** max(0, failed - 1))
+                pause = min(max(broken.pause, self.hub.pause * 2 ** max(0, failed - 1)), LONGEST_PAUSE)
                 self.note = f"{broken}; trying again"
-                log.warning("%s: %s; trying again in %.0f s.", self.file.path, broken, min(pause, LONGEST_PAUSE))
-                await asyncio.sleep(min(pause, LONGEST_PAUSE))
+                log.warning("%s: %s; trying again in %.0f s.", file.path, broken, pause)
+                await asyncio.sleep(pause)
 
-    async def _stream(self, client: Any, partial: Partial) -> None:
-        """One request for what is left. Returns at the file's end; Broken where it comes earlier."""
+    async def _request(self, client: Any, partial: PartialFile) -> None:
+        """Send one request for the rest of the file. Return at the file's end; raise Broken where it stops earlier."""
         from huggingface_hub import hf_hub_url
         from huggingface_hub.errors import OfflineModeIsEnabled
         from huggingface_hub.utils import build_hf_headers
@@ -111,46 +109,39 @@ class Transfer:
         headers = build_hf_headers() | {"Accept-Encoding": "identity"}
         if partial.size:
             headers["Range"] = f"bytes={partial.size}-"
-        clock = asyncio.get_running_loop().time
+        now = asyncio.get_running_loop().time
         try:
             async with (
-                asyncio.timeout(self.hub.stall) as patience,
+                asyncio.timeout(self.hub.stall) as silence,
                 client.stream("GET", url, headers=headers, timeout=None) as response,
             ):
-                await self._check(response, partial)
-                waiting = bytearray()
-                try:
-                    async for piece in response.aiter_raw():
-                        patience.reschedule(clock() + self.hub.stall)
-                        waiting += piece[: file.size - partial.size - len(waiting)]
-                        self.done = partial.size + len(waiting)
-                        if len(waiting) >= CHUNK:
-                            partial.write(waiting)
-                            waiting.clear()
-                        if self.done == file.size:  # a longer answer is a lie, and the hash will tell
-                            break
-                finally:
-                    partial.write(waiting)
+                await self._check_head(response, partial)
+                async for data in response.aiter_raw():
+                    silence.reschedule(now() + self.hub.stall)
+                    partial.write(data[: file.size - partial.size])
+                    self.done = partial.size
+                    if self.done == file.size:  # the hash decides about a response that is longer
+                        return
         except TimeoutError:
             raise Broken(f"no byte for {self.hub.stall:g} seconds") from None
-        except failures() as error:
+        except request_errors() as error:
             if isinstance(error, OfflineModeIsEnabled):
                 raise explain(error, self.hub, file.repo) from None
             raise Broken(f"the connection broke ({str(error) or type(error).__name__:.100})") from None
-        if partial.size < file.size:
-            raise Broken("the answer ended early")
+        if partial.size < file.size:  # a file of 0 bytes has no data to wait for
+            raise Broken("the response ended early")
 
-    async def _check(self, response: Any, partial: Partial) -> None:
-        """The answer's head. Broken, or a DownloadError where asking again would not help."""
+    async def _check_head(self, response: Any, partial: PartialFile) -> None:
+        """Check status and headers. Raise Broken, or a DownloadError where another try would not help."""
         status, file = response.status_code, self.file
         if status >= 400:
             await response.aread()
         if status == 416:
-            partial.begin()
-            raise Broken("the server refuses to go on there (416), so the file starts over")
-        # Signed addresses of a content network expire with 403; the Hub gives a new one when asked again.
-        elsewhere = not str(response.url).startswith(self.hub.endpoint)
-        if status in BUSY or (status == 403 and elsewhere):
+            partial.clear()
+            raise Broken("the server refuses to continue there (416), so the file starts over")
+        # Signed addresses of a content network expire with 403. Another request to the Hub gets a new one.
+        from_cdn = not str(response.url).startswith(self.hub.endpoint)
+        if status in BUSY or (status == 403 and from_cdn):
             after = response.headers.get("retry-after", "")
             raise Broken(f"the server answered {status}", float(after) if after.isdecimal() else 0.0)
         if status not in (200, 206):
@@ -158,41 +149,39 @@ class Transfer:
 
             try:
                 hf_raise_for_status(response)
-            except failures() as error:
+            except request_errors() as error:
                 raise explain(error, self.hub, file.repo) from None
             raise Broken(f"the server answered {status}")
         if status == 200 and partial.size:
-            log.info("The server does not go on inside %s; it starts over.", file.path)
-            partial.begin()
+            log.info("The server sends %s from the start.", file.path)
+            partial.clear()
         span = response.headers.get("content-range", "")
         if status == 206 and span.replace(" ", "") != f"bytes{partial.size}-{file.size - 1}/{file.size}":
-            raise Broken(f"the server sends another part than the one asked for ({span:.60})")
+            raise Broken(f"the server sends another range than the requested one ({span:.60})")
         length = response.headers.get("content-length", "")
         if length and length != str(file.size - partial.size):
-            raise Broken(f"the server says {length:.20} bytes, the Hub {file.size - partial.size}")
+            raise Broken(f"the server announces {length:.20} bytes, the Hub lists {file.size - partial.size}")
 
 
-class Partial:
+class PartialFile:
     """The first `size` bytes of a file on disk, and their hash."""
 
     def __init__(self, path: Path, file: HubFile) -> None:
-        self.path = path
-        self._file = file
+        self.path, self._file = path, file
         path.parent.mkdir(parents=True, exist_ok=True)
         self._stream = path.open("r+b" if path.exists() else "w+b", buffering=0)
-        self.size = size_of(path)
+        self.size = path.stat().st_size
         self._hash = self._new_hash()
         if self.size > file.size:
-            self.begin()
+            self.clear()
 
-    def begin(self) -> None:
-        """Back to nothing."""
+    def clear(self) -> None:
         self._stream.seek(0)
         self._stream.truncate()
         self.size, self._hash = 0, self._new_hash()
 
-    async def read_again(self) -> None:
-        """Hashes what an earlier process left; others get their turn meanwhile."""
+    async def hash_again(self) -> None:
+        """Hash the bytes of an earlier process. The other transfers get their turn in between."""
         self._stream.seek(0)
         left = self.size
         while left and (data := self._stream.read(min(left, CHUNK))):
@@ -201,31 +190,31 @@ class Partial:
             await asyncio.sleep(0)
         self.size -= left
 
-    def write(self, data: bytes | bytearray) -> None:
-        """Appends, at its own place: should a lock not hold, two writers put the same bytes at the same places."""
+    def write(self, data: bytes) -> None:
+        """Append `data` at its own offset: should a lock not hold, two writers put the same bytes in the same place."""
         view = memoryview(data)
         while view:
             try:
                 self._stream.seek(self.size)
                 written = self._stream.write(view) or 0
-            except OSError as error:
-                raise not_written(error, self.path, self._file, self.size) from None
+            except OSError as error:  # here and not in the caller, which takes an OSError for a network failure
+                raise _not_written(error, self.path, self._file, self.size) from None
             self._hash.update(view[:written])
             self.size += written
             view = view[written:]
 
-    def settle(self) -> None:
-        """Waits until the disk has it: a name must not outlive a power cut that its content does not."""
+    def flush(self) -> None:
+        """Wait until the content is on the disk: after a power cut, a complete name must not have a partial content."""
         os.fsync(self._stream.fileno())
 
     @property
-    def right(self) -> bool:
+    def hash_matches(self) -> bool:
         return self._hash.hexdigest() == self._file.etag
 
     def _new_hash(self) -> Any:
         if re.fullmatch(r"[0-9a-f]{64}", self._file.etag):
             return hashlib.sha256()
-        return hashlib.sha1(b"blob %d\0" % self._file.size, usedforsecurity=False)  # as git names a file's content
+        return hashlib.sha1(b"blob %d\0" % self._file.size, usedforsecurity=False)  # git's name of a file's content
 
     def __enter__(self) -> Self:
         return self
@@ -234,16 +223,9 @@ class Partial:
         self._stream.close()
 
 
-def size_of(path: Path) -> int:
-    try:
-        return path.stat().st_size
-    except FileNotFoundError:
-        return 0
-
-
-def not_written(error: OSError, path: Path, file: HubFile, size: int) -> DownloadError:
+def _not_written(error: OSError, path: Path, file: HubFile, size: int) -> DownloadError:
     return DownloadError(
         f"{file.path} could not be written to {short_path(path.parent, 3)} ({error.strerror or error}) at "
         f"{byte_size(size)} of {byte_size(file.size)}. Free space there, or set HF_HOME to a folder on a larger disk. "
-        "What came is kept: start again to go on from there."
+        "The downloaded bytes are kept: start again to continue."
     )

@@ -96,7 +96,7 @@ def test_local_files_are_used_and_only_the_rest_is_fetched(home: Path, server: H
     local.write_bytes(b"mine")
     config = replace(merged(), models_dir=str(home / "models"))
     plan = make_plan(config, hub=quick(server))
-    assert (f"{DISTILLED}/{HIGH}", 4) in plan.found and not server.bytes_of(HIGH)
+    assert (f"{DISTILLED}/{HIGH}", 4) in plan.present and not server.bytes_of(HIGH)
     ensure(config, meter=Meter(), hub=quick(server))
     assert locate(config).high == local and not server.bytes_of(HIGH)
 
@@ -140,7 +140,9 @@ def test_a_new_commit_with_the_same_files_costs_no_bytes(home: Path, server: Hub
 def test_a_plan_that_does_not_fit_is_refused_with_the_numbers(home: Path, server: HubServer) -> None:
     hub = quick(server)
     plan = make_plan(merged(), hub=hub, free=lambda folder: 300_000)
-    with pytest.raises(DownloadError, match=r"535 kB are to be downloaded, and 300 kB are free .* Free 262 kB more"):
+    with pytest.raises(
+        DownloadError, match=r"The download of 535 kB does not fit: 300 kB are free .* Free 262 kB more"
+    ):
         fetch(plan, meter=Meter(), hub=hub)
     assert not server.sent and not (home / "hub").exists()
 
@@ -211,7 +213,7 @@ def test_a_whole_repository_is_never_fetched(server: HubServer) -> None:
 @pytest.mark.parametrize("name", ["../../evil", "/evil", "a\\..\\evil", "high_noise_model/../../evil"])
 def test_a_listing_cannot_name_files_outside_of_the_cache(server: HubServer, name: str) -> None:
     server.files[BASE][name] = b"x"
-    with pytest.raises(DownloadError, match="without a size or a proper name"):
+    with pytest.raises(DownloadError, match="without a size or a valid name"):
         make_plan(merged(), hub=quick(server))
 
 

@@ -87,7 +87,7 @@ def test_a_preset_fetches_what_it_needs_and_nothing_else(preset: str, server: Hu
         kind, repos = "base", set[str]()
     text, encoders = ("fp8", {"lightx2v/Encoders"}) if "fp8" in preset else ("bf16", set[str]())
     base_repo = f"Wan-AI/Wan2.2-{engine.task.upper()}-A14B"
-    assert not plan.lacking and {file.file.repo for file in plan.files} == {base_repo, *repos, *encoders}
+    assert not plan.unavailable and {file.file.repo for file in plan.files} == {base_repo, *repos, *encoders}
     sizes = {file.file.path: file.file.size for file in plan.files}
     rest = {path for path, size in sizes.items() if size < GB}
     assert {"high_noise_model/config.json", "google/umt5-xxl/tokenizer.json", "Wan2.1_VAE.pth"} <= rest

@@ -56,9 +56,9 @@ def merged() -> EngineConfig:
     return resolve("i2v_distill_merged").engine
 
 
-def quick(server: HubServer, *, tries: int = 3, stall: float = 20.0, at_once: int = 4) -> Hub:
+def quick(server: HubServer, *, tries: int = 3, stall: float = 20.0, parallel_files: int = 4) -> Hub:
     """The server's Hub, without waiting between tries."""
-    return Hub(endpoint=server.url, pause=0.001, tries=tries, stall=stall, at_once=at_once)
+    return Hub(endpoint=server.url, pause=0.001, tries=tries, stall=stall, parallel_files=parallel_files)
 
 
 def point_here(patch: pytest.MonkeyPatch, home: Path) -> Path:
