@@ -1,4 +1,4 @@
-"""Plan a download: what a model needs, what this machine has of it, the exact bytes of the rest, and whether they fit."""
+"""Plan a download: what a model needs, what of it is here, the exact bytes of the rest, and whether they fit."""
 
 from __future__ import annotations
 

@@ -141,9 +141,7 @@ def test_a_partial_file_with_all_bytes_or_more_is_checked_first(home: Path, serv
 
 def test_a_file_with_the_wrong_checksum_is_deleted(home: Path, server: HubServer) -> None:
     server.said[HIGH] = content(SIZE, 99)
-    with pytest.raises(
-        DownloadError, match=rf"{HIGH} from {DISTILLED} does not have the checksum that the Hub lists .*deleted"
-    ):
+    with pytest.raises(DownloadError, match=rf"{HIGH} from {DISTILLED} does not have the checksum .*deleted"):
         fetch_all(server)
     blobs = snapshot(home, server, DISTILLED).parents[1] / "blobs"
     assert sha256(server.said[HIGH]) not in {path.name for path in blobs.iterdir()}
@@ -154,18 +152,14 @@ def test_a_file_with_the_wrong_checksum_is_deleted(home: Path, server: HubServer
 @pytest.mark.parametrize("length", [SIZE - 1, SIZE + 1, 10**12])
 def test_a_lie_about_the_length_is_not_believed(home: Path, server: HubServer, length: int) -> None:
     server.faults[HIGH] = [Fault(length=length) for _ in range(9)]
-    with pytest.raises(
-        DownloadError, match=rf"the server announces {length} bytes, the Hub lists {SIZE}\), 3 times in a row"
-    ):
+    with pytest.raises(DownloadError, match=rf"announces {length} bytes, the Hub lists {SIZE}\), 3 times"):
         fetch_all(server)
     assert partial(home, server).stat().st_size == 0
 
 
 def test_a_line_that_brings_nothing_ends_the_download_and_keeps_what_came(home: Path, server: HubServer) -> None:
     server.faults[HIGH] = [Fault(cut_after=70_000), *(Fault(cut_after=0) for _ in range(9))]
-    with pytest.raises(
-        DownloadError, match=r"stopped at 70 kB of 200 kB \(.*\), 3 times in a row. The downloaded bytes are kept"
-    ):
+    with pytest.raises(DownloadError, match=r"stopped at 70 kB of 200 kB \(.*\), 3 times in a row\. The .* are kept"):
         fetch_all(server)
     assert partial(home, server).stat().st_size == 70_000
 
