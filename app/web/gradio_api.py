@@ -26,7 +26,19 @@ from ..form.fields import new_seed
 KEYS = tuple(name for name in SETTINGS if name != "seed")
 """Keys of the argument `settings`: the seed is an argument of its own."""
 
-REPORTED = ("seed", "height", "width", "frames", "fps", "file_bytes", "device", "attention", "timings", "warnings")
+REPORTED = (
+    "seed",
+    "height",
+    "width",
+    "frames",
+    "fps",
+    "sampler",
+    "file_bytes",
+    "device",
+    "attention",
+    "timings",
+    "warnings",
+)
 """The parts of a report that leave the machine: no paths, no configuration."""
 
 

@@ -35,8 +35,9 @@ def test_presets_have_names_tasks_and_settings(page: Page) -> None:
 
 
 def test_a_program_makes_a_video(page: Page) -> None:
-    done = page.make("a red ball", seed=11, settings={"frames": 9})
+    done = page.make("a red ball", seed=11, settings={"frames": 9, "sampler": "lcm"})
     assert (done["report"]["seed"], done["report"]["frames"]) == (11, 9)
+    assert next(e["request"]["sampler"] for e in page.painted if e.get("prompt") == "a red ball") == "lcm"
     assert done["report"]["timings"]["total"] > 0 and not LEAKS.search(str(done))
     video = page.http.get(f"/{done['video']}")
     assert video.headers["content-type"] == "video/mp4" and video.content[4:8] == b"ftyp"

@@ -463,8 +463,10 @@ def recording(
 def test_a_video_is_repeated_from_its_own_settings(
     infer: Infer, stage: Stage, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    infer("--preset", "demo_t2v_distill_lora", "--prompt", "a ball", "--negative_prompt", " ", "--seed", "-1")
+    flags = ("--negative_prompt", " ", "--seed", "-1", "--sampler", "lcm")
+    infer("--preset", "demo_t2v_distill_lora", "--prompt", "a ball", *flags)
     first = (stage.config, stage.request, stage.preset)
+    assert stage.request is not None and stage.request.sampler == "lcm"
     recording(tmp_path, monkeypatch, stage)
     assert infer("--from", "first.mp4", "--save_result_path", "again.mp4").code == 0
     assert (stage.config, stage.request, stage.preset) == first

@@ -76,6 +76,7 @@ def test_every_setting_of_a_request_counts_and_none_stays(served: Served) -> Non
         target_fps=8,
         sample_shift=7.5,
         sample_guide_scale=[2.0, 1.5],
+        sampler="euler",
         seed=11,
         negative_prompt="rain",
         task_id="mine",
@@ -84,7 +85,8 @@ def test_every_setting_of_a_request_counts_and_none_stays(served: Served) -> Non
     assert first == "mine"
     a, b = served.jobs.find("mine", owner="api").request, served.jobs.get(second).request
     assert (a.steps, a.frames, a.height, a.width, a.fps, a.shift) == (3, 5, 64, 96, 8.0, 7.5)
-    assert (a.guidance, a.seed, a.negative_prompt) == ((2.0, 1.5), 11, "rain")
+    assert (a.guidance, a.seed, a.negative_prompt, a.sampler) == ((2.0, 1.5), 11, "rain", "euler")
+    assert b.sampler is None
     assert (b.steps, b.frames, b.height, b.width, b.fps, b.shift, b.guidance) == (
         20,
         17,

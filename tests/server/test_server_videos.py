@@ -54,11 +54,13 @@ def test_settings_in_this_familys_words(served: Served) -> None:
         "guidance_scale": 4,
         "guidance_scale_2": 2,
         "flow_shift": 3,
+        "sampler": "lcm",
     }
     id = served.submit(size="96x64", model=BASE, boundary_ratio=0.5, num_frames=None, **body)
     request = served.jobs.get(id).request
     assert (request.width, request.height, request.frames, request.fps) == (96, 64, 9, 8.0)
     assert (request.steps, request.guidance, request.shift, request.boundary) == (3, (4.0, 2.0), 3.0, 0.5)
+    assert request.sampler == "lcm"
 
 
 @pytest.mark.parametrize(
@@ -69,6 +71,7 @@ def test_settings_in_this_familys_words(served: Served) -> None:
         ({"flow_shift": 0}, "flow_shift is 0"),
         ({"model": BASE, "guidance_scale": -1000}, "guidance_scale is -1000"),
         ({"model": BASE, "boundary_ratio": 2}, "boundary_ratio is 2"),
+        ({"sampler": "dpm"}, "sampler is 'dpm'; expected null, unipc, euler or lcm"),
     ],
 )
 def test_errors_use_the_clients_words(served: Served, body: dict, word: str) -> None:
