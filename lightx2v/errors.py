@@ -1,20 +1,20 @@
-"""Every error a person can cause or meet, in one tree.
+"""The tree of all errors that a user can cause or meet.
 
     LightX2VError
-    ├── BadRequest          one video that cannot be made as asked (size, frames, prompt, image ...)
-    ├── ConfigError         a preset, flag or machine that cannot work together
-    ├── CheckpointError     a model file that is missing, broken or of another model
+    ├── BadRequest          invalid settings of one video (size, frames, prompt, image ...)
+    ├── ConfigError         presets, flags or a machine that do not fit together
+    ├── CheckpointError     a model file that is missing, broken or from another model
     │   └── LoraError       a LoRA that does not fit
-    ├── DownloadError       a file that could not be fetched
+    ├── DownloadError       a file that could not be downloaded
     ├── OutputError         a result that could not be written
     ├── OutOfMemory         the device or the host ran out of memory
     ├── NumericsError       NaN or infinity where numbers should be
-    ├── GroupFailed         a process of a parallel run ended, so the others end too
-    ├── Busy                the queue is full or the engine is changing
-    └── Cancelled           somebody asked to stop
+    ├── GroupFailed         a process of a parallel run has ended, so the others end too
+    ├── Busy                the queue is full or the engine is being exchanged
+    └── Cancelled           the user stopped the run
 
-A message says what is wrong, what was got, what was expected and what to do next. `str(error)` is fit for
-a page or an HTTP answer: it never holds a traceback, and names files by their last parts only (`short_path`).
+A message says what is wrong, the given value, the expected one and what to do next. `str(error)` may be shown on a page
+or in an HTTP response: it never holds a traceback, and names files by their last parts only (`short_path`).
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from pathlib import PurePath
 
 
 class LightX2VError(Exception):
-    """Base class. `exit_code` is what a command line returns, `status` what an HTTP server answers."""
+    """Base class. `exit_code` is for command lines, `status` for HTTP responses."""
 
     exit_code = 1
     status = 500
@@ -77,14 +77,14 @@ class Cancelled(LightX2VError):
 
 
 def short_path(path: str | PurePath, parts: int = 2) -> str:
-    """The last `parts` components of a path: enough to recognise a file, too little to map a server."""
+    """The last `parts` components of a path: enough to recognise a file, too little to learn a server's folders."""
     pure = PurePath(path)
     tail = pure.parts[-parts:]
     return str(PurePath(*tail)) if len(pure.parts) <= parts else "…/" + "/".join(tail)
 
 
 def byte_size(count: float) -> str:
-    """A number of bytes as people say it: 57.2 GB, 480 MB, 12 kB."""
+    """A number of bytes for people: 57.2 GB, 480 MB, 12 kB."""
     for unit, scale in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
         if count >= scale:
             return f"{count / scale:.3g} {unit}" if count < 1000 * scale else f"{count / scale:.0f} {unit}"

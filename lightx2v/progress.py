@@ -1,7 +1,7 @@
-"""What a run tells while it runs, and the only place where time and memory are measured.
+"""Progress events, cancellation, and all timing and memory measurement of a run.
 
-`Progress` is one event, `CancelToken` is how somebody stops a run, `Meter` times the stages and reads the peaks.
-The page, the command line, the server and the benchmarks all show numbers that come from here.
+`Progress` is one event, `CancelToken` stops a run, `Meter` times the stages and reads the memory peaks. The page, the
+command line, the server and the benchmarks show the numbers of this file.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ import resource
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from typing import Any
@@ -26,10 +26,11 @@ STAGES = ("download", "load", "text", "image", "denoise", "decode", "write")
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Progress:
-    """One event. `step` of `total` inside `stage` is done; `seconds` since the run began; `eta` seconds are left of it.
+    """One event: `step` of `total` steps of `stage` are done.
 
-    `expert` is "high" or "low" while denoising. `vram_peak` is in bytes, None without CUDA. `preview` returns a small
-    uint8 (H, W, 3) picture of the latents when called; it costs nothing until somebody calls it.
+    `seconds` have passed since the run began; `eta` seconds are left of the stage. `expert` is "high" or "low" while
+    denoising. `vram_peak` is in bytes, None without CUDA. `preview` returns a small uint8 (H, W, 3) picture of the
+    latents; it costs nothing until it is called.
     """
 
     stage: str
@@ -47,7 +48,7 @@ OnProgress = Callable[[Progress], None]
 
 
 class CancelToken:
-    """A flag that another thread may set; the engine calls `check` between steps, blocks and VAE chunks."""
+    """A flag that another thread may set. The engine calls `check` between steps, blocks and VAE chunks."""
 
     def __init__(self) -> None:
         self._event = threading.Event()
@@ -60,7 +61,7 @@ class CancelToken:
         return self._event.is_set()
 
     def check(self) -> None:
-        """Raises Cancelled once `cancel` was called."""
+        """Raise Cancelled once `cancel` was called."""
         if self._event.is_set():
             raise Cancelled("The run was cancelled.")
 
@@ -68,7 +69,7 @@ class CancelToken:
 def peak_rss() -> int:
     """Largest resident memory of this process so far, in bytes.
 
-    On Linux not getrusage's number: that one a process inherits from whoever started it.
+    On Linux from /proc: a process inherits getrusage's number from its parent.
     """
     try:
         with open("/proc/self/status", encoding="ascii") as status:
@@ -77,21 +78,6 @@ def peak_rss() -> int:
         pass
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else peak * 1024
-
-
-class FanOut:
-    """Passes an event to several callbacks. One that raises is reported once and not called again; the run goes on."""
-
-    def __init__(self, callbacks: Sequence[OnProgress]) -> None:
-        self._callbacks = list(callbacks)
-
-    def __call__(self, event: Progress) -> None:
-        for callback in list(self._callbacks):
-            try:
-                callback(event)
-            except Exception:  # a broken listener must not cost somebody an hour of GPU time
-                self._callbacks.remove(callback)
-                log.warning("A progress callback failed and is not called again; the run goes on.", exc_info=True)
 
 
 LOG_NAMES = {
@@ -103,12 +89,12 @@ LOG_NAMES = {
     "decode": "Run VAE Decoder",
     "write": "Save video",
 }
-"""LightX2V's names of the stages in its logs. Its "Run DiT" also holds decoding and saving; ours is the loop alone."""
+"""LightX2V's names of the stages in its logs. Its "Run DiT" includes decoding and saving; ours is the loop alone."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StepTime:
-    """One denoising step: which expert ran and how long it took, loading not counted."""
+    """One denoising step: its expert and its duration without loading."""
 
     expert: str | None
     seconds: float
@@ -124,7 +110,7 @@ class Peak:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Timings:
-    """What a run took. The stages' seconds never overlap: with the unmeasured rest they add up to `total`."""
+    """Time and memory of a run. The stages never overlap: with the unmeasured rest their seconds add up to `total`."""
 
     seconds: dict[str, float]
     steps: tuple[StepTime, ...]
@@ -153,25 +139,17 @@ class Timings:
 class Meter:
     """Times the stages of one run, reads the memory peaks and sends progress events.
 
-    Stages may follow each other, repeat and nest; a nested stage's time and memory are its own and not also the outer
-    one's, so writing frames while decoding counts as writing. On CUDA the device is synchronised where a stage or
-    a denoising step ends, else the clock would time the launches. `expected` holds seconds of stages as far as they
-    are known from earlier runs, so that the time left while denoising includes the decoding to come.
+    Stages may follow each other, repeat and nest. The time and memory of a nested stage count for it alone, so writing
+    frames while decoding counts as writing. On CUDA the meter synchronises the device at the end of a stage and of a
+    denoising step; otherwise it would time the launches.
 
     One thread drives a meter. The callback runs in that thread and is dropped when it raises.
     """
 
-    def __init__(
-        self,
-        device: object = "cpu",
-        on_progress: OnProgress | None = None,
-        *,
-        expected: Mapping[str, float] | None = None,
-    ) -> None:
+    def __init__(self, device: object = "cpu", on_progress: OnProgress | None = None) -> None:
         self._cuda = _cuda(device)
         self._device = device
-        self._send = FanOut([on_progress] if on_progress else [])
-        self._expected = dict(expected or {})
+        self._on_progress = on_progress
         self._stack: list[str] = []
         self._seconds: dict[str, float] = {}
         self._logged: dict[str, float] = {}
@@ -184,7 +162,7 @@ class Meter:
 
     @contextmanager
     def stage(self, name: str) -> Iterator[None]:
-        """Everything inside counts as stage `name`, one of STAGES."""
+        """Count the time and memory of the block for stage `name`, one of STAGES."""
         if name not in STAGES:
             raise ValueError(f"Unknown stage {name!r}; the stages are {', '.join(STAGES)}.")
         self._charge()
@@ -211,29 +189,33 @@ class Meter:
         message: str = "",
         preview: Callable[[], Any] | None = None,
     ) -> None:
-        """Sends one event. Call it where a step ends, with the number of steps done; that is what times the steps."""
+        """Send one event. Call it at the end of each step with the number of finished steps: that times the steps."""
         self._charge(synchronize=stage == "denoise" and step > 0)
         if stage == "denoise" and step > 0:
             done = self._seconds.get("denoise", 0.0)
             self._steps.append(StepTime(expert=expert, seconds=done - self._denoised))
             self._denoised = done
         overall = _highest(self._peaks.values()) if self._peaks else None
-        self._send(
-            Progress(
-                stage=stage,
-                step=step,
-                total=total,
-                expert=expert,
-                seconds=self._tick - self._started,
-                eta=self._eta(stage, step, total),
-                vram_peak=overall.allocated if overall else None,
-                message=message,
-                preview=preview,
-            )
+        event = Progress(
+            stage=stage,
+            step=step,
+            total=total,
+            expert=expert,
+            seconds=self._tick - self._started,
+            eta=self._eta(stage, step, total),
+            vram_peak=overall.allocated if overall else None,
+            message=message,
+            preview=preview,
         )
+        try:
+            if self._on_progress is not None:
+                self._on_progress(event)
+        except Exception:  # a broken listener must not cost an hour of GPU time
+            self._on_progress = None
+            log.warning("A progress callback failed and is not called again; the run continues.", exc_info=True)
 
     def report(self) -> Timings:
-        """Ends the measurement; the first call logs the run's total, later calls return the same."""
+        """End the measurement. The first call logs the run's total; later calls return the same timings."""
         if self._timings is None:
             self._charge()
             self._timings = Timings(
@@ -243,11 +225,11 @@ class Meter:
                 peak_vram={name: self._peaks[name] for name in STAGES if name in self._peaks} if self._cuda else None,
                 peak_rss=peak_rss(),
             )
-            _log_cost("RUN pipeline", self._timings.total, self._timings.peak_vram_overall)
+            _log_duration("RUN pipeline", self._timings.total, self._timings.peak_vram_overall)
         return self._timings
 
     def _charge(self, *, synchronize: bool = True) -> None:
-        """Gives the time and the memory peak since the last call to the stage that was running."""
+        """Count the time and the memory peak since the last call for the running stage."""
         if self._cuda and synchronize:
             self._cuda.synchronize(self._device)
         now = time.perf_counter()
@@ -265,27 +247,26 @@ class Meter:
         self._tick = now
 
     def _eta(self, stage: str, step: int, total: int) -> float | None:
-        """Seconds left: this stage at its pace since its first step ended (that one warms up), then later stages."""
+        """Seconds left of this stage at its pace since the end of its first step, which warms up."""
         if not 0 < step <= total:
             return None
         now = self._seconds.get(stage, 0.0)
         first_step, first_now = self._pace.get(stage, (step, now))
-        if step <= first_step:  # the stage's first step, or it began again
+        if step <= first_step:  # the stage's first step, or the stage began again
             self._pace[stage] = (step, now)
-            if stage == "download":  # a few bytes of a small file tell nothing about gigabytes
+            if stage == "download":  # the first bytes of a small file say nothing about gigabytes
                 return None
             pace = now / step
         else:
             pace = (now - first_now) / (step - first_step)
-        later = STAGES[STAGES.index(stage) + 1 :]
-        return pace * (total - step) + sum(self._expected.get(name, 0.0) for name in later)
+        return pace * (total - step)
 
     def _log_stages(self) -> None:
         for name in STAGES:
             seconds = self._seconds.get(name, 0.0)
             new = seconds - self._logged.get(name, 0.0)
             if new > 0:
-                _log_cost(LOG_NAMES[name], new, self._peaks.get(name))
+                _log_duration(LOG_NAMES[name], new, self._peaks.get(name))
                 self._logged[name] = seconds
 
 
@@ -294,21 +275,21 @@ def log_duration(name: str) -> Iterator[None]:
     """Log the duration of the block in LightX2V's format. A command line wraps all its work in "Total Cost"."""
     started = time.perf_counter()
     yield
-    _log_cost(name, time.perf_counter() - started, None)
+    _log_duration(name, time.perf_counter() - started, None)
 
 
-def _log_cost(name: str, seconds: float, peak: Peak | None) -> None:
+def _log_duration(name: str, seconds: float, peak: Peak | None) -> None:
     memory = f", peak {peak.allocated / 2**30:.2f} GiB ({peak.reserved / 2**30:.2f} GiB reserved)" if peak else ""
     log.info("%s cost %.6f seconds%s", name, seconds, memory)
 
 
 def _highest(peaks: Iterable[Peak]) -> Peak:
-    found = list(peaks)
-    return Peak(allocated=max(p.allocated for p in found), reserved=max(p.reserved for p in found))
+    every = list(peaks)
+    return Peak(allocated=max(p.allocated for p in every), reserved=max(p.reserved for p in every))
 
 
 def _cuda(device: object) -> Any:
-    """torch.cuda where `device` is a CUDA device, else None. Never imports torch: whoever has such a device did."""
+    """torch.cuda where `device` is a CUDA device, else None. Never imports torch: the caller's device did."""
     torch = sys.modules.get("torch")
     if torch is None or not str(device).startswith("cuda"):
         return None

@@ -1,6 +1,6 @@
-"""A command line's manners: a bar on a terminal, plain lines anywhere else, log lines between them, and clean ends.
+"""Terminal output of the command lines: a progress line and log lines, on standard error.
 
-What is shown goes to standard error; standard output is for results.
+Standard output is for results.
 """
 
 from __future__ import annotations
@@ -23,63 +23,61 @@ log = logging.getLogger("lightx2v.terminal")
 
 BAR = 24
 PLAIN_EVERY = 5.0
-"""Seconds between two plain lines within one stage: a log file should not fill with steps."""
+"""Seconds between two plain lines within one stage, so that steps do not fill a log file."""
 
 
 class ProgressLine:
-    """Draws progress events. Redrawn in place on a terminal; elsewhere a line for each stage and every few seconds."""
+    """Shows progress events: one line that is redrawn on a terminal, elsewhere a new line per stage and few seconds."""
 
     def __init__(self, stream: TextIO) -> None:
         self._stream = stream
-        self._live = stream.isatty()
+        self._on_terminal = stream.isatty()
         self._shown = ""
         self._stage: tuple[str, str | None] | None = None
         self._last = 0.0
 
     def __call__(self, event: Progress) -> None:
-        line = describe(event)
-        if self._live:
-            columns = shutil.get_terminal_size().columns - 1
+        line = progress_text(event)
+        if self._on_terminal:
             self.clear()
-            self._shown = line[:columns]
-            self._stream.write(self._shown)
-            self._stream.flush()
+            self._shown = line[: shutil.get_terminal_size().columns - 1]
+            self._write(self._shown)
             return
-        now = time.monotonic()
-        fresh = self._stage != (event.stage, event.expert)
-        done = 0 < event.total == event.step
-        if fresh or done or now - self._last >= PLAIN_EVERY:
-            self._stage, self._last = (event.stage, event.expert), now
-            self._stream.write(line + "\n")
-            self._stream.flush()
+        now, stage = time.monotonic(), (event.stage, event.expert)
+        finished = 0 < event.total == event.step
+        if stage != self._stage or finished or now - self._last >= PLAIN_EVERY:
+            self._stage, self._last = stage, now
+            self._write(line + "\n")
 
     def clear(self) -> None:
-        """Takes the bar off the terminal, so that something else can be written."""
+        """Erase the line from the terminal, so that other output can take its place."""
         if self._shown:
-            self._stream.write("\r\x1b[K")
-            self._stream.flush()
+            self._write("\r\x1b[K")
             self._shown = ""
 
     def finish(self, text: str) -> None:
-        """Ends the bar, with a line in its place if there is something to say."""
+        """Erase the line and write `text` in its place, if there is any."""
         self.clear()
         if text:
-            self._stream.write(text + "\n")
-            self._stream.flush()
+            self._write(text + "\n")
+
+    def _write(self, text: str) -> None:
+        self._stream.write(text)
+        self._stream.flush()
 
 
-def describe(event: Progress) -> str:
-    """One event as a line: stage, bar, step n/m, time so far, time left, memory."""
+def progress_text(event: Progress) -> str:
+    """One event as a line: stage, bar, step n/m, time so far, time left, memory, message."""
     name = f"{event.stage} {event.expert}" if event.expert else event.stage
     parts = [f"{name:<13}"]
     if event.total:
         filled = BAR * event.step // event.total
-        # Of a download, counted in bytes, the message has the numbers.
+        # A download counts bytes, and its message has the numbers.
         count = f"{100 * event.step // event.total} %" if event.stage == "download" else f"{event.step}/{event.total}"
         parts.append(f"[{'#' * filled}{'.' * (BAR - filled)}] {count}")
-    parts.append(clock(event.seconds))
+    parts.append(clock_time(event.seconds))
     if event.eta is not None and round(event.eta) > 0:
-        parts.append(f"{clock(event.eta)} left")
+        parts.append(f"{clock_time(event.eta)} left")
     if event.vram_peak:
         parts.append(f"{event.vram_peak / 2**30:.1f} GiB")
     if event.message:
@@ -87,21 +85,21 @@ def describe(event: Progress) -> str:
     return "  ".join(parts)
 
 
-def clock(seconds: float) -> str:
-    """1:05, or 1:01:05 for more than an hour."""
+def clock_time(seconds: float) -> str:
+    """1:05, or 1:01:05 from one hour on."""
     minutes, rest = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"
 
 
 def one_line(text: str) -> str:
-    """`text` with its control characters escaped: no prompt can forge a second log line or drive the terminal."""
+    """`text` with its control characters escaped: no prompt can forge a second log line or control the terminal."""
     return "".join(char if char.isprintable() else char.encode("unicode_escape").decode() for char in text)
 
 
 @contextmanager
 def logging_to(stream: TextIO, line: ProgressLine, level: int, *, prefix: str = "") -> Iterator[None]:
-    """Sends this package's log to `stream` while the block runs, each record on a line of its own above the bar.
+    """Write this package's log to `stream` while the block runs, each record on a line of its own above the bar.
 
     `prefix` names the process where there are several.
     """
@@ -120,7 +118,7 @@ def logging_to(stream: TextIO, line: ProgressLine, level: int, *, prefix: str = 
 
 
 def log_to_stderr(*, prefix: str = "") -> None:
-    """The same for a script that set up no log of its own: all that comes, from now on, on standard error."""
+    """Write this package's log to standard error from now on, for a script that has set up no log of its own."""
     logger = logging.getLogger("lightx2v")
     if not logger.hasHandlers():
         logger.addHandler(_Handler(sys.stderr, ProgressLine(sys.stderr), prefix))

@@ -10,6 +10,8 @@ from typing import Any
 
 from ..errors import ConfigError
 
+INTEGERS = ("rank", "local_rank", "world_size", "local_world_size", "restart_count", "port", "profiling")
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Environment:
@@ -17,29 +19,29 @@ class Environment:
 
     models_dir: str | None = None
     cache_dir: str | None = None
-    """Where files go that can be made again, if not below models_dir."""
+    """The folder of prebuilt files, if not below models_dir."""
     output_dir: str | None = None
     api_key: str | None = field(default=None, repr=False)
-    """What the HTTP server's clients show, several with commas between."""
+    """The keys that the HTTP server accepts, with commas between them."""
     rank: int = 0
     local_rank: int = 0
     world_size: int | None = None
-    """Number of processes that torchrun started, None without it."""
+    """Number of processes that torchrun started; None without it."""
     local_world_size: int | None = None
-    """How many of them are on this machine."""
+    """Number of them on this machine."""
     restart_count: int = 0
-    """How often torchrun has started them again."""
+    """How often torchrun has restarted them."""
     by_torchrun: bool = False
     port: int = 29500
-    """Where they meet if they were started by something else."""
+    """The port of their rendezvous where another launcher than torchrun started them."""
     profiling: int = 0
-    """LightX2V's switch for the log of a Python script: with 1 or 2 it shows what each stage took."""
+    """LightX2V's switch for the log of a Python script: 1 or 2 shows the duration of each stage."""
     visible_gpus: str | None = None
-    """CUDA's own list, which the driver's tool does not heed; an empty one means none."""
+    """CUDA's own list, which the driver's tool ignores. An empty one hides every GPU."""
 
     @classmethod
     def read(cls, variables: Mapping[str, str] | None = None) -> Environment:
-        """From `variables`, by default those of this process. An empty one of ours counts as not set."""
+        """Read `variables`, by default those of this process. An empty variable of ours counts as not set."""
         variables = os.environ if variables is None else variables
         names = {
             "models_dir": "LIGHTX2V_MODELS_DIR",
@@ -55,18 +57,18 @@ class Environment:
             "port": "MASTER_PORT",
             "profiling": "PROFILING_DEBUG_LEVEL",
         }
-        found: dict[str, Any] = {key: variables[name] for key, name in names.items() if variables.get(name)}
-        found["by_torchrun"] = found.get("by_torchrun") == "True"
-        found["visible_gpus"] = variables.get("CUDA_VISIBLE_DEVICES")
-        for key in ("rank", "local_rank", "world_size", "local_world_size", "restart_count", "port", "profiling"):
-            if key in found:
-                if not found[key].isdecimal() or len(found[key]) > 6:
-                    raise ConfigError(
-                        f"The environment variable {names[key]} is {found[key]!r}; expected a whole number."
-                    )
-                found[key] = int(found[key])
-        found.setdefault("local_rank", found.get("rank", 0))
-        return cls(**found)
+        values: dict[str, Any] = {key: variables[name] for key, name in names.items() if variables.get(name)}
+        values["by_torchrun"] = values.get("by_torchrun") == "True"
+        values["visible_gpus"] = variables.get("CUDA_VISIBLE_DEVICES")
+        for key in values.keys() & INTEGERS:
+            if not values[key].isdecimal() or len(values[key]) > 6:
+                raise ConfigError(
+                    f"The environment variable {names[key]} is {values[key]!r}; expected a whole number. "
+                    "Correct it, or unset it."
+                )
+            values[key] = int(values[key])
+        values.setdefault("local_rank", values.get("rank", 0))
+        return cls(**values)
 
     @property
     def distributed(self) -> bool:
@@ -75,11 +77,12 @@ class Environment:
 
     @property
     def log_prefix(self) -> str:
-        """What marks this process's log lines; nothing where it is alone."""
+        """The mark of this process's log lines; empty where there is one process."""
         return f"[rank {self.rank}] " if self.distributed else ""
 
     def use_loopback(self) -> None:
-        """The processes are on one machine and talk over loopback, whatever its name resolves to."""
+        """Let the communication libraries use loopback, whatever the machine's name resolves to: all processes are on
+        one machine."""
         if sys.platform == "linux":
             for library in ("GLOO", "NCCL"):
                 os.environ[f"{library}_SOCKET_IFNAME"] = "lo"

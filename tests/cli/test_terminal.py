@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from lightx2v.cli.signals import Interrupts
-from lightx2v.cli.terminal import ProgressLine, clock, describe, logging_to, one_line
+from lightx2v.cli.terminal import ProgressLine, clock_time, logging_to, one_line, progress_text
 from lightx2v.config.model_paths import PROJECT
 from lightx2v.progress import Progress
 
@@ -28,14 +28,14 @@ def step(number: int, *, expert: str = "high", stage: str = "denoise") -> Progre
 
 def test_an_event_says_stage_step_time_and_memory() -> None:
     expected = "denoise high   [############............] 2/4  1:05  1:01:01 left  1.5 GiB"
-    assert describe(step(2)) == expected
-    assert describe(Progress(stage="load", seconds=2.0)) == "load           0:02"
-    assert describe(Progress(stage="download", message="a\nb")).endswith("a\\nb")
+    assert progress_text(step(2)) == expected
+    assert progress_text(Progress(stage="load", seconds=2.0)) == "load           0:02"
+    assert progress_text(Progress(stage="download", message="a\nb")).endswith("a\\nb")
 
 
 @pytest.mark.parametrize(("seconds", "text"), [(0, "0:00"), (59.6, "1:00"), (3599, "59:59"), (3600, "1:00:00")])
 def test_times_read_like_a_clock(seconds: float, text: str) -> None:
-    assert clock(seconds) == text
+    assert clock_time(seconds) == text
 
 
 def test_a_terminal_gets_one_line_that_is_redrawn() -> None:
