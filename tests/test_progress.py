@@ -213,6 +213,7 @@ def test_resident_memory_is_in_bytes() -> None:
     assert 10 * 2**20 < peak_rss() < 2**40
 
 
+@pytest.mark.slow
 def test_the_peak_of_memory_is_not_the_parents() -> None:
     ballast = bytearray(300 << 20)
     ballast[::4096] = b"x" * len(ballast[::4096])

@@ -6,6 +6,7 @@ import ast
 import re
 from pathlib import Path
 
+import pytest
 from packaging.requirements import Requirement
 from packaging.specifiers import Specifier
 from packaging.utils import canonicalize_name
@@ -35,16 +36,19 @@ def imported(path: Path) -> set[str]:
     return names
 
 
+@pytest.mark.slow
 def test_no_code_from_data() -> None:
     found = [(p.name, name) for p in SOURCES for name, _ in calls(p) if name in FORBIDDEN_CALLS]
     assert not found, found
 
 
+@pytest.mark.slow
 def test_pickles_are_read_in_one_place_only() -> None:
     users = {p.relative_to(ROOT).as_posix() for p in SOURCES for name, _ in calls(p) if name == "torch.load"}
     assert len(users) <= 1 and all(user.startswith("lightx2v/weights/") for user in users), users
 
 
+@pytest.mark.slow
 def test_no_shell_no_unverified_tls() -> None:
     bad = {"shell": True, "verify": False, "share": True, "trust_remote_code": True}
     found = [
@@ -72,6 +76,7 @@ def test_nothing_listens_on_every_address_by_default() -> None:
     assert not found, found
 
 
+@pytest.mark.slow
 def test_broad_except_only_where_a_run_must_not_take_the_process_down() -> None:
     allowed = {"lightx2v/jobs/engine_slot.py", "lightx2v/jobs/worker.py", "lightx2v/progress.py"}
     found: list[str] = []
@@ -82,6 +87,7 @@ def test_broad_except_only_where_a_run_must_not_take_the_process_down() -> None:
     assert set(found) <= allowed, set(found) - allowed
 
 
+@pytest.mark.slow
 def test_no_print_outside_command_lines() -> None:
     allowed = {"infer.py", "convert.py", "download.py", "command.py", "main.py"}
     found = [p.name for p in SOURCES for name, _ in calls(p) if name == "print" and p.name not in allowed]

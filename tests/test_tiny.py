@@ -20,6 +20,7 @@ from lightx2v.weights.checkpoint import open_checkpoint
 from lightx2v.weights.module_loader import load_into
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("task", ["t2v", "i2v"])
 def test_every_part_fits_its_module(tiny: TinyModels, task: str) -> None:
     files = locate(EngineConfig(model_path=str(getattr(tiny, task)), task=task))

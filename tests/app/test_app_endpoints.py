@@ -45,6 +45,7 @@ def test_a_program_makes_a_video(page: Page) -> None:
     assert part.status_code == 206 and len(part.content) == 10, "a player seeks"
 
 
+@pytest.mark.slow
 def test_gradios_own_client_sends_a_picture_and_gets_a_video(page: Page, tmp_path: Path) -> None:
     Image.fromarray(np.full((64, 96, 3), 90, np.uint8)).save(tmp_path / "in.png")
     client = Client(page.url, verbose=False, analytics_enabled=False)
@@ -58,6 +59,7 @@ def test_gradios_own_client_sends_a_picture_and_gets_a_video(page: Page, tmp_pat
     assert request["task"] == "i2v" and request["image_path"]
 
 
+@pytest.mark.slow
 def test_a_program_stops_a_run_and_the_next_one_starts(page: Page) -> None:
     slow, after = (page.ask("generate", prompt=prompt)["id"] for prompt in ("an endless ball", "the one behind it"))
     page.wait(slow, "running")
@@ -68,6 +70,7 @@ def test_a_program_stops_a_run_and_the_next_one_starts(page: Page) -> None:
     assert page.ask("cancel", id=slow)["state"] == "cancelled", "again changes nothing"
 
 
+@pytest.mark.slow
 def test_progress_names_stage_step_and_expert(page: Page) -> None:
     prompt = "a star held in mid-run"
     job = page.ask("generate", prompt=prompt)["id"]
@@ -77,6 +80,7 @@ def test_progress_names_stage_step_and_expert(page: Page) -> None:
     assert page.wait(job)["state"] == "succeeded"
 
 
+@pytest.mark.slow
 def test_a_program_that_goes_away_leaves_its_job_running(page: Page) -> None:
     """The id is all that a program needs to find its job again."""
     with httpx.Client(base_url=page.url, timeout=PATIENCE) as session:
@@ -123,6 +127,7 @@ def test_an_unknown_job_is_unknown(page: Page, id: str) -> None:
             page.ask(endpoint, id=id)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("prompt", "type", "said"), [("broken", "RuntimeError", ""), ("too large", "OutOfMemory", "smaller size")]
 )

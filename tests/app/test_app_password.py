@@ -20,6 +20,8 @@ from studio_app import LEAKS, Page, launched
 
 pytestmark = pytest.mark.multi
 
+pytestmark = pytest.mark.slow
+
 OPEN = re.compile(
     r"/(login|login_check|token|logout|oauth/\w+|theme\.css|robots\.txt|manifest\.json|favicon\.ico|pwa_icon|pwa_icon/.*"
     r"|static/.*|assets/.*|svelte/.*|gradio_api/(login_check|token|user|theme\.css|app_id|startup-events|dev/reload|heartbeat/.*))?/?"

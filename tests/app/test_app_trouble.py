@@ -20,6 +20,8 @@ from studio_app import ROOT, launched
 
 pytestmark = pytest.mark.multi
 
+pytestmark = pytest.mark.slow
+
 PAINTED = (sys.executable, str(ROOT / "tests" / "support" / "painted_app.py"))
 
 

@@ -63,6 +63,7 @@ def test_stored_values_are_used_only_if_well_formed() -> None:
     assert Session.of(json.loads(json.dumps(session.to_json()))) == session
 
 
+@pytest.mark.slow
 def test_the_stage_follows_the_run_unless_one_was_chosen(studio: Studio) -> None:
     session = Session.of(None)
     first = studio.jobs.wait(submit(studio, session.owner, "one").id, PATIENCE)

@@ -57,6 +57,7 @@ def partial_bytes(home: Path) -> dict[str, int]:
     return found
 
 
+@pytest.mark.slow
 def test_a_killed_download_goes_on_inside_the_files(server: HubServer, tmp_path: Path) -> None:
     stall(server, 4_000_000)
     env = environment(server, tmp_path)
@@ -75,6 +76,7 @@ def test_a_killed_download_goes_on_inside_the_files(server: HubServer, tmp_path:
     assert_whole(tmp_path, server)
 
 
+@pytest.mark.slow
 def test_two_downloads_at_once_bring_each_byte_once(server: HubServer, tmp_path: Path) -> None:
     server.pace = 0.003
     env = environment(server, tmp_path)
@@ -87,6 +89,7 @@ def test_two_downloads_at_once_bring_each_byte_once(server: HubServer, tmp_path:
     assert_whole(tmp_path, server)
 
 
+@pytest.mark.slow
 def test_when_one_of_two_is_killed_the_other_takes_over(server: HubServer, tmp_path: Path) -> None:
     stall(server, 2_000_000)
     env = environment(server, tmp_path)
@@ -102,6 +105,7 @@ def test_when_one_of_two_is_killed_the_other_takes_over(server: HubServer, tmp_p
     assert_whole(tmp_path, server)
 
 
+@pytest.mark.slow
 def test_ctrl_c_ends_it_and_what_came_is_kept(server: HubServer, tmp_path: Path) -> None:
     stall(server, 4_000_000)
     process = start(environment(server, tmp_path))
@@ -112,6 +116,7 @@ def test_ctrl_c_ends_it_and_what_came_is_kept(server: HubServer, tmp_path: Path)
     assert sum(partial_bytes(tmp_path).values()) > 2_000_000
 
 
+@pytest.mark.slow
 def test_a_dry_run_prints_the_bytes_and_fetches_nothing(server: HubServer, tmp_path: Path) -> None:
     done = download(environment(server, tmp_path), PRESET, "--dry_run")
     assert done.returncode == 0, done.stderr
@@ -120,6 +125,7 @@ def test_a_dry_run_prints_the_bytes_and_fetches_nothing(server: HubServer, tmp_p
     assert not server.sent and not list(tmp_path.iterdir())
 
 
+@pytest.mark.slow
 def test_a_second_start_finds_everything_and_asks_nobody(server: HubServer, tmp_path: Path) -> None:
     env = environment(server, tmp_path)
     assert download(env, PRESET).returncode == 0
@@ -130,6 +136,7 @@ def test_a_second_start_finds_everything_and_asks_nobody(server: HubServer, tmp_
     assert download(env | {"HF_HUB_OFFLINE": "1"}, PRESET).returncode == 0
 
 
+@pytest.mark.slow
 def test_models_dir_holds_what_is_not_fetched(server: HubServer, tmp_path: Path) -> None:
     own = tmp_path / "models" / DISTILLED
     own.mkdir(parents=True)
@@ -140,6 +147,7 @@ def test_models_dir_holds_what_is_not_fetched(server: HubServer, tmp_path: Path)
     assert not server.bytes_of(HIGH) and snapshot(tmp_path / "home", server, BASE).is_dir()
 
 
+@pytest.mark.slow
 def test_without_a_preset_it_lists_them_and_an_unknown_one_is_an_error(server: HubServer, tmp_path: Path) -> None:
     env = environment(server, tmp_path)
     listed = download(env)

@@ -552,6 +552,7 @@ sys.exit(main(["--preset", "demo_t2v_base", "--prompt", "x", "--save_result_path
 """
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
 @pytest.mark.parametrize("where", ["load", "run"])
 def test_a_signal_ends_it_cleanly_and_soon(where: str, number: signal.Signals, code: int, tmp_path: Path) -> None:
@@ -576,6 +577,7 @@ def test_a_signal_ends_it_cleanly_and_soon(where: str, number: signal.Signals, c
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.slow
 def test_what_nobody_foresaw_is_one_line_and_no_traceback(tmp_path: Path) -> None:
     ended = subprocess.run(
         [sys.executable, "-c", textwrap.dedent(SLOW), "fault"],
@@ -593,6 +595,7 @@ def test_what_nobody_foresaw_is_one_line_and_no_traceback(tmp_path: Path) -> Non
 # ---- the whole way
 
 
+@pytest.mark.slow
 def test_a_real_video_is_made_and_repeated_from_its_file(tiny: TinyModels, tmp_path: Path) -> None:
     flags = ["--model_path", str(tiny.t2v), "--prompt", "a red ball", "--save_result_path", str(tmp_path / "a.mp4")]
     small = ["--height", "32", "--width", "48", "--frames", "5", "--steps", "2", "--guidance", "1"]

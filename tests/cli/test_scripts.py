@@ -78,6 +78,7 @@ def test_all_of_the_tutorials_names_are_there() -> None:
     assert all(len(path.read_text().splitlines()) < 12 for path in SCRIPTS), "a few lines over the same command line"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("script", SCRIPTS, ids=lambda path: path.stem)
 def test_each_script_makes_a_video_on_the_demo_model(script: Path, tmp_path: Path, noting: Path) -> None:
     config, video = demo_config(script.stem, tmp_path), tmp_path / "video.mp4"
@@ -107,6 +108,7 @@ def test_each_scripts_own_configuration_resolves(
     assert kind in plan["preset"]["variant"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("example", EXAMPLES, ids=lambda path: path.stem)
 def test_each_example_makes_a_video_on_the_demo_model(
     example: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]

@@ -230,6 +230,7 @@ def test_names_on_the_hub_are_told_from_paths(path: str, expected: tuple[str, st
     assert hub_name(path) == expected
 
 
+@pytest.mark.slow
 @given(st.dictionaries(st.sampled_from([field.name for field in dataclasses.fields(EngineConfig)]), JUNK))
 def test_junk_is_a_config_error_and_nothing_else(data: dict[str, object]) -> None:
     try:

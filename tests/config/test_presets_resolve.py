@@ -178,6 +178,7 @@ def test_a_folder_is_no_preset(tmp_path: Path) -> None:
 FILES = st.binary(max_size=60) | st.text(max_size=60).map(str.encode)
 
 
+@pytest.mark.slow
 @settings(suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow])
 @given(content=FILES)
 def test_any_bytes_are_an_object_or_a_config_error(tmp_path: Path, content: bytes) -> None:

@@ -76,6 +76,7 @@ def test_three_runs_predict_an_unseen_size_within_a_quarter(tmp_path: Path, unse
     assert predicted.seconds == pytest.approx(sum(simulated_seconds(target, noise).values()), rel=0.25)
 
 
+@pytest.mark.slow
 def test_three_runs_of_the_demo_predict_sizes_that_it_has_not_seen(monkeypatch: pytest.MonkeyPatch) -> None:
     """In seconds of the processor, which other programs on the machine lengthen least; the fastest runs so far count,
     and further rounds come nearer to what they take undisturbed. `python -m benchmarks.prediction` has the table, also

@@ -180,6 +180,7 @@ def test_with_the_vae_the_latents_are_those_of_a_grey_clip_with_the_given_frames
     torch.testing.assert_close(condition[4:], vae.encode(clip), rtol=0, atol=1e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("last", [False, True])
 @torch.no_grad()
 def test_the_whole_condition_equals_its_transcription_in_double_precision(last):

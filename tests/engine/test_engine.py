@@ -25,6 +25,8 @@ from lightx2v.offload.placement import Resident
 from lightx2v.pipeline import LightX2VPipeline
 from lightx2v.progress import CancelToken
 
+pytestmark = pytest.mark.slow
+
 
 def config_of(folder: Path) -> EngineConfig:
     return resolve({"model_path": str(folder), "device": "cpu"}, {}).engine

@@ -48,6 +48,7 @@ def t2v(tiny: TinyModels) -> Iterator[tuple[LightX2VPipeline, Request]]:
         yield pipe, request
 
 
+@pytest.mark.slow
 def test_a_prompt_becomes_a_playable_file(t2v: tuple[LightX2VPipeline, Request], tmp_path: Path) -> None:
     pipe, request = t2v
     events: list[Progress] = []
@@ -73,6 +74,7 @@ def test_the_recorded_settings_repeat_the_run(t2v: tuple[LightX2VPipeline, Reque
     assert torch.equal(latents(pipe, again), result.latents)
 
 
+@pytest.mark.slow
 def test_a_video_does_not_name_its_makers_home(
     t2v: tuple[LightX2VPipeline, Request], tiny: TinyModels, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -86,6 +88,7 @@ def test_a_video_does_not_name_its_makers_home(
         assert torch.equal(latents(again, request), latents(pipe, request))
 
 
+@pytest.mark.slow
 def test_a_run_after_another_equals_that_run_alone(t2v: tuple[LightX2VPipeline, Request], tiny: TinyModels) -> None:
     pipe, request = t2v
     other = replace(request, prompt="another thing entirely", seed=9, frames=9, guidance=(2.0, 5.0), shift=3.0)
@@ -97,6 +100,7 @@ def test_a_run_after_another_equals_that_run_alone(t2v: tuple[LightX2VPipeline, 
     assert not torch.equal(latents(pipe, replace(request, seed=4)), after)
 
 
+@pytest.mark.slow
 def test_two_processes_give_the_same_bytes(t2v: tuple[LightX2VPipeline, Request], tiny: TinyModels) -> None:
     pipe, request = t2v
     ours = hashlib.sha256(latents(pipe, request).numpy().tobytes()).hexdigest()
@@ -124,6 +128,7 @@ def test_two_processes_give_the_same_bytes(t2v: tuple[LightX2VPipeline, Request]
     assert done.stdout.split()[-1] == ours
 
 
+@pytest.mark.slow
 def test_guidance_one_is_no_guidance(t2v: tuple[LightX2VPipeline, Request]) -> None:
     pipe, request = t2v
     without = latents(pipe, replace(request, enable_cfg=False))
@@ -133,6 +138,7 @@ def test_guidance_one_is_no_guidance(t2v: tuple[LightX2VPipeline, Request]) -> N
     assert not torch.equal(blank, latents(pipe, request)), "a blank negative prompt is not the default one"
 
 
+@pytest.mark.slow
 def test_both_experts_run_in_their_range(tiny: TinyModels) -> None:
     pipe, request = load(tiny.t2v, boundary=0.5)
     with pipe:
@@ -142,6 +148,7 @@ def test_both_experts_run_in_their_range(tiny: TinyModels) -> None:
         assert set(order) == {"high", "low"} and order == sorted(order)
 
 
+@pytest.mark.slow
 def test_the_distilled_list_runs_without_guidance(tiny: TinyModels) -> None:
     pipe, request = load(
         tiny.t2v, denoising_step_list=[1000, 750, 500, 250], boundary_step_index=2, enable_cfg=False, shift=5.0
@@ -151,6 +158,7 @@ def test_the_distilled_list_runs_without_guidance(tiny: TinyModels) -> None:
         assert [step.expert for step in result.timings.steps] == ["high", "high", "low", "low"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("task", ["i2v", "flf2v"])
 def test_an_image_becomes_a_video_of_its_shape(tiny: TinyModels, tmp_path: Path, task: str) -> None:
     Image.effect_mandelbrot((120, 60), (-2, -1, 1, 1), 20).convert("RGB").save(tmp_path / "first.png")
@@ -177,6 +185,7 @@ def test_a_model_of_the_other_task_is_named(tiny: TinyModels) -> None:
         LightX2VPipeline.from_config(config)
 
 
+@pytest.mark.slow
 def test_swapped_experts_are_warned_of_in_the_report_and_equal_ones_refused(tiny: TinyModels, tmp_path: Path) -> None:
     high, low = (str(tiny.t2v / f"{which}_noise_model") for which in ("high", "low"))
     pipe, request = load(tiny.t2v, high_noise_original_ckpt=low, low_noise_original_ckpt=high)
@@ -203,6 +212,7 @@ def test_cancel_leaves_no_file(t2v: tuple[LightX2VPipeline, Request], tmp_path: 
     assert pipe.run(request).seed == 3, "the next run is not affected"
 
 
+@pytest.mark.slow
 def test_nan_ends_the_run_with_the_step(tiny: TinyModels, tmp_path: Path) -> None:
     pipe, request = load(tiny.t2v)
     with pipe:
@@ -213,6 +223,7 @@ def test_nan_ends_the_run_with_the_step(tiny: TinyModels, tmp_path: Path) -> Non
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.slow
 def test_a_video_that_stands_still_is_warned_of(tiny: TinyModels) -> None:
     pipe, request = load(tiny.t2v)
     with pipe:
@@ -223,6 +234,7 @@ def test_a_video_that_stands_still_is_warned_of(tiny: TinyModels) -> None:
     assert "All frames are identical" in warning
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("where", ["text", "expert", "vae"])
 def test_out_of_memory_says_what_to_do_and_the_next_run_works(tiny: TinyModels, where: str) -> None:
     pipe, request = load(tiny.t2v)
@@ -243,6 +255,7 @@ def _exhausted(*_: object) -> None:
     raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB")
 
 
+@pytest.mark.slow
 def test_the_cpu_allocators_error_is_recognised() -> None:
     with pytest.raises(OutOfMemory):
         within_memory(lambda: torch.empty(2**46), "in a test")
@@ -294,6 +307,7 @@ def test_an_existing_file_is_not_replaced_unasked(t2v: tuple[LightX2VPipeline, R
         read_settings(target)
 
 
+@pytest.mark.slow
 def test_the_python_example_of_the_readme(tiny: TinyModels, tmp_path: Path) -> None:
     pipe = LightX2VPipeline(model_path=tiny.t2v, model_cls="wan2.2_moe", task="t2v")
     config = tmp_path / "config.json"

@@ -63,6 +63,7 @@ def tutorials_example(tmp_path: Path) -> str:
     return example
 
 
+@pytest.mark.slow
 def test_the_tutorials_example_runs_with_its_paths_replaced(tmp_path: Path) -> None:
     example = tutorials_example(tmp_path)
     exec(compile(example, "wan_moe_t2v.py", "exec"), {})
@@ -70,6 +71,7 @@ def test_the_tutorials_example_runs_with_its_paths_replaced(tmp_path: Path) -> N
     assert request["seed"] == 42 and request["negative_prompt"].startswith("镜头晃动") and request["steps"] == 2
 
 
+@pytest.mark.slow
 def test_the_tutorials_variable_shows_what_each_stage_took(tmp_path: Path) -> None:
     command = [sys.executable, "-c", tutorials_example(tmp_path)]
     shown: dict[str, str] = {}
@@ -135,6 +137,7 @@ def test_a_mesh_needs_its_processes(monkeypatch: pytest.MonkeyPatch) -> None:
         pipe.create_generator()
 
 
+@pytest.mark.slow
 def test_the_loras_of_both_experts_are_exchanged_and_taken_away_without_a_trace() -> None:
     with LightX2VPipeline(DEMO / "Wan2.2-T2V-Demo", "wan2.2_moe", "t2v") as pipe:
         pipe.create_generator(infer_steps=4, num_frames=5, height=64, width=64)
@@ -150,12 +153,14 @@ def test_the_loras_of_both_experts_are_exchanged_and_taken_away_without_a_trace(
     assert not torch.equal(latents[1], latents[2]), "the low-noise expert's counts too"
 
 
+@pytest.mark.slow
 def test_settings_come_before_loading(pipe: LightX2VPipeline) -> None:
     for call in (pipe.enable_offload, pipe.enable_quantize, pipe.enable_parallel, pipe.create_generator):
         with pytest.raises(ConfigError, match="comes before the model is loaded"):
             call()
 
 
+@pytest.mark.slow
 def test_asyncio_goes_on_while_a_video_is_made_and_what_would_disturb_it_is_refused(pipe: LightX2VPipeline) -> None:
     begun, token = threading.Event(), CancelToken()
 
@@ -184,6 +189,7 @@ def test_asyncio_goes_on_while_a_video_is_made_and_what_would_disturb_it_is_refu
     assert pipe.generate(prompt="a cat", return_result_tensor=True).frames.shape == (5, 32, 32, 3)
 
 
+@pytest.mark.slow
 def test_the_end_of_the_block_frees_every_weight(tiny: TinyModels) -> None:
     with LightX2VPipeline(tiny.t2v) as pipe:
         pipe.create_generator(**SMALL)

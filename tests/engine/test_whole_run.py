@@ -33,6 +33,8 @@ from lightx2v.models.vae_config import VAEConfig
 from lightx2v.pipeline import LightX2VPipeline
 from lightx2v.sampling import initial_noise
 
+pytestmark = pytest.mark.slow
+
 HEIGHT, WIDTH, FRAMES, STEPS, SHIFT = 32, 48, 9, 6, 5.0
 TASKS = {"t2v": WanPipeline, "i2v": WanImageToVideoPipeline, "flf2v": WanImageToVideoPipeline}
 PICTURES = {"t2v": (), "i2v": ("image",), "flf2v": ("image", "last_image")}

@@ -155,6 +155,7 @@ def test_what_is_here_in_part_counts_in_the_plan(home: Path, server: HubServer) 
     assert (file.here, file.left) == (150_000, 50_000)
 
 
+@pytest.mark.slow
 def test_progress_counts_bytes_up_to_the_whole(server: HubServer) -> None:
     events: list[Progress] = []
     server.pace = 0.6
@@ -168,6 +169,7 @@ def test_progress_counts_bytes_up_to_the_whole(server: HubServer) -> None:
     assert begun[0] is None and all(begun[1:]) and len(begun) > 1, "the first bytes tell nothing about the rest"
 
 
+@pytest.mark.slow
 def test_a_cancelled_download_stops_at_once_and_keeps_what_came(home: Path, server: HubServer) -> None:
     server.faults = {path: [Fault(stall_after=70_000)] for path in (HIGH, LOW)}
     token = CancelToken()

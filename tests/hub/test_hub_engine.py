@@ -45,6 +45,7 @@ def config() -> EngineConfig:
     return resolve({"model_cls": "wan2.2_moe", "task": "t2v", "model_path": REPO, "device": "cpu"}).engine
 
 
+@pytest.mark.slow
 def test_loading_fetches_first_and_says_so(server: HubServer) -> None:
     events: list[Progress] = []
     with LightX2VPipeline.from_config(config(), on_progress=events.append):
@@ -57,6 +58,7 @@ def test_loading_fetches_first_and_says_so(server: HubServer) -> None:
         assert len(server.asked) == before
 
 
+@pytest.mark.slow
 def test_a_cancel_while_fetching_ends_the_run(server: HubServer) -> None:
     server.faults["Wan2.1_VAE.pth"] = [Fault(stall_after=1000)]
     token = CancelToken()
@@ -76,6 +78,7 @@ def test_what_cannot_be_fetched_ends_the_run_with_the_reason(server: HubServer) 
         LightX2VPipeline.from_config(replace(config(), model_path="someone/other"))
 
 
+@pytest.mark.slow
 def test_a_lora_by_its_name_is_fetched_when_it_is_wanted(server: HubServer, tmp_path: Path, tiny: TinyModels) -> None:
     name = "wan2.2_t2v_high_noise_lora.safetensors"
     shapes = base_weights(tiny.t2v).plain_shapes
@@ -86,6 +89,7 @@ def test_a_lora_by_its_name_is_fetched_when_it_is_wanted(server: HubServer, tmp_
         assert find(f"someone/loras/{name}", config()) is not None and not server.bytes_of("other.safetensors")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("given", ["high", "low"])
 def test_one_half_of_a_pair_brings_the_other_from_the_hub(
     server: HubServer, tmp_path: Path, tiny: TinyModels, given: str
@@ -101,6 +105,7 @@ def test_one_half_of_a_pair_brings_the_other_from_the_hub(
     assert report["warnings"] == []
 
 
+@pytest.mark.slow
 def test_a_half_that_the_hub_has_alone_is_fetched_alone(server: HubServer, tmp_path: Path, tiny: TinyModels) -> None:
     file = write(tmp_path / "a_high.safetensors", random_pairs(base_weights(tiny.t2v).plain_shapes))
     server.files["someone/loras"] = {file.name: file.read_bytes()}
@@ -110,6 +115,7 @@ def test_a_half_that_the_hub_has_alone_is_fetched_alone(server: HubServer, tmp_p
     assert len(report["loras"]) == 1 and "other half is not beside it" in report["warnings"][0]
 
 
+@pytest.mark.slow
 def test_infer_fetches_then_makes_the_video(server: HubServer, tmp_path: Path) -> None:
     settings = tmp_path / "settings.json"
     settings.write_text(json.dumps({"model_cls": "wan2.2_moe", "task": "t2v", "model_path": REPO}))

@@ -74,6 +74,7 @@ def test_after_a_cut_it_goes_on_inside_the_file(home: Path, server: HubServer) -
     assert_whole(home, server)
 
 
+@pytest.mark.slow
 def test_silence_is_noticed_and_the_connection_made_anew(home: Path, server: HubServer) -> None:
     server.faults[HIGH] = [Fault(stall_after=70_000), Fault(stall_after=0)]
     fetch_all(server, stall=2.0)
@@ -212,6 +213,7 @@ def test_offline_nobody_is_asked(server: HubServer, monkeypatch: pytest.MonkeyPa
     assert not server.asked
 
 
+@pytest.mark.slow
 def test_a_full_disk_says_so_and_the_rest_comes_later(home: Path, server: HubServer) -> None:
     """A limit on the size of a file stands for the disk: the same error at the same place."""
     import subprocess

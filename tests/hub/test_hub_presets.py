@@ -75,6 +75,7 @@ def server(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[HubServe
         yield started
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("preset", [info.name for info in list_presets() if not info.name.startswith("demo_")])
 def test_a_preset_fetches_what_it_needs_and_nothing_else(preset: str, server: HubServer) -> None:
     engine = resolve(preset).engine

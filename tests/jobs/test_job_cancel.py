@@ -13,6 +13,7 @@ from lightx2v.errors import Cancelled
 from lightx2v.jobs.queue import JobManager
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("stage", ["text", "denoise", "decode", "write"])
 def test_a_running_job_is_cancelled_within_a_step(stage: str, manager: JobManager, garage: Garage) -> None:
     job, _ = start_held(manager, garage, at=(stage, 2))

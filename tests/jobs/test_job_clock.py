@@ -5,6 +5,7 @@ from __future__ import annotations
 import sqlite3
 from collections.abc import Callable
 
+import pytest
 from fake_engine import Garage, tiny_mp4
 from job_runs import CONFIG, ask, done
 from patience import eventually
@@ -35,6 +36,7 @@ def test_age_counts_whatever_the_order(open_manager: Callable[..., JobManager]) 
     assert manager.purge() == [first.id]
 
 
+@pytest.mark.slow
 def test_jobs_of_the_first_version_are_older_than_those_that_end_now(
     open_manager: Callable[..., JobManager], garage: Garage
 ) -> None:

@@ -23,6 +23,7 @@ from lightx2v.jobs.queue import JobManager
 SUPPORT = Path(__file__).parents[1] / "support"
 
 
+@pytest.mark.slow
 def test_queued_jobs_run_after_a_restart_and_the_running_one_is_interrupted(
     open_manager: Callable[..., JobManager], garage: Garage
 ) -> None:
@@ -50,6 +51,7 @@ def test_queued_jobs_run_after_a_restart_and_the_running_one_is_interrupted(
     assert again.get(waiting[1].id).request.seed == 1
 
 
+@pytest.mark.slow
 def test_a_process_that_is_killed_loses_nothing_but_the_run(tmp_path: Path, garage: Garage) -> None:
     code = f"""
 import sys, time
@@ -82,6 +84,7 @@ time.sleep(60)
         assert not (tmp_path / ".lightx2v-abc").exists()
 
 
+@pytest.mark.slow
 def test_a_second_manager_on_the_folder_is_refused(manager: JobManager, garage: Garage) -> None:
     with pytest.raises(ConfigError, match="Another process"):
         JobManager(garage, manager.folder)

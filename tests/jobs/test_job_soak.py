@@ -29,6 +29,7 @@ from lightx2v.media.mp4 import probe
 from lightx2v.progress import CancelToken, OnProgress
 
 
+@pytest.mark.slow
 def test_the_real_engine_survives_out_of_memory_and_cancel_and_repeats_itself_exactly(
     open_manager: Callable[..., JobManager],
     tiny: TinyModels,
@@ -99,6 +100,7 @@ def quick_gc() -> Iterator[None]:
     gc.unfreeze()
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("quick_gc")
 def test_soak_200_mixed_jobs_leave_nothing_behind(
     manager: JobManager, garage: Garage, tmp_path: Path, caplog: pytest.LogCaptureFixture

@@ -75,6 +75,7 @@ def test_waiting_ends_at_its_timeout(manager: JobManager, garage: Garage) -> Non
     event.set()
 
 
+@pytest.mark.slow
 def test_previews_are_small_jpegs_at_most_twice_a_second(manager: JobManager, garage: Garage) -> None:
     calls: list[float] = []
 
@@ -196,6 +197,7 @@ def test_a_waiting_job_can_be_changed_and_keeps_its_place(manager: JobManager, g
     assert garage.ran[:2] == ["held", "better"]
 
 
+@pytest.mark.slow
 def test_a_waiting_job_can_be_given_another_engine_though_the_queue_is_full(
     manager: JobManager, garage: Garage
 ) -> None:
@@ -228,6 +230,7 @@ def test_seconds_until_the_start_add_up(open_manager: Callable[..., JobManager],
 # ---- one engine -----------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_the_engine_is_kept_while_the_config_is_equal_and_closed_before_another(
     manager: JobManager, garage: Garage
 ) -> None:
@@ -240,6 +243,7 @@ def test_the_engine_is_kept_while_the_config_is_equal_and_closed_before_another(
     assert garage.alive == 0
 
 
+@pytest.mark.slow
 def test_submitting_during_a_switch_waits_and_never_loads_two(manager: JobManager, garage: Garage) -> None:
     garage.open_seconds = 0.05
     configs = [CONFIG, OTHER] * 4
@@ -303,6 +307,7 @@ def test_labels_are_short_and_printable(label: object, manager: JobManager) -> N
 # ---- pictures -------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_a_picture_is_copied_so_the_upload_may_go(manager: JobManager, garage: Garage, tmp_path: Path) -> None:
     upload = tmp_path / "upload.png"
     Image.new("RGB", (32, 32), "red").save(upload)

@@ -115,6 +115,7 @@ def test_merged_and_dynamic_loras_are_the_float64_model(
     assert error(plain, wanted) > 0.1
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dynamic", [False, True])
 def test_twenty_switches_return_to_the_same_bits(tiny: TinyModels, files: tuple[Path, Path], dynamic: bool) -> None:
     dit, loras = expert(tiny.t2v, dynamic=dynamic)
@@ -161,6 +162,7 @@ def loaded(tiny: TinyModels) -> Iterator[tuple[LightX2VPipeline, Request]]:
         yield pipe, Request(prompt="a red ball", **(dict(resolved.request) | {"seed": 3}))
 
 
+@pytest.mark.slow
 def test_each_request_brings_its_loras(
     loaded: tuple[LightX2VPipeline, Request], tiny: TinyModels, files: tuple[Path, Path]
 ) -> None:
@@ -178,6 +180,7 @@ def test_each_request_brings_its_loras(
         assert torch.equal(latents(fresh, request), result.latents)
 
 
+@pytest.mark.slow
 def test_a_whole_run_with_loras_is_the_same_either_way(tiny: TinyModels, files: tuple[Path, Path]) -> None:
     loras = (spec(files[0]), spec(files[1], "low", -0.7))
     made = []
@@ -254,6 +257,7 @@ def test_a_lora_of_the_other_task_is_warned_of(
         assert [f"is used for t2v, its name says {task}" in text for text in warnings] == [True] * warned
 
 
+@pytest.mark.slow
 def test_lora_allow_partial_lets_through_what_looks_wrong(
     tiny: TinyModels, halves: tuple[Path, Path], tmp_path: Path
 ) -> None:
@@ -283,6 +287,7 @@ def test_a_request_with_a_bad_lora_changes_neither_expert(
     assert torch.equal(latents(pipe, request), plain)
 
 
+@pytest.mark.slow
 def test_switch_lora_is_for_the_requests_that_follow(
     loaded: tuple[LightX2VPipeline, Request], files: tuple[Path, Path]
 ) -> None:
@@ -295,6 +300,7 @@ def test_switch_lora_is_for_the_requests_that_follow(
     assert torch.equal(latents(pipe, request), plain)
 
 
+@pytest.mark.slow
 def test_merging_into_quantised_weights_needs_the_dynamic_way(files: tuple[Path, Path]) -> None:
     with pytest.raises(ConfigError, match="lora_dynamic_apply"):
         EngineConfig(dit_quantized=True, dit_quant_scheme="fp8-sgl", lora_configs=(spec(files[0]),))

@@ -48,6 +48,7 @@ def test_layers_below_the_gate_are_named(
     assert "1 layers lose more than usual in 8 bits" in caplog.text and f": {ranked[0]}" in caplog.text
 
 
+@pytest.mark.slow
 def test_the_latents_are_close_to_the_merged_ones() -> None:
     latents: list[torch.Tensor] = []
     for variant in ("merged", "fp8"):

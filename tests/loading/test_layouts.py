@@ -90,6 +90,7 @@ def as_diffusers_saves_it(model: Path) -> dict[str, object]:
     return {}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("layout", [without_an_index, one_file_each, named_files, torch_files, as_diffusers_saves_it])
 def test_every_layout_gives_the_same_latents(
     layout: Callable[[Path], dict[str, object]], model: Path, expected: torch.Tensor
@@ -98,6 +99,7 @@ def test_every_layout_gives_the_same_latents(
     assert torch.equal(latents(model, **settings), expected)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_shards_in_half_precision_are_read_too(dtype: torch.dtype, model: Path, expected: torch.Tensor) -> None:
     for file in model.rglob("*.safetensors"):

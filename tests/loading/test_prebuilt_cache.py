@@ -96,6 +96,7 @@ EXPERTS = ("high_noise_model", "low_noise_model")
 T5 = "models_t5_umt5-xxl-enc-bf16"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("settings", [{"build": "merged"}, FP8_T5])
 def test_the_second_load_reads_only_what_was_built(
     tiny: TinyModels, loras: tuple[LoraSpec, ...], reads: Counter[str], cache: Path, settings: dict[str, Any]
@@ -112,6 +113,7 @@ def test_the_second_load_reads_only_what_was_built(
     assert {path.name: path.stat().st_mtime_ns for path in cache.glob("*.safetensors")} == sizes
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("settings", [{"build": "merged"}, FP8_T5])
 @pytest.mark.parametrize("dtype", ["fp32", "bf16"])
 def test_what_is_kept_equals_what_is_made_in_memory(
@@ -129,6 +131,7 @@ def test_what_is_kept_equals_what_is_made_in_memory(
     assert "made in memory" in report["warnings"][0] and "cannot be written to" in report["warnings"][0]
 
 
+@pytest.mark.slow
 def test_a_request_without_the_loras_gets_the_bare_model(tiny: TinyModels, loras: tuple[LoraSpec, ...]) -> None:
     plain, _ = latents(tiny.t2v)
     config, request = configured(tiny.t2v, build="merged", lora_configs=loras)
@@ -138,6 +141,7 @@ def test_a_request_without_the_loras_gets_the_bare_model(tiny: TinyModels, loras
     assert torch.equal(bare, plain) and torch.equal(again, merged) and not torch.equal(merged, plain)
 
 
+@pytest.mark.slow
 def test_a_full_disk_is_no_reason_not_to_run(
     tiny: TinyModels, loras: tuple[LoraSpec, ...], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -174,6 +178,7 @@ PrebuiltCache(Path(sys.argv[1])).build(job, on_progress=stop)
 """
 
 
+@pytest.mark.slow
 def test_a_killed_build_is_never_used_and_is_continued(model: Path, cache: Path) -> None:
     job, store = job_of(model), PrebuiltCache(cache)
     done = subprocess.run([sys.executable, "-c", KILLED, str(cache), str(job.source)], timeout=100)
@@ -211,6 +216,7 @@ def test_two_at_once_make_it_once(model: Path, cache: Path, monkeypatch: pytest.
     assert len(made) == 1 and len(set(found)) == 1 and len(found) == 3 and begun.is_set()
 
 
+@pytest.mark.slow
 def test_waiting_for_another_process_can_be_cancelled(model: Path, cache: Path) -> None:
     store, token = PrebuiltCache(cache), CancelToken()
     with store._locked(None):
@@ -299,6 +305,7 @@ def test_a_wrong_pair_is_refused_before_anything_is_made(model: Path, cache: Pat
     assert not cache.exists()
 
 
+@pytest.mark.slow
 def test_progress_of_a_build_is_part_of_loading(model: Path) -> None:
     config, _ = configured(model, **FP8)
     seen: list[Progress] = []

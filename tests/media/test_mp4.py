@@ -45,6 +45,7 @@ def test_the_prompt_is_not_in_the_list_of_processes(tmp_path: Path) -> None:
         assert b"rawvideo" in command and b"secret" not in command
 
 
+@pytest.mark.slow
 @settings(max_examples=15)
 @given(text=st.text(st.characters(codec=None), max_size=300), long=st.booleans())
 def test_any_text_survives_in_the_settings(text: str, long: bool, tmp_path_factory: pytest.TempPathFactory) -> None:
@@ -70,6 +71,7 @@ def test_what_is_no_mp4_is_refused(data: bytes, tmp_path: Path) -> None:
             read_settings(missing)
 
 
+@pytest.mark.slow
 def test_foreign_comments_are_not_taken_for_settings(tmp_path: Path) -> None:
     file = write(tmp_path / "a.mp4", clip())
     for number, comment in enumerate(
@@ -97,6 +99,7 @@ def test_foreign_comments_are_not_taken_for_settings(tmp_path: Path) -> None:
             read_settings(copy)
 
 
+@pytest.mark.slow
 @settings(max_examples=200)
 @given(data=st.data())
 def test_damaged_files_only_ever_give_our_errors(

@@ -15,6 +15,7 @@ from lightx2v.media.mp4 import probe
 from lightx2v.media.video_writer import VideoWriter, ffmpeg, read_frame
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("fps", [16, 12.5, 24, 23.976, 1, 120])
 @pytest.mark.parametrize(("frames", "height", "width"), [(1, 16, 16), (5, 32, 48), (17, 96, 80)])
 def test_size_length_and_rate_are_as_asked(frames: int, height: int, width: int, fps: float, tmp_path: Path) -> None:

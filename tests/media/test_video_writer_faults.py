@@ -96,6 +96,7 @@ def test_cancelling_leaves_nothing(tmp_path: Path) -> None:
     assert_nothing_left(tmp_path)
 
 
+@pytest.mark.slow
 def test_cancelling_ends_an_encoder_that_hangs(
     tmp_path: Path, fake_ffmpeg: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -112,6 +113,7 @@ def test_cancelling_ends_an_encoder_that_hangs(
     assert_nothing_left(tmp_path / "out")
 
 
+@pytest.mark.slow
 def test_an_encoder_that_hangs_is_given_up(tmp_path: Path, fake_ffmpeg: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(video_writer, "STALL_SECONDS", 0.3)
     script(fake_ffmpeg, "time.sleep(60)")
@@ -263,6 +265,7 @@ def test_a_read_only_folder_is_an_error() -> None:
         assert_nothing_left(folder)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
 def test_a_signal_while_writing_leaves_nothing(number: signal.Signals, code: int, tmp_path: Path) -> None:
     body = f"""
@@ -288,6 +291,7 @@ def test_a_signal_while_writing_leaves_nothing(number: signal.Signals, code: int
     assert_nothing_left(tmp_path)
 
 
+@pytest.mark.slow
 def test_memory_stays_bounded_while_a_long_video_streams(tmp_path: Path) -> None:
     frames = clip(4, 256, 256)
     with VideoWriter(tmp_path / "a.mp4", 256, 256, 16) as writer:

@@ -144,12 +144,14 @@ def test_answers_that_are_no_picture_or_too_much(web: BadHTTP, plan: Plan, word:
         Fetcher(permitted=lambda address: True, max_bytes=1000, seconds=PATIENCE).image(web.url("/b"))
 
 
+@pytest.mark.slow
 def test_a_drip_is_cut_at_the_deadline(web: BadHTTP) -> None:
     web.plans["/slow"] = Plan(body=b"x" * 1000, headers=PICTURE, drip=0.05)
     with pytest.raises(BadRequest, match=r"within 1\.5 seconds"):
         Fetcher(permitted=lambda address: True, seconds=1.5).image(web.url("/slow"))
 
 
+@pytest.mark.slow
 def test_https_is_spoken_to_the_checked_address_and_certificates_are_looked_at(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

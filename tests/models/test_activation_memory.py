@@ -89,6 +89,7 @@ def peak(
     return memory.peak
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("size", "branches", "sequential_cfg"),
     [("720p", 1, False), ("720p", 2, False), ("720p", 2, True), ("480p", 2, False), ("480p, 33 frames", 2, False)],
@@ -104,6 +105,7 @@ def test_a_forward_takes_what_is_counted(kernels: str, size: str, branches: int,
     assert 0.97 * counted <= taken <= 1.02 * counted, (taken / GIB, counted / GIB)
 
 
+@pytest.mark.slow
 def test_8_bit_weights_that_are_widened_take_no_more_than_is_counted(kernels: str) -> None:
     counted = denoise_bytes(ModelSize(dit=BF16.dit, weight=1), Workload.of(SHAPES["720p"], guided=True))
     taken = peak(SHAPES["720p"], 2, sequential_cfg=False, cache_text_kv=True, quantised=True)

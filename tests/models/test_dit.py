@@ -52,6 +52,7 @@ def test_a_condition_joins_the_latents_after_them() -> None:
     assert got.shape == LATENTS.shape and relative(got, expected) <= 1e-5
 
 
+@pytest.mark.slow
 def test_one_block_of_full_width_equals_diffusers() -> None:
     with torch.device("meta"):
         dit = WanDiT(DiTConfig(num_layers=1))

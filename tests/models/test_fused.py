@@ -18,6 +18,7 @@ print(repr(fused.why_not(triton_kernels, torch.device("cpu"))))
 """
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="triton is for Linux")
 def test_every_kernel_does_what_its_plain_function_does() -> None:
     """In a process of its own: triton decides on import whether it interprets."""

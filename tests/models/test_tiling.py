@@ -66,6 +66,7 @@ def test_tiles_cover_every_pixel_once(height, width, size, data):
         assert before + rows - after >= tiling.overlap
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("size", [(24, 24), (25, 17), (18, 31)], ids=str)
 def test_tiled_decoding_has_no_seam(vae, size):
     height, width = size
@@ -78,6 +79,7 @@ def test_tiled_decoding_has_no_seam(vae, size):
     assert sharpest_step(difference) <= 3
 
 
+@pytest.mark.slow
 def test_hard_edges_between_tiles_would_fail_the_seam_test(vae):
     latents = vae.encode(smooth_video(5, 192, 192))
     whole = torch.cat(list(vae.decode(latents)), dim=1)
@@ -85,6 +87,7 @@ def test_hard_edges_between_tiles_would_fail_the_seam_test(vae):
     assert sharpest_step(hard - whole) > 20
 
 
+@pytest.mark.slow
 def test_tiled_encoding_is_near_the_whole(vae):
     video = smooth_video(9, 200, 136)
     whole, tiled = vae.encode(video), vae.encode(video, tiling=TILING)
@@ -92,6 +95,7 @@ def test_tiled_encoding_is_near_the_whole(vae):
     assert (tiled - whole).abs().mean() <= 0.05 * whole.std()
 
 
+@pytest.mark.slow
 def test_tiled_condition_equals_the_tiled_clip_bit_by_bit(vae):
     video = torch.zeros(3, 13, 192, 136)
     video[:, :1] = smooth_video(1, 192, 136)
@@ -100,6 +104,7 @@ def test_tiled_condition_equals_the_tiled_clip_bit_by_bit(vae):
     assert torch.equal(condition, vae.encode(video, tiling=TILING))
 
 
+@pytest.mark.slow
 def test_a_picture_that_fits_one_tile_is_not_tiled(vae):
     latents = vae.encode(smooth_video(5, 128, 96))
     for whole, tiled in zip(vae.decode(latents), vae.decode(latents, tiling=TILING), strict=True):

@@ -71,6 +71,7 @@ def relative_error(got: torch.Tensor, expected: torch.Tensor) -> float:
     return float((got - expected).norm() / expected.norm())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("prompt", PROMPTS)
 def test_the_rows_are_those_of_the_padded_run(
     encoder: TextEncoder, theirs: torch.nn.Module, tiny: TinyModels, prompt: str
@@ -245,6 +246,7 @@ def test_a_folder_without_a_tokenizer_is_named(tmp_path: Path) -> None:
         load_tokenizer(tmp_path / "absent")
 
 
+@pytest.mark.slow
 def test_transformers_is_imported_when_asked_for_and_not_before() -> None:
     code = (
         "import sys; from lightx2v.models.umt5 import preload; slow = {'transformers', 'ftfy', 'tokenizers'};"

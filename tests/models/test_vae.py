@@ -27,6 +27,7 @@ def noise(frames: int, height: int = 3, width: int = 2) -> torch.Tensor:
     return torch.randn(16, frames, height, width, generator=torch.Generator().manual_seed(2))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("config", "frames", "size"),
     [(TINY, 13, (40, 24)), (VAEConfig(dim=4, multipliers=(1, 2, 2, 4)), 9, (16, 32)), (VAEConfig(), 5, (32, 32))],
@@ -58,12 +59,14 @@ def test_log_variance_is_that_of_the_normalised_latents(vae):
     torch.testing.assert_close(vae.encode_clip(video)[1], expected, rtol=0, atol=1e-4)
 
 
+@pytest.mark.slow
 def test_decode_yields_one_frame_then_four_for_each_latent(vae):
     chunks = list(vae.decode(noise(4)))
     assert [tuple(chunk.shape) for chunk in chunks] == [(3, 1, 24, 16)] + [(3, 4, 24, 16)] * 3
     assert all(chunk.dtype == torch.float32 and chunk.abs().max() <= 1 for chunk in chunks)
 
 
+@pytest.mark.slow
 def test_streamed_clips_equal_whole_clips(vae):
     latents = noise(5)
     whole = vae.decode_clip(latents[None])[0].clamp(-1, 1)
@@ -72,6 +75,7 @@ def test_streamed_clips_equal_whole_clips(vae):
     torch.testing.assert_close(vae.encode(video), vae.encode_clip(video[None])[0][0], rtol=0, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_decoding_a_prefix_gives_the_first_frames_bit_by_bit(vae):
     latents = noise(5)
     whole, prefix = (torch.cat(list(vae.decode(latents[:, :frames])), dim=1) for frames in (5, 3))
@@ -84,6 +88,7 @@ def test_one_picture_is_a_clip_of_one_frame(vae):
     assert [chunk.shape[1] for chunk in vae.decode(latents)] == [1]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("last", [False, True], ids=["i2v", "flf2v"])
 @pytest.mark.parametrize("frames", [5, 33, 1 + 4 * 26])
 def test_condition_equals_the_encoded_clip_bit_by_bit(vae, frames, last):
@@ -152,6 +157,7 @@ def test_whole_clips_pass_gradients_to_every_parameter():
     assert not silent
 
 
+@pytest.mark.slow
 def test_decoder_memory_does_not_grow_with_the_clip(vae):
     """What the stream holds after 3 latent frames it holds after 9."""
     from lightx2v.models.causal_conv import Stream

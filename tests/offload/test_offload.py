@@ -69,6 +69,7 @@ def run(pipe: LightX2VPipeline, request: Request, **more: Any) -> Any:
     return pipe.run(request, return_latents=True, **more)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", PLANS)
 def test_every_plan_gives_the_same_latents(
     pipe: LightX2VPipeline, request_: Request, expected: torch.Tensor, name: str
@@ -80,6 +81,7 @@ def test_every_plan_gives_the_same_latents(
     assert torch.equal(run(pipe, request_).latents, expected), "the second run starts from the low expert's weights"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["swap", "prefix", "streamed", "two slots", "one slot"])
 def test_prompts_that_take_turns_change_nothing(pipe: LightX2VPipeline, request_: Request, name: str) -> None:
     placement = offload(pipe, replace(PLANS[name], sequential_cfg=True))
@@ -170,6 +172,7 @@ def test_a_piece_keeps_values_dtypes_and_memory_order() -> None:
         assert torch.equal(tensor, before[name]) and tensor.stride() == strides[name]
 
 
+@pytest.mark.slow
 def test_cancel_and_errors_leave_a_usable_placement(
     pipe: LightX2VPipeline, request_: Request, expected: torch.Tensor
 ) -> None:
@@ -202,6 +205,7 @@ def test_weights_on_disk_give_the_same_result() -> None:
         assert torch.equal(forward(streamer, "l"), expected[1])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("stage", ["text", "step 1", "step 2", "step 3", "step 4", "decode"])
 @pytest.mark.parametrize(("start", "times"), [("resident", 1), ("resident", 2), ("swap", 1), ("prefix", 1)])
 def test_out_of_memory_goes_on_with_less(
@@ -241,6 +245,7 @@ def test_out_of_memory_goes_on_with_less(
     assert again.warnings == () and again.report()["plan"] == level and torch.equal(again.latents, expected)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("start", [0, 3, 10])
 def test_no_room_for_the_blocks_themselves_goes_on_with_less(
     pipe: LightX2VPipeline,
@@ -259,6 +264,7 @@ def test_no_room_for_the_blocks_themselves_goes_on_with_less(
     assert again.warnings == () and placement.plan == level and torch.equal(again.latents, expected)
 
 
+@pytest.mark.slow
 def test_out_of_memory_for_good_says_what_to_do(pipe: LightX2VPipeline, request_: Request) -> None:
     placement = offload(pipe, RESIDENT)
     with placement.expert("low") as low:
@@ -271,6 +277,7 @@ def test_out_of_memory_for_good_says_what_to_do(pipe: LightX2VPipeline, request_
     assert pipe.run(request_).seed == 3
 
 
+@pytest.mark.slow
 def test_the_same_prompt_is_encoded_once(pipe: LightX2VPipeline, request_: Request, expected: torch.Tensor) -> None:
     placement = offload(pipe, SWAP)
     calls: list[int] = []
@@ -285,6 +292,7 @@ def test_the_same_prompt_is_encoded_once(pipe: LightX2VPipeline, request_: Reque
     assert again.text_tokens.keys() == first.text_tokens.keys() and "text" in again.timings.seconds
 
 
+@pytest.mark.slow
 def test_closing_frees_the_weights(pipe: LightX2VPipeline, request_: Request) -> None:
     placement = offload(pipe, PLANS["prefix"])
     pipe.run(request_)

@@ -35,6 +35,8 @@ from lightx2v.weights.checkpoint import open_checkpoint
 from lightx2v.weights.lora import MatchedLora
 from lightx2v.weights.model_weights import ModelWeights
 
+pytestmark = pytest.mark.slow
+
 SMALL = {"height": 32, "width": 48, "frames": 5, "steps": 2, "boundary": 0.95, "shift": 5.0}
 SWAP = MemoryPlan(mode="swap", resident_blocks=2, text="move", vae="move")
 STREAM = replace(SWAP, mode="stream", resident_blocks=0, text="stream", keep_experts=False)

@@ -12,6 +12,7 @@ SHAPES = [[1, 4, 6], [3, 6, 10], [2, 2, 2]]
 """6, 45 and 2 tokens: fewer than processes, odd, and not divisible by 4."""
 
 
+@pytest.mark.multi
 @pytest.mark.parametrize("prompts", [2, 1])
 @pytest.mark.parametrize(
     ("cfg", "seq", "heads"), [(1, 2, 5), (2, 1, 4), (2, 2, 4), (1, 4, 5), (1, 3, 4), (2, 2, 3), (1, 4, 2)]

@@ -12,6 +12,8 @@ from parallel_ranks import ROOT, group, tiny_models
 
 from lightx2v.media.mp4 import probe
 
+pytestmark = pytest.mark.multi
+
 TINY = ["base", "one_guided", "distilled", "i2v", "i2v_distilled", "flf2v", "flat", "tiles"]
 DEMO = ["t2v_base", "t2v_distill_lora", "t2v_fp8", "t2v_dynamic_lora", "i2v_base", "i2v_distill_lora"]
 LORA = str(ROOT / "assets/demo/loras/wan2.2_i2v_demo_high_noise_lora_rank16_4step.safetensors")

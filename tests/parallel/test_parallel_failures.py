@@ -67,6 +67,7 @@ def test_a_process_whose_partner_dies_while_connecting_reports_it(root: Path) ->
     assert "Process 1 cannot connect to the others" in alone.output and "one of them has ended" in alone.output
 
 
+@pytest.mark.multi
 def test_a_failure_of_one_process_ends_all(root: Path) -> None:
     """All cases run at once, since they mostly wait. The others kill a process that has stopped.
 
@@ -91,6 +92,7 @@ def describe(case: tuple[str, str, int, list[Ended]]) -> str:
     return f"{how} of {who} while {where}:\n{said}"
 
 
+@pytest.mark.multi
 def test_torchrun_starts_the_group_again_and_the_queue_goes_on(root: Path) -> None:
     (end,) = Running(1, under_torchrun, parallel_troubles.queue, str(root)).ended()
     assert end.code == 0, end.output[-3000:]

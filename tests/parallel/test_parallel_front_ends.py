@@ -20,6 +20,7 @@ from patience import PATIENCE, eventually, free_port
 from lightx2v.media.mp4 import probe, read_settings
 
 
+@pytest.mark.multi
 def test_the_command_line_under_torchrun(tmp_path: Path) -> None:
     """torchrun's agent starts the processes, and the program chooses the layout."""
     video = tmp_path / "cat.mp4"
@@ -54,6 +55,7 @@ def test_impossible_layouts_are_refused_before_loading(arguments: list[str], mes
     assert message in first.output and "Load models" not in first.output and second.output == ""
 
 
+@pytest.mark.multi
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_a_signal_that_torchrun_repeats_stops_all_at_one_step(tmp_path: Path, number: signal.Signals) -> None:
     video = tmp_path / "long.mp4"
@@ -69,6 +71,7 @@ def test_a_signal_that_torchrun_repeats_stops_all_at_one_step(tmp_path: Path, nu
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.multi
 def test_the_tutorials_python_example(tmp_path: Path) -> None:
     ends = Running(2, parallel_front_ends.example, str(tmp_path)).ended()
     assert [end.code for end in ends] == [0, 0], ends
@@ -117,6 +120,7 @@ def wait_until(running: Running, ready: Callable[[], bool]) -> None:
     assert running.alive, running.ended()
 
 
+@pytest.mark.multi
 def test_nothing_listens_to_other_machines(tmp_path: Path) -> None:
     """Check the ports that the processes open themselves; torchrun's own port is not ours."""
     arguments = ["--preset", "demo_t2v_base", "--steps", "200", "--save_result_path", str(tmp_path / "x.mp4")]

@@ -6,6 +6,8 @@ import parallel_parts
 import pytest
 from parallel_ranks import group
 
+pytestmark = pytest.mark.multi
+
 
 @pytest.mark.parametrize(("size", "shapes"), [(2, [[6, 7, 4], [1, 4, 3]]), (4, [[4, 11, 3]])])
 def test_shards_equal_one_process(size: int, shapes: list[list[int]]) -> None:

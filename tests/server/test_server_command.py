@@ -36,6 +36,7 @@ def without_a_key(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("LIGHTX2V_API_KEY", raising=False)
 
 
+@pytest.mark.slow
 def test_the_server_itself_needs_no_torch() -> None:
     code = "import sys, lightx2v.server.command, lightx2v.server.application; assert 'torch' not in sys.modules"
     subprocess.run([sys.executable, "-c", code], check=True, cwd=PROJECT)
@@ -78,6 +79,7 @@ def test_a_model_that_does_not_load_ends_the_program_before_the_port_opens(
     assert "The model is not complete." in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_a_folder_that_cannot_be_had_is_told_before_the_model_is_loaded(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -126,6 +128,7 @@ def made(http: httpx.Client, **headers: str) -> dict[str, Any]:
     return task
 
 
+@pytest.mark.slow
 def test_the_tutorials_command_serves_the_model_that_was_loaded_once(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
@@ -140,6 +143,7 @@ def test_the_tutorials_command_serves_the_model_that_was_loaded_once(
     assert len(list((tmp_path / "out").glob("*.mp4"))) == 2
 
 
+@pytest.mark.slow
 def test_a_signal_ends_it_and_the_running_job_is_interrupted(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     garage = Garage(script={"long": Script(hold=threading.Event())})
 
@@ -157,6 +161,7 @@ def test_a_signal_ends_it_and_the_running_job_is_interrupted(monkeypatch: pytest
     assert garage.alive == 0
 
 
+@pytest.mark.slow
 def test_very_many_connections_are_refused_and_headers_without_end_cut(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
@@ -197,6 +202,7 @@ def test_an_engine_that_no_job_asked_for_is_closed_too(monkeypatch: pytest.Monke
     assert run.seen == [[200, 401]] and garage.alive == 0
 
 
+@pytest.mark.slow
 def test_warming_up_runs_both_experts_briefly_and_leaves_nothing(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
@@ -228,6 +234,7 @@ def test_a_taken_port_is_told_before_anything_is_loaded(tmp_path: Path, capsys: 
     assert "Cannot listen on" in capsys.readouterr().err and not garage.opened
 
 
+@pytest.mark.slow
 def test_two_servers_on_one_folder_are_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     garage = Garage()
     with JobManager(Garage(), tmp_path):

@@ -41,6 +41,7 @@ def every_route(served: Served) -> list[tuple[str, str]]:
     return found
 
 
+@pytest.mark.slow
 def test_without_the_key_every_route_answers_401(tmp_path: Path) -> None:
     with serve(tmp_path, keys=[KEY]) as served:
         routes = every_route(served)
@@ -80,6 +81,7 @@ def test_foreign_host_names_are_refused(served: Served, host: str) -> None:
     assert served.client.get("/v1/videos", headers={"Host": host}).status_code == 403
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "headers",
     [
@@ -121,6 +123,7 @@ def test_a_body_of_very_many_values_holds_nobody_up(served: Served) -> None:
     assert answer.status_code == 422 and time.process_time() - started < 2
 
 
+@pytest.mark.slow
 def test_a_body_that_does_not_come_is_not_waited_for_and_keeps_nobody_waiting(tmp_path: Path) -> None:
     with serve(tmp_path) as served:
         served.client.app = RequestLimits(served.client.app, body_seconds=2)
@@ -138,6 +141,7 @@ def test_a_body_that_does_not_come_is_not_waited_for_and_keeps_nobody_waiting(tm
                     connection.close()
 
 
+@pytest.mark.slow
 def test_large_bodies_wait_unread_until_there_is_room_for_them(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A hundred of them at once took six gigabytes."""
     monkeypatch.setattr(submit, "LARGE_BODIES", MAX_BODY)
@@ -158,6 +162,7 @@ def test_large_bodies_wait_unread_until_there_is_room_for_them(tmp_path: Path, m
             assert b" 422 " in second.recv(1000).partition(b"\r\n")[0]
 
 
+@pytest.mark.slow
 def test_answers_may_take_longer_than_bodies(tmp_path: Path) -> None:
     hold = threading.Event()
     with serve(tmp_path, Garage(script={"held": Script(hold=hold)})) as served:
@@ -202,6 +207,7 @@ def test_bodies_that_are_no_request_are_refused_and_not_repeated_in_the_log(
     assert not [record for record in caplog.records if record.name.startswith("lightx2v")]
 
 
+@pytest.mark.slow
 def test_a_client_that_posts_without_end_is_slowed_and_reads_go_on(
     served: Served, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -216,6 +222,7 @@ PLACES = [str(Path.home()), tempfile.gettempdir(), str(PROJECT), "site-packages"
 SECRETS = re.compile(r"Traceback|\.py\b|" + "|".join(map(re.escape, PLACES)))
 
 
+@pytest.mark.slow
 def test_errors_tell_no_paths_no_tracebacks_and_no_keys(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     garage = Garage(script={"burst": Script(error=RuntimeError(f"at {tmp_path} with {KEY}"))})
     with serve(tmp_path, garage, keys=[KEY]) as served:

@@ -27,6 +27,7 @@ def parsed(text: str) -> list[tuple[int | None, str, dict[str, Any]]]:
     return found
 
 
+@pytest.mark.slow
 def test_a_finished_jobs_events_end_with_the_job(tmp_path: Path) -> None:
     with serve(tmp_path) as served:
         id = served.submit()
@@ -42,6 +43,7 @@ def test_a_finished_jobs_events_end_with_the_job(tmp_path: Path) -> None:
         assert served.client.get(f"/v1/videos/{id}/events", headers={"Last-Event-ID": "x"}).status_code == 422
 
 
+@pytest.mark.slow
 def test_events_come_while_the_job_runs_and_a_client_that_leaves_costs_nothing(tmp_path: Path) -> None:
     hold = threading.Event()
     garage = Garage(script={"hold": Script(hold=hold)})

@@ -13,6 +13,7 @@ from patience import PATIENCE
 from served import SIZE, serve
 
 
+@pytest.mark.slow
 def test_fifty_at_once_one_runs_the_queue_is_bounded_and_the_rest_is_told_so(tmp_path: Path) -> None:
     hold = threading.Event()
     garage = Garage(script={"first": Script(hold=hold)})
@@ -36,6 +37,7 @@ def test_fifty_at_once_one_runs_the_queue_is_bounded_and_the_rest_is_told_so(tmp
     assert garage.most_running == 1 and garage.ran[1:] == [job["prompt"] for job in taken]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("error", "word"),
     [
@@ -56,6 +58,7 @@ def test_a_failing_job_says_what_to_do_and_the_next_one_runs(tmp_path: Path, err
         assert 'lightx2v_runs_total{outcome="failed"} 1' in served.client.get("/metrics").text
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("at", [("text", 1), ("denoise", 2), ("decode", 3), ("write", 1)])
 def test_a_cancelled_job_is_cancelled_for_good(tmp_path: Path, at: tuple[str, int]) -> None:
     garage = Garage(script={"hold": Script(hold=threading.Event(), at=at)})
@@ -83,6 +86,7 @@ def test_a_cancel_that_comes_too_late_to_stop_the_engine_still_holds(tmp_path: P
         assert not (tmp_path / f"{id}.mp4").exists()
 
 
+@pytest.mark.slow
 def test_jobs_names_and_results_survive_a_restart_and_the_interrupted_one_runs_again(tmp_path: Path) -> None:
     garage = Garage(script={"hold": Script(hold=threading.Event())})
     with serve(tmp_path, garage) as served:

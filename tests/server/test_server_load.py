@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import pytest
 from served import listening, serve
 
 from benchmarks.server_load import load
 
 
+@pytest.mark.slow
 def test_forty_mixed_jobs_from_eight_clients_are_all_accounted_for(tmp_path: Path) -> None:
     with serve(tmp_path, max_queue=5) as served, listening(served) as client:
         tally = load(str(client.base_url), 40, 8, patience=120)

@@ -60,6 +60,7 @@ def test_whatever_is_accepted_stays_inside_a_folder(wish: str) -> None:
     assert (folder / name).parent == folder and len(name.encode()) <= MAX_NAME and name.isprintable()
 
 
+@pytest.mark.slow
 def test_on_disk_a_video_is_called_by_its_id_and_the_newest_of_a_name_is_given(tmp_path: Path) -> None:
     with serve(tmp_path) as served:
         first, second = (served.submit(text, file_name="cat") for text in ("one", "two"))

@@ -50,6 +50,7 @@ def api(tmp_path_factory: pytest.TempPathFactory) -> Iterator[schemathesis.BaseS
         yield from_asgi("/openapi.json", served.client.app, headers={"Authorization": f"Bearer {KEY}"})
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("mode", list(GenerationMode))
 def test_the_server_does_what_its_document_says(api: schemathesis.BaseSchema, mode: GenerationMode) -> None:
     tried = 0
@@ -70,6 +71,7 @@ def test_the_server_does_what_its_document_says(api: schemathesis.BaseSchema, mo
     assert tried > 60
 
 
+@pytest.mark.slow
 def test_the_document_names_every_route_and_both_kinds_of_bodies(api: schemathesis.BaseSchema) -> None:
     paths = api.raw_schema["paths"]
     assert {"/v1/videos", "/v1/videos/{id}/events", "/v1/tasks/video/", "/v1/tasks/{id}/result", "/metrics"} <= set(

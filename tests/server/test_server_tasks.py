@@ -29,6 +29,7 @@ def create(served: Served, **body: object) -> str:
     return answer.json()["task_id"]
 
 
+@pytest.mark.slow
 def test_the_tutorials_post_py_works_unchanged(served: Served) -> None:
     script = (Path(__file__).parents[1] / "data" / "tutorial_post.txt").read_text(encoding="utf-8")
     with listening(served) as client:
@@ -45,6 +46,7 @@ def test_the_tutorials_post_py_works_unchanged(served: Served) -> None:
     assert video.status_code == 200 and video.content == job.path.read_bytes()
 
 
+@pytest.mark.slow
 def test_a_task_goes_from_pending_to_completed_and_its_video_can_be_fetched(served: Served) -> None:
     hold = threading.Event()
     served.garage.script["a cat"] = Script(hold=hold)
@@ -67,6 +69,7 @@ def test_a_task_goes_from_pending_to_completed_and_its_video_can_be_fetched(serv
     assert list(served.client.get("/v1/tasks/").json()) == [id]
 
 
+@pytest.mark.slow
 def test_every_setting_of_a_request_counts_and_none_stays(served: Served) -> None:
     first = create(
         served,
@@ -99,11 +102,13 @@ def test_every_setting_of_a_request_counts_and_none_stays(served: Served) -> Non
     assert b.negative_text == DEFAULT_NEGATIVE_PROMPT and b.seed != 11
 
 
+@pytest.mark.slow
 def test_without_a_seed_each_task_draws_its_own(served: Served) -> None:
     seeds = {served.jobs.get(create(served)).request.seed for _ in range(4)}
     assert len(seeds) == 4
 
 
+@pytest.mark.slow
 def test_a_task_id_sent_twice_is_one_task_even_without_a_seed(served: Served) -> None:
     assert create(served, task_id="twice") == create(served, task_id="twice") == "twice"
     assert len(served.jobs.list()) == 1
@@ -111,6 +116,7 @@ def test_a_task_id_sent_twice_is_one_task_even_without_a_seed(served: Served) ->
     assert other.status_code == 422 and "another job" in other.json()["error"]["message"]
 
 
+@pytest.mark.slow
 def test_stopping_one_and_all(tmp_path: Path) -> None:
     garage = Garage(script={"hold": Script(hold=threading.Event())})
     with serve(tmp_path, garage) as served:
@@ -125,6 +131,7 @@ def test_stopping_one_and_all(tmp_path: Path) -> None:
         assert not list(tmp_path.glob("*.mp4"))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("path", ["/v1/tasks/video/", "/v1/tasks/video", "/v1/tasks/", "/v1/tasks/video/form"])
 def test_all_ways_in_take_forms_too(served: Served, path: str) -> None:
     answer = served.client.post(path, files={"prompt": (None, "a cat"), "target_shape": (None, "[64, 64]")})
@@ -153,6 +160,7 @@ def test_what_cannot_be_done_is_told_in_the_clients_own_words(served: Served, bo
     assert not served.jobs.list()
 
 
+@pytest.mark.slow
 def test_a_distilled_model_says_that_its_steps_are_fixed(tmp_path: Path) -> None:
     with serve(tmp_path) as served:
         assert create(served, infer_steps=4)

@@ -34,6 +34,7 @@ def served(tmp_path: Path) -> Iterator[Served]:
         yield served
 
 
+@pytest.mark.slow
 def test_a_video_from_form_to_file(served: Served) -> None:
     answer = served.client.post(
         "/v1/videos", files={"prompt": (None, "a cat"), "size": (None, "64x96"), "seed": (None, "5")}
@@ -46,6 +47,7 @@ def test_a_video_from_form_to_file(served: Served) -> None:
     assert content.headers["content-type"] == "video/mp4" and content.content[4:8] == b"ftyp"
 
 
+@pytest.mark.slow
 def test_settings_in_this_familys_words(served: Served) -> None:
     body = {
         "num_inference_steps": 3,
@@ -79,6 +81,7 @@ def test_errors_use_the_clients_words(served: Served, body: dict, word: str) -> 
     assert answer.status_code == 422 and answer.json()["error"]["message"].startswith(word)
 
 
+@pytest.mark.slow
 def test_seconds_are_those_of_the_preset_that_the_picture_chose(served: Served) -> None:
     """As text, too: so OpenAI's clients send them."""
     slow = served.service.presets[I2V]
@@ -91,6 +94,7 @@ def test_seconds_are_those_of_the_preset_that_the_picture_chose(served: Served) 
         assert (with_picture["num_frames"], without["num_frames"]) == (9, 17)
 
 
+@pytest.mark.slow
 def test_a_picture_chooses_a_preset_that_takes_one(served: Served) -> None:
     url = "data:image/png;base64," + base64.b64encode(png()).decode()
     for given in (url, base64.b64encode(png() * 2).decode()):
@@ -101,6 +105,7 @@ def test_a_picture_chooses_a_preset_that_takes_one(served: Served) -> None:
     assert served.jobs.get(served.submit()).preset == T2V
 
 
+@pytest.mark.slow
 def test_pictures_as_uploads_one_for_the_start_and_one_for_the_end(served: Served) -> None:
     files = {"input_reference": ("a.png", png()), "last_frame_reference": ("a.png", png("blue"))}
     answer = served.client.post("/v1/videos", files={"prompt": (None, "a cat"), "size": (None, "64x64"), **files})
@@ -109,6 +114,7 @@ def test_pictures_as_uploads_one_for_the_start_and_one_for_the_end(served: Serve
     assert Path(request.image_path).read_bytes() == png() and Path(request.last_frame_path).read_bytes() == png("blue")
 
 
+@pytest.mark.slow
 def test_a_picture_by_its_address(tmp_path: Path) -> None:
     with BadHTTP({"/cat.png": Plan(body=png(), headers={"Content-Type": "image/png"})}) as web:
         fetcher = Fetcher(permitted=lambda address: True, seconds=PATIENCE)
@@ -117,6 +123,7 @@ def test_a_picture_by_its_address(tmp_path: Path) -> None:
             assert Path(served.jobs.get(id).request.image_path).read_bytes() == png()
 
 
+@pytest.mark.slow
 def test_the_servers_own_files_are_read_from_the_input_folder_only(tmp_path: Path) -> None:
     folder = tmp_path / "inputs"
     folder.mkdir()
@@ -151,6 +158,7 @@ def test_what_is_no_picture_is_refused_before_a_job_exists(served: Served, given
     assert not served.jobs.list()
 
 
+@pytest.mark.slow
 def test_loras_come_from_the_servers_folder_and_add_to_the_presets(tmp_path: Path) -> None:
     folder = tmp_path / "loras"
     folder.mkdir()
@@ -170,6 +178,7 @@ def test_loras_come_from_the_servers_folder_and_add_to_the_presets(tmp_path: Pat
             assert served.client.post("/v1/videos", json=body).status_code == 422, path
 
 
+@pytest.mark.slow
 def test_ranges(served: Served) -> None:
     id = served.submit()
     served.end_of(id)
@@ -180,6 +189,7 @@ def test_ranges(served: Served) -> None:
     assert served.client.get(f"/v1/videos/{id}/content", headers={"Range": "bytes=999999-"}).status_code == 416
 
 
+@pytest.mark.slow
 def test_lists_are_in_pages_the_newest_first(served: Served) -> None:
     ids = [served.submit(f"number {n}") for n in range(5)]
     first = served.client.get("/v1/videos?limit=2").json()
@@ -189,6 +199,7 @@ def test_lists_are_in_pages_the_newest_first(served: Served) -> None:
     assert served.client.get("/v1/videos?after=nothing").json()["data"] == []
 
 
+@pytest.mark.slow
 def test_delete_cancels_what_runs_and_removes_what_is_over(tmp_path: Path) -> None:
     garage = Garage(script={"hold": Script(hold=threading.Event())})
     with serve(tmp_path, garage) as served:
@@ -206,6 +217,7 @@ def test_delete_cancels_what_runs_and_removes_what_is_over(tmp_path: Path) -> No
         assert not list(tmp_path.glob(f"{done}.*"))
 
 
+@pytest.mark.slow
 def test_jobs_belong_to_the_key_that_sent_them(tmp_path: Path) -> None:
     with serve(tmp_path, keys=KEYS) as served:
         alice, bob = ({"Authorization": f"Bearer {key}"} for key in KEYS)

@@ -35,6 +35,7 @@ def random_words(chance: random.Random) -> dict[str, str]:
     return {name: chance.choice(values) for name, values in ATTRIBUTES.items()}
 
 
+@pytest.mark.slow
 def test_detector_reads_every_attribute_of_drawn_clips() -> None:
     clips = sample_clips(48, generator(1), split="all")
     # every kind, colour and motion is there, several times
@@ -44,6 +45,7 @@ def test_detector_reads_every_attribute_of_drawn_clips() -> None:
     assert right["all"].float().mean() >= 0.98, {name: value.tolist() for name, value in right.items()}
 
 
+@pytest.mark.slow
 def test_detector_sees_through_blur_and_noise() -> None:
     clips = sample_clips(16, generator(2), split="all")
     video = render(clips)
@@ -170,6 +172,7 @@ def test_punctuation_of_any_width_means_nothing(text: str, same: str) -> None:
     assert tokenizer.encode(text).tokens == tokenizer.encode(same).tokens
 
 
+@pytest.mark.slow
 def test_autotokenizer_reads_the_saved_folder(tmp_path) -> None:
     from transformers import AutoTokenizer
 

@@ -37,6 +37,7 @@ def test_real_rotation_equals_the_complex_one() -> None:
     assert torch.allclose(norm_rotate_real(x, weight, 1e-6, torch.view_as_real(table)), expected, atol=1e-6)
 
 
+@pytest.mark.slow
 def test_swapped_steps_change_no_result(monkeypatch: pytest.MonkeyPatch) -> None:
     dit = random_dit()
     torch.manual_seed(2)
@@ -47,6 +48,7 @@ def test_swapped_steps_change_no_result(monkeypatch: pytest.MonkeyPatch) -> None
     assert torch.allclose(fast(dit, "cpu").forward_batch(x, times, context), expected, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_a_widened_model_ignores_its_new_channels_at_first() -> None:
     dit = random_dit()
     torch.manual_seed(3)
@@ -72,6 +74,7 @@ def test_lora_starts_as_nothing_and_is_named_as_lightx2v_names_it() -> None:
     assert state["diffusion_model.blocks.0.cross_attn.o.alpha"] == 4
 
 
+@pytest.mark.slow
 def test_folding_normalises_latents_and_keeps_reconstructions() -> None:
     torch.manual_seed(5)
     vae = new_vae(VAEConfig(dim=4, res_blocks=1)).requires_grad_(False)

@@ -354,6 +354,7 @@ def test_a_header_bomb_costs_nothing(tmp_path: Path, length: int) -> None:
     assert peak < 1 << 20
 
 
+@pytest.mark.slow
 @settings(max_examples=300, suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow])
 @given(seed=st.integers(0, 2**32 - 1), whole=st.booleans())
 def test_mutated_headers_open_or_are_refused(tmp_path: Path, seed: int, whole: bool) -> None:

@@ -228,6 +228,7 @@ BUILD = {"build": "fp8", "dit_quantized": True, "dit_quant_scheme": "fp8-sgl"}
 QUANTISED_T5 = {"t5_quantized": True, "t5_quant_scheme": "fp8-sgl"}
 
 
+@pytest.mark.slow
 def test_a_built_model_equals_the_file_of_that_build(tiny: TinyModels, tmp_path: Path, plain: torch.Tensor) -> None:
     built = make(tiny.t2v, **BUILD)[0]
     files = {}
@@ -258,6 +259,7 @@ def test_the_text_encoder_is_built_and_read_in_8_bits(tiny: TinyModels, tmp_path
         assert kinds == [dtype] * 14
 
 
+@pytest.mark.slow
 def test_a_preset_that_builds_merges_then_quantises(tiny: TinyModels, tmp_path: Path, plain: torch.Tensor) -> None:
     g = torch.Generator().manual_seed(1)
     save_file(
@@ -274,6 +276,7 @@ def test_a_preset_that_builds_merges_then_quantises(tiny: TinyModels, tmp_path: 
     assert cosine(quantised, merged) > 0.99 and not torch.equal(merged, plain)
 
 
+@pytest.mark.slow
 def test_a_lora_beside_8_bit_weights_is_the_merged_one(tiny: TinyModels, tmp_path: Path) -> None:
     g = torch.Generator().manual_seed(1)
     pair = {"up": torch.randn(48, 2, generator=g), "down": torch.randn(2, 24, generator=g)}

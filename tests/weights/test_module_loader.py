@@ -170,6 +170,7 @@ def test_a_wrong_model_is_refused_before_it_is_read(tmp_path: Path, tensors: Ten
         load_into(on_meta(), checkpoint, dtype_of=lambda _: torch.float32, device="cpu")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("tensor_mib", [1, 32])
 def test_loading_takes_the_memory_of_the_result(tmp_path: Path, tensor_mib: int) -> None:
     """256 MiB in fp32 become 128 MiB: nothing near the sum of both may ever be resident."""
