@@ -213,7 +213,7 @@ def test_a_bomb_is_refused_from_its_header() -> None:
     """20 000 x 20 000 would be 1.2 GB of pixels; none are decoded."""
     code = (
         "import sys, resource, time\n"
-        "from lightx2v.image import load_image\nfrom lightx2v.errors import BadRequest\n"
+        "from lightx2v.media.images import load_image\nfrom lightx2v.errors import BadRequest\n"
         "before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss\nstarted = time.process_time()\n"
         "try:\n    load_image(sys.stdin.buffer.read())\n"
         "except BadRequest as error:\n    print(error)\n"
