@@ -113,7 +113,7 @@ def prepare_environment(output: Path) -> None:
         os.environ[name] = ",".join(dict.fromkeys([*known, "localhost", "127.0.0.1"]))
 
 
-def launch(studio: Studio, *, open_browser: bool = False, mcp: bool = False, **more: Any) -> Any:
+def launch(studio: Studio, *, open_browser: bool = False, mcp: bool = False) -> Any:
     """Serves the page in the background; returns gradio's Blocks with `local_url` and `share_url`."""
 
     from .page import build_page
@@ -125,32 +125,18 @@ def launch(studio: Studio, *, open_browser: bool = False, mcp: bool = False, **m
     exposure = studio.exposure
     origins: set[str] = set()
     demo = build_page(studio)
+    app_kwargs = {
+        "openapi_url": None,  # gradio has its own, behind the password
+        "routes": [*api_routes(studio), *media_routes(studio)],
+        "middleware": [Middleware(Guard, exposure=exposure, origins=origins)],
+    }
     demo.launch(
-        server_name=exposure.host,
-        server_port=exposure.port,
-        share=exposure.share,
-        auth=exposure.auth,
-        auth_message="LightX2V Studio",
-        inbrowser=open_browser,
-        prevent_thread_lock=True,
-        quiet=True,
-        show_error=False,
-        max_file_size=exposure.limits.upload,
-        state_session_capacity=OPEN_PAGES,
-        footer_links=["api"],
-        run_history=False,
-        enable_monitoring=False,
-        ssr_mode=False,
-        mcp_server=mcp,
-        theme=theme(),
-        head=head(),
-        app_kwargs={
-            "openapi_url": None,  # gradio has its own, behind the password
-            "routes": [*api_routes(studio), *media_routes(studio)],
-            "middleware": [page_limits(exposure, origins)],
-        },
-        **more,
-    )
+        server_name=exposure.host, server_port=exposure.port, share=exposure.share, inbrowser=open_browser,
+        auth=exposure.auth, auth_message="LightX2V Studio", prevent_thread_lock=True, quiet=True, show_error=False,
+        max_file_size=exposure.limits.upload, state_session_capacity=OPEN_PAGES, footer_links=["api"],
+        run_history=False, enable_monitoring=False, ssr_mode=False, mcp_server=mcp, theme=theme(), head=head(),
+        app_kwargs=app_kwargs,
+    )  # fmt: skip
     studio.address = (demo.share_url or demo.local_url or studio.address).rstrip("/")
     if demo.share_url:
         origins.add(demo.share_url.partition("://")[2].strip("/").lower())

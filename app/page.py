@@ -20,7 +20,6 @@ from .events.page_state import PageState
 from .form.fields import CONTROLS, LORA_ROWS
 from .form.inputs import JS_ACT, build_inputs
 from .strings import Words
-from .views.render import Outputs
 from .web.gradio_api import add_endpoints
 
 JS_WATCH = JS_ACT + " studio.watched(element); watch('value', () => studio.watched(element));"
@@ -35,44 +34,46 @@ def build_page(studio: Studio) -> gr.Blocks:
     """Builds the whole page; `main.launch` serves it."""
     words = Words("en")
     resolved = settings_of(studio.default_preset)
+    parts: dict[str, gr.HTML] = {}
+
+    def part(name: str, js: str = JS_ACT, elem_id: str = "") -> None:
+        parts[name] = gr.HTML(apply_default_css=False, elem_id=elem_id or name, js_on_load=js)
+
     with gr.Blocks(title=words("title"), analytics_enabled=False, fill_width=True, delete_cache=(3600, 86400)) as page:
         versions = gr.JSON({}, visible=False, elem_id="versions")  # first, to be the first value of every event
         stored = gr.BrowserState({}, storage_key=STORAGE, secret=_storage_secret(studio.folder))
         state = gr.State(PageState())
         timer = gr.Timer(BUSY_SECONDS / 2, active=False)  # the first answer starts it
-        top = gr.HTML(apply_default_css=False, elem_id="top", js_on_load=JS_ACT)
+        part("top")
         with gr.Tabs(elem_id="tabs"):
             with gr.Tab(words("tab_create"), id="create") as creating, gr.Row(elem_id="create"):
                 with gr.Column(scale=5, min_width=340, elem_id="left"):
                     inputs = build_inputs(words, resolved, studio.exposure, tasks=len(set(studio.tasks.values())))
                 with gr.Column(scale=7, min_width=340, elem_id="right"):
                     with gr.Column(elem_id="theatre"):
-                        stage = gr.HTML(apply_default_css=False, elem_id="stage", js_on_load=JS_WATCH)
-                        status = gr.HTML(apply_default_css=False, elem_id="status", js_on_load=JS_WATCH)
-                    queue = gr.HTML(apply_default_css=False, elem_id="queue", js_on_load=JS_ACT)
-                    report = gr.HTML(apply_default_css=False, elem_id="report", js_on_load=JS_ACT)
+                        part("stage", JS_WATCH)
+                        part("status", JS_WATCH)
+                    part("queue")
+                    part("report")
                     with gr.Column(elem_id="past"):
-                        history = gr.HTML(apply_default_css=False, elem_id="history", js_on_load=JS_ACT)
+                        part("history")
                         restore = gr.UploadButton(
                             words("restore_file"), file_types=[".mp4"], type="filepath", size="sm", elem_id="restore"
                         )
             with gr.Tab(words("tab_compare"), id="compare", render_children=True) as comparing:
-                compared = gr.HTML(apply_default_css=False, elem_id="compared", js_on_load=JS_COMPARE)
-                benchmark = gr.HTML(apply_default_css=False, elem_id="benchmark", js_on_load=JS_ACT)
-        outputs = Outputs(
-            top=top, stage=stage, status=status, report=report, queue=queue, history=history, compare=compared,
-            benchmark=benchmark, tabs=(creating, comparing), restore=restore,
-        )  # fmt: skip
+                part("compare", JS_COMPARE, "compared")
+                part("benchmark")
         add_endpoints(studio)
         controller = PageController(
-            studio, inputs, outputs, versions=versions, stored=stored, state=state, timer=timer
+            studio=studio, inputs=inputs, parts=parts, tabs=(creating, comparing), restore=restore, versions=versions,
+            stored=stored, state=state, timer=timer,
         )  # fmt: skip
         _wire(page, controller)
     return page
 
 
 def _wire(page: gr.Blocks, controller: PageController) -> None:
-    inputs, outputs = controller.inputs, controller.outputs
+    inputs, rendered, restore = controller.inputs, controller.parts.values(), controller.restore
     fields = set(inputs.fields.values())
     pictures = {inputs.fields[name] for name in PICTURES}
     column = {
@@ -81,28 +82,28 @@ def _wire(page: gr.Blocks, controller: PageController) -> None:
         *inputs.remove_lora,
     }  # fmt: skip
     column |= {inputs.files, inputs.files_box} - {None}
-    everything = [*column, *outputs.rendered, controller.stored, controller.timer, outputs.restore, *outputs.tabs]
+    everything = [*column, *rendered, controller.stored, controller.timer, restore, *controller.tabs]
     read = {controller.versions, controller.stored, controller.state, controller.timer, inputs.generate}
     read |= fields - pictures
     default: dict[str, Any] = {"inputs": read, "outputs": everything, **PRIVATE}
     # "once" would lose a second click while the first is answered. "always_last" keeps the last one, which is enough
     # where it does not matter which of several buttons was pressed.
     every, last = {**default, "trigger_mode": "multiple"}, {**default, "trigger_mode": "always_last"}
-    on, on_click, on_submit = controller.listener, controller.click_listener, controller.click_listener
+    on = on_submit = controller.listener
     submitting: dict[str, Any] = {}
     if isinstance(controller.studio.jobs, ZeroGpuJobs):
         # A run belongs to its event, and visitors' events run beside each other: ZeroGPU has a queue of its own.
         on_submit, submitting = controller.running_listener, {"queue": True, "concurrency_limit": None}
 
-    page.load(controller.load_listener(handlers.opened), **default)
+    page.load(on(handlers.opened), **default)
     controller.timer.tick(on(refreshed), **{**default, "trigger_mode": "once"})
     inputs.generate.click(on_submit(handlers.generate), **{**default, "inputs": read | pictures, **submitting})
-    for component in (inputs.examples, inputs.files, *outputs.rendered):
+    for component in (inputs.examples, inputs.files, *rendered):
         if component is not None:
             component.act(on_submit(clicks.act), **{**every, **submitting})
-    outputs.restore.upload(on(handlers.restored), **{**every, "inputs": read | {outputs.restore}})
+    restore.upload(on(handlers.restored), **{**every, "inputs": read | {restore}})
 
-    inputs.preset.pick(on_click(handlers.picked), **every)
+    inputs.preset.pick(on(handlers.picked), **every)
     named = inputs.fields
     named["task"].input(on(handlers.task_changed), **last)
     gr.on([named["size"].input, named["shape"].input], on(handlers.size_chosen), **last)

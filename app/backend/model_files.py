@@ -9,7 +9,6 @@ from collections.abc import Container
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Protocol
 
 from lightx2v.config.engine_config import EngineConfig, hub_name
 from lightx2v.errors import Cancelled, LightX2VError
@@ -71,20 +70,11 @@ class FilesStatus:
         return sum((file.bytes or 0) - file.here for file in missing)
 
 
-class Files(Protocol):
-    """The model files of a preset. Every method returns at once; `download` continues in the background."""
-
-    def status(self, config: EngineConfig) -> FilesStatus: ...
-
-    def download(self, config: EngineConfig) -> None: ...
-
-    def cancel(self) -> None: ...
-
-
 class HubFiles:
     """Files in a folder or in the Hub's cache on this machine, and the Hub for missing ones.
 
-    A background thread lists each repository once, so that the page can show sizes before a download.
+    A background thread lists each repository once, so that the page can show sizes before a download. Every method
+    returns at once.
     """
 
     def __init__(self, hub: Hub | None = None) -> None:

@@ -25,7 +25,7 @@ from lightx2v.config.presets import VARIANTS, PresetInfo, Resolved, list_presets
 from lightx2v.config.request import Request
 from lightx2v.cost.machine import MachineReader
 from lightx2v.cost.memory_forecast import bytes_needed, shape_of
-from lightx2v.cost.run_time import Prediction, Rates, RunCost, estimate_cost
+from lightx2v.cost.run_time import Prediction, Rates, estimate_cost
 from lightx2v.errors import BadRequest, ConfigError, LightX2VError
 from lightx2v.jobs.engine_slot import LoadedModel, OpenEngine, Outcome
 from lightx2v.jobs.queue import JobManager
@@ -35,7 +35,7 @@ from lightx2v.media.video_writer import read_frame
 from lightx2v.progress import CancelToken
 
 from ..exposure import ADDRESS, Exposure
-from .model_files import Files, HubFiles
+from .model_files import HubFiles
 from .zerogpu import LendGpu, ZeroGpuJobs
 
 log = logging.getLogger("lightx2v.page")
@@ -56,7 +56,7 @@ class Studio:
         folder: Path,
         exposure: Exposure,
         *,
-        files: Files | None = None,
+        files: HubFiles | None = None,
         default_preset: str = "",
         only: Container[str] | None = None,
         lend_gpu: LendGpu | None = None,
@@ -116,7 +116,10 @@ class Studio:
 
     def not_predicted(self, config: EngineConfig, request: Request, prediction: Prediction) -> list[str]:
         """Which of the stages "load" and "image" this run will have although their time is still unknown."""
-        stages = {"load": config != self._next_engine, "image": "image" in self._work(config, request).calls}
+        stages = {
+            "load": config != self._next_engine,
+            "image": "image" in estimate_cost(request, shape_of(config)).calls,
+        }
         return [stage for stage, present in stages.items() if present and stage not in prediction.stages]
 
     @property
@@ -127,18 +130,18 @@ class Studio:
 
     @property
     def _engine(self) -> EngineConfig | None:
-        return self.loaded.config if self.loaded is not None else None
+        return self.jobs.loaded.config if self.jobs.loaded is not None else None
 
     def _predict(self, config: EngineConfig, request: Request, engine: EngineConfig | None) -> Prediction | None:
         """`engine` is the one in memory when the run starts."""
-        work, loaded = self._work(config, request), engine == config
-        return self._rates.predict(self.machine().name, engine_key(config), work, loaded=loaded)
+        cost = estimate_cost(request, shape_of(config))
+        return self._rates.predict(self.machine().name, engine_key(config), cost, loaded=engine == config)
 
     @property
     def room(self) -> int | None:
         """Bytes of VRAM that a run may use: free memory plus our own loaded model's; None without a GPU."""
         machine = self.machine()
-        if machine.vram_free is None or self.loaded is None:
+        if machine.vram_free is None or self.jobs.loaded is None:
             return machine.vram_free
         return max(machine.vram_free, self._room_at_start)
 
@@ -157,9 +160,6 @@ class Studio:
         prediction = self._predict(config, request, self._engine)
         return prediction.seconds if prediction else None
 
-    def _work(self, config: EngineConfig, request: Request) -> RunCost:
-        return estimate_cost(request, shape_of(config))
-
     # ---- engines ------------------------------------------------------------------------------------------------
 
     def _open_jobs(self, open_engine: OpenEngine) -> JobManager:
@@ -175,11 +175,6 @@ class Studio:
         )  # fmt: skip
         return ZeroGpuJobs(lend_gpu, engine, model, self.folder, predict=self.predict, on_finished=self._on_finished)
 
-    @property
-    def loaded(self) -> LoadedModel | None:
-        """The model in memory."""
-        return self.jobs.loaded
-
     def _on_finished(self, config: EngineConfig, request: Request, outcome: Outcome) -> None:
         if (report := outcome.report) is not None:
             # An input image may have changed the size of the video: count the work that was done.
@@ -188,7 +183,7 @@ class Studio:
 
     def learn(self, config: EngineConfig, request: Request, seconds: dict[str, float]) -> None:
         """Records the seconds that each stage of a finished run took."""
-        self._rates.record(self.machine().name, engine_key(config), self._work(config, request), seconds)
+        self._rates.record(self.machine().name, engine_key(config), estimate_cost(request, shape_of(config)), seconds)
 
     # ---- runs of one owner --------------------------------------------------------------------------------------
 

@@ -155,7 +155,7 @@ def lora_removed(event: PageEvent, row: int) -> None:
 
 def restored(event: PageEvent) -> None:
     """A video made here was dropped or chosen: shows it and fills in its settings."""
-    file = event.data[event.page.outputs.restore]
+    file = event.data[event.page.restore]
     if file:
         event.fill_run(*_settings_from(event, read_settings(file)))
         event.change(job="", pinned=True, uploaded=event.studio.keep_upload(Path(file)))

@@ -7,7 +7,7 @@ import os
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import gradio as gr
@@ -29,7 +29,7 @@ from ..gradio_compat import forget_copies, merge_updates, newest_component, payl
 from ..strings import Words
 from ..views import panels
 from ..views.html import tag
-from ..views.render import Outputs, render
+from ..views.render import render
 from ..views.view_state import build_view
 from .page_state import PageState
 
@@ -42,37 +42,39 @@ Data = dict[Component, Any]
 """What gradio passes to an event listener: the values of its input components."""
 
 
+@dataclass(kw_only=True)
 class PageController:
-    """One for the page, shared by all sessions.
+    """One for the page, shared by all sessions."""
 
-    Its own components: `versions` carries the version of each rendered part, `stored` is the browser's storage, `state`
-    holds the PageState, `timer` ticks.
-    """
+    studio: Studio
+    inputs: Inputs
+    """The left column."""
+    parts: dict[str, Any]
+    """The HTML of the header and the right side, by the names of `render`."""
+    tabs: tuple[Any, Any]
+    """Create and Compare."""
+    restore: Any
+    """The upload button for a video made here."""
+    versions: Any
+    """Carries the version of each rendered part."""
+    stored: Any
+    """The browser's storage."""
+    state: Any
+    """Holds the PageState."""
+    timer: Any
 
-    def __init__(
-        self, studio: Studio, inputs: Inputs, outputs: Outputs, *, versions: Any, stored: Any, state: Any, timer: Any
-    ) -> None:
-        self.studio, self.inputs, self.outputs = studio, inputs, outputs
-        self.versions, self.stored, self.state, self.timer = versions, stored, state, timer
-        self.editor = Editor(studio, inputs)
+    def __post_init__(self) -> None:
+        self.editor = Editor(self.studio, self.inputs)
         self._newest = newest_component()
         """None of the page's own components has a greater number."""
-        self.typed = inputs.fields.keys() - {*PICTURES}
+        self.typed = self.inputs.fields.keys() - {*PICTURES}
         """Names of the fields that the browser stores. A picture is a path; paths from a browser are not trusted."""
 
-    def listener(self, handler: Handler) -> Callable[[Data], Updates]:
+    def listener(self, handler: Handler) -> Callable[[Data, gr.EventData, gr.Request], Updates]:
         """The function that gradio calls for an event that `handler` handles."""
 
-        def listen(data: Data) -> Updates:
-            return self._answer(handler, data)
-
-        return listen
-
-    def click_listener(self, handler: Handler) -> Callable[[Data, gr.EventData], Updates]:
-        """The same for an event that carries an object from the page's script, such as which button was clicked."""
-
-        def listen(data: Data, click: gr.EventData) -> Updates:
-            return self._answer(handler, data, sent=payload(click))
+        def listen(data: Data, click: gr.EventData, request: gr.Request) -> Updates:
+            return self._answer(handler, data, sent=payload(click), request=request)
 
         return listen
 
@@ -88,14 +90,6 @@ class PageController:
                 yield updates
                 for _ in changes:
                     yield self._answer(refreshed, data)
-
-        return listen
-
-    def load_listener(self, handler: Handler) -> Callable[[Data, gr.Request], Updates]:
-        """The same for the event of a page that opens, which needs the HTTP request."""
-
-        def listen(data: Data, request: gr.Request) -> Updates:
-            return self._answer(handler, data, request=request)
 
         return listen
 
@@ -135,8 +129,7 @@ class PageController:
 class PageEvent:
     """One event of a page. Handlers change `session` and fill in fields; `answer` adds everything that follows.
 
-    `sent` is the object that came with a click, `request` the HTTP request of a page that opens. `submitted` receives
-    the ids of the runs that the handler queues.
+    `sent` is the object that came with a click. `submitted` receives the ids of the runs that the handler queues.
     """
 
     def __init__(
@@ -213,8 +206,12 @@ class PageEvent:
 
     def relabel(self) -> None:
         """Shows every label in the session's language; values stay."""
-        words, labels = self.words, self.page.editor.relabel(self.words, self.values["task"])
-        for component, label in (labels | self.page.outputs.relabel(words)).items():
+        words, page = self.words, self.page
+        labels = page.editor.relabel(words, self.values["task"])
+        for tab, key in zip(page.tabs, ("tab_create", "tab_compare"), strict=True):
+            labels[tab] = gr.Tab(label=words(key))
+        labels[page.restore] = gr.UploadButton(label=words("restore_file"))
+        for component, label in labels.items():
             known = component in self.updates
             self.updates[component] = merge_updates(label, self.updates[component]) if known else label
 
@@ -227,8 +224,7 @@ class PageEvent:
         view = build_view(self.studio, self.session)
         self.session = self.state.session = view.session
         words, inputs = self.words, self.inputs
-        right = render(self.studio, words, view)
-        parts = {getattr(page.outputs, name): (name, html) for name, html in right.items()}
+        parts = {page.parts[name]: (name, html) for name, html in render(self.studio, words, view).items()}
         left = page.editor.parts(words, self.values, self._problem())
         parts |= {getattr(inputs, name): (name, html) for name, html in left.items()}
         versions = data[page.versions] if isinstance(data[page.versions], dict) else {}

@@ -29,18 +29,18 @@ def tag(name: str, content: str = "", /, **attributes: object) -> str:
 
 def button(label: str, act: str, *, kind: str = "", name: str | None = None, **data: object) -> str:
     """A button whose clicks the page's script sends with its data-* values. Screen readers read `name`."""
-    values = {f"data_{key}": value for key, value in data.items()}
-    classes = f"btn {kind}".strip()
-    return tag("button", esc(label), type="button", class_=classes, data_act=act, aria_label=name, title=name, **values)
+    return _button(esc(label), act, kind, name, data)
 
 
 def icon_button(icon: str, act: str, name: str, *, disabled: bool = False, **data: object) -> str:
-    """A button that shows one of ICONS. Screen readers read `name`."""
-    values = {f"data_{key}": value for key, value in data.items()}
-    return tag(
-        "button", ICONS[icon], type="button", class_="btn icon", data_act=act, aria_label=name, title=name,
-        disabled=disabled, **values,
-    )  # fmt: skip
+    """The same with one of ICONS in place of a label."""
+    return _button(ICONS[icon], act, "icon", name, data, disabled=disabled)
+
+
+def _button(content: str, act: str, kind: str, name: str | None, data: dict[str, object], **more: object) -> str:
+    more |= {f"data_{key}": value for key, value in data.items()}
+    classes = f"btn {kind}".strip()
+    return tag("button", content, type="button", class_=classes, data_act=act, aria_label=name, title=name, **more)
 
 
 def _icon(path: str) -> str:

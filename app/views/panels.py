@@ -113,7 +113,7 @@ def cost_line(
         level, key = _level(need, room)
         text = words(key, need=numbers.memory(need), free=numbers.memory(room))
         parts.append(tag("span", esc(text), class_=level))
-    parts.append(esc(words("zerogpu_reserves", n=reserve) if reserve is not None else _files_text(words, files)))
+    parts.append(esc(words("zerogpu_reserves", n=reserve) if reserve is not None else _download_size(words, files)))
     return tag("p", " · ".join(parts), class_="cost", role="status")
 
 
@@ -187,15 +187,18 @@ def files_title(words: Words, status: FilesStatus) -> str:
 
 
 def _option(words: Words, option: PresetOption, room: int | None, *, chosen: bool) -> str:
-    need = ""
+    need, time = "", "–"
     if option.need is not None:
         level = _level(option.need, room)[0] if room is not None else ""
         need = tag("span", esc(numbers.memory(option.need)), class_=f"need {level}")
-    time = "–"
     if option.prediction is not None:
         seconds = option.prediction.seconds
         time = words("days") if seconds > TOO_SLOW else f"≈ {numbers.about(seconds)}"
-    disk = tag("span", esc(_short_files(words, option.files)), class_="disk" + (" ok" if option.files.ready else ""))
+    disk = tag(
+        "span",
+        esc(_download_size(words, option.files, short=True)),
+        class_="disk" + (" ok" if option.files.ready else ""),
+    )
     name = tag("span", esc(option.title), class_="name") + tag("span", esc(option.about), class_="about")
     cells = name + tag("span", esc(time), class_="time") + need + disk
     selected = "true" if chosen else "false"
@@ -221,15 +224,10 @@ def _time(words: Words, prediction: Prediction | None, count: int, unknown: Sequ
     return tag("strong", esc(" ".join([text if count == 1 else f"{count} × {text}", *more])))
 
 
-def _files_text(words: Words, files: FilesStatus) -> str:
+def _download_size(words: Words, files: FilesStatus, *, short: bool = False) -> str:
     if files.ready:
-        return words("cost_ready")
-    missing = files.missing_bytes
-    return words("missing") if missing is None else words("cost_download", size=numbers.size(missing))
-
-
-def _short_files(words: Words, files: FilesStatus) -> str:
-    if files.ready:
-        return words("ready")
-    missing = files.missing_bytes
-    return words("missing") if missing is None else f"{numbers.size(missing)} ↓"
+        return words("ready" if short else "cost_ready")
+    if files.missing_bytes is None:
+        return words("missing")
+    size = numbers.size(files.missing_bytes)
+    return f"{size} ↓" if short else words("cost_download", size=size)

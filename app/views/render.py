@@ -2,11 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Any
-
-import gradio as gr
-
 from ..backend.studio import Studio
 from ..strings import Words
 from . import cards, panels
@@ -16,44 +11,13 @@ from .retries import retry_options
 from .stage import stage, status
 from .view_state import ViewState
 
-PARTS = ("top", "stage", "status", "report", "queue", "history", "compare", "benchmark")
-
-
-@dataclass
-class Outputs:
-    """The components of the right side and the header."""
-
-    top: Any
-    stage: Any
-    status: Any
-    report: Any
-    queue: Any
-    history: Any
-    compare: Any
-    benchmark: Any
-    tabs: tuple[Any, Any]
-    restore: Any
-
-    @property
-    def rendered(self) -> set[Any]:
-        """The components that `render` fills."""
-        return {getattr(self, name) for name in PARTS}
-
-    def relabel(self, words: Words) -> dict[Any, Any]:
-        """Labels, in another language, of the components that are not our own HTML."""
-        create, compare = self.tabs
-        return {
-            create: gr.Tab(label=words("tab_create")),
-            compare: gr.Tab(label=words("tab_compare")),
-            self.restore: gr.UploadButton(label=words("restore_file")),
-        }
-
 
 def render(studio: Studio, words: Words, view: ViewState) -> dict[str, str]:
-    """{part: HTML} for every name in PARTS."""
+    """{part: HTML} of every part of the header and the right side."""
     past = [job for job in view.runs if job.over]
+    loaded = words.preset(studio.jobs.loaded.preset) if studio.jobs.loaded else ""
     return {
-        "top": _top(studio, words),
+        "top": panels.header(words, studio.machine(), loaded, studio.exposure, alive=studio.jobs.alive),
         "stage": stage(words, view.job, sample=studio.sample is not None, uploaded=view.session.uploaded),
         "status": _status(studio, words, view),
         "report": _report(studio, words, view),
@@ -62,12 +26,6 @@ def render(studio: Studio, words: Words, view: ViewState) -> dict[str, str]:
         "compare": comparison.compare(words, view.compared),
         "benchmark": comparison.benchmark(words, view.runs),
     }
-
-
-def _top(studio: Studio, words: Words) -> str:
-    loaded = studio.loaded
-    name = words.preset(loaded.preset) if loaded else ""
-    return panels.header(words, studio.machine(), name, studio.exposure, alive=studio.jobs.alive)
 
 
 def _status(studio: Studio, words: Words, view: ViewState) -> str:

@@ -164,9 +164,8 @@ def _now(words: Words, job: Job, event: Progress | None, ahead: int) -> str:
 def _plain_now(words: Words, job: Job, event: Progress | None) -> str:
     if job.state != "running" or event is None:
         return words("state_" + job.state)
-    if event.stage == "denoise":
-        return words("step_of", step=min(event.step + 1, event.total), total=event.total)
-    return words("doing_" + event.stage)
+    step = words("step_of", step=min(event.step + 1, event.total), total=event.total)
+    return step if event.stage == "denoise" else words("doing_" + event.stage)
 
 
 def _pace(event: Progress) -> float | None:
@@ -194,9 +193,8 @@ def _waiting(words: Words, job: Job) -> str:
         source = f"studio/{job.id}/preview.jpg?step={step}"
         picture = tag("img", src=source, alt=words("preview_alt"), class_="preview")
         return _ambient(source) + picture + tag("span", esc(label), class_="tag")
-    return _landscape("breathing") + tag(
-        "span", esc(words("doing_" + event.stage) if event else words("starting")), class_="tag"
-    )
+    label = words("doing_" + event.stage) if event else words("starting")
+    return _landscape("breathing") + tag("span", esc(label), class_="tag")
 
 
 def _idle(words: Words, *, sample: bool, uploaded: str) -> str:
