@@ -115,7 +115,6 @@ def prepare_environment(output: Path) -> None:
 
 def launch(studio: Studio, *, open_browser: bool = False, mcp: bool = False) -> Any:
     """Serves the page in the background; returns gradio's Blocks with `local_url` and `share_url`."""
-
     from .page import build_page
     from .theme import head, theme
     from .web.api_routes import api_routes
@@ -128,7 +127,7 @@ def launch(studio: Studio, *, open_browser: bool = False, mcp: bool = False) -> 
     app_kwargs = {
         "openapi_url": None,  # gradio has its own, behind the password
         "routes": [*api_routes(studio), *media_routes(studio)],
-        "middleware": [Middleware(Guard, exposure=exposure, origins=origins)],
+        "middleware": [page_limits(exposure, origins)],
     }
     demo.launch(
         server_name=exposure.host, server_port=exposure.port, share=exposure.share, inbrowser=open_browser,
