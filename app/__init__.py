@@ -1,1 +1,1 @@
-"""The page: a face of the engine for people. It knows gradio and the job manager, never torch."""
+"""The page: a Gradio front end over the job manager. It imports gradio, never torch."""

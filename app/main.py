@@ -47,8 +47,11 @@ def _run(args: argparse.Namespace, context: CommandContext) -> int:
     exposure = decide(args, os.environ)
     if args.mcp and importlib.util.find_spec("mcp") is None:
         raise ConfigError('--mcp needs one more package. Install it with: pip install "gradio[mcp]"')
-    if context.environment.distributed and follow():
-        return _exit_code(context)
+    if context.environment.distributed:  # rank 0 serves the page, the other ranks take part in its runs
+        from lightx2v.pipeline import LightX2VPipeline
+
+        if LightX2VPipeline.follow():
+            return _exit_code(context)
     if not exposure.hosted:  # gradio would retry for ever or print a traceback
         check_port(args.host, args.port or 0)
     prepare_environment(Path(args.output_dir))
@@ -76,13 +79,6 @@ def open_studio(output: Path, exposure: Exposure, preset: str) -> Studio:
 
     only = [preset] if preset else None
     return Studio(open_engine, output, exposure, default_preset=preset, only=only, lend_gpu=spaces.GPU)
-
-
-def follow() -> bool:
-    """Under torchrun, rank 0 serves the page. Every other rank takes part in its runs here and then returns True."""
-    from lightx2v.pipeline import LightX2VPipeline
-
-    return LightX2VPipeline.follow()
 
 
 def open_engine(config: Any, *, preset: str, on_progress: Any, cancel: Any) -> Any:

@@ -1,1 +1,1 @@
-"""What stands behind the page: models, jobs, visitors, the time a run takes."""
+"""Behind the page: jobs, sessions, model files, predictions."""

@@ -47,8 +47,10 @@ JOB_ID = re.compile(r"[A-Za-z0-9_-]{16,64}")
 
 
 class Studio:
-    """`files` knows which model files are here and downloads others. `only`, if given, limits the presets on offer.
-    `lend_gpu` is `spaces.GPU` on ZeroGPU, where the default preset's engine is loaded at once and no other later."""
+    """Everything that the page's events work with. `only`, if given, limits the presets on offer.
+
+    `lend_gpu` is `spaces.GPU` on ZeroGPU, where the default preset's engine is loaded at once and no other later.
+    """
 
     def __init__(
         self,
@@ -79,7 +81,7 @@ class Studio:
             names = ", ".join(info.name for info in shipped)
             raise ConfigError(f"There is no preset {default_preset!r} for the page. Presets: {names}.")
         self.default_preset = default_preset or self._choose_default()
-        self.jobs = self._open_jobs(open_engine) if lend_gpu is None else self._open_zerogpu_jobs(open_engine, lend_gpu)
+        self.jobs = self._open_jobs(open_engine, lend_gpu)
 
     # ---- presets ------------------------------------------------------------------------------------------------
 
@@ -116,10 +118,8 @@ class Studio:
 
     def not_predicted(self, config: EngineConfig, request: Request, prediction: Prediction) -> list[str]:
         """Which of the stages "load" and "image" this run will have although their time is still unknown."""
-        stages = {
-            "load": config != self._next_engine,
-            "image": "image" in estimate_cost(request, shape_of(config)).calls,
-        }
+        image = "image" in estimate_cost(request, shape_of(config)).calls
+        stages = {"load": config != self._next_engine, "image": image}
         return [stage for stage, present in stages.items() if present and stage not in prediction.stages]
 
     @property
@@ -162,18 +162,16 @@ class Studio:
 
     # ---- engines ------------------------------------------------------------------------------------------------
 
-    def _open_jobs(self, open_engine: OpenEngine) -> JobManager:
-        return JobManager(
-            open_engine, self.folder, max_queue=self.exposure.limits.queue, predict=self._seconds,
-            on_finished=self._on_finished,
-        )  # fmt: skip
-
-    def _open_zerogpu_jobs(self, open_engine: OpenEngine, lend_gpu: LendGpu) -> ZeroGpuJobs:
-        model = LoadedModel(settings_of(self.default_preset).engine, self.default_preset)
-        engine = open_engine(
-            model.config, preset=model.preset, on_progress=lambda event: None, cancel=CancelToken()
-        )  # fmt: skip
-        return ZeroGpuJobs(lend_gpu, engine, model, self.folder, predict=self.predict, on_finished=self._on_finished)
+    def _open_jobs(self, open_engine: OpenEngine, lend_gpu: LendGpu | None) -> JobManager | ZeroGpuJobs:
+        done = self._on_finished
+        if lend_gpu is None:
+            size = self.exposure.limits.queue
+            return JobManager(open_engine, self.folder, max_queue=size, predict=self._seconds, on_finished=done)
+        preset = self.default_preset
+        config = settings_of(preset).engine
+        engine = open_engine(config, preset=preset, on_progress=lambda event: None, cancel=CancelToken())
+        model = LoadedModel(config, preset)
+        return ZeroGpuJobs(lend_gpu, engine, model, self.folder, predict=self.predict, on_finished=done)
 
     def _on_finished(self, config: EngineConfig, request: Request, outcome: Outcome) -> None:
         if (report := outcome.report) is not None:

@@ -1,1 +1,1 @@
-"""What the page shows: HTML made from data."""
+"""Views: HTML from data."""

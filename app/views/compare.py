@@ -11,17 +11,14 @@ from lightx2v.jobs.store import Job
 
 from ..strings import Words
 from . import numbers
-from .html import button, esc, tag
+from .html import button, esc, table, tag
 from .report import peak_vram, seconds_without_loading, step_seconds
 
 SHOWN_ALWAYS = ("prompt", "seed")
 NOT_COMPARED = ("image_path", "last_frame_path", "task")
 _GUIDED = {
-    (False, False): "offload_off",
-    (True, True): "offload_on",
-    (True, False): "phase_high",
-    (False, True): "phase_low",
-}
+    (False, False): "offload_off", (True, True): "offload_on", (True, False): "phase_high", (False, True): "phase_low"
+}  # fmt: skip
 """Which experts use guidance -> the key of its words."""
 _COLUMNS = (
     *("preset", "size", "steps", "guidance", "offload", "device"),
@@ -58,17 +55,12 @@ def benchmark(words: Words, jobs: Sequence[Job]) -> str:
     head = tag("header", tag("h2", esc(words("benchmark"))) + tag("span", esc(words("benchmark_hint")), class_="quiet"))
     if not groups:
         return tag("section", head + tag("p", esc(words("benchmark_empty")), class_="quiet empty"), class_="card")
-    top = tag("tr", "".join(tag("th", esc(words(name)), scope="col") for name in _COLUMNS))
-    rows = sorted(((_figures(group), key, len(group)) for key, group in groups.items()), key=lambda row: row[1])
-    body = "".join(
-        tag("tr", tag("th", esc(key[0]), scope="row") + "".join(tag("td", esc(c)) for c in (*key[1:], *values, runs)))
-        for values, key, runs in rows
-    )
-    table = tag("table", tag("thead", top) + tag("tbody", body))
-    return tag("section", head + tag("div", table, class_="scroll", tabindex=0), class_="card benchmark")
+    rows = [[*kind, *_figures(group), len(group)] for kind, group in sorted(groups.items(), key=lambda item: item[0])]
+    content = table([words(name) for name in _COLUMNS], rows)
+    return tag("section", head + tag("div", content, class_="scroll", tabindex=0), class_="card benchmark")
 
 
-def settings_of(job: Job) -> dict[str, str]:
+def comparable_settings(job: Job) -> dict[str, str]:
     """The settings in which two runs may differ, as text."""
     data: dict[str, Any] = job.request.to_json()
     data["seed"] = (job.result or {}).get("seed", job.request.seed)
@@ -98,7 +90,7 @@ def _video(words: Words, job: Job, side: str) -> str:
 
 
 def _table(words: Words, left: Job, right: Job) -> str:
-    a, b = settings_of(left), settings_of(right)
+    a, b = comparable_settings(left), comparable_settings(right)
     rows = []
     for name in a:
         differs = a[name] != b[name]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Sequence
 from html import escape
 
 
@@ -41,6 +42,15 @@ def _button(content: str, act: str, kind: str, name: str | None, data: dict[str,
     more |= {f"data_{key}": value for key, value in data.items()}
     classes = f"btn {kind}".strip()
     return tag("button", content, type="button", class_=classes, data_act=act, aria_label=name, title=name, **more)
+
+
+def table(head: Sequence[str], rows: Iterable[Sequence[object]]) -> str:
+    """A table; the first cell of each row is its header."""
+    top = tag("tr", "".join(tag("th", esc(cell), scope="col") for cell in head))
+    body = ""
+    for first, *others in rows:
+        body += tag("tr", tag("th", esc(first), scope="row") + "".join(tag("td", esc(cell)) for cell in others))
+    return tag("table", tag("thead", top) + tag("tbody", body))
 
 
 def _icon(path: str) -> str:

@@ -11,7 +11,7 @@ from lightx2v.progress import STAGES
 from ..exposure import ADDRESS
 from ..strings import Words
 from . import numbers
-from .html import button, esc, tag
+from .html import button, esc, table, tag
 from .snippets import snippets
 
 BAR = ("load", "text", "image", "high", "low", "decode", "write")
@@ -151,7 +151,7 @@ def _details(words: Words, job: Job) -> str:
             rows.append(cells)
             if stage == "denoise":
                 rows += _expert_rows(words, timings)
-    table = _table(head, rows)
+    stages = table(head, rows)
     guidance = " / ".join(f"{scale:g}" for scale in job.request.guidance)
     facts = [
         (words("device"), result.get("device", "")),
@@ -165,7 +165,7 @@ def _details(words: Words, job: Job) -> str:
         (words("run"), job.id),
     ]
     items = (tag("dt", esc(name)) + tag("dd", esc(value)) for name, value in facts if value)
-    return tag("div", table + tag("dl", "".join(items), class_="facts"), class_="details")
+    return tag("div", stages + tag("dl", "".join(items), class_="facts"), class_="details")
 
 
 def _expert_rows(words: Words, timings: Mapping[str, Any]) -> list[list[str]]:
@@ -184,15 +184,6 @@ def _lora_line(words: Words, result: Mapping[str, Any]) -> str:
         words("lora_match", name=lora["path"].rsplit("/", 1)[-1], matched=lora["applied"], total=lora["total"])
         for lora in result.get("loras", ())
     )
-
-
-def _table(head: list[str], rows: list[list[str]]) -> str:
-    top = tag("tr", "".join(tag("th", esc(cell), scope="col") for cell in head))
-    body = "".join(
-        tag("tr", tag("th", esc(row[0]), scope="row") + "".join(tag("td", esc(cell)) for cell in row[1:]))
-        for row in rows
-    )
-    return tag("table", tag("thead", top) + tag("tbody", body))
 
 
 def _snippets(words: Words, texts: Mapping[str, str]) -> str:

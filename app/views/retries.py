@@ -11,7 +11,6 @@ from lightx2v.jobs.store import Job
 from ..strings import Words
 
 SMALLER = 480 * 832
-RETRY = "retry"
 
 
 def retry_options(words: Words, job: Job | None, *, offload: bool) -> dict[str, str]:
@@ -29,7 +28,7 @@ def retry_options(words: Words, job: Job | None, *, offload: bool) -> dict[str, 
             options["retry_smaller"] = words("retry_smaller", size=f"{size[1]} × {size[0]}")
         if (frames := fewer_frames(job.request)) is not None:
             options["retry_shorter"] = words("retry_shorter", n=frames)
-    return options | {RETRY: words("retry")}
+    return options | {"retry": words("retry")}
 
 
 def apply_retry(act: str, job: Job) -> tuple[EngineConfig, Request] | None:
@@ -40,7 +39,7 @@ def apply_retry(act: str, job: Job) -> tuple[EngineConfig, Request] | None:
         return job.config, replace(job.request, height=size[0], width=size[1])
     if act == "retry_shorter" and (frames := fewer_frames(job.request)) is not None:
         return job.config, replace(job.request, frames=frames)
-    return (job.config, job.request) if act == RETRY else None
+    return (job.config, job.request) if act == "retry" else None
 
 
 def smaller_size(request: Request) -> tuple[int, int] | None:

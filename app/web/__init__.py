@@ -1,1 +1,1 @@
-"""What the page serves over HTTP."""
+"""The page's HTTP: its API, media files and limits."""

@@ -30,8 +30,11 @@ def media_routes(studio: Studio) -> list[BaseRoute]:
 
         return Route(f"/studio/{path}", checked)
 
+    def not_found() -> Response:
+        return PlainTextResponse("Not found.", status_code=404)
+
     def mp4(path: Path | None, name: str | None = None) -> Response:
-        return FileResponse(path, media_type="video/mp4", filename=name, headers=FOREVER) if path else _missing()
+        return FileResponse(path, media_type="video/mp4", filename=name, headers=FOREVER) if path else not_found()
 
     def video(request: Request) -> Response:
         job_id = _job_id(request)
@@ -41,7 +44,7 @@ def media_routes(studio: Studio) -> list[BaseRoute]:
 
     def poster(request: Request) -> Response:
         data = studio.poster_of(_job_id(request))
-        return Response(data, media_type="image/jpeg", headers=FOREVER) if data else _missing()
+        return Response(data, media_type="image/jpeg", headers=FOREVER) if data else not_found()
 
     def preview(request: Request) -> Response:
         data = studio.preview_of(_job_id(request))
@@ -51,7 +54,7 @@ def media_routes(studio: Studio) -> list[BaseRoute]:
 
     def example(request: Request) -> Response:
         path = picture(request.path_params["name"])
-        return FileResponse(path, media_type="image/png", headers=FOREVER) if path else _missing()
+        return FileResponse(path, media_type="image/png", headers=FOREVER) if path else not_found()
 
     return [
         route("examples/{name}.png", example),
@@ -66,7 +69,3 @@ def media_routes(studio: Studio) -> list[BaseRoute]:
 def _job_id(request: Request) -> str:
     value = request.path_params.get("id", "")
     return value if JOB_ID.fullmatch(value) else ""
-
-
-def _missing() -> Response:
-    return PlainTextResponse("Not found.", status_code=404)
