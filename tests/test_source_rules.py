@@ -16,9 +16,15 @@ ROOT = Path(__file__).parents[1]
 SOURCES = [p for folder in ("lightx2v", "app") for p in sorted((ROOT / folder).rglob("*.py"))] + [ROOT / "app.py"]
 
 FORBIDDEN_CALLS = {"eval", "exec", "pickle.load", "pickle.loads", "marshal.loads", "os.system"}
-HTTP_CLIENTS = {"http.client", "urllib.request", "urllib3", "requests", "httpx", "aiohttp", "safehttpx"} | {
-    f"huggingface_hub.{name}" for name in ("get_session", "get_async_session")
+HTTP_CLIENTS = {"http.client", "urllib.request", "urllib3", "requests", "httpx", "httpx2", "aiohttp", "safehttpx"}
+CONNECT = {"socket.create_connection", "asyncio.open_connection", "urlopen"}
+FROM_HUB = {
+    "lightx2v/hub/cache.py": {"constants"},
+    "lightx2v/hub/download.py": {"get_async_session"},
+    "lightx2v/hub/listing.py": {"HfApi", "HfHubHTTPError", "constants", "errors"},
+    "lightx2v/hub/transfer.py": {"OfflineModeIsEnabled", "build_hf_headers", "hf_hub_url", "hf_raise_for_status"},
 }
+"""The names that each file imports from huggingface_hub."""
 
 
 def calls(path: Path) -> list[tuple[str, ast.Call]]:
@@ -61,10 +67,28 @@ def test_no_shell_no_unverified_tls() -> None:
     assert not found, found
 
 
-def test_only_two_files_speak_http() -> None:
-    """One fetches images from addresses that users give, with a guard; the other files from the Hub."""
-    users = {p.relative_to(ROOT).as_posix() for p in SOURCES if imported(p) & HTTP_CLIENTS}
-    assert users == {"lightx2v/media/web_images.py", "lightx2v/hub/download.py"}
+def test_http_requests_leave_through_two_files_only() -> None:
+    """media/web_images.py fetches addresses from users, with a guard. hub/transfer.py fetches from the Hub alone: with
+    huggingface_hub's client, by GET, from an address that hf_hub_url made."""
+    files = {path.relative_to(ROOT).as_posix(): path for path in SOURCES}
+    own = {name for name, path in files.items() if imported(path) & HTTP_CLIENTS}
+    connecting = {name for name, path in files.items() for call, _ in calls(path) if call in CONNECT}
+    assert own == connecting == {"lightx2v/media/web_images.py"}
+
+    from_hub: dict[str, set[str]] = {}
+    for name, path in files.items():
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("huggingface_hub"):
+                from_hub.setdefault(name, set()).update(alias.name for alias in node.names)
+        assert not [module for module in imported(path) if module == "huggingface_hub"] or name in from_hub
+    assert from_hub == FROM_HUB
+
+    sent = [(name, node) for name, path in files.items() for call, node in calls(path) if call == "client.stream"]
+    assert [(name, [ast.unparse(argument) for argument in node.args]) for name, node in sent] == [
+        ("lightx2v/hub/transfer.py", ["'GET'", "url"])
+    ]
+    addresses = re.findall(r"\burl = (\w+)\(", files["lightx2v/hub/transfer.py"].read_text())
+    assert addresses == ["hf_hub_url"]
 
 
 def test_nothing_listens_on_every_address_by_default() -> None:
