@@ -3,7 +3,7 @@
     python -m lightx2v.server --model_cls wan2.2_moe --task t2v --model_path P --config_json J
     create_app(service, …)     the same routes inside another program; app.py mounts them beside the page
 
-A request is checked at the door (gate, keys), read (bodies, pictures), turned into a job (submissions, service), and
-answered (answers) by the routes in tasks.py and videos.py. Nothing here imports torch; the engine is opened by the job
-manager.
+A request passes the middleware (limits, auth), is read (request_bodies, input_images) and becomes a job (submit,
+service). The routes (task_routes, video_routes, status_routes) return responses. Nothing here imports torch: the job
+manager opens the engine.
 """

@@ -1,7 +1,7 @@
-"""The file name that a client wished for its video. On disk a video is called by its job's id, so that no two clients
-meet in one file; the wish is what it is called when it is downloaded, and one of the ways to ask for it.
+"""FileNames: the names that clients choose for their videos.
 
-The name lies in `<id>.name` beside the video and goes with the job.
+On disk a video has its job's id as name, so that two clients never share a file. The client's name is that of the
+download, and another way to request the video. The file `<id>.name` holds it and is removed with the job.
 """
 
 from __future__ import annotations
@@ -21,9 +21,9 @@ _PLAIN = re.compile(r"\w[\w .()+,=@-]*")
 _RESERVED = re.compile(r"(con|prn|aux|nul|com\d|lpt\d)(\..*)?", re.IGNORECASE)
 
 
-def file_name(wish: str) -> str:
-    """A wish such as `./cat.mp4` as a plain file name; BadRequest for a path or what a file system stumbles over."""
-    name = wish.removeprefix("./")
+def file_name(requested: str) -> str:
+    """`./cat.mp4` and the like as a plain file name; BadRequest for paths and names that file systems reject."""
+    name = requested.removeprefix("./")
     if not name.lower().endswith(".mp4"):
         name += ".mp4"
     stem = name[: -len(".mp4")]
@@ -34,20 +34,20 @@ def file_name(wish: str) -> str:
         or _RESERVED.fullmatch(stem)
     ):
         raise BadRequest(
-            "save_result_path names a file such as cat.mp4: letters, digits, spaces and . ( ) + , = @ _ -, at most "
-            f"{MAX_NAME} bytes, no folder. The server keeps its videos in a folder of its own."
+            "save_result_path must be a file name such as cat.mp4, without a folder: letters, digits, spaces and "
+            f". ( ) + , = @ _ -, at most {MAX_NAME} bytes. The server keeps its videos in its own folder."
         )
     return name
 
 
 class FileNames:
-    """The wishes of the jobs in one folder."""
+    """The names of the videos in one folder."""
 
     def __init__(self, folder: Path) -> None:
         self._folder = folder
 
     def keep(self, id: str, name: str) -> None:
-        """On a full disk the job, which is queued by now, goes on under its id, and the answer says so."""
+        """Store a name. On a full disk the job, which is already queued, keeps its id as name."""
         try:
             self._file(id).write_text(name, encoding="utf-8")
         except OSError as error:
@@ -55,7 +55,7 @@ class FileNames:
             log.warning("the name of job %s's video could not be stored: %s", id, error.strerror)
 
     def of(self, id: str) -> str:
-        """What the job's video is called when it leaves; after its id where nobody wished anything."""
+        """The client's name for the job's video, else one after its id."""
         with contextlib.suppress(OSError, UnicodeDecodeError):
             return self._file(id).read_text(encoding="utf-8")
         return f"{id}.mp4"

@@ -1,4 +1,4 @@
-"""An input picture, however a client sends it: uploaded bytes, a data URL, base64, an address, or a file laid ready."""
+"""InputImages: reads an image that a client sends as a data URL, base64, a URL, or the name of a file on the server."""
 
 from __future__ import annotations
 
@@ -17,44 +17,43 @@ _BASE64 = re.compile(r"[A-Za-z0-9+/_\s-]{64,}={0,2}\s*")
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class InputImages:
-    """`folder` holds files that clients may name; without one no path is read."""
+    """`folder` holds the files that clients may name; without it they can name none."""
 
     fetcher: Fetcher = field(default_factory=Fetcher)
     folder: Path | None = None
 
-    def read(self, given: str) -> bytes:
-        """The picture's bytes, not yet decoded. BadRequest for what cannot be one."""
-        if re.match(r"https?:", given, re.IGNORECASE):
-            return self.fetcher.image(given)
-        if given[:5].lower() == "data:":
-            head, comma, body = given.partition(",")
+    def read(self, source: str) -> bytes:
+        """The bytes of the image, not yet decoded. BadRequest if the source cannot be an image."""
+        if re.match(r"https?:", source, re.IGNORECASE):
+            return self.fetcher.image(source)
+        if source[:5].lower() == "data:":
+            head, comma, body = source.partition(",")
             if not comma or not re.fullmatch(r"data:image/[\w.+-]+;base64", head, re.IGNORECASE):
-                raise BadRequest("The data URL is not an image in base64: data:image/png;base64,…")
+                raise BadRequest("The data URL is not a base64 image. Expected data:image/png;base64,…")
             return _decoded(body)
-        if _BASE64.fullmatch(given) and not (self.folder is not None and self._file(given)):
-            return _decoded(given)
-        return self._named(given)
+        if _BASE64.fullmatch(source) and not (self.folder is not None and self._file(source)):
+            return _decoded(source)
+        return self._named(source)
 
     def _named(self, name: str) -> bytes:
         if self.folder is None:
             raise BadRequest(
-                "The image is neither a URL nor base64. Files of the server are only read from a folder that it was "
-                "started with (--input_dir)."
+                "The image is neither a URL nor base64. To use files on the server, start it with --input_dir FOLDER."
             )
         file = self._file(name)
         if file is None:
-            raise BadRequest("There is no such image in the server's input folder.")
+            raise BadRequest("There is no image with this name in the server's input folder.")
         with file.open("rb") as opened:
             return opened.read(MAX_BYTES + 1)
 
     def _file(self, name: str) -> Path | None:
-        """The file of this name inside the folder, links followed; None if there is none."""
+        """The file with this name inside the folder, after following links; None if there is none."""
         assert self.folder is not None
         try:
             folder = self.folder.resolve()
             path = (folder / name).resolve()
             return path if path.is_relative_to(folder) and path.is_file() else None
-        except (OSError, ValueError):  # too long, or a NUL in it
+        except (OSError, ValueError):  # the name is too long or contains NUL
             return None
 
 

@@ -34,7 +34,7 @@ Respond = Callable[[int, str, str, dict[str, str] | None], Response]
 
 
 class RateLimit:
-    """A rate limit by client: `burst` requests at once, then `per_second`. Remembers the last thousand clients."""
+    """Each client may send `burst` requests at once, then `per_second`. Remembers the last thousand clients."""
 
     def __init__(self, per_second: float, burst: int) -> None:
         self._rate, self._burst = per_second, burst

@@ -1,4 +1,4 @@
-"""What OpenAPI says beyond the types of functions: bodies that are JSON or a form, and the form of all errors."""
+"""The OpenAPI schema beyond the types of the routes: bodies that are JSON or a form, and the form of all errors."""
 
 from __future__ import annotations
 
@@ -13,33 +13,33 @@ from .request_bodies import FILES, TaskBody, VideoBody
 from .responses import ErrorResponse
 
 DESCRIPTIONS = {
-    400: "The form cannot be read.",
-    401: "No key, or a wrong one.",
-    403: "From another site, or for a host name that is not served.",
-    404: "There is nothing of this name, or it is not yours.",
-    408: "The body did not come in time.",
+    400: "Malformed form.",
+    401: "Missing or invalid API key.",
+    403: "The request comes from another site, or the host name is not allowed.",
+    404: "Not found, or not yours.",
+    408: "The body did not arrive in time.",
     413: "The body is too large.",
     415: "The body is neither JSON nor a form.",
-    422: "Something cannot be done as asked; the message says what would do.",
-    429: "The queue is full, or you ask too often.",
-    503: "Not now.",
+    422: "Invalid request; the message explains how to fix it.",
+    429: "The queue is full, or there are too many requests.",
+    503: "Not available now.",
     507: "The disk is full.",
 }
 _REFERENCE = "#/components/schemas/{model}"
 
 
 def error_responses(*statuses: int) -> dict[int | str, dict[str, Any]]:
-    """`responses` of a route: these errors and those that every route has."""
+    """`responses` of a route: these errors, and those that every route has."""
     content = {"application/json": {"schema": {"$ref": _REFERENCE.format(model="ErrorResponse")}}}
     return {status: {"content": content, "description": DESCRIPTIONS[status]} for status in (401, 403, *statuses)}
 
 
 SUBMISSION = error_responses(400, 408, 413, 415, 422, 429, 507)
-"""`responses` of a route that takes a job."""
+"""`responses` of a route that queues a job."""
 
 
 def request_body(kind: type[BaseModel]) -> dict[str, Any]:
-    """`openapi_extra` of a route that takes `kind` as JSON or as a form."""
+    """`openapi_extra` of a route that accepts `kind` as JSON or as a form."""
     name = kind.__name__
     content = {
         "application/json": {"schema": {"$ref": _REFERENCE.format(model=name)}},
@@ -49,7 +49,7 @@ def request_body(kind: type[BaseModel]) -> dict[str, Any]:
 
 
 def complete_schema(app: FastAPI, *, keyed: bool) -> None:
-    """Makes `app.openapi` hold the schemas that `request_body` refers to, and that a key is needed where one is."""
+    """Add to `app.openapi` the schemas that `request_body` refers to, and the API key if `keyed`."""
     plain = app.openapi
 
     def completed() -> dict[str, Any]:
@@ -72,7 +72,7 @@ def complete_schema(app: FastAPI, *, keyed: bool) -> None:
 
 
 def _as_form(schema: dict[str, Any], files: Sequence[str]) -> dict[str, Any]:
-    """Everything as text, but for files."""
+    """The schema of the form: every field is text, and `files` are files."""
     form = copy.deepcopy(schema)
     form["properties"] = {
         name: {key: value for key, value in about.items() if key in ("description", "maxLength", "minLength")}

@@ -1,7 +1,7 @@
-"""From what a client asked for to a job, and back to the jobs that are the client's own.
+"""Service: turns a client's VideoRequest into a job, and finds the jobs and videos that belong to a client.
 
-Settings of a request lie over those of a preset for this one video; nothing of it stays. Keys may be ours or LightX2V's
-(config.resolve knows both), and errors name the key that was used.
+The settings of a request override those of its preset for this video only. Keys may be ours or LightX2V's
+(`config.resolve` knows both), and errors name the key that the client used.
 """
 
 from __future__ import annotations
@@ -26,12 +26,12 @@ from .file_names import FileNames, file_name
 from .input_images import InputImages
 
 HISTORY = 1000
-"""How far back lists go."""
+"""The number of jobs in a list."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LoraChoice:
-    """A file in the server's LoRA folder, for the expert of this name; without one the file's name decides."""
+    """A file in the server's LoRA folder and the expert that it is for; for None the file's name decides."""
 
     file: str
     expert: str | None = None
@@ -40,8 +40,8 @@ class LoraChoice:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class VideoRequest:
-    """One video as a client asks for it. Pictures are uploaded bytes, or text that says where they are; `seconds` is
-    its length where no number of frames is among the `settings`."""
+    """One video that a client asks for. Images are uploaded bytes, or text for InputImages. `seconds` is the length of
+    the video unless the `settings` have a number of frames."""
 
     prompt: str
     negative_prompt: str = ""
@@ -56,7 +56,7 @@ class VideoRequest:
 
 
 class Service:
-    """`presets` are on offer by name, the first is the default. `check` may error_response a request."""
+    """`presets` are those that clients may choose, by name; the first is the default. `check` may raise BadRequest."""
 
     def __init__(
         self,
@@ -75,12 +75,12 @@ class Service:
         self._check = check
 
     def submit(self, owner: str, video: VideoRequest) -> Job:
-        """Queues a video. BadRequest, ConfigError, or Busy where the queue is full."""
+        """Queue a video. Raises BadRequest, ConfigError, or Busy while the queue is full."""
         name = file_name(video.name) if video.name else ""
         preset = self._preset(video)
         request, config = self._request(owner, preset, video)
         if self._known(owner, video.client_id) is None:
-            self.jobs.check_room()  # before pictures are fetched
+            self.jobs.check_room()  # before downloading images
         with tempfile.TemporaryDirectory(prefix="lightx2v-") as folder:
             request = self._with_images(request, video, Path(folder))
             if self._check is not None:
@@ -91,50 +91,49 @@ class Service:
         return job
 
     def job(self, owner: str, id: str) -> Job:
-        """The owner's job of this id, or submitted under it. Of others' jobs not even the existence is told."""
+        """The owner's job with this id or client_id. UnknownJob also for the jobs of others."""
         with contextlib.suppress(UnknownJob):
             job = self.jobs.get(id)
             if hmac.compare_digest(job.owner, owner):
                 return job
-        found = self._known(owner, id)
-        if found is None:
-            raise UnknownJob("There is no job of this id. It may have been deleted.")
-        return found
+        if (job := self._known(owner, id)) is None:
+            raise UnknownJob("There is no job with this id. It may have been deleted.")
+        return job
 
     def video(self, owner: str, id: str) -> tuple[Path, str]:
-        """A finished job's file and the name it leaves under."""
+        """The file of a finished job's video, and its name for the client."""
         job = self.job(owner, id)
         if job.state != "succeeded" or job.path is None or not job.path.is_file():
             raise UnknownJob(f"This job has no video: it is {job.state}.")
         return job.path, self.file_names.of(job.id)
 
     def video_named(self, owner: str, name: str) -> tuple[Path, str]:
-        """The newest video of this name."""
+        """The newest video with this name."""
         jobs = self.jobs.list(owner, limit=HISTORY, states=("succeeded",))
         id = self.file_names.find(name.removeprefix("./"), (job.id for job in jobs))
         if id is None:
-            raise UnknownJob("There is no video of this name.")
+            raise UnknownJob("There is no video with this name.")
         return self.video(owner, id)
 
-    # ---- inside -------------------------------------------------------------------------------------------------
+    # ---- internal -----------------------------------------------------------------------------------------------
 
     def _preset(self, video: VideoRequest) -> str:
-        """The one that was named, or the first that fits what is shown."""
+        """The named preset; without a name the first that fits the images."""
         if video.preset:
             if video.preset not in self.presets:
-                raise BadRequest(f"There is no model {video.preset[:60]!r} here. There is: {', '.join(self.presets)}.")
+                raise BadRequest(f"There is no model {video.preset[:60]!r}. Choose from: {', '.join(self.presets)}.")
             return video.preset
-        shown = bool(video.image)
-        fits = [name for name, preset in self.presets.items() if (preset.engine.task != "t2v") == shown]
-        return self.default if self.default in fits or not fits else fits[0]
+        has_image = bool(video.image)
+        fitting = [name for name, preset in self.presets.items() if (preset.engine.task != "t2v") == has_image]
+        return self.default if self.default in fitting or not fitting else fitting[0]
 
     def _request(self, owner: str, preset: str, video: VideoRequest) -> tuple[Request, EngineConfig]:
-        """The request but for its pictures, which stand-ins hold the place of until everything else is right."""
+        """The request with placeholders for its images, which are read after everything else has been checked."""
         base = self.presets[preset]
         settings = dict(video.settings)
         if video.seconds is not None and "num_frames" not in settings:
             length = video.seconds * settings.get("fps", base.request["fps"])
-            if math.isfinite(length):  # else fps is refused, whatever the length
+            if math.isfinite(length):  # else the check of fps fails, whatever the length
                 settings["num_frames"] = max(1, round((length - 1) / 4) * 4 + 1)
         if settings.get("seed", -1) == -1:
             known = self._known(owner, video.client_id)
@@ -142,38 +141,39 @@ class Service:
         if video.loras:
             settings["loras"] = [*base.engine.lora_configs, *self._loras(video.loras)]
         resolved = resolve({**base.engine.to_json(), **base.request}, settings) if settings else base
-        shown: dict[str, Any] = {"prompt": video.prompt, "negative_prompt": video.negative_prompt}
-        shown |= {key: "picture" for key, given in _images(video) if given}
-        fields = dict(resolved.request)
+        fields = dict(resolved.request) | {"prompt": video.prompt, "negative_prompt": video.negative_prompt}
+        fields |= {key: "placeholder" for key, image in _images(video) if image}
         if base.engine.task != "t2v":
             fields["task"] = "flf2v" if video.last_frame else "i2v"
-        request = Request(**fields, **shown)
+        request = Request(**fields)
         base.engine.check_request(request)
         return request, base.engine
 
     def _with_images(self, request: Request, video: VideoRequest, folder: Path) -> Request:
-        own: dict[str, str] = {}
-        for key, given in _images(video):
-            if given:
+        """The request with its images as files in `folder`."""
+        paths: dict[str, str] = {}
+        for key, image in _images(video):
+            if image:
                 file = folder / key
-                file.write_bytes(given if isinstance(given, bytes) else self._images.read(given))
-                own[key] = str(file)
-        return Request.from_json(request.to_json() | own) if own else request
+                file.write_bytes(image if isinstance(image, bytes) else self._images.read(image))
+                paths[key] = str(file)
+        return Request.from_json(request.to_json() | paths) if paths else request
 
-    def _loras(self, wishes: Sequence[LoraChoice]) -> list[LoraSpec]:
+    def _loras(self, choices: Sequence[LoraChoice]) -> list[LoraSpec]:
         if self._lora_dir is None:
-            raise BadRequest("This server takes no LoRAs. Start it with --lora_dir FOLDER to offer those inside.")
+            raise BadRequest("LoRAs are disabled. Start the server with --lora_dir FOLDER to enable them.")
         folder, specs = self._lora_dir.resolve(), []
-        for wish in wishes:
-            plain = Path(wish.file).name == wish.file and "\0" not in wish.file
-            path = (folder / wish.file).resolve() if plain else folder
+        for lora in choices:
+            is_name = Path(lora.file).name == lora.file and "\0" not in lora.file
+            path = (folder / lora.file).resolve() if is_name else folder
             if not path.is_relative_to(folder) or not path.is_file():
-                raise BadRequest(f"There is no LoRA {wish.file[:80]!r} in the server's LoRA folder.")
-            spec = {"path": str(path), "strength": wish.strength}
-            specs.append(LoraSpec.from_json(spec | ({"name": wish.expert} if wish.expert else {})))
+                raise BadRequest(f"There is no LoRA {lora.file[:80]!r} in the server's LoRA folder.")
+            spec = {"path": str(path), "strength": lora.strength}
+            specs.append(LoraSpec.from_json(spec | ({"name": lora.expert} if lora.expert else {})))
         return specs
 
     def _known(self, owner: str, client_id: str | None) -> Job | None:
+        """The owner's job with this client_id, if there is one."""
         if not client_id or not client_id.isascii() or not client_id.isprintable() or len(client_id) > 200:
             return None
         with contextlib.suppress(UnknownJob):

@@ -1,4 +1,4 @@
-"""A finished video as an answer."""
+"""A finished video as a response."""
 
 from __future__ import annotations
 
@@ -10,22 +10,22 @@ from starlette.responses import FileResponse
 from .openapi import error_responses
 
 _HEADERS = {"X-Content-Type-Options": "nosniff", "Cache-Control": "private"}
-_ANSWER = {
+_RESPONSE = {
     "content": {"video/mp4": {"schema": {"type": "string", "format": "binary"}}},
-    "description": "The video, or the part that was asked for.",
+    "description": "The video, or the requested range.",
 }
 VIDEO: dict[str, Any] = {
     "response_class": FileResponse,
     "responses": {
-        200: _ANSWER,
-        206: _ANSWER,
-        416: {"description": "There is no such range."},
+        200: _RESPONSE,
+        206: _RESPONSE,
+        416: {"description": "Invalid range."},
         **error_responses(404, 422),
     },
 }
-"""What a route that gives a video says of itself."""
+"""Arguments of a route that returns a video."""
 
 
 def video_file(path: Path, name: str) -> FileResponse:
-    """The video as a download of this name. Ranges are served."""
+    """The video as a download with this name. Range requests work."""
     return FileResponse(path, media_type="video/mp4", filename=name, headers=_HEADERS)

@@ -33,7 +33,7 @@ BAD = [
 
 @pytest.mark.parametrize("wish", BAD)
 def test_wishes_that_are_no_plain_name(wish: str) -> None:
-    with pytest.raises(BadRequest, match="names a file"):
+    with pytest.raises(BadRequest, match="must be a file name"):
         file_name(wish)
 
 
