@@ -15,7 +15,7 @@ import sys
 import torch
 
 from lightx2v.config.environment import Environment
-from lightx2v.cost.run_time import DiTShape, dit_flops
+from lightx2v.cost.run_time import dit_flops
 from lightx2v.models.dit import DiTConfig, WanDiT
 
 SIZES = {"832x480, 81 frames": (21, 60, 104), "1280x720, 81 frames": (21, 90, 160)}
@@ -56,7 +56,7 @@ def count(shape: tuple[int, int, int], heads: int, layers: int) -> None:
 
 def model(rate: float, links: dict[str, float]) -> None:
     """Seconds of a guided step of A14B in bf16, by layout; for each link what the exchanges add."""
-    dit = DiTShape()
+    dit = DiTConfig()
     print(f"\nModel, not measured: {rate / 1e12:.0f} TFLOP/s a GPU, exchanges not overlapped, two branches a step.")
     heads = f"{'video':<21} {'GPUs':>4} {'layout':>7} {'MB a layer':>11} {'compute s':>10}"
     print(heads + "".join(f"{name:>22}" for name in links))

@@ -7,7 +7,8 @@
 The outputs are compared first. The decoders then run A B A B, so that a busy machine slows both; each pair gives one
 ratio of times, and the median of the ratios and their quartiles are the result; on a machine with other work the ratio
 of processor seconds is the steadier one (set OMP_WAIT_POLICY=PASSIVE). The last line is JSON. `--alone` leaves
-diffusers out; on CUDA the peak memory is measured and set against `decode_bytes`.
+diffusers out; on CUDA the peak memory is measured and set against `decode_bytes`, which counts
+for the released width.
 """
 
 from __future__ import annotations
@@ -24,6 +25,9 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from lightx2v.cost.architecture import tile_side
+from lightx2v.cost.memory_bytes import decode_bytes
+from lightx2v.cost.memory_plan import ModelSize, Workload
 from lightx2v.models.tiling import Tiling
 from lightx2v.models.vae_config import VAEConfig
 
@@ -76,7 +80,9 @@ def main() -> None:
         result["processor_ratio"] = statistics.median(a / b for a, b in zip(*processor, strict=True))
         print(f"ratio of processor seconds {result['processor_ratio']:.3f}")
     if args.device == "cuda":
-        result |= memory(ours, config.decode_bytes(height, width, element_size=dtype.itemsize, tiling=tiling))
+        sides = [tile_side(side, tiling.size, tiling.overlap) if tiling else side for side in (height, width)]
+        video = Workload(tokens=0, height=sides[0], width=sides[1])
+        result |= memory(ours, decode_bytes(ModelSize(vae_element=dtype.itemsize), video))
         result["device_name"] = torch.cuda.get_device_name()
     print(json.dumps(result | {"machine": platform.machine()}))
 

@@ -29,7 +29,8 @@ from .config.presets import resolve
 from .config.request import LoraSpec, Request, check
 from .config.request_settings import SETTINGS, Guidance, RequestSettings
 from .cost.machine import free_memory
-from .engine.engine import LoadedEngine, load_engine, within_memory
+from .engine.engine import LoadedEngine, load_engine
+from .engine.memory_retry import within_memory
 from .engine.result import Result
 from .engine.run import Run
 from .errors import Busy, ConfigError, GroupFailed, LightX2VError

@@ -22,6 +22,7 @@ from torch import nn
 from lightx2v.attention import resolve_attention
 from lightx2v.config.presets import resolve
 from lightx2v.config.request import Request
+from lightx2v.cost.memory_ladder import MemoryLadder
 from lightx2v.loading.model_files import locate
 from lightx2v.models import fused
 from lightx2v.models.dit import DiTConfig, WanDiT
@@ -30,7 +31,7 @@ from lightx2v.models.vae import WanVAE
 from lightx2v.models.vae_config import VAEConfig
 from lightx2v.offload.device_copies import CudaCopies, Slot
 from lightx2v.offload.packed_weights import host_buffer
-from lightx2v.offload.placement import offloaded
+from lightx2v.offload.placement import load_offloaded
 from lightx2v.offload.weight_streamer import StreamedModule, WeightStreamer
 from lightx2v.pipeline import LightX2VPipeline
 from lightx2v.weights.checkpoint import open_checkpoint
@@ -208,13 +209,13 @@ def test_every_plan_gives_the_resident_models_latents(
 ) -> None:
     engine = pipe._engine
     assert engine is not None and engine.placement.plan is not None and engine.placement.plan["mode"] == "resident"
-    placement = offloaded(
+    placement = load_offloaded(
         locate(settings.engine),
         settings.engine,
         engine.precision,
         engine.self_attention,
         engine.cross_attention,
-        replace(PLANS[name], lazy=lazy),
+        MemoryLadder(replace(PLANS[name], from_disk=lazy)),
     )
     other = LightX2VPipeline.from_config(settings.engine)
     other._engine = replace(engine, placement=placement)

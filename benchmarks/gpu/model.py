@@ -23,6 +23,7 @@ from lightx2v.models.preview import Preview
 from lightx2v.models.quant_linear import QuantLinear, swap_linears
 from lightx2v.models.umt5 import TextEncoder, build_stack, load_tokenizer
 from lightx2v.models.vae import WanVAE
+from lightx2v.offload.packed_weights import Reader
 from lightx2v.parallel.mesh import Mesh
 from lightx2v.parallel.single_process import ALONE
 from lightx2v.weights.quantization import is_expert_matrix, quantise
@@ -103,11 +104,12 @@ def write_tokenizer(folder: Path) -> int:
 
 
 class Model:
-    """All parts on the device: what `offload.Resident` is, without files."""
+    """All parts on the device: as `offload.resident.Resident`, without files."""
 
     tiling = None
     plan: dict[str, Any] | None = None
     has_text = True
+    readers: dict[Expert, Reader] = {}
     loras: tuple[AppliedLora, ...] = ()
 
     def __init__(self, bench: Bench, task: str, *, fp8: bool = False) -> None:

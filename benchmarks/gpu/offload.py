@@ -13,7 +13,9 @@ from typing import Any
 import torch
 
 from lightx2v.config.request import Request
-from lightx2v.cost.memory_plan import MemoryPlan, ModelSize, Workload, stage_bytes
+from lightx2v.cost.memory_bytes import stage_bytes
+from lightx2v.cost.memory_ladder import MemoryLadder
+from lightx2v.cost.memory_plan import MemoryPlan, ModelSize, Workload
 from lightx2v.engine.engine import LoadedEngine
 from lightx2v.engine.run import Run
 from lightx2v.offload.device_copies import Copies, CudaCopies, Slot, copies_for
@@ -43,12 +45,13 @@ def measure(bench: Bench, *, fp8: bool) -> None:
     began = time.perf_counter()
     with torch.inference_mode():
         copies = Watched(bench.device) if bench.cuda else copies_for(bench.device)
-        placement = Offloaded(model, plan=swap, device=bench.device, copies=copies)
+        placement = Offloaded(model, ladder=MemoryLadder(swap), device=bench.device, copies=copies)
     bench.write(f"{linears}, weights packed into host memory", linears=linears, seconds=time.perf_counter() - began)
     bench.clear()
     copy_rate(bench, placement, linears)
     for name, plan in (("model offload (swap in place)", swap), ("block offload (streamed)", stream)):
-        placement._apply(plan)
+        placement._ladder.plan = plan
+        placement._apply_plan()
         run_all(bench, engine(bench, placement, "t2v"), clip, f"{linears}, {name}", plan, fp8, base, copies)
     placement.close()
 

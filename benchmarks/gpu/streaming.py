@@ -12,7 +12,8 @@ import time
 
 import torch
 
-from lightx2v.cost.memory_plan import FreeMemory, ModelSize, Workload, choose
+from lightx2v.cost.memory_ladder import choose
+from lightx2v.cost.memory_plan import FreeMemory, ModelSize, Workload
 from lightx2v.offload.device_copies import copies_for
 from lightx2v.offload.weight_streamer import StreamedModule, WeightStreamer
 

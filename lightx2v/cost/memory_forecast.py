@@ -1,4 +1,4 @@
-"""How much memory a run will take at its highest: the engine's own planner, asked before anything is loaded."""
+"""How much memory a run will take: the engine's own choice of a plan, made before anything is loaded."""
 
 from __future__ import annotations
 
@@ -10,22 +10,33 @@ from typing import Any
 from ..config.engine_config import EngineConfig
 from ..config.request import Request
 from ..hub import model_folder
-from . import memory_plan
+from .architecture import DiTConfig
 from .machine import Machine
-from .memory_plan import GIB, RESERVE, TEXT_WEIGHTS, VAE_WEIGHTS, MemoryPlan, ModelSize, OffloadOptions, Workload
-from .run_time import DiTShape
+from .memory_bytes import host_bytes, stage_bytes
+from .memory_ladder import RESERVE, choose
+from .memory_plan import (
+    GIB,
+    TEXT_WEIGHTS,
+    VAE_WEIGHTS,
+    FreeMemory,
+    MemoryPlan,
+    ModelSize,
+    OffloadOptions,
+    Workload,
+    plan_from_disk,
+)
 
 DRIVER_BYTES = GIB
-"""Of a card's nominal size: what the driver and the CUDA context take."""
+"""What the driver and the CUDA context take from a GPU's nominal size."""
 ENOUGH = 2**62
-"""Bytes of host memory beside a card that somebody asks about, so that what it takes is told."""
+"""Host memory for a forecast that asks how much of it a GPU needs beside its own."""
 SIZES = {"bf16": 2, "fp16": 2, "fp32": 4}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Forecast:
-    """`device` bytes by stage, None without a GPU; `host` bytes: weights that wait there, without a GPU everything;
-    `free` bytes of the one that has to hold the run."""
+    """`device`: bytes by stage, None without a GPU. `host`: bytes of the weights that wait in host memory; without a
+    GPU, the bytes of everything. `free`: free bytes of the memory that has to hold the run."""
 
     plan: MemoryPlan
     device: dict[str, int] | None
@@ -47,51 +58,49 @@ class Forecast:
 
 
 def forecast_for_gpu(config: EngineConfig, request: Request, size: float) -> Forecast:
-    """On a card of `size` GB, beside enough host memory."""
+    """On a GPU of `size` GB, beside enough host memory."""
     return forecast(config, request, vram=max(0, int(size * GIB) - DRIVER_BYTES), ram=ENOUGH)
 
 
 def forecast_for_machine(config: EngineConfig, request: Request, machine: Machine) -> Forecast:
-    """With what is free there now."""
+    """With the memory that is free on this machine now."""
     ram = machine.ram_free // (config.parallel.world_size if config.parallel else 1)
     if machine.vram_free is not None and config.device != "cpu":
         return forecast(config, request, vram=machine.vram_free, ram=ram)
-    model = _model(config, 4)  # products are computed in float32
+    model = _model_size(config, 4)  # products are computed in float32
     plan = MemoryPlan(mode="resident", resident_blocks=model.dit.num_layers, reason="All of it is in host memory.")
     if config.lazy_load:
-        plan = memory_plan.from_disk(config)
-    peak = max(memory_plan.stage_bytes(plan, model, _need(request)).values())
+        plan = plan_from_disk(config)
+    peak = max(stage_bytes(plan, model, _workload(request)).values())
     return Forecast(plan=plan, device=None, host=peak, free=ram, fits=peak <= ram)
 
 
 def forecast(config: EngineConfig, request: Request, *, vram: int, ram: int) -> Forecast:
     """With so many bytes free, under the plan that the engine will choose for them."""
-    model = _model(config, 2)
-    plan = memory_plan.choose(
-        memory_plan.FreeMemory(vram=vram, ram=ram), model, _need(request), OffloadOptions.of(config)
-    )
+    model = _model_size(config, 2)
+    plan = choose(FreeMemory(vram=vram, ram=ram), model, _workload(request), OffloadOptions.of(config))
     fits = max(plan.bytes.values()) + RESERVE <= vram
-    return Forecast(plan=plan, device=plan.bytes, host=memory_plan.host_bytes(plan, model), free=vram, fits=fits)
+    return Forecast(plan=plan, device=plan.bytes, host=host_bytes(plan, model), free=vram, fits=fits)
 
 
 def bytes_needed(config: EngineConfig, request: Request, *, vram: int, ram: int) -> int:
-    """Bytes of device memory at the highest, where `vram` bytes are free."""
+    """The peak of device memory where `vram` bytes are free."""
     return max(forecast(config, request, vram=vram, ram=ram).plan.bytes.values())
 
 
 @lru_cache(maxsize=64)
-def shape_of(config: EngineConfig) -> DiTShape:
-    """The sizes of the model, from its folder; A14B's where it is not here."""
-    return DiTShape.of_model(model_folder(config))
+def shape_of(config: EngineConfig) -> DiTConfig:
+    """The architecture from the model's folder; A14B's if the folder is not on this machine."""
+    return DiTConfig.from_folder(model_folder(config))
 
 
 @lru_cache(maxsize=64)
-def _model(config: EngineConfig, natural: int) -> ModelSize:
-    """`natural`: bytes of a value where the configuration leaves that to the device."""
-    compute, vae_element = (SIZES.get(dtype, natural) for dtype in (config.dtype, config.vae_dtype))
+def _model_size(config: EngineConfig, default: int) -> ModelSize:
+    """`default`: bytes per value where the configuration leaves the dtype to the device."""
+    compute, vae_element = (SIZES.get(dtype, default) for dtype in (config.dtype, config.vae_dtype))
     text_element = 1 if config.t5_quantized else compute
     text, vae = TEXT_WEIGHTS * text_element, VAE_WEIGHTS * vae_element
-    if (folder := model_folder(config)) is not None:  # a small model's files, of 16 bits, say how small its parts are
+    if (folder := model_folder(config)) is not None:  # files of a small model, in 16 bits, show the size of its parts
         text = min(text, _file_bytes(folder, "models_t5*.pth") * text_element // 2 or text)
         vae = min(vae, _file_bytes(folder, "*VAE*.pth") * vae_element // 2 or vae)
     return ModelSize(
@@ -104,7 +113,7 @@ def _file_bytes(folder: Path, pattern: str) -> int:
     return sum(file.stat().st_size for file in folder.glob(pattern))
 
 
-def _need(request: Request) -> Workload:
+def _workload(request: Request) -> Workload:
     return Workload.of(request.latent_shape, guided=any(request.guided))
 
 

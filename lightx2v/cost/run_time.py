@@ -15,10 +15,11 @@ import threading
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, Self
+from typing import Any, Literal
 
 from ..config.request import Request
 from ..config.schedule import schedule_of
+from .architecture import PATCH, DiTConfig
 
 log = logging.getLogger("lightx2v.estimate")
 
@@ -53,29 +54,6 @@ FAR = 8
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class DiTShape:
-    """The sizes that the work of one forward follows from. The defaults are A14B's."""
-
-    dim: int = 5120
-    ffn_dim: int = 13824
-    num_layers: int = 40
-    in_dim: int = 16
-    text_dim: int = 4096
-    text_len: int = 512
-
-    @classmethod
-    def of_model(cls, folder: Path | None) -> Self:
-        """From a model folder's config.json; A14B's sizes where there is none or it does not say."""
-        names = list(cls.__dataclass_fields__)
-        for place in ("high_noise_model", "low_noise_model", "."):
-            config = folder / place / "config.json" if folder else None
-            if config and config.is_file():
-                data = json.loads(config.read_text(encoding="utf-8"))
-                return cls(**{name: int(data[name]) for name in names if isinstance(data.get(name), int)})
-        return cls()
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
 class RunCost:
     """What one run has to do: `calls` of a stage, each with `size` operations, by stage."""
 
@@ -95,7 +73,7 @@ class Prediction:
         return sum(self.stages.values())
 
 
-def dit_flops(shape: DiTShape, tokens: int) -> float:
+def dit_flops(shape: DiTConfig, tokens: int) -> float:
     """Operations of one DiT forward with one text (a multiply-add is two)."""
     d, text = shape.dim, shape.text_len
     block = (
@@ -105,11 +83,11 @@ def dit_flops(shape: DiTShape, tokens: int) -> float:
         + 4.0 * tokens * text * d
         + 4.0 * tokens * d * shape.ffn_dim
     )  # fmt: skip
-    ends = 2.0 * tokens * d * 4 * (shape.in_dim + 16) + 2.0 * text * d * (shape.text_dim + d)
+    ends = 2.0 * tokens * d * PATCH**2 * (shape.in_dim + shape.out_dim) + 2.0 * text * d * (shape.text_dim + d)
     return shape.num_layers * block + ends
 
 
-def estimate_cost(request: Request, shape: DiTShape | None = None, size: tuple[int, int] | None = None) -> RunCost:
+def estimate_cost(request: Request, shape: DiTConfig | None = None, size: tuple[int, int] | None = None) -> RunCost:
     """The work of `request`. `size` is the video's (height, width) where an input picture changes it."""
     height, width = size or (request.height, request.width)
     tokens = request.latent_shape[1] * (height // 16) * (width // 16)
@@ -120,7 +98,7 @@ def estimate_cost(request: Request, shape: DiTShape | None = None, size: tuple[i
     # A step is one call: both texts of guidance go through the blocks together.
     calls = {"text": 1 + (request.negative_text is not None), "denoise": request.steps, "decode": chunks, "write": 1}
     work = {"text": 1.0, "write": pixels, "decode": 8.5e6 * pixels / chunks}
-    work["denoise"] = dit_flops(shape or DiTShape(), tokens) * forwards / request.steps
+    work["denoise"] = dit_flops(shape or DiTConfig(), tokens) * forwards / request.steps
     if request.task != "t2v":
         # The grey tail of the condition clip is not recomputed once its encoding is constant: about 20 frames count.
         calls["image"] = min(chunks, 6)

@@ -1,14 +1,11 @@
-"""A loaded engine: the model where it lives, the attention it uses, and why. Built once, read by every run."""
+"""A loaded engine: the model in its placement, and the attention backends with the reason for them."""
 
 from __future__ import annotations
 
 import logging
-import re
 import time
-from collections import deque
-from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 
@@ -16,17 +13,17 @@ from .. import hub
 from ..attention import Choice, resolve_attention
 from ..config.engine_config import EngineConfig, ParallelConfig
 from ..config.environment import Environment
-from ..cost.machine import free_memory
-from ..cost.memory_plan import from_disk
-from ..errors import OutOfMemory, OutputError
+from ..cost.architecture import DiTConfig
+from ..cost.memory_ladder import USUAL, MemoryLadder
+from ..cost.memory_plan import plan_from_disk
+from ..errors import OutputError
 from ..loading import preload
 from ..loading.model_files import ModelFiles, locate
 from ..loading.networks import DTYPES, Precision, expert_weights
 from ..loading.prebuilt_cache import build_prebuilt, find_prebuilt
-from ..models.dit import DiTConfig
 from ..models.preview import Preview
-from ..offload.offloaded import describe
-from ..offload.placement import USUAL, Placement, Resident, offloaded, planner_for
+from ..offload.placement import Placement, load_offloaded, planner_for
+from ..offload.resident import Resident
 from ..parallel.mesh import Mesh
 from ..parallel.process_group import Group
 from ..parallel.rendezvous import join
@@ -34,18 +31,17 @@ from ..parallel.single_process import ALONE
 from ..progress import CancelToken, Meter, OnProgress
 from ..weights.checkpoint import open_checkpoint
 from ..weights.expert_pair import check_expert_pair
+from .memory_retry import retry_with_offload, within_memory
 from .prompt_cache import PromptCache
 
 log = logging.getLogger("lightx2v.engine")
 
-T = TypeVar("T")
-
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LoadedEngine:
-    """What `EngineConfig` says, loaded. `preset` is the name reports and files carry; `warnings` go into reports.
+    """A loaded `EngineConfig`, shared by all runs. `mesh` says which part of the work this process does.
 
-    `mesh` says which part of the work this process does.
+    Reports and files carry the name `preset`; reports also carry the `warnings`.
     """
 
     config: EngineConfig
@@ -68,9 +64,9 @@ def load_engine(
     on_progress: OnProgress | None = None,
     cancel: CancelToken | None = None,
 ) -> LoadedEngine:
-    """Loads the model, and first fetches what this machine lacks of it.
+    """Load the model; download missing files first.
 
-    Raises ConfigError, DownloadError, CheckpointError, OutOfMemory or Cancelled; nothing stays in memory then.
+    Raises ConfigError, DownloadError, CheckpointError, OutOfMemory or Cancelled, and leaves nothing in memory then.
     """
     group = group_for(config)
 
@@ -103,20 +99,20 @@ def load_here(
     cancel: CancelToken | None,
 ) -> LoadedEngine:
     """Load this process's part of the model."""
-    if mesh.group.is_rank0:  # the others need no text encoder
+    group = mesh.group
+    if group.is_rank0:  # the others need no text encoder
         preload.start()
-    mesh.group.check_device(config.device)
+    group.check_device(config.device)
     precision = Precision.of(config)
     started = time.perf_counter()
     meter = Meter(precision.device, on_progress)
     with meter.stage("load"):
         meter.emit("load")
-        files = locate(config)
-        files, warnings = with_built(files, config, precision, meter, cancel, mesh.group)
+        files, warnings = with_prebuilt(locate(config), config, precision, meter, cancel, group)
         read = files.prebuilt or files
         warnings += check_expert_pair(open_checkpoint(read.high), open_checkpoint(read.low), config.task)
         self_attention, cross_attention = choose_attention(config, files, precision)
-        placement = place(files, config, precision, self_attention, cross_attention, warnings, cancel, mesh.group)
+        placement = load_placement(files, config, precision, self_attention, cross_attention, warnings, cancel, group)
         for warning in warnings:
             log.warning("%s", warning)
         with torch.inference_mode(), placement.vae() as vae:
@@ -135,7 +131,7 @@ def load_here(
     )
 
 
-def with_built(
+def with_prebuilt(
     files: ModelFiles,
     config: EngineConfig,
     precision: Precision,
@@ -143,33 +139,32 @@ def with_built(
     cancel: CancelToken | None,
     group: Group,
 ) -> tuple[ModelFiles, list[str]]:
-    """The files with what "build" makes of them, made now if it is not there; and what there is to warn of.
+    """The files with those that the "build" setting makes from them, and warnings. Rank 0 builds missing ones now.
 
-    Where it cannot be kept it is made in memory, as it is read. Of several processes rank 0 does it.
+    If they cannot be stored, the weights are built in memory as they are read.
     """
     if config.build is None:
         return files, []
     plain = next(name for name, dtype in DTYPES.items() if dtype is precision.compute)
 
-    def telling(part: str) -> OnProgress:
-        what = {"high": "high-noise expert", "low": "low-noise expert", "t5": "text encoder"}[part]
-        return lambda event: meter.emit("load", event.step, event.total, message=f"Making the {what}: {event.message}")
+    def report(part: str) -> OnProgress:
+        title = {"high": "high-noise expert", "low": "low-noise expert", "t5": "text encoder"}[part]
+        return lambda event: meter.emit("load", event.step, event.total, message=f"Making the {title}: {event.message}")
 
-    def work() -> Iterator[tuple[str, torch.Tensor]]:
+    def build() -> None:
         if find_prebuilt(files, config, plain) is None:
             check_expert_pair(open_checkpoint(files.high), open_checkpoint(files.low), config.task)
-            build_prebuilt(files, config, plain, device=precision.device, on_progress=telling, cancel=cancel)
-        yield from ()
+            build_prebuilt(files, config, plain, device=precision.device, on_progress=report, cancel=cancel)
 
     try:
-        deque(group.broadcast_stream(work()), maxlen=0)
+        group.run_on_rank0("build", build, lambda _: None, lambda _: None)
         return replace(files, prebuilt=find_prebuilt(files, config, plain)), []
     except OutputError as error:
-        return files, [f"The model was made in memory, and will be again at the next start. {error}"]
+        return files, [f"The model was built in memory, and will be again at the next start. {error}"]
 
 
 def choose_attention(config: EngineConfig, files: ModelFiles, precision: Precision) -> tuple[Choice, Choice]:
-    """The backends for the video's tokens and for the text, tried on heads of the model's own size."""
+    """The attention backends for the video's tokens and for the text, tested on heads of this model's size."""
     shapes = expert_weights(files, "high", config).shapes
     dit_config = DiTConfig.from_checkpoint(files.architecture, shapes)
     config.check_heads(dit_config.num_heads)
@@ -183,7 +178,7 @@ def choose_attention(config: EngineConfig, files: ModelFiles, precision: Precisi
     return choices[names[0]], choices[names[1]]
 
 
-def place(
+def load_placement(
     files: ModelFiles,
     config: EngineConfig,
     precision: Precision,
@@ -193,37 +188,30 @@ def place(
     cancel: CancelToken | None,
     group: Group,
 ) -> Placement:
-    """The weights where the plan says, and with less on the device when loading runs out of memory: a warning more.
+    """Load the weights to where the plan puts them, with less on the device after each out-of-memory error.
 
-    Several processes do not try again: the memory may have run out on one of them only.
+    A retry adds a warning.
     """
     parts = (files, config, precision, self_attention, cross_attention)
-    planner = planner_for(files, config, precision, group)
-    if planner is None and config.lazy_load:
-        plan = from_disk(config)
-        return within_memory(lambda: offloaded(*parts, plan, cancel=cancel, group=group), "while loading the model")
-    if planner is None:
+    planner, when = planner_for(files, config, precision, group), "while loading the model"
+    if planner is None and not config.lazy_load:
         if config.cpu_offload is True:
             device = precision.device.type.upper()
             warnings.append(f"cpu_offload has no effect: {device} has no memory of its own to offload from.")
-        return within_memory(lambda: Resident(*parts, cancel=cancel, group=group), "while loading the model")
-    plan, lowered = planner.plan(USUAL), False
-    while True:
-        try:
-            placement = within_memory(
-                lambda plan=plan: offloaded(*parts, plan, planner=planner, cancel=cancel, group=group),
-                "while loading the model",
-            )
-            break
-        except OutOfMemory as error:
-            failure = error
-        lower = plan.reduce_memory("denoise")
-        if lower is None or group.size > 1:
-            raise failure
-        plan, lowered = planner.counted(lower, USUAL, f"After the memory ran out: {describe(lower)}."), True
-    if lowered:
-        warnings.append(f"The device ran out of memory while loading; the model was loaded with {describe(plan)}.")
-        placement.keep_below(plan)
+        return within_memory(lambda: Resident(*parts, cancel=cancel, group=group), when)
+    plan = planner.plan(USUAL) if planner else plan_from_disk(config)
+    # Several processes do not retry: memory may have run out on one of them only.
+    ladder, reduced = MemoryLadder(plan, planner, retry=group.size == 1), list[str]()
+    placement = retry_with_offload(
+        lambda: load_offloaded(*parts, ladder, cancel=cancel, group=group),
+        when,
+        lambda: ladder.reduce("denoise") if planner else None,
+        reduced.append,
+    )
+    if reduced:
+        warnings.append(
+            f"The device ran out of memory while loading; the model was loaded with less on it: {reduced[-1]}."
+        )
     return placement
 
 
@@ -235,25 +223,3 @@ def group_for(config: EngineConfig) -> Group:
     environment = Environment.read()
     config.check_world(environment.world_size or 1, enable_cfg=True)
     return join(environment) if environment.distributed else ALONE
-
-
-def within_memory(call: Callable[[], T], when: str) -> T:
-    """`call()`, with an allocator's error turned into OutOfMemory with advice.
-
-    The new error is raised outside of the `except` block, where the old one is no longer its context: through that
-    one's traceback every tensor of the failed step would stay alive. A context manager could not do this.
-    """
-    try:
-        return call()
-    except (torch.OutOfMemoryError, MemoryError) as error:
-        failure = str(error)
-    except RuntimeError as error:  # the CPU allocator has no type of its own
-        if not re.search(r"DefaultCPUAllocator|not enough memory|cannot allocate", str(error), re.IGNORECASE):
-            raise
-        failure = str(error)
-    free_memory()
-    first_line = failure.strip().splitlines()[0][:200] if failure.strip() else "no details"
-    raise OutOfMemory(
-        f"Out of memory {when} ({first_line}). "
-        "Make the video smaller or shorter, turn offload on, or take an FP8 preset."
-    )

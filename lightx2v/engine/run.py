@@ -20,7 +20,6 @@ from torch import Tensor
 from ..config.recorded_settings import recorded_settings
 from ..config.request import LoraSpec, Request
 from ..cost.memory_plan import Stage, Workload
-from ..errors import OutOfMemory
 from ..media.images import load_image
 from ..media.video_writer import VideoWriter
 from ..models.vae import WanVAE
@@ -29,8 +28,9 @@ from ..parallel.spatial_shards import SpatialShards
 from ..progress import CancelToken, Meter, OnProgress, Timings
 from .conditioning import encode_condition, prepare_images
 from .denoising import Denoising
-from .engine import LoadedEngine, within_memory
+from .engine import LoadedEngine
 from .frame_sink import FrameSink
+from .memory_retry import retry_with_offload
 from .result import Result
 
 log = logging.getLogger("lightx2v.run")
@@ -103,22 +103,15 @@ class Run:
         )
 
     def retry_with_offload(self, stage: Stage, call: Callable[[], T], when: str = "") -> T:
-        """Return `call()`. Each time it runs out of memory, move more weights off the device and call it again."""
-        if self.group.size > 1:  # no retry: memory may have run out on one process only
-            return within_memory(call, when or self.size)
-        while True:
-            try:
-                return within_memory(call, when or self.size)
-            except OutOfMemory as error:
-                failure = error
-            # Outside of the handler: only here are the failed call's tensors free.
-            smaller = self.placement.reduce_memory(stage)
-            if smaller is None:
-                raise failure
-            where = when or f"in the stage {stage}"
-            warning = f"The device ran out of memory {where}; the run went on with {smaller}."
+        """Run `call`, again with less on the device after each out-of-memory error; each retry adds a warning."""
+        where = when or f"in the stage {stage}"
+
+        def warn(summary: str) -> None:
+            warning = f"The device ran out of memory {where}; the run went on with less on it: {summary}."
             log.warning("%s", warning)
             self.warnings.append(warning)
+
+        return retry_with_offload(call, when or self.size, lambda: self.placement.reduce_memory(stage), warn)
 
     @property
     def size(self) -> str:

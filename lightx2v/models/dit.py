@@ -8,27 +8,20 @@ Legend: B batch, C channels, T frames, H W latent height and width, L tokens, D 
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
 from functools import partial
-from typing import Any, Protocol
+from typing import Protocol
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..attention.sdpa import Attention, sdpa
-from ..errors import CheckpointError
+from ..cost.architecture import CHUNK, PATCH, DiTConfig
 from ..progress import CancelToken
 from .block import Block, Pass, TextStates
 from .fused import norm_modulate
 from .rope import RotaryTable
-
-PATCH = 2
-"""Height and width of a patch; in time a patch is one latent frame."""
-
-CHUNK = 16384
-"""Tokens in the feed-forward at once: its tensors then are smaller than the attention's, and a device is still full."""
 
 FLOAT32_PARTS = frozenset(
     {"modulation", "norm_q", "norm_k", "norm3", "patch_embedding", "time_embedding", "time_projection", "head"}
@@ -37,86 +30,6 @@ FLOAT32_PARTS = frozenset(
 
 The patch embedding is one of them because in bf16 it would round the latents themselves, once per step.
 """
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class DiTConfig:
-    """The architecture. Defaults are those of one text-to-video expert; image-to-video has 36 input channels."""
-
-    in_dim: int = 16
-    dim: int = 5120
-    ffn_dim: int = 13824
-    freq_dim: int = 256
-    text_dim: int = 4096
-    text_len: int = 512
-    out_dim: int = 16
-    num_heads: int = 40
-    num_layers: int = 40
-    eps: float = 1e-6
-
-    @property
-    def head_dim(self) -> int:
-        return self.dim // self.num_heads
-
-    @classmethod
-    def from_checkpoint(cls, config_json: Mapping[str, Any] | None, shapes: Mapping[str, tuple[int, ...]]) -> DiTConfig:
-        """The architecture that tensors of these shapes have; `config_json` adds what shapes cannot tell.
-
-        `config_json` may be in Wan's or in diffusers' words. Where it contradicts the tensors, it is not theirs.
-        """
-        try:
-            found = {
-                "in_dim": shapes["patch_embedding.weight"][1],
-                "dim": shapes["patch_embedding.weight"][0],
-                "ffn_dim": shapes["blocks.0.ffn.0.weight"][0],
-                "freq_dim": shapes["time_embedding.0.weight"][1],
-                "text_dim": shapes["text_embedding.0.weight"][1],
-                "out_dim": shapes["head.head.weight"][0] // PATCH**2,
-                "num_layers": 1 + max(int(name.split(".")[1]) for name in shapes if name.startswith("blocks.")),
-            }
-        except (KeyError, IndexError, ValueError) as missing:
-            raise CheckpointError(
-                f"These are not the weights of a Wan video model: no usable tensor {missing}. Expected tensors such as "
-                "patch_embedding.weight and blocks.0.ffn.0.weight; check that the path points at an expert's weights."
-            ) from None
-        told = _in_wan_words(config_json or {})
-        for key, value in found.items():
-            if key in told and told[key] != value:
-                raise CheckpointError(
-                    f"config.json says {key} is {told[key]}, the tensors say {value}. The two are not of one model: "
-                    "put the config.json that belongs to these weights beside them, or remove it."
-                )
-        heads = told.get("num_heads") or _heads_by_convention(found["dim"])
-        if found["dim"] % heads or found["dim"] // heads % 2:
-            raise CheckpointError(
-                f"A width of {found['dim']} cannot be split into {heads} heads of even size. "
-                "Correct num_heads in config.json."
-            )
-        more = {key: told[key] for key in ("text_len", "eps") if key in told}
-        return cls(**found, num_heads=heads, **more)
-
-
-def _in_wan_words(config: Mapping[str, Any]) -> dict[str, Any]:
-    words = {
-        "in_channels": "in_dim",
-        "out_channels": "out_dim",
-        "num_attention_heads": "num_heads",
-        "rope_max_seq_len": None,
-    }
-    told = {words.get(key, key): value for key, value in config.items() if value is not None}
-    if "attention_head_dim" in told and "num_heads" in told:
-        told.setdefault("dim", told["attention_head_dim"] * told["num_heads"])
-    return told
-
-
-def _heads_by_convention(dim: int) -> int:
-    """Every released Wan model has heads of 128."""
-    if dim % 128:
-        raise CheckpointError(
-            f"The number of heads cannot be told from a width of {dim}. "
-            "Put a config.json with num_heads beside the weights."
-        )
-    return dim // 128
 
 
 def parameter_dtype(name: str, compute: torch.dtype) -> torch.dtype:

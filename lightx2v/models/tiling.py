@@ -1,4 +1,4 @@
-"""Spatial tiles for the VAE: where they lie, how they blend, and how much memory decoding takes with and without them.
+"""Spatial tiles for the VAE: where they lie and how they blend.
 
 Overlapping tiles go through the VAE one after another, each over the whole clip, and are added up with weights that
 ramp linearly across the overlap. One tile's memory of the past is alive at a time, which is what makes it small: the
@@ -11,19 +11,20 @@ Sizes are in latent pixels (8 x 8 video pixels); H and W are latent height and w
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
+from ..cost.architecture import TILE_OVERLAP, TILE_SIZE, tile_count, tile_side
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Tiling:
-    """The largest tile's side and the least overlap; 32 and 8 are 256 and 64 video pixels."""
+    """The largest tile's side and the least overlap."""
 
-    size: int = 32
-    overlap: int = 8
+    size: int = TILE_SIZE
+    overlap: int = TILE_OVERLAP
 
     def __post_init__(self) -> None:
         assert 0 <= 2 * self.overlap <= self.size
@@ -36,21 +37,10 @@ class Tiling:
             for columns, column_weights in self._cut(width, scale)
         ]
 
-    def tile_shape(self, height: int, width: int) -> tuple[int, int]:
-        """Height and width of each tile: they all have the same size."""
-        return self._length(height), self._length(width)
-
-    def _count(self, total: int) -> int:
-        return max(1, math.ceil((total - self.overlap) / (self.size - self.overlap)))
-
-    def _length(self, total: int) -> int:
-        """As few tiles as possible, and those no longer than the overlap asks."""
-        count = self._count(total)
-        return math.ceil((total + (count - 1) * self.overlap) / count)
-
     def _cut(self, total: int, scale: int) -> list[tuple[slice, Tensor]]:
         """One axis: where each tile lies, and its weights, which add up to one at every pixel of the result."""
-        count, length = self._count(total), self._length(total)
+        cut = total, self.size, self.overlap
+        count, length = tile_count(*cut), tile_side(*cut)
         starts = [round(i * (total - length) / max(1, count - 1)) for i in range(count)]
         position = torch.arange(length * scale, dtype=torch.float64) + 0.5
         ramp = position / max(self.overlap * scale, 1)

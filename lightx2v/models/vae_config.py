@@ -1,4 +1,4 @@
-"""What shape a VAE has, read from its checkpoint, and how much memory it takes to decode with it."""
+"""The architecture of a VAE, read from its checkpoint."""
 
 from __future__ import annotations
 
@@ -6,7 +6,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from ..errors import CheckpointError
-from .tiling import Tiling
 
 # fmt: off
 LATENT_MEAN = (-0.7571, -0.7089, -0.9113, 0.1075, -0.1745, 0.9653, -0.1517, 1.5508,
@@ -77,27 +76,3 @@ class VAEConfig:
             res_blocks=len(stages[0]),
             temporal_down=tuple(temporal),
         )
-
-    def decode_bytes(self, height: int, width: int, *, element_size: int, tiling: Tiling | None = None) -> int:
-        """Peak bytes on the device to decode latents of `height` x `width`, besides the weights; any number of frames.
-
-        Counted: what the decoder remembers between chunks (two frames before every 3x3x3 convolution), and the largest
-        working set, in the last stage: there a residual block holds its input, its two convolutions' padded inputs and
-        their outputs, 4 frames each, at full size.
-        """
-        if tiling is not None:
-            height, width = tiling.tile_shape(height, width)
-        channels, scale, frames = self.dim * self.multipliers[-1], 1, 1
-        memory = 2 * (self.z_dim + 4 * channels)
-        for stage, multiplier in enumerate(reversed(self.multipliers)):
-            outputs = self.dim * multiplier
-            memory += 2 * scale**2 * (channels + (2 * self.res_blocks + 1) * outputs)
-            channels = outputs
-            if stage < len(self.temporal_down):
-                if self.temporal_down[-1 - stage]:
-                    memory += 2 * scale**2 * channels
-                    frames *= 2
-                scale, channels = 2 * scale, channels // 2
-        memory += 2 * scale**2 * channels
-        working = scale**2 * channels * (4 * frames + 6 * 1)
-        return height * width * (memory + working) * element_size

@@ -1,1 +1,1 @@
-"""Weights that live in host memory and visit the device: copies, pieces of modules, and the shuttle that moves them."""
+"""Placement of weights: on the device, in host memory or on disk, and the streaming between them."""

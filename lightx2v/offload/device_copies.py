@@ -1,13 +1,13 @@
-"""Copies from host to device beside the computation, and the order between the two.
+"""Copies from host to device that run beside the computation, and the order between the two.
 
-A `Slot` is device memory that holds one weights of a model at a time. Its life is a circle:
+A `Slot` is device memory that holds one block of weights at a time. Three calls repeat:
 
-    load      a copy into it is queued; it starts after the last use of what the slot held
-    acquire   the computation waits for that copy, and uses the slot
-    release   the computation is done with it
+    load      queue a copy into it; the copy starts after the last use of the slot's content
+    acquire   the computation waits for that copy and uses the slot
+    release   the computation no longer needs it
 
-With CUDA these are a stream and events; the host waits for none of them. `HostCopies` does the same without streams:
-it puts every copy off until somebody acquires the slot, and raises where the order is wrong.
+`CudaCopies` uses a stream and events, and the host waits for neither. `HostCopies` does the same without streams: it
+delays every copy until a slot is acquired, and raises if the order is wrong.
 """
 
 from __future__ import annotations
@@ -21,8 +21,8 @@ from torch import Tensor
 
 
 class Slot:
-    """`item` names what the flat buffer holds or is about to hold; `reading` is the read from disk before the copy,
-    `copied` and `left` belong to the copies."""
+    """`item` names the weights that the flat buffer holds or will hold. `reading` is the read from disk before the
+    copy. `copy_event` and `release_event` belong to the copies."""
 
     def __init__(self, buffer: Tensor) -> None:
         self.buffer = buffer
@@ -35,14 +35,14 @@ class Slot:
 
 class Copies(Protocol):
     def load(self, slot: Slot, source: Tensor) -> Any:
-        """Queues the copy of `source` (flat, host memory) into the slot. Returns a mark for `synchronize`."""
+        """Queue the copy of `source` (flat, host memory) into the slot. Returns an event for `synchronize`."""
 
     def acquire(self, slot: Slot) -> None: ...
 
     def release(self, slot: Slot) -> None: ...
 
-    def synchronize(self, mark: Any) -> None:
-        """The host waits until the copy of that mark is done; its source may then be written again."""
+    def synchronize(self, event: Any) -> None:
+        """The host waits until that copy is done; afterwards its source may change."""
 
 
 class CudaCopies:
@@ -51,7 +51,7 @@ class CudaCopies:
         self.stream = torch.cuda.Stream(device)
 
     def load(self, slot: Slot, source: Tensor) -> Any:
-        assert not slot.in_use, "a slot in use is not loaded"
+        assert not slot.in_use, "a slot in use cannot be loaded"
         if slot.release_event is not None:
             self.stream.wait_event(slot.release_event)
         with torch.cuda.stream(self.stream):
@@ -67,15 +67,15 @@ class CudaCopies:
         slot.release_event = torch.cuda.current_stream(self.device).record_event()
         slot.in_use = False
 
-    def synchronize(self, mark: Any) -> None:
-        mark.synchronize()
+    def synchronize(self, event: Any) -> None:
+        event.synchronize()
 
 
 class HostCopies:
-    """Without streams: for devices that have none, and to check on a CPU what CUDA would not tell.
+    """Without streams: for devices that have none, and for checks on a CPU that CUDA does not make.
 
-    A copy is done when its slot is acquired, or when a later one is. Until then, with `poison`, the slot holds bytes
-    that are NaN in every float format, so that nobody uses it early unnoticed.
+    A copy happens when its slot is acquired, or when a later one is. With `poison` the slot holds bytes until then that
+    are NaN in every float format, so that an early use shows.
     """
 
     def __init__(self, *, poison: bool = False) -> None:
@@ -85,9 +85,9 @@ class HostCopies:
 
     def load(self, slot: Slot, source: Tensor) -> object:
         if slot.in_use:
-            raise RuntimeError(f"{slot.item} was to be overwritten while it is in use")
+            raise RuntimeError(f"{slot.item} would be overwritten while it is in use")
         if slot.release_event is None:
-            raise RuntimeError(f"{slot.item}: the copy does not know what to wait for")
+            raise RuntimeError(f"{slot.item}: the copy has no release event to wait for")
         if self.poison:
             slot.buffer.fill_(0xFF)
         with self._lock:
@@ -97,7 +97,7 @@ class HostCopies:
 
     def acquire(self, slot: Slot) -> None:
         if slot.copy_event is None:
-            raise RuntimeError("a slot was used that nothing was copied into")
+            raise RuntimeError("a slot is used before anything was copied into it")
         self.synchronize(slot.copy_event)
         slot.in_use = True
 
@@ -105,14 +105,11 @@ class HostCopies:
         slot.release_event = object()
         slot.in_use = False
 
-    def synchronize(self, mark: object) -> None:
+    def synchronize(self, event: object) -> None:
         with self._lock:
-            if any(queued is mark for _, _, queued in self._queue):
-                while True:
-                    slot, source, done = self._queue.pop(0)
-                    slot.buffer[: len(source)].copy_(source)
-                    if done is mark:
-                        break
+            while any(queued is event for _, _, queued in self._queue):
+                slot, source, _ = self._queue.pop(0)
+                slot.buffer[: len(source)].copy_(source)
 
 
 def copies_for(device: torch.device) -> Copies:

@@ -1,9 +1,9 @@
-"""Pieces of a module that travel as one: all their tensors in one flat buffer, so that moving one is one copy.
+"""The tensors of a module in one flat buffer, so that one copy moves them all.
 
-weights = PackedWeights(block)            knows the tensors' places; the module may be on the meta device
-weights.pack()                    their values move into a flat buffer in host memory, pinned where CUDA is used
-weights.bind(buffer)              the module's tensors become views of a device buffer
-weights.unbind()                  they are on the meta device again: using them is an error, not a wrong result
+weights = PackedWeights(block)   find the tensors' places; the module may be on the meta device
+weights.pack()                   move their values to a flat buffer in host memory, pinned for CUDA
+weights.bind(buffer)             make the module's tensors views of a device buffer
+weights.unbind()                 put them on the meta device: using them is then an error, not a wrong result
 """
 
 from __future__ import annotations
@@ -29,12 +29,12 @@ Holder = dict[str, Tensor | None]
 """A module's parameters or buffers."""
 
 Reader = Callable[[frozenset[str]], Iterable[tuple[str, Tensor]]]
-"""Reads the named tensors, each in any dtype that can be cast to the module's."""
+"""Reads the named tensors, in any dtypes that can be cast to the module's."""
 
 
 @dataclass(frozen=True, slots=True)
 class Place:
-    """One tensor: where it hangs in the module, and where it lies in the buffer."""
+    """One tensor: its place in the module and its place in the buffer."""
 
     name: str
     holder: Holder
@@ -50,8 +50,8 @@ class Place:
         flat = buffer[self.offset : self.offset + count * self.dtype.itemsize].view(self.dtype)
         return flat.as_strided(self.shape, self.stride, flat.storage_offset())
 
-    def put(self, tensor: Tensor) -> None:
-        self.holder[self.leaf] = nn.Parameter(tensor, requires_grad=False) if self.parameter else tensor
+    def tensor(self, values: Tensor) -> Tensor:
+        return nn.Parameter(values, requires_grad=False) if self.parameter else values
 
 
 class PackedWeights:
@@ -99,7 +99,7 @@ class PackedWeights:
         return frozenset(place.name for place in self.places)
 
     def pack(self, *, pin: bool) -> None:
-        """The values as they are now move to the host buffer; the module lets go of them."""
+        """Move the values to the host buffer; the module releases its own memory."""
         host = host_buffer(self.nbytes, pin=pin)
         for place in self.places:
             tensor = place.holder[place.leaf]
@@ -109,7 +109,7 @@ class PackedWeights:
         self.unbind()
 
     def read(self, reader: Reader, buffer: Tensor) -> None:
-        """Fills a host buffer from disk."""
+        """Fill a host buffer from disk."""
         places = {place.name: place for place in self.places}
         for name, tensor in reader(self.names):
             places.pop(name).view(buffer).copy_(tensor)
@@ -119,31 +119,27 @@ class PackedWeights:
         assert buffer is not None
         if self._bound is buffer:
             return
-        kept = self._views.get(id(buffer))
-        if kept is None or kept[0] is not buffer:
-            views = [place.view(buffer) for place in self.places]
-            made = [
-                nn.Parameter(view, requires_grad=False) if place.parameter else view
-                for place, view in zip(self.places, views, strict=True)
-            ]
-            kept = self._views[id(buffer)] = (buffer, made)
-        for place, tensor in zip(self.places, kept[1], strict=True):
+        known = self._views.get(id(buffer))
+        if known is None or known[0] is not buffer:
+            known = self._views[id(buffer)] = (buffer, [place.tensor(place.view(buffer)) for place in self.places])
+        for place, tensor in zip(self.places, known[1], strict=True):
             place.holder[place.leaf] = tensor
         self._bound = buffer
 
     def unbind(self) -> None:
         for place in self.places:
-            place.put(torch.empty_strided(place.shape, place.stride, dtype=place.dtype, device="meta"))
+            empty = torch.empty_strided(place.shape, place.stride, dtype=place.dtype, device="meta")
+            place.holder[place.leaf] = place.tensor(empty)
         self._bound = None
 
     def forget(self) -> None:
-        """Lets go of all device buffers."""
+        """Release all device buffers."""
         self.unbind()
         self._views.clear()
 
 
 def _dense(tensor: Tensor) -> bool:
-    """Whether the elements fill their memory without gaps, in whatever order (channels last)."""
+    """Whether the elements fill their memory without gaps, in any order (channels last, say)."""
     expected = 1
     for size, stride in sorted(zip(tensor.shape, tensor.stride(), strict=True), key=lambda pair: pair[1]):
         if size > 1:
@@ -154,30 +150,30 @@ def _dense(tensor: Tensor) -> bool:
 
 
 def host_buffer(nbytes: int, *, pin: bool) -> Tensor:
-    """Flat host memory on pages of its own, pinned if asked and possible.
+    """Allocate flat host memory on its own pages, pinned if `pin` is set and CUDA allows it.
 
-    Memory that exists is registered with CUDA: torch's own pinned allocator rounds up to powers of two, which for a
-    model's blocks would waste up to half. Of a large buffer the pages are huge where the system has such: getting and
-    registering them takes a fraction of the time.
+    It registers existing memory with CUDA: torch's own pinned allocator rounds up to powers of two, which would waste
+    up to half of a model's blocks. A large buffer asks for huge pages: allocating and registering them takes a fraction
+    of the time.
     """
     page = HUGE_PAGE if nbytes >= HUGE_PAGE else PAGE
     size = -(-max(nbytes, 1) // PAGE) * PAGE
-    with torch.inference_mode(False):  # LoRAs are merged into it later, outside of any run
+    with torch.inference_mode(False):  # LoRAs are merged into it later, outside of inference mode
         room = torch.empty(size + page, dtype=torch.uint8, device="cpu")
     start = -room.data_ptr() % page
     buffer = room[start : start + size]
-    if page == HUGE_PAGE and hasattr(mmap, "MADV_HUGEPAGE"):  # Linux; refusing the advice changes nothing
+    if page == HUGE_PAGE and hasattr(mmap, "MADV_HUGEPAGE"):  # Linux; the system may ignore the advice
         ctypes.CDLL(None).madvise(ctypes.c_void_p(buffer.data_ptr()), ctypes.c_size_t(size), mmap.MADV_HUGEPAGE)
     if pin and torch.cuda.is_available():
         runtime: Any = torch.cuda.cudart()
         if int(runtime.cudaHostRegister(buffer.data_ptr(), size, 0)) == 0:
             weakref.finalize(buffer, _unregister, buffer.data_ptr(), room).atexit = False
         else:
-            log.warning("%d MB of host memory could not be pinned; copies from it will be slower.", size >> 20)
+            log.warning("Could not pin %d MB of host memory; copies from it will be slower.", size >> 20)
     return buffer
 
 
 def _unregister(pointer: int, room: Tensor) -> None:
-    """`room` is held until here, so that the memory outlives its registration."""
+    """Unregister the memory. The argument `room` keeps it alive until then."""
     runtime: Any = torch.cuda.cudart()
     runtime.cudaHostUnregister(pointer)

@@ -66,6 +66,7 @@ class WeightStreamer:
         self.packed: dict[Item, PackedWeights] = {}
         self.own: dict[int, Slot] = {}
         self.shared: list[Slot] = []
+        self.resident = self.prefetch_slots = 0
         self._hooks: list[Any] = []
         self._staging = [_Staging(), _Staging()]
         self._thread: ThreadPoolExecutor | None = None
@@ -88,18 +89,19 @@ class WeightStreamer:
             if each.reader is None:
                 for index in range(OUTSIDE, self.blocks):
                     self.packed[name, index].pack(pin=pin)
+        self.free()  # the modules let go of their weights
         self.resize(resident, prefetch_slots)
 
     # ---- device memory ------------------------------------------------------------------------------------------
 
     def resize(self, resident: int, prefetch_slots: int = 3) -> None:
-        """Another number of resident blocks. Device memory is taken at the next use."""
-        self.free()
-        self.wanted_slots = prefetch_slots
-        self.resident = max(0, min(resident, self.blocks))
-        self.prefetch_slots = (
-            max(1, min(prefetch_slots, self.blocks - self.resident)) if self.resident < self.blocks else 0
-        )
+        """Change the number of resident blocks and of slots for the others. The next use takes the device memory."""
+        resident = max(0, min(resident, self.blocks))
+        streamed = self.blocks - resident
+        slots = max(1, min(prefetch_slots, streamed)) if streamed else 0
+        if (resident, slots) != (self.resident, self.prefetch_slots):
+            self.free()
+            self.resident, self.prefetch_slots = resident, slots
 
     def free(self) -> None:
         """Gives the device memory back; the next `use` copies again."""

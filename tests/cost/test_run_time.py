@@ -13,9 +13,10 @@ from benchmarks.prediction import THREE_SIZES, UNSEEN, Runs
 from lightx2v import progress
 from lightx2v.config.request import Request
 from lightx2v.config.schedule import schedule_of
-from lightx2v.cost.run_time import OVERHEAD, DiTShape, Rates, dit_flops, estimate_cost
+from lightx2v.cost.architecture import DiTConfig
+from lightx2v.cost.run_time import OVERHEAD, Rates, dit_flops, estimate_cost
 
-DEMO = DiTShape(dim=128, ffn_dim=512, num_layers=6, text_dim=64, text_len=32)
+DEMO = DiTConfig(dim=128, ffn_dim=512, num_layers=6, text_dim=64, text_len=32)
 
 
 def distilled(**changes: object) -> Request:
@@ -42,7 +43,7 @@ def simulated_seconds(request: Request, noise: random.Random) -> dict[str, float
 
 @pytest.mark.parametrize(("tokens", "teraflops"), [(32_760, 1678), (75_600, 6523)])
 def test_one_a14b_forward_costs_what_the_counter_of_torch_says(tokens: int, teraflops: int) -> None:
-    assert dit_flops(DiTShape(), tokens) / 1e12 == pytest.approx(teraflops, rel=2e-3)
+    assert dit_flops(DiTConfig(), tokens) / 1e12 == pytest.approx(teraflops, rel=2e-3)
 
 
 def test_steps_of_the_two_experts_follow_the_schedule() -> None:
@@ -58,7 +59,7 @@ def test_guidance_doubles_the_forwards_only_of_the_guided_expert() -> None:
         work = estimate_cost(request)
         assert work.calls["denoise"] == request.steps
         assert work.calls["denoise"] * work.size["denoise"] == pytest.approx(
-            forwards * dit_flops(DiTShape(), request.tokens)
+            forwards * dit_flops(DiTConfig(), request.tokens)
         )
 
 
@@ -117,7 +118,7 @@ def test_noise_between_runs_of_the_demo_says_nothing_wild_about_the_full_model(t
     """The demo's two models differ by 0.4 % in work: a line through their times would have any slope."""
     rates = Rates(tmp_path / "rates.json")
     for name, shape in enumerate(
-        (DEMO, DiTShape(dim=128, ffn_dim=512, num_layers=6, text_dim=64, text_len=32, in_dim=36))
+        (DEMO, DiTConfig(dim=128, ffn_dim=512, num_layers=6, text_dim=64, text_len=32, in_dim=36))
     ):
         rates.record(
             "cpu", f"demo {name}", estimate_cost(distilled(), shape), {"denoise": 0.09 if name == slow else 0.08}
@@ -187,5 +188,5 @@ def test_a_broken_file_of_rates_is_measured_anew(tmp_path: Path, caplog: pytest.
 def test_sizes_come_from_the_checkpoint_and_else_are_a14b(tmp_path: Path) -> None:
     (tmp_path / "high_noise_model").mkdir()
     (tmp_path / "high_noise_model" / "config.json").write_text('{"dim": 128, "ffn_dim": 512, "num_layers": 6}')
-    assert DiTShape.of_model(tmp_path).dim == 128
-    assert DiTShape.of_model(tmp_path / "nothing") == DiTShape.of_model(None) == DiTShape()
+    assert DiTConfig.from_folder(tmp_path).dim == 128
+    assert DiTConfig.from_folder(tmp_path / "nothing") == DiTConfig.from_folder(None) == DiTConfig()

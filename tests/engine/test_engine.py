@@ -17,11 +17,12 @@ import lightx2v.offload.placement
 from lightx2v.config.engine_config import EngineConfig
 from lightx2v.config.presets import resolve
 from lightx2v.config.request import Request
-from lightx2v.cost.memory_plan import GIB, FreeMemory, MemoryPlanner, ModelSize, OffloadOptions
+from lightx2v.cost.memory_ladder import MemoryPlanner
+from lightx2v.cost.memory_plan import GIB, FreeMemory, ModelSize, OffloadOptions
 from lightx2v.engine.engine import load_engine
 from lightx2v.errors import BadRequest, Cancelled, OutOfMemory, OutputError
 from lightx2v.offload.offloaded import Offloaded
-from lightx2v.offload.placement import Resident
+from lightx2v.offload.resident import Resident
 from lightx2v.pipeline import LightX2VPipeline
 from lightx2v.progress import CancelToken
 
@@ -62,12 +63,12 @@ def test_out_of_memory_while_loading_goes_on_with_less_and_says_so(
 ) -> None:
     modes: list[str] = []
     placed: list[weakref.ref[torch.Tensor]] = []
-    load, place = lightx2v.engine.engine.offloaded, lightx2v.weights.module_loader._place
+    load, place = lightx2v.engine.engine.load_offloaded, lightx2v.weights.module_loader._place
 
     def noting(*args: Any, **more: Any) -> Any:
         gc.collect()
         assert all(ref() is None for ref in placed), "what the failed load had placed is free again"
-        modes.append(args[5].mode)
+        modes.append(args[5].plan.mode)
         placed.clear()
         return load(*args, **more)
 
@@ -78,7 +79,7 @@ def test_out_of_memory_while_loading_goes_on_with_less_and_says_so(
         return tensor
 
     monkeypatch.setattr(lightx2v.engine.engine, "planner_for", roomy)
-    monkeypatch.setattr(lightx2v.engine.engine, "offloaded", noting)
+    monkeypatch.setattr(lightx2v.engine.engine, "load_offloaded", noting)
     monkeypatch.setattr(lightx2v.weights.module_loader, "_place", starved)
     request = Request(prompt="a ball", height=32, width=48, frames=5, steps=2)
     with LightX2VPipeline.from_config(config_of(tiny.t2v)) as pipe:
@@ -115,7 +116,7 @@ def test_where_nothing_is_left_to_give_loading_fails(tiny: TinyModels, monkeypat
         raise torch.OutOfMemoryError("CUDA out of memory")
 
     monkeypatch.setattr(lightx2v.engine.engine, "planner_for", roomy)
-    monkeypatch.setattr(lightx2v.engine.engine, "offloaded", starved)
+    monkeypatch.setattr(lightx2v.engine.engine, "load_offloaded", starved)
     with pytest.raises(OutOfMemory, match="while loading the model"):
         load_engine(config_of(tiny.t2v))
 

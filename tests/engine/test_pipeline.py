@@ -22,7 +22,7 @@ from lightx2v.config.engine_config import EngineConfig
 from lightx2v.config.presets import resolve
 from lightx2v.config.recorded_settings import find_picture
 from lightx2v.config.request import Request
-from lightx2v.engine.engine import within_memory
+from lightx2v.engine.memory_retry import within_memory
 from lightx2v.engine.result import Result
 from lightx2v.errors import BadRequest, Busy, Cancelled, CheckpointError, ConfigError, NumericsError, OutOfMemory
 from lightx2v.media.mp4 import probe, read_settings

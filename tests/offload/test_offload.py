@@ -15,11 +15,13 @@ from torch import nn
 
 from lightx2v.config.presets import resolve
 from lightx2v.config.request import Request
+from lightx2v.cost.memory_ladder import MemoryLadder
 from lightx2v.cost.memory_plan import MemoryPlan
 from lightx2v.errors import Cancelled, OutOfMemory
 from lightx2v.offload.device_copies import HostCopies, Slot
 from lightx2v.offload.offloaded import Offloaded
 from lightx2v.offload.packed_weights import PackedWeights
+from lightx2v.offload.resident import Resident
 from lightx2v.offload.weight_streamer import WeightStreamer
 from lightx2v.pipeline import LightX2VPipeline
 from lightx2v.progress import CancelToken, Progress
@@ -60,7 +62,10 @@ def offload(pipe: LightX2VPipeline, plan: MemoryPlan, copies: HostCopies | None 
     """Puts the pipeline's model into another placement."""
     engine = pipe._engine
     assert engine is not None
-    placement = Offloaded(engine.placement, plan=plan, device=CPU, copies=copies or HostCopies(poison=True))
+    assert isinstance(engine.placement, Resident)
+    placement = Offloaded(
+        engine.placement, ladder=MemoryLadder(plan), device=CPU, copies=copies or HostCopies(poison=True)
+    )
     pipe._engine = replace(engine, placement=placement)
     return placement
 
@@ -91,7 +96,7 @@ def test_prompts_that_take_turns_change_nothing(pipe: LightX2VPipeline, request_
     visits: list[int] = []
     dit.blocks[0].register_forward_pre_hook(lambda *_: visits.append(1))
     apart = run(pipe, request_).latents
-    turns, placement._plan = len(visits), replace(placement._plan, sequential_cfg=False)
+    turns, placement._ladder.plan = len(visits), replace(placement._ladder.plan, sequential_cfg=False)
     assert torch.equal(run(pipe, request_).latents, apart) and turns == 2 * (len(visits) - turns)
 
 

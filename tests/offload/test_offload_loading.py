@@ -22,14 +22,16 @@ from lightx2v.attention import resolve_attention
 from lightx2v.config.engine_config import EngineConfig
 from lightx2v.config.presets import resolve
 from lightx2v.config.request import LoraSpec, Request
-from lightx2v.cost.memory_plan import GIB, FreeMemory, MemoryPlan, MemoryPlanner, OffloadOptions, Workload, expert_bytes
+from lightx2v.cost.memory_bytes import expert_bytes
+from lightx2v.cost.memory_ladder import MemoryLadder, MemoryPlanner
+from lightx2v.cost.memory_plan import GIB, FreeMemory, MemoryPlan, OffloadOptions, Workload
 from lightx2v.errors import LoraError, OutOfMemory
 from lightx2v.loading.expert_loras import ExpertLoras, match_loras
 from lightx2v.loading.model_files import ModelFiles, locate
 from lightx2v.loading.networks import Precision, expert_weights, load_expert
 from lightx2v.loading.prebuilt_cache import find_prebuilt
 from lightx2v.offload.device_copies import HostCopies
-from lightx2v.offload.placement import model_sizes, offloaded, planner_for
+from lightx2v.offload.placement import load_offloaded, model_sizes, planner_for
 from lightx2v.pipeline import LightX2VPipeline
 from lightx2v.weights.checkpoint import open_checkpoint
 from lightx2v.weights.lora import MatchedLora
@@ -59,8 +61,8 @@ def loaded(
             precision = Precision.of(config)
             choice = resolve_attention("torch_sdpa", precision.device, precision.compute)
             copies = HostCopies(poison=True)
-            placement = offloaded(
-                files or locate(config), config, precision, choice, choice, plan, planner=planner, copies=copies
+            placement = load_offloaded(
+                files or locate(config), config, precision, choice, choice, MemoryLadder(plan, planner), copies=copies
             )
             assert pipe._engine is not None
             pipe._engine = replace(pipe._engine, placement=placement)

@@ -18,11 +18,12 @@ from lightx2v.config.engine_config import EngineConfig, ParallelConfig
 from lightx2v.config.environment import Environment
 from lightx2v.config.presets import resolve
 from lightx2v.config.request import LoraSpec, Request
+from lightx2v.cost.memory_ladder import MemoryLadder
 from lightx2v.cost.memory_plan import MemoryPlan
 from lightx2v.engine import run as run_module
 from lightx2v.errors import LightX2VError
 from lightx2v.offload.device_copies import HostCopies
-from lightx2v.offload.placement import offloaded
+from lightx2v.offload.placement import load_offloaded
 from lightx2v.parallel.mesh import Mesh
 from lightx2v.parallel.rendezvous import join
 from lightx2v.pipeline import LightX2VPipeline
@@ -184,7 +185,15 @@ def offloaded_again(config: EngineConfig, lazy: bool, mesh: Any) -> Any:
     files, precision = locate(config), Precision.of(config)
     plan = replace(STREAMED, from_disk=lazy)
     choices = choose_attention(config, files, precision)
-    return offloaded(files, config, precision, *choices, plan, copies=HostCopies(poison=True), group=mesh.group)
+    return load_offloaded(
+        files,
+        config,
+        precision,
+        *choices,
+        MemoryLadder(plan, retry=False),
+        copies=HostCopies(poison=True),
+        group=mesh.group,
+    )
 
 
 def dist_size() -> int:

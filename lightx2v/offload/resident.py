@@ -1,0 +1,142 @@
+"""A model whose parts stay where they were loaded."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
+from functools import partial
+
+import torch
+
+from ..attention import Choice
+from ..config.engine_config import EngineConfig
+from ..config.request import Expert, LoraSpec
+from ..cost.memory_plan import Stage, Workload
+from ..errors import CheckpointError, LoraError
+from ..loading.expert_loras import AppliedLora, ExpertLoras, match_loras
+from ..loading.model_files import ModelFiles
+from ..loading.networks import (
+    Precision,
+    build_expert,
+    expert_dtypes,
+    expert_weights,
+    load_expert,
+    load_text_encoder,
+    load_vae,
+    prebuilt_weights,
+    whole_float32,
+)
+from ..models.dit import WanDiT
+from ..models.tiling import Tiling
+from ..models.umt5 import TextEncoder
+from ..models.vae import WanVAE
+from ..parallel.process_group import Group
+from ..parallel.single_process import ALONE
+from ..progress import CancelToken
+from ..weights.model_weights import ModelWeights
+from .packed_weights import Reader
+
+
+class Resident:
+    """All parts loaded to their devices, to stay there.
+
+    `text_home` and `expert_home` are other devices to load the text encoder and the experts to, before they are
+    streamed. With `from_disk` the experts are on the meta device, and `readers` read their weights.
+    """
+
+    def __init__(
+        self,
+        files: ModelFiles,
+        config: EngineConfig,
+        precision: Precision,
+        self_attention: Choice,
+        cross_attention: Choice,
+        *,
+        text_home: torch.device | None = None,
+        expert_home: torch.device | None = None,
+        from_disk: bool = False,
+        cancel: CancelToken | None = None,
+        group: Group = ALONE,
+    ) -> None:
+        self.tiling = Tiling() if config.use_tiling_vae is True else None
+        self.plan = None
+        self.readers: dict[Expert, Reader] = {}
+        text_precision, expert_precision = (
+            replace(precision, device=home or precision.device) for home in (text_home, expert_home)
+        )
+        self._experts: dict[Expert, WanDiT] = {}
+        self._loras: dict[Expert, ExpertLoras] = {}
+        for which in ("high", "low"):
+            weights = expert_weights(files, which, config)
+            loras = match_loras(config.lora_configs, which, weights, config)
+            prebuilt = prebuilt_weights(files, which)
+            merged = weights if ExpertLoras.dynamic(weights, config, from_disk) else weights.with_loras(loras)
+            read = partial(load_expert, cancel=cancel, group=group, compute_device=precision.device)
+            load = build_expert if from_disk else read
+            dit = load(files, prebuilt or merged, expert_precision, self_attention, cross_attention)
+            broadcast = group.broadcast_stream
+            added = ExpertLoras(dit, which, weights, loras, config, precision.device, broadcast, lazy=from_disk)
+            if from_disk:
+                self.readers[which] = _reader(prebuilt, added, expert_precision, group)
+            self._experts[which], self._loras[which] = dit, added
+        if self._experts["high"].config != self._experts["low"].config:
+            raise CheckpointError(
+                "The two experts have different architectures. Use the high-noise and low-noise files of one model."
+            )
+        self._vae: WanVAE | None = load_vae(files, precision, group)
+        # Last, since its imports take seconds: another thread imports while the experts are read.
+        self._text: TextEncoder | None = None
+        if group.is_rank0:  # the others receive what it encodes
+            self._text = load_text_encoder(files, config, text_precision, group.local_cancel(cancel))
+
+    @contextmanager
+    def text(self) -> Iterator[TextEncoder]:
+        assert self._text is not None, "the placement is closed, or not of rank 0"
+        yield self._text
+
+    @property
+    def has_text(self) -> bool:
+        """Only rank 0 of several processes has the text encoder."""
+        return self._text is not None
+
+    @contextmanager
+    def expert(self, which: Expert, then: Expert | None = None) -> Iterator[WanDiT]:
+        yield self._experts[which]
+
+    @contextmanager
+    def vae(self) -> Iterator[WanVAE]:
+        assert self._vae is not None, "the placement is closed"
+        with whole_float32():
+            yield self._vae
+
+    def prepare(self, workload: Workload) -> None:
+        pass
+
+    def reduce_memory(self, stage: Stage) -> str | None:
+        return None
+
+    def use_loras(self, specs: Sequence[LoraSpec]) -> None:
+        before = {which: loras.specs for which, loras in self._loras.items()}
+        try:
+            for loras in self._loras.values():
+                loras.use(specs)
+        except LoraError:
+            for which, loras in self._loras.items():
+                loras.use(before[which] or ())
+            raise
+
+    @property
+    def loras(self) -> tuple[AppliedLora, ...]:
+        return tuple(applied for loras in self._loras.values() for applied in loras.applied)
+
+    def close(self) -> None:
+        self._text = self._vae = None
+        self._experts.clear()
+        self._loras.clear()
+
+
+def _reader(prebuilt: ModelWeights | None, loras: ExpertLoras, precision: Precision, group: Group) -> Reader:
+    """Reads an expert's tensors from the prebuilt file, or else with the LoRAs of the moment."""
+    dtype_of = expert_dtypes(precision)
+    return lambda names: group.broadcast_stream((prebuilt or loras.on_disk).tensors(names, dtype_of=dtype_of))
