@@ -1,4 +1,4 @@
-"""What the machine has and what of it is free, without importing torch: the driver's tool, and psutil."""
+"""The machine's memory and cores, free and in all, read with nvidia-smi and psutil. Needs no torch."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ FRESH_SECONDS = 3.0
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Machine:
-    """Bytes of memory; the vram values are None without an NVIDIA GPU."""
+    """Memory in bytes. The vram values are None without an NVIDIA GPU."""
 
     name: str
     cores: int
@@ -37,7 +37,7 @@ class Machine:
 
 
 class MachineReader:
-    """Reads at most every few seconds, whoever asks."""
+    """Returns the machine, read again at most every few seconds."""
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
@@ -52,11 +52,10 @@ class MachineReader:
             return self._last
 
     def _read(self) -> Machine:
-        ram = psutil.virtual_memory()
-        # In a container psutil shows the host's memory and cores; what we may use is what counts.
-        free, total = _container_memory(ram.available, ram.total)
+        free, total = host_memory()
         gpu = _gpu() if self._has_gpu else None
         self._has_gpu = gpu is not None
+        # In a container psutil counts the host's cores; this program may use those of its affinity.
         cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
         name, vram_free, vram_total = gpu or (_cpu_name(), None, None)
         return Machine(
@@ -65,7 +64,7 @@ class MachineReader:
 
 
 def free_memory() -> None:
-    """Gives what nothing refers to any more back, on the device too if there is one in use."""
+    """Collect garbage and return cached memory, also of the CUDA device if one is in use."""
     gc.collect()
     torch = sys.modules.get("torch")
     if torch is not None and torch.cuda.is_initialized():
@@ -73,7 +72,7 @@ def free_memory() -> None:
 
 
 def _gpu() -> tuple[str, int, int] | None:
-    """Name, free and total bytes of the first GPU that this process may use."""
+    """Name, free and total bytes of the first GPU that is visible to this process."""
     visible = Environment.read().visible_gpus
     if visible in ("", "-1"):
         return None
@@ -94,37 +93,21 @@ def _gpu() -> tuple[str, int, int] | None:
 
 def _cpu_name() -> str:
     try:
-        found = re.search(r"model name\s*:\s*(.+)", Path("/proc/cpuinfo").read_text())
+        match = re.search(r"model name\s*:\s*(.+)", Path("/proc/cpuinfo").read_text())
     except OSError:
-        found = None
-    name = found[1] if found else platform.processor() or platform.machine() or "CPU"
+        match = None
+    name = match[1] if match else platform.processor() or platform.machine() or "CPU"
     name = re.sub(r"\((R|TM)\)|CPU|Processor|\d+-Core|@.*", "", name)
     return " ".join(name.split())[:32]
 
 
-def _container_memory(free: int, total: int) -> tuple[int, int]:
+def host_memory() -> tuple[int, int]:
+    """Free and total bytes of host memory for this program: the system's, or its container's where that has a limit."""
+    system = psutil.virtual_memory()  # in a container it shows the host's memory
     try:
-        limit = int(Path("/sys/fs/cgroup/memory.max").read_text())
-        used = int(Path("/sys/fs/cgroup/memory.current").read_text())
-    except (OSError, ValueError):  # no limit, or no cgroup
-        return free, total
-    return (min(free, max(0, limit - used)), limit) if limit < total else (free, total)
-
-
-def free_ram() -> int:
-    """Host memory that a program may still take: what the system has, or its container."""
-    try:
-        with open("/proc/meminfo", encoding="ascii") as file:
-            lines = dict(line.split(":", 1) for line in file)
-        free = int(lines["MemAvailable"].split()[0]) * 1024
-    except (OSError, KeyError, ValueError):
-        try:
-            return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") * 3 // 4
-        except (AttributeError, OSError, ValueError):
-            return 16 * 2**30
-    try:
-        group = Path("/sys/fs/cgroup")
-        limit, used = ((group / f"memory.{name}").read_text().strip() for name in ("max", "current"))
-        return min(free, max(0, int(limit) - int(used)))
-    except (OSError, ValueError):  # no container, or "max"
-        return free
+        limit, used = (int(Path(f"/sys/fs/cgroup/memory.{name}").read_text()) for name in ("max", "current"))
+    except (OSError, ValueError):  # no cgroup, or "max"
+        return system.available, system.total
+    if limit >= system.total:
+        return system.available, system.total
+    return min(system.available, max(0, limit - used)), limit

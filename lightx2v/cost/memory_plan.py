@@ -150,7 +150,7 @@ class MemoryPlan:
         experts = {
             "resident": "both experts stay on the device",
             "swap": "one expert is on the device at a time",
-            "stream": f"{self.resident_blocks or 'no'} blocks of an expert stay on the device, the others stream",
+            "stream": f"{self.resident_blocks or 'none'} of an expert's blocks stay on the device, the others stream",
         }
         details = {
             "the weights stay on disk": self.reads_disk,

@@ -1,9 +1,9 @@
-"""How long a video will take, before it is made: counted work over the rate measured on this machine.
+"""Predicts how long a video will take: its estimated cost over the rate that was measured on this machine.
 
-`count` is pure arithmetic from a Request and the sizes of the model. `Rates` keeps what earlier runs took in a small
-JSON file, by device and engine, and fits seconds = calls x (a + b x work) for each stage; so a size never run before is
-predicted from those that were, and every run corrects the next prediction. Without any run, a few GPUs have an
-assumed rate, and the prediction says that it is assumed.
+`estimate_cost` is pure arithmetic from a Request and the sizes of the model. `Rates` stores the times of earlier runs
+in a small JSON file, by device and engine, and fits seconds = calls x (a + b x size) for each stage. So the sizes of
+earlier runs predict a new size, and every run corrects the next prediction. Before the first run a few GPUs have an
+assumed rate, and the prediction carries that source.
 """
 
 from __future__ import annotations
@@ -24,38 +24,38 @@ from .architecture import PATCH, DiTConfig
 log = logging.getLogger("lightx2v.estimate")
 
 Source = Literal["measured", "scaled", "assumed"]
-"""From this engine's runs, from another engine's on the same device, or from a table."""
+"""From runs of this engine, from runs of another engine on the same device, or from a table."""
 
 ASSUMED_FLOPS = (("H100", 580e12), ("H200", 580e12), ("H800", 580e12), ("A100", 220e12), ("RTX 4090", 150e12))
-"""Effective bf16 rate of a whole forward: measured on an H100, like which H200 and H800 compute; others by reports."""
+"""Effective bf16 rate of a whole forward: measured on an H100, which H200 and H800 equal; reported for others."""
 
 KEPT = 12
-"""Samples kept per stage: enough sizes for the fit, few enough that an old driver's times fade."""
+"""Samples stored per stage: enough sizes for the fit, few enough that the times of an old driver fade."""
 
 VERSION = 2
-"""Of the file of rates; since 2 the VAE's calls are its chunks. Another version's counts are not these."""
+"""Version of the rates file. Files of another version count other things; since 2 the VAE's calls are its chunks."""
 
 OVERHEAD = {"denoise": 4e8, "decode": 1.2e11, "image": 7e10, "write": 6e5}
-"""What starting a call costs (kernels, or for "write" ffmpeg), as the size that takes as long: so it holds on a slow
-machine and on a fast one, and full sizes make it vanish. From the demo model on a CPU, for as long as runs of different
-sizes do not tell better."""
+"""The cost of starting a call (kernels, or ffmpeg for "write"), as the size that takes as long: so it holds on slow and
+fast machines, and full sizes make it vanish. Measured with the demo model on a CPU; runs of different sizes replace
+it."""
 
 DOUBT = 0.02
-"""Weight of OVERHEAD against the measured times: about (4 % of noise / 30 %) squared."""
+"""Weight of OVERHEAD against the measured times: about (4 % noise / 30 %) squared."""
 
 CACHED = 1e-3
-"""Seconds: a stage that took less found its result in a cache, which says nothing about the next prompt."""
+"""Seconds: a faster stage found its result in a cache, which does not predict the next prompt."""
 
 CACHED_TEXT = 0.01
-"""Of the slowest known one: on a busy machine a text from the cache takes some milliseconds, and a new one seconds."""
+"""Share of the slowest known text: on a busy machine a cached text takes some milliseconds, a new one seconds."""
 
 FAR = 8
-"""How many times the largest measured size a fitted line is believed."""
+"""A fitted line holds up to this many times the largest measured size."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RunCost:
-    """What one run has to do: `calls` of a stage, each with `size` operations, by stage."""
+    """The work of one run, by stage: `calls`, each with `size` operations."""
 
     calls: dict[str, int]
     size: dict[str, float]
@@ -63,7 +63,7 @@ class RunCost:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Prediction:
-    """Seconds by stage and in all. `source` is the weakest of what the parts rest on."""
+    """Seconds by stage and in all, and the source of the denoising rate."""
 
     stages: dict[str, float]
     source: Source
@@ -74,7 +74,7 @@ class Prediction:
 
 
 def dit_flops(shape: DiTConfig, tokens: int) -> float:
-    """Operations of one DiT forward with one text (a multiply-add is two)."""
+    """Operations of one DiT forward with one text; a multiply-add counts as two."""
     d, text = shape.dim, shape.text_len
     block = (
         8.0 * tokens * d * d  # self-attention q, k, v, o
@@ -87,9 +87,9 @@ def dit_flops(shape: DiTConfig, tokens: int) -> float:
     return shape.num_layers * block + ends
 
 
-def estimate_cost(request: Request, shape: DiTConfig | None = None, size: tuple[int, int] | None = None) -> RunCost:
-    """The work of `request`. `size` is the video's (height, width) where an input picture changes it."""
-    height, width = size or (request.height, request.width)
+def estimate_cost(request: Request, shape: DiTConfig | None = None) -> RunCost:
+    """The work of `request` by a model of this shape, A14B's by default."""
+    height, width = request.height, request.width
     tokens = request.latent_shape[1] * (height // 16) * (width // 16)
     high = schedule_of(request).high_noise_steps
     guided_high, guided_low = request.guided
@@ -100,16 +100,16 @@ def estimate_cost(request: Request, shape: DiTConfig | None = None, size: tuple[
     work = {"text": 1.0, "write": pixels, "decode": 8.5e6 * pixels / chunks}
     work["denoise"] = dit_flops(shape or DiTConfig(), tokens) * forwards / request.steps
     if request.task != "t2v":
-        # The grey tail of the condition clip is not recomputed once its encoding is constant: about 20 frames count.
+        # The grey tail of the condition clip is not encoded again once its encoding is constant: about 20 frames count.
         calls["image"] = min(chunks, 6)
         work["image"] = 5.1e6 * height * width * min(request.frames, 21) / calls["image"]
     return RunCost(calls=calls, size=work)
 
 
 class Rates:
-    """What runs took on this machine, in one JSON file: device -> engine -> stage -> [[calls, size, seconds], …].
+    """Times of runs on this machine, in one JSON file: device -> engine -> stage -> [[calls, size, seconds], …].
 
-    An engine is any text that names what was loaded and how. Safe to use from several threads of one process.
+    An engine is any text that names the loaded model and its settings. Several threads of a process may use it.
     """
 
     def __init__(self, path: Path) -> None:
@@ -118,7 +118,7 @@ class Rates:
         self._data: dict[str, dict[str, dict[str, list[list[float]]]]] = self._read()
 
     def record(self, device: str, engine: str, work: RunCost, seconds: Mapping[str, float]) -> None:
-        """Learns from one finished run: `seconds` by stage, as Timings has them; "load" counts where it happened."""
+        """Store the times of one finished run: `seconds` by stage, as in Timings, with "load" if the run loaded."""
         with self._lock:
             stages = self._data.setdefault(device, {}).setdefault(engine, {})
             for stage, took in seconds.items():
@@ -131,30 +131,26 @@ class Rates:
             self._write()
 
     def predict(self, device: str, engine: str, work: RunCost, *, loaded: bool) -> Prediction | None:
-        """Seconds that `work` will take, None where nothing is known. A loaded engine has no load stage."""
+        """Predict the seconds of `work`; None if nothing is known. A loaded engine has no load stage."""
         with self._lock:
             engines = self._data.get(device, {})
             own, others = engines.get(engine, {}), [e for name, e in engines.items() if name != engine]
+            rate = next((flops for name, flops in ASSUMED_FLOPS if name in device), None)
             stages: dict[str, float] = {}
-            sources: set[Source] = set()
-            wanted = dict(work.calls) if loaded else {"load": 1, **work.calls}
-            for stage, calls in wanted.items():
+            sources: dict[str, Source] = {}
+            for stage, calls in {**({} if loaded else {"load": 1}), **work.calls}.items():
                 size = work.size.get(stage, 1.0)
                 if samples := own.get(stage):
-                    stages[stage], source = _fit(stage, samples, calls, size), "measured"
+                    stages[stage], sources[stage] = _fit(stage, samples, calls, size), "measured"
                 elif borrowed := [s for e in others for s in e.get(stage, []) if stage != "load"]:
-                    stages[stage], source = _fit(stage, borrowed, calls, size), "scaled"
-                else:
-                    rate = next((flops for name, flops in ASSUMED_FLOPS if name in device), None)
-                    if stage == "denoise" and rate is None:
-                        return None
-                    if rate is None or stage not in ("denoise", "decode", "image"):
-                        continue  # seconds at most, beside minutes of denoising
-                    # Convolutions reach about a third of what matrix products do.
-                    stages[stage], source = calls * size / (rate if stage == "denoise" else rate / 3), "assumed"
-                if stage == "denoise":
-                    sources.add(source)
-        return Prediction(stages=stages, source=min(sources, key=("assumed", "scaled", "measured").index))
+                    stages[stage], sources[stage] = _fit(stage, borrowed, calls, size), "scaled"
+                elif rate is not None and stage in ("denoise", "decode", "image"):
+                    # Convolutions reach about a third of the rate of matrix products.
+                    stages[stage] = calls * size / (rate if stage == "denoise" else rate / 3)
+                    sources[stage] = "assumed"
+                elif stage == "denoise":
+                    return None  # the other stages take a few seconds, against minutes of denoising
+        return Prediction(stages=stages, source=sources["denoise"])
 
     def _read(self) -> dict[str, Any]:
         try:
@@ -163,7 +159,7 @@ class Rates:
         except FileNotFoundError:
             return {}
         except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
-            log.warning("The measured times in %s cannot be read; measuring again.", self._path.name)
+            log.warning("Cannot read the measured times in %s; they are measured again.", self._path.name)
             return {}
 
     def _write(self) -> None:
@@ -172,23 +168,23 @@ class Rates:
             new.write_text(json.dumps({"version": VERSION, "devices": self._data}), encoding="utf-8")
             os.replace(new, self._path)
         except OSError as error:
-            log.warning("The measured times could not be kept: %s", error.strerror)
+            log.warning("Could not store the measured times: %s", error.strerror)
 
 
 def _checked(devices: dict[str, Any]) -> dict[str, Any]:
-    """`devices` as they are; an error where a file that somebody wrote by hand has other shapes or values."""
+    """Return `devices`, or raise an error if their shapes or values cannot come from a run."""
     stages = [stage for engines in devices.values() for engine in engines.values() for stage in engine.values()]
     numbers = [number for samples in stages for calls, size, took in samples for number in (calls, size, took)]
     if not all(type(number) in (int, float) and CACHED <= number < 1e30 for number in numbers):
-        raise ValueError("a sample that nobody measured")
+        raise ValueError("not a measured sample")
     return devices
 
 
 def _fit(stage: str, samples: Iterable[list[float]], calls: int, size: float) -> float:
-    """Seconds for `calls` of `size`, from t = calls (a + b size), a, b >= 0, least squares of the relative error.
+    """Seconds for `calls` of `size`, from t = calls (a + b size) with a, b >= 0; least squares of the relative error.
 
-    DOUBT keeps a near b OVERHEAD as long as the sizes are too close to each other to tell: a line through two equal
-    ones would carry their noise to any distance. Far beyond the largest measured size time is proportional to the work.
+    DOUBT keeps a near b OVERHEAD while the sizes are close to each other: a line through two equal ones would carry
+    their noise to any distance. Far beyond the largest measured size, time is proportional to the size.
     """
     rows = [(c / t, c * s / t) for c, s, t in samples]
     sizes = [y / x for x, y in rows]

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import threading
 from concurrent.futures import Future
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -33,24 +33,13 @@ class Slot:
         self.release_event: Any = None
 
 
-class Copies(Protocol):
-    def load(self, slot: Slot, source: Tensor) -> Any:
-        """Queue the copy of `source` (flat, host memory) into the slot. Returns an event for `synchronize`."""
-
-    def acquire(self, slot: Slot) -> None: ...
-
-    def release(self, slot: Slot) -> None: ...
-
-    def synchronize(self, event: Any) -> None:
-        """The host waits until that copy is done; afterwards its source may change."""
-
-
 class CudaCopies:
     def __init__(self, device: torch.device) -> None:
         self.device = device
         self.stream = torch.cuda.Stream(device)
 
     def load(self, slot: Slot, source: Tensor) -> Any:
+        """Queue the copy of `source` (flat, host memory) into the slot. Returns an event for `synchronize`."""
         assert not slot.in_use, "a slot in use cannot be loaded"
         if slot.release_event is not None:
             self.stream.wait_event(slot.release_event)
@@ -68,6 +57,7 @@ class CudaCopies:
         slot.in_use = False
 
     def synchronize(self, event: Any) -> None:
+        """The host waits until that copy is done; afterwards its source may change."""
         event.synchronize()
 
 
@@ -110,6 +100,9 @@ class HostCopies:
             while any(queued is event for _, _, queued in self._queue):
                 slot, source, _ = self._queue.pop(0)
                 slot.buffer[: len(source)].copy_(source)
+
+
+Copies = CudaCopies | HostCopies
 
 
 def copies_for(device: torch.device) -> Copies:

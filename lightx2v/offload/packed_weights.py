@@ -76,23 +76,17 @@ class PackedWeights:
                 continue
             for holder, parameter in ((owner._parameters, True), (owner._buffers, False)):
                 for leaf, tensor in holder.items():
-                    if tensor is not None:
-                        name = f"{path}.{leaf}" if path else leaf
-                        self._add(name, cast("Holder", holder), leaf, parameter, tensor, dtype_of)
-
-    def _add(
-        self,
-        name: str,
-        holder: Holder,
-        leaf: str,
-        parameter: bool,
-        tensor: Tensor,
-        dtype_of: Callable[[str], torch.dtype] | None,
-    ) -> None:
-        dtype = dtype_of(name) if dtype_of and tensor.is_floating_point() and tensor.itemsize > 1 else tensor.dtype
-        stride = tensor.stride() if _dense(tensor) else tensor.contiguous().stride()
-        self.places.append(Place(name, holder, leaf, parameter, self.nbytes, dtype, tensor.shape, stride))
-        self.nbytes += -(-tensor.numel() * dtype.itemsize // ALIGN) * ALIGN
+                    if tensor is None:
+                        continue
+                    name, dtype = f"{path}.{leaf}" if path else leaf, tensor.dtype
+                    if dtype_of and tensor.is_floating_point() and tensor.itemsize > 1:
+                        dtype = dtype_of(name)
+                    stride = (tensor if _dense(tensor) else tensor.contiguous()).stride()
+                    place = Place(
+                        name, cast("Holder", holder), leaf, parameter, self.nbytes, dtype, tensor.shape, stride
+                    )
+                    self.places.append(place)
+                    self.nbytes += -(-tensor.numel() * dtype.itemsize // ALIGN) * ALIGN
 
     @property
     def names(self) -> frozenset[str]:

@@ -8,27 +8,19 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Sequence
-from contextlib import AbstractContextManager
 from dataclasses import replace
-from typing import Any, Protocol
 
 import torch
 
 from ..attention import Choice
 from ..config.engine_config import EngineConfig
-from ..config.request import Expert, LoraSpec
 from ..cost.architecture import DiTConfig
-from ..cost.machine import free_ram
+from ..cost.machine import host_memory
 from ..cost.memory_ladder import MemoryLadder, MemoryPlanner
-from ..cost.memory_plan import FreeMemory, ModelSize, OffloadOptions, Stage, Workload
-from ..loading.expert_loras import AppliedLora, ExpertLoras, match_loras
+from ..cost.memory_plan import FreeMemory, ModelSize, OffloadOptions
+from ..loading.expert_loras import ExpertLoras, match_loras
 from ..loading.model_files import ModelFiles
 from ..loading.networks import Precision, expert_dtypes, expert_weights
-from ..models.dit import WanDiT
-from ..models.tiling import Tiling
-from ..models.umt5 import TextEncoder
-from ..models.vae import WanVAE
 from ..parallel.process_group import Group
 from ..parallel.single_process import ALONE
 from ..progress import CancelToken
@@ -40,43 +32,8 @@ from .resident import Resident
 log = logging.getLogger("lightx2v.offload")
 
 
-class Placement(Protocol):
-    """Hands out the parts of a model, on the device. A part may be used inside its `with` block only."""
-
-    def text(self) -> AbstractContextManager[TextEncoder]: ...
-
-    def expert(self, which: Expert, then: Expert | None = None) -> AbstractContextManager[WanDiT]:
-        """`then` is the expert that runs next, if that is known."""
-        ...
-
-    def vae(self) -> AbstractContextManager[WanVAE]: ...
-
-    @property
-    def tiling(self) -> Tiling | None:
-        """The VAE's tiles; None for the whole picture."""
-        ...
-
-    @property
-    def plan(self) -> dict[str, Any] | None:
-        """The memory plan for reports; None where there is no choice."""
-        ...
-
-    def prepare(self, workload: Workload) -> None:
-        """Choose the plan for the next run."""
-
-    def reduce_memory(self, stage: Stage) -> str | None:
-        """After `stage` ran out of memory: take the next smaller plan. Its summary, or None if there is none."""
-
-    def use_loras(self, specs: Sequence[LoraSpec]) -> None:
-        """Exchange the LoRAs of both experts. After a LoraError the old ones are still in use."""
-
-    @property
-    def loras(self) -> tuple[AppliedLora, ...]:
-        """The LoRAs in use."""
-        ...
-
-    def close(self) -> None:
-        """Drop all weights."""
+Placement = Resident | Offloaded
+"""Hands out the parts of a model, on the device. A part may be used inside its `with` block only."""
 
 
 def planner_for(
@@ -86,7 +43,7 @@ def planner_for(
     if precision.device.type != "cuda":
         return None
     # All processes plan alike: for the smallest device, and for an equal share of host memory.
-    everywhere = group.all_gather_json([torch.cuda.mem_get_info(precision.device)[0], free_ram()])
+    everywhere = group.all_gather_json([torch.cuda.mem_get_info(precision.device)[0], host_memory()[0]])
     free = FreeMemory(vram=min(vram for vram, _ in everywhere), ram=min(ram for _, ram in everywhere) // group.size)
     if files.prebuilt is None and config.build:
         free = replace(free, ram=2**62)  # weights that no file holds cannot stay on disk

@@ -42,7 +42,8 @@ class Resident:
     """All parts loaded to their devices, to stay there.
 
     `text_home` and `expert_home` are other devices to load the text encoder and the experts to, before they are
-    streamed. With `from_disk` the experts are on the meta device, and `readers` read their weights.
+    streamed. With `from_disk` the experts are on the meta device, and `readers` read their weights. `tiling` has the
+    VAE's tiles, or None for the whole picture; `plan` is the memory plan for reports, None where there is no choice.
     """
 
     def __init__(
@@ -102,6 +103,7 @@ class Resident:
 
     @contextmanager
     def expert(self, which: Expert, then: Expert | None = None) -> Iterator[WanDiT]:
+        """`then` is the expert that runs next, if that is known."""
         yield self._experts[which]
 
     @contextmanager
@@ -111,12 +113,13 @@ class Resident:
             yield self._vae
 
     def prepare(self, workload: Workload) -> None:
-        pass
+        """Choose the plan for the next run."""
 
     def reduce_memory(self, stage: Stage) -> str | None:
-        return None
+        """After `stage` ran out of memory: take the next smaller plan. Its summary, or None if there is none."""
 
     def use_loras(self, specs: Sequence[LoraSpec]) -> None:
+        """Exchange the LoRAs of both experts. After a LoraError the old ones are still in use."""
         before = {which: loras.specs for which, loras in self._loras.items()}
         try:
             for loras in self._loras.values():
@@ -131,6 +134,7 @@ class Resident:
         return tuple(applied for loras in self._loras.values() for applied in loras.applied)
 
     def close(self) -> None:
+        """Drop all weights."""
         self._text = self._vae = None
         self._experts.clear()
         self._loras.clear()

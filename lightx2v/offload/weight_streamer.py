@@ -1,16 +1,16 @@
-"""Modules whose weights live in host memory and visit the device, block by block, ahead of the computation.
+"""Streams the weights of modules to the device, block by block, ahead of the computation.
 
-A `WeightStreamer` brings one or several modules of the same architecture into the same device memory: both experts, or
+A `WeightStreamer` serves one or several modules of the same architecture with the same device memory: both experts, or
 the text encoder, or the VAE. The first `resident` blocks have a device slot each, and the others share
 `prefetch_slots` slots as a ring. Everything outside of the blocks has one slot.
 
-    resident = blocks   one module on the device; another one is swapped in place, each block as soon as the one before
-                        has run for the last time
-    resident < blocks   the rest streams: while a block runs the next ones are copied, and after the last one the first
-                        ones for the next forward
+    resident = blocks   one module on the device; each of its blocks is replaced by the next module's as soon as it has
+                        run for the last time
+    resident < blocks   the rest streams: while a block runs the next ones are copied, and after the last block the
+                        first ones for the next forward
 
-Nothing is ever copied back. Hooks on the blocks do the work, so the modules do not know. Weights that stay on disk are
-read by another thread, one weights after the other, while blocks run.
+Nothing is ever copied back. Hooks on the blocks do the work, so the modules need no change. While blocks run, another
+thread reads weights that stay on disk, one block after the other.
 """
 
 from __future__ import annotations
@@ -28,15 +28,15 @@ from .device_copies import Copies, Slot
 from .packed_weights import PackedWeights, Reader, host_buffer
 
 OUTSIDE = -1
-"""The index of what lies outside of the blocks."""
+"""The index of everything outside of the blocks."""
 
 Item = tuple[str, int]
-"""(module, block)."""
+"""(module, block index)."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StreamedModule:
-    """One module, its blocks, and for weights that stay on disk how to read them."""
+    """One module and its blocks; `reader` reads weights that stay on disk, in the dtypes of `dtype_of`."""
 
     module: nn.Module
     blocks: Sequence[nn.Module] = ()
@@ -55,9 +55,9 @@ class WeightStreamer:
         prefetch_slots: int = 3,
         read_ahead: bool = True,
     ) -> None:
-        """Packs the modules' weights into host memory, where they have no reader: afterwards they are there only.
+        """Pack the weights of modules without a reader into host memory; afterwards they are there only.
 
-        Without `read_ahead` what is on disk is read where it is asked for, in the caller's thread.
+        Without `read_ahead` the caller's thread reads weights from disk when they are needed.
         """
         self.copies, self.device = copies, device
         self.modules = {name: each.module for name, each in streamed.items()}
@@ -76,20 +76,19 @@ class WeightStreamer:
         self._next: str | None = None
         pin = device.type == "cuda"
         for name, each in streamed.items():
-            assert len(each.blocks) == self.blocks, "the modules of a streamer have the same number of blocks"
+            assert len(each.blocks) == self.blocks, "the modules of a streamer need the same number of blocks"
             outside = PackedWeights(each.module, without=each.blocks, dtype_of=each.dtype_of)
             self.packed[name, OUTSIDE] = outside
             names = {id(part): path for path, part in each.module.named_modules()}
             for index, block in enumerate(each.blocks):
                 self.packed[name, index] = PackedWeights(block, prefix=names[id(block)], dtype_of=each.dtype_of)
                 self._hooks += [
-                    block.register_forward_pre_hook(_before(self, name, index)),
-                    block.register_forward_hook(_after(self, name, index)),
+                    block.register_forward_pre_hook(lambda *_, at=(name, index): self.before(*at)),
+                    block.register_forward_hook(lambda *_, at=(name, index): self.after(*at)),
                 ]
             if each.reader is None:
                 for index in range(OUTSIDE, self.blocks):
                     self.packed[name, index].pack(pin=pin)
-        self.free()  # the modules let go of their weights
         self.resize(resident, prefetch_slots)
 
     # ---- device memory ------------------------------------------------------------------------------------------
@@ -104,29 +103,21 @@ class WeightStreamer:
             self.resident, self.prefetch_slots = resident, slots
 
     def free(self) -> None:
-        """Gives the device memory back; the next `use` copies again."""
+        """Give the device memory back; the next `use` copies again."""
         for slot in [*self.own.values(), *self.shared]:
             _stop_reading(slot)
             if slot.copy_event is not None:
-                self.copies.acquire(slot)  # a copy that is under way must not write into memory given back
+                self.copies.acquire(slot)  # a running copy must not write into memory that was given back
                 self.copies.release(slot)
         for weights in self.packed.values():
             weights.forget()
         self.own, self.shared = {}, []
 
-    def nbytes(self) -> int:
-        """Device memory while in use."""
-        outside, block = self._sizes()
-        return outside + block * (self.resident + self.prefetch_slots)
-
     def _sizes(self) -> tuple[int, int]:
-        sizes = [
-            max(weights.nbytes for (_, index), weights in self.packed.items() if (index == OUTSIDE) is outside)
-            if outside or self.blocks
-            else 0
-            for outside in (True, False)
-        ]
-        return sizes[0], sizes[1]
+        """The bytes of the largest slot for weights outside of the blocks, and for a block."""
+        outside = [weights.nbytes for (_, index), weights in self.packed.items() if index == OUTSIDE]
+        blocks = [weights.nbytes for (_, index), weights in self.packed.items() if index != OUTSIDE]
+        return max(outside), max(blocks, default=0)
 
     def _allocate(self) -> None:
         if self.own:
@@ -144,14 +135,14 @@ class WeightStreamer:
 
     def _slot(self, nbytes: int) -> Slot:
         slot = Slot(torch.empty(nbytes, dtype=torch.uint8, device=self.device))
-        self.copies.release(slot)  # what used this memory before comes first
+        self.copies.release(slot)  # earlier users of this memory come first
         return slot
 
     # ---- use ----------------------------------------------------------------------------------------------------
 
     @contextmanager
     def use(self, name: str, then: str | None = None) -> Iterator[Any]:
-        """The module, usable inside the block. `then` is the module that will be used next, if that is known."""
+        """The module, usable inside the `with` block. `then` is the module that runs next, if that is known."""
         self._allocate()
         self._current, self._next = name, then or name
         try:
@@ -160,7 +151,7 @@ class WeightStreamer:
             self._fetch_all([(name, i) for i in range(self.resident, self.resident + self.prefetch_slots)])
             self._enter((name, OUTSIDE), self.own[OUTSIDE])
             yield self.modules[name]
-            self._leave(self.own[OUTSIDE])
+            self.copies.release(self.own[OUTSIDE])
             if self._next != name:
                 self._fetch((self._next, OUTSIDE), self.own[OUTSIDE])
         finally:
@@ -170,7 +161,7 @@ class WeightStreamer:
             self._current = self._next = None
 
     def before(self, name: str, index: int) -> None:
-        """A block is about to run: it must be there, and the next ones on their way."""
+        """Before a block runs: wait for its weights, and start the copies of the next ones."""
         if name != self._current:
             raise RuntimeError(f"block {index} of {name} runs outside of its use")
         slot = self._want((name, index))
@@ -178,18 +169,18 @@ class WeightStreamer:
         self._fetch_all([(name, i) for i in range(index + 1, min(index + 3, self.resident))])
 
     def after(self, name: str, index: int) -> None:
-        """A block has run: its memory takes what comes next."""
+        """After a block has run: start the next copy into its memory."""
         slot = self._holder((name, index))
         if slot is None or not slot.in_use:
             return
-        self._leave(slot)
+        self.copies.release(slot)
         following = self._next
         assert following is not None
         if index < self.resident:
             if following != name:
                 self._fetch((following, index), slot)
             return
-        # The ring goes round: the streamed blocks still to come, then those of the next forward.
+        # The ring continues with the streamed blocks still to come, then with those of the next forward.
         coming = [(name, i) for i in range(index + 1, self.blocks)]
         coming += [(following, i) for i in range(self.resident, self.blocks)]
         self._fetch_all(coming[: self.prefetch_slots])
@@ -199,7 +190,7 @@ class WeightStreamer:
             self._want(item, keep=items)
 
     def _want(self, item: Item, keep: Sequence[Item] = ()) -> Slot:
-        """The slot that holds `item` or gets it now. A slot of the ring is taken from what is not in `keep`."""
+        """The slot that holds `item` or gets it now. A shared slot that holds an item of `keep` is not reused."""
         slot = self._holder(item)
         if slot is not None:
             return slot
@@ -232,17 +223,17 @@ class WeightStreamer:
         slot.item = item
 
     def _read(self, item: Item, weights: PackedWeights, slot: Slot) -> None:
-        """From disk: into one of two staging buffers, from there like any other weights."""
+        """Read from disk into one of two staging buffers, and copy from there like any other weights."""
         reader = self.readers[item[0]]
         assert reader is not None
         staging = self._staging.pop(0)
         self._staging.append(staging)
-        if staging.mark is not None:
-            self.copies.synchronize(staging.mark)
+        if staging.event is not None:
+            self.copies.synchronize(staging.event)
         if staging.buffer is None or len(staging.buffer) < weights.nbytes:
             staging.buffer = host_buffer(max(self._sizes()), pin=self.device.type == "cuda")
         weights.read(reader, staging.buffer)
-        staging.mark = self.copies.load(slot, staging.buffer[: weights.nbytes])
+        staging.event = self.copies.load(slot, staging.buffer[: weights.nbytes])
 
     def _enter(self, item: Item, slot: Slot) -> None:
         if slot.reading is not None:
@@ -256,12 +247,9 @@ class WeightStreamer:
         self.copies.acquire(slot)
         self.packed[item].bind(slot.buffer)
 
-    def _leave(self, slot: Slot) -> None:
-        self.copies.release(slot)
-
     @contextmanager
     def edit(self) -> Iterator[None]:
-        """Inside, the modules' tensors are those in host memory, to be written to."""
+        """Inside, the modules' tensors are those in host memory and may be changed."""
         self.free()
         packed = [weights for weights in self.packed.values() if weights.host is not None]
         for weights in packed:
@@ -273,11 +261,11 @@ class WeightStreamer:
                 weights.forget()
 
     def close(self) -> None:
-        """Drops all weights. The modules are on the meta device afterwards."""
+        """Drop all weights. The modules are on the meta device afterwards."""
         for slot in [*self.own.values(), *self.shared]:
             _stop_reading(slot)
             if slot.copy_event is not None:
-                self.copies.synchronize(slot.copy_event)  # host memory is let go below
+                self.copies.synchronize(slot.copy_event)  # host memory is released below
         self.free()
         if self._thread is not None:
             self._thread.shutdown()
@@ -288,23 +276,15 @@ class WeightStreamer:
 
 
 class _Staging:
-    """A host buffer on the way from disk to device, and the mark of the last copy from it."""
+    """A host buffer between disk and device, and the event of the last copy from it."""
 
     def __init__(self) -> None:
         self.buffer: Tensor | None = None
-        self.mark: Any = None
+        self.event: Any = None
 
 
 def _stop_reading(slot: Slot) -> None:
-    """Nothing is read into the slot any more. What a read that ran already failed with does not matter any more."""
+    """Stop or await the read into the slot. Its error, if any, no longer matters."""
     if slot.reading is not None and not slot.reading.cancel():
         wait([slot.reading])
     slot.reading = None
-
-
-def _before(streamer: WeightStreamer, name: str, index: int) -> Any:
-    return lambda module, args: streamer.before(name, index)
-
-
-def _after(streamer: WeightStreamer, name: str, index: int) -> Any:
-    return lambda module, args, output: streamer.after(name, index)

@@ -334,7 +334,7 @@ def test_loras_do_not_keep_a_model_in_host_memory_that_is_too_small(
     tiny: TinyModels, everywhere: tuple[LoraSpec, ...], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (GIB, GIB))
-    monkeypatch.setattr(lightx2v.offload.placement, "free_ram", lambda: 2**16)
+    monkeypatch.setattr(lightx2v.offload.placement, "host_memory", lambda: (2**16, 2**17))
 
     def planned(**settings: Any) -> tuple[MemoryPlan, int]:
         config, request = configured(tiny.t2v, device="auto", cpu_offload=True, lora_configs=everywhere, **settings)
