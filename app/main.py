@@ -72,7 +72,7 @@ def _exit_code(context: CommandContext) -> int:
 
 
 def open_studio(output: Path, exposure: Exposure, preset: str) -> Studio:
-    """Opens what the page works with. On ZeroGPU this loads its one model, before any visitor gets a GPU."""
+    """Opens the page's Studio. On ZeroGPU this loads its one model, before any visitor gets a GPU."""
     if not exposure.zerogpu:
         return Studio(open_engine, output, exposure, default_preset=preset)
     import spaces  # has to come before torch  # pyright: ignore[reportMissingImports]

@@ -1,4 +1,4 @@
-"""The page: its layout, and which event calls which handler. assets/studio.css has its look, events/ what it does."""
+"""The page: its layout, and which event calls which handler. Its look is in assets/studio.css."""
 
 from __future__ import annotations
 

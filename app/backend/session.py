@@ -1,4 +1,4 @@
-"""Session: the secret that one browser keeps, and what its visitor looks at. No gradio here."""
+"""Session: the secret that one browser keeps, and the runs that its visitor looks at. No gradio here."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ OWNER = re.compile(r"[A-Za-z0-9_-]{32,64}")
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Session:
-    """What the browser stores. It comes back from outside, so only well-formed values are used."""
+    """The browser's storage. It comes from outside, so only well-formed values are used."""
 
     owner: str
     """The secret that makes runs this visitor's own."""

@@ -169,7 +169,7 @@ class ZeroGpuJobs:
         return self._finish(job, frames, report)
 
     def _finish(self, job: Job, frames: Any, report: dict[str, Any]) -> dict[str, Any]:
-        """Writes the video and adds what only this process knows to the report."""
+        """Writes the video, and adds its path, size and writing time to the report."""
         path = self.folder / f"{job.id}.mp4"
         settings = recorded_settings(job.preset, job.config, job.request, path)
         started = time.perf_counter()

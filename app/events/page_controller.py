@@ -39,7 +39,7 @@ IN_USE = "in use"
 """The page's script sends this instead of a part's version while that part is in use, such as an open list."""
 
 Data = dict[Component, Any]
-"""What gradio passes to an event listener: the values of its input components."""
+"""The values of the input components, as gradio passes them to an event listener."""
 
 
 @dataclass(kw_only=True)

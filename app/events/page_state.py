@@ -1,4 +1,4 @@
-"""PageState: what the server knows of one open page, and why no update of that page is lost.
+"""PageState: the server's state of one open page, and why no update of that page is lost.
 
 Events of a page cross: one that left the browser early may be answered late, and answers may arrive out of order.
 
