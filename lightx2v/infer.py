@@ -30,7 +30,7 @@ from .config.environment import Environment
 from .config.lightx2v_keys import PER_VIDEO
 from .config.presets import Resolved, list_presets, resolve
 from .config.recorded_settings import PICTURES, find_picture
-from .config.request import TASKS, Request
+from .config.request import IMAGES, TASKS, Request
 from .config.request_settings import SETTINGS, SHOWN, Guidance, Setting
 from .cost.machine import MachineReader
 from .cost.memory_forecast import forecast_for_gpu, forecast_for_machine
@@ -202,9 +202,8 @@ def _output_path(options: argparse.Namespace, resolved: Resolved, request: Reque
 def _dry_run(resolved: Resolved, shown: dict[str, Any], card: float | None) -> dict[str, Any]:
     """The resolved configuration and what a run of it would take, here or on another `card`. Looks for local files and
     at the machine, and at nothing else."""
-    stand_in = {"prompt": "prompt", "image_path": "image", "last_frame_path": "image"}
-    needed = {"t2v": ("prompt",), "i2v": ("prompt", "image_path"), "flf2v": tuple(stand_in)}[resolved.engine.task]
-    request = Request.from_json(resolved.request | {key: stand_in[key] for key in needed if key not in shown} | shown)
+    placeholders = dict.fromkeys(("prompt", *IMAGES[resolved.engine.task]), "placeholder")
+    request = Request.from_json(resolved.request | placeholders | shown)
     engine = resolved.engine
     guided = request.guided
     files = []

@@ -12,7 +12,7 @@ from gradio.components import Component
 from PIL import Image
 
 from lightx2v.config.recorded_settings import PICTURES
-from lightx2v.config.request import MAX_SIDE, Request
+from lightx2v.config.request import IMAGES, MAX_SIDE, Request
 from lightx2v.errors import LightX2VError
 from lightx2v.media.framing import frame_picture
 from lightx2v.media.images import DECODING, load_image
@@ -210,9 +210,8 @@ def form_of(values: Mapping[str, Any]) -> Form:
 
 
 def stand_in(request: Mapping[str, Any]) -> Request:
-    """A request of a preset's settings, to count its work."""
-    shown = {"i2v": ("image_path",), "flf2v": ("image_path", "last_frame_path")}.get(request["task"], ())
-    return Request(prompt="…", **{**request, **dict.fromkeys(shown, "picture.png")})
+    """A Request of a preset's settings with a placeholder prompt and image, to estimate its cost."""
+    return Request(prompt="…", **{**request, **dict.fromkeys(IMAGES[request["task"]], "picture.png")})
 
 
 def picture_of(path: str | None) -> Image.Image | None:

@@ -1,7 +1,7 @@
-"""One loaded engine: which model, from which files, in which precision, where its weights live. Frozen.
+"""EngineConfig: the model to load, its files, its precision and the place of its weights.
 
-Field names are LightX2V's JSON keys where it has one. Whatever cannot work together is a ConfigError here, before a
-single weight is read. Changing an EngineConfig means loading again; everything that does not is in `request.Request`.
+A changed EngineConfig means loading again; settings that need no loading are in `request.Request`. Field names are
+LightX2V's JSON keys where it has one. Values that cannot work together raise ConfigError, before any weight is read.
 """
 
 from __future__ import annotations
@@ -35,8 +35,8 @@ QUANT_SCHEMES = (
     *("fp8", "fp8-sgl", "fp8-vllm", "fp8-q8f", "fp8-triton", "fp8-torchao", "fp8-pertensor"),
     *("int8", "int8-sgl", "int8-vllm", "int8-q8f", "int8-triton", "int8-torchao"),
 )
-"""All fp8 names mean e4m3 with a scale per row or tensor, all int8 names int8 with a scale per row: the files decide.
-The part after the dash is LightX2V's kernel; here the best kernel that runs is chosen."""
+"""All fp8 names mean e4m3 with a scale per row or tensor, all int8 names int8 with a scale per row; the files decide.
+The part after the dash names a kernel of LightX2V. This engine takes the best kernel that runs."""
 OTHER_SCHEMES = re.compile(r"(fp8|int8)-(b128-deepgemm|musa|intel-xpu|npu|tmo|mlu)|nvfp4|mxfp[468][\w-]*|gguf-\w+")
 """LightX2V's other formats and kernels: block-scaled, 4-bit, GGUF, other vendors."""
 A14B_HEADS = 40
@@ -65,8 +65,8 @@ _INERT_PARALLEL: dict[str, tuple[Any, ...] | None] = {
     "seq_p_a2a_backend": None,
     "tp_load_mode": None,
 }
-"""LightX2V's other keys in `parallel`. With values: only those, since others would change the result. None: any value,
-since it only chooses how the same result is computed, and that choice is made here."""
+"""LightX2V's other keys in `parallel`, and the values that are accepted. Another value would change the result. None
+accepts any value: the key only chooses among ways to compute the same result."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -98,11 +98,12 @@ class ParallelConfig:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class EngineConfig:
-    """What is loaded and how it runs.
+    """The settings of one loaded engine.
 
-    "auto" leaves a choice to the machine; for `t5_cpu_offload` and `vae_cpu_offload` it follows `cpu_offload`. Paths
-    may be absolute, relative to `models_dir`, the working folder or the project, or names on the Hub (`hub_name`).
-    `build` says that the experts are made on first use from the base model and its LoRAs: "merged", or then "fp8".
+    "auto" lets the program choose for this machine; for `t5_cpu_offload` and `vae_cpu_offload` it means the value of
+    `cpu_offload`. A path is absolute, relative to `models_dir`, the working folder or the project, or a name on the Hub
+    (`hub_name`). With `build`, the first use makes the experts from the base model and its LoRAs: "merged", or "fp8",
+    which is merged and then quantised.
     """
 
     model_cls: ModelClass = "wan2.2_moe"
@@ -173,46 +174,42 @@ class EngineConfig:
         self._check_placement()
 
     def _check_quantisation(self) -> None:
-        for part, scheme in (("dit", self.dit_quant_scheme), ("t5", self.t5_quant_scheme)):
-            quantized = self.dit_quantized if part == "dit" else self.t5_quantized
+        quantized_files = [key for key in _FILE_KEYS[3:5] if getattr(self, key)]
+        for part, quantized, scheme, files in (
+            ("dit", self.dit_quantized, self.dit_quant_scheme, quantized_files),
+            ("t5", self.t5_quantized, self.t5_quant_scheme, ["t5_quantized_ckpt"] if self.t5_quantized_ckpt else []),
+        ):
             if quantized and not scheme:
                 raise ConfigError(
                     f"{part}_quantized is true, but {part}_quant_scheme is missing. Set it, e.g. to fp8-sgl."
                 )
-            if scheme and not quantized:
-                raise ConfigError(
-                    f"{part}_quant_scheme is {scheme!r}, but {part}_quantized is false. Set {part}_quantized to true, "
-                    f"or remove {part}_quant_scheme."
-                )
-        files = [key for key in _FILE_KEYS[3:5] if getattr(self, key)]
-        if files and not self.dit_quantized:
-            raise ConfigError(
-                f"{files[0]} is given, but dit_quantized is false. Set dit_quantized to true, or remove it."
-            )
-        if self.t5_quantized_ckpt and not self.t5_quantized:
-            raise ConfigError(
-                "t5_quantized_ckpt is given, but t5_quantized is false. Set t5_quantized to true, or remove it."
-            )
+            for key, value in ((f"{part}_quant_scheme", scheme), *((file, True) for file in files)):
+                if value and not quantized:
+                    got = "given" if value is True else repr(value)
+                    raise ConfigError(
+                        f"{key} is {got}, but {part}_quantized is false. Set {part}_quantized to true, or remove {key}."
+                    )
         if self.build is not None:
-            self._check_build(files)
+            self._check_build(quantized_files)
         elif self.lora_configs and self.dit_quantized and not self.lora_dynamic_apply:
             raise ConfigError(
                 "LoRAs cannot be merged into quantised weights without loss. Set lora_dynamic_apply to true to apply "
-                "them while running, or dit_quantized to false."
+                "them during the run, or dit_quantized to false."
             )
 
     def _check_build(self, quantized_files: Sequence[str]) -> None:
+        build, scheme = self.build, self.dit_quant_scheme
         files = [key for key in _FILE_KEYS[1:3] if getattr(self, key)] + list(quantized_files)
         if files:
-            raise ConfigError(f"build is {self.build!r}, so {files[0]} would not be used. Remove one of the two.")
-        if self.build == "merged" and not self.lora_configs:
+            raise ConfigError(f"build is {build!r}, so {files[0]} would not be used. Remove one of the two.")
+        if build == "merged" and not self.lora_configs:
             raise ConfigError('build is "merged", but there are no lora_configs to merge.')
-        if (self.build == "fp8") != self.dit_quantized:
-            raise ConfigError(f"build is {self.build!r}, so dit_quantized must be {str(self.build == 'fp8').lower()}.")
-        if self.build == "fp8" and not str(self.dit_quant_scheme).startswith("fp8"):
-            raise ConfigError(f'build is "fp8", but dit_quant_scheme is {self.dit_quant_scheme!r}. Use fp8-sgl.')
+        if (build == "fp8") != self.dit_quantized:
+            raise ConfigError(f"build is {build!r}, so dit_quantized must be {str(build == 'fp8').lower()}.")
+        if build == "fp8" and not str(scheme).startswith("fp8"):
+            raise ConfigError(f'build is "fp8", but dit_quant_scheme is {scheme!r}. Use fp8-sgl.')
         if self.lora_dynamic_apply:
-            raise ConfigError("build merges the LoRAs once; lora_dynamic_apply must be false with it.")
+            raise ConfigError("build merges the LoRAs once, so lora_dynamic_apply must be false with it.")
 
     def _check_placement(self) -> None:
         if self.device == "cpu" and self.cpu_offload is True:
@@ -221,14 +218,12 @@ class EngineConfig:
                 'or device to "auto".'
             )
         if self.lazy_load and self.cpu_offload is False:
-            raise ConfigError(
-                "lazy_load reads blocks from disk as they are needed, so it needs cpu_offload true or auto."
-            )
+            raise ConfigError("lazy_load reads blocks from disk during the run, so it needs cpu_offload true or auto.")
         if self.lazy_load and self.lora_configs and not self.lora_dynamic_apply and not self.build:
-            raise ConfigError("lazy_load leaves the files as they are, so LoRAs need lora_dynamic_apply true with it.")
+            raise ConfigError("lazy_load does not change the files, so LoRAs need lora_dynamic_apply true with it.")
 
     def check_heads(self, heads: int) -> None:
-        """Raises ConfigError if Ulysses cannot give every process one of the model's `heads`."""
+        """Raise ConfigError if Ulysses cannot give every process one of the model's `heads`."""
         size = self.parallel.seq_p_size if self.parallel else 1
         if size > heads:
             raise ConfigError(
@@ -237,7 +232,7 @@ class EngineConfig:
             )
 
     def check_world(self, world_size: int, *, enable_cfg: bool) -> None:
-        """Raises ConfigError if the mesh does not fill the `world_size` processes that were started."""
+        """Raise ConfigError if the mesh does not fill the `world_size` processes of torchrun."""
         if self.parallel is None or self.parallel.world_size == world_size:
             return
         wanted = self.parallel
@@ -257,7 +252,7 @@ class EngineConfig:
         )
 
     def check_request(self, request: Request) -> None:
-        """Raises if this engine cannot make this video: another task, too many tokens."""
+        """Raise BadRequest if this engine cannot make this video: another task, or too many tokens."""
         if (self.task == "t2v") != (request.task == "t2v"):
             raise BadRequest(
                 f"The request's task is {request.task}, but the engine was loaded for {self.task}. "
@@ -266,7 +261,7 @@ class EngineConfig:
         request.check_tokens(self.max_tokens)
 
     def to_json(self) -> dict[str, Any]:
-        """Every field as plain JSON types. `from_json` gives an equal EngineConfig back."""
+        """Every field as plain JSON types. `from_json` returns an equal EngineConfig."""
         data = {field.name: getattr(self, field.name) for field in fields(self)}
         data["lora_configs"] = [lora.to_json() for lora in self.lora_configs]
         data["parallel"] = asdict(self.parallel) if self.parallel else None
@@ -274,15 +269,15 @@ class EngineConfig:
 
     @classmethod
     def from_json(cls, data: Any) -> Self:
-        """An EngineConfig from an object with the names of its fields. Anything unknown in it is an error."""
+        """An EngineConfig from an object with the names of its fields. An unknown key is an error."""
         return cls(**check.known_keys(data, [field.name for field in fields(cls)], "engine configuration"))
 
 
 def hub_name(path: str) -> tuple[str, str | None] | None:
-    """(owner/repo, file or folder in it or None) if `path` could be a name on the Hub, else None.
+    """(owner/repo, file or folder in it or None) if `path` can be a name on the Hub, else None.
 
-    Looks at the text alone: a path that exists on this machine is a local one, whatever this says. `encoders/t5/` is
-    where the tutorial's download command puts `lightx2v/Encoders`, so that its JSON also works without that download.
+    This reads the text only: a path that exists on this machine is local anyway. The tutorial's download command puts
+    `lightx2v/Encoders` into `encoders/t5/`; its JSON works without that download too.
     """
     parts = path.removesuffix("/").split("/")
     if parts[:2] == ["encoders", "t5"]:

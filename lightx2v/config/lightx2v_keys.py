@@ -1,7 +1,7 @@
-"""The vocabulary of preset files: LightX2V's JSON keys, and which field of Request or EngineConfig each one fills.
+"""The keys of preset files: LightX2V's JSON keys, and the field of Request or EngineConfig that each one fills.
 
-Every key that LightX2V reads for wan2.2_moe is in one of the tables below, so that nothing in a file is ever skipped in
-silence: it fills a field, or it is accepted because it cannot change the result, or it is an error.
+Every key that LightX2V reads for wan2.2_moe is in one of the tables below, so that no key is skipped in silence: it
+fills a field, or it is accepted because it cannot change the result, or it is an error.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ INERT: dict[str, tuple[Any, ...]] = {
     "video_super_resolution": (None, {}),
     "weight_auto_quant": (False,),
 }
-"""Keys for what we do not have: only the values that ask for nothing are accepted."""
+"""Keys of features that this engine lacks, and the accepted values: those that leave the feature off."""
 
 WITHOUT_EFFECT = frozenset(
     """
@@ -58,8 +58,8 @@ WITHOUT_EFFECT = frozenset(
     magcache_calibration resolution_rate changing_resolution_steps need_scaled
     """.split()
 )
-"""Keys that choose one of LightX2V's ways to the same result, or that belong to a switch in INERT: any value is
-accepted, with a warning. (`enable_reuse` saves an encoding. `use_stream_vae`: the decoder always streams.)"""
+"""Keys that choose among LightX2V's ways to the same result, or that belong to a key of INERT. Any value is accepted,
+with a warning. (`enable_reuse` saves an encoding. `use_stream_vae`: the decoder always streams.)"""
 
 NOT_HERE = {
     "dit_original_ckpt": "It is one model for both experts. Use {high,low}_noise_original_ckpt.",
@@ -76,7 +76,7 @@ NOT_HERE = {
     ),
     "sub_servers": "Improve the prompt before you send it.",
 }
-"""Keys that LightX2V knows and that no value makes harmless, and what to do instead."""
+"""LightX2V's keys that change the result with every value, and the advice for each."""
 
 ADVICE = {
     "feature_caching": "Fewer steps (a distilled preset) save more.",
@@ -92,7 +92,7 @@ ADVICE = {
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Keys:
-    """What a flat object says, by field. `spelled` gives the key under which each field was found."""
+    """The content of a flat object, by field. `spelled` maps each field to its key in the object."""
 
     engine: dict[str, Any] = field(default_factory=dict)
     request: dict[str, Any] = field(default_factory=dict)
@@ -101,7 +101,7 @@ class Keys:
 
 
 def sort_keys(data: Mapping[str, Any], where: str) -> Keys:
-    """Each key of `data` to its field. ConfigError, beginning with `where`, for a key that means nothing here."""
+    """Sort the keys of `data` by field. An unknown key is a ConfigError that begins with `where`."""
     keys = Keys()
     for key, value in data.items():
         if key == "target_shape":
@@ -133,9 +133,9 @@ def _put(keys: Keys, key: str, name: str, value: Any, where: str) -> None:
 
 
 def _without_field(key: str, value: Any, where: str) -> str | None:
-    """A warning about a key that fills no field, or None if it is harmless. ConfigError if it asks for something."""
+    """A warning about a key that fills no field, or None if it is harmless. ConfigError if it changes the result."""
     if key == "cross_attn_2_type":
-        # In every file of the tutorial: the attention to CLIP image tokens, a layer that Wan2.2-A14B does not have.
+        # Every file of the tutorial has it: attention to CLIP image tokens, a layer that Wan2.2-A14B lacks.
         if not isinstance(value, str):
             raise ConfigError(f"{where}: {key} is {value!r}; expected the name of an attention backend.")
         check_attention_name(value, f"{where}: {key}")

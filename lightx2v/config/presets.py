@@ -1,4 +1,4 @@
-"""Presets: from a JSON file, a shipped name or a mapping to an EngineConfig and the settings of a Request.
+"""Presets: a JSON file, a shipped name or a mapping becomes an EngineConfig and the settings of a Request.
 
 The only reader of JSON settings. Overrides win over the preset, and the preset wins over the dataclass defaults. Preset
 files are LightX2V's flat JSON, and its files load unchanged; ours have one more key, "preset", with title and summary.
@@ -20,7 +20,7 @@ from .engine_config import EngineConfig, ParallelConfig
 from .environment import Environment
 from .lightx2v_keys import PER_VIDEO, Keys, sort_keys
 from .model_paths import PROJECT
-from .request import Request
+from .request import IMAGES, Request
 
 log = logging.getLogger("lightx2v.config")
 
@@ -46,7 +46,7 @@ class PresetInfo:
 
     @property
     def demo(self) -> bool:
-        """Whether it runs the small model that comes with the project."""
+        """Whether it runs the small bundled model."""
         return self.name.startswith("demo_")
 
 
@@ -69,38 +69,39 @@ def resolve(
     *,
     environment: Environment | None = None,
 ) -> Resolved:
-    """What a preset means, with `overrides` on top of it.
+    """Resolve a preset, with `overrides` over its values.
 
-    `preset` is the name of a shipped one, a JSON file, or an object like one. Override keys are the fields of Request
-    and EngineConfig or any key of a preset file. With an `environment`, its models_dir fills in and the processes that
-    torchrun started must fit. ConfigError where the preset or the mix is wrong, BadRequest where an override is.
+    `preset` is the name of a shipped preset, a JSON file, or an object like one. An override key is a field of Request
+    or EngineConfig, or any key of a preset file. With an `environment`, a missing models_dir is filled in, and the
+    layout must fit torchrun's processes. Raises ConfigError if the preset or the combination is wrong, BadRequest if an
+    override is.
     """
     overrides = {} if overrides is None else overrides
     name, data, warnings = _open(preset)
     source = name or "settings"
     about = data.pop("preset", {})
-    # A script whose $model_path is not set passes an empty one, which is not meant to replace the preset's.
+    # A script whose $model_path is not set passes an empty one, which must not replace the preset's.
     overrides = {key: value for key, value in overrides.items() if not (key == "model_path" and value == "")}
-    below, above = sort_keys(data, source), sort_keys(overrides, "override")
-    engine_values, request_values = below.engine | above.engine, below.request | above.request
-    _choose_sampler(source, engine_values, request_values, above)
+    base, override = sort_keys(data, source), sort_keys(overrides, "override")
+    engine_values, request_values = base.engine | override.engine, base.request | override.request
+    _match_model_class(source, engine_values, request_values, override)
     if environment is not None and environment.models_dir and not engine_values.get("models_dir"):
         engine_values["models_dir"] = environment.models_dir
     try:
         engine = EngineConfig(**engine_values)
     except ConfigError as error:
         message = str(error)
-        by_override = message.split(" ", 1)[0] in above.spelled
+        by_override = message.split(" ", 1)[0] in override.spelled
         raise ConfigError(message if by_override else f"{source}: {message}") from None
-    request = _check_together(source, engine, request_values, below, above)
+    request = _check_together(source, engine, request_values, base, override)
     if environment is not None and environment.world_size is not None:
         guided = any(request.guided)
         if engine.parallel is None and environment.world_size > 1:
             layout = ParallelConfig.for_world(environment.world_size, enable_cfg=guided)
             engine = replace(engine, parallel=layout)
         engine.check_world(environment.world_size, enable_cfg=guided)
-    info = _describe(name, about, engine, request, moved="model_path" in above.spelled)
-    warnings = (*warnings, *below.warnings, *above.warnings)
+    info = _describe(name, about, engine, request, moved="model_path" in override.spelled)
+    warnings = (*warnings, *base.warnings, *override.warnings)
     for warning in warnings:
         log.info("%s", warning)
     kept = {field.name: getattr(request, field.name) for field in fields(Request) if field.name not in PER_VIDEO}
@@ -108,14 +109,14 @@ def resolve(
 
 
 def list_presets() -> list[PresetInfo]:
-    """Every shipped preset, the demo ones first, then by task and from the slowest variant to the fastest."""
+    """Every shipped preset: demo presets first, then by task, from the slowest variant to the fastest."""
     found = [resolve(path.stem).preset for path in PRESETS.glob("*.json")]
     order = lambda info: (not info.demo, info.gpus, info.offload, info.task != "t2v", VARIANTS.index(info.variant))  # noqa: E731
     return sorted(found, key=lambda info: (order(info), info.name))
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """The object in a JSON file. ConfigError, naming the file and the line, for anything else or a key given twice."""
+    """The object in a JSON file. Anything else, or a key given twice, is a ConfigError that names file and line."""
     name = short_path(path)
     try:
         raw = path.read_bytes() if path.stat().st_size <= MAX_JSON_BYTES else None
@@ -176,7 +177,7 @@ def _open(preset: str | Path | Mapping[str, Any]) -> tuple[str, dict[str, Any], 
 
 
 def _same_as(path: Path) -> Path | None:
-    """The shipped preset for a path that ends like one of LightX2V's own files, e.g. configs/wan22/wan_moe_t2v.json."""
+    """The shipped preset for the path of one of LightX2V's own files, e.g. configs/wan22/wan_moe_t2v.json."""
     if path.suffix != ".json" or "configs" not in path.parts:
         return None
     after = len(path.parts) - path.parts[::-1].index("configs") - 1
@@ -188,8 +189,8 @@ def _same_as(path: Path) -> Path | None:
     return None
 
 
-def _choose_sampler(source: str, engine: dict[str, Any], request: dict[str, Any], above: Keys) -> None:
-    """The model class decides the sampler and must agree with the step list; either one gives the other."""
+def _match_model_class(source: str, engine: dict[str, Any], request: dict[str, Any], override: Keys) -> None:
+    """The model class must agree with the step list. If the class is missing, the step list decides it."""
     steps = request.get("denoising_step_list")
     distilled = steps is not None
     named = engine.get("model_cls")
@@ -207,23 +208,22 @@ def _choose_sampler(source: str, engine: dict[str, Any], request: dict[str, Any]
         )
     if not distilled:
         return
-    # As in LightX2V: a distilled model has guidance in its weights and runs without it unless it is asked for.
+    # As in LightX2V: a distilled model has guidance in its weights, so guidance is off unless a setting turns it on.
     request.setdefault("enable_cfg", False)
-    if isinstance(steps, (list, tuple)) and above.request.get("steps", len(steps)) != len(steps):
+    if isinstance(steps, (list, tuple)) and override.request.get("steps", len(steps)) != len(steps):
         raise BadRequest(
-            f"steps is {above.request['steps']!r}, but this is a distilled model that makes the {len(steps)} steps of "
+            f"steps is {override.request['steps']!r}, but this is a distilled model that makes the {len(steps)} steps of "
             "its denoising_step_list. Leave steps out, or change denoising_step_list."
         )
-    if above.request.get("boundary") is not None:
+    if override.request.get("boundary") is not None:
         raise BadRequest("boundary is for base models. A distilled one changes experts at boundary_step_index.")
 
 
-def _check_together(source: str, engine: EngineConfig, values: dict[str, Any], below: Keys, above: Keys) -> Request:
-    """A Request of these values and stand-ins for what is shown. Blames an override if there is one to blame."""
-    shown = {"i2v": ("image_path",), "flf2v": ("image_path", "last_frame_path")}
-    stand_in = dict.fromkeys(shown[engine.task] if engine.task in shown else (), "picture.png")
+def _check_together(source: str, engine: EngineConfig, values: dict[str, Any], base: Keys, override: Keys) -> Request:
+    """A Request of these values, with placeholders for PER_VIDEO. An error blames an override if one caused it."""
+    placeholders = dict.fromkeys(IMAGES[engine.task], "picture.png")
     try:
-        request = Request(**{**values, "task": engine.task, "prompt": "prompt", **stand_in})
+        request = Request(**{**values, "task": engine.task, "prompt": "prompt", **placeholders})
         engine.check_request(request)
         return request
     except ConfigError as error:
@@ -231,20 +231,20 @@ def _check_together(source: str, engine: EngineConfig, values: dict[str, Any], b
     except BadRequest as error:
         message = str(error)
     name = message.split(" ", 1)[0]
-    if name in above.spelled:
-        raise BadRequest(_respelled(message, name, above))
-    if above.request and name not in below.spelled:
+    if name in override.spelled:
+        raise BadRequest(_respelled(message, name, override))
+    if override.request and name not in base.spelled:
         raise BadRequest(message)
-    raise ConfigError(f"{source}: {_respelled(message, name, below)}")
+    raise ConfigError(f"{source}: {_respelled(message, name, base)}")
 
 
 def _respelled(message: str, name: str, keys: Keys) -> str:
-    """`message` about the field `name`, in the word that was used for it."""
+    """`message` about the field `name`, with the key that the user wrote."""
     return keys.spelled[name] + message.removeprefix(name) if name in keys.spelled else message
 
 
 def _describe(name: str, about: Any, engine: EngineConfig, request: Request, *, moved: bool) -> PresetInfo:
-    """`moved`: an override names another model, so the preset's own task no longer binds."""
+    """`moved`: an override names another model, so the task of the preset need not match."""
     where = f"{name or 'settings'}: preset"
     check = Checks(ConfigError)
     check.known_keys(about, _ABOUT, where)

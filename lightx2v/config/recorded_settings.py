@@ -1,4 +1,4 @@
-"""What a video says about how it was made: enough to make it again; of pictures their names, and not their places."""
+"""The settings that a video file carries, from which it can be made again. It names pictures, not their folders."""
 
 from __future__ import annotations
 
@@ -15,18 +15,24 @@ PICTURES = ("image_path", "last_frame_path")
 
 
 def recorded_settings(preset: str, config: EngineConfig, request: Request, video: str | Path | None) -> dict[str, Any]:
-    """What goes into the file `video`. A picture is named as it was given, if that was relative, or by its place below
-    the video's folder or the working one; any other by its bare name. Its content's hash tells it from a namesake."""
-    asked = request.to_json()
-    pictures = {name: asked[name] for name in PICTURES if asked[name]}
-    asked |= {name: _portable(Path(path), video) for name, path in pictures.items()}
+    """The settings to store in the file `video`. A relative picture path stays as it is. An absolute one becomes
+    relative to the folder of the video or to the working folder, or else a bare name. A hash of its content identifies
+    the picture."""
+    request_json = request.to_json()
+    pictures = {name: request_json[name] for name in PICTURES if request_json[name]}
+    request_json |= {name: _portable(Path(path), video) for name, path in pictures.items()}
     hashes = {name: _content_hash(Path(path)) for name, path in pictures.items()}
-    return {"preset": preset, "engine": _homeless(config.to_json()), "request": _homeless(asked), "pictures": hashes}
+    return {
+        "preset": preset,
+        "engine": _abbreviate_home(config.to_json()),
+        "request": _abbreviate_home(request_json),
+        "pictures": hashes,
+    }
 
 
 def find_picture(settings: Mapping[str, Any], name: str, video: str | Path) -> Path | None:
-    """The picture `name` (of PICTURES) of a video's settings, in the working folder or beside the video; None where
-    it is not there, or another one of that name is."""
+    """The picture `name` (of PICTURES) of a video's settings, in the working folder or beside the video. None if it is
+    in neither, or if a file of that name has other content."""
     hashes = settings.get("pictures")
     known = hashes.get(name) if isinstance(hashes, Mapping) else None
     path = Path(os.path.expanduser(str(settings["request"][name])))
@@ -38,7 +44,7 @@ def _portable(path: Path, video: str | Path | None) -> str:
     whole = Path(os.path.expanduser(path))
     if not whole.is_absolute():
         return str(path)
-    whole = whole.parent.resolve() / whole.name  # a link is named as it is, not as what it leads to
+    whole = whole.parent.resolve() / whole.name  # a link keeps its own name
     folders = [Path(video).parent.resolve()] if video else []
     folder = next((each for each in (*folders, Path.cwd()) if whole.is_relative_to(each)), whole.parent)
     return str(whole.relative_to(folder))
@@ -52,11 +58,11 @@ def _content_hash(path: Path) -> str | None:
         return None
 
 
-def _homeless(value: Any) -> Any:
-    """JSON with every path below the user's home folder written as ~/…, which all readers of paths here expand."""
+def _abbreviate_home(value: Any) -> Any:
+    """JSON with every path below the home folder written as ~/…, which every reader of paths here expands."""
     if isinstance(value, dict):
-        return {key: _homeless(item) for key, item in value.items()}
+        return {key: _abbreviate_home(item) for key, item in value.items()}
     if isinstance(value, list):
-        return [_homeless(item) for item in value]
+        return [_abbreviate_home(item) for item in value]
     home = str(Path.home()).rstrip(os.sep) + os.sep
     return f"~/{value.removeprefix(home)}" if isinstance(value, str) and value.startswith(home) else value

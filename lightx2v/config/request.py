@@ -1,7 +1,7 @@
-"""One video: what to show, how large, how long, by which sampler. Frozen, checked when made, never loads anything.
+"""Request: one video, with every setting that can change from one video to the next.
 
-`Request` holds every setting that can change from one video to the next. Whatever is wrong with it is a BadRequest
-that names the nearest value that would do. `to_json` and `from_json` are exact inverses over plain JSON types.
+A Request is frozen and checks itself when it is created. An invalid value raises BadRequest, which names the nearest
+valid one. `to_json` and `from_json` are exact inverses over plain JSON types.
 """
 
 from __future__ import annotations
@@ -23,9 +23,15 @@ Expert = Literal["high", "low"]
 Sampler = Literal["unipc", "euler", "lcm"]
 
 TASKS: tuple[Task, ...] = ("t2v", "i2v", "flf2v")
+IMAGES: dict[Task, tuple[str, ...]] = {
+    "t2v": (),
+    "i2v": ("image_path",),
+    "flf2v": ("image_path", "last_frame_path"),
+}
+"""The fields with the input images that a task needs."""
 SAMPLERS: tuple[Sampler, ...] = ("unipc", "euler", "lcm")
 OFFICIAL_BOUNDARY: dict[Task, float] = {"t2v": 0.875, "i2v": 0.9, "flf2v": 0.9}
-"""Of the base models: the high-noise expert runs at timesteps of 1000 x boundary and above."""
+"""Of the base models. The high-noise expert runs at timesteps of 1000 x boundary and above."""
 
 LATENT_CHANNELS = 16
 MIN_SIDE, MAX_SIDE = 32, 4096
@@ -37,13 +43,13 @@ MAX_STEPS = 200
 MAX_LORAS = 32
 MAX_STRENGTH = 100.0
 MAX_SEED = 2**32 - 1
-"""Torch's CPU generator, which draws the noise, reads 32 bits: larger seeds would repeat smaller ones' videos."""
+"""Torch's CPU generator, which draws the noise, uses 32 bits: a larger seed would repeat the video of a smaller one."""
 
 DEFAULT_NEGATIVE_PROMPT = (
     "色调艳丽，过曝，静态，细节模糊不清，字幕，风格，作品，画作，画面，静止，整体发灰，最差质量，低质量，JPEG压缩残留，丑陋的，残缺的，"
     "多余的手指，画得不好的手部，画得不好的脸部，畸形的，毁容的，形态畸形的肢体，手指融合，静止不动的画面，杂乱的背景，三条腿，背景人很多，倒着走"
 )
-"""The official `sample_neg_prompt` of Wan2.2: what an empty negative prompt means while guidance is on."""
+"""The official `sample_neg_prompt` of Wan2.2. It replaces an empty negative prompt while guidance is on."""
 
 _LORA_NAMES = {"high": "high_noise_model", "low": "low_noise_model", "auto": "auto"}
 
@@ -52,8 +58,8 @@ _LORA_NAMES = {"high": "high_noise_model", "low": "low_noise_model", "auto": "au
 class LoraSpec:
     """One LoRA file for one expert. In JSON, as in LightX2V: {"name": "high_noise_model", "path", "strength"}.
 
-    "auto", or no name: the file goes to the expert that its own name says, and its other half beside it to the other
-    one; a file whose name does not say goes to both.
+    With "auto", or without a name, the file goes to the expert in its file name, and its partner beside it goes to the
+    other expert. A file whose name has no expert goes to both.
     """
 
     expert: Literal["high", "low", "auto"] = "auto"
@@ -61,7 +67,7 @@ class LoraSpec:
     strength: float = 1.0
 
     def __post_init__(self) -> None:
-        if self.expert not in tuple(_LORA_NAMES):  # what a file says here may be a list, which no dict looks up
+        if self.expert not in tuple(_LORA_NAMES):  # a file may have a list here, which cannot be a key of a dict
             check.bad("LoRA name", self.expert, "high_noise_model, low_noise_model or auto")
         if not isinstance(self.path, str) or not self.path.strip() or "\0" in self.path:
             check.bad("LoRA path", self.path, "a file or a Hub name such as owner/repo/file.safetensors")
@@ -142,10 +148,9 @@ class Request:
     def _check_images(self) -> None:
         if self.task == "t2v" and (self.image_path or self.last_frame_path):
             raise BadRequest("Task t2v takes no image. Use task i2v for a first image, or leave the image out.")
-        if self.task != "t2v" and not self.image_path:
-            raise BadRequest(f"Task {self.task} needs image_path: the picture that the video starts from.")
-        if self.task == "flf2v" and not self.last_frame_path:
-            raise BadRequest("Task flf2v needs last_frame_path: the picture that the video ends with.")
+        for name, use in (("image_path", "starts from"), ("last_frame_path", "ends with")):
+            if name in IMAGES[self.task] and not getattr(self, name):
+                raise BadRequest(f"Task {self.task} needs {name}: the picture that the video {use}.")
         if self.task == "i2v" and self.last_frame_path:
             raise BadRequest("Task i2v takes no last_frame_path. Use task flf2v, or leave last_frame_path out.")
 
@@ -161,16 +166,13 @@ class Request:
         put("denoising_step_list", steps)
         put("steps", len(steps))
         put("boundary", None)
-        if self.boundary_step_index is None:
-            check.bad(
-                "boundary_step_index",
-                None,
-                f"the step, 0 to {len(steps) - 1}, at which the low-noise expert takes over",
-            )
-        put("boundary_step_index", check.whole("boundary_step_index", self.boundary_step_index, 0, len(steps) - 1))
+        index, last = self.boundary_step_index, len(steps) - 1
+        if index is None:
+            check.bad("boundary_step_index", index, f"the step, 0 to {last}, at which the low-noise expert takes over")
+        put("boundary_step_index", check.whole("boundary_step_index", index, 0, last))
 
     def check_tokens(self, ceiling: int) -> None:
-        """Raises BadRequest, naming frames or an area that fit, if the video has more than `ceiling` tokens."""
+        """Raise BadRequest if the video has more than `ceiling` tokens. The error names frames or an area that fit."""
         if self.tokens <= ceiling:
             return
         per_frame = self.area // 256
@@ -199,34 +201,34 @@ class Request:
 
     @property
     def latent_shape(self) -> tuple[int, int, int, int]:
-        """(C, T, h, w) at height x width. With an input image the size rule may give another h, w of that area."""
+        """(C, T, h, w) at height x width. An input image may give another h, w of the same area."""
         return LATENT_CHANNELS, (self.frames - 1) // 4 + 1, self.height // 8, self.width // 8
 
     @property
     def tokens(self) -> int:
-        """Patches of 1 x 2 x 2 latents: the length of the sequence that the experts see."""
+        """Patches of 1 x 2 x 2 latents: the length of the experts' sequence."""
         _, t, h, w = self.latent_shape
         return t * (h // 2) * (w // 2)
 
     @property
     def seconds(self) -> float:
-        """How long the video plays."""
+        """The playing time of the video."""
         return self.frames / self.fps
 
     @property
     def guided(self) -> tuple[bool, bool]:
-        """Whether the (high, low) expert needs a second, negative forward. Guidance 1 is v_u + 1 (v_c - v_u): none."""
+        """Whether the (high, low) expert needs an unconditional forward too. Guidance 1 is v_u + 1 (v_c - v_u): no."""
         return self.enable_cfg and self.guidance[0] != 1.0, self.enable_cfg and self.guidance[1] != 1.0
 
     @property
     def negative_text(self) -> str | None:
-        """The negative prompt to encode: None without guidance, the default for "", and nothing at all for " "."""
+        """The negative prompt to encode: None without guidance, the default for "", an empty text for " "."""
         if not any(self.guided):
             return None
         return self.negative_prompt.strip() if self.negative_prompt else DEFAULT_NEGATIVE_PROMPT
 
     def to_json(self) -> dict[str, Any]:
-        """Every field as plain JSON types. `from_json` gives an equal Request back."""
+        """Every field as plain JSON types. `from_json` returns an equal Request."""
         data: dict[str, Any] = {}
         for field in fields(self):
             value = getattr(self, field.name)
@@ -237,7 +239,7 @@ class Request:
 
     @classmethod
     def from_json(cls, data: Any) -> Self:
-        """A Request from an object with the names of its fields. Anything unknown in it is an error."""
+        """A Request from an object with the names of its fields. An unknown key is an error."""
         check.known_keys(data, [field.name for field in fields(cls)], "request")
         if "prompt" not in data:
             raise BadRequest("The request has no prompt. Describe the video in the field prompt.")
@@ -245,7 +247,7 @@ class Request:
 
 
 def check_step_list(value: Any) -> tuple[int, ...]:
-    """A distilled sampler's timesteps: whole numbers from 1000 down to 1, each smaller than the one before."""
+    """The timesteps of a distilled model: whole numbers from 1000 down to 1, strictly falling."""
     if isinstance(value, str) or not isinstance(value, Sequence) or not 1 <= len(value) <= MAX_STEPS:
         check.bad("denoising_step_list", value, f"a list of 1 to {MAX_STEPS} timesteps such as [1000, 750, 500, 250]")
     steps = tuple(check.whole("denoising_step_list", step, 1, 1000) for step in value)
@@ -258,7 +260,7 @@ def check_step_list(value: Any) -> tuple[int, ...]:
 
 
 def clean_text(text: str) -> str:
-    """`text` without NUL and without lone surrogates; a surrogate pair written as two characters becomes one."""
+    """`text` without NUL and lone surrogates. A surrogate pair of two characters becomes one character."""
     if text.isascii():
         return text.replace("\0", "")
     return text.replace("\0", "").encode("utf-16-le", "surrogatepass").decode("utf-16-le", "ignore")
@@ -283,7 +285,7 @@ def _path(name: str, value: Any) -> str | None:
 
 
 def _names_a_file(path: str) -> bool:
-    """Whether a file could be called that: the system's calls raise on NUL and on half a character."""
+    """Whether a file can have this name: the system's calls raise on NUL and on half a character."""
     try:
         return b"\0" not in os.fsencode(path)
     except UnicodeEncodeError:
