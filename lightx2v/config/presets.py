@@ -212,8 +212,8 @@ def _match_model_class(source: str, engine: dict[str, Any], request: dict[str, A
     request.setdefault("enable_cfg", False)
     if isinstance(steps, (list, tuple)) and override.request.get("steps", len(steps)) != len(steps):
         raise BadRequest(
-            f"steps is {override.request['steps']!r}, but this is a distilled model that makes the {len(steps)} steps of "
-            "its denoising_step_list. Leave steps out, or change denoising_step_list."
+            f"steps is {override.request['steps']!r}, but a distilled model makes the {len(steps)} steps of its "
+            "denoising_step_list. Leave steps out, or change denoising_step_list."
         )
     if override.request.get("boundary") is not None:
         raise BadRequest("boundary is for base models. A distilled one changes experts at boundary_step_index.")
