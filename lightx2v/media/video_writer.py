@@ -47,8 +47,8 @@ STALL_SECONDS = 120.0
 # CRF 18 cannot be told from the frames by eye (LightX2V uses 23, where flat gradients band). Four threads, as there:
 # x264's output depends on the number of threads, and the same frames should give the same file on every machine.
 # The colours are converted to BT.709 and tagged so, because players take an untagged video for 601 or 709 by its size.
-# `setparams` tags the frames: ffmpeg 7.1 and later take the tags from there, for the stream and for the `colr` atom, and
-# pass over the output options -color_primaries and -color_trc.
+# `setparams` tags the frames. New versions of ffmpeg take the tags of the stream and of the `colr` atom from there, and
+# ignore the output options -color_primaries and -color_trc; older versions take them from there too.
 FILTERS = (
     "scale=in_range=pc:out_range=tv:out_color_matrix=bt709:flags=accurate_rnd+full_chroma_int+bicubic",
     "setparams=range=tv:color_primaries=bt709:color_trc=bt709:colorspace=bt709",
