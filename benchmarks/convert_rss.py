@@ -2,9 +2,9 @@
 
     python -m benchmarks.convert_rss [--rows 256384] [--width 4096] [--blocks 1] [--format fp8]
 
-Writes a .pth file of that table and blocks of UMT5-XXL's shape (zeros on disk cost as much memory to read as weights),
-converts it in a process of its own and prints seconds, GB/s and the peak of resident memory, the interpreter and torch
-included. The bound is 1.5 GB, whatever the model's size.
+Writes a .pth file with that table and with blocks of UMT5-XXL's shape (reading zeros takes as much memory as reading
+weights), converts it in a process of its own, and prints seconds, GB/s and the peak resident memory, including the
+interpreter and torch. The bound is 1.5 GB for a model of any size.
 """
 
 from __future__ import annotations

@@ -1,10 +1,10 @@
-"""Judges the demo model by a program: does the video show what the prompt says? Through the engine and its presets.
+"""Judge the demo model with a program: does the video show what the prompt says? Uses the engine and its presets.
 
     python -m benchmarks.demo_quality --prompts 200 --markdown assets/demo/README.md
 
-Half of the prompts are combinations of attributes that training never showed. The detector reads kind, colour, motion,
-ground and time of day from the frames (training/detector.py); it is judged first, on drawn clips. `--only NAME ...`
-runs some rows and keeps the others of the JSON file.
+Half of the prompts are combinations of attributes that were not in training. The detector reads kind, colour, motion,
+ground and time of day from the frames (training/detector.py). The benchmark judges the detector first, on drawn clips.
+`--only NAME ...` runs some rows and keeps the other rows of the JSON file.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ TABLE_MARK = "<!-- table -->"
 
 @dataclass(frozen=True, kw_only=True)
 class Task:
-    """What is asked for: prompts, what they mean, which of them training never showed, pictures where given."""
+    """The task: prompts, their attributes, which of them were not in training, and images if there are any."""
 
     prompts: Sequence[str]
     clips: Clips
@@ -56,7 +56,7 @@ class Task:
 
 @dataclass(frozen=True, kw_only=True)
 class Made:
-    """Frames (N, T, H, W, 3) uint8 and the seconds each clip took."""
+    """Frames (N, T, H, W, 3) uint8, and the seconds that each clip took."""
 
     frames: np.ndarray
     seconds: Sequence[float]
@@ -67,7 +67,8 @@ Row = dict[str, float | str | int]
 
 
 def make_task(count: int, folder: Path, *, pictures: bool) -> Task:
-    """Half of the combinations from training, half never shown; English and Chinese; drawn first frames as pictures."""
+    """Half of the combinations are from training, half are not; in English and Chinese; with drawn first frames as
+    images."""
     generator, chance = torch.Generator().manual_seed(2024), random.Random(2024)
     every = torch.arange(COMBINATIONS)
     groups = (every[~held_out(every)], every[held_out(every)])
@@ -83,7 +84,7 @@ def make_task(count: int, folder: Path, *, pictures: bool) -> Task:
 
 
 def with_engine(preset: str, **changes: object) -> Generate:
-    """Clips from the engine, as a preset makes them; `changes` are fields of the request."""
+    """Clips that a preset makes; `changes` are fields of the request."""
 
     def generate(task: Task) -> Made:
         resolved = resolve(preset, {})
@@ -136,7 +137,7 @@ def psnr(a: np.ndarray, b: np.ndarray) -> np.ndarray:
 
 
 def drawn_clips(count: int) -> tuple[Row, Row]:
-    """The detector on real clips, and on what the VAE makes of them."""
+    """The detector on drawn clips, and on the same clips after the VAE."""
     from lightx2v.models.vae import WanVAE
     from lightx2v.models.vae_config import VAEConfig
     from lightx2v.weights.checkpoint import open_checkpoint
@@ -160,7 +161,7 @@ def drawn_clips(count: int) -> tuple[Row, Row]:
 
 
 def different_seeds(generate: Generate) -> Row:
-    """16 seeds of one held-out prompt: the detector's share, and how far apart the two most alike clips are."""
+    """16 seeds of one held-out prompt: the detector's score, and the distance of the two most similar clips."""
     words = {"kind": "star", "colour": "yellow", "motion": "bounce", "ground": "sand", "time": "night"}
     index = torch.zeros(1, dtype=torch.long)
     for name, values in ATTRIBUTES.items():
@@ -182,7 +183,7 @@ def different_seeds(generate: Generate) -> Row:
 
 
 def negative_prompts(preset: str, count: int) -> list[Row]:
-    """Prompts that leave the time of day open: how often is it night, with and without a negative prompt?"""
+    """Prompts without a time of day: how often it is night, with and without a negative prompt."""
     generator, chance = torch.Generator().manual_seed(5), random.Random(5)
     clips = sample_clips(count, generator, split="train")
     prompts = []
@@ -201,7 +202,7 @@ def negative_prompts(preset: str, count: int) -> list[Row]:
 
 
 def all_rows(count: int, few: int, folder: Path) -> dict[str, Callable[[], list[Row]]]:
-    """What can be judged, by name. The effects of settings are shown on fewer clips."""
+    """The rows by name. Rows about a setting use fewer clips."""
     tasks: dict[tuple[str, int], Task] = {}
 
     def task(kind: str, size: int) -> Task:

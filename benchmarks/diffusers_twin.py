@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
 
 def diffusers_twin(ours: WanDiT, compute: torch.dtype = torch.float32) -> WanTransformer3DModel:
-    """Their model over our tensors, which are shared where the dtype is the same: `compute`, with the parts in float32
+    """Their model with our tensors, shared where the dtype is the same: `compute`, with the parts in float32
     that diffusers' own loader keeps there."""
     from diffusers import WanTransformer3DModel
 

@@ -4,12 +4,12 @@
     python -m benchmarks.dit_forward --rows 512      # a prompt that fills all text rows
     python -m benchmarks.dit_forward --guided        # two prompts, as with classifier-free guidance
 
-The outputs are compared first. The models then run A B A B, so that a busy machine slows both; each pair gives one
-ratio of times, and the median of the ratios and their quartiles are the result. The processor time is given too: other
-programs disturb it least. The last line is JSON.
+First it compares the outputs. Then the models run A B A B, so that a busy machine slows both. Each pair gives one ratio
+of times; the result is the median of the ratios with their quartiles. Processor time is printed, too: other programs
+disturb it least. The last line is JSON.
 
-A pipeline encodes a prompt once and then runs every step with it, so encoding is outside our clock; diffusers' forward
-has it inside each time. `--encode` puts ours inside too, with the keys and values made from it.
+A pipeline encodes a prompt once and runs every step with it, so our time excludes encoding; diffusers encodes it in
+each forward. `--encode` includes it in our time, together with the keys and values made from it.
 """
 
 from __future__ import annotations
@@ -90,7 +90,7 @@ def build(config: DiTConfig) -> WanDiT:
 
 
 def take_turns(first: Callable[[], object], second: Callable[[], object], rounds: int) -> list[list[Times]]:
-    """For each of the two, its times in each round."""
+    """The times of both models in each round."""
     times: list[list[Times]] = [[], []]
     first(), second()
     for _ in range(rounds):

@@ -1,9 +1,9 @@
-"""What 8 bits cost on the demo model: the cosine of every layer to what it was, and latents against the merged ones.
+"""What 8 bits cost on the demo model: each layer's cosine to its original, and the latents against the merged model's.
 
     python -m benchmarks.fp8_quality [--seeds 4] [--json benchmarks/fp8_quality.json]
 
-Layers: the experts with their LoRAs merged, and the text encoder. Latents: before the VAE, of the same prompts and
-seeds through the presets demo_*_merged and demo_*_fp8. PSNR is in decibels over the merged latents' range.
+Layers: the experts with merged LoRAs, and the text encoder. Latents: before the VAE, from the same prompts and seeds
+with the presets demo_*_merged and demo_*_fp8. PSNR is in decibels over the merged latents' range.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ PROMPTS = (
 
 
 def of_layers(task: str) -> dict[str, dict[str, Any]]:
-    """For each format and part: the lowest cosine, whose it is, and how many layers there are."""
+    """For each format and part: the lowest cosine, its layer, and the number of layers."""
     config = resolve(f"demo_{task}_fp8").engine
     rows = {}
     for form in FORMATS:

@@ -1,10 +1,10 @@
-"""Peak memory and time of loading fp32 shards as bf16, in a fresh process each, every loaded page touched.
+"""Peak memory and time of loading fp32 shards as bf16. Each way runs in a fresh process and touches every loaded page.
 
     python -m benchmarks.load_rss --gib 2 --tensor_mib 256
 
-Makes a folder of shards of that size (page cache warm), then loads it three ways: ours (`load_into`), the way of a
-state dict (`safetensors.load_file` of every shard, then cast), and `safe_open` one tensor at a time. The bound for ours
-is: bf16 size + the largest tensor + 300 MB, counting everything, the interpreter and torch included.
+Makes a folder with shards of that size (warm page cache) and loads it in three ways: ours (`load_into`), a state dict
+(`safetensors.load_file` of every shard, then cast), and `safe_open` one tensor at a time. The bound for ours is the
+bf16 size + the largest tensor + 300 MB, for the whole process with the interpreter and torch.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ METHODS = ("ours", "load_file", "safe_open")
 
 
 class Matrices(nn.Module):
-    """As many square matrices as the shards hold."""
+    """A module with as many square matrices as the shards hold."""
 
     def __init__(self, shapes: dict[str, tuple[int, ...]]) -> None:
         super().__init__()
@@ -39,7 +39,7 @@ class Matrices(nn.Module):
 
 
 def write_shards(folder: Path, gib: float, tensor_mib: int, shards: int) -> None:
-    """fp32 shards with an index. Written tensor by tensor: making the test must not need the memory it measures."""
+    """Write fp32 shards with an index, tensor by tensor: the test must not use the memory that it measures."""
     rows, size = tensor_mib * 256, tensor_mib * 2**20
     count = max(shards, round(gib * 1024 / tensor_mib))
     weight_map: dict[str, str] = {}
@@ -81,13 +81,13 @@ def load(method: str, folder: Path) -> nn.Module:
 
 
 def own_peak() -> int:
-    """Peak resident bytes of this program alone: ru_maxrss would begin with what the parent had when it forked."""
+    """Peak resident bytes of this process alone: ru_maxrss starts from the parent's value at the fork."""
     status = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
     return int(status["VmHWM"].split()[0]) * 1024
 
 
 def measure(method: str, folder: Path) -> dict[str, float]:
-    """One load, in this process. Every page of the result is read before the peak is taken."""
+    """Load once in this process, and read every page of the result before taking the peak."""
     before, start, cpu = own_peak(), time.perf_counter(), time.process_time()
     module = load(method, folder)
     seconds, cpu = time.perf_counter() - start, time.process_time() - cpu

@@ -1,10 +1,10 @@
-"""What the denoising loop costs besides the model: solver, finite check, cancel check, callback.
+"""The denoising loop's cost besides the model: solver, finite check, cancel check, callback.
 
     python -m benchmarks.loop_overhead [--forward-ms 20] [--repeats 5]
 
-First with a forward that takes a fixed time, so that everything else is overhead; at 480p read the milliseconds: there,
-a real forward takes seconds. Then what a whole run of the demo model spends in its denoising stage outside of the
-forwards, the text's keys, progress and memory readings included. The claim: below 2 % of a 4-step run.
+First it uses a forward of fixed duration, so that everything else is overhead; at 480p look at the milliseconds,
+because a real forward takes seconds there. Then it measures how long the denoising stage of a whole demo run is
+outside the forwards, including the text's keys, progress and memory readings. The claim: below 2 % of a 4-step run.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ def forty_steps() -> Solver:
 
 
 def overhead_of(solver: Solver, shape: tuple[int, ...], forward_seconds: float) -> tuple[float, float]:
-    """Seconds of the whole loop, and of it what was not spent in the forward."""
+    """Seconds of the whole loop, and of the part outside the forward."""
     answer = torch.randn(shape) * 0.01
     inside = 0.0
 
@@ -56,7 +56,7 @@ def overhead_of(solver: Solver, shape: tuple[int, ...], forward_seconds: float) 
 
 
 def demo_run(repeats: int) -> tuple[float, float]:
-    """Medians over so many runs of the 4-step demo model: seconds of denoising, and of them outside the forwards."""
+    """Medians over runs of the 4-step demo model: seconds of denoising, and of the part outside the forwards."""
     resolved = resolve("demo_t2v_merged", {"device": "cpu"})
     forward, inside, runs = WanDiT.forward, 0.0, []
 

@@ -1,12 +1,12 @@
-"""A LoRA merged into an expert while it is loaded, against the usual ways: all in memory, and peft's merge.
+"""Merging a LoRA into an expert while it loads, against two usual ways: all in memory, and peft's merge.
 
     python -m benchmarks.lora_merge [--dim 5120] [--blocks 2] [--rank 64] [--repeats 3] [--threads 2]
 
-Every run is a process of its own that goes from the two files (bf16 weights, a rank-64 LoRA on every matrix of the
-blocks) to merged weights in bf16; the ways take turns. Imports are not timed. Memory is the peak of resident memory
-over what the process had after its imports (their own peak is forgotten first); "merged" is what the merged weights
-take of it. The error is that of the merged weights to float64, relative. CPU seconds are what to compare where the
-machine has other work. In models much narrower than A14B malloc keeps what was freed, and memory tells little.
+Every run is a process of its own. It starts from two files (bf16 weights, and a rank-64 LoRA on every matrix of the
+blocks) and ends with merged weights in bf16; the ways take turns. Imports are not timed. Memory is the peak resident
+memory above the value after the imports (their own peak is reset first); "merged" is the share of the merged weights.
+The error is relative to a merge in float64. On a machine with other work compare CPU seconds. In models much narrower
+than A14B malloc keeps freed memory, so the memory column means little.
 
     ours     one tensor at a time: read, added up in float32, rounded once
     naive    the state dict in memory, then W += alpha/rank * up @ down layer by layer
@@ -119,7 +119,7 @@ def child(way: str, folder: Path, threads: int) -> None:
 
 
 def write_files(folder: Path, config: DiTConfig, rank: int) -> int:
-    """A base in bf16 and a LoRA; returns the bytes of the base."""
+    """Write a base in bf16 and a LoRA; return the bytes of the base."""
     generator = torch.Generator().manual_seed(0)
     draw = lambda *shape: torch.randn(shape, generator=generator) * 0.02  # noqa: E731
     shapes = {name: tuple(p.shape) for name, p in empty_model(config).named_parameters()}

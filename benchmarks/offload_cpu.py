@@ -1,9 +1,9 @@
-"""What streaming adds to a forward besides the copies: hooks, views, bookkeeping, as a share of the run. CPU only.
+"""What streaming adds to a forward besides the copies (hooks, views, bookkeeping), as a share of the run. CPU only.
 
     python -m benchmarks.offload_cpu [--dim 256] [--layers 8] [--side 32] [--repeats 7]
 
-The CPU is both host and device, so a copy is a memcpy that waits its turn; on a GPU it runs beside the computation.
-Copies and bookkeeping are therefore timed apart: the claim is that bookkeeping is below 1 % of a forward.
+The CPU is both host and device, so a copy is a memcpy in turn; on a GPU it runs during the computation. Copies and
+bookkeeping are therefore timed separately. The claim: bookkeeping is below 1 % of a forward.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from lightx2v.offload.weight_streamer import StreamedModule, WeightStreamer
 
 
 class TimedCopies(HostCopies):
-    """Adds up the seconds that the copies themselves take."""
+    """Add up the seconds of the copies."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -109,7 +109,7 @@ def main() -> None:
 
 
 def bookkeeping(streamer: WeightStreamer, copies: TimedCopies, repeats: int) -> float:
-    """Seconds that one forward's hooks take without the copies: the visits alone, with no computation between."""
+    """Seconds of one forward's hooks without the copies and without the computation."""
 
     def visits() -> None:
         with streamer.use("dit"):

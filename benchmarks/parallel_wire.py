@@ -1,10 +1,10 @@
-"""What several processes send each other, counted and against the formula, and the scaling that follows from it.
+"""Count the bytes that several processes send each other, compare them with the formula, and derive the scaling.
 
     torchrun --nproc_per_node=4 -m benchmarks.parallel_wire            counts bytes on the wire, on CPUs too
     python -m benchmarks.parallel_wire --model                         the model alone, for A14B
 
 Ulysses sends q, k, v and the result: 4 (S / P) D bytes (P - 1) / P per layer and process, for S tokens of width D. The
-model adds that to the counted work of a forward; bandwidths and rates are arguments, and no number of it is measured.
+model adds that to the counted work of a forward. Bandwidths and rates are arguments; the model measures nothing.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ def formula(tokens: int, width: int, layers: int, size: int, itemsize: int) -> f
 
 @torch.inference_mode()
 def count(shape: tuple[int, int, int], heads: int, layers: int) -> None:
-    """One forward of a small DiT over all processes; rank 0 prints what each of them sent."""
+    """Run one forward of a small DiT on all processes; rank 0 prints the bytes that each of them sent."""
     from lightx2v.parallel.mesh import Mesh
     from lightx2v.parallel.rendezvous import join
 
@@ -55,7 +55,7 @@ def count(shape: tuple[int, int, int], heads: int, layers: int) -> None:
 
 
 def model(rate: float, links: dict[str, float]) -> None:
-    """Seconds of a guided step of A14B in bf16, by layout; for each link what the exchanges add."""
+    """Seconds of a guided step of A14B in bf16 by layout, and the seconds that the exchanges add on each link."""
     dit = DiTConfig()
     print(f"\nModel, not measured: {rate / 1e12:.0f} TFLOP/s a GPU, exchanges not overlapped, two branches a step.")
     heads = f"{'video':<21} {'GPUs':>4} {'layout':>7} {'MB a layer':>11} {'compute s':>10}"

@@ -1,8 +1,8 @@
-"""How well a run's time is predicted: python -m benchmarks.prediction
+"""The accuracy of predicted run times: python -m benchmarks.prediction
 
-Three runs of the demo model teach the prediction, of three sizes or all of one; then sizes that it has not seen are
-predicted and compared with what they take. Other programs on the machine would show as an error of the prediction,
-which they are not: all sizes are run in turn, `--rounds` times, and the fastest of each counts.
+The prediction learns from three runs of the demo model, of three sizes or of one; then it predicts new sizes, and their
+runs are measured. Other programs on the machine would look like errors of the prediction, so all sizes run in turn,
+`--rounds` times, and the fastest run of each counts.
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ class Runs:
         return estimate_cost(self.request(size), self._shape)
 
     def round(self) -> None:
-        """Runs each size once."""
+        """Run each size once."""
         for size in dict.fromkeys((*THREE_SIZES, *ONE_SIZE, *UNSEEN)):
             path = Path(self._folder.name) / "video.mp4"
             timings = self._pipeline.run(self.request(size), save_result_path=path, force=True).timings
@@ -62,7 +62,7 @@ class Runs:
         return sum(self._fastest[size].values())
 
     def predicted(self, size: Size, taught: tuple[Size, ...]) -> float:
-        """Seconds for `size`, by what the runs of `taught` took."""
+        """Predicted seconds for `size`, learned from the runs of `taught`."""
         with tempfile.TemporaryDirectory() as folder:
             rates = Rates(Path(folder) / "rates.json")
             for known in taught:
@@ -72,7 +72,7 @@ class Runs:
         return prediction.seconds
 
     def error(self, size: Size, taught: tuple[Size, ...]) -> float:
-        """Relative: 0.1 where a tenth too much is predicted."""
+        """The relative error: 0.1 if the prediction is a tenth too high."""
         return self.predicted(size, taught) / self.measured(size) - 1
 
     def close(self) -> None:

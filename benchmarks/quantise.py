@@ -1,8 +1,8 @@
-"""How fast weights become 8-bit ones and are read back, against the same written in one line.
+"""The speed of quantizing weights to 8 bits and back, against the same formula written in one line.
 
     OMP_NUM_THREADS=2 python -m benchmarks.quantise [--rows 13824] [--columns 5120] [--threads 2]
 
-GB/s counts the bytes of the bf16 weights, which is what a 28.6 GB expert takes.
+GB/s counts the bytes of the bf16 weights; one expert has 28.6 GB.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ def one_line(weight: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
 
 
 def best(call: Callable[[], object], runs: int) -> float:
-    """Seconds of the fastest run; the first one, which takes memory from the system, is not counted."""
+    """Seconds of the fastest run without the first one, which allocates memory."""
     call()
     times = []
     for _ in range(runs):

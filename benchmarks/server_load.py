@@ -1,11 +1,11 @@
-"""The server under load: mixed jobs from many clients on loopback, every one accounted for, and how fast it answers.
+"""The server under load: mixed jobs from many clients on loopback. Checks every job and measures response times.
 
     python -m benchmarks.server_load                              200 jobs, 16 clients, an engine without a model
     python -m benchmarks.server_load --engine demo --jobs 20      the demo model
 
-The server is a process of its own. Jobs come by both families of routes, as JSON and as forms; every tenth is
-cancelled while it waits or runs. A full queue or a rate limit (429) makes a client wait and try again. At the end each
-job must be completed or cancelled as its client asked, under an id of its own, with its own video.
+The server is a process of its own. Clients submit jobs to both families of routes, as JSON and as forms, and cancel
+every tenth while it waits or runs. After a 429 (full queue or rate limit) a client waits and tries again. At the end
+each job must be completed, or cancelled if its client cancelled it, with an id and a video of its own.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ SMALL = {"size": "64x64", "num_frames": 5}
 
 @dataclass
 class Tally:
-    """What the clients saw. `latency` of asking for a job's status, in seconds."""
+    """The clients' results. `latency` is the seconds of each status request."""
 
     ids: list[str] = field(default_factory=list)
     ends: dict[str, str] = field(default_factory=dict)
@@ -52,7 +52,7 @@ class Tally:
 
 
 def load(url: str, jobs: int, clients: int, *, patience: float = 300.0) -> Tally:
-    """Sends the jobs and follows each to its end."""
+    """Submit the jobs and follow each to its end."""
     tally, numbers = Tally(), itertools.count()
     deadline = time.monotonic() + patience
 
@@ -69,7 +69,7 @@ def load(url: str, jobs: int, clients: int, *, patience: float = 300.0) -> Tally
 
 
 def follow(http: httpx.Client, number: int, tally: Tally, deadline: float) -> None:
-    """One job, from its request to its video."""
+    """Follow one job from its request to its video."""
     prompt, cancelled = f"job number {number}", number % 10 == 3
     task = number % 2
     while (answer := submit(http, number, prompt)).status_code == 429:
@@ -106,7 +106,7 @@ def follow(http: httpx.Client, number: int, tally: Tally, deadline: float) -> No
 
 
 def submit(http: httpx.Client, number: int, prompt: str) -> httpx.Response:
-    """In one of the four ways."""
+    """Submit a job in one of the four ways."""
     if number % 2:
         body = {
             "prompt": prompt,
@@ -166,7 +166,7 @@ def main() -> int:
 
 
 def measured(options: argparse.Namespace, folder: str) -> dict[str, Any]:
-    """Starts the server, loads it, ends it."""
+    """Start the server, load it, stop it."""
     import socket
 
     with socket.socket() as probe:

@@ -1,10 +1,10 @@
-"""What image-to-video saves by not encoding the same grey chunk again and again: `encode_condition` against `encode`.
+"""The time that image-to-video saves by encoding equal grey chunks once: `encode_condition` against `encode`.
 
     python -m benchmarks.vae_condition                  # width 16, 81 frames 64x64, 2 threads
     python -m benchmarks.vae_condition --dim 96 --size 128 128
     python -m benchmarks.vae_condition --last           # first and last frame
 
-Both results are compared bit by bit first. The last line is JSON.
+First it compares both results bit by bit. The last line is JSON.
 """
 
 from __future__ import annotations

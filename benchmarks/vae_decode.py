@@ -4,11 +4,10 @@
     python -m benchmarks.vae_decode --dim 16 --res-blocks 1 --frames 17  # the demo model's shape
     python -m benchmarks.vae_decode --device cuda --dtype bf16 --alone --frames 81 --size 720 1280
 
-The outputs are compared first. The decoders then run A B A B, so that a busy machine slows both; each pair gives one
-ratio of times, and the median of the ratios and their quartiles are the result; on a machine with other work the ratio
-of processor seconds is the steadier one (set OMP_WAIT_POLICY=PASSIVE). The last line is JSON. `--alone` leaves
-diffusers out; on CUDA the peak memory is measured and set against `decode_bytes`, which counts
-for the released width.
+First it compares the outputs. Then the decoders run A B A B, so that a busy machine slows both. Each pair gives one
+ratio of times; the result is the median of the ratios with their quartiles. On a machine with other work the ratio of
+processor seconds is steadier (set OMP_WAIT_POLICY=PASSIVE). The last line is JSON. `--alone` leaves diffusers out; on
+CUDA the peak memory is measured and set against `decode_bytes`, which counts for the released width.
 """
 
 from __future__ import annotations
@@ -103,7 +102,7 @@ def parse() -> argparse.Namespace:
 
 
 def take_turns(runs: list[Callable[[], Tensor]], rounds: int) -> tuple[list[list[float]], list[list[float]]]:
-    """Wall and processor seconds of each run in each round. Each has run once before, which is not counted.
+    """Wall and processor seconds of each run in each round. A first run of each is not counted.
 
     Results end in host memory, so work on a GPU is done when the clock stops.
     """
@@ -119,7 +118,7 @@ def take_turns(runs: list[Callable[[], Tensor]], rounds: int) -> tuple[list[list
 
 
 def memory(decode: Callable[[], Tensor], estimate: int) -> dict[str, int]:
-    """Peak bytes of one decode beyond what was there before, and what was estimated."""
+    """Peak bytes of one decode above the start, and the estimate."""
     torch.cuda.empty_cache()
     before = torch.cuda.memory_allocated()
     torch.cuda.reset_peak_memory_stats()

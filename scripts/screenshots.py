@@ -1,7 +1,7 @@
-"""Pictures of the page's main states, into assets/screenshots:  make screenshots
+"""Take screenshots of the page's main states into assets/screenshots:  make screenshots
 
-Runs the page with the demo model in a process of its own and looks at it with chromium, as a visitor does. Every number
-in the pictures was measured while they were made; one run is made to fail, to show what the page then offers.
+Runs the page with the demo model in a process of its own and visits it with chromium. Every number in the pictures is
+measured by that run. One run fails on purpose, to show the page's retry buttons.
 """
 
 from __future__ import annotations

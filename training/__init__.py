@@ -1,1 +1,1 @@
-"""How the demo model was made: its world, its trainers, its judge. The engine never imports this folder."""
+"""How the demo model was made: its world, its trainers, its detector. The engine never imports this folder."""

@@ -1,7 +1,7 @@
-"""What people may say about the demo world, in English and Chinese: a grammar that writes prompts and reads them.
+"""A grammar of prompts about the demo world, in English and Chinese; it writes prompts and reads them.
 
-Every attribute has several names; a caption may leave attributes out, which then are up to chance. The same tables
-make the training captions, the tokenizer's vocabulary, the page's hints and the judge's understanding of a prompt.
+Every attribute has several names. A caption may leave attributes out; chance decides these. The same tables make the
+training captions, the tokenizer's vocabulary, the page's hints and the detector's reading of a prompt.
 """
 
 from __future__ import annotations
@@ -199,7 +199,7 @@ CHINESE_FILLERS = (
 )
 
 PUNCTUATION = "，。、！？；："
-"""Means nothing: the tokenizer drops it."""
+"""The tokenizer drops punctuation."""
 
 LANGUAGES: dict[str, dict[str, Words]] = {"en": ENGLISH, "zh": CHINESE}
 
@@ -207,11 +207,11 @@ OFFICIAL_NEGATIVE = (
     "色调艳丽，过曝，静态，细节模糊不清，字幕，风格，作品，画作，画面，静止，整体发灰，最差质量，低质量，JPEG压缩残留，丑陋的，残缺的，多余的手指，"
     "画得不好的手部，画得不好的脸部，畸形的，毁容的，形态畸形的肢体，手指融合，静止不动的画面，杂乱的背景，三条腿，背景人很多，倒着走"
 )
-"""Wan's default negative prompt; most of it is unknown to the demo's tokenizer, and training shows it that."""
+"""Wan's default negative prompt. The demo's tokenizer does not know most of it, so training includes it."""
 
 
 def caption(words: Mapping[str, str], chance: random.Random, *, language: str | None = None, drop: float = 0.0) -> str:
-    """A prompt for these attributes. Each one given is left out with probability `drop`, the kind less often."""
+    """A prompt for these attributes. Each is left out with probability `drop`, the kind less often."""
     said = {name: value for name, value in words.items() if chance.random() >= (drop / 3 if name == "kind" else drop)}
     if language is None:
         language = "en" if chance.random() < 0.6 else "zh"
@@ -294,7 +294,7 @@ _PATTERNS = [
 
 
 def read(prompt: str) -> tuple[dict[str, str], list[str]]:
-    """The attributes that a prompt names, and the words that mean nothing in the demo world."""
+    """The attributes that a prompt names, and its words that are unknown in the demo world."""
     rest = prompt.lower()
     found: dict[str, str] = {}
     for pattern, attribute, value in _PATTERNS:

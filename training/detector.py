@@ -1,8 +1,8 @@
-"""Reads kind, colour, motion, ground and time of day back from the frames of a clip: the judge of the demo model.
+"""The detector: reads kind, colour, motion, ground and time of day from the frames of a clip, to judge the demo model.
 
-No learning: toys are the only saturated things in the demo world, so a threshold finds them; the outline is compared
-with drawn ones, the hue with the palette, the path with what each motion does, the rest with the landscape's colours.
-Works on batches (B clips, T frames, H height, W width) on any device.
+It learns nothing: toys are the only saturated things in the demo world, so a threshold finds them. It compares the
+outline with drawn ones, the hue with the palette, the path with each motion, and the rest with the landscape's
+colours. Works on batches (B clips, T frames, H height, W width) on any device.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ GRID = 32  # outlines are compared at GRID x GRID
 
 @dataclass(frozen=True, kw_only=True)
 class Reading:
-    """One index an attribute and clip, -1 where nothing fits; tensors of length B on the CPU."""
+    """One index per attribute and clip, -1 if nothing fits; tensors of length B on the CPU."""
 
     kind: Tensor
     colour: Tensor
@@ -40,7 +40,7 @@ class Reading:
         return right
 
     def crispness(self, clips: Clips) -> Tensor:
-        """Overlap with the outline of what was asked for."""
+        """Overlap with the outline of the wanted kind."""
         return self.outlines.gather(1, clips.kind[:, None])[:, 0]
 
 

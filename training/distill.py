@@ -1,11 +1,12 @@
-"""Distils 20 guided steps into 4 unguided ones, as a rank-16 LoRA for each expert.
+"""Distil 20 guided steps into 4 unguided ones, as a rank-16 LoRA for each expert.
 
     python -m training.distill --task t2v --minutes 4 --runs training/runs --out OUT
 
 Teacher: the base model with guidance, solved by the engine's UniPC on a schedule that passes through the distilled
-model's noise levels (1, .9375, .8333, .625). Its state at each of them is kept. Student: from each level one Euler step
-is to arrive at the teacher's next state. First it starts from the teacher's states, then from its own as well, so that
-later steps mend what earlier ones miss. The high LoRA learns the first two steps, the low one the others.
+model's noise levels (1, .9375, .8333, .625). Its state at each level is kept. Student: from each level one Euler step
+should reach the teacher's next state. It starts from the teacher's states first, and later from its own, too, so that
+later steps correct the errors of earlier ones. The high-noise LoRA learns the first two steps, the low-noise LoRA the
+others.
 
 Reads runs/vae, runs/t2v and runs/<task>. Writes high_lora and low_lora .safetensors in LightX2V's naming.
 """
@@ -105,7 +106,7 @@ def step_loss(
 
 @torch.no_grad()
 def own_states(run: Run, student: WanDiT, text: Text, data: Trajectories, start: Tensor, step: int) -> Tensor:
-    """Where the student's step leads from `start` (N, ...): the states it will really meet next."""
+    """The student's step from `start` (N, ...): the states that it will really see next."""
     sigmas = DISTILL.sigmas
     arrived = torch.empty_like(start)
     for part in torch.arange(len(data), device=run.device).split(run.batch):

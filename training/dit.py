@@ -1,11 +1,11 @@
-"""Trains the demo's diffusion transformers by flow matching, first for all noise levels, then apart as two experts.
+"""Train the demo's diffusion transformers by flow matching, first for all noise levels, then separately as two experts.
 
     python -m training.dit --task t2v --minutes 5 --runs training/runs --out OUT
     python -m training.dit --task i2v --minutes 4 --runs training/runs --out OUT
 
-Text to video trains the text encoder with it, which is frozen when the experts part. Image to video starts from the
-text-to-video weights of the shared stage, with new input channels at zero. x_sigma = (1 - sigma) x0 + sigma noise and
-the velocity is noise - x0, as in the engine. Reads runs/vae/vae.safetensors and, for i2v, runs/t2v/.
+Text to video also trains the text encoder, which is frozen once the experts train separately. Image to video starts
+from the text-to-video weights of the shared stage, with new input channels at zero. x_sigma = (1 - sigma) x0 + sigma
+noise and the velocity is noise - x0, as in the engine. Reads runs/vae/vae.safetensors and, for i2v, runs/t2v/.
 
 Writes text.safetensors (bfloat16 values), shared, high and low .safetensors (float16, averaged weights).
 """
@@ -104,7 +104,7 @@ class Run:
             shutil.copy(path, self.out / path.name)
 
     def _test_set(self, count: int) -> None:
-        """Prompts, half of them for combinations that training never showed."""
+        """Prompts, half of them for combinations that are not in training."""
         every, generator = torch.arange(COMBINATIONS), torch.Generator().manual_seed(self.seed + 99)
         seen, unseen = every[~held_out(every)], every[held_out(every)]
         half = count // 2
@@ -139,7 +139,7 @@ class Run:
 def compiled_call(
     run: Run, loss: Callable[..., Tensor], dit: WanDiT, batch: Callable[[], tuple[Tensor | None, ...]], enabled: bool
 ) -> Callable[..., Tensor]:
-    """`loss(dit, *batch())` compiled, if that works here."""
+    """`loss(dit, *batch())`, compiled if this machine can."""
     if not enabled or run.device.type != "cuda":
         return loss
     faster = torch.compile(loss, dynamic=False)
@@ -165,7 +165,7 @@ def fit(
     rates: tuple[float, float],
     compiled: bool,
 ) -> WanDiT:
-    """One stage; returns the averaged model. The text encoder learns only where it is not frozen.
+    """Train one stage; return the averaged model. The text encoder trains unless it is frozen.
 
     `end` is when all stages must be done, in seconds of the run's clock.
     """
@@ -249,7 +249,7 @@ def train_shared(
     *,
     resume: bool,
 ) -> tuple[Text, WanDiT]:
-    """What both experts start from."""
+    """The shared weights from which both experts start."""
     task = run.task
     if resume:
         text = load_text(runs / "t2v", run.device).requires_grad_(task == "t2v")

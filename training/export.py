@@ -1,8 +1,8 @@
-"""Puts the trained parts into assets/demo in the official Wan2.2 layout, with example pictures and checksums.
+"""Write the trained parts to assets/demo in the official Wan2.2 layout, with example images and checksums.
 
     python -m training.export --runs training/runs --to assets/demo
 
-Leaves out what a run has not made yet and says so. Numbers have 16 bits: float16, in the text encoder bfloat16
+Parts that are not trained yet are left out and listed. Weights have 16 bits: float16, but bfloat16 in the text encoder,
 as its file's name says.
 """
 
@@ -70,7 +70,7 @@ PICTURES = (  # file name, what it shows, prompts that go with it
 
 
 def export(runs: Path, target: Path) -> list[str]:
-    """Returns what is missing."""
+    """Return the names of missing parts."""
     missing = []
     target.mkdir(parents=True, exist_ok=True)
     for task, name in FOLDERS.items():
@@ -102,7 +102,7 @@ def _vae(source: Path, folder: Path) -> None:
 
 @torch.no_grad()
 def _latent_rgb(source: Path) -> dict[str, list]:
-    """The least-squares map from a latent pixel to the mean colour of what it stands for, over whole clips."""
+    """The least-squares map from a latent pixel to the mean colour of its pixels, over whole clips."""
     device = torch.device("cpu")
     vae = open_vae(source, device)
     known, wanted = [], []
@@ -158,7 +158,7 @@ def _config_json(config: DiTConfig, task: str) -> dict[str, object]:
 
 
 def _world(path: Path) -> None:
-    """What the page needs to say what the demo knows: words by attribute and language, and prompts that work."""
+    """The demo's words by attribute and language, and prompts that work, for the page's hints."""
     words = {
         language: {
             attribute: {

@@ -1,6 +1,7 @@
-"""A pool of encoded clips on the device: what the diffusion transformers learn from.
+"""A pool of encoded clips on the device: the training data of the diffusion transformers.
 
-Encoding is the slow part, so a pool is kept in a file beside the runs and reused by later stages on the same machine.
+Encoding is the slow part, so the pool is kept in a file next to the runs, and later stages on the same machine reuse
+it.
 """
 
 from __future__ import annotations
@@ -69,7 +70,7 @@ def open_vae(path: Path, device: torch.device) -> WanVAE:
 def make_pool(
     vae: WanVAE, count: int, seed: int, device: torch.device, *, images: bool, latents: Tensor | None, batch: int = 128
 ) -> Pool:
-    """The same seed gives the same clips: `latents` that are known already are not computed again."""
+    """The same seed gives the same clips. `latents` that are known are not computed again."""
     clips = sample_clips(count, torch.Generator().manual_seed(seed), split="train")
     shape = (count, 16, 5, 12, 12)
     whole = torch.empty(shape, dtype=torch.float16, device=device) if latents is None else latents
@@ -95,7 +96,7 @@ def open_pool(
     images: bool,
     say: Callable[[str], None],
 ) -> Pool:
-    """The pool of this VAE, as far as possible from the cache."""
+    """The pool of this VAE, from the cache if possible."""
     stamp = hashlib.sha256(vae_path.read_bytes()).hexdigest()[:12]
     plain, with_images = (cache / f"pool_{stamp}_{count}_{seed}{end}.pt" for end in ("", "_images"))
     wanted = with_images if images else plain

@@ -1,7 +1,7 @@
 """The demo's diffusion transformer for training: the engine's WanDiT, with two of its steps swapped for faster ones.
 
-While it trains on a GPU, positions are rotated in real numbers, which compilers know, and a prompt's padding counts as
-one repeated row instead of 480 rows. Both give the same numbers (tests/test_training.py).
+In training on a GPU, positions are rotated in real arithmetic, which compilers support, and a prompt's padding counts
+as one repeated row instead of 480 rows. Both give the same numbers (tests/training/test_training.py).
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ def attend_to_text(
 
 
 def speed_up_training() -> None:
-    """Swaps the two steps in this process."""
+    """Swap the two steps in this process."""
     block.norm_rotate = norm_rotate_real
     block.attend_to_text = attend_to_text
 
@@ -117,7 +117,7 @@ class Lora(nn.Module):
 
 
 def add_lora(dit: WanDiT, rank: int) -> list[nn.Parameter]:
-    """Puts a LoRA on the ten matrices of every block and freezes the rest; returns what is to be trained."""
+    """Put a LoRA on the ten matrices of every block, freeze the rest, and return the trainable parameters."""
     dit.requires_grad_(False)
     trained: list[nn.Parameter] = []
     for layer in dit.blocks:

@@ -1,4 +1,4 @@
-"""What the trainers share about optimisation: Muon for matrices, AdamW for the rest, weights' moving average, a clock.
+"""Optimisation for all trainers: Muon for matrices, AdamW for the rest, a moving average of the weights, a clock.
 
 Muon (Jordan et al. 2024): the momentum of a weight matrix is replaced by the nearest orthogonal matrix before the
 step. Convolutions count as matrices outputs x (inputs * taps). It reaches a given reconstruction error in clearly
@@ -77,7 +77,7 @@ class Average:
 
 
 class Clock:
-    """How far a run is, 0..1: by steps when a number is given, else by minutes. Schedules follow it."""
+    """The progress of a run, 0..1: by steps if their number is given, or else by minutes. Schedules follow it."""
 
     def __init__(self, minutes: float, steps: int | None = None) -> None:
         self.seconds = 60 * minutes
@@ -86,7 +86,7 @@ class Clock:
         self.born = self.start = time.perf_counter()
 
     def restart(self) -> None:
-        """What was spent so far (on compiling, say) leaves the rest of the time to the schedule."""
+        """Start the schedule now, with the time that is left (after compiling, for example)."""
         self.seconds -= self.elapsed
         self.start = time.perf_counter()
 
@@ -114,7 +114,7 @@ class Clock:
 
 
 class Timer:
-    """True once every so many seconds."""
+    """True once per interval of seconds."""
 
     def __init__(self, clock: Clock, seconds: float) -> None:
         self.clock, self.seconds, self.last = clock, seconds, clock.elapsed

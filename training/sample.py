@@ -1,4 +1,4 @@
-"""Whole batches of clips at once, with the engine's schedules and solvers: how the trainers look at their own work."""
+"""Sample whole batches of clips with the engine's schedules and solvers, for tests during training."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def noise(count: int, device: torch.device, seed: int) -> Tensor:
 
 
 def velocity(dit: WanDiT, latents: Tensor, timestep: float | Tensor, text: Tensor, given: Tensor | None) -> Tensor:
-    """One forward without gradients. In training mode's arithmetic: residuals are not written in place."""
+    """One forward without gradients, with the arithmetic of training: residuals are not written in place."""
     times = torch.as_tensor(timestep, dtype=torch.float32, device=latents.device).expand(len(latents))
     with autocast(latents.device):
         return dit.forward_batch(latents, times, text, given)
@@ -86,7 +86,8 @@ def sample_distilled(
 def judge(
     vae: WanVAE, latents: Tensor, clips: Clips, held_out: Tensor, first_frames: Tensor | None = None
 ) -> dict[str, float]:
-    """Detector scores of generated clips, apart for seen and held-out combinations; dB of the first frame if given."""
+    """Detector scores of generated clips, separately for seen and held-out combinations; dB of the first frame if
+    given."""
     video = decode(vae, latents)
     readings = [detect(part) for part in video.split(64)]
     right = [reading.matches(clips[i * 64 : (i + 1) * 64]) for i, reading in enumerate(readings)]

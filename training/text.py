@@ -1,7 +1,7 @@
 """The demo's text side while it trains: a small UMT5 encoder, and the table of tokenised captions it reads.
 
-The stack is the engine's; here it works on padded batches and has its token table beside it. The rows of padding come
-out as zeros, as the DiT expects them.
+The stack is the engine's; here it works on padded batches and holds its token table, too. Padding rows become zeros, as
+the DiT expects.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ class Text(nn.Module):
 
 
 def tokenise(prompts: list[str], rows: int = ROWS) -> Tensor:
-    """ids (N, rows), zero-padded. A prompt that is longer loses its end."""
+    """ids (N, rows), zero-padded. A longer prompt is cut."""
     table = torch.zeros(len(prompts), rows, dtype=torch.long)
     for i, encoding in enumerate(build_tokenizer().encode_batch(prompts)):
         ids = encoding.ids if len(encoding.ids) <= rows else [*encoding.ids[: rows - 1], encoding.ids[-1]]
@@ -58,7 +58,8 @@ def tokenise(prompts: list[str], rows: int = ROWS) -> Tensor:
 
 
 class Captions:
-    """For any combination of attributes one of many captions, as ids on the device, now and then one for guidance."""
+    """Gives one of many captions for a combination of attributes, as ids on the device, and sometimes one for
+    guidance."""
 
     def __init__(self, device: torch.device, seed: int, variants: int = VARIANTS) -> None:
         chance = random.Random(seed)

@@ -1,10 +1,10 @@
-"""Builds the demo's tokenizer: a Unigram model like UMT5's, whose pieces are the grammar's words and characters.
+"""Build the demo's tokenizer: a Unigram model like UMT5's, whose pieces are the grammar's words and characters.
 
-The fewest pieces win; a stretch that the grammar does not know becomes one <unk>, so that even Wan's long negative
-prompt is short here. A prompt ends with </s>. The folder reads with transformers' AutoTokenizer.
+It prefers the fewest pieces. Text that the grammar does not know becomes one <unk>, so that even Wan's long negative
+prompt is short here. A prompt ends with </s>. transformers' AutoTokenizer reads the folder.
 
-The engine cleans prompts first, as the official code does, and that makes ， a comma: beside Chinese text both mean
-nothing, so a prompt has the same tokens before and after.
+The engine cleans prompts first, as the official code does, and turns ， into a comma. The tokenizer drops both next to
+Chinese text, so a prompt has the same tokens before and after.
 """
 
 from __future__ import annotations

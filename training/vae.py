@@ -1,11 +1,11 @@
-"""Trains the demo model's VAE: the engine's WanVAE, base width 16, on clips drawn while it trains.
+"""Train the demo model's VAE: the engine's WanVAE, base width 16, on clips that are drawn during training.
 
     python -m training.vae --minutes 8.5 --out runs/vae
 
-Loss: L1 + L2, weighted towards edges, plus a small KL term. One clip in eight is what image-to-video encodes: an
-image followed by grey frames. Causality makes every 17-frame clip train its prefixes of 1, 5, 9 and 13 frames too;
-some clips have 33 frames so that longer ones do not drift. At the end the latents' mean and deviation are folded into
-conv1 and conv2, so that Wan's published constants normalise this VAE's latents.
+Loss: L1 + L2, weighted towards edges, plus a small KL term. One clip in eight is like the condition of image-to-video:
+an image followed by grey frames. The VAE is causal, so every 17-frame clip also trains its prefixes of 1, 5, 9 and 13
+frames; some clips have 33 frames so that longer ones do not drift. At the end the latents' mean and deviation are
+folded into conv1 and conv2, so that Wan's published constants normalise this VAE's latents.
 
 Writes vae.safetensors (float16, averaged weights, folded) every two minutes and vae_resume.safetensors (float32).
 """
@@ -88,7 +88,7 @@ def edge_weight(video: Tensor) -> Tensor:
 
 
 class Batches:
-    """Endless random clips on the device; draws many at a time because drawing is bound by kernel launches."""
+    """Yield random clips on the device without end; draws many at a time because kernel launches limit drawing."""
 
     def __init__(self, batch: int, device: torch.device, seed: int, pool: int = 8) -> None:
         self.batch, self.device, self.pool = batch, device, pool
@@ -150,7 +150,7 @@ Step = Callable[[Tensor], tuple[Tensor, Tensor]]
 
 
 def fastest(vae: WanVAE, video: Tensor, allow_compile: bool, say: Callable[[str], None]) -> tuple[Step, bool]:
-    """Times forward and backward in each memory layout, plain and compiled; returns the best and its layout."""
+    """Time forward and backward in each memory layout, plain and compiled; return the best one and its layout."""
     device = video.device
     plain = Reconstruction(vae)
     if device.type != "cuda":
@@ -217,7 +217,8 @@ def decibels(a: Tensor, b: Tensor) -> float:
 
 @torch.no_grad()
 def fold_statistics(vae: WanVAE, video_batches: list[Tensor]) -> tuple[Tensor, Tensor]:
-    """Moves the latents' mean and deviation per channel into conv1 and conv2: they come out with mean 0, variance 1."""
+    """Fold the latents' mean and deviation per channel into conv1 and conv2, so that latents have mean 0 and variance
+    1."""
     with autocast(video_batches[0].device):
         latents = torch.cat([vae.encode_clip(video)[0] for video in video_batches])
     mean, deviation = latents.mean((0, 2, 3, 4)), latents.std((0, 2, 3, 4))

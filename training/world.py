@@ -1,7 +1,7 @@
 """The demo model's world: one bright toy that moves in front of a landscape, drawn on whatever device torch has.
 
 A clip has five attributes: what it is, its colour, its motion, the ground and the time of day. Everything else (size,
-place, hills, clouds, stars) is chance. A clip is periodic with 17 frames, so that it loops without a jump.
+place, hills, clouds, stars) is random. A clip is periodic with 17 frames, so that it loops without a jump.
 Landscapes are pale or dark and toys are saturated: the eye and the detector tell them apart.
 
 Shapes: B clips, T frames, H height, W width; video is B,3,T,H,W float32 in [-1, 1]. Lengths are fractions of H; y
@@ -73,7 +73,8 @@ LIGHT = torch.tensor(  # time x ground x rgb, multiplies the ground
 
 @dataclass(frozen=True, kw_only=True)
 class Clips:
-    """What B clips show: the five attributes as indices, and where chance put things. All tensors on the CPU."""
+    """The contents of B clips: the five attributes as indices, and the random sizes and places. All tensors are on the
+    CPU."""
 
     kind: Tensor
     colour: Tensor
@@ -114,7 +115,7 @@ def split_combination(index: Tensor) -> dict[str, Tensor]:
 
 
 def held_out(combination: Tensor) -> Tensor:
-    """True for the 15 % of combinations that training never shows: a fixed hash, the same for everybody."""
+    """True for the 15 % of combinations that are held out of training: a fixed hash, the same on every machine."""
     mixed = (combination.long() * 2654435761) % 2**32
     mixed = ((mixed ^ (mixed >> 15)) * 2246822519) % 2**32
     return (mixed ^ (mixed >> 13)) % 100 < 15
@@ -129,7 +130,7 @@ def sample_clips(count: int, generator: torch.Generator, *, split: str = "train"
 
 
 def place_clips(combination: Tensor, generator: torch.Generator, *, random_phase: bool = False) -> Clips:
-    """Draws everything about the clips but their attributes."""
+    """Draw everything about the clips except their attributes."""
     count = len(combination)
     uniform = torch.rand(count, 4, generator=generator)
     return Clips(
@@ -265,7 +266,7 @@ def render(clips: Clips, frames: int = FRAMES, size: int = SIZE, device: torch.d
 
 
 def _shade(video: Tensor, clips: Clips, where: list[Tensor], x: Tensor, y: Tensor) -> None:
-    """A soft shadow on the floor under the toy, fainter the higher it is; in place."""
+    """Draw a soft shadow on the floor under the toy, fainter for a higher toy; in place."""
     centre, _, radius, width, height = where
     floor = clips.floor.to(video.device)[:, None, None, None]
     reach = ((x - centre) / (radius * (0.25 + 0.75 * width))).square() + ((y - floor) / (0.22 * radius)).square()

@@ -1,4 +1,4 @@
-"""Runs the sections, one process each; see the package's docstring."""
+"""Run the sections, each in a process of its own; see the package's docstring."""
 
 from __future__ import annotations
 
@@ -70,7 +70,7 @@ def main() -> None:
 
 
 def within(command: list[str], seconds: float) -> str:
-    """Runs a section; why it failed, or "". Over its time it ends with all processes that it started."""
+    """Run a section and return why it failed, or "". At the time limit, stop it with all processes that it started."""
     process = subprocess.Popen(command, start_new_session=True)
     try:
         code = process.wait(seconds)
@@ -102,7 +102,7 @@ def parse() -> argparse.Namespace:
 
 
 def measure(section: str, results: Path, args: argparse.Namespace) -> None:
-    """A section of which a part was wanted has no "end"."""
+    """A section that ran only in part writes no "end" line."""
     presets = tuple(args.presets.split(",")) if args.presets else ()
     models = Path(args.models) if args.models else None
     wanted = Wanted(presets=presets, clip=args.clip, gpus=args.gpus, models=models, whole=args.whole, again=args.again)

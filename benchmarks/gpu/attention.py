@@ -1,5 +1,5 @@
-"""Self-attention alone, 40 heads of 128: the kernels that are here against each other, their error, and what `auto`
-takes. Beside the longest one: the clock and the power that the device had meanwhile."""
+"""Self-attention alone, 40 heads of 128: the installed kernels against each other, their errors, and the choice of
+`auto`. For the longest sequence also the device's clock and power during the run."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def forced(backend: SDPBackend, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 
 
 def flash3_fp8() -> Attention:
-    """FlashAttention 3 in FP8 with a scale for each head; quantising is inside."""
+    """FlashAttention 3 in FP8 with a scale for each head; includes quantizing."""
     from fa3_fwd_interface import flash_attn_func
 
     def quantise(x_BLNH: Tensor) -> tuple[Tensor, Tensor]:

@@ -1,4 +1,4 @@
-"""What every section gets: sizes, the device, a clock, and the file that numbers go to."""
+"""Bench, the argument of every section: sizes, the device, a clock, and the results file."""
 
 from __future__ import annotations
 
@@ -102,7 +102,7 @@ class Bench:
         return next((peak for name, peak in PEAK_TFLOPS.items() if name in self.device_name), None)
 
     def write(self, name: str, **numbers: Any) -> None:
-        """One line: what was measured, and where and when."""
+        """Append one line: what was measured, where and when."""
         at = datetime.now(UTC).strftime("%Y-%m-%d %H:%M")
         line = {"section": self.section, "name": name, **numbers, "at": at, "device": self.device_name}
         with self.results.open("a", encoding="utf-8") as file:
@@ -110,14 +110,14 @@ class Bench:
         print(f"{self.section:10} {name:44} {_brief(numbers)}", flush=True)
 
     def measured(self, key: str) -> set[str]:
-        """What the lines of this section in the results have for `key`; nothing where all is to be run again."""
+        """The values of `key` in this section's results; empty with --again."""
         if self.wanted.again or not self.results.exists():
             return set()
         lines = map(json.loads, self.results.read_text("utf-8").splitlines())
         return {line[key] for line in lines if line["section"] == self.section and key in line}
 
     def timed(self, call: Callable[[], object], repeats: int, *, warm_up: int = 1) -> dict[str, Any]:
-        """Median, smallest and largest seconds of a call, on the device's own clock where it has one."""
+        """Median, smallest and largest seconds of a call, measured with the device's clock if it has one."""
         for _ in range(warm_up):
             call()
         taken = []
@@ -141,7 +141,7 @@ class Bench:
 
     @contextmanager
     def peak(self) -> Iterator[dict[str, int]]:
-        """The largest device memory, in bytes, while inside."""
+        """Measure the peak device memory in bytes inside the `with`."""
         found: dict[str, int] = {}
         if self.cuda:
             torch.cuda.synchronize()
@@ -154,7 +154,7 @@ class Bench:
 
     @contextmanager
     def readings(self, *columns: str) -> Iterator[list[list[float]]]:
-        """What nvidia-smi says about the device while inside, ten times a second; nothing where it is not there."""
+        """Read nvidia-smi ten times a second inside the `with`; without nvidia-smi, no readings."""
         found: list[list[float]] = []
         if not self.cuda:
             yield found
@@ -173,7 +173,7 @@ class Bench:
 
     @contextmanager
     def clock(self) -> Iterator[dict[str, float]]:
-        """The device's clock (MHz) and power (W) while inside: medians of at least three readings."""
+        """The device's clock (MHz) and power (W) inside the `with`: medians of at least three readings."""
         found: dict[str, float] = {}
         with self.readings("clocks.sm", "power.draw.instant") as lines:
             yield found
@@ -200,7 +200,7 @@ def environment() -> dict[str, Any]:
 
 
 def forward_flops(config: DiTConfig, tokens: int) -> float:
-    """Of one forward's blocks; text keys and values are made once for all steps and not counted."""
+    """FLOPs of one forward's blocks, without the text's keys and values, which are computed once for all steps."""
     dim, ffn = config.dim, config.ffn_dim
     linears = tokens * (12 * dim * dim + 4 * dim * ffn)
     attention = 4 * tokens * dim * (tokens + config.text_len)

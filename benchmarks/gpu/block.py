@@ -20,7 +20,7 @@ from .model import FP8, expert
 
 
 def plain() -> AbstractContextManager[object]:
-    """Inside, no fused kernel runs."""
+    """Use no fused kernel inside the `with`."""
     return patch.object(fused, "kernels_for", return_value=None)
 
 
@@ -44,7 +44,7 @@ def run(bench: Bench) -> None:
 
 
 def once(bench: Bench, dit: WanDiT, clip: str) -> partial[object]:
-    """The block on streams of its own, ready to be called again and again."""
+    """The block with its own inputs, ready to be called repeatedly."""
     torch.manual_seed(0)
     latents = torch.randn(1, *bench.sizes.latent(clip), device=bench.device)
     x_BLD, rotations = dit.embed(latents)
@@ -63,7 +63,7 @@ def once(bench: Bench, dit: WanDiT, clip: str) -> partial[object]:
 
 
 def parts(bench: Bench, dit: WanDiT, clip: str, tokens: int) -> None:
-    """The steps of a block one by one, and how often each comes."""
+    """Time the steps of a block one by one, with the number of their uses."""
     config, device = dit.config, bench.device
     dim, ffn, heads = config.dim, config.ffn_dim, config.num_heads
     x, y = torch.randn(1, tokens, dim, device=device), torch.randn(1, tokens, dim, device=device).to(bench.compute)
@@ -100,7 +100,7 @@ def parts(bench: Bench, dit: WanDiT, clip: str, tokens: int) -> None:
 
 
 def feed_forward(bench: Bench, block: Block, y: Tensor, clip: str) -> None:
-    """Its second half, and whether the product and GELU are faster as one."""
+    """Time the feed-forward, also with the product and GELU fused."""
     inner, outer = block.ffn[0], block.ffn[2]
     wide = inner(y)
     times = bench.timed(lambda: outer(wide), 5)

@@ -1,4 +1,4 @@
-"""The VAE both ways and the text encoder."""
+"""The VAE (decode and encode) and the text encoder."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
-"""torch.compile of each block in the place of the fused kernels: what it saves, and what it costs at first.
+"""torch.compile of each block instead of the fused kernels: time per forward, and the cost of the first one.
 
-The blocks share one compiled graph. Keys and values of the prompt are made anew, here as in the run beside it.
+The blocks share one compiled graph. Both runs compute the prompt's keys and values again.
 """
 
 from __future__ import annotations

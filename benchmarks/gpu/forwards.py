@@ -1,4 +1,4 @@
-"""Forwards of some blocks over all processes, one after another without end: for `parallel.kill`."""
+"""Run forwards of some blocks on all processes in an endless loop, for `parallel.kill`."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
-"""How fast weights come from host memory, by the kind of that memory, and whether the host waits for the copy.
+"""The speed of copies from each kind of host memory, and whether the host waits for them.
 
-`registered` is what offloading uses (`placement.piece.host_buffer`); a copy that the host does not wait for returns in
-microseconds.
+Offloading uses `registered` memory (`offload.packed_weights.host_buffer`). A call that does not wait for its copy
+returns in microseconds.
 """
 
 from __future__ import annotations
@@ -52,7 +52,7 @@ def measure(bench: Bench, name: str, source: Tensor, target: Tensor) -> None:
 
 
 def after_pause(bench: Bench, source: Tensor, target: Tensor) -> None:
-    """Copies one by one after the device had nothing to do, as while a model is loaded."""
+    """Time single copies after the device was idle, as it is while a model loads."""
     time.sleep(0 if bench.tiny else 5)
     rates = []
     for _ in range(24):

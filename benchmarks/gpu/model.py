@@ -1,4 +1,4 @@
-"""Models of any size with random weights, made on the device, and an engine around them."""
+"""Models of any size with random weights, made on the device, and an engine with them."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def attention(bench: Bench) -> Choice:
 
 
 def expert(bench: Bench, config: DiTConfig, *, fp8: bool = False, seed: int = 0) -> WanDiT:
-    """An expert on the device in the dtypes in which it runs."""
+    """An expert on the device, in the dtypes of a run."""
     torch.manual_seed(seed)
     best = attention(bench).fn
     with torch.device("meta"):
@@ -72,7 +72,8 @@ def vae(bench: Bench) -> WanVAE:
 
 
 def text_encoder(bench: Bench) -> TextEncoder:
-    """With a tokenizer of some hundred tokens, and a table for these only: rows are looked up, not computed."""
+    """A text encoder with a tokenizer of a few hundred tokens and a table for these only: the table is looked up, not
+    computed."""
     with tempfile.TemporaryDirectory() as folder:
         vocabulary = write_tokenizer(Path(folder))
         tokenizer = load_tokenizer(folder)
@@ -89,7 +90,7 @@ def text_encoder(bench: Bench) -> TextEncoder:
 
 
 def write_tokenizer(folder: Path) -> int:
-    """A Unigram tokenizer that knows letters and bytes. Returns how many tokens it has."""
+    """Write a Unigram tokenizer for letters and bytes; return its number of tokens."""
     from tokenizers import Tokenizer, pre_tokenizers, processors
     from tokenizers.models import Unigram
 
@@ -104,7 +105,7 @@ def write_tokenizer(folder: Path) -> int:
 
 
 class Model:
-    """All parts on the device: as `offload.resident.Resident`, without files."""
+    """All parts on the device, like `offload.resident.Resident` but without files."""
 
     tiling = None
     plan: dict[str, Any] | None = None
@@ -130,10 +131,10 @@ class Model:
         yield self._vae
 
     def prepare(self, need: object) -> None:
-        """Nothing moves here."""
+        """Do nothing: no weights move."""
 
     def reduce_memory(self, stage: object) -> None:
-        """Nothing to give."""
+        """Do nothing: there is nothing to offload."""
 
     def use_loras(self, specs: Sequence[LoraSpec]) -> None:
         assert not specs, "random weights take no LoRAs"
@@ -144,7 +145,7 @@ class Model:
 
 
 def engine(bench: Bench, placement: Any, task: str) -> LoadedEngine:
-    """An engine around parts that exist."""
+    """An engine with these parts."""
     best = attention(bench)
     return LoadedEngine(
         config=EngineConfig(model_cls="wan2.2_moe_distill", task=task, device=bench.device.type),  # type: ignore[arg-type]

@@ -1,7 +1,8 @@
 """Whole runs of four steps with the weights on the device, swapped in place, or streamed block by block.
 
-What a plan costs is its denoising time less that of the resident run: copies that are hidden cost nothing. The switch
-of experts is what its step took beyond the same step of the resident run. Video writing is not included.
+The cost of a plan is its denoising time minus that of the resident run: hidden copies cost nothing. The stall of the
+switch of experts is the time of its step minus that of the same step in the resident run. Writing the video is not
+included.
 """
 
 from __future__ import annotations
@@ -57,7 +58,7 @@ def measure(bench: Bench, *, fp8: bool) -> None:
 
 
 class Watched(CudaCopies):
-    """Copies that know how long the computation waited for them."""
+    """Copies that measure how long the computation waited for them."""
 
     def __init__(self, device: torch.device) -> None:
         super().__init__(device)
@@ -95,7 +96,7 @@ def run_all(
     base: dict[str, Any] | None = None,
     copies: Copies | None = None,
 ) -> dict[str, Any]:
-    """Two runs; the second one is the warm one."""
+    """Run twice; the second run is the warm one."""
     video = request(bench, clip)
     with torch.inference_mode():
         for _ in range(2):
@@ -129,7 +130,7 @@ def run_all(
 
 
 def copy_rate(bench: Bench, placement: Offloaded, linears: str) -> None:
-    """Blocks from pinned host memory, alone: the first one, and the slowest and the fastest of all."""
+    """Time copies of blocks from pinned host memory: the first, the slowest and the fastest."""
     packed = [weights for (_, index), weights in placement._streamers["experts"].packed.items() if index >= 0]
     assert packed[0].host is not None
     target = torch.empty(len(packed[0].host), dtype=torch.uint8, device=bench.device)
@@ -145,7 +146,7 @@ def copy_rate(bench: Bench, placement: Offloaded, linears: str) -> None:
 
 
 def naive_switch(bench: Bench, model: Model) -> None:
-    """The way of `.to()`: one expert's blocks leave and the other's come while nothing runs; a few stand for all."""
+    """Exchange the experts with `.to()` while nothing runs, measured on a few blocks and scaled to all."""
     layers, few = bench.sizes.dit.num_layers, bench.sizes.few_layers
     blocks = model._experts["high"].blocks[:few]
     if bench.cuda:

@@ -1,7 +1,7 @@
-"""Several GPUs on one video: the same results, how much faster, and what happens when a process is killed.
+"""Several GPUs for one video: equality of results, speed, and the end of the group when a process is killed.
 
-What the processes do together is in ranks.py; torchrun starts it here on four devices and then on two, while a process
-of another group is killed on the devices that the two leave free. Three devices count as two.
+ranks.py holds what the processes measure. torchrun starts it on four devices and then on two; meanwhile a process of
+another group is killed on the free devices. With three devices two are used.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ def run(bench: Bench) -> None:
 
 
 def torchrun(bench: Bench, devices: list[int], *command: str, **more: Any) -> subprocess.Popen[str]:
-    """One process for each of these devices; on a CPU so many processes of one thread."""
+    """One process for each device; on a CPU, as many processes with one thread each."""
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
     if bench.cuda:
         environment["CUDA_VISIBLE_DEVICES"] = ",".join(map(str, devices))
@@ -60,7 +60,7 @@ def start(bench: Bench, devices: list[int], *, largest: bool) -> subprocess.Pope
 
 
 def kill(bench: Bench, devices: list[int]) -> None:
-    """kill -9 of one process in the middle of its work: seconds until the group has ended, and how."""
+    """Kill one process (-9) during its work; measure the seconds until the group has ended, and how it ended."""
     with tempfile.TemporaryDirectory() as folder:
         video = ["lightx2v.infer", "--preset", "demo_t2v_base", "--prompt", "a red ball", "--steps", "200"]
         video += ["--save_result_path", str(Path(folder) / "x.mp4")]

@@ -1,12 +1,12 @@
-"""The presets as they are, each in a process of its own: from its start to the closed mp4.
+"""The shipped presets, each in a process of its own, from its start to the closed mp4.
 
-The files are written first, at full size and with random weights, into memory where that is large enough; so loading
-is from the page cache. They take less room than the released ones: both experts, and both tasks, share the file with
-their blocks' matrices, which is written once and read once for each expert. Matrices are bf16 or FP8; the original
-models' files are float32 and twice as large. Runs of 40 steps are cut to two, if all of them are not wanted.
+First it writes the files at full size with random weights, into memory if that is large enough, so loading reads the
+page cache. They are smaller than the released files: both experts and both tasks share one file with the blocks'
+matrices, which is written once and read once per expert. Matrices are bf16 or FP8; the original models' files are
+float32 and twice as large. Runs of 40 steps are cut to two unless all are requested.
 
-Presets that are in the results already are not run again. With `--models` the files stay, so that another call, or one
-on another GPU at the same time, need not write them.
+Presets with results are not run again. With `--models` the files stay, so that another call, or one on another GPU at
+the same time, need not write them.
 """
 
 from __future__ import annotations
@@ -81,7 +81,7 @@ def run(bench: Bench) -> None:
 
 @contextmanager
 def models(bench: Bench) -> Iterator[Path]:
-    """The folder with the files, written now if they are not there."""
+    """The folder with the files; write them if they are missing."""
     kept = bench.wanted.models
     with nullcontext(kept) if kept else tempfile.TemporaryDirectory(dir=roomy()) as name:
         folder = Path(name)
@@ -99,7 +99,7 @@ def models(bench: Bench) -> Iterator[Path]:
 
 
 def fresh(bench: Bench, folder: Path, preset: str) -> None:
-    """One process, or one for each GPU, and a line for each video that was made."""
+    """Run one process, or one per GPU, and write a line for each video."""
     task, large, gpus = preset.partition("_")[0], "t2v_distill" not in preset, bench.wanted.gpus
     clip = bench.wanted.clip or list(bench.sizes.clips)[large]
     height, width, frames = bench.sizes.clips[clip]
@@ -137,7 +137,7 @@ def fresh(bench: Bench, folder: Path, preset: str) -> None:
 
 
 def main() -> None:
-    """The fresh process: what `python -m lightx2v.infer --preset` does, with a clock."""
+    """In the fresh process: do what `python -m lightx2v.infer --preset` does, and measure it."""
     from lightx2v.loading import preload
 
     preload.start()
@@ -192,13 +192,13 @@ def main() -> None:
 
 
 def roomy() -> Path | None:
-    """Memory that takes files, if it takes these; None for the usual folder."""
+    """A folder in memory if the files fit there, or else None."""
     memory = Path("/dev/shm")  # noqa: S108
     return memory if memory.is_dir() and shutil.disk_usage(memory).free > NEEDED else None
 
 
 def write_models(bench: Bench, folder: Path) -> None:
-    """What the presets name, below `folder`. The parts in FP8 are in folder/fp8, with links to them."""
+    """Write the files that the presets name below `folder`. FP8 parts are in folder/fp8, with links to them."""
     jobs = [
         *expert_files(bench, folder, fp8=False),
         *expert_files(bench, folder, fp8=True),
@@ -220,7 +220,7 @@ Job = tuple[Path, Mapping[str, Tensor]]
 
 
 def expert_files(bench: Bench, folder: Path, *, fp8: bool) -> Iterable[Job]:
-    """A folder for each expert of each task: a link to the one file of matrices, and a file of all else."""
+    """Make a folder for each expert of each task: a link to the shared file of matrices, and a file with the rest."""
     matrices = folder / ("fp8" if fp8 else "bf16") / "matrices.safetensors"
     for task, in_dim in (("t2v", bench.sizes.dit.in_dim), ("i2v", bench.sizes.in_dim_i2v)):
         if fp8 and task == "t2v":
@@ -253,7 +253,7 @@ def repeated(tensors: Mapping[str, Tensor], layers: int) -> dict[str, Tensor]:
 
 
 def lora_files(bench: Bench, folder: Path) -> Iterable[Job]:
-    """One file under the four names: pairs for all matrices of the blocks."""
+    """One LoRA file under the four names, with pairs for all matrices of the blocks."""
     pairs = {}
     for name, (out, into) in matrix_shapes(bench).items():
         stem = name.removesuffix(".weight")
@@ -275,7 +275,7 @@ def matrix_shapes(bench: Bench) -> dict[str, tuple[int, ...]]:
 
 
 def text_tensors(bench: Bench, vocabulary: int, *, fp8: bool) -> dict[str, Tensor]:
-    """The text encoder under the official names. The table is as long as released."""
+    """The text encoder under the official names, with a table of the released length."""
     sizes = bench.sizes.text
     rows = max(sizes.vocab, vocabulary)
     tensors = {"token_embedding.weight": torch.zeros(rows, sizes.width, dtype=torch.bfloat16)}

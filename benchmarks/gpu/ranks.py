@@ -1,7 +1,7 @@
-"""What the processes of one group measure together; parallel.py starts them.
+"""Measurements by the processes of one group; parallel.py starts them.
 
 Errors are relative: |difference| / |reference|, both norms over the whole tensor. Seconds are those of the slowest
-process, from a moment at which all are ready. Seconds of exchanges have in them that the processes wait for each other.
+process, from the moment at which all are ready. Seconds of exchanges include the waiting for other processes.
 """
 
 from __future__ import annotations
@@ -47,10 +47,11 @@ Layout = tuple[int, int]
 
 
 class Ranks(Bench):
-    """A Bench in which rank 0 alone writes, and a call is timed on all processes at once."""
+    """A Bench whose rank 0 alone writes and which times a call on all processes at once."""
 
     def __init__(self, group: ProcessGroup, results: Path, *, tiny: bool, largest: bool) -> None:
-        """`largest`: no group has more processes; it measures too what does not depend on their number."""
+        """`largest`: no other group has more processes, so this one also measures what does not depend on their
+        number."""
         super().__init__("parallel", results, tiny=tiny)
         self.group, self.device, self.largest = group, group.device, largest
 
@@ -69,7 +70,7 @@ class Ranks(Bench):
         self.group.all_true(True)
 
     def together(self, call: Callable[[], object], repeats: int, *, warm_up: int = 1) -> dict[str, Any]:
-        """`timed`, by the clock of the slowest process; and how long the fastest one took."""
+        """`timed` with the slowest process's seconds, and the fastest process's seconds."""
         taken = []
         for number in range(warm_up + (1 if self.tiny else repeats)):
             self.ready()
@@ -97,7 +98,7 @@ def relative(got: Tensor, expected: Tensor) -> float:
 
 @torch.inference_mode()
 def check_dit(bench: Ranks) -> None:
-    """Some blocks of full width, a number of tokens that four does not divide, two prompts."""
+    """Compare some blocks of full width with two prompts and a token count that four does not divide."""
     config = replace(bench.sizes.dit, num_layers=2 if bench.tiny else 4)
     shape = (16, 3, 6, 10) if bench.tiny else (16, 9, 60, 106)
     torch.manual_seed(1)
@@ -135,7 +136,7 @@ def check_dit(bench: Ranks) -> None:
 
 
 def narrowed(dit: WanDiT, dtype: torch.dtype) -> WanDiT:
-    """The same weights in every dtype: those of bf16."""
+    """The same weights in every dtype: the bf16 values."""
     for name, parameter in dit.named_parameters():
         parameter.data = parameter.data.to(parameter_dtype(name, torch.bfloat16)).to(parameter_dtype(name, dtype))
     return dit
@@ -147,7 +148,7 @@ def words(dtype: torch.dtype) -> str:
 
 @torch.inference_mode()
 def check_vae(bench: Ranks) -> None:
-    """Decoding and encoding in spatial shards against one process alone, without TF32."""
+    """Compare decoding and encoding in spatial shards with one process, without TF32."""
     shape = (16, 2, 11, 6) if bench.tiny else (16, 3, 62, 104)
     torch.manual_seed(2)
     latents = torch.randn(shape, device=bench.device)
@@ -175,7 +176,7 @@ def check_shards(bench: Ranks, coder: WanVAE, latents: Tensor, picture: Tensor, 
 
 
 def check_runs(bench: Ranks) -> None:
-    """The demo model's whole way, frames included, with LoRAs, 8-bit weights and streamed blocks."""
+    """Compare whole runs of the demo model with frames, with LoRAs, 8-bit weights and streamed blocks."""
     picture = str(PROJECT / "assets/demo/examples/blue_ball_beach.png")
     streamed = {"cpu_offload": True, "offload_granularity": "block"}
     exact = {"dtype": "fp32", "vae_dtype": "fp32"}
@@ -201,7 +202,7 @@ def check_runs(bench: Ranks) -> None:
 
 
 def run_everywhere(bench: Ranks, name: str, config: EngineConfig, request: Request) -> None:
-    """One request alone, in every process, and on every layout."""
+    """Run one request in each process alone, and then on every layout."""
     pipe = LightX2VPipeline()
     pipe._engine = load_here(config, None, "", None, None)
     alone = pipe.run(request, return_frames=True, return_latents=True)
@@ -233,7 +234,7 @@ def run_everywhere(bench: Ranks, name: str, config: EngineConfig, request: Reque
 
 @torch.inference_mode()
 def scale_forward(bench: Ranks) -> None:
-    """One forward of one prompt over all devices, and a guided step in every layout."""
+    """Time one forward of one prompt on all devices, and a guided step in every layout."""
     config = bench.sizes.dit
     dit = expert(bench, config)
     for number, clip in enumerate(bench.sizes.clips):
@@ -254,7 +255,7 @@ def scale_forward(bench: Ranks) -> None:
 
 
 def call_of(bench: Ranks, dit: WanDiT, clip: str, mesh: Mesh, branches: int) -> Callable[[], object]:
-    """A step of so many branches on the mesh; of one branch alone with 0."""
+    """A step with this number of branches on the mesh; with 0, one branch alone."""
     torch.manual_seed(0)
     latents = torch.randn(bench.sizes.latent(clip), device=bench.device)
     states = [torch.randn(bench.sizes.prompt, dit.config.text_dim, device=bench.device).to(bench.compute)]
@@ -304,7 +305,7 @@ def rates(bench: Ranks, clip: str, times: dict[str, Any], branches: int) -> dict
 
 @contextmanager
 def exchanges(bench: Ranks, split: Any, dit: WanDiT) -> Iterator[dict[str, float]]:
-    """Seconds that go into exchanges and into packing for them meanwhile; those of this process."""
+    """Measure this process's seconds in exchanges and in packing for them."""
     parts: dict[str, float] = {}
     if split is None:
         yield parts
@@ -323,7 +324,7 @@ def exchanges(bench: Ranks, split: Any, dit: WanDiT) -> Iterator[dict[str, float
 
 
 class Clock:
-    """How long calls of several kinds take on the device, one after another."""
+    """Add up the device time of several kinds of calls."""
 
     def __init__(self, bench: Bench) -> None:
         self._cuda = bench.cuda
@@ -381,7 +382,7 @@ def scale_vae(bench: Ranks) -> None:
 
 @torch.inference_mode()
 def load(bench: Ranks) -> None:
-    """An expert of some blocks from a file in the page cache: alone, and read by rank 0 for all."""
+    """Load an expert of some blocks from the page cache: alone, and with rank 0 reading for all."""
     if not bench.largest:
         return
     config: DiTConfig = replace(bench.sizes.dit, num_layers=bench.sizes.few_layers)

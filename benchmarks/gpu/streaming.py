@@ -1,8 +1,8 @@
-"""What it costs a forward that blocks come from host memory: the same forwards in turns, with all blocks on the device
-and with fewer of them.
+"""The cost of streaming blocks from host memory: the same forwards in turns, with all blocks on the device and with
+fewer.
 
-A card's clock changes with its warmth, and streaming costs little; so every round has all ways, once in this order and
-once in the other, and ratios are within a round. `waited` is what the computation waited for copies in one forward.
+A GPU's clock changes with its temperature, and streaming costs little. So every round runs all ways, once in each
+order, and ratios are taken within a round. `waited` is how long the computation waited for copies in one forward.
 """
 
 from __future__ import annotations

@@ -62,7 +62,7 @@ def runs(lines: list[Line]) -> str:
 
 
 def attention(lines: list[Line]) -> str:
-    """Of the newest run alone: a card's clock is not the same every day."""
+    """Uses the newest run alone: a GPU's clock differs from day to day."""
     starts = [n for n, line in enumerate(lines) if (line["section"], line["name"]) == ("attention", "start")]
     found = last(lines[starts[-1] :] if starts else [], "attention", "kernel")
     rows = [
@@ -255,7 +255,7 @@ TUTORIAL = {
 
 
 def presets(lines: list[Line]) -> str:
-    """Of each preset; and after it the same at another size or on several GPUs, to which the tutorial has no number."""
+    """One row per preset, followed by its runs at other sizes or on several GPUs, which the tutorial does not have."""
     found = {line["name"]: line for line in last(lines, "presets", "stages")}
     cold_runs = [line for name, line in found.items() if name.endswith(", cold")]
     rows = []
@@ -289,7 +289,7 @@ def demo(lines: list[Line]) -> str:
 
 
 def parallel(lines: list[Line]) -> str:
-    """All that several GPUs were measured to do together."""
+    """All measurements with several GPUs."""
     alone = {
         (line["clip"], line.get("coder")): line["seconds"]
         for line in last(lines, "parallel", "layout")
@@ -387,7 +387,7 @@ PARTS: tuple[Callable[[list[Line]], str], ...] = (
 
 
 def not_run(lines: list[Line]) -> str:
-    """Sections of which no run came to its end, and the presets of which none did."""
+    """Sections and presets without a finished run."""
     ended = {line["section"] for line in lines if line["name"] == "end"}
     begun = {line["section"] for line in lines}
     found = {line["preset"] for line in last(lines, "presets", "stages") if not line.get("where")}
@@ -414,7 +414,7 @@ def cpu_table(path: Path) -> str:
 
 
 def last(lines: list[Line], section: str, key: str) -> list[Line]:
-    """The lines of a section that have `key`, the last one of each name."""
+    """The last line of each name in a section, among lines that have `key`."""
     found = {line["name"]: line for line in lines if line["section"] == section and key in line}
     return list(found.values())
 
@@ -436,7 +436,7 @@ def thousands(value: int) -> str:
 
 
 def number(value: float) -> str:
-    """Three digits that count, without an exponent."""
+    """Three significant digits, without an exponent."""
     return f"{value:.0f}" if abs(value) >= 100 else f"{value:.1f}" if abs(value) >= 10 else f"{value:.3g}"
 
 

@@ -1,7 +1,7 @@
 """One forward against diffusers' WanTransformer3DModel: the same weights and inputs, taking turns.
 
-diffusers runs as it comes, and once more with the attention kernel that we use. Its weights are bf16 with the parts in
-float32 that its own loader keeps there. It embeds the prompt inside the forward, we once for all steps.
+diffusers runs with its defaults, and again with our attention kernel. Its weights are bf16, except the parts that its
+own loader keeps in float32. It embeds the prompt in every forward; we do it once for all steps.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ def run(bench: Bench) -> None:
 
 
 def compare(bench: Bench, clip: str, calls: dict[str, Callable[[], Tensor]]) -> None:
-    """Turn by turn; a ratio is the median of those within a round. The first clip's first round only warms up."""
+    """Run both in turns; a ratio is the median over rounds. The first clip's first round only warms up."""
     made: dict[str, Tensor] = {}
     peaks: dict[str, dict[str, int]] = {}
     taken: dict[str, list[float]] = {who: [] for who in calls}
