@@ -1,9 +1,9 @@
-"""python -m lightx2v.download: the model files of a preset, before they are needed.
+"""python -m lightx2v.download: download the model files of a preset before they are needed.
 
-    python -m lightx2v.download t2v_distill_lora --dry_run      what it takes: names, bytes, free disk
-    python -m lightx2v.download t2v_distill_lora                the download; start it again after any break
+    python -m lightx2v.download t2v_distill_lora --dry_run      names, bytes and free disk space
+    python -m lightx2v.download t2v_distill_lora                the download; start it again after an interruption
 
-Exit codes: 0 all is here, 1 failed, 2 bad usage, 130 interrupted (Ctrl-C), 143 terminated.
+Exit codes: 0 all files are here, 1 failed, 2 bad usage, 130 interrupted (Ctrl-C), 143 terminated.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from .progress import Meter
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Runs the command line and returns its exit code."""
+    """Run the command line and return its exit code."""
     stopped = "Stopped. The downloaded bytes are kept: run this again to continue from there."
     return run_command(_parser(), _run, argv, stopped=stopped)
 
@@ -39,7 +39,7 @@ def _run(options: argparse.Namespace, context: CommandContext) -> int:
     print(_table(plan))
     if plan.unavailable:
         raise DownloadError(
-            f"{len(plan.unavailable)} of these are neither on this machine nor names on the Hub: "
+            f"{len(plan.unavailable)} of these files are neither on this machine nor on the Hub: "
             f"{', '.join(plan.unavailable)}. Check model_path and --models_dir."
         )
     if options.dry_run:
@@ -54,7 +54,7 @@ def _run(options: argparse.Namespace, context: CommandContext) -> int:
 
 
 def _table(plan: DownloadPlan) -> str:
-    """What is needed: bytes, whether it is here, name; then the sums."""
+    """One row for each needed file: bytes, state and name. Then the sums."""
     rows = [(f"{size:,}", "here", name) for name, size in plan.present]
     rows += [("", "missing", name) for name in plan.unavailable]
     for file in plan.files:
@@ -70,14 +70,14 @@ def _table(plan: DownloadPlan) -> str:
 def _parser() -> ArgumentParser:
     parser = ArgumentParser(
         prog="python -m lightx2v.download",
-        description="Downloads the model files that a preset needs and this machine lacks, into the cache that all "
-        "Hugging Face programs share. HF_HOME, HF_ENDPOINT, HF_TOKEN and HF_HUB_OFFLINE are respected.",
-        epilog="Exit codes: 0 all is here, 1 failed, 2 bad usage, 130 interrupted, 143 terminated.",
+        description="Downloads the missing model files of a preset into the cache that all Hugging Face programs share. "
+        "Follows HF_HOME, HF_ENDPOINT, HF_TOKEN and HF_HUB_OFFLINE.",
+        epilog="Exit codes: 0 all files are here, 1 failed, 2 bad usage, 130 interrupted, 143 terminated.",
         allow_abbrev=False,
     )
-    parser.add_argument("preset", nargs="?", metavar="PRESET", help="its name or a JSON file; without it: the list")
-    parser.add_argument("--models_dir", metavar="FOLDER", help="where files are looked for first; nothing is put there")
-    parser.add_argument("--dry_run", action="store_true", help="print what it takes, and fetch nothing")
+    parser.add_argument("preset", nargs="?", metavar="PRESET", help="a preset's name or a JSON file; without it, list the presets")
+    parser.add_argument("--models_dir", metavar="FOLDER", help="look for files there first; nothing is written there")
+    parser.add_argument("--dry_run", action="store_true", help="print the files and sizes, and download nothing")
     parser.add_argument("--verbose", action="store_true", help="log more")
     return parser
 

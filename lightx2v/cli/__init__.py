@@ -1,1 +1,1 @@
-"""What the command lines share: flags, terminal output and signals."""
+"""Command lines: flags, terminal output, signals and exit codes."""

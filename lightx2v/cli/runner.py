@@ -1,9 +1,9 @@
 """Run one command line: parse its flags, show log and progress, handle signals, return the exit code.
 
-def main(argv: Sequence[str] | None = None) -> int:
-    return run_command(_parser(), _run, argv, stopped="Stopped; no video was written.")
+    def main(argv: Sequence[str] | None = None) -> int:
+        return run_command(_parser(), _run, argv, stopped="Stopped; no video was written.")
 
-def _run(options: argparse.Namespace, context: CommandContext) -> int: ...
+The second argument is the command's body. It gets the parsed flags and a CommandContext, and returns the exit code.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ log = logging.getLogger("lightx2v.cli")
 
 @dataclass(frozen=True, slots=True)
 class CommandContext:
-    """What a command's body works with: its environment variables, its progress line and its signals."""
+    """The environment variables, the progress line and the signals of a command."""
 
     environment: Environment
     progress: ProgressLine
@@ -35,7 +35,6 @@ class CommandContext:
 
 
 Body = Callable[[argparse.Namespace, CommandContext], int]
-"""The work of a command. It returns the exit code."""
 
 
 def run_command(parser: ArgumentParser, body: Body, argv: Sequence[str] | None = None, *, stopped: str = "") -> int:

@@ -17,16 +17,16 @@ ECHO = 3.0
 
 
 class Interrupted(KeyboardInterrupt):
-    """Not KeyboardInterrupt itself: Python ends as if by Ctrl-C, whatever the exit code, once one of those has passed
-    through a module that runs Python from C, as torch does while it is imported."""
+    """Raised by a signal. Not KeyboardInterrupt itself: after one has passed through a module that runs Python from C,
+    as torch does while it is imported, Python ends with Ctrl-C's exit code, whatever the program returns."""
 
 
 class Interrupts:
-    """Ctrl-C and SIGTERM while the block runs. Inside `cancelling` the first one asks the run to stop, which cleans up
-    behind itself; anywhere else, and on the second one, it stops at once as a KeyboardInterrupt.
+    """Handles Ctrl-C and SIGTERM while the block runs.
 
-    What comes within `echo` seconds of the first one is that one again: torchrun passes on to its processes what the
-    terminal has sent them already.
+    Inside `cancelling`, the first signal cancels the run, which then cleans up after itself. Anywhere else, and on the
+    second signal, the handler raises a KeyboardInterrupt. Signals within `echo` seconds of the first one are ignored:
+    torchrun passes on to its processes what the terminal has already sent them.
     """
 
     def __init__(self, *, echo: float = 0.0) -> None:
@@ -34,22 +34,22 @@ class Interrupts:
         self._echo = echo
         self._number = int(signal.SIGINT)
         self._first: float | None = None
-        self._patient = False
+        self._cancelling = False
         self._before: dict[signal.Signals, Any] = {}
 
     @property
     def exit_code(self) -> int:
-        """What a shell expects of a program that a signal ended: 130 or 143."""
+        """A shell's exit code for a program that a signal ended: 130 or 143."""
         return 128 + self._number
 
     @contextmanager
     def cancelling(self) -> Iterator[CancelToken]:
-        """While the block runs, the first signal only sets the token, which the block has to heed."""
-        self._patient = True
+        """While the block runs, the first signal only sets the token. The block must check it."""
+        self._cancelling = True
         try:
             yield self.token
         finally:
-            self._patient = False
+            self._cancelling = False
 
     def __enter__(self) -> Self:
         if threading.current_thread() is threading.main_thread():
@@ -67,5 +67,5 @@ class Interrupts:
             return
         self._first, self._number = first or now, number
         self.token.cancel()
-        if first is not None or not self._patient:
+        if first is not None or not self._cancelling:
             raise Interrupted

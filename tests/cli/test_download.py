@@ -160,7 +160,7 @@ def test_a_path_that_is_nowhere_is_an_error(server: HubServer, tmp_path: Path) -
     settings = tmp_path / "settings.json"
     settings.write_text('{"task": "i2v", "model_path": "' + str(tmp_path / "models") + '"}')
     done = download(environment(server, tmp_path / "home"), str(settings))
-    assert done.returncode == 1 and "missing" in done.stdout and "neither on this machine nor" in done.stderr
+    assert done.returncode == 1 and "missing" in done.stdout and "neither on this machine nor on the Hub" in done.stderr
 
 
 def _written(path: Path, data: bytes) -> Path:
