@@ -70,12 +70,14 @@ def _table(plan: DownloadPlan) -> str:
 def _parser() -> ArgumentParser:
     parser = ArgumentParser(
         prog="python -m lightx2v.download",
-        description="Downloads the missing model files of a preset into the cache that all Hugging Face programs share. "
-        "Follows HF_HOME, HF_ENDPOINT, HF_TOKEN and HF_HUB_OFFLINE.",
+        description="Downloads the missing model files of a preset into the cache that all Hugging Face programs "
+        "share. Follows HF_HOME, HF_ENDPOINT, HF_TOKEN and HF_HUB_OFFLINE.",
         epilog="Exit codes: 0 all files are here, 1 failed, 2 bad usage, 130 interrupted, 143 terminated.",
         allow_abbrev=False,
     )
-    parser.add_argument("preset", nargs="?", metavar="PRESET", help="a preset's name or a JSON file; without it, list the presets")
+    parser.add_argument(
+        "preset", nargs="?", metavar="PRESET", help="a name or a JSON file; without it, list the presets"
+    )
     parser.add_argument("--models_dir", metavar="FOLDER", help="look for files there first; nothing is written there")
     parser.add_argument("--dry_run", action="store_true", help="print the files and sizes, and download nothing")
     parser.add_argument("--verbose", action="store_true", help="log more")

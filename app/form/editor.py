@@ -14,8 +14,8 @@ from PIL import Image
 from lightx2v.config.recorded_settings import PICTURES
 from lightx2v.config.request import IMAGES, MAX_SIDE, Request
 from lightx2v.errors import LightX2VError
-from lightx2v.media.framing import frame_picture
-from lightx2v.media.images import DECODING, load_image
+from lightx2v.media.framing import framing_of
+from lightx2v.media.images import DECODE_LOCK, load_image
 
 from ..backend.studio import Studio, settings_of
 from ..backend.zerogpu import reserved_seconds
@@ -190,10 +190,10 @@ def _crop(language: str, path: str | None, height: Any, width: Any, mode: str | 
     words = Words(language)
     if not path or not all(isinstance(side, int) and 0 < side <= MAX_SIDE for side in (height, width)):
         return panels.crop_preview(words, None, None)
-    with DECODING:
+    with DECODE_LOCK:
         try:
             picture = load_image(path)
-            framing = frame_picture(picture.size, height, width, mode)
+            framing = framing_of(picture.size, height, width, mode)
         except LightX2VError as error:
             return panels.problem(str(error))
         return panels.crop_preview(words, picture, framing)

@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..media.framing import Framing, frame_picture
+from ..media.framing import Framing, framing_of
 from ..models.causal_conv import SpatialSplit
 from ..models.tiling import Tiling
 from ..models.vae import WanVAE
@@ -37,12 +37,12 @@ def prepare_images(
     The first image decides the size of the video. A last image of another size is cropped at its centre: stretching it
     like the first one would make the subject change its shape during the clip.
     """
-    framing = frame_picture(_size(first), height, width, mode)
+    framing = framing_of(_size(first), height, width, mode)
     first_CHW = to_pixels(first, framing)
     if last is None:
         return first_CHW, None
     if _size(last) != _size(first):
-        framing = frame_picture(_size(last), framing.height, framing.width, "crop")
+        framing = framing_of(_size(last), framing.height, framing.width, "crop")
     return first_CHW, to_pixels(last, framing)
 
 

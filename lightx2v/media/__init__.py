@@ -1,1 +1,1 @@
-"""Images in, mp4 files out."""
+"""Read images, write mp4 files."""

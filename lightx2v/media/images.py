@@ -1,7 +1,7 @@
-"""Pictures in and out: what a person uploads becomes a clean RGB image or a BadRequest, never a surprise.
+"""Input images from users: an upload becomes a clean RGB image or a BadRequest, never another error.
 
-`load_image` decides by content, not by name, and only ever decodes JPEG, PNG and WebP. The size is checked from the
-header before a pixel is decoded, because 400 kB of PNG can hold 400 MB of picture.
+`load_image` goes by the content, not by the name, and only decodes JPEG, PNG and WebP. It checks the size from the
+header before it decodes a pixel, because 400 kB of PNG can hold an image of 400 MB.
 """
 
 from __future__ import annotations
@@ -22,14 +22,14 @@ FORMATS = ("JPEG", "PNG", "WEBP")
 MAX_BYTES = 20 * 2**20
 MAX_PIXELS = 64_000_000
 """Above the 50 megapixels of phone cameras; at most 256 MB while an image with alpha is decoded."""
-DECODING = threading.Lock()
-"""Held by what decodes a picture for somebody who waits and drops it again: a quarter of a gigabyte at a time."""
+DECODE_LOCK = threading.Lock()
+"""Held while an image is decoded only to check or preview it: a quarter of a gigabyte at a time."""
 MIN_SIDE = 16
 MAX_RATIO = 10
 
 _BROKEN = (OSError, ValueError, SyntaxError, EOFError, TypeError, IndexError, KeyError, OverflowError)
 _BROKEN += (struct.error, zlib.error, MemoryError)
-"""What Pillow's decoders raise on damaged files."""
+"""The errors that Pillow's decoders raise on damaged files."""
 
 _ORIENTATION = 0x0112
 _TRANSPOSE = {
@@ -44,16 +44,18 @@ _TRANSPOSE = {
 
 
 def load_image(source: str | Path | bytes) -> Image.Image:
-    """The first frame of a JPEG, PNG or WebP as RGB: turned as its EXIF says, transparency on white, 16 bits scaled."""
+    """The first frame of a JPEG, PNG or WebP as RGB: rotated by its EXIF, transparency on white, 16 bits scaled."""
     data = source if isinstance(source, bytes) else _read(Path(source).expanduser())
     if len(data) > MAX_BYTES:
-        raise BadRequest(f"The image is {len(data) / 2**20:.1f} MB; at most {MAX_BYTES / 2**20:.0f} MB are taken.")
+        raise BadRequest(f"The image is {len(data) / 2**20:.1f} MB; at most {MAX_BYTES / 2**20:.0f} MB are accepted.")
     try:
         image = Image.open(io.BytesIO(data), formats=FORMATS)
     except Image.UnidentifiedImageError:
-        raise BadRequest("This file is not a picture we read: JPEG, PNG or WebP only.") from None
+        raise BadRequest("The file is not an image that can be read: JPEG, PNG or WebP only.") from None
     except (Image.DecompressionBombError, Image.DecompressionBombWarning):
-        raise BadRequest(f"The image has too many pixels; at most {MAX_PIXELS / 1e6:.0f} million are taken.") from None
+        raise BadRequest(
+            f"The image has too many pixels; at most {MAX_PIXELS / 1e6:.0f} million are allowed."
+        ) from None
     except _BROKEN:
         raise _broken() from None
     _check_size(image.width, image.height)
@@ -65,9 +67,9 @@ def load_image(source: str | Path | bytes) -> Image.Image:
 
 
 def store_image(source: str | Path | bytes, stem: Path) -> Path:
-    """Checks a picture as `load_image` does and keeps its bytes as `stem` plus its own suffix."""
+    """Check an image with `load_image` and store its bytes as `stem` plus the suffix of its format."""
     data = source if isinstance(source, bytes) else _read(Path(source))
-    with DECODING:
+    with DECODE_LOCK:
         load_image(data)
     suffix = ".png" if data.startswith(b"\x89PNG") else ".webp" if data.startswith(b"RIFF") else ".jpg"
     target = stem.with_name(stem.name + suffix)
@@ -79,9 +81,9 @@ def store_image(source: str | Path | bytes, stem: Path) -> Path:
     return target
 
 
-def jpeg(picture: Image.Image | Any, *, max_side: int | None = None) -> bytes:
-    """A picture, or a uint8 (H, W, 3) array, as JPEG bytes, made smaller where a side is longer than `max_side`."""
-    image = picture if isinstance(picture, Image.Image) else Image.fromarray(np.asarray(picture))
+def jpeg(source: Image.Image | Any, *, max_side: int | None = None) -> bytes:
+    """An image, or a uint8 (H, W, 3) array, as JPEG bytes; smaller where a side is longer than `max_side`."""
+    image = source if isinstance(source, Image.Image) else Image.fromarray(np.asarray(source))
     if max_side is not None and max(image.size) > max_side:
         image = image.copy()
         image.thumbnail((max_side, max_side))
@@ -92,7 +94,7 @@ def jpeg(picture: Image.Image | Any, *, max_side: int | None = None) -> bytes:
 
 def _read(path: Path) -> bytes:
     try:
-        if not path.is_file():  # a folder; or a pipe or a device, which could be read for ever
+        if not path.is_file():  # a folder; or a pipe or a device, which may never end
             raise BadRequest(f"There is no image file {short_path(path)}.")
         with path.open("rb") as file:
             return file.read(MAX_BYTES + 1)
@@ -105,7 +107,7 @@ def _check_size(width: int, height: int) -> None:
     if width * height > MAX_PIXELS:
         raise BadRequest(
             f"The image is {width}x{height}, {width * height / 1e6:.0f} million pixels; "
-            f"at most {MAX_PIXELS / 1e6:.0f} million are taken. Make it smaller first."
+            f"at most {MAX_PIXELS / 1e6:.0f} million are accepted. Make it smaller first."
         )
     if min(width, height) < MIN_SIDE:
         raise BadRequest(f"The image is {width}x{height}; each side must have at least {MIN_SIDE} pixels.")
@@ -116,19 +118,19 @@ def _check_size(width: int, height: int) -> None:
 
 
 def _broken() -> BadRequest:
-    return BadRequest("The image is damaged or incomplete. Save it again as JPEG or PNG and try that.")
+    return BadRequest("The image is damaged or incomplete. Save it again as JPEG or PNG, and use that file.")
 
 
 def _upright(image: Image.Image) -> Image.Image:
     try:
         orientation = image.getexif().get(_ORIENTATION)
-    except _BROKEN:  # the picture is fine, its EXIF is not: show it as stored
+    except _BROKEN:  # the pixels are fine, only the EXIF is not
         return image
     return image.transpose(_TRANSPOSE[orientation]) if orientation in _TRANSPOSE else image
 
 
 def _to_rgb(image: Image.Image) -> Image.Image:
-    if image.mode.startswith("I"):  # 16-bit grey; Pillow's own conversion clips at 255 instead of scaling
+    if image.mode.startswith("I"):  # 16-bit grey: Pillow's own conversion clips at 255 instead of scaling
         grey = np.asarray(image, dtype=np.float32) / 257
         image = Image.fromarray(np.round(grey).clip(0, 255).astype(np.uint8))
     if image.has_transparency_data:

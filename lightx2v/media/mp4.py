@@ -1,7 +1,7 @@
-"""What an mp4 file says about itself, read from its boxes: size, rate, number of frames, and the settings inside.
+"""Read an mp4 file's boxes: size, rate, number of frames, and the settings of the run that made it.
 
-No decoder is involved, lengths are checked and what is read is bounded, so this is safe on a file from anywhere.
-An mp4 is a row of boxes `length(4) type(4) content`, some of which hold boxes (ISO/IEC 14496-12); what we look for:
+There is no decoder, every length is checked and every read is bounded, so this is safe on a file from anywhere. An mp4
+is a row of boxes `length(4) type(4) content`, and some boxes hold boxes (ISO/IEC 14496-12). The ones read here:
 
     moov ┬ udta/meta/ilst/©cmt/data                 the comment: {"lightx2v": settings} as JSON
          └ trak/mdia ┬ hdlr mdhd                    "vide", ticks per second
@@ -41,7 +41,7 @@ class VideoInfo:
 
 
 def probe(path: str | Path) -> VideoInfo:
-    """Size, rate and length of the first video track; BadRequest where there is none."""
+    """Size, rate and length of the first video track. BadRequest where there is none."""
     moov = _read_moov(Path(path))
     try:
         for kind, trak in _children(moov):
@@ -49,20 +49,23 @@ def probe(path: str | Path) -> VideoInfo:
                 return _track_info(trak)
     except (struct.error, ValueError):
         raise _not_mp4(path) from None
-    raise BadRequest(f"{Path(path).name} holds no video.")
+    raise BadRequest(f"{Path(path).name} holds no video. Give an mp4 file that LightX2V Studio made.")
 
 
 def read_settings(path: str | Path) -> dict[str, Any]:
-    """The settings VideoWriter put into the file; BadRequest where there are none."""
+    """The settings that VideoWriter put into the file. BadRequest where there are none."""
     moov = _read_moov(Path(path))
     try:
         meta = _find(moov, b"udta", b"meta")
         comment = bytes(_find(meta[4:], b"ilst", _COMMENT, b"data")[8:])
         settings = json.loads(comment)[SETTINGS_KEY]
     except (struct.error, ValueError, KeyError, TypeError, RecursionError):
-        raise BadRequest(f"{Path(path).name} holds no settings of ours; was it saved by another program?") from None
+        raise BadRequest(
+            f"{Path(path).name} holds no settings. Give an mp4 file as LightX2V Studio wrote it; other programs drop "
+            "the settings when they save a video."
+        ) from None
     if not isinstance(settings, dict):
-        raise BadRequest(f"The settings in {Path(path).name} are not an object.")
+        raise BadRequest(f"The settings in {Path(path).name} are damaged: expected a JSON object.")
     return settings
 
 
@@ -96,7 +99,7 @@ def _read_moov(path: Path) -> memoryview:
 
 
 def _next_box(file: IO[bytes]) -> tuple[bytes, int]:
-    """Type and length of the content; struct.error at the end of the file."""
+    """Type and content length of the next box. struct.error at the end of the file."""
     length, kind = struct.unpack(">I4s", file.read(8))
     if length == 1:
         (length,) = struct.unpack(">Q", file.read(8))
@@ -121,7 +124,7 @@ def _children(data: memoryview) -> Iterator[tuple[bytes, memoryview]]:
 
 
 def _find(data: memoryview, *path: bytes) -> memoryview:
-    """The first box at `path` below `data`; ValueError where there is none."""
+    """The first box at `path` below `data`. ValueError where there is none."""
     for wanted in path:
         data = next((child for kind, child in _children(data) if kind == wanted), memoryview(b""))
         if not data:
@@ -130,4 +133,4 @@ def _find(data: memoryview, *path: bytes) -> memoryview:
 
 
 def _not_mp4(path: str | Path) -> BadRequest:
-    return BadRequest(f"{Path(path).name} is not a complete mp4 file.")
+    return BadRequest(f"{Path(path).name} is not a complete mp4 file. Copy or download it again.")

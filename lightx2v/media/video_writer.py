@@ -1,14 +1,14 @@
-"""Frames to mp4 and back: streamed to ffmpeg, verified, renamed into place; the settings travel inside the file.
+"""Write frames as an mp4 through ffmpeg: streamed, verified, renamed into place, with the run's settings inside.
 
     with VideoWriter("video.mp4", width, height, fps, settings={...}) as writer:
         for frames in vae.decode(latents):
             writer.write(frames)            # uint8 (T, H, W, 3); ffmpeg encodes while the next ones are decoded
 
-The file appears under its name only when the block ended without an error and the video was read back: right size,
-rate and number of frames. ffmpeg works in a folder of its own beside the target, under names we choose, so a target
-called `-vf.mp4` or `a%03d.mp4` means nothing to it, and what is left of a run that failed is one folder to remove.
+The file appears under its name only after the block has ended without an error and the video reads back with the right
+size, rate and number of frames. ffmpeg works in its own folder beside the target, under names that we choose. So a
+target called `-vf.mp4` or `a%03d.mp4` means nothing to ffmpeg, and a failed run leaves one folder to remove.
 
-ffmpeg is only ever given files that we wrote; what an upload says about itself is read by mp4.py.
+ffmpeg only opens files that we wrote. mp4.py reads uploads.
 """
 
 from __future__ import annotations
@@ -40,15 +40,15 @@ from .mp4 import SETTINGS_KEY, VideoInfo, probe, read_settings
 __all__ = ["VideoInfo", "VideoWriter", "check_output_path", "ffmpeg", "probe", "read_frame", "read_settings"]
 
 WORK_PREFIX = ".lightx2v-"
-"""Name of the folder a writer works in; one that is left was left by a process that was killed."""
+"""Prefix of a writer's working folder. A folder that stays behind is from a killed process."""
 STALL_SECONDS = 120.0
-"""ffmpeg takes a frame in milliseconds; one that takes none for this long hangs."""
+"""ffmpeg takes a frame in milliseconds. If it takes none for this long, it hangs."""
 
-# CRF 18 cannot be told from the frames by eye (LightX2V uses 23, where flat gradients band). Four threads, as there:
-# x264's output depends on the number of threads, and the same frames should give the same file on every machine.
-# The colours are converted to BT.709 and tagged so, because players take an untagged video for 601 or 709 by its size.
-# `setparams` tags the frames. New versions of ffmpeg take the tags of the stream and of the `colr` atom from there, and
-# ignore the output options -color_primaries and -color_trc; older versions take them from there too.
+# At CRF 18 the eye cannot tell the video from the frames (LightX2V uses 23, where flat gradients band). Four threads as
+# in LightX2V: x264's output depends on their number, and the same frames should give the same file on every machine.
+# The colours are converted to BT.709 and tagged so: players guess 601 or 709 for untagged video from its size.
+# `setparams` tags the frames. All versions of ffmpeg take the tags of the stream and of the `colr` atom from the
+# frames; new ones ignore the output options -color_primaries and -color_trc.
 FILTERS = (
     "scale=in_range=pc:out_range=tv:out_color_matrix=bt709:flags=accurate_rnd+full_chroma_int+bicubic",
     "setparams=range=tv:color_primaries=bt709:color_trc=bt709:colorspace=bt709",
@@ -61,9 +61,9 @@ ENCODER = (
 
 
 def check_output_path(path: str | Path, *, force: bool = False) -> Path:
-    """The absolute path a video may be written to, or an error before any work is done.
+    """The absolute path for a new video. Raises before any work is done where the video could not be written.
 
-    A folder that takes no files and an ffmpeg that is not there are found here too, and not after the last step.
+    This includes a folder that is not writable and a missing ffmpeg.
     """
     target = _free_name(path, force=force)
     ffmpeg()
@@ -77,19 +77,19 @@ def check_output_path(path: str | Path, *, force: bool = False) -> Path:
 def _free_name(path: str | Path, *, force: bool) -> Path:
     name = os.fspath(path)
     if not name or "\0" in name:
-        raise BadRequest("The output needs a file name without NUL characters.")
+        raise BadRequest("The output's file name is empty or has a NUL character. Give a name such as video.mp4.")
     target = Path(name).absolute()
     if len(os.fsencode(target.name)) > 255:
-        raise BadRequest(f"The output's name is {len(os.fsencode(target.name))} bytes long; at most 255 are possible.")
+        raise BadRequest(f"The output's name is {len(os.fsencode(target.name))} bytes long; at most 255 are allowed.")
     try:
         if target.is_dir():
             raise BadRequest(f"The output {short_path(target)} is a folder; give a file name such as video.mp4.")
-        if target.exists() and not target.is_file():  # --force as root would put a video in place of /dev/null
+        if target.exists() and not target.is_file():  # --force as root would replace /dev/null by a video
             raise BadRequest(
                 f"The output {short_path(target)} is a device or a pipe; give a file name such as video.mp4."
             )
         if target.exists() and not force:
-            raise BadRequest(f"{short_path(target)} exists already. Choose another name, or force overwriting it.")
+            raise BadRequest(f"{short_path(target)} exists already. Choose another name, or force overwriting.")
         if not target.parent.is_dir():
             raise OutputError(f"There is no folder {short_path(target.parent)} to write the video to. Create it first.")
     except OSError as error:
@@ -98,11 +98,11 @@ def _free_name(path: str | Path, *, force: bool) -> Path:
 
 
 class VideoWriter:
-    """Writes uint8 frames as H.264 mp4: `write` as often as you like, then `close`, which makes the file appear.
+    """Writes uint8 frames as an H.264 mp4: any number of calls of `write`, then `close`, which makes the file appear.
 
-    `abort` instead of `close` leaves nothing; as a context manager it does the right one of the two. A set `cancel`
-    ends a `write` or `close` within a tenth of a second. Memory is bounded: `write` returns when ffmpeg has taken
-    the frames. `settings` is any JSON-able dict; None writes no metadata.
+    `abort` instead of `close` leaves no file. As a context manager, the writer calls the right one of the two. A set
+    `cancel` ends a `write` or `close` within a tenth of a second. Memory is bounded: `write` returns when ffmpeg has
+    taken the frames. `settings` is a dict for JSON; None writes no metadata.
     """
 
     def __init__(
@@ -151,21 +151,21 @@ class VideoWriter:
             self.abort()
 
     def write(self, frames: np.ndarray) -> None:
-        """Takes uint8 (T, H, W, 3) frames."""
+        """Encode uint8 (T, H, W, 3) frames."""
         if frames.dtype != np.uint8 or frames.ndim != 4 or frames.shape[1:] != (self._height, self._width, 3):
             raise ValueError(f"expected uint8 (T, {self._height}, {self._width}, 3), got {frames.dtype} {frames.shape}")
         self._feed(np.ascontiguousarray(frames).data.cast("B"))
         self.frames += len(frames)
 
     def close(self) -> None:
-        """Ends the video, reads it back and gives it its name. On any error nothing is left."""
+        """Finish the video, read it back and give it its name. Any error leaves no file."""
         try:
             self._finish()
         finally:
             self.abort()
 
     def abort(self) -> None:
-        """Ends ffmpeg and removes all it wrote; a finished video has moved out already. Any number of times."""
+        """End ffmpeg and remove its folder; a finished video is no longer in it. May be called again."""
         if self._process is not None:
             if self._process.poll() is None:
                 self._process.kill()
@@ -185,7 +185,7 @@ class VideoWriter:
         command = [ffmpeg(), "-hide_banner", "-loglevel", "error", "-nostats", "-y"]
         command += ["-f", "rawvideo", "-pix_fmt", "rgb24", "-video_size", f"{self._width}x{self._height}"]
         command += ["-framerate", str(self._fps), "-i", "pipe:0"]
-        if self._settings is not None:  # a file, not an argument: prompts do not belong in the list of processes
+        if self._settings is not None:  # a file and not an argument: `ps` shows arguments, and prompts are private
             (folder / "settings.txt").write_bytes(_ffmetadata(self._settings))
             command += ["-f", "ffmetadata", "-i", "settings.txt", "-map_metadata", "1"]
         command += ["-map", "0:v", *ENCODER, "video.mp4"]
@@ -195,13 +195,13 @@ class VideoWriter:
             stdin=subprocess.PIPE,
             stdout=subprocess.DEVNULL,
             stderr=subprocess.PIPE,
-            start_new_session=True,  # Ctrl-C is ours to handle; ffmpeg would end the file early and call it good
+            start_new_session=True,  # on Ctrl-C, ffmpeg would end the file early and report success
         )
         os.set_blocking(_pipe(process.stdin).fileno(), False)
         return process
 
     def _feed(self, data: memoryview) -> None:
-        """Writes all of `data`, looking up ten times a second for a cancel and for an ffmpeg that hangs."""
+        """Write all of `data`. Ten times a second, check for a cancel and for an ffmpeg that hangs."""
         if self._process is None:
             raise ValueError("the writer is closed")
         pipe = _pipe(self._process.stdin).fileno()
@@ -217,7 +217,7 @@ class VideoWriter:
             try:
                 data = data[os.write(pipe, data) :]
             except BrokenPipeError:
-                raise self._failed(self._verdict()) from None
+                raise self._failed(self._why_ended()) from None
             except BlockingIOError:
                 continue
             deadline = time.monotonic() + STALL_SECONDS
@@ -234,7 +234,7 @@ class VideoWriter:
                 raise self._failed(f"ffmpeg did not finish within {STALL_SECONDS:.0f} seconds")
             time.sleep(0.005)
         if process.returncode:
-            raise self._failed(self._verdict())
+            raise self._failed(self._why_ended())
         self._verify(folder / "video.mp4")
         self._cancel.check()
         _free_name(self.path, force=self._force)
@@ -244,11 +244,11 @@ class VideoWriter:
             raise self._failed(error.strerror or str(error)) from None
 
     def _verify(self, file: Path) -> None:
-        """Reads the video back: what the boxes say, and how many frames really decode."""
+        """Read the video back: the numbers in its boxes, and the number of frames that decode."""
         import imageio_ffmpeg
 
         if not self.frames:
-            raise self._failed("no frames were given")
+            raise self._failed("no frames were written")
         try:
             info = probe(file)
             decoded, _ = imageio_ffmpeg.count_frames_and_secs(str(file))
@@ -262,13 +262,13 @@ class VideoWriter:
             raise self._failed(f"{decoded} of {self.frames} frames can be read back")
 
     def _read_stderr(self) -> None:
-        """Keeps the last lines; without a reader a talkative ffmpeg would stop at a full pipe."""
+        """Keep the last lines. Without a reader, ffmpeg would block at a full pipe."""
         if self._process is not None:
             for line in _pipe(self._process.stderr):
                 self._stderr.append(line[:500].decode(errors="replace").strip())
 
-    def _verdict(self) -> str:
-        """Why ffmpeg ended, in its own last words."""
+    def _why_ended(self) -> str:
+        """Why ffmpeg ended, with the last lines of its output."""
         if self._process is None:
             return "ffmpeg is not running"
         try:
@@ -278,20 +278,22 @@ class VideoWriter:
         if self._drain is not None:
             self._drain.join(timeout=1)
         how = f"was stopped by {signal.Signals(-code).name}" if code < 0 else f"ended with code {code}"
-        words = "; ".join(line.replace(str(self._folder), "…") for line in list(self._stderr)[-3:] if line)
-        return f"ffmpeg {how}" + (f" ({words})" if words else "")
+        output = "; ".join(line.replace(str(self._folder), "…") for line in list(self._stderr)[-3:] if line)
+        return f"ffmpeg {how}" + (f" ({output})" if output else "")
 
     def _failed(self, reason: str) -> OutputError:
         return _not_written(self.path, reason)
 
 
 def read_frame(path: str | Path, index: int = -1) -> Image.Image:
-    """One frame of a video we wrote, RGB; the last by default, to go on from there with image-to-video."""
+    """One frame of a video that we wrote, as RGB. By default the last one, to continue it with image-to-video."""
     info = probe(path)
     index = index + info.frames if index < 0 else index
     if not 0 <= index < info.frames:
-        raise BadRequest(f"{short_path(path)} has {info.frames} frames; there is no frame {index}.")
-    exact = "flags=bicubic+accurate_rnd+full_chroma_int+full_chroma_inp"  # without all four, greys come back 2 darker
+        raise BadRequest(
+            f"{short_path(path)} has {info.frames} frames; there is no frame {index}. Give one from 0 to {info.frames - 1}."
+        )
+    exact = "flags=bicubic+accurate_rnd+full_chroma_int+full_chroma_inp"  # without all four, greys become 2 darker
     pick = f"select=eq(n\\,{index}),scale=in_range=tv:out_range=pc:in_color_matrix=bt709:{exact}"
     command = [ffmpeg(), "-hide_banner", "-v", "error", "-nostdin", "-protocol_whitelist", "file,pipe", "-f", "mov"]
     command += ["-i", f"file:{Path(path).absolute()}", "-map", "0:v:0", "-vf", pick, "-frames:v", "1"]
@@ -306,25 +308,25 @@ def read_frame(path: str | Path, index: int = -1) -> Image.Image:
 
 
 def ffmpeg() -> str:
-    """The ffmpeg program: IMAGEIO_FFMPEG_EXE if set, else the one that came with imageio-ffmpeg, else the system's."""
+    """The ffmpeg program: IMAGEIO_FFMPEG_EXE if set, else that of imageio-ffmpeg, else the system's."""
     import imageio_ffmpeg
 
     try:
         name = imageio_ffmpeg.get_ffmpeg_exe()
     except RuntimeError:
         name = "ffmpeg"
-    found = shutil.which(name)
-    if found is None:
+    program = shutil.which(name)
+    if program is None:
         raise OutputError(
-            f"There is no ffmpeg to write the video with ({short_path(name)}). pip install imageio-ffmpeg."
+            f"There is no ffmpeg to write the video with ({short_path(name)}). Install it: pip install imageio-ffmpeg."
         )
-    return found
+    return program
 
 
 def _ffmetadata(settings: dict[str, Any]) -> bytes:
-    """The settings as the file's comment, the one tag that every player shows and every copy keeps."""
+    """The settings as the file's comment: the one tag that all players show and all copies keep."""
     text = json.dumps({SETTINGS_KEY: settings}, ensure_ascii=False, allow_nan=False, separators=(",", ":"))
-    text = text.encode(errors="backslashreplace").decode()  # half a surrogate pair has no UTF-8, but JSON can name it
+    text = text.encode(errors="backslashreplace").decode()  # UTF-8 cannot hold half a surrogate pair, JSON can
     escaped = "".join("\\" + c if c in "=;#\\\n" else c for c in text)
     return f";FFMETADATA1\ncomment={escaped}\n".encode()
 
@@ -334,7 +336,7 @@ def _not_written(path: Path, reason: str) -> OutputError:
 
 
 def _free_space(folder: Path) -> str:
-    """For the message: a full disk is the usual reason."""
+    """The free space of the disk, for the message: a full disk is the usual reason."""
     while not folder.exists():
         folder = folder.parent
     return f"{shutil.disk_usage(folder).free / 2**30:.2f} GiB are free there."

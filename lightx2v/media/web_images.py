@@ -1,9 +1,9 @@
-"""Pictures from the web, through one guarded door: whoever sends an address must not make this machine talk to its own.
+"""Fetch images from URLs of users, without letting a URL reach this machine or its network (SSRF).
 
-Every hop is looked up once, refused unless all of its addresses are public, and then connected to by that very address,
-so that a name which answers differently the second time gains nothing. Size, time, redirects and content type are
-bounded, and proxies of the environment are not used. Whatever goes wrong is a BadRequest that tells nothing about the
-network behind.
+Each host, also that of a redirect, is resolved once and refused unless all its addresses are public. The connection
+then goes to such an address, so a name that resolves differently the second time gains nothing. Size, time, redirects
+and content type are limited, and the environment's proxies are not used. Every failure is a BadRequest that reveals
+nothing about the network.
 """
 
 from __future__ import annotations
@@ -32,11 +32,11 @@ EMBEDDING = [
     ipaddress.IPv6Network(net)
     for net in ("::/96", "64:ff9b::/96", "64:ff9b:1::/48", "2001::/32", "2002::/16", "fec0::/10")
 ]
-"""IPv6 ranges that lead to an IPv4 address inside (mapped ones apart, which are unwrapped), or that are site-local."""
+"""IPv6 ranges that embed an IPv4 address, except mapped ones, which are unwrapped; and the site-local range."""
 
 
 def is_public(address: IPAddress) -> bool:
-    """Whether an address belongs to the internet at large: not loopback, private, link-local, shared or multicast."""
+    """Whether an address is on the public internet: not loopback, private, link-local, shared or multicast."""
     if isinstance(address, ipaddress.IPv6Address):
         if address.ipv4_mapped is not None:
             return is_public(address.ipv4_mapped)
@@ -45,57 +45,57 @@ def is_public(address: IPAddress) -> bool:
     return address.is_global and not address.is_multicast and not address.is_reserved
 
 
-def look_up(host: str, port: int) -> list[str]:
-    """The addresses of a host name, by the system's resolver."""
+def resolve_host(host: str, port: int) -> list[str]:
+    """The addresses of a host name, from the system's resolver."""
     return [str(entry[4][0]) for entry in socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Fetcher:
-    """`look_up` and `permitted` are for tests. `seconds` is for everything, redirects and look-ups included."""
+class ImageFetcher:
+    """Fetches one image. `seconds` limits all of it, with redirects; tests replace `resolve` and `is_allowed`."""
 
-    look_up: Callable[[str, int], Sequence[str]] = look_up
-    permitted: Callable[[IPAddress], bool] = is_public
+    resolve: Callable[[str, int], Sequence[str]] = resolve_host
+    is_allowed: Callable[[IPAddress], bool] = is_public
     max_bytes: int = MAX_BYTES
     seconds: float = 10.0
 
     def image(self, url: str) -> bytes:
-        """The bytes behind an http or https address. BadRequest if they cannot be had within the limits."""
+        """The bytes of an http or https URL. BadRequest if they cannot be fetched within the limits."""
         deadline = time.monotonic() + self.seconds
         for _ in range(REDIRECTS + 1):
             parts = _checked(url)
             port = parts.port or (443 if parts.scheme == "https" else 80)
             addresses = self._addresses(str(parts.hostname), port, deadline)
-            found = self._get(parts, port, addresses, deadline)
-            if isinstance(found, bytes):
-                return found
-            url = urljoin(url, found)
-        raise BadRequest(f"The image's address redirects more than {REDIRECTS} times. Give the final one.")
+            body = self._get(parts, port, addresses, deadline)
+            if isinstance(body, bytes):
+                return body
+            url = urljoin(url, body)
+        raise BadRequest(f"The image URL redirects more than {REDIRECTS} times. Give the final URL.")
 
     def _addresses(self, host: str, port: int, deadline: float) -> list[str]:
-        """Where to connect. The look-up has no time limit of its own, so its thread may be left behind."""
+        """The addresses of a host. The resolver has no time limit of its own, so its thread may be left behind."""
         answers: list[str] = []
 
-        def ask() -> None:
+        def look_up() -> None:
             with suppress(OSError, UnicodeError):
-                answers.extend(self.look_up(host, port))
+                answers.extend(self.resolve(host, port))
 
-        thread = threading.Thread(target=ask, daemon=True, name="lightx2v-look-up")
+        thread = threading.Thread(target=look_up, daemon=True, name="lightx2v-look-up")
         thread.start()
         thread.join(max(0.0, deadline - time.monotonic()))
-        found = list(dict.fromkeys(answers))
-        if thread.is_alive() or not found:
-            raise BadRequest("The image's address has a host that is not known. Check the spelling.")
+        addresses = list(dict.fromkeys(answers))
+        if thread.is_alive() or not addresses:
+            raise BadRequest("Could not resolve the image URL's host. Check its spelling.")
         try:
-            allowed = all(self.permitted(ipaddress.ip_address(address)) for address in found)
+            allowed = all(self.is_allowed(ipaddress.ip_address(address)) for address in addresses)
         except ValueError:  # an IPv6 address with a zone is link-local
             allowed = False
         if not allowed:
-            raise BadRequest("The image's address is not on the public internet. Upload the image instead.")
-        return found
+            raise BadRequest("The image URL is not on the public internet. Upload the image instead.")
+        return addresses
 
     def _get(self, parts: SplitResult, port: int, addresses: list[str], deadline: float) -> bytes | str:
-        """The body, or where a redirect leads."""
+        """The body of the response, or the URL of a redirect."""
         try:
             with _connected(parts, port, addresses, deadline) as connection:
                 target = (parts.path or "/") + (f"?{parts.query}" if parts.query else "")
@@ -110,12 +110,14 @@ class Fetcher:
         if response.status in (301, 302, 303, 307, 308) and location:
             return location
         if response.status != 200:
-            raise BadRequest(f"The image's address answered with status {response.status} instead of a picture.")
+            raise BadRequest(f"The image URL answered with status {response.status}. Check it in a browser.")
         kind = (response.getheader("Content-Type") or "").partition(";")[0].strip().lower()
         if not kind.startswith("image/") and kind not in ("", "application/octet-stream", "binary/octet-stream"):
-            raise BadRequest("The image's address leads to something that is not a picture. Link to the file itself.")
+            raise BadRequest("The image URL leads to something that is not an image. Give the URL of the file itself.")
         if (response.getheader("Content-Encoding") or "identity").lower() != "identity":
-            raise BadRequest("The image's address answers compressed, which is not taken. Upload the image instead.")
+            raise BadRequest(
+                "The image URL's server answers compressed, which is not supported. Upload the image instead."
+            )
         if response.length is not None and response.length > self.max_bytes:
             raise self._too_large()
         promised, body = response.length, bytearray()
@@ -130,14 +132,14 @@ class Fetcher:
         return bytes(body)
 
     def _too_large(self) -> BadRequest:
-        return BadRequest(f"The image behind the address is larger than {self.max_bytes / 2**20:.0f} MB.")
+        return BadRequest(f"The image at the URL is larger than {self.max_bytes / 2**20:.0f} MB. Give a smaller one.")
 
 
 @contextmanager
 def _connected(
     parts: SplitResult, port: int, addresses: list[str], deadline: float
 ) -> Iterator[http.client.HTTPConnection]:
-    """A connection to the first address that answers; it is cut at the deadline, however slowly it drips."""
+    """A connection to the first address that answers, cut at the deadline, however slowly data arrives."""
     left = lambda: max(0.01, deadline - time.monotonic())  # noqa: E731
     plain = _first(addresses, port, left)
     current = plain
@@ -156,7 +158,7 @@ def _connected(
             current = context.wrap_socket(plain, server_hostname=host, do_handshake_on_connect=False)
             current.do_handshake()
         connection = http.client.HTTPConnection(host, port)
-        connection.auto_open = 0  # it would look the name up again
+        connection.auto_open = 0  # it would resolve the name again
         connection.sock = current
         yield connection
     finally:
@@ -175,20 +177,20 @@ def _first(addresses: list[str], port: int, left: Callable[[], float]) -> socket
 
 
 def _checked(url: str) -> SplitResult:
-    """The parts of an address that may be asked; anything that two parsers could read differently is refused."""
+    """The parts of an acceptable URL. Refuses everything that two parsers could read differently."""
     if not isinstance(url, str) or len(url) > MAX_URL or not re.fullmatch(r"[!-~]+", url) or "\\" in url:
-        raise BadRequest(f"The image's address is not a URL of at most {MAX_URL} plain characters.")
+        raise BadRequest(f"The image URL must have at most {MAX_URL} plain ASCII characters.")
     try:
         parts = urlsplit(url)
         port = parts.port
-    except ValueError:  # a port that is none, or brackets that do not match
+    except ValueError:  # an invalid port, or brackets that do not match
         parts, port = urlsplit(""), None
     if port == 0 or not parts.hostname or "%" in parts.hostname or parts.scheme not in ("http", "https"):
-        raise BadRequest("The image's address must begin with https:// (or http://) and name a host.")
+        raise BadRequest("The image URL must begin with https:// (or http://) and name a host.")
     if "@" in parts.netloc:
-        raise BadRequest("The image's address must not hold a user or a password.")
+        raise BadRequest("The image URL must not hold a user or a password. Upload the image instead.")
     return parts
 
 
 def _unfetched(seconds: float) -> BadRequest:
-    return BadRequest(f"The image could not be fetched from its address within {seconds:g} seconds. Upload it instead.")
+    return BadRequest(f"The image could not be fetched from its URL within {seconds:g} seconds. Upload it instead.")

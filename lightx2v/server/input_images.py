@@ -10,7 +10,7 @@ from pathlib import Path
 
 from ..errors import BadRequest
 from ..media.images import MAX_BYTES
-from ..media.web_images import Fetcher
+from ..media.web_images import ImageFetcher
 
 _BASE64 = re.compile(r"[A-Za-z0-9+/_\s-]{64,}={0,2}\s*")
 
@@ -19,7 +19,7 @@ _BASE64 = re.compile(r"[A-Za-z0-9+/_\s-]{64,}={0,2}\s*")
 class InputImages:
     """`folder` holds the files that clients may name; without it they can name none."""
 
-    fetcher: Fetcher = field(default_factory=Fetcher)
+    fetcher: ImageFetcher = field(default_factory=ImageFetcher)
     folder: Path | None = None
 
     def read(self, source: str) -> bytes:

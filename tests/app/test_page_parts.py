@@ -28,7 +28,7 @@ from lightx2v import infer
 from lightx2v.config.request import Request
 from lightx2v.cost.run_time import Prediction
 from lightx2v.jobs.store import Job
-from lightx2v.media.framing import frame_picture
+from lightx2v.media.framing import framing_of
 from lightx2v.progress import Progress
 from lightx2v.server.request_bodies import VideoBody, read_body
 
@@ -248,11 +248,11 @@ def test_the_crop_preview_is_what_the_model_sees() -> None:
     from PIL import Image
 
     picture = Image.new("RGB", (1200, 900))
-    html = panels.crop_preview(Words("en"), picture, frame_picture((1200, 900), 480, 832, "fixed_shape"))
-    box = frame_picture((1200, 900), 480, 832, "fixed_shape").box
+    html = panels.crop_preview(Words("en"), picture, framing_of((1200, 900), 480, 832, "fixed_shape"))
+    box = framing_of((1200, 900), 480, 832, "fixed_shape").box
     assert f"top:{100 * box[1] / 900:.3f}%" in html and f"height:{100 * (box[3] - box[1]) / 900:.3f}%" in html
     assert "1200 × 900 → 832 × 480" in html and "bright part" in html
-    assert "whole image" in panels.crop_preview(Words("en"), picture, frame_picture((1200, 900), 480, 832))
+    assert "whole image" in panels.crop_preview(Words("en"), picture, framing_of((1200, 900), 480, 832))
 
 
 def test_settings_pasted_into_the_command_line_ask_for_the_same_video(capsys: pytest.CaptureFixture[str]) -> None:

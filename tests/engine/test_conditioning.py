@@ -8,7 +8,7 @@ from vae_reference import random_vae, relative_error, same_in_diffusers, statist
 
 from lightx2v.engine.conditioning import encode_condition, frame_mask, prepare_images, to_pixels
 from lightx2v.errors import Cancelled
-from lightx2v.media.framing import RESIZE_MODES, frame_picture
+from lightx2v.media.framing import RESIZE_MODES, framing_of
 from lightx2v.models.vae import WanVAE
 from lightx2v.models.vae_config import VAEConfig
 from lightx2v.progress import CancelToken
@@ -84,7 +84,7 @@ def test_channels_stay_red_green_blue():
 
 @pytest.mark.parametrize("mode", [None, *RESIZE_MODES])
 def test_pixels_have_the_size_that_the_framing_announced(mode):
-    framing = frame_picture((150, 100), 64, 96, mode)
+    framing = framing_of((150, 100), 64, 96, mode)
     pixels, _ = prepare_images(picture(150, 100), height=64, width=96, mode=mode)
     assert pixels.shape == (3, framing.height, framing.width)
 
@@ -99,7 +99,7 @@ def test_crop_shows_the_centre_only():
 def test_shrinking_with_antialias_averages_what_it_leaves_out():
     stripes = np.zeros((256, 256, 3), np.uint8)
     stripes[:, ::2] = 255
-    pixels = to_pixels(stripes, frame_picture((256, 256), 32, 32, "crop"))
+    pixels = to_pixels(stripes, framing_of((256, 256), 32, 32, "crop"))
     assert pixels[:, :, 4:-4].abs().max() < 0.05
 
 

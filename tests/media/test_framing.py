@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from lightx2v.errors import BadRequest
-from lightx2v.media.framing import BUCKETS, RESIZE_MODES, frame_picture, output_size
+from lightx2v.media.framing import BUCKETS, RESIZE_MODES, framing_of, output_size
 
 SIDES = st.integers(16, 6000)
 REQUESTED = st.sampled_from([(480, 832), (832, 480), (720, 1280), (544, 960), (64, 64), (480, 480)])
@@ -47,7 +47,7 @@ def test_a_picture_of_the_requested_shape_gets_exactly_the_requested_size(reques
 @given(st.tuples(SIDES, SIDES), REQUESTED, st.sampled_from([None, *RESIZE_MODES]))
 def test_every_mode_gives_whole_cells_and_a_box_inside_the_picture(size, requested, mode):
     try:
-        framing = frame_picture(size, *requested, mode)
+        framing = framing_of(size, *requested, mode)
     except BadRequest:
         assert max(size) > 8 * min(size)
         return
@@ -60,7 +60,7 @@ def test_every_mode_gives_whole_cells_and_a_box_inside_the_picture(size, request
 @given(st.tuples(SIDES, SIDES), REQUESTED, st.sampled_from(RESIZE_MODES))
 def test_cropping_keeps_shapes_and_loses_one_pair_of_sides_only(size, requested, mode):
     try:
-        framing = frame_picture(size, *requested, mode)
+        framing = framing_of(size, *requested, mode)
     except BadRequest:
         return
     left, top, right, bottom = framing.box
@@ -72,14 +72,14 @@ def test_cropping_keeps_shapes_and_loses_one_pair_of_sides_only(size, requested,
 
 
 def test_the_default_uses_the_whole_picture_without_antialiasing():
-    framing = frame_picture((768, 1024), 720, 1280)
+    framing = framing_of((768, 1024), 720, 1280)
     assert framing.box == (0, 0, 768, 1024)
     assert (framing.height, framing.width, framing.antialias) == (1104, 816, False)
 
 
 @pytest.mark.parametrize("mode", ["crop", "fixed_shape"])
 def test_crop_gives_exactly_the_requested_size_from_the_centre(mode):
-    framing = frame_picture((1000, 1000), 480, 832, mode)
+    framing = framing_of((1000, 1000), 480, 832, mode)
     assert (framing.height, framing.width, framing.antialias) == (480, 832, True)
     assert framing.box == (0, 211, 1000, 788)
 

@@ -14,10 +14,10 @@ from bad_http import BadHTTP, Plan
 from patience import PATIENCE
 
 from lightx2v.errors import BadRequest
-from lightx2v.media.web_images import Fetcher, is_public
+from lightx2v.media.web_images import ImageFetcher, is_public
 
 PICTURE = {"Content-Type": "image/png"}
-LOCAL = Fetcher(permitted=lambda address: address.is_loopback, seconds=PATIENCE)
+LOCAL = ImageFetcher(is_allowed=lambda address: address.is_loopback, seconds=PATIENCE)
 """Takes the loopback server of the tests for the internet."""
 
 
@@ -57,9 +57,9 @@ def test_nothing_on_loopback_is_connected_to_under_any_of_its_names(web: BadHTTP
         "0",
     ):
         with pytest.raises(BadRequest):
-            Fetcher().image(web.url("/a.png", host))
+            ImageFetcher().image(web.url("/a.png", host))
     with pytest.raises(BadRequest, match="public internet"):
-        Fetcher(look_up=lambda host, port: ["1.1.1.1", "127.0.0.1"]).image(web.url("/a.png", "rebind.example"))
+        ImageFetcher(resolve=lambda host, port: ["1.1.1.1", "127.0.0.1"]).image(web.url("/a.png", "rebind.example"))
     assert web.connections == 0
 
 
@@ -87,7 +87,9 @@ def test_nothing_on_loopback_is_connected_to_under_any_of_its_names(web: BadHTTP
 )
 def test_addresses_that_two_parsers_could_read_differently_are_refused_unasked(url: str) -> None:
     asked: list[str] = []
-    fetcher = Fetcher(look_up=lambda host, port: asked.append(host) or ["127.0.0.1"], permitted=lambda address: True)
+    fetcher = ImageFetcher(
+        resolve=lambda host, port: asked.append(host) or ["127.0.0.1"], is_allowed=lambda address: True
+    )
     with pytest.raises(BadRequest):
         fetcher.image(url)
     assert not asked
@@ -101,7 +103,7 @@ def test_a_picture_is_fetched_by_the_address_that_was_checked_and_the_name_asked
         asked.append(host)
         return next(answers)
 
-    fetcher = Fetcher(look_up=changing, permitted=lambda address: str(address) == "127.0.0.1")
+    fetcher = ImageFetcher(resolve=changing, is_allowed=lambda address: str(address) == "127.0.0.1")
     assert fetcher.image(web.url("/a.png", "cats.example")) == b"picture"
     assert asked == ["cats.example"] and web.asked == ["/a.png"]
 
@@ -117,9 +119,9 @@ def test_redirects_are_followed_to_the_internet_and_nowhere_else(web: BadHTTP) -
         LOCAL.image(web.url("/file"))
     with BadHTTP({"/secret": Plan(body=b"secret", headers=PICTURE)}) as inside:
         web.plans["/in"] = Plan(status=302, headers={"Location": inside.url("/secret", "inside.example")})
-        fetcher = Fetcher(
-            look_up=lambda host, port: ["127.0.0.2"] if host == "inside.example" else ["127.0.0.1"],
-            permitted=lambda address: str(address) == "127.0.0.1",
+        fetcher = ImageFetcher(
+            resolve=lambda host, port: ["127.0.0.2"] if host == "inside.example" else ["127.0.0.1"],
+            is_allowed=lambda address: str(address) == "127.0.0.1",
         )
         with pytest.raises(BadRequest, match="public internet"):
             fetcher.image(web.url("/in"))
@@ -141,14 +143,14 @@ def test_redirects_are_followed_to_the_internet_and_nowhere_else(web: BadHTTP) -
 def test_answers_that_are_no_picture_or_too_much(web: BadHTTP, plan: Plan, word: str) -> None:
     web.plans["/b"] = plan
     with pytest.raises(BadRequest, match=word):
-        Fetcher(permitted=lambda address: True, max_bytes=1000, seconds=PATIENCE).image(web.url("/b"))
+        ImageFetcher(is_allowed=lambda address: True, max_bytes=1000, seconds=PATIENCE).image(web.url("/b"))
 
 
 @pytest.mark.slow
 def test_a_drip_is_cut_at_the_deadline(web: BadHTTP) -> None:
     web.plans["/slow"] = Plan(body=b"x" * 1000, headers=PICTURE, drip=0.05)
     with pytest.raises(BadRequest, match=r"within 1\.5 seconds"):
-        Fetcher(permitted=lambda address: True, seconds=1.5).image(web.url("/slow"))
+        ImageFetcher(is_allowed=lambda address: True, seconds=1.5).image(web.url("/slow"))
 
 
 @pytest.mark.slow
@@ -161,7 +163,7 @@ def test_https_is_spoken_to_the_checked_address_and_certificates_are_looked_at(
     subprocess.run(made, check=True, capture_output=True)
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
     context.load_cert_chain(tmp_path / "cert.pem", pem)
-    fetcher = Fetcher(look_up=lambda host, port: ["127.0.0.1"], permitted=lambda address: True, seconds=PATIENCE)
+    fetcher = ImageFetcher(resolve=lambda host, port: ["127.0.0.1"], is_allowed=lambda address: True, seconds=PATIENCE)
     with BadHTTP({"/a.png": Plan(body=b"picture", headers=PICTURE)}, tls=context) as web:
         with pytest.raises(BadRequest, match="could not be fetched"):  # nobody vouches for it yet
             fetcher.image(f"https://cats.example:{web.port}/a.png")
@@ -174,7 +176,7 @@ def test_https_is_spoken_to_the_checked_address_and_certificates_are_looked_at(
 
 def test_a_look_up_that_never_answers_is_left_behind(web: BadHTTP) -> None:
     over = threading.Event()
-    fetcher = Fetcher(look_up=lambda host, port: over.wait(30) and [] or [], seconds=0.1)
-    with pytest.raises(BadRequest, match="not known"):
+    fetcher = ImageFetcher(resolve=lambda host, port: over.wait(30) and [] or [], seconds=0.1)
+    with pytest.raises(BadRequest, match="Could not resolve"):
         fetcher.image(web.url("/a.png", "slow.example"))
     over.set()

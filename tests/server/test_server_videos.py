@@ -17,7 +17,7 @@ from PIL import Image
 from served import BASE, I2V, SIZE, T2V, Served, serve
 
 from lightx2v.media.images import load_image
-from lightx2v.media.web_images import Fetcher
+from lightx2v.media.web_images import ImageFetcher
 
 KEYS = ("alice-has-a-key", "bob-has-another")
 
@@ -117,7 +117,7 @@ def test_pictures_as_uploads_one_for_the_start_and_one_for_the_end(served: Serve
 @pytest.mark.slow
 def test_a_picture_by_its_address(tmp_path: Path) -> None:
     with BadHTTP({"/cat.png": Plan(body=png(), headers={"Content-Type": "image/png"})}) as web:
-        fetcher = Fetcher(permitted=lambda address: True, seconds=PATIENCE)
+        fetcher = ImageFetcher(is_allowed=lambda address: True, seconds=PATIENCE)
         with serve(tmp_path, presets=(I2V,), fetcher=fetcher) as served:
             id = served.submit(input_reference=web.url("/cat.png"))
             assert Path(served.jobs.get(id).request.image_path).read_bytes() == png()

@@ -17,7 +17,7 @@ from patience import PATIENCE, free_port
 
 from lightx2v.config.presets import resolve
 from lightx2v.jobs.queue import JobManager
-from lightx2v.media.web_images import Fetcher
+from lightx2v.media.web_images import ImageFetcher
 from lightx2v.server.application import create_app
 from lightx2v.server.input_images import InputImages
 from lightx2v.server.metrics import Metrics
@@ -56,7 +56,7 @@ def serve(
     presets: Sequence[str] = (T2V,),
     keys: Sequence[str] = (),
     max_queue: int = 10,
-    fetcher: Fetcher | None = None,
+    fetcher: ImageFetcher | None = None,
     input_dir: Path | None = None,
     lora_dir: Path | None = None,
     limits: bool = True,
@@ -65,7 +65,7 @@ def serve(
     """The application in this process. `more` goes to JobManager."""
     garage, metrics = garage or Garage(), Metrics()
     with JobManager(garage, folder, max_queue=max_queue, on_finished=metrics.observe_run, **more) as jobs:
-        images = InputImages(fetcher=fetcher or Fetcher(), folder=input_dir)
+        images = InputImages(fetcher=fetcher or ImageFetcher(), folder=input_dir)
         service = Service(jobs, {name: resolve(name) for name in presets}, images=images, lora_dir=lora_dir)
         app = create_app(service, metrics, keys=keys, hosts=frozenset({"testserver", "127.0.0.1"}), limits=limits)
         client = TestClient(app, raise_server_exceptions=False)
