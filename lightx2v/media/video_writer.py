@@ -290,9 +290,7 @@ def read_frame(path: str | Path, index: int = -1) -> Image.Image:
     info = probe(path)
     index = index + info.frames if index < 0 else index
     if not 0 <= index < info.frames:
-        raise BadRequest(
-            f"{short_path(path)} has {info.frames} frames; there is no frame {index}. Give one from 0 to {info.frames - 1}."
-        )
+        raise BadRequest(f"{short_path(path)} has frames 0 to {info.frames - 1}; there is no frame {index}.")
     exact = "flags=bicubic+accurate_rnd+full_chroma_int+full_chroma_inp"  # without all four, greys become 2 darker
     pick = f"select=eq(n\\,{index}),scale=in_range=tv:out_range=pc:in_color_matrix=bt709:{exact}"
     command = [ffmpeg(), "-hide_banner", "-v", "error", "-nostdin", "-protocol_whitelist", "file,pipe", "-f", "mov"]

@@ -115,9 +115,7 @@ class ImageFetcher:
         if not kind.startswith("image/") and kind not in ("", "application/octet-stream", "binary/octet-stream"):
             raise BadRequest("The image URL leads to something that is not an image. Give the URL of the file itself.")
         if (response.getheader("Content-Encoding") or "identity").lower() != "identity":
-            raise BadRequest(
-                "The image URL's server answers compressed, which is not supported. Upload the image instead."
-            )
+            raise BadRequest("The image URL answers with compressed data. Upload the image instead.")
         if response.length is not None and response.length > self.max_bytes:
             raise self._too_large()
         promised, body = response.length, bytearray()

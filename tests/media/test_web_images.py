@@ -87,9 +87,7 @@ def test_nothing_on_loopback_is_connected_to_under_any_of_its_names(web: BadHTTP
 )
 def test_addresses_that_two_parsers_could_read_differently_are_refused_unasked(url: str) -> None:
     asked: list[str] = []
-    fetcher = ImageFetcher(
-        resolve=lambda host, port: asked.append(host) or ["127.0.0.1"], is_allowed=lambda address: True
-    )
+    fetcher = ImageFetcher(resolve=lambda host, port: asked.append(host) or ["127.0.0.1"], is_allowed=lambda _: True)
     with pytest.raises(BadRequest):
         fetcher.image(url)
     assert not asked
@@ -132,7 +130,7 @@ def test_redirects_are_followed_to_the_internet_and_nowhere_else(web: BadHTTP) -
     ("plan", "word"),
     [
         (Plan(status=404), "status 404"),
-        (Plan(body=b"<html>", headers={"Content-Type": "text/html"}), "not a picture"),
+        (Plan(body=b"<html>", headers={"Content-Type": "text/html"}), "not an image"),
         (Plan(body=b"x", headers=PICTURE | {"Content-Encoding": "gzip"}), "compressed"),
         (Plan(body=b"x", headers=PICTURE, length=10**9), "larger than"),
         (Plan(body=b"short", headers=PICTURE, length=50), "could not be fetched"),
