@@ -22,6 +22,7 @@ from ..config.request import Request
 from ..cost.machine import free_memory
 from ..errors import Cancelled, GroupFailed, LightX2VError, OutOfMemory, OutputError
 from ..progress import CancelToken, OnProgress, Progress
+from .store import Job
 
 log = logging.getLogger("lightx2v.jobs")
 
@@ -92,32 +93,22 @@ class EngineSlot:
         self._engine: Engine | None = None
         self._load_seconds = 0.0
 
-    def run(
-        self,
-        id: str,
-        config: EngineConfig,
-        request: Request,
-        *,
-        preset: str,
-        path: Path,
-        on_progress: OnProgress,
-        cancel: CancelToken,
-    ) -> Outcome:
-        """Make the video `path`, after loading the engine if necessary."""
+    def run(self, job: Job, path: Path, *, on_progress: OnProgress, cancel: CancelToken) -> Outcome:
+        """Make the job's video `path`, after loading the engine if necessary."""
         try:
             cancel.check()
-            engine = self._engine_for(config, preset, on_progress, cancel)
+            engine = self._engine_for(job.config, job.preset, on_progress, cancel)
             cancel.check()
-            result = engine.run(request, save_result_path=path, on_progress=on_progress, cancel=cancel)
+            result = engine.run(job.request, save_result_path=path, on_progress=on_progress, cancel=cancel)
             if not path.is_file() or not path.stat().st_size:
                 raise OutputError("The engine finished without writing the video. See the program's log.")
             # The name only: the folder is private to the server.
-            report = self._with_load_time(result.report()) | {"path": path.name, "preset": preset}
+            report = self._with_load_time(result.report()) | {"path": path.name, "preset": job.preset}
             outcome = Outcome(report=json.loads(json.dumps(report)))
         except Exception as error:  # the one place where the failure of a job stops
-            outcome = self._failed(id, error)
+            outcome = self._failed(job.id, error)
         if self._on_finished is not None:
-            self._on_finished(config, request, outcome)
+            self._on_finished(job.config, job.request, outcome)
         return outcome
 
     def load(self, config: EngineConfig, *, preset: str, on_progress: OnProgress, cancel: CancelToken) -> Engine:

@@ -36,8 +36,6 @@ from .step_log import StepLog
 from .store import STATES, Job, JobEvent, JobStore, State, UnknownJob
 from .worker import JobWorker
 
-__all__ = ["Engine", "Job", "JobEvent", "JobManager", "OpenEngine", "UnknownJob"]
-
 CLOSING = "The server is shutting down. Retry once it has restarted."
 
 

@@ -14,6 +14,7 @@ import time
 import traceback
 from collections.abc import Callable
 from dataclasses import dataclass, field, fields, replace
+from functools import partial
 
 from ..errors import LightX2VError
 from ..media.images import jpeg
@@ -98,15 +99,9 @@ class JobWorker:
         try:
             while (next_job := self._take()) is not None:
                 job, running = next_job
-                outcome = self._slot.run(
-                    job.id,
-                    job.config,
-                    job.request,
-                    preset=job.preset,
-                    path=self._files.video(job.id),
-                    on_progress=lambda event, running=running: self._on_progress(running, event),
-                    cancel=running.cancel,
-                )
+                on_progress = partial(self._on_progress, running)
+                path = self._files.video(job.id)
+                outcome = self._slot.run(job, path, on_progress=on_progress, cancel=running.cancel)
                 self._finish(running, outcome)
                 if outcome.fatal:
                     self.broken = "The GPU needs a restart of the program."
