@@ -131,7 +131,7 @@ def test_the_crop_is_shown_before_the_run(visitor: Person, tmp_path: Path) -> No
     tab.click("#mode label:nth-of-type(2)")
     tab.set_input_files("#image_path input[type=file]", str(tmp_path / "wide.png"))
     tab.wait_for_selector("#crop .window")
-    visitor.settle("() => document.querySelector('#crop').innerText.includes('whole picture')")
+    visitor.settle("() => document.querySelector('#crop').innerText.includes('whole image')")
     tab.click("#shape label:has-text('1:1')")
     visitor.settle("() => document.querySelector('#crop').innerText.includes('bright part')")
     # The picture is as wide as it will be once it is decoded.
