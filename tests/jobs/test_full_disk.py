@@ -1,4 +1,4 @@
-"""Jobs on a disk that is full: what frees it works, and whoever asks is told."""
+"""Jobs on a full disk: deleting works, and clients get an error that says so."""
 
 from __future__ import annotations
 
@@ -56,9 +56,7 @@ def test_deleting_a_video_works_on_a_full_disk(tmp_path: Path, monkeypatch: pyte
         assert served.client.get(f"/v1/videos/{id}").status_code == 404 and not list(tmp_path.glob(f"{id}*"))
 
 
-def test_what_is_due_to_go_makes_room_for_the_video_that_was_just_made(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_expired_results_make_room_for_the_new_video(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(job_worker, "RETRY_SECONDS", 0.01)
     now, hold, disk = [1e9], threading.Event(), FullDisk(tmp_path, monkeypatch)
     garage = Garage(script={"held": Script(hold=hold)})
@@ -125,7 +123,9 @@ def test_a_name_that_cannot_be_stored_costs_the_name_only(tmp_path: Path, monkey
 
 
 @pytest.mark.parametrize("form", [True, False])
-def test_a_picture_that_finds_no_room_is_told_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, form: bool) -> None:
+def test_an_image_that_does_not_fit_on_the_disk_is_an_error_507(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, form: bool
+) -> None:
     """Starlette lays uploads of more than a megabyte on the disk, and the service all pictures."""
     with serve(tmp_path, presets=(I2V,)) as served:
 

@@ -43,7 +43,7 @@ def test_a_job_becomes_a_video_with_its_report(manager: JobManager, tmp_path: Pa
     assert (job.owner, job.preset, job.position, job.progress, job.preview) == ("alice", "t2v_base", None, None, None)
 
 
-def test_events_tell_the_whole_story_in_order(manager: JobManager) -> None:
+def test_events_are_complete_and_in_order(manager: JobManager) -> None:
     job = done(manager, manager.submit(CONFIG, ask()))
     events = manager.events(job.id)
     assert [event.id for event in events] == list(range(1, len(events) + 1))
@@ -103,7 +103,7 @@ def test_a_preview_that_fails_is_tried_once_and_costs_only_the_preview(
     assert caplog.text.count("continues without previews") == 1
 
 
-def test_odd_ids_are_unknown_and_not_errors_of_another_kind(manager: JobManager) -> None:
+def test_odd_ids_are_unknown_jobs(manager: JobManager) -> None:
     for id in ("", "0" * 32, "../x", "a" * 10**5, "\0", "\ud800", "%s", "' OR 1=1 --", 7, None):
         for method in (manager.get, manager.cancel, manager.requeue, manager.delete, manager.events, manager.wait):
             with pytest.raises(UnknownJob):

@@ -1,4 +1,4 @@
-"""python -m lightx2v.server: flags, who may reach it, loading first, a clean end."""
+"""python -m lightx2v.server: flags, access, loading before the port opens, a clean end."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def test_the_server_itself_needs_no_torch() -> None:
 
 
 @pytest.mark.parametrize("host", ["0.0.0.0", "::", "192.168.1.7", "example.org"])
-def test_others_are_not_let_in_without_a_key(host: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_other_machines_need_a_key(host: str, capsys: pytest.CaptureFixture[str]) -> None:
     garage = Garage()
     assert command.main([*TUTORIAL, *CONFIG, "--host", host, "--port", "8000"], open_engine=garage) == 2
     said = capsys.readouterr().err
@@ -63,7 +63,7 @@ def test_others_are_not_let_in_without_a_key(host: str, capsys: pytest.CaptureFi
         (["--preset", T2V, "--hots", "::1"], "unknown flag --hots. Did you mean --host?"),
     ],
 )
-def test_wrong_flags_are_told_and_nothing_is_loaded(
+def test_wrong_flags_are_reported_before_anything_is_loaded(
     flags: list[str], word: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     garage = Garage()
@@ -80,7 +80,7 @@ def test_a_model_that_does_not_load_ends_the_program_before_the_port_opens(
 
 
 @pytest.mark.slow
-def test_a_folder_that_cannot_be_had_is_told_before_the_model_is_loaded(
+def test_an_unusable_folder_is_reported_before_the_model_is_loaded(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     garage, file = Garage(), tmp_path / "file"
@@ -192,7 +192,7 @@ def test_very_many_connections_are_refused_and_headers_without_end_cut(
     assert codes == [200, 503, 200] and answer.startswith(b"HTTP/1.1 400")
 
 
-def test_an_engine_that_no_job_asked_for_is_closed_too(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_an_engine_that_no_job_used_is_closed_too(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     garage = Garage()
     flags = ["--preset", T2V, "--port", str(free_port()), "--output_dir", str(tmp_path), "--api_key", KEY]
     run = Stopped(
@@ -224,7 +224,9 @@ def test_warming_up_runs_both_experts_briefly_and_leaves_nothing(
     assert not list(tmp_path.glob("*.mp4"))
 
 
-def test_a_taken_port_is_told_before_anything_is_loaded(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_port_in_use_is_reported_before_anything_is_loaded(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))
         taken.listen()
@@ -242,7 +244,7 @@ def test_two_servers_on_one_folder_are_refused(tmp_path: Path, capsys: pytest.Ca
     assert "Another process is already using the jobs" in capsys.readouterr().err and garage.alive == 0
 
 
-def test_a_config_in_a_file_counts(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_a_config_file_is_used(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     file = tmp_path / "mine.json"
     file.write_text(json.dumps({"infer_steps": 7, "target_height": 64, "target_width": 64, "target_video_length": 5}))
     run = Stopped(monkeypatch, lambda http: http.get("/v1/models").json()["data"][0]["id"])

@@ -1,4 +1,4 @@
-"""Progress as it comes, from where a client was, until the job is over."""
+"""Server-sent events: progress as it happens, resumed where a client stopped, until the job is over."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def test_a_finished_jobs_events_end_with_the_job(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_events_come_while_the_job_runs_and_a_client_that_leaves_costs_nothing(tmp_path: Path) -> None:
+def test_events_arrive_while_the_job_runs_and_a_client_may_disconnect(tmp_path: Path) -> None:
     hold = threading.Event()
     garage = Garage(script={"hold": Script(hold=hold)})
     with serve(tmp_path, garage) as served, listening(served) as client:
@@ -117,7 +117,7 @@ def test_after_a_restart_states_are_known_and_ids_continue_beyond_the_lost_steps
         assert [kind for _, kind, _ in resumed] == ["state", "video"], "the client hears of the interruption"
 
 
-def test_too_many_watchers_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_too_many_streams_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(events, "MAX_STREAMS", 0)
     with serve(tmp_path) as served:
         id = served.submit()

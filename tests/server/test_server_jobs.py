@@ -1,4 +1,4 @@
-"""The queue behind the routes: bounded, in order, surviving failures, cancels and restarts."""
+"""The queue behind the routes: bounded and in order; it survives failures, cancels and restarts."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from served import SIZE, serve
 
 
 @pytest.mark.slow
-def test_fifty_at_once_one_runs_the_queue_is_bounded_and_the_rest_is_told_so(tmp_path: Path) -> None:
+def test_of_fifty_submissions_at_once_the_queue_takes_ten_and_refuses_the_others(tmp_path: Path) -> None:
     hold = threading.Event()
     garage = Garage(script={"first": Script(hold=hold)})
     with serve(tmp_path, garage, max_queue=10) as served:
@@ -60,7 +60,7 @@ def test_a_failing_job_says_what_to_do_and_the_next_one_runs(tmp_path: Path, err
 
 @pytest.mark.slow
 @pytest.mark.parametrize("at", [("text", 1), ("denoise", 2), ("decode", 3), ("write", 1)])
-def test_a_cancelled_job_is_cancelled_for_good(tmp_path: Path, at: tuple[str, int]) -> None:
+def test_a_cancelled_job_stays_cancelled(tmp_path: Path, at: tuple[str, int]) -> None:
     garage = Garage(script={"hold": Script(hold=threading.Event(), at=at)})
     with serve(tmp_path, garage) as served:
         id, after = served.submit("hold"), served.submit("after")
@@ -121,7 +121,7 @@ def test_a_dead_worker_turns_health_red_and_old_ids_still_answer(tmp_path: Path)
         assert "lightx2v_worker_alive 0" in served.client.get("/metrics").text
 
 
-def test_results_go_after_their_time_and_beyond_the_cap(tmp_path: Path) -> None:
+def test_results_are_deleted_after_their_time_and_beyond_the_cap(tmp_path: Path) -> None:
     now = [1000.0]
     with serve(tmp_path, ttl=3600.0, size_cap=5000, clock=lambda: now[0]) as served:
         old = served.submit("old", file_name="old")
@@ -136,7 +136,7 @@ def test_results_go_after_their_time_and_beyond_the_cap(tmp_path: Path) -> None:
         assert left == ids[-2:]  # 1.8 kB each
 
 
-def test_a_client_that_leaves_does_not_stop_its_job(tmp_path: Path) -> None:
+def test_a_client_that_disconnects_does_not_stop_its_job(tmp_path: Path) -> None:
     hold = threading.Event()
     garage = Garage(script={"long": Script(hold=hold)})
     with serve(tmp_path, garage) as served:

@@ -1,4 +1,4 @@
-"""What a client may call its video: a file's name, never a path, and never the name on disk."""
+"""The names that clients choose for their videos: file names, never paths, and never the names on disk."""
 
 from __future__ import annotations
 
@@ -31,14 +31,14 @@ BAD = [
 ]
 
 
-@pytest.mark.parametrize("wish", BAD)
-def test_wishes_that_are_no_plain_name(wish: str) -> None:
+@pytest.mark.parametrize("requested", BAD)
+def test_paths_and_odd_names_are_refused(requested: str) -> None:
     with pytest.raises(BadRequest, match="must be a file name"):
-        file_name(wish)
+        file_name(requested)
 
 
 @pytest.mark.parametrize(
-    ("wish", "name"),
+    ("requested", "name"),
     [
         ("./cat_boxing_seed42.mp4", "cat_boxing_seed42.mp4"),
         ("cat", "cat.mp4"),
@@ -46,14 +46,14 @@ def test_wishes_that_are_no_plain_name(wish: str) -> None:
         ("v1.5", "v1.5.mp4"),
     ],
 )
-def test_wishes_that_are(wish: str, name: str) -> None:
-    assert file_name(wish) == name
+def test_plain_names_are_accepted(requested: str, name: str) -> None:
+    assert file_name(requested) == name
 
 
 @given(st.text(max_size=200))
-def test_whatever_is_accepted_stays_inside_a_folder(wish: str) -> None:
+def test_whatever_is_accepted_stays_inside_a_folder(requested: str) -> None:
     try:
-        name = file_name(wish)
+        name = file_name(requested)
     except BadRequest:
         return
     folder = Path("/somewhere/outputs")
@@ -74,7 +74,7 @@ def test_on_disk_a_video_is_called_by_its_id_and_the_newest_of_a_name_is_given(t
         assert served.client.get(f"/v1/files/download/{first}.mp4").status_code == 200
         for name in ("jobs.sqlite", "../jobs.sqlite", "%2e%2e/x", f"{second}.mp4", "cat"):
             assert served.client.get(f"/v1/files/download/{name}").status_code == 404
-        for wish in BAD:
-            if wish.isascii() and len(wish) < 200:
-                body = {"prompt": "a cat", "save_result_path": wish, "target_shape": [64, 64]}
-                assert served.client.post("/v1/tasks/video/", json=body).status_code == 422, (wish, SIZE)
+        for requested in BAD:
+            if requested.isascii() and len(requested) < 200:
+                body = {"prompt": "a cat", "save_result_path": requested, "target_shape": [64, 64]}
+                assert served.client.post("/v1/tasks/video/", json=body).status_code == 422, (requested, SIZE)

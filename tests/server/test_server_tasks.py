@@ -70,7 +70,7 @@ def test_a_task_goes_from_pending_to_completed_and_its_video_can_be_fetched(serv
 
 
 @pytest.mark.slow
-def test_every_setting_of_a_request_counts_and_none_stays(served: Served) -> None:
+def test_every_setting_of_a_request_takes_effect_and_none_stays(served: Served) -> None:
     first = create(
         served,
         infer_steps=3,
@@ -133,7 +133,7 @@ def test_stopping_one_and_all(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("path", ["/v1/tasks/video/", "/v1/tasks/video", "/v1/tasks/", "/v1/tasks/video/form"])
-def test_all_ways_in_take_forms_too(served: Served, path: str) -> None:
+def test_every_route_for_tasks_accepts_forms(served: Served, path: str) -> None:
     answer = served.client.post(path, files={"prompt": (None, "a cat"), "target_shape": (None, "[64, 64]")})
     assert answer.status_code == 200, answer.text
     assert served.jobs.get(answer.json()["task_id"]).request.width == 64
@@ -153,7 +153,7 @@ def test_all_ways_in_take_forms_too(served: Served, path: str) -> None:
         ({"image_path": "/etc/passwd"}, "t2v"),
     ],
 )
-def test_what_cannot_be_done_is_told_in_the_clients_own_words(served: Served, body: dict, word: str) -> None:
+def test_errors_use_the_clients_own_words(served: Served, body: dict, word: str) -> None:
     answer = served.client.post("/v1/tasks/video/", json={"prompt": "a cat", **body})
     assert answer.status_code == 422
     assert word in answer.json()["error"]["message"]

@@ -1,4 +1,4 @@
-"""/v1/videos: pictures in every form, settings, ranges, lists, and jobs that stay one's own."""
+"""/v1/videos: images in every form, settings, ranges, lists, and the privacy of jobs."""
 
 from __future__ import annotations
 

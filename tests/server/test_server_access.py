@@ -1,4 +1,4 @@
-"""Who is let in, and what is refused at the door: keys, host names, origins, sizes, rates; and what errors tell."""
+"""Access to the server: keys, host names, origins, body sizes and rates; and what error messages reveal."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def served(tmp_path: Path) -> Iterator[Served]:
 
 
 def every_route(served: Served) -> list[tuple[str, str]]:
-    """(method, path) of all that the application answers, the hidden ones too."""
+    """(method, path) of all routes, the hidden ones too."""
     found = []
     for route in iter_route_contexts(served.client.app.routes):
         path = re.sub(r"\{[^}]+\}", "x", str(route.path))
@@ -64,7 +64,7 @@ def test_without_the_key_every_route_answers_401(tmp_path: Path) -> None:
         assert not served.jobs.list()
 
 
-def test_the_key_is_taken_in_three_ways(tmp_path: Path) -> None:
+def test_the_key_is_accepted_in_three_ways(tmp_path: Path) -> None:
     with serve(tmp_path, keys=["another-long-key", KEY]) as served:
         ways: list[dict] = [
             {"headers": {"Authorization": f"Bearer {KEY}"}},
@@ -96,12 +96,12 @@ def test_other_sites_cannot_make_a_browser_post(served: Served, headers: dict[st
 
 
 @pytest.mark.parametrize("kind", ["text/plain", "application/x-www-form-urlencoded", "application/xml", ""])
-def test_only_json_and_forms_are_read(served: Served, kind: str) -> None:
+def test_only_json_and_forms_are_accepted(served: Served, kind: str) -> None:
     answer = served.client.post("/v1/videos", content=b'{"prompt": "a cat"}', headers={"Content-Type": kind})
     assert answer.status_code == 415
 
 
-def test_large_bodies_are_refused_whether_or_not_they_say_how_large_they_are(served: Served) -> None:
+def test_large_bodies_are_refused_with_and_without_a_content_length(served: Served) -> None:
     announced = served.client.post(
         "/v1/videos", content=b"x", headers={"Content-Length": str(100 * 2**20), "Content-Type": "application/json"}
     )
@@ -115,8 +115,8 @@ def test_large_bodies_are_refused_whether_or_not_they_say_how_large_they_are(ser
     assert answer.status_code == 413
 
 
-def test_a_body_of_very_many_values_holds_nobody_up(served: Served) -> None:
-    """Reading all of them took ten seconds, in which nothing else was answered."""
+def test_a_body_with_very_many_values_does_not_block_the_server(served: Served) -> None:
+    """Parsing all of them took ten seconds, in which the server answered no other request."""
     body = b'{"prompt": "a", "more": [' + b"[]," * (MAX_BODY // 3 - 20) + b"0]}"
     started = time.process_time()
     answer = served.client.post("/v1/videos", content=body, headers={"Content-Type": "application/json"})
@@ -124,7 +124,7 @@ def test_a_body_of_very_many_values_holds_nobody_up(served: Served) -> None:
 
 
 @pytest.mark.slow
-def test_a_body_that_does_not_come_is_not_waited_for_and_keeps_nobody_waiting(tmp_path: Path) -> None:
+def test_slow_bodies_time_out_and_delay_no_other_client(tmp_path: Path) -> None:
     with serve(tmp_path) as served:
         served.client.app = RequestLimits(served.client.app, body_seconds=2)
         with listening(served) as client:
@@ -142,28 +142,30 @@ def test_a_body_that_does_not_come_is_not_waited_for_and_keeps_nobody_waiting(tm
 
 
 @pytest.mark.slow
-def test_large_bodies_wait_unread_until_there_is_room_for_them(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_large_bodies_wait_unread_until_there_is_memory_for_them(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """A hundred of them at once took six gigabytes."""
     monkeypatch.setattr(submit, "LARGE_BODIES", MAX_BODY)
-    large = json.dumps({**GOOD, "input_reference": "A" * 2_000_000}).encode()  # of a model that takes no picture
+    large = json.dumps({**GOOD, "input_reference": "A" * 2_000_000}).encode()  # for a model that takes no image
     head = "POST /v1/videos HTTP/1.1\r\nHost: 127.0.0.1\r\nContent-Type: application/json\r\nContent-Length: "
     with serve(tmp_path) as served, listening(served) as client:
         address = (client.base_url.host, client.base_url.port)
         with socket.create_connection(address) as first, socket.create_connection(address) as second:
             first.sendall(f"{head}{MAX_BODY}\r\n\r\n{{".encode())
-            assert client.post("/v1/videos", json=GOOD).status_code == 200, "small ones need no room"
+            assert client.post("/v1/videos", json=GOOD).status_code == 200, "small ones do not wait"
             second.sendall(f"{head}{len(large)}\r\n\r\n".encode())
             threading.Thread(target=second.sendall, args=(large,), daemon=True).start()
             second.settimeout(1)
             with pytest.raises(TimeoutError):
                 second.recv(1000)
-            first.close()  # and what it held is free again
+            first.close()  # which frees its memory
             second.settimeout(PATIENCE)
             assert b" 422 " in second.recv(1000).partition(b"\r\n")[0]
 
 
 @pytest.mark.slow
-def test_answers_may_take_longer_than_bodies(tmp_path: Path) -> None:
+def test_responses_may_take_longer_than_bodies(tmp_path: Path) -> None:
     hold = threading.Event()
     with serve(tmp_path, Garage(script={"held": Script(hold=hold)})) as served:
         id = served.submit("held")
@@ -197,7 +199,7 @@ def test_answers_may_take_longer_than_bodies(tmp_path: Path) -> None:
         b'{"prompt": "a", "input_reference": "data:image/png;base64,bm8="}',
     ],
 )
-def test_bodies_that_are_no_request_are_refused_and_not_repeated_in_the_log(
+def test_invalid_bodies_are_refused_and_stay_out_of_the_log(
     served: Served, body: bytes, caplog: pytest.LogCaptureFixture
 ) -> None:
     caplog.set_level("INFO", logger="lightx2v")
@@ -208,7 +210,7 @@ def test_bodies_that_are_no_request_are_refused_and_not_repeated_in_the_log(
 
 
 @pytest.mark.slow
-def test_a_client_that_posts_without_end_is_slowed_and_reads_go_on(
+def test_a_client_that_posts_without_pause_gets_429_and_can_still_read(
     served: Served, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(limits, "time", SimpleNamespace(monotonic=lambda: 1000.0))
@@ -223,7 +225,7 @@ SECRETS = re.compile(r"Traceback|\.py\b|" + "|".join(map(re.escape, PLACES)))
 
 
 @pytest.mark.slow
-def test_errors_tell_no_paths_no_tracebacks_and_no_keys(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_errors_reveal_no_paths_no_tracebacks_and_no_keys(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     garage = Garage(script={"burst": Script(error=RuntimeError(f"at {tmp_path} with {KEY}"))})
     with serve(tmp_path, garage, keys=[KEY]) as served:
         served.client.headers["Authorization"] = f"Bearer {KEY}"
