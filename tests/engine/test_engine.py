@@ -1,4 +1,4 @@
-"""Loading: it can be cancelled, goes on with less when memory runs out, and checks where a video goes first."""
+"""Loading can be cancelled and continues with less on the device when memory runs out; output paths are checked."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ def roomy(*_: object) -> MemoryPlanner:
     return MemoryPlanner(free=FreeMemory(vram=200 * GIB, ram=200 * GIB), model=ModelSize(), options=OffloadOptions())
 
 
-def test_out_of_memory_while_loading_goes_on_with_less_and_says_so(
+def test_loading_continues_after_out_of_memory_with_less_on_the_device_and_a_warning(
     tiny: TinyModels, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     modes: list[str] = []
@@ -90,7 +90,7 @@ def test_out_of_memory_while_loading_goes_on_with_less_and_says_so(
         assert any("while loading" in warning and "one expert" in warning for warning in report["warnings"])
 
 
-def test_offload_that_has_no_effect_is_said(tiny: TinyModels, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_offload_without_effect_gives_a_warning(tiny: TinyModels, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     engine = load_engine(dataclasses.replace(config_of(tiny.t2v), device="auto", cpu_offload=True))
     assert engine.warnings == ("cpu_offload has no effect: CPU has no memory of its own to offload from.",)
@@ -100,7 +100,7 @@ def test_offload_that_has_no_effect_is_said(tiny: TinyModels, monkeypatch: pytes
 def test_float32_convolutions_of_the_vae_are_not_rounded_to_tf32(
     tiny: TinyModels, monkeypatch: pytest.MonkeyPatch, placement: type
 ) -> None:
-    """On CUDA torch would, by default; several processes then differ by more than one. A program's own are its own."""
+    """On CUDA torch rounds by default, and several processes then differ by more than a level. The setting comes back."""
     monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", True)
     if placement is Offloaded:
         monkeypatch.setattr(lightx2v.engine.engine, "planner_for", roomy)
@@ -111,7 +111,7 @@ def test_float32_convolutions_of_the_vae_are_not_rounded_to_tf32(
     assert torch.backends.cudnn.allow_tf32
 
 
-def test_where_nothing_is_left_to_give_loading_fails(tiny: TinyModels, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_loading_fails_at_the_end_of_the_ladder(tiny: TinyModels, monkeypatch: pytest.MonkeyPatch) -> None:
     def starved(*_: Any, **__: Any) -> Any:
         raise torch.OutOfMemoryError("CUDA out of memory")
 
@@ -121,7 +121,9 @@ def test_where_nothing_is_left_to_give_loading_fails(tiny: TinyModels, monkeypat
         load_engine(config_of(tiny.t2v))
 
 
-def test_backends_are_tried_once_and_on_the_models_own_heads(tiny: TinyModels, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_backends_are_tested_once_and_on_heads_of_the_models_size(
+    tiny: TinyModels, monkeypatch: pytest.MonkeyPatch
+) -> None:
     calls: list[tuple[str, int]] = []
     resolve_attention = lightx2v.engine.engine.resolve_attention
 

@@ -1,4 +1,4 @@
-"""Weights in host memory: the same latents bit by bit, in the right order, and on with less when memory runs out."""
+"""Offloaded weights give the same latents bit by bit, in order, and leave the device when memory runs out."""
 
 from __future__ import annotations
 
@@ -59,7 +59,7 @@ def expected(settings: Any, request_: Request) -> torch.Tensor:
 
 
 def offload(pipe: LightX2VPipeline, plan: MemoryPlan, copies: HostCopies | None = None) -> Offloaded:
-    """Puts the pipeline's model into another placement."""
+    """Put the pipeline's model into another placement."""
     engine = pipe._engine
     assert engine is not None
     assert isinstance(engine.placement, Resident)
@@ -88,11 +88,11 @@ def test_every_plan_gives_the_same_latents(
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["swap", "prefix", "streamed", "two slots", "one slot"])
-def test_prompts_that_take_turns_change_nothing(pipe: LightX2VPipeline, request_: Request, name: str) -> None:
+def test_sequential_cfg_changes_no_latents(pipe: LightX2VPipeline, request_: Request, name: str) -> None:
     placement = offload(pipe, replace(PLANS[name], sequential_cfg=True))
     for which in ("high", "low"):
         with placement.expert(which) as dit:  # type: ignore[arg-type]
-            dit.stack_tokens = 0  # as a long video: the prompts of short ones share a batch in every plan
+            dit.stack_tokens = 0  # as in a long video: the prompts of short ones share a batch under every plan
     visits: list[int] = []
     dit.blocks[0].register_forward_pre_hook(lambda *_: visits.append(1))
     apart = run(pipe, request_).latents
@@ -101,7 +101,7 @@ def test_prompts_that_take_turns_change_nothing(pipe: LightX2VPipeline, request_
 
 
 class Recorder(HostCopies):
-    """Notes which weights is copied when."""
+    """Counts the copies."""
 
     def __init__(self) -> None:
         super().__init__(poison=True)
@@ -144,7 +144,7 @@ def test_a_block_outside_of_its_use_is_an_error_not_a_wrong_result() -> None:
         streamer.modules["h"](torch.ones(1, 4))
 
 
-def test_a_copy_that_was_not_waited_for_shows() -> None:
+def test_using_a_slot_before_its_copy_shows() -> None:
     copies = HostCopies(poison=True)
     slot = Slot(torch.zeros(64, dtype=torch.uint8))
     with pytest.raises(RuntimeError, match="wait for"):
@@ -159,7 +159,7 @@ def test_a_copy_that_was_not_waited_for_shows() -> None:
         copies.load(slot, torch.zeros(64, dtype=torch.uint8))
 
 
-def test_a_piece_keeps_values_dtypes_and_memory_order() -> None:
+def test_packed_weights_keep_values_dtypes_and_memory_order() -> None:
     conv: Any = nn.Conv3d(3, 5, 3)
     conv = conv.to(memory_format=torch.channels_last_3d)
     module = nn.Sequential(conv, nn.Linear(7, 3).bfloat16())
@@ -213,7 +213,7 @@ def test_weights_on_disk_give_the_same_result() -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("stage", ["text", "step 1", "step 2", "step 3", "step 4", "decode"])
 @pytest.mark.parametrize(("start", "times"), [("resident", 1), ("resident", 2), ("swap", 1), ("prefix", 1)])
-def test_out_of_memory_goes_on_with_less(
+def test_a_run_continues_after_out_of_memory_with_less_on_the_device(
     pipe: LightX2VPipeline,
     request_: Request,
     expected: torch.Tensor,
@@ -252,7 +252,7 @@ def test_out_of_memory_goes_on_with_less(
 
 @pytest.mark.slow
 @pytest.mark.parametrize("start", [0, 3, 10])
-def test_no_room_for_the_blocks_themselves_goes_on_with_less(
+def test_a_run_continues_when_the_device_has_no_room_for_the_block_slots(
     pipe: LightX2VPipeline,
     request_: Request,
     expected: torch.Tensor,
@@ -270,7 +270,7 @@ def test_no_room_for_the_blocks_themselves_goes_on_with_less(
 
 
 @pytest.mark.slow
-def test_out_of_memory_for_good_says_what_to_do(pipe: LightX2VPipeline, request_: Request) -> None:
+def test_out_of_memory_at_the_end_of_the_ladder_gives_advice(pipe: LightX2VPipeline, request_: Request) -> None:
     placement = offload(pipe, RESIDENT)
     with placement.expert("low") as low:
         hook = low.blocks[4].register_forward_pre_hook(Exhausted(10**6))

@@ -1,4 +1,4 @@
-"""Offload together with what else a model may be: on disk, with LoRAs, in 8 bits, decoded in tiles."""
+"""Offload combined with weights on disk, LoRAs, 8-bit weights and tiles."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ def configured(folder: Path, **overrides: Any) -> tuple[EngineConfig, Request]:
 def loaded(
     config: EngineConfig, plan: MemoryPlan | None, planner: MemoryPlanner | None = None, files: ModelFiles | None = None
 ) -> Iterator[LightX2VPipeline]:
-    """A pipeline, with a plan offloaded as on a GPU, with the CPU as the device."""
+    """A pipeline; with a plan, offloaded as on a GPU, with the CPU as the device."""
     with LightX2VPipeline.from_config(config) as pipe:
         if plan is not None:
             precision = Precision.of(config)
@@ -119,7 +119,9 @@ def test_loras_are_exchanged_in_host_memory(
             assert torch.equal(latents(pipe, replace(request, loras=loras)), with_loras)
 
 
-def test_loras_go_on_after_a_step_down_within_a_run(tiny: TinyModels, loras: tuple[LoraSpec, LoraSpec]) -> None:
+def test_loras_stay_right_after_experts_left_the_device_within_a_run(
+    tiny: TinyModels, loras: tuple[LoraSpec, LoraSpec]
+) -> None:
     config, request = configured(tiny.t2v)
     with loaded(config, None) as pipe:
         bare, with_loras = latents(pipe, request), latents(pipe, replace(request, loras=loras))
@@ -135,10 +137,10 @@ def test_loras_go_on_after_a_step_down_within_a_run(tiny: TinyModels, loras: tup
 
 @pytest.mark.parametrize("dynamic", [False, True])
 @pytest.mark.parametrize("start", [0, 40, 60])
-def test_out_of_memory_while_exchanging_loras_goes_on_with_less(
+def test_a_lora_exchange_continues_after_out_of_memory_with_less_on_the_device(
     tiny: TinyModels, loras: tuple[LoraSpec, LoraSpec], monkeypatch: pytest.MonkeyPatch, dynamic: bool, start: int
 ) -> None:
-    """Within the first expert, at its end, and within the second one: what is half exchanged is never used."""
+    """Memory runs out within the first expert, at its end, and within the second. No half exchanged expert ever runs."""
     config, request = configured(tiny.t2v, lora_dynamic_apply=dynamic)
     styled = replace(request, loras=loras)
     with loaded(config, None) as pipe:
@@ -161,7 +163,7 @@ def starved(fault: Exhausted) -> Callable[..., torch.Tensor]:
     return lambda lora, key, *device: fault() or read(lora, key, *device)
 
 
-def test_an_exchange_that_nothing_helps_leaves_no_mixture(
+def test_a_failed_exchange_leaves_the_old_loras_alone(
     tiny: TinyModels, loras: tuple[LoraSpec, LoraSpec], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     config, request = configured(tiny.t2v)
@@ -206,7 +208,7 @@ def shapes_of(folder: Path) -> dict[str, tuple[int, ...]]:
 
 @pytest.fixture
 def everywhere(tiny: TinyModels, loras: tuple[LoraSpec, LoraSpec], tmp_path: Path) -> tuple[LoraSpec, ...]:
-    """LoRAs on all matrices, and on much that is no matrix."""
+    """LoRAs on all matrices, and on parameters that are no matrices."""
     shapes = shapes_of(tiny.t2v)
     names = {"blocks.0.norm3.diff": "blocks.0.norm3.weight", "blocks.1.ffn.0.diff_b": "blocks.1.ffn.0.bias"}
     names |= {"blocks.1.diff_m": "blocks.1.modulation", "patch_embedding.diff": "patch_embedding.weight"}
@@ -238,7 +240,7 @@ def test_loras_beside_weights_on_disk(
 
 
 def test_a_request_brings_loras_to_weights_on_disk(tiny: TinyModels, loras: tuple[LoraSpec, LoraSpec]) -> None:
-    """Nothing can be merged into a file, so they run beside the weights, asked for or not."""
+    """Files cannot take merged weights, so LoRAs run beside them, with lora_dynamic_apply or without."""
     config, request = configured(tiny.t2v, lora_dynamic_apply=True)
     with loaded(config, None) as pipe:
         bare, expected = latents(pipe, request), latents(pipe, replace(request, loras=loras))
@@ -261,7 +263,7 @@ def test_a_built_model_stays_on_disk_too(tiny: TinyModels, loras: tuple[LoraSpec
     EngineConfig(build="merged", lora_configs=loras, lazy_load=True, cpu_offload=True)  # and so it may be asked for
 
 
-def test_what_cannot_be_built_is_made_each_time_it_is_read(
+def test_weights_that_cannot_be_stored_are_built_at_each_read(
     tiny: TinyModels, loras: tuple[LoraSpec, LoraSpec], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("LIGHTX2V_CACHE_DIR", "/proc/nowhere")
@@ -291,7 +293,7 @@ def test_lazy_load_reads_from_disk_on_a_cpu_too(
         assert torch.equal(latents(pipe, request), expected)
 
 
-def test_out_of_memory_while_encoding_the_image_goes_on_with_less(tiny: TinyModels, tmp_path: Path) -> None:
+def test_image_encoding_continues_after_out_of_memory_with_less_on_the_device(tiny: TinyModels, tmp_path: Path) -> None:
     Image.new("RGB", (48, 32), (200, 40, 40)).save(tmp_path / "first.png")
     config, request = configured(tiny.i2v, task="i2v")
     request = replace(request, image_path=str(tmp_path / "first.png"))
@@ -308,7 +310,7 @@ def test_out_of_memory_while_encoding_the_image_goes_on_with_less(tiny: TinyMode
 
 
 @pytest.mark.parametrize("asked", [True, False])
-def test_use_tiling_vae_is_honoured(tiny: TinyModels, asked: bool, tmp_path: Path, monkeypatch: Any) -> None:
+def test_use_tiling_vae_is_obeyed(tiny: TinyModels, asked: bool, tmp_path: Path, monkeypatch: Any) -> None:
     from lightx2v.models.vae import WanVAE
 
     Image.effect_mandelbrot((320, 80), (-2, -1, 1, 1), 20).convert("RGB").save(tmp_path / "first.png")

@@ -1,4 +1,4 @@
-"""Weights on disk are read by another thread while blocks run; what goes wrong there is told where it is needed."""
+"""Another thread reads weights from disk while blocks run; its errors are raised where the weights are needed."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ Read = Callable[[frozenset[str]], list[tuple[str, torch.Tensor]]]
 
 
 def on_disk(before: Callable[[str, frozenset[str]], None], **more: Any) -> WeightStreamer:
-    """Two modules that are read from "disk"; `before` is called at the start of every read."""
+    """Two modules that are read from "disk"; every read calls `before` first."""
     streamed = {}
     for name, each in toy("hl", BLOCKS).items():
         state = {key: value.clone() for key, value in each.module.state_dict().items()}
@@ -77,7 +77,7 @@ def test_the_next_blocks_are_read_while_one_runs(expected: dict[str, torch.Tenso
     streamer.close()
 
 
-def test_a_file_that_cannot_be_read_is_told_and_tried_again(expected: dict[str, torch.Tensor]) -> None:
+def test_a_failed_read_is_raised_and_tried_again(expected: dict[str, torch.Tensor]) -> None:
     broken = True
 
     def fail(name: str, names: frozenset[str]) -> None:
@@ -118,7 +118,7 @@ def test_giving_the_memory_back_waits_for_a_read_that_has_begun(expected: dict[s
     streamer.close()
 
 
-def test_several_processes_read_where_they_are_asked(expected: dict[str, torch.Tensor]) -> None:
+def test_without_read_ahead_the_callers_thread_reads(expected: dict[str, torch.Tensor]) -> None:
     seen: set[str] = set()
     streamer = on_disk(lambda *_: seen.add(threading.current_thread().name), resident=0, read_ahead=False)
     assert torch.equal(forward(streamer, "h"), expected["h"]) and seen == {threading.current_thread().name}
