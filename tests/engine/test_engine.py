@@ -100,7 +100,7 @@ def test_offload_without_effect_gives_a_warning(tiny: TinyModels, monkeypatch: p
 def test_float32_convolutions_of_the_vae_are_not_rounded_to_tf32(
     tiny: TinyModels, monkeypatch: pytest.MonkeyPatch, placement: type
 ) -> None:
-    """On CUDA torch rounds by default, and several processes then differ by more than a level. The setting comes back."""
+    """On CUDA torch rounds by default, so processes would differ by more than a level. The setting comes back."""
     monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", True)
     if placement is Offloaded:
         monkeypatch.setattr(lightx2v.engine.engine, "planner_for", roomy)

@@ -140,7 +140,7 @@ def test_loras_stay_right_after_experts_left_the_device_within_a_run(
 def test_a_lora_exchange_continues_after_out_of_memory_with_less_on_the_device(
     tiny: TinyModels, loras: tuple[LoraSpec, LoraSpec], monkeypatch: pytest.MonkeyPatch, dynamic: bool, start: int
 ) -> None:
-    """Memory runs out within the first expert, at its end, and within the second. No half exchanged expert ever runs."""
+    """Memory runs out within the first expert, at its end, or within the second. Half exchanged experts never run."""
     config, request = configured(tiny.t2v, lora_dynamic_apply=dynamic)
     styled = replace(request, loras=loras)
     with loaded(config, None) as pipe:
