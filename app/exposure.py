@@ -35,14 +35,11 @@ class Limits:
 
     def check(self, request: Request) -> None:
         """Raises BadRequest, naming the limit, for a request that exceeds one."""
-        for name, got, limit in (
-            ("prompt", len(request.prompt), self.prompt),
-            ("negative_prompt", len(request.negative_prompt), self.prompt),
-        ):
-            if got > limit:
-                raise BadRequest(f"{name} has {got} characters; this page allows {limit}. Shorten it.")
-        for name, got, limit in (("frames", request.frames, self.frames), ("steps", request.steps, self.steps)):
-            if got > limit:
+        for name in ("prompt", "negative_prompt"):
+            if (got := len(getattr(request, name))) > self.prompt:
+                raise BadRequest(f"{name} has {got} characters; this page allows {self.prompt}. Shorten it.")
+        for name in ("frames", "steps"):
+            if (got := getattr(request, name)) > (limit := getattr(self, name)):
                 raise BadRequest(f"{name} is {got}; this page allows {limit}. Ask for {limit} or fewer.")
         if request.area > self.area:
             raise BadRequest(
@@ -107,14 +104,12 @@ def decide(args: argparse.Namespace, variables: Mapping[str, str]) -> Exposure:
     if args.auth:
         user, colon, password = args.auth.partition(":")
         if not (user and colon and password):
-            raise ConfigError(
-                "--auth needs USER:PASSWORD: a user and a password, both non-empty, with a colon between them."
-            )
+            raise ConfigError("--auth needs USER:PASSWORD, both non-empty and with a colon between them.")
         exposure = replace(exposure, user=user, password=password)
     if here and not args.share:
         if args.public:
             raise ConfigError(
-                "--public has no effect on 127.0.0.1, which other machines cannot reach. Add --share or --host."
+                "--public needs --share or --host: other machines cannot reach 127.0.0.1. Add one of them."
             )
         names = {"127.0.0.1", "localhost", "[::1]", "::1", args.host.lower(), *(h.lower() for h in args.allow_host)}
         return replace(exposure, hosts=frozenset(names))

@@ -214,10 +214,7 @@ _TABLE: dict[str, tuple[str, str]] = {
     "swap": ("Swap", "交换"),
     "clear": ("Clear", "清除"),
     "benchmark": ("Measured on this machine", "本机实测"),
-    "benchmark_hint": (
-        "median of the finished runs of each kind, without loading",
-        "各类已完成运行的中位数，不含加载",
-    ),
+    "benchmark_hint": ("medians of the finished runs, without loading", "已完成运行的中位数，不含加载"),
     "benchmark_empty": ("Finished runs appear in this table.", "完成的运行会显示在此表中。"),
     "runs": ("runs", "次数"),
     # files

@@ -14,6 +14,7 @@ from ..form.examples import picture
 from ..form.fields import new_seed
 from ..form.inputs import text_of
 from ..strings import LANGUAGES
+from ..views.report import seed_of
 from ..views.retries import apply_retry
 from .page_controller import PageEvent
 
@@ -77,7 +78,7 @@ def act_on_job(event: PageEvent, name: str, job: Job) -> None:
         if event.session.editing:
             event.fill_run(job.preset, job.config, job.request)
     elif name == "same_seed":
-        event.fill_run(job.preset, job.config, replace(job.request, seed=_seed_of(job)))
+        event.fill_run(job.preset, job.config, replace(job.request, seed=seed_of(job)))
     elif name == "again":
         new = event.submit(job.preset, job.config, replace(job.request, seed=new_seed()))
         event.change(job=new.id, pinned=False, uploaded="")
@@ -98,7 +99,3 @@ def _continue(event: PageEvent, job: Job) -> None:
     values |= {key: getattr(job.request, key) for key in ("prompt", "height", "width", "frames", "fps")}
     event.fill({**values, "match_image": True, "last_frame_path": None}, task="i2v")
     event.updates[event.inputs.fields["image_path"]] = read_frame(path, -1)
-
-
-def _seed_of(job: Job) -> int:
-    return job.result["seed"] if job.result else job.request.seed

@@ -12,7 +12,7 @@ from lightx2v.jobs.store import Job
 from ..strings import Words
 from . import numbers
 from .html import button, esc, table, tag
-from .report import peak_vram, seconds_without_loading, step_seconds
+from .report import peak_vram, seconds_without_loading, seed_of, step_seconds
 
 SHOWN_ALWAYS = ("prompt", "seed")
 NOT_COMPARED = ("image_path", "last_frame_path", "task")
@@ -62,8 +62,7 @@ def benchmark(words: Words, jobs: Sequence[Job]) -> str:
 
 def comparable_settings(job: Job) -> dict[str, str]:
     """The settings in which two runs may differ, as text."""
-    data: dict[str, Any] = job.request.to_json()
-    data["seed"] = (job.result or {}).get("seed", job.request.seed)
+    data: dict[str, Any] = {**job.request.to_json(), "seed": seed_of(job)}
     shown = {"preset": job.preset, "cpu_offload": job.config.cpu_offload}
     shown |= {name: value for name, value in data.items() if name not in NOT_COMPARED}
     shown["loras"] = [

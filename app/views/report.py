@@ -49,6 +49,11 @@ def report(
     return tag("section", "".join(parts), class_="card report", aria_label=title)
 
 
+def seed_of(job: Job) -> int:
+    """The seed that the run used."""
+    return (job.result or {}).get("seed", job.request.seed)
+
+
 def step_seconds(timings: Mapping[str, Any]) -> float | None:
     """Mean seconds per denoising step, without the first, which warms up."""
     times = [step["seconds"] for step in timings.get("steps", ())]
@@ -90,12 +95,8 @@ def attention_line(result: Mapping[str, Any]) -> str:
 def _subtitle(words: Words, job: Job) -> str:
     result = job.result or {}
     frames = words("n_frames", n=result.get("frames", job.request.frames))
-    parts = [f"{words('seed')} {result.get('seed', job.request.seed)}", _size(result), frames, words.preset(job.preset)]
-    return " · ".join(filter(None, parts))
-
-
-def _size(result: Mapping[str, Any]) -> str:
-    return f"{result['width']} × {result['height']}" if result.get("width") else ""
+    size = f"{result['width']} × {result['height']}"
+    return " · ".join([f"{words('seed')} {seed_of(job)}", size, frames, words.preset(job.preset)])
 
 
 def _chips(words: Words, result: Mapping[str, Any], predicted: float | None) -> str:
@@ -125,10 +126,9 @@ def _bar(words: Words, timings: Mapping[str, Any]) -> str:
 
 
 def _buttons(words: Words, job: Job) -> str:
-    seed = (job.result or {}).get("seed", job.request.seed)
     row = [
         button(words("again_new_seed"), "again", id=job.id),
-        button(words("same_seed"), "same_seed", id=job.id, seed=seed),
+        button(words("same_seed"), "same_seed", id=job.id, seed=seed_of(job)),
         button(words("continue_last"), "last_frame", id=job.id),
         button(words("compare"), "compare", id=job.id),
         tag("a", esc(words("download")), class_="btn", href=f"studio/{job.id}/video.mp4?download", download=True),
