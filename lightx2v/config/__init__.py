@@ -2,7 +2,7 @@
 
 from .engine_config import EngineConfig, ParallelConfig
 from .environment import Environment
-from .model_paths import PROJECT, needed_files, search_roots
+from .model_paths import PROJECT, search_roots
 from .presets import PresetInfo, Resolved, list_presets, read_json, resolve
 from .request import Request
 
@@ -15,7 +15,6 @@ __all__ = [
     "Request",
     "Resolved",
     "list_presets",
-    "needed_files",
     "read_json",
     "resolve",
     "search_roots",

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -14,7 +14,7 @@ PROJECT = _PACKAGE / "_data" if (_PACKAGE / "_data").is_dir() else _PACKAGE.pare
 """The folder with presets/ and assets/: the checkout, or the data inside an installed package."""
 
 VAE_FILE = "Wan2.1_VAE.pth"
-SHARED_FOLDERS = ("distill_int8", "distill_fp8", "distill_models", "int8", "fp8", "original", "")
+SHARED_FOLDERS = ("distill_int8/", "distill_fp8/", "distill_models/", "int8/", "fp8/", "original/", "")
 """Where below the model folder LightX2V looks for the text encoder and the VAE, in its order."""
 EXPERT_FOLDERS = {"high": ("high_noise_model/", "transformer/"), "low": ("low_noise_model/", "transformer_2/")}
 """An expert's folder in the official layout, then in that of diffusers."""
@@ -53,22 +53,16 @@ def parts(engine: EngineConfig) -> list[ModelPart]:
     a part of its own then.
     """
     experts = [_expert(engine, which) for which in ("high", "low")]
-    architecture = []
     if all(expert.path for expert in experts):
-        candidates = tuple(f"{folder}config.json" for folder in ARCHITECTURE_FOLDERS)
-        architecture = [_part(engine, "architecture", "", "high_noise_model/config.json", candidates)]
+        places = [f"{folder}config.json" for folder in ARCHITECTURE_FOLDERS]
+        experts.append(_part(engine, "architecture", "", places, official="high_noise_model/config.json"))
+    vae = [f"{folder}{VAE_FILE}" for folder in SHARED_FOLDERS]
     return [
         *experts,
-        *architecture,
         _text_encoder(engine),
-        _part(engine, "tokenizer", "t5_tokenizer_path", "google/umt5-xxl/", ("google/umt5-xxl/", "tokenizer/")),
-        _part(engine, "VAE", "vae_path", VAE_FILE, tuple(_shared(VAE_FILE)), file=VAE_FILE),
+        _part(engine, "tokenizer", "t5_tokenizer_path", ("google/umt5-xxl/", "tokenizer/")),
+        _part(engine, "VAE", "vae_path", vae, official=VAE_FILE, file=VAE_FILE),
     ]
-
-
-def needed_files(engine: EngineConfig) -> list[str]:
-    """The names of all files and folders (ending in "/") that loading `engine` needs: the model's parts and LoRAs."""
-    return list(dict.fromkeys([part.name for part in parts(engine)] + [lora.path for lora in engine.lora_configs]))
 
 
 def search_roots(engine: EngineConfig) -> list[Path]:
@@ -89,30 +83,24 @@ def _expert(engine: EngineConfig, which: str) -> ModelPart:
     """The quantized checkpoint where the configuration asks for one, else the original, else the model's folder."""
     quantized = engine.dit_quantized and getattr(engine, f"{which}_noise_quantized_ckpt")
     key = f"{which}_noise_{'quantized' if quantized else 'original'}_ckpt"
-    folders = EXPERT_FOLDERS[which]
-    return _part(engine, f"{which}-noise expert", key, folders[0], folders)
+    return _part(engine, f"{which}-noise expert", key, EXPERT_FOLDERS[which])
 
 
 def _text_encoder(engine: EngineConfig) -> ModelPart:
     """Prebuilt files are made from the bf16 text encoder where there is no quantized one."""
     key = "t5_quantized_ckpt" if engine.t5_quantized_ckpt else "t5_original_ckpt"
-    official = "models_t5_umt5-xxl-enc-bf16.pth"
-    candidates = [*_shared(official), "text_encoder/"]
-    if engine.t5_quantized:
-        scheme = (engine.t5_quant_scheme or "fp8").partition("-")[0]
-        quantized = f"models_t5_umt5-xxl-enc-{scheme}.pth"
-        candidates = [*_shared(quantized), *(candidates if engine.build else [])]
-        official = official if engine.build else quantized
-    return _part(engine, "text encoder", key, official, tuple(candidates))
+    scheme = (engine.t5_quant_scheme or "fp8").partition("-")[0] if engine.t5_quantized else "bf16"
+    files = [f"models_t5_umt5-xxl-enc-{kind}.pth" for kind in dict.fromkeys([scheme, "bf16"])]
+    if engine.t5_quantized and not engine.build:
+        files = files[:1]
+    candidates = [f"{folder}{file}" for file in files for folder in SHARED_FOLDERS]
+    candidates += ["text_encoder/"] if files[-1].endswith("bf16.pth") else []
+    return _part(engine, "text encoder", key, candidates, official=files[-1])
 
 
 def _part(
-    engine: EngineConfig, title: str, key: str, official: str, candidates: tuple[str, ...], *, file: str = ""
+    engine: EngineConfig, title: str, key: str, candidates: Sequence[str], *, official: str = "", file: str = ""
 ) -> ModelPart:
     path = (getattr(engine, key) if key else None) or None
-    name = path or f"{engine.model_path}/{official}"
-    return ModelPart(title=title, name=name, key=key, path=path, candidates=candidates, file=file)
-
-
-def _shared(file: str) -> Iterator[str]:
-    return (f"{folder}/{file}" if folder else file for folder in SHARED_FOLDERS)
+    name = path or f"{engine.model_path}/{official or candidates[0]}"
+    return ModelPart(title=title, name=name, key=key, path=path, candidates=tuple(candidates), file=file)

@@ -35,7 +35,7 @@ def find_part(part: ModelPart, config: EngineConfig) -> Path | None:
 
 
 def find_all(config: EngineConfig) -> dict[str, Path | None]:
-    """{name: where it is} of everything that loading needs, as in `needed_files`."""
+    """{name: its place, or None} of all files and folders that loading needs: the model's parts and the LoRAs."""
     places = {part.name: find_part(part, config) for part in parts(config)}
     return places | {lora.path: find(lora.path, config) for lora in config.lora_configs}
 

@@ -11,7 +11,6 @@ from .cache import CachedRepo, standard_cache
 
 ANSWER = 15.0
 """Seconds to wait for the list of files of a repository."""
-LOG_IN = "Make a token at {place}/settings/tokens, and run `hf auth login` or set HF_TOKEN."
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -98,33 +97,28 @@ def explain(error: Exception, hub: Hub, repo: str) -> DownloadError:
     from huggingface_hub import errors
 
     place, page = hub.endpoint, f"{hub.endpoint}/{repo}"
-    log_in = LOG_IN.format(place=place)
-    status = error.response.status_code if isinstance(error, errors.HfHubHTTPError) else None
-    if isinstance(error, errors.OfflineModeIsEnabled):
-        text = f"HF_HUB_OFFLINE is set, so {repo} cannot be downloaded. Unset it, or copy the files here."
-    elif isinstance(error, errors.GatedRepoError):
-        text = f"{repo} is gated: accept its conditions on {page}. {log_in}"
-    elif isinstance(error, errors.RepositoryNotFoundError):
-        text = (
-            f"There is no folder {repo} on this machine, and {place} shows you no model with this name. Check the name "
-            f"or the path. If the model is private: {log_in}"
-        )
-    elif isinstance(error, errors.EntryNotFoundError):
-        text = f"{repo} no longer has this file. Try again; if that does not help, see {page}."
-    elif status == 401:
-        text = f"{place} does not accept the token (401). {log_in}"
-    elif status == 403:
-        text = (
-            f"The token may not read {repo} (403). Give it the right to read gated repositories, and accept the "
-            f"conditions on {page}."
-        )
-    elif status == 429:
-        text = f"{place} has had too many requests from here (429). Try again in some minutes."
-    elif status is not None:
-        text = f"{place} answered {status} for {repo}. Try again later, or set HF_ENDPOINT to a mirror."
-    else:
-        text = (
-            f"{place} cannot be reached ({str(error) or type(error).__name__:.120}). Check the network, or set "
-            "HF_ENDPOINT to a mirror. If all files are on this machine, set HF_HUB_OFFLINE=1."
-        )
-    return DownloadError(text)
+    log_in = f"Make a token at {place}/settings/tokens, and run `hf auth login` or set HF_TOKEN."
+    by_kind = {
+        errors.OfflineModeIsEnabled: f"HF_HUB_OFFLINE is set, so {repo} cannot be downloaded. Unset it, or copy the "
+        "files here.",
+        errors.GatedRepoError: f"{repo} is gated: accept its conditions on {page}. {log_in}",
+        errors.RepositoryNotFoundError: f"There is no folder {repo} on this machine, and {place} shows you no model "
+        f"with this name. Check the name or the path. If the model is private: {log_in}",
+        errors.EntryNotFoundError: f"{repo} no longer has this file. Try again; if that does not help, see {page}.",
+    }  # a gated repository's error is also one of a missing repository, so the order counts
+    by_status = {
+        401: f"{place} does not accept the token (401). {log_in}",
+        403: f"The token may not read {repo} (403). Give it the right to read gated repositories, and accept the "
+        f"conditions on {page}.",
+        429: f"{place} has had too many requests from here (429). Try again in some minutes.",
+    }
+    text = next((text for kind, text in by_kind.items() if isinstance(error, kind)), None)
+    if text is None and isinstance(error, errors.HfHubHTTPError):
+        status = error.response.status_code
+        later = f"{place} answered {status} for {repo}. Try again later, or set HF_ENDPOINT to a mirror."
+        text = by_status.get(status, later)
+    return DownloadError(
+        text
+        or f"{place} cannot be reached ({str(error) or type(error).__name__:.120}). Check the network, or set "
+        "HF_ENDPOINT to a mirror. If all files are on this machine, set HF_HUB_OFFLINE=1."
+    )

@@ -7,9 +7,9 @@ import hashlib
 import logging
 import os
 import re
+from contextlib import closing
 from pathlib import Path
-from types import TracebackType
-from typing import Any, Self
+from typing import Any
 
 from ..errors import DownloadError, byte_size, short_path
 from .cache import CachedRepo
@@ -48,7 +48,7 @@ class Transfer:
             with repo.try_lock(file.etag) as locked:
                 if locked and not repo.has(file.etag, file.size):
                     try:
-                        with PartialFile(path, file) as partial:
+                        with closing(PartialFile(path, file)) as partial:
                             await self._complete(client, partial)
                         os.replace(path, repo.blob(file.etag))
                     except OSError as error:
@@ -216,10 +216,7 @@ class PartialFile:
             return hashlib.sha256()
         return hashlib.sha1(b"blob %d\0" % self._file.size, usedforsecurity=False)  # git's name of a file's content
 
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
+    def close(self) -> None:
         self._stream.close()
 
 

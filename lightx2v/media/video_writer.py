@@ -35,9 +35,7 @@ from PIL import Image
 
 from ..errors import BadRequest, OutputError, short_path
 from ..progress import CancelToken
-from .mp4 import SETTINGS_KEY, VideoInfo, probe, read_settings
-
-__all__ = ["VideoInfo", "VideoWriter", "check_output_path", "ffmpeg", "probe", "read_frame", "read_settings"]
+from .mp4 import SETTINGS_KEY, VideoInfo, probe
 
 WORK_PREFIX = ".lightx2v-"
 """Prefix of a writer's working folder. A folder that stays behind is from a killed process."""

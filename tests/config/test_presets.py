@@ -15,10 +15,10 @@ from typing import Any
 import pytest
 
 from lightx2v.config.engine_config import EngineConfig, hub_name
-from lightx2v.config.model_paths import needed_files
 from lightx2v.config.presets import PRESETS, PresetInfo, list_presets, resolve
 from lightx2v.config.request import Request
 from lightx2v.errors import ConfigError
+from lightx2v.hub import find_all
 
 HERE = Path(__file__).parents[1]
 SNAPSHOT = HERE / "snapshots" / "presets.json"
@@ -46,7 +46,7 @@ def snapshot(name: str) -> dict[str, Any]:
     changed = {
         part: {key: value for key, value in parts[part].items() if value != defaults[part][key]} for part in defaults
     }
-    return changed | {"files": needed_files(resolve(name).engine)}
+    return changed | {"files": list(find_all(resolve(name).engine))}
 
 
 def test_every_preset_resolves_to_its_snapshot() -> None:
@@ -140,8 +140,8 @@ def test_the_tutorials_files_load_unchanged(file: str, task: str, variant: str, 
     assert found.request == ours.request
     assert found.engine.model_cls == ours.engine.model_cls
     assert found.engine.lora_configs == ours.engine.lora_configs
-    needed = [hub_name(name) for name in needed_files(found.engine)]
-    assert needed == [hub_name(name) for name in needed_files(ours.engine)]
+    needed = [hub_name(name) for name in list(find_all(found.engine))]
+    assert needed == [hub_name(name) for name in list(find_all(ours.engine))]
 
 
 def test_the_tutorials_file_keeps_its_attention_and_offload() -> None:

@@ -12,10 +12,11 @@ from hypothesis import strategies as st
 
 from lightx2v.config.engine_config import ParallelConfig
 from lightx2v.config.environment import Environment
-from lightx2v.config.model_paths import PROJECT, needed_files
+from lightx2v.config.model_paths import PROJECT
 from lightx2v.config.presets import PRESETS, Resolved, read_json, resolve
 from lightx2v.config.request import Request
 from lightx2v.errors import BadRequest, ConfigError, LightX2VError
+from lightx2v.hub import find_all
 
 DISTILLED = {"denoising_step_list": [1000, 750, 500, 250], "boundary_step_index": 2}
 
@@ -282,18 +283,18 @@ def test_a_world_of_the_wrong_size_is_refused_at_resolve() -> None:
 
 
 def test_a_merged_preset_does_not_need_the_base_experts() -> None:
-    files = needed_files(resolve("i2v_distill_merged").engine)
+    files = list(find_all(resolve("i2v_distill_merged").engine))
     assert not [name for name in files if name.endswith("_noise_model/")]
     assert "Wan-AI/Wan2.2-I2V-A14B/high_noise_model/config.json" in files
 
 
 def test_one_replaced_expert_leaves_the_other_one_of_the_base_model() -> None:
-    files = needed_files(resolve({"low_noise_original_ckpt": "o/r/low.safetensors"}).engine)
+    files = list(find_all(resolve({"low_noise_original_ckpt": "o/r/low.safetensors"}).engine))
     assert files[:2] == ["Wan-AI/Wan2.2-T2V-A14B/high_noise_model/", "o/r/low.safetensors"]
 
 
 def test_the_quantised_text_encoder_is_the_one_that_is_needed() -> None:
     engine = resolve({"t5_quantized": True, "t5_quant_scheme": "int8-vllm", "model_path": "/m"}).engine
-    assert "/m/models_t5_umt5-xxl-enc-int8.pth" in needed_files(engine)
+    assert "/m/models_t5_umt5-xxl-enc-int8.pth" in list(find_all(engine))
     built = resolve("demo_t2v_fp8").engine
-    assert "assets/demo/Wan2.2-T2V-Demo/models_t5_umt5-xxl-enc-bf16.pth" in needed_files(built)
+    assert "assets/demo/Wan2.2-T2V-Demo/models_t5_umt5-xxl-enc-bf16.pth" in list(find_all(built))
