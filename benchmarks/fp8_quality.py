@@ -24,7 +24,7 @@ from lightx2v.config.request import Request
 from lightx2v.loading.conversion import fidelity, prebuilt_conversions
 from lightx2v.loading.model_files import locate
 from lightx2v.pipeline import LightX2VPipeline
-from lightx2v.weights.quantization import FORMATS, GATE
+from lightx2v.weights.quantization import FORMATS, MIN_COSINE
 
 PROMPTS = (
     "a yellow star bounces on the beach at sunset",
@@ -90,7 +90,7 @@ def main() -> int:
         print(f"{task} latents, FP8 against merged: PSNR {decibels}, of {row['videos']} videos")
     if args.json:
         args.json.write_text(json.dumps({"layers": layers, "latents": latents}, indent=1) + "\n")
-    return 0 if all(row["lowest"] >= GATE for name, row in layers.items() if name.endswith("fp8")) else 1
+    return 0 if all(row["lowest"] >= MIN_COSINE for name, row in layers.items() if name.endswith("fp8")) else 1
 
 
 if __name__ == "__main__":

@@ -35,7 +35,8 @@ from lightx2v.offload.placement import load_offloaded
 from lightx2v.offload.weight_streamer import StreamedModule, WeightStreamer
 from lightx2v.pipeline import LightX2VPipeline
 from lightx2v.weights.checkpoint import open_checkpoint
-from lightx2v.weights.quantization import is_expert_matrix, quantise
+from lightx2v.weights.quant_layout import is_expert_matrix
+from lightx2v.weights.quantization import quantise
 
 pytestmark = [
     pytest.mark.gpu,

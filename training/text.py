@@ -11,7 +11,8 @@ import random
 import torch
 from torch import Tensor, nn
 
-from lightx2v.models.umt5 import UMT5Sizes, build_stack, wan_name
+from lightx2v.models.umt5 import UMT5Sizes, build_stack
+from lightx2v.weights.umt5_names import wan_name
 
 from .captions import OFFICIAL_NEGATIVE, caption
 from .tokenizer import build_tokenizer

@@ -26,7 +26,8 @@ from lightx2v.models.vae import WanVAE
 from lightx2v.offload.packed_weights import Reader
 from lightx2v.parallel.mesh import Mesh
 from lightx2v.parallel.single_process import ALONE
-from lightx2v.weights.quantization import is_expert_matrix, quantise
+from lightx2v.weights.quant_layout import is_expert_matrix
+from lightx2v.weights.quantization import quantise
 
 from .bench import Bench
 

@@ -32,9 +32,11 @@ from PIL import Image
 from torch import Tensor
 
 from lightx2v.models.dit import WanDiT
-from lightx2v.models.umt5 import build_stack, wan_name
-from lightx2v.weights.quantization import SCALE, is_expert_matrix, is_text_matrix, quantise
+from lightx2v.models.umt5 import build_stack
+from lightx2v.weights.quant_layout import SCALE, is_expert_matrix, is_text_matrix
+from lightx2v.weights.quantization import quantise
 from lightx2v.weights.safetensors_writer import write_safetensors
+from lightx2v.weights.umt5_names import wan_name
 
 from .bench import Bench
 from .model import FP8, expert, vae, write_tokenizer

@@ -33,9 +33,7 @@ from lightx2v.parallel.process_group import ProcessGroup
 from lightx2v.parallel.rendezvous import join
 from lightx2v.pipeline import LightX2VPipeline
 from lightx2v.weights.checkpoint import open_checkpoint
-from lightx2v.weights.dit_names import wan_names
 from lightx2v.weights.model_weights import ModelWeights
-from lightx2v.weights.quantization import is_expert_matrix
 
 from ..parallel_wire import formula
 from .bench import Bench, forward_flops
@@ -393,7 +391,7 @@ def load(bench: Ranks) -> None:
         bench.clear()
         bench.ready()
         checkpoint = open_checkpoint(path)
-        weights = ModelWeights(checkpoint, wan_names(checkpoint.shapes), matrix=is_expert_matrix)
+        weights = ModelWeights.of_expert(checkpoint)
         size = path.stat().st_size
         stream = bench.group.broadcast_stream
 

@@ -1,14 +1,15 @@
-"""The LoRAs on one expert: put on when it is loaded, and exchanged between videos without loading it again.
+"""ExpertLoras: the LoRAs on one expert, added when it loads and exchanged between videos without loading it again.
 
-Merged: the weights hold base + LoRAs. An exchange reads from the base model's files the tensors that the old or the
+Merged: the weights hold base + LoRAs. An exchange rereads from the base model's files the tensors that the old or the
 new LoRAs change and merges again, so nothing accumulates and going back gives the same bits.
-Dynamic: the weights stay the base model's; each linear layer with a LoRA adds its low-rank product as it runs. What is
-no linear layer (biases, norms, modulation, the patch embedding) is small: its original is kept and put back.
+Dynamic: the weights stay the base model's; a forward hook on each linear layer with a LoRA adds its low-rank product.
+Tensors outside linear layers (biases, norms, modulation, the patch embedding) are small: an exchange overwrites them
+and restores their originals later.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -18,13 +19,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..config.engine_config import EngineConfig
-from ..config.lora_names import expert_of, task_of
+from ..config.lora_names import expert_of, partner_names, task_of
 from ..config.request import Expert, LoraSpec
 from ..errors import LoraError, short_path
 from ..hub import find_lora
 from ..models.dit import WanDiT
 from ..models.quant_linear import QuantLinear
-from ..weights.lora import LoraReport, MatchedLora, match_lora, partner_of
+from ..weights.lora import LoraReport, MatchedLora, match_lora
 from ..weights.model_weights import ModelWeights
 from ..weights.module_loader import TensorStream
 
@@ -41,104 +42,107 @@ class AppliedLora:
 
 
 def match_loras(
-    specs: Iterable[LoraSpec], which: Expert, weights: ModelWeights, config: EngineConfig
+    specs: Iterable[LoraSpec], expert: Expert, weights: ModelWeights, config: EngineConfig
 ) -> list[MatchedLora]:
-    """The LoRAs among `specs` that are for this expert, found and matched. LoraError where one does not fit."""
-    found = []
-    for spec, path in files_for(specs, which, config):
+    """Find and match the LoRAs in `specs` that are for this expert. LoraError where one does not fit."""
+    matched = []
+    for spec, path in lora_files(specs, expert, config):
         lora = match_lora(path, weights.plain_shapes, strength=spec.strength, allow_partial=config.lora_allow_partial)
+        named_expert, named_task, file = expert_of(path), task_of(path), short_path(path)
         warnings = []
         if lora.report.unmatched:
-            warnings.append(
-                f"{short_path(path)} fits in part: {lora.report.applied} of {lora.report.total} layers were applied."
-            )
-        if (says := expert_of(path)) not in (None, which):  # by lora_allow_partial, see files_for
-            warnings.append(f"{short_path(path)} is used for the {which}-noise expert, its name says {says} noise.")
-        if (task := task_of(path)) and (task == "t2v") != (config.task == "t2v"):  # it may be meant
-            warnings.append(f"{short_path(path)} is used for {config.task}, its name says {task}.")
-        if spec.expert == "auto" and says == which and partner_of(path) is None:
-            warnings.append(f"{short_path(path)} is for one expert, and its other half is not beside it.")
-        found.append(replace(lora, report=replace(lora.report, warnings=tuple(warnings))))
-    return found
+            warnings.append(f"{file} fits in part: {lora.report.applied} of {lora.report.total} layers were applied.")
+        if named_expert not in (None, expert):  # lora_allow_partial lets it pass, see lora_files
+            warnings.append(f"{file} is used for the {expert}-noise expert, its name says {named_expert} noise.")
+        if named_task and (named_task == "t2v") != (config.task == "t2v"):  # may be intended
+            warnings.append(f"{file} is used for {config.task}, its name says {named_task}.")
+        if spec.expert == "auto" and named_expert == expert and partner_of(path) is None:
+            warnings.append(f"{file} is for one expert, and its other half is not beside it.")
+        matched.append(replace(lora, report=replace(lora.report, warnings=tuple(warnings))))
+    return matched
 
 
-def files_for(specs: Iterable[LoraSpec], which: Expert, config: EngineConfig) -> list[tuple[LoraSpec, Path]]:
-    """The files that `specs` put on this expert. LoraError where a name says that it is for the other one.
+def lora_files(specs: Iterable[LoraSpec], expert: Expert, config: EngineConfig) -> list[tuple[LoraSpec, Path]]:
+    """The files that `specs` put on this expert. LoraError where a file's name says that it is for the other one.
 
-    A file whose other half is for this expert brings that, unless it is given too.
+    For a file that is for the other expert, the other half beside it is used, unless `specs` names that too.
     """
-    given = [(spec, find_lora(spec.path, config)) for spec in specs if spec.expert in (which, "auto")]
-    here = {path.resolve() for _, path in given}
-    found = []
-    for spec, path in given:
-        says = expert_of(path)
-        if says in (None, which) or (spec.expert == which and config.lora_allow_partial):
-            found.append((spec, path))
+    named = [(spec, find_lora(spec.path, config)) for spec in specs if spec.expert in (expert, "auto")]
+    resolved = {path.resolve() for _, path in named}
+    files = []
+    for spec, path in named:
+        named_expert = expert_of(path)
+        if named_expert in (None, expert) or (spec.expert == expert and config.lora_allow_partial):
+            files.append((spec, path))
         elif spec.expert == "auto":
             partner = partner_of(path)
-            found += [(spec, partner)] if partner is not None and partner.resolve() not in here else []
+            files += [(spec, partner)] if partner is not None and partner.resolve() not in resolved else []
         else:
             raise LoraError(
-                f"{short_path(path)} is given for the {which}-noise expert; by its name it is for the {says}-noise "
-                "one. Exchange the two files. If the name is wrong, rename it, or set lora_allow_partial to true."
+                f"{short_path(path)} is given for the {expert}-noise expert; by its name it is for the "
+                f"{named_expert}-noise one. Exchange the two files. If the name is wrong, rename it, or set "
+                "lora_allow_partial to true."
             )
-    return found
+    return files
+
+
+def partner_of(path: Path) -> Path | None:
+    """The LoRA for the other expert that belongs to `path` by its name, if there is one."""
+    return next((Path(name) for name in partner_names(path.as_posix()) if Path(name).is_file()), None)
 
 
 class ExpertLoras:
-    """What is on one loaded expert. `use` exchanges it."""
+    """The LoRAs on one loaded expert. `use` exchanges them."""
 
     def __init__(
         self,
         dit: WanDiT,
-        which: Expert,
+        expert: Expert,
         weights: ModelWeights,
         loras: Sequence[MatchedLora],
         config: EngineConfig,
         device: torch.device | None = None,
-        through: Callable[[TensorStream], TensorStream] = iter,
+        transform: Callable[[TensorStream], TensorStream] = iter,
         *,
-        lazy: bool = False,
+        from_disk: bool = False,
     ) -> None:
-        """`dit` was loaded from `weights.with_loras(loras)`, or from `weights` where LoRAs are dynamic.
+        """`dit` was loaded from `weights.with_loras(loras)`, or from `weights` if LoRAs are dynamic.
 
-        `device` is where it will run, if its weights are elsewhere now. With `lazy` they are on disk.
+        `device` is where it will run, if its weights are elsewhere now. `from_disk`: its weights stay on disk.
+        `transform` maps each stream of tensors, e.g. broadcasts it to other processes.
         """
-        self.which: Expert = which
-        self._lazy = lazy
-        self._dit, self._weights, self._config = dit, weights, config
-        self._device, self._through = device, through
+        self._dit, self._expert, self._weights, self._config = dit, expert, weights, config
+        self._device, self._transform, self._from_disk = device, transform, from_disk
         self._merged: list[MatchedLora] = []
-        self._touched: set[str] = set()
+        self._dirty: set[str] = set()
         self._hooks: list[torch.utils.hooks.RemovableHandle] = []
-        self._kept: dict[str, Tensor] = {}
-        self.on_disk = weights
-        """To be read where weights stay on disk: with all that the LoRAs change, or where they run beside the weights
-        with what they change besides matrices."""
+        self._originals: dict[str, Tensor] = {}
+        self.disk_weights = weights
+        """The weights to read if they stay on disk: with all changes, or for dynamic LoRAs with the small ones."""
         self.applied: tuple[AppliedLora, ...] = ()
         self.specs: tuple[LoraSpec, ...] | None = ()
-        if self.dynamic(weights, config, lazy):
+        if self.dynamic(weights, config, from_disk):
             self._attach(loras)
         else:
-            self._merged, self._touched = list(loras), _names(loras)
-            self.on_disk = weights.with_loras(loras)
-        self._note(loras, config.lora_configs)
+            self._merged, self._dirty = list(loras), _names(loras)
+            self.disk_weights = weights.with_loras(loras)
+        self._record(loras, config.lora_configs)
 
     @staticmethod
-    def dynamic(weights: ModelWeights, config: EngineConfig, lazy: bool = False) -> bool:
-        """Whether LoRAs run beside the weights. Always where the weights come quantised, since merging would round
-        twice, and where they stay on disk."""
-        return config.lora_dynamic_apply or (config.build is None and (weights.quantised or lazy))
+    def dynamic(weights: ModelWeights, config: EngineConfig, from_disk: bool = False) -> bool:
+        """Whether LoRAs run beside the weights. Always if the weights come quantised, since merging would round twice,
+        or stay on disk."""
+        return config.lora_dynamic_apply or (config.build is None and (weights.quantised or from_disk))
 
     def use(self, specs: Sequence[LoraSpec]) -> None:
-        """Exchanges the LoRAs for those of `specs` that are for this expert. After a LoraError the old ones are on.
+        """Exchange the LoRAs for the `specs` that are for this expert. After a LoraError the old ones are still on.
 
-        After any other error, such as no memory, `specs` is None: the next exchange begins with the base model.
+        After any other error, such as out of memory, `specs` is None: the next exchange starts from the base model.
         """
-        wanted = self._for_this(specs)
+        wanted = self._own(specs)
         if wanted == self.specs:
             return
-        loras = match_loras(wanted, self.which, self._weights, self._config)
+        loras = match_loras(wanted, self._expert, self._weights, self._config)
         before, self.specs = self.specs, None
         try:
             with torch.inference_mode(False), torch.no_grad():
@@ -146,81 +150,81 @@ class ExpertLoras:
         except LoraError:
             self.specs = before
             raise
-        self._note(loras, wanted)
+        self._record(loras, wanted)
 
     def _exchange(self, loras: list[MatchedLora]) -> None:
-        if self.dynamic(self._weights, self._config, self._lazy):
+        if self.dynamic(self._weights, self._config, self._from_disk):
             self._attach(loras)
-        elif self._lazy:
+        elif self._from_disk:
             raise LoraError(
-                "The LoRAs are part of the weights that were built, and these stay on disk: they cannot be "
-                "exchanged. Set lazy_load to false, or take a preset that does not build its model."
+                "The LoRAs are part of the prebuilt weights, and these stay on disk: they cannot be exchanged. "
+                "Set lazy_load to false, or use a preset that does not build its model."
             )
         else:
             self._merge(loras)
 
-    def _for_this(self, specs: Iterable[LoraSpec]) -> tuple[LoraSpec, ...]:
-        return tuple(spec for spec in specs if spec.expert in (self.which, "auto"))
+    def _own(self, specs: Iterable[LoraSpec]) -> tuple[LoraSpec, ...]:
+        return tuple(spec for spec in specs if spec.expert in (self._expert, "auto"))
 
-    def _note(self, loras: Sequence[MatchedLora], specs: Iterable[LoraSpec]) -> None:
-        self.specs = self._for_this(specs)
-        self.applied = tuple(AppliedLora(expert=self.which, report=lora.report) for lora in loras)
+    def _record(self, loras: Sequence[MatchedLora], specs: Iterable[LoraSpec]) -> None:
+        self.specs = self._own(specs)
+        self.applied = tuple(AppliedLora(expert=self._expert, report=lora.report) for lora in loras)
 
     def _merge(self, loras: list[MatchedLora]) -> None:
-        self._touched |= _names(loras)
+        self._dirty |= _names(loras)
         try:
             self._overwrite(self._weights.with_loras(loras))
         except LoraError:
             self._overwrite(self._weights.with_loras(self._merged))
             raise
-        self._merged, self._touched = loras, _names(loras)
+        self._merged, self._dirty = loras, _names(loras)
 
     def _overwrite(self, weights: ModelWeights) -> None:
-        # Added up and rounded where the load does it: on the device that will compute, wherever the weight is now.
-        for name, tensor in self._through(weights.tensors(self._touched, device=self._device or "cpu")):
+        # Sums and roundings run on the same device as at load, the one that computes, wherever the weight is now.
+        for name, tensor in self._transform(weights.tensors(self._dirty, device=self._device or "cpu")):
             parameter = self._dit.get_parameter(name)
             parameter.copy_(tensor.to(parameter.dtype))
 
     def _attach(self, loras: Sequence[MatchedLora]) -> None:
-        """The new side branches and small tensors are made first, then everything is exchanged."""
-        small = {name for name in _names(loras) if self._matrix(name) is None}
+        """Read the new side branches and small tensors first, then exchange everything."""
+        small = {name for name in _names(loras) if self._linear(name) is None}
         weights = self._weights.with_loras([lora.only(small) for lora in loras])
         branches: dict[str, dict[str, Tensor]] = {}
         changed: dict[str, Tensor] = {}
-        for key, tensor in self._through(self._additions(loras, weights, small)):
+        for key, tensor in self._transform(self._additions(loras, weights, small)):
             name, _, part = key.partition("|")
             if part:
                 branches.setdefault(name, {})[part] = tensor
             else:
                 changed[name] = tensor
         self._detach()
-        self.on_disk = weights
+        self.disk_weights = weights
         for name, total in changed.items():
             parameter = self._dit.get_parameter(name)
             if not parameter.is_meta:
-                self._kept[name] = parameter.detach().clone()
+                self._originals[name] = parameter.detach().clone()
                 parameter.copy_(total)
         self._hooks = [
             self._dit.get_submodule(name.rpartition(".")[0]).register_forward_hook(_side_branch(**parts))
             for name, parts in branches.items()
         ]
 
-    def _additions(
-        self, loras: Sequence[MatchedLora], weights: ModelWeights, small: set[str]
-    ) -> Iterator[tuple[str, Tensor]]:
-        """What these LoRAs add: of a linear layer's weight "name|down" and "name|up" or "name|delta", of anything else
-        its new value. That is read even where it stays on disk, so that what is wrong with it shows now."""
-        layers: dict[str, list[MatchedLora]] = {}
+    def _additions(self, loras: Sequence[MatchedLora], weights: ModelWeights, small: set[str]) -> TensorStream:
+        """For a linear layer's weight "name|down" and "name|up" or "name|delta"; for other tensors the new value.
+
+        Reads that value even if it stays on disk, so that an error in it shows now.
+        """
+        by_weight: dict[str, list[MatchedLora]] = {}
         for lora in loras:
             for name in lora.patches:
-                layers.setdefault(name, []).append(lora)
-        for name, group in layers.items():
-            if (layer := self._matrix(name)) is not None:
+                by_weight.setdefault(name, []).append(lora)
+        for name, group in by_weight.items():
+            if (layer := self._linear(name)) is not None:
                 yield from self._branch(name, group, layer)
         yield from weights.tensors(small)
 
-    def _matrix(self, name: str) -> nn.Linear | QuantLinear | None:
-        """The linear layer whose weight this is."""
+    def _linear(self, name: str) -> nn.Linear | QuantLinear | None:
+        """The linear layer with this weight."""
         owner = self._dit.get_submodule(name.rpartition(".")[0])
         return owner if name.endswith(".weight") and isinstance(owner, nn.Linear | QuantLinear) else None
 
@@ -228,30 +232,28 @@ class ExpertLoras:
         for hook in self._hooks:
             hook.remove()
         self._hooks = []
-        for name, original in self._kept.items():
+        for name, original in self._originals.items():
             self._dit.get_parameter(name).copy_(original)
-        self._kept.clear()
+        self._originals.clear()
 
-    def _branch(
-        self, name: str, loras: Sequence[MatchedLora], layer: nn.Linear | QuantLinear
-    ) -> Iterator[tuple[str, Tensor]]:
-        """The matrices of Σ up · down, in which several LoRAs become one pair."""
+    def _branch(self, name: str, loras: Sequence[MatchedLora], layer: nn.Linear | QuantLinear) -> TensorStream:
+        """The matrices of Σ up · down: several LoRAs become one pair, plain differences one matrix."""
         device = self._device or layer.weight.device
         dtype = self._dit.compute_dtype if isinstance(layer, QuantLinear) else layer.weight.dtype
-        downs, ups, whole = [], [], None
+        downs, ups, difference = [], [], None
         for lora in loras:
-            pair = lora.low_rank(name)
-            if pair is None:
-                whole = torch.zeros(layer.out_features, layer.in_features) if whole is None else whole
-                lora.add_to(name, whole)
+            delta = lora.delta(name, "cpu", torch.float32)
+            if delta.down is None:
+                difference = torch.zeros(layer.out_features, layer.in_features) if difference is None else difference
+                delta.add_to(difference)
             else:
-                downs.append(pair[0])
-                ups.append(pair[1])
+                downs.append(delta.down)
+                ups.append(delta.up * delta.scale)
         if downs:
             yield f"{name}|down", torch.cat(downs).to(device, dtype)
             yield f"{name}|up", torch.cat(ups, dim=1).t().contiguous().to(device, dtype)
-        if whole is not None:
-            yield f"{name}|delta", whole.to(device, dtype)
+        if difference is not None:
+            yield f"{name}|delta", difference.to(device, dtype)
 
 
 def _names(loras: Iterable[MatchedLora]) -> set[str]:

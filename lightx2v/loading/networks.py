@@ -1,7 +1,7 @@
-"""A model's parts, loaded: text encoder, experts and VAE, each from its files to a module on a device.
+"""Load a model's networks, text encoder, experts and VAE: each from its files to a module on a device.
 
-The architecture comes from the files; devices and precisions from the configuration. Where the parts live while others
-run is decided in offload.py.
+The architecture comes from the files; devices and precisions from the configuration. lightx2v/offload decides where
+networks are while others run.
 """
 
 from __future__ import annotations
@@ -25,10 +25,10 @@ from ..parallel.process_group import Group
 from ..parallel.single_process import ALONE
 from ..progress import CancelToken
 from ..weights.checkpoint import open_checkpoint
-from ..weights.dit_names import wan_names
 from ..weights.model_weights import ModelWeights
 from ..weights.module_loader import check_fit, load_into, stream_into
-from ..weights.quantization import SCALE, is_expert_matrix, scheme_format
+from ..weights.quant_layout import SCALE
+from ..weights.quantization import scheme_format
 from .model_files import ModelFiles
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
@@ -44,7 +44,7 @@ class Precision:
 
     @classmethod
     def of(cls, config: EngineConfig) -> Precision:
-        """What the configuration names; "auto" is the best device here, bf16 on a GPU and fp32 on a CPU."""
+        """The configuration's device and dtypes; "auto" is the best device here, bf16 on a GPU and fp32 on a CPU."""
         device = pick_device(config.device)
         natural = torch.float32
         if device.type == "cuda":
@@ -76,15 +76,16 @@ def pick_device(name: str) -> torch.device:
 def load_text_encoder(
     files: ModelFiles, config: EngineConfig, precision: Precision, cancel: CancelToken | None = None
 ) -> TextEncoder:
-    """The text encoder; quantised as it is read where the configuration wants that and no build is kept."""
-    made = files.prebuilt.t5 if files.prebuilt else None
+    """The text encoder, quantised while it is read if the configuration wants that and has no prebuilt file."""
+    prebuilt = files.prebuilt.t5 if files.prebuilt else None
+    quantise = config.t5_quantized and config.build and not prebuilt
     return TextEncoder.load(
-        made or files.t5,
+        prebuilt or files.t5,
         files.tokenizer,
         dtype=precision.compute,
         device=precision.device,
         text_len=config.text_len,
-        quantise=scheme_format(config.t5_quant_scheme) if config.t5_quantized and config.build and not made else None,
+        quantise=scheme_format(config.t5_quant_scheme) if quantise else None,
         cancel=cancel,
     )
 
@@ -93,7 +94,7 @@ def expert_weights(files: ModelFiles, which: Expert, config: EngineConfig) -> Mo
     """One expert's weights without LoRAs, quantised if the configuration builds them so. Reads headers only."""
     checkpoint = open_checkpoint(files.high if which == "high" else files.low)
     quantise = scheme_format(config.dit_quant_scheme) if config.build == "fp8" else None
-    weights = ModelWeights(checkpoint, wan_names(checkpoint.shapes), matrix=is_expert_matrix, quantise=quantise)
+    weights = ModelWeights.of_expert(checkpoint, quantise=quantise)
     if config.dit_quantized and not weights.quantised:
         raise CheckpointError(
             f"dit_quantized is true, but {short_path(checkpoint.path)} holds no quantised weights. "
@@ -104,11 +105,11 @@ def expert_weights(files: ModelFiles, which: Expert, config: EngineConfig) -> Mo
 
 
 def prebuilt_weights(files: ModelFiles, which: Expert) -> ModelWeights | None:
-    """The same with the configuration's LoRAs, from the kept build where there is one."""
+    """One expert's weights with the configuration's LoRAs, from the prebuilt file if there is one."""
     if files.prebuilt is None:
         return None
     checkpoint = open_checkpoint(files.prebuilt.high if which == "high" else files.prebuilt.low)
-    return ModelWeights(checkpoint, wan_names(checkpoint.shapes), matrix=is_expert_matrix)
+    return ModelWeights.of_expert(checkpoint)
 
 
 def build_expert(
@@ -118,7 +119,7 @@ def build_expert(
     self_attention: Choice,
     cross_attention: Choice,
 ) -> WanDiT:
-    """One expert on the meta device. The weights are compared with the architecture; no tensor is read."""
+    """One expert on the meta device. Compares the weights with the architecture and reads no tensor."""
     dit_config = DiTConfig.from_checkpoint(files.architecture, weights.shapes)
     with torch.device("meta"):
         dit = WanDiT(dit_config, self_attention=self_attention.fn, cross_attention=cross_attention.fn)
@@ -138,22 +139,22 @@ def load_expert(
     group: Group = ALONE,
     compute_device: torch.device | None = None,
 ) -> WanDiT:
-    """One expert of these weights. Of several processes, rank 0 reads for all.
+    """One expert with these weights. Of several processes, rank 0 reads for all.
 
-    `compute_device` is where LoRAs are added and weights quantised: the device that will compute with them, even if
-    they go to host memory. There it takes seconds, and minutes on a CPU.
+    Adds LoRAs and quantises on `compute_device`, the device that will compute with the weights, even if they go to
+    host memory: there it takes seconds, and minutes on a CPU.
     """
     dit = build_expert(files, weights, precision, self_attention, cross_attention)
     dtype_of = expert_dtypes(precision)
-    makes = any(weights.is_modified(name) and name not in weights.layout.scales for name in weights.plain_shapes)
-    at = compute_device if compute_device is not None and makes else precision.device
-    tensors = group.broadcast_stream(weights.tensors(dtype_of=dtype_of, device=at), cancel)
+    computes = any(weights.is_modified(name) and name not in weights.layout.scales for name in weights.plain_shapes)
+    device = compute_device if compute_device is not None and computes else precision.device
+    tensors = group.broadcast_stream(weights.tensors(dtype_of=dtype_of, device=device), cancel)
     stream_into(dit, tensors, dtype_of=dtype_of, device=precision.device, source_name=weights.source)
     return dit
 
 
 def expert_dtypes(precision: Precision) -> Callable[[str], torch.dtype]:
-    """The dtype in which an expert's tensor of this name is kept, unless it is quantised."""
+    """The dtype of an expert's tensor with this name, unless it is quantised."""
     return lambda name: torch.float32 if name.endswith(SCALE) else parameter_dtype(name, precision.compute)
 
 
@@ -162,15 +163,15 @@ def load_vae(files: ModelFiles, precision: Precision, group: Group = ALONE) -> W
     with torch.device("meta"):
         vae = WanVAE(VAEConfig.from_shapes(checkpoint.shapes))
     load_into(
-        vae, checkpoint, dtype_of=lambda _: precision.vae, device=precision.device, through=group.broadcast_stream
+        vae, checkpoint, dtype_of=lambda _: precision.vae, device=precision.device, transform=group.broadcast_stream
     )
     return vae.eval()
 
 
 @contextmanager
 def whole_float32() -> Iterator[None]:
-    """In it float32 convolutions are computed in float32; by itself CUDA rounds what goes into them to 10 bits, and
-    spatial shards of several processes then differ by more than one level. bf16 is not touched."""
+    """A context in which float32 convolutions run in float32. By default CUDA rounds their inputs to 10 bits, and the
+    spatial shards of several processes then differ by more than one level. Leaves bf16 alone."""
     before = torch.backends.cudnn.allow_tf32
     torch.backends.cudnn.allow_tf32 = False
     try:

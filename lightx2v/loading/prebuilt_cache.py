@@ -1,13 +1,13 @@
-"""What is made of a model once and kept: its experts with LoRAs merged or in 8 bits, its text encoder in 8 bits.
+"""PrebuiltCache: files made once from a model and kept: experts with LoRAs merged or in 8 bits, the text encoder in 8.
 
-    store = PrebuiltCache(folder)
-    store.find(job)             the file of this Conversion, if it is there and whole
-    store.build(job)             makes it; a second process waits for the first one and takes what it made
-    store.files()               what is there, with sizes and whether its sources still are what it was made of
-    store.prune()                removes what was made of files that have changed since
+    cache = PrebuiltCache(folder)
+    cache.find(job)             the complete file of this Conversion, or None
+    cache.build(job)            makes it; a second process waits for the first one and uses its file
+    cache.files()               all files, with sizes and whether their sources have changed
+    cache.prune()               removes files whose sources have changed
 
 A file's name ends in a hash of its sources (names, sizes, times) and of the settings, so another LoRA is another file.
-It grows under another name and gets its own when it is whole: what was interrupted is never used, and is continued the
+It grows under another name and gets its own when it is complete: an interrupted build is never used, and continues the
 next time.
 """
 
@@ -37,15 +37,15 @@ from .model_files import ModelFiles, PrebuiltFiles
 
 log = logging.getLogger("lightx2v.prebuilt")
 
-State = Literal["current", "stale", "missing-source"]
+SourceState = Literal["current", "stale", "missing-source"]
 
 PATHS = "lightx2v_paths"
-"""In a file's metadata: where its sources are."""
+"""Metadata key: the paths of a file's sources."""
 PART = ".part"
 
 
 def prebuilt_folder(models_dir: str | None, environment: Environment | None = None) -> Path:
-    """Where builds are kept: beside the models where those have a folder, since that is a disk with room for them."""
+    """The cache's folder: beside the models if they have a folder, since that disk has space for them."""
     environment = environment or Environment.read()
     if models_dir := models_dir or environment.models_dir:
         return Path(models_dir).expanduser() / ".built"
@@ -56,31 +56,27 @@ def prebuilt_folder(models_dir: str | None, environment: Environment | None = No
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class CachedFile:
-    """A file in the store. `state`: its sources are what they were ("current"), are not ("stale"), or cannot be looked
-    at, since their folder is not there ("missing-source"). `whole` is false for what was interrupted."""
+    """A file in the cache. `whole` is False for an interrupted build.
+
+    `state` tells about its sources: "current" (unchanged), "stale" (changed) or "missing-source" (their folder is not
+    there, so nobody can tell).
+    """
 
     path: Path
     size: int
-    state: State
+    state: SourceState
     whole: bool
 
 
 class PrebuiltCache:
-    """One folder. Made when it is first written to."""
+    """The prebuilt files in one folder, which the first build creates."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
 
-    def locate(self, job: Conversion) -> tuple[Conversion, str]:
-        """The job with its output in here, and the fingerprint that this file has."""
-        print_ = fingerprint(open_checkpoint(job.source), job)
-        digest = hashlib.sha256(print_.encode()).hexdigest()[:16]
-        about = re.sub(r"[^\w.-]+", "_", f"{job.source.absolute().parent.name}-{job.output.stem}")
-        return replace(job, output=self.folder / f"{about[:100]}-{digest}.safetensors"), print_
-
     def find(self, job: Conversion) -> Path | None:
-        placed, print_ = self.locate(job)
-        return placed.output if placed.output.is_file() and has_fingerprint(placed.output, print_) else None
+        own, expected = self._own(job)
+        return own.output if own.output.is_file() and has_fingerprint(own.output, expected) else None
 
     def build(
         self,
@@ -90,47 +86,54 @@ class PrebuiltCache:
         on_progress: OnProgress | None = None,
         cancel: CancelToken | None = None,
     ) -> Path:
-        """OutputError where there is no room or no right to write."""
+        """The file of this job, made if it is missing. OutputError if the disk is full or not writable."""
         if (path := self.find(job)) is not None:
             return path
-        placed, _ = self.locate(job)
+        own, _ = self._own(job)
         with self._locked(cancel):
-            if (path := self.find(job)) is not None:  # made by another process while this one waited
+            if (path := self.find(job)) is not None:  # another process made it while this one waited
                 return path
             self._prune()
-            log.info("Making %s once; later starts read it.", placed.output.name)
+            log.info("Building %s once; later starts read it.", own.output.name)
             sources = [file.path for file in open_checkpoint(job.source).files] + [path for path, _ in job.loras]
             paths = json.dumps([str(path.absolute()) for path in sources])
-            # What is there under this name is damaged, or it would have been found.
-            convert(placed, force=True, metadata={PATHS: paths}, device=device, on_progress=on_progress, cancel=cancel)
-        return placed.output
+            # An existing file with this name is damaged, or `find` would have returned it.
+            convert(own, force=True, metadata={PATHS: paths}, device=device, on_progress=on_progress, cancel=cancel)
+        return own.output
 
     def files(self) -> list[CachedFile]:
-        """Largest first."""
-        found = []
+        """All files, the largest first."""
+        files = []
         for path in self.folder.glob("*.safetensors*") if self.folder.is_dir() else ():
             whole = path.suffix == ".safetensors"
             if whole or path.suffix == PART:
-                found.append(CachedFile(path=path, size=path.stat().st_size, state=_state(path), whole=whole))
-        return sorted(found, key=lambda item: (-item.size, item.path.name))
+                files.append(CachedFile(path=path, size=path.stat().st_size, state=_state(path), whole=whole))
+        return sorted(files, key=lambda file: (-file.size, file.path.name))
 
     def prune(self) -> list[CachedFile]:
-        """Removes what is stale, and says what it was."""
+        """Remove and return the stale files."""
         if not self.folder.is_dir():
             return []
         with self._locked(None):
             return self._prune()
 
+    def _own(self, job: Conversion) -> tuple[Conversion, str]:
+        """The job with its output in this cache, and that file's fingerprint."""
+        content = fingerprint(open_checkpoint(job.source), job)
+        digest = hashlib.sha256(content.encode()).hexdigest()[:16]
+        label = re.sub(r"[^\w.-]+", "_", f"{job.source.absolute().parent.name}-{job.output.stem}")
+        return replace(job, output=self.folder / f"{label[:100]}-{digest}.safetensors"), content
+
     def _prune(self) -> list[CachedFile]:
-        stale = [item for item in self.files() if item.state == "stale"]
-        for item in stale:
-            log.info("Removing %s: it was made of files that have changed.", item.path.name)
-            item.path.unlink(missing_ok=True)
+        stale = [file for file in self.files() if file.state == "stale"]
+        for file in stale:
+            log.info("Removing %s: its sources have changed.", file.path.name)
+            file.path.unlink(missing_ok=True)
         return stale
 
     @contextmanager
     def _locked(self, cancel: CancelToken | None) -> Iterator[None]:
-        """One process at a time writes here. The system releases the lock of a process that dies."""
+        """Only one process at a time writes here. The system releases the lock of a process that dies."""
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
             lock, waited = FileLock(self.folder / ".lock"), False
@@ -152,36 +155,30 @@ class PrebuiltCache:
             lock.release()
 
 
-def _state(path: Path) -> State:
+def _state(path: Path) -> SourceState:
     try:
-        about = _metadata(path)
-        made = json.loads(about[FINGERPRINT])
-        if made["version"] != VERSION:
+        metadata = json.loads(header_text(path)[0])["__metadata__"]
+        content = json.loads(metadata[FINGERPRINT])
+        if content["version"] != VERSION:
             return "stale"
-        known = [*made["of"], *made["loras"]]
-        sources = [Path(source) for source in json.loads(about[PATHS])]
+        recorded = [*content["of"], *content["loras"]]
+        sources = [Path(source) for source in json.loads(metadata[PATHS])]
     except (OSError, ValueError, KeyError, TypeError):
-        return "stale"  # interrupted before its header was whole, or not ours
+        return "stale"  # interrupted before its header was complete, or another program's
     if not all(source.parent.is_dir() for source in sources):
         return "missing-source"
-    for source, (_, size, time, *_) in zip(sources, known, strict=False):
+    for source, (_, size, time, *_) in zip(sources, recorded, strict=False):
         if not source.is_file() or (source.stat().st_size, source.stat().st_mtime_ns) != (size, time):
             return "stale"
     return "current"
 
 
-def _metadata(path: Path) -> dict[str, str]:
-    """Of a file that need not be whole."""
-    return json.loads(header_text(path)[0])["__metadata__"]
-
-
 def find_prebuilt(files: ModelFiles, config: EngineConfig, plain: str) -> PrebuiltFiles | None:
-    """What a configuration with "build" has made before, if all of it is there."""
-    store = PrebuiltCache(prebuilt_folder(config.models_dir))
-    found = {part: store.find(job) for part, job in prebuilt_conversions(files, config, store.folder, plain).items()}
-    if not all(found.values()):
-        return None
-    return PrebuiltFiles(**found)  # type: ignore[arg-type]
+    """The files of a configuration with "build", if all of them exist."""
+    cache = PrebuiltCache(prebuilt_folder(config.models_dir))
+    found = {part: cache.find(job) for part, job in prebuilt_conversions(files, config, cache.folder, plain).items()}
+    complete = {part: path for part, path in found.items() if path is not None}
+    return PrebuiltFiles(**complete) if len(complete) == len(found) else None
 
 
 def build_prebuilt(
@@ -193,10 +190,10 @@ def build_prebuilt(
     on_progress: Callable[[str], OnProgress] | None = None,
     cancel: CancelToken | None = None,
 ) -> PrebuiltFiles:
-    """Makes what is not there. `on_progress(part)` hears of that part."""
-    store = PrebuiltCache(prebuilt_folder(config.models_dir))
-    made = {
-        part: store.build(job, device=device, on_progress=on_progress and on_progress(part), cancel=cancel)
-        for part, job in prebuilt_conversions(files, config, store.folder, plain).items()
+    """Build the files that are missing. `on_progress(part)` receives that part's progress."""
+    cache = PrebuiltCache(prebuilt_folder(config.models_dir))
+    paths = {
+        part: cache.build(job, device=device, on_progress=on_progress and on_progress(part), cancel=cancel)
+        for part, job in prebuilt_conversions(files, config, cache.folder, plain).items()
     }
-    return PrebuiltFiles(**made)
+    return PrebuiltFiles(**paths)

@@ -1,7 +1,7 @@
-"""The slow imports, made in a thread while the program does something else.
+"""Import slow packages in a thread while the program does something else.
 
-torch and transformers take about six seconds of imports on a small machine. A program that will load a model calls
-`start` as it starts; loading then waits only for what is left.
+torch and transformers take about six seconds to import on a small machine. A program that will load a model calls
+`start` at its own start; loading then waits only for the rest.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ import threading
 
 
 def start() -> threading.Thread:
-    """Begins to import what loading a model needs. May be called again; a failure shows where a model is loaded."""
+    """Start importing the packages that loading a model needs. May be called again; loading reports a failure."""
     thread = threading.Thread(target=_import, name="lightx2v-preload", daemon=True)
     thread.start()
     return thread
@@ -22,4 +22,4 @@ def _import() -> None:
 
         preload()
     except ImportError:
-        pass  # whoever loads a model imports the same, and says what is missing
+        pass  # loading a model imports the same and names the missing package

@@ -29,32 +29,12 @@ from ..progress import CancelToken
 from ..weights.checkpoint import Checkpoint, open_checkpoint
 from ..weights.model_weights import ModelWeights
 from ..weights.module_loader import check_fit, stream_into
-from ..weights.quantization import is_text_matrix
+from ..weights.umt5_names import EMBEDDING, TABLE, hf_name
 from .quant_linear import swap_linears
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
     from transformers.models.umt5.modeling_umt5 import UMT5DenseGatedActDense, UMT5Stack
-
-EMBEDDING, TABLE = "shared.weight", "token_embedding.weight"
-"""The token table's name in transformers and in Wan's file."""
-
-_SCALE = re.compile(r"(.+)\.(weight_scale|scale_weight|scale_input|input_scale)")
-"""Tensors that belong to a quantised weight carry its name."""
-
-_OUTSIDE = (  # Wan, transformers
-    ("token_embedding.weight", EMBEDDING),
-    ("norm.weight", "encoder.final_layer_norm.weight"),
-)
-_BLOCK = (  # after "blocks.<i>." and "encoder.block.<i>.layer."
-    ("norm1.weight", "0.layer_norm.weight"),
-    *((f"attn.{leaf}.weight", f"0.SelfAttention.{leaf}.weight") for leaf in "qkvo"),
-    ("pos_embedding.embedding.weight", "0.SelfAttention.relative_attention_bias.weight"),
-    ("norm2.weight", "1.layer_norm.weight"),
-    ("ffn.gate.0.weight", "1.DenseReluDense.wi_0.weight"),
-    ("ffn.fc1.weight", "1.DenseReluDense.wi_1.weight"),
-    ("ffn.fc2.weight", "1.DenseReluDense.wo.weight"),
-)
 
 
 @dataclass(frozen=True, slots=True)
@@ -125,10 +105,7 @@ class TextEncoder(nn.Module):
         if not isinstance(checkpoint, Checkpoint):
             checkpoint = open_checkpoint(checkpoint)
         source = short_path(checkpoint.path)
-        names = {name: wan_name(name) for name in checkpoint.shapes}
-        for name in [name for name, ours in names.items() if ours == "encoder.embed_tokens.weight"]:
-            del names[name]  # a second copy of the token table
-        weights = ModelWeights(checkpoint, names, matrix=is_text_matrix, quantise=quantise)
+        weights = ModelWeights.of_text_encoder(checkpoint, quantise=quantise)
         shapes = {hf_name(name): shape for name, shape in weights.shapes.items()}
         try:
             sizes = UMT5Sizes.from_shapes(shapes)
@@ -198,26 +175,6 @@ def replace_feed_forwards(stack: UMT5Stack) -> None:
     for layer in stack.modules():
         if isinstance(layer, UMT5LayerFF) and isinstance(layer.DenseReluDense, UMT5DenseGatedActDense):
             layer.DenseReluDense = FeedForward(layer.DenseReluDense)  # type: ignore[assignment]
-
-
-def hf_name(name: str) -> str:
-    """transformers' name for one of Wan's T5 tensors; an unknown name is returned unchanged."""
-    if match := _SCALE.fullmatch(name):
-        return hf_name(f"{match[1]}.weight").removesuffix("weight") + match[2]
-    if match := re.fullmatch(r"blocks\.(\d+)\.(.+)", name):
-        stem = dict(_BLOCK).get(match[2])
-        return f"encoder.block.{match[1]}.layer.{stem}" if stem else name
-    return dict(_OUTSIDE).get(name, name)
-
-
-def wan_name(name: str) -> str:
-    """The inverse of `hf_name`."""
-    if match := _SCALE.fullmatch(name):
-        return wan_name(f"{match[1]}.weight").removesuffix("weight") + match[2]
-    if match := re.fullmatch(r"encoder\.block\.(\d+)\.layer\.(.+)", name):
-        stem = {theirs: ours for ours, theirs in _BLOCK}.get(match[2])
-        return f"blocks.{match[1]}.{stem}" if stem else name
-    return {theirs: ours for ours, theirs in _OUTSIDE}.get(name, name)
 
 
 _IMPORTING = threading.Lock()

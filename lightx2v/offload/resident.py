@@ -77,7 +77,7 @@ class Resident:
             load = build_expert if from_disk else read
             dit = load(files, prebuilt or merged, expert_precision, self_attention, cross_attention)
             broadcast = group.broadcast_stream
-            added = ExpertLoras(dit, which, weights, loras, config, precision.device, broadcast, lazy=from_disk)
+            added = ExpertLoras(dit, which, weights, loras, config, precision.device, broadcast, from_disk=from_disk)
             if from_disk:
                 self.readers[which] = _reader(prebuilt, added, expert_precision, group)
             self._experts[which], self._loras[which] = dit, added
@@ -143,4 +143,4 @@ class Resident:
 def _reader(prebuilt: ModelWeights | None, loras: ExpertLoras, precision: Precision, group: Group) -> Reader:
     """Reads an expert's tensors from the prebuilt file, or else with the LoRAs of the moment."""
     dtype_of = expert_dtypes(precision)
-    return lambda names: group.broadcast_stream((prebuilt or loras.on_disk).tensors(names, dtype_of=dtype_of))
+    return lambda names: group.broadcast_stream((prebuilt or loras.disk_weights).tensors(names, dtype_of=dtype_of))

@@ -1,11 +1,11 @@
-"""One model's tensors, whatever they are stored in: a file, shards with or without an index, a folder split by block.
+"""Checkpoint: one model's tensors in a file, in shards with or without an index, or in a folder split by block.
 
-    checkpoint = open_checkpoint(path)        names, shapes and dtypes; no tensor is read yet
+    checkpoint = open_checkpoint(path)        names, shapes and dtypes; reads no tensor yet
     checkpoint.tensor("head.head.weight")     one tensor, as it is stored
     for name, tensor in checkpoint.tensors(): all of them, one at a time, in the order they lie on disk
 
-What a file is gets decided by its first bytes and never by its name: a pickle called `model.safetensors` is still a
-pickle. Each file is checked when the checkpoint is opened, so a broken download is found before anything is loaded.
+A file's first bytes decide its format, never its name: a pickle called `model.safetensors` is still a pickle. Opening
+checks each file, so a broken download is found before anything is loaded.
 """
 
 from __future__ import annotations
@@ -26,116 +26,123 @@ from .pth_reader import PthReader
 from .safetensors_reader import SafetensorsReader
 from .tensor_file import CHUNK, DOWNLOAD_AGAIN, TensorEntry, TensorFile, cast_target
 
-AHEAD = 3
-"""Tensors on their way to a device that are read before they are asked for; 141 MB each at full size in bf16."""
+READ_AHEAD = 3
+"""Tensors that threads read in advance on the way to a device; 141 MB each at full size in bf16."""
 
 PICKLES = (".pth", ".pt", ".bin")
 
 
 class Checkpoint:
-    """Tensors by name over one or several files. Made by `open_checkpoint`."""
+    """Tensors by name over one or several files. `open_checkpoint` makes it."""
 
-    def __init__(self, path: Path, files: list[TensorFile]) -> None:
+    def __init__(self, path: Path, files: Sequence[TensorFile]) -> None:
         self.path = path
         self.files = files
-        self._home: dict[str, TensorFile] = {}
+        self._file_of: dict[str, TensorFile] = {}
         for file in files:
             for name in file.entries:
-                if name in self._home:
-                    first = self._home[name].path.name
+                if name in self._file_of:
+                    first = self._file_of[name].path.name
                     raise CheckpointError(
                         f"{short_path(path)}: tensor {name:.80} is in {first} and in {file.path.name}. "
                         "Two models seem to share this folder; keep one, or name a file instead of the folder."
                     )
-                self._home[name] = file
-        self.shapes = {name: file.entries[name].shape for name, file in self._home.items()}
-        self.dtypes = {name: file.entries[name].dtype for name, file in self._home.items()}
+                self._file_of[name] = file
+        self.shapes = {name: file.entries[name].shape for name, file in self._file_of.items()}
+        self.dtypes = {name: file.entries[name].dtype for name, file in self._file_of.items()}
         self.metadata = {key: value for file in files for key, value in file.metadata.items()}
 
     def __contains__(self, name: object) -> bool:
-        return name in self._home
+        return name in self._file_of
 
     def __len__(self) -> int:
-        return len(self._home)
+        return len(self._file_of)
 
     @property
     def nbytes(self) -> int:
         return sum(entry.nbytes for _, entry in self.entries())
 
     def entries(self) -> Iterator[tuple[str, TensorEntry]]:
-        """What the headers say of each tensor."""
+        """(name, entry) of each tensor, from the headers."""
         return (item for file in self.files for item in file.entries.items())
 
+    def disk_order(self) -> list[tuple[TensorFile, str]]:
+        """(file, name) of each tensor, in the order they lie on disk."""
+        return [
+            (file, name)
+            for file in self.files
+            for name, _ in sorted(file.entries.items(), key=lambda item: item[1].start)
+        ]
+
     def file_of(self, name: str) -> Path:
-        return self._home[name].path
+        return self._file_of[name].path
 
     def tensor(self, name: str) -> torch.Tensor:
-        """One tensor in memory of its own, in the dtype it is stored in."""
-        return self._home[name].read(name)
+        """One tensor in its own memory, in its stored dtype."""
+        return self._file_of[name].read(name)
 
     def chunks(self, name: str, dtype: torch.dtype | None = None) -> Iterator[torch.Tensor]:
         """One tensor, cast if it is an ordinary float, flat and a few megabytes at a time."""
-        return self._home[name].chunks(name, dtype)
+        return self._file_of[name].chunks(name, dtype)
 
     def memory_map(self, name: str) -> torch.Tensor:
-        """One tensor as a memory map: bytes are read when they are touched. Treat it as read-only."""
-        return self._home[name].memory_map(name)
+        """One tensor as a memory map: reads nothing before it is touched. Treat it as read-only."""
+        return self._file_of[name].memory_map(name)
 
     def tensors(
         self,
         names: Container[str] | None = None,
         *,
         dtype_of: Callable[[str], torch.dtype] | None = None,
-        passing: bool = False,
+        read_ahead: bool = False,
     ) -> Iterator[tuple[str, torch.Tensor]]:
-        """All tensors, or those in `names`, one at a time, in the order they lie on disk.
+        """(name, tensor) of all tensors, or of those in `names`, one at a time, in the order they lie on disk.
 
-        With `dtype_of` (the file's name of a tensor -> dtype) ordinary floats are cast while they are read, which
-        takes no memory for the dtype on disk. Without it they come as stored, e.g. to merge a LoRA before rounding.
+        `dtype_of` (file's name -> dtype) casts ordinary floats while they are read, which needs no memory for the dtype
+        on disk. Without it tensors come as stored, e.g. to merge a LoRA before rounding.
 
-        `passing` tensors go on to a device: each is there until the next one is asked for, and AHEAD of them are read
-        meanwhile by threads, into memory that is used again and again. Fresh memory costs more time than the reading.
+        `read_ahead` is for tensors that move on to a device: each is valid until the next one is requested, while
+        threads read the next READ_AHEAD into reused memory. Fresh memory costs more time than reading.
         """
         chosen = [
             (file, name, dtype_of(name) if dtype_of else None)
-            for file in self.files
-            for name, _ in sorted(file.entries.items(), key=lambda item: item[1].start)
+            for file, name in self.disk_order()
             if names is None or name in names
         ]
-        if passing:
-            yield from _ahead(chosen)
+        if read_ahead:
+            yield from _read_ahead(chosen)
             return
         staging = torch.empty(CHUNK, dtype=torch.uint8)
         for file, name, dtype in chosen:
             yield name, file.read(name, dtype, staging)
 
 
-def _ahead(chosen: Sequence[tuple[TensorFile, str, torch.dtype | None]]) -> Iterator[tuple[str, torch.Tensor]]:
-    """The tensors, read by AHEAD threads into as many buffers, each as large as the largest tensor."""
+def _read_ahead(chosen: Sequence[tuple[TensorFile, str, torch.dtype | None]]) -> Iterator[tuple[str, torch.Tensor]]:
+    """The tensors, read by READ_AHEAD threads into as many buffers, each as large as the largest tensor."""
     sizes = (
         math.prod(file.entries[name].shape) * cast_target(file.entries[name].dtype, dtype).itemsize
         for file, name, dtype in chosen
     )
-    largest, coming = max(sizes, default=0), iter(chosen)
+    largest, waiting = max(sizes, default=0), iter(chosen)
     reading: deque[tuple[str, Future[torch.Tensor], torch.Tensor]] = deque()
-    with ThreadPoolExecutor(AHEAD, "lightx2v-load") as threads:
+    with ThreadPoolExecutor(READ_AHEAD, "lightx2v-load") as threads:
 
         def start(buffer: torch.Tensor) -> None:
-            for file, name, dtype in islice(coming, 1):
+            for file, name, dtype in islice(waiting, 1):
                 reading.append((name, threads.submit(file.read, name, dtype, None, buffer), buffer))
 
-        with torch.inference_mode(False):  # the threads, which write into them, are not in it
-            buffers = [torch.empty(largest, dtype=torch.uint8) for _ in range(min(AHEAD, len(chosen)))]
+        with torch.inference_mode(False):  # the threads that write into the buffers are outside of it
+            buffers = [torch.empty(largest, dtype=torch.uint8) for _ in range(min(READ_AHEAD, len(chosen)))]
         for buffer in buffers:
             start(buffer)
         while reading:
-            name, read, buffer = reading.popleft()
-            yield name, read.result()
+            name, tensor, buffer = reading.popleft()
+            yield name, tensor.result()
             start(buffer)
 
 
 def open_checkpoint(path: str | Path) -> Checkpoint:
-    """A file or folder of tensors, checked. CheckpointError says what is wrong with it."""
+    """Open and check a file or folder of tensors. CheckpointError tells what is wrong with it."""
     path = Path(path)
     if path.is_dir():
         return _open_folder(path)
@@ -145,7 +152,7 @@ def open_checkpoint(path: str | Path) -> Checkpoint:
 
 
 def open_file(path: Path) -> TensorFile:
-    """One file, by its first bytes."""
+    """Open one file with the reader for its first bytes."""
     if not path.is_file():
         raise CheckpointError(f"{short_path(path)} is not a file.")
     try:
@@ -156,8 +163,8 @@ def open_file(path: Path) -> TensorFile:
         raise CheckpointError(f"{short_path(path)} cannot be read ({error.strerror}).") from None
     name, text = short_path(path), head.lstrip(b"\xef\xbb\xbf \t\r\n").lower()
     if size < 16 or not head.strip(b"\0"):
-        filled = "" if size < 16 else ", the first of them all zero"
-        raise CheckpointError(f"{name} is incomplete: got {size} bytes{filled}. {DOWNLOAD_AGAIN}")
+        zeros = "" if size < 16 else ", the first of them all zero"
+        raise CheckpointError(f"{name} is incomplete: got {size} bytes{zeros}. {DOWNLOAD_AGAIN}")
     if head[8:9] == b"{":
         return SafetensorsReader(path)
     if text.startswith(b"version https://git-lfs"):
@@ -167,8 +174,8 @@ def open_file(path: Path) -> TensorFile:
     if text.startswith((b"<!doctype", b"<html", b"<?xml", b"<head", b"<error")):
         raise CheckpointError(f"{name} is a web page with an error message, not a model. {DOWNLOAD_AGAIN}")
     if head.startswith(b"GGUF"):
-        raise CheckpointError(f"{name} is a GGUF file; safetensors and PyTorch files are supported.")
-    if head.startswith(b"PK\x03\x04") or head.startswith(b"\x80"):
+        raise CheckpointError(f"{name} is a GGUF file. Use a safetensors or PyTorch file instead.")
+    if head.startswith((b"PK\x03\x04", b"\x80")):
         return PthReader(path)
     raise CheckpointError(
         f"{name} is neither a safetensors nor a PyTorch file (first bytes {head[:8].hex(' ')}). {DOWNLOAD_AGAIN}"
@@ -199,12 +206,12 @@ def _require_shards(folder: Path, present: set[str], wanted: set[str]) -> None:
     if missing:
         raise CheckpointError(
             f"{short_path(folder)} lacks {len(missing)} of {len(wanted)} files: {', '.join(missing[:20])}. "
-            "Download the folder again; files that are complete are kept."
+            "Download the folder again; that keeps complete files."
         )
 
 
 def _open_indexed(folder: Path, index: Path) -> Checkpoint:
-    """Shards that an index lists: all must be there, and hold what the index says."""
+    """Open the shards of an index. All must exist and hold the tensors that the index lists."""
     weight_map = _read_index(index)
     names = sorted(set(weight_map.values()))
     _require_shards(folder, {name for name in names if (folder / name).is_file()}, set(names))

@@ -1,8 +1,6 @@
-"""What other programs call the DiT's tensors, and what Wan calls them.
+"""The DiT's tensor names: Wan's, which the project uses, with other programs' prefixes, and diffusers'.
 
-Inside the project a tensor has the name that the official Wan checkpoints use. Files written by others add a prefix
-or use diffusers' names; which of these a file uses is decided from the names in it, never from the file's name.
-All functions are pure: names in, names out.
+The names in a file decide which of these it uses, never the file's name. All functions are pure: names in, names out.
 """
 
 from __future__ import annotations
@@ -43,7 +41,7 @@ _BLOCK = (  # Wan, diffusers; after "blocks.<i>."
         )
     ),
 )
-_TO_WAN = ({theirs: ours for ours, theirs in _OUTSIDE}, {theirs: ours for ours, theirs in _BLOCK})
+_TO_WAN = ({diffusers: wan for wan, diffusers in _OUTSIDE}, {diffusers: wan for wan, diffusers in _BLOCK})
 _TO_DIFFUSERS = (dict(_OUTSIDE), dict(_BLOCK))
 _IN_BLOCK = re.compile(r"blocks\.(\d+)\.(.+)")
 _DIFFUSERS_ONLY = re.compile(r"condition_embedder\.|proj_out\.|scale_shift_table$|blocks\.\d+\.(attn[12]\.|ffn\.net\.)")
@@ -58,7 +56,7 @@ def strip_prefix(name: str) -> str:
 
 
 def diffusers_to_wan(name: str) -> str:
-    """A diffusers DiT name (no prefix) as Wan calls it; a name it has no word for comes back as it is."""
+    """Wan's name for a diffusers DiT name (no prefix); an unknown name is returned unchanged."""
     return _rename(name, *_TO_WAN)
 
 
@@ -68,20 +66,20 @@ def wan_to_diffusers(name: str) -> str:
 
 
 def is_diffusers(names: Iterable[str]) -> bool:
-    """Whether these names (no prefix) are diffusers'. One name is not enough to tell: both say `norm2` or `ffn`."""
+    """Whether these names (no prefix) are diffusers'. One name may not tell: both use `norm2` and `ffn`."""
     return any(_DIFFUSERS_ONLY.match(name) for name in names)
 
 
 def wan_names(names: Iterable[str]) -> dict[str, str]:
-    """For every DiT tensor name of a file: Wan's name. Two names that become one are a CheckpointError."""
+    """Wan's name for every DiT tensor name of a file. CheckpointError where two names become one."""
     stripped = {name: strip_prefix(name) for name in names}
     if is_diffusers(stripped.values()):
         stripped = {name: diffusers_to_wan(bare) for name, bare in stripped.items()}
-    taken: dict[str, str] = {}
-    for name, ours in stripped.items():
-        if ours in taken:
-            raise CheckpointError(f"The file holds {ours} twice, as {taken[ours]} and as {name}. Keep one of them.")
-        taken[ours] = name
+    seen: dict[str, str] = {}
+    for name, wan in stripped.items():
+        if wan in seen:
+            raise CheckpointError(f"The file holds {wan} twice, as {seen[wan]} and as {name}. Keep one of them.")
+        seen[wan] = name
     return stripped
 
 
@@ -89,7 +87,7 @@ def _rename(name: str, outside: dict[str, str], block: dict[str, str]) -> str:
     inside = _IN_BLOCK.fullmatch(name)
     head, stem = (f"blocks.{inside[1]}.", inside[2]) if inside else ("", name)
     table = block if inside else outside
-    # The longest known stem wins; what follows it (".weight", ".weight_scale", ".lora_A.weight") stays.
+    # The longest known stem wins; the rest (".weight", ".weight_scale", ".lora_A.weight") stays.
     parts = stem.split(".")
     for count in range(len(parts), 0, -1):
         known = table.get(".".join(parts[:count]))

@@ -1,7 +1,7 @@
-"""Do two files make a pair of experts for this task? Asked from their headers and a few small tensors, before loading.
+"""Check that two checkpoints are a pair of experts for a task, from headers and a few small tensors, before loading.
 
-Wan2.2 has one expert for high and one for low noise, of the same shapes. A model of the other task, the same expert
-given twice, or the two the wrong way round would all run without complaint and make bad videos.
+Wan2.2 has one expert for high and one for low noise, with equal shapes. A model of the other task, the same expert
+given twice, or the two exchanged would all run without complaint and make bad videos.
 """
 
 from __future__ import annotations
@@ -14,46 +14,46 @@ from .checkpoint import Checkpoint
 from .dit_names import wan_names
 
 INPUT_CHANNELS = {"t2v": 16, "i2v": 36, "flf2v": 36}
-"""Noisy latent 16; with an image its latent 16 and a mask of 4 are added."""
+"""Noisy latent 16; an image adds its latent 16 and a mask of 4."""
 
-KIND = {16: "text-to-video", 36: "image-to-video"}
+MODEL_KIND = {16: "text-to-video", 36: "image-to-video"}
 SMALL = 64 << 10
 SAMPLES = 12
 
 
 def check_expert_pair(high: Checkpoint, low: Checkpoint, task: str) -> tuple[str, ...]:
-    """Warnings about a probable mix-up; CheckpointError where the pair cannot be right."""
-    for which, checkpoint in (("high", high), ("low", low)):
-        _check_task(checkpoint, which, task)
-    if _same(high, low):
+    """Warnings about a probable mix-up. CheckpointError where the pair cannot be right."""
+    for expert, checkpoint in (("high", high), ("low", low)):
+        _check_task(checkpoint, expert, task)
+    if _equal(high, low):
         raise CheckpointError(
             f"The high-noise and the low-noise expert are the same: {short_path(high.path)} and {short_path(low.path)} "
             "hold equal weights. Give each expert its own file."
         )
     return tuple(
-        f"The {which}-noise expert is loaded from {short_path(checkpoint.path)}, which by its name is the "
+        f"The {expert}-noise expert is loaded from {short_path(checkpoint.path)}, which by its name is the "
         f"{other}-noise one. If the two are swapped, the video will be bad."
-        for which, other, checkpoint in (("high", "low", high), ("low", "high", low))
-        if _says(checkpoint) == other
+        for expert, other, checkpoint in (("high", "low", high), ("low", "high", low))
+        if (expert_of(checkpoint.path) or expert_in(" ".join(checkpoint.metadata.values()))) == other
     )
 
 
-def _check_task(checkpoint: Checkpoint, which: str, task: str) -> None:
-    names = {ours: name for name, ours in wan_names(checkpoint.shapes).items()}
+def _check_task(checkpoint: Checkpoint, expert: str, task: str) -> None:
+    names = {wan: name for name, wan in wan_names(checkpoint.shapes).items()}
     patch = names.get("patch_embedding.weight")
     if patch is None or len(checkpoint.shapes[patch]) != 5:
-        return  # no Wan video model at all: DiTConfig.from_checkpoint says so, with what is missing
+        return  # no Wan video model at all: DiTConfig.from_checkpoint tells what is missing
     got, expected = checkpoint.shapes[patch][1], INPUT_CHANNELS[task]
     if got != expected:
         raise CheckpointError(
-            f"The {which}-noise expert {short_path(checkpoint.path)} has {got} input channels "
-            f"({KIND.get(got, 'another model')}); task {task} needs {expected} ({KIND[expected]}). "
-            "Use the model of this task, or the task of this model."
+            f"The {expert}-noise expert {short_path(checkpoint.path)} has {got} input channels "
+            f"({MODEL_KIND.get(got, 'another model')}); task {task} needs {expected} ({MODEL_KIND[expected]}). "
+            "Use the model for this task, or the task of this model."
         )
 
 
-def _same(high: Checkpoint, low: Checkpoint) -> bool:
-    """Equal content in a dozen small tensors, spread over the model. Two trained experts differ in every one."""
+def _equal(high: Checkpoint, low: Checkpoint) -> bool:
+    """Whether a dozen small tensors, spread over the model, are equal. Two trained experts differ in every one."""
     if high.path.resolve() == low.path.resolve():
         return True
     if high.shapes != low.shapes or high.dtypes != low.dtypes:
@@ -65,8 +65,3 @@ def _same(high: Checkpoint, low: Checkpoint) -> bool:
 
 def _bytes_equal(a: torch.Tensor, b: torch.Tensor) -> bool:
     return torch.equal(a.reshape(-1).view(torch.uint8), b.reshape(-1).view(torch.uint8))
-
-
-def _says(checkpoint: Checkpoint) -> str | None:
-    """ "high" or "low" by the name of the file or folder, else by its metadata."""
-    return expert_of(checkpoint.path) or expert_in(" ".join(checkpoint.metadata.values()))

@@ -1,10 +1,10 @@
-"""Tensors into a module, one at a time, all or nothing.
+"""Load tensors into a module, one at a time, all or nothing.
 
-The module is built on the meta device, so it takes no memory; each tensor is cast and moved as it comes, and the
-parameters are put in place only after the last one fitted. At no time is there more than the finished part plus one
-tensor, or on the way to a GPU the few that are read ahead, and a module is never seen half loaded.
+The module is built on the meta device and needs no memory. Each tensor is cast and moved as it comes; the parameters
+are assigned only after the last one fitted, so a module is never half loaded. Memory holds the finished part and one
+tensor, or on the way to a GPU the few that are read ahead.
 
-A stream is any iterable of (name, tensor), so reading, renaming, merging a LoRA and quantising are generators in a row.
+A stream is any iterable of (name, tensor), so reading, renaming, merging a LoRA and quantising are chained generators.
 """
 
 from __future__ import annotations
@@ -29,16 +29,16 @@ def load_into(
     *,
     dtype_of: DtypeOf,
     device: torch.device | str,
-    through: Callable[[TensorStream], TensorStream] = iter,
+    transform: Callable[[TensorStream], TensorStream] = iter,
 ) -> None:
-    """A checkpoint as it is into `module` (on the meta device): compared by its headers, then read.
+    """Load an unmodified checkpoint into `module` (on the meta device): compare the headers, then read.
 
-    `through` sees all that is read, and gives what is taken.
+    `transform` maps the stream, e.g. broadcasts it to other processes.
     """
     source = short_path(checkpoint.path)
     check_fit(module, checkpoint.shapes, checkpoint.dtypes, source_name=source)
     tensors = checkpoint.tensors(dtype_of=dtype_of)
-    stream_into(module, through(tensors), dtype_of=dtype_of, device=device, source_name=source)
+    stream_into(module, transform(tensors), dtype_of=dtype_of, device=device, source_name=source)
 
 
 def stream_into(
@@ -50,7 +50,7 @@ def stream_into(
     source_name: str,
     cancel: CancelToken | None = None,
 ) -> None:
-    """Fills `module` (on the meta device) from `tensors`; one CheckpointError names all that does not fit.
+    """Fill `module` (on the meta device) from `tensors`. One CheckpointError names all tensors that do not fit.
 
     Ordinary floats become `dtype_of(name)`; float8 and integer tensors keep their dtype and need a slot of that dtype.
     """
@@ -69,7 +69,7 @@ def stream_into(
         if fits:
             placed[name] = _place(tensor, slots[name], dtype_of(name), device)
         else:
-            placed.clear()  # what follows is only looked at, for the message
+            placed.clear()  # the remaining tensors only complete the message
         del tensor  # before the next one is read
     check_fit(module, shapes, dtypes, source_name=source_name)
     for name, tensor in placed.items():
@@ -86,7 +86,7 @@ def check_fit(
     *,
     source_name: str,
 ) -> None:
-    """The comparison alone, from a checkpoint's headers: a wrong model is refused before its gigabytes are read."""
+    """Compare a checkpoint's headers with `module`: refuses a wrong model before its gigabytes are read."""
     slots = _slots(module)
     missing = [name for name in slots if name not in shapes]
     unexpected = [name for name in shapes if name not in slots]
@@ -96,9 +96,9 @@ def check_fit(
         if name in shapes and (why := _misfit(slot, shapes[name], dtypes[name]))
     ]
     parts = [
-        f"{len(found)} {what}: {', '.join(found[:5])}{', …' if len(found) > 5 else ''}"
-        for what, found in (("missing", missing), ("unexpected", unexpected), ("not fitting", misfits))
-        if found
+        f"{len(names)} {problem}: {', '.join(names[:5])}{', …' if len(names) > 5 else ''}"
+        for problem, names in (("missing", missing), ("unexpected", unexpected), ("not fitting", misfits))
+        if names
     ]
     if parts:
         raise CheckpointError(
@@ -108,7 +108,7 @@ def check_fit(
 
 
 def _slots(module: nn.Module) -> dict[str, torch.Tensor]:
-    """What a state dict of the module holds: parameters and persistent buffers."""
+    """Parameters and persistent buffers, as in a state dict."""
     return module.state_dict(keep_vars=True)
 
 

@@ -1,7 +1,7 @@
-"""One PyTorch file (`.pth`, `.pt`, `.bin`): a pickle, so it is opened with every guard that torch has.
+"""PthReader: one PyTorch file (`.pth`, `.pt`, `.bin`). It is a pickle, so torch opens it with all of its guards.
 
-This is the only file in the project that calls torch.load: `weights_only=True`, on torch 2.10 or later (earlier
-versions can be made to run code or to corrupt memory by a crafted file, CVE-2025-32434 and CVE-2026-24747).
+Only this file calls torch.load: with `weights_only=True`, on torch 2.10 or later. A crafted file can make earlier
+versions run code or corrupt memory (CVE-2025-32434, CVE-2026-24747).
 """
 
 from __future__ import annotations
@@ -25,15 +25,15 @@ MAX_PICKLE = 64 << 20
 
 
 class PthReader:
-    """A flat dictionary of tensors, with or without a "state_dict" around it. Same interface as SafetensorsReader."""
+    """A TensorFile over a flat dictionary of tensors, with or without a "state_dict" around it."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
         self.metadata: dict[str, str] = {}
-        if path.suffix.lower() == ".safetensors":  # torch.load, too, would believe the name
+        if path.suffix.lower() == ".safetensors":  # torch.load would trust the name
             raise CheckpointError(
                 f"{short_path(path)} was refused: its name says safetensors, its content is a PyTorch pickle. "
-                "If you know where it is from, rename it to .pth."
+                "If you trust its source, rename it to .pth."
             )
         _require_safe_torch(path)
         self._zip = zipfile.is_zipfile(path)
@@ -56,16 +56,11 @@ class PthReader:
         staging: torch.Tensor | None = None,
         buffer: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        """The tensor in memory of its own, or in `buffer`; an ordinary float is cast to `dtype` on the way.
-
-        The map is renewed now and then, because pages once read count as resident memory.
-        """
         with self._lock:
-            tensor = self._touch(name, self.entries[name].nbytes)
+            tensor = self._mapped(name, self.entries[name].nbytes)
         return allocate(tuple(tensor.shape), cast_target(tensor.dtype, dtype), buffer).copy_(tensor)
 
     def chunks(self, name: str, dtype: torch.dtype | None = None) -> Iterator[torch.Tensor]:
-        """What `read` gives, flat and some rows at a time, for tensors that are larger than memory should hold."""
         entry = self.entries[name]
         target = cast_target(entry.dtype, dtype)
         rows = entry.shape[0] if entry.shape else 0
@@ -76,11 +71,14 @@ class PthReader:
         for start in range(0, rows, most):
             stop = min(start + most, rows)
             with self._lock:
-                part = self._touch(name, (stop - start) * entry.nbytes // rows)[start:stop]
+                part = self._mapped(name, (stop - start) * entry.nbytes // rows)[start:stop]
             yield torch.empty(part.shape, dtype=target).copy_(part).flatten()
 
-    def _touch(self, name: str, nbytes: int) -> torch.Tensor:
-        """The mapped tensor, of which so many bytes will be read."""
+    def _mapped(self, name: str, nbytes: int) -> torch.Tensor:
+        """The mapped tensor, of which the caller will read `nbytes`.
+
+        Maps the file again after each REMAP_AFTER bytes: pages that were read count as resident memory.
+        """
         self._touched += nbytes
         if self._zip and self._touched > REMAP_AFTER:
             self._touched = nbytes
@@ -89,17 +87,13 @@ class PthReader:
         return self._state[name]
 
     def memory_map(self, name: str) -> torch.Tensor:
-        """The tensor as a private memory map: nothing is read before it is touched. Treat it as read-only.
-
-        The map is a new one, so that keeping it keeps none of the pages that `read` has touched.
-        """
-        return self._open()[name]
+        return self._open()[name]  # a new map, so that keeping it keeps no pages that `read` has touched
 
     def _open(self) -> dict[str, torch.Tensor]:
         name = short_path(self.path)
         try:
             with warnings.catch_warnings():
-                warnings.simplefilter("ignore")  # of an unusual pickle protocol; what comes of it is checked below
+                warnings.simplefilter("ignore")  # about an unusual pickle protocol; the result is checked below
                 state = torch.load(self.path, map_location="cpu", weights_only=True, mmap=self._zip)
         except pickle.UnpicklingError:
             raise CheckpointError(
@@ -120,7 +114,7 @@ def _require_safe_torch(path: Path) -> None:
     version = tuple(int(part) for part in re.findall(r"\d+", str(torch.__version__))[:2])
     if version < MIN_TORCH:
         raise CheckpointError(
-            f"{short_path(path)} is a PyTorch pickle and torch {torch.__version__} cannot read those safely: it needs "
+            f"{short_path(path)} is a PyTorch pickle and torch {torch.__version__} cannot read it safely. This needs "
             "torch 2.10 or later (pip install --upgrade torch). Safetensors files load with any version."
         )
 
@@ -131,14 +125,16 @@ def _starts_as_zip(path: Path) -> bool:
 
 
 def _check_zip(path: Path) -> None:
-    """Refuses archives that would grow when read: torch stores its records as they are."""
+    """Refuse archives that would grow when read: torch stores its records uncompressed."""
     try:
         with zipfile.ZipFile(path) as archive:
             records = archive.infolist()
     except (zipfile.BadZipFile, OSError, NotImplementedError, ValueError) as error:
         raise CheckpointError(f"{short_path(path)} is damaged: {error}. {DOWNLOAD_AGAIN}") from None
     if any(record.compress_type != zipfile.ZIP_STORED for record in records):
-        raise CheckpointError(f"{short_path(path)} was refused: its records are compressed, PyTorch writes them plain.")
+        raise CheckpointError(
+            f"{short_path(path)} was refused: its records are compressed; those of PyTorch are not."
+        )
     if any(record.filename.endswith(".pkl") and record.file_size > MAX_PICKLE for record in records):
         raise CheckpointError(f"{short_path(path)} was refused: its table of contents is over {MAX_PICKLE} bytes.")
 

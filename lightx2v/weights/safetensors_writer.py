@@ -1,9 +1,8 @@
-"""A safetensors file written tensor by tensor, which an interruption does not throw away.
+"""Write a safetensors file tensor by tensor, and continue it after an interruption.
 
-The header is known before the first tensor is made, so it is written first. The file grows under the name
-`<target>.part` and gets its own name when it is whole. Called again with the same content, the tensors that the part
-holds already are not made again. At no time is there more than one tensor in memory, and of those that come in pieces
-no more than a piece.
+The header is known before the first tensor, so it is written first. The file grows as `<target>.part` and gets its own
+name when it is complete. Called again for the same content, the writer skips tensors that the part already holds. At
+most one tensor is in memory, and only one chunk of a tensor that comes in chunks.
 """
 
 from __future__ import annotations
@@ -24,26 +23,28 @@ from ..errors import OutputError, short_path
 from ..progress import CancelToken
 from .safetensors_reader import DTYPES
 
-Make = Callable[[str], Iterable[tuple[str, Tensor]]]
-"""Makes one group's tensors, of the sizes and dtypes that were announced, in that order. A large one may come in
-several pieces, one after the other under the same name."""
+TensorInfo = tuple[str, tuple[int, ...], torch.dtype]
+"""Name, shape and dtype of a tensor to write."""
 
-Announced = Mapping[str, Sequence[tuple[str, tuple[int, ...], torch.dtype]]]
-"""Groups in the order in which they are written: for each what its tensors will be called and look like."""
+Groups = Mapping[str, Sequence[TensorInfo]]
+"""The tensors of each group, in the order in which to write them."""
+
+Source = Callable[[str], Iterable[tuple[str, Tensor]]]
+"""Yields the tensors of one group in their order. A large one may come in several chunks under the same name."""
 
 
 def write_safetensors(
     path: Path,
-    groups: Announced,
-    make: Make,
+    groups: Groups,
+    source: Source,
     *,
     metadata: Mapping[str, str],
     on_bytes: Callable[[int, int], None] | None = None,
     cancel: CancelToken | None = None,
 ) -> None:
-    """Writes `path`. `metadata` must tell the sources apart: a part is continued only under the same one.
+    """Write `path`. `metadata` must identify the content: a part is continued only if its header is the same.
 
-    `on_bytes(done, total)` is called after every group. OutputError where the disk is full or cannot be written to.
+    Calls `on_bytes(done, total)` after every group. OutputError if the disk is full or not writable.
     """
     header, ends = _header(groups, metadata)
     part = path.with_name(path.name + ".part")
@@ -69,7 +70,7 @@ def write_safetensors(
                 if index >= done:
                     if cancel is not None:
                         cancel.check()
-                    _write_group(file, groups[group], make(group))
+                    _write_group(file, groups[group], source(group))
                 if on_bytes is not None:
                     on_bytes(ends[index], total)
             file.flush()
@@ -79,16 +80,12 @@ def write_safetensors(
         raise OutputError(f"{short_path(path)} could not be written: {error.strerror or error}.") from None
 
 
-def _write_group(
-    file: BinaryIO,
-    announced: Sequence[tuple[str, tuple[int, ...], torch.dtype]],
-    made: Iterable[tuple[str, Tensor]],
-) -> None:
-    kinds = {name: dtype for name, _, dtype in announced}
-    sizes = {name: math.prod(shape) for name, shape, _ in announced}
-    order = list(kinds)
-    for name, tensor in made:
-        assert name == order[0] and tensor.dtype == kinds[name] and tensor.numel() <= sizes[name], name
+def _write_group(file: BinaryIO, group: Sequence[TensorInfo], tensors: Iterable[tuple[str, Tensor]]) -> None:
+    dtypes = {name: dtype for name, _, dtype in group}
+    sizes = {name: math.prod(shape) for name, shape, _ in group}
+    order = list(dtypes)
+    for name, tensor in tensors:
+        assert name == order[0] and tensor.dtype == dtypes[name] and tensor.numel() <= sizes[name], name
         data = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8)
         file.write(data.numpy().data)
         sizes[name] -= tensor.numel()
@@ -97,8 +94,8 @@ def _write_group(
     assert not any(sizes.values()), order
 
 
-def _header(groups: Announced, metadata: Mapping[str, str]) -> tuple[bytes, list[int]]:
-    """The file's first bytes, and where each group ends in it."""
+def _header(groups: Groups, metadata: Mapping[str, str]) -> tuple[bytes, list[int]]:
+    """The file's first bytes, and the offset at which each group ends."""
     names = {dtype: name for name, dtype in DTYPES.items()}
     table: dict[str, object] = {"__metadata__": dict(metadata)}
     offset, group_ends = 0, []
@@ -115,7 +112,7 @@ def _header(groups: Announced, metadata: Mapping[str, str]) -> tuple[bytes, list
 
 
 def _resumable(part: Path, header: bytes, ends: Sequence[int]) -> int | None:
-    """How many groups an earlier part holds whole; None where there is no part of this file."""
+    """The number of complete groups in an earlier part; None if there is no part with this header."""
     if not part.is_file():
         return None
     with part.open("rb") as file:

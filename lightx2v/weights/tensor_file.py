@@ -6,7 +6,7 @@ A new format is one more reader, and one line in `checkpoint.open_file`, which p
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
@@ -36,8 +36,8 @@ class TensorFile(Protocol):
     """One checked file of tensors. Opening reads names, shapes and dtypes, or raises CheckpointError."""
 
     path: Path
-    entries: Mapping[str, TensorEntry]
-    metadata: Mapping[str, str]
+    entries: dict[str, TensorEntry]
+    metadata: dict[str, str]
 
     def read(
         self,

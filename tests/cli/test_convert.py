@@ -19,10 +19,9 @@ from lightx2v.loading.conversion import Conversion, convert
 from lightx2v.models.umt5 import TextEncoder
 from lightx2v.progress import CancelToken, Progress
 from lightx2v.weights.checkpoint import open_checkpoint
-from lightx2v.weights.dit_names import wan_names
 from lightx2v.weights.lora import match_lora
 from lightx2v.weights.model_weights import ModelWeights
-from lightx2v.weights.quantization import GATE, dequantise, is_expert_matrix
+from lightx2v.weights.quantization import MIN_COSINE, dequantise
 from lightx2v.weights.tensor_file import CHUNK
 
 
@@ -37,7 +36,7 @@ def lora(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def in_memory(source: Path, lora: Path | None, dtype: torch.dtype | None) -> dict[str, torch.Tensor]:
     checkpoint = open_checkpoint(source)
-    weights = ModelWeights(checkpoint, wan_names(checkpoint.shapes), matrix=is_expert_matrix, quantise=dtype)
+    weights = ModelWeights.of_expert(checkpoint, quantise=dtype)
     return dict(weights.with_loras([match_lora(lora, weights.shapes, strength=0.5)] if lora else []).tensors())
 
 
@@ -77,10 +76,10 @@ def test_a_cancelled_conversion_continues_where_it_stopped(tiny: TinyModels, lor
     assert not job.output.exists() and len(kept) > 1000
     part.write_bytes(kept + b"half a tensor")
     made: list[str] = []
-    parts = ModelWeights.parts
+    chunks = ModelWeights.chunks
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(
-            ModelWeights, "parts", lambda self, name, *a, **k: made.append(name) or parts(self, name, *a, **k)
+            ModelWeights, "chunks", lambda self, name, *a, **k: made.append(name) or chunks(self, name, *a, **k)
         )
         convert(job)
     convert(whole)
@@ -187,7 +186,7 @@ def test_a_lora_merged_into_8_bit_weights_is_close_to_the_exact_sum(tiny: TinyMo
         pair = pairs[name.removesuffix(".weight")]
         back = dequantise(got[name], got[f"{name}_scale"])
         want = exact[name] + pair["up"] @ pair["down"]
-        assert torch.nn.functional.cosine_similarity(back.flatten(), want.flatten(), dim=0) >= GATE, name
+        assert torch.nn.functional.cosine_similarity(back.flatten(), want.flatten(), dim=0) >= MIN_COSINE, name
 
 
 def test_a_preset_that_builds_makes_all_its_files(

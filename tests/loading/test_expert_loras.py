@@ -21,7 +21,7 @@ from lightx2v.config.engine_config import EngineConfig
 from lightx2v.config.presets import resolve
 from lightx2v.config.request import LoraSpec, Request
 from lightx2v.errors import ConfigError, LoraError
-from lightx2v.loading.expert_loras import ExpertLoras, match_loras
+from lightx2v.loading.expert_loras import ExpertLoras, match_loras, partner_of
 from lightx2v.loading.model_files import locate
 from lightx2v.loading.networks import Precision, expert_weights, load_expert
 from lightx2v.models.dit import WanDiT
@@ -100,7 +100,7 @@ def test_merged_and_dynamic_loras_are_the_float64_model(
     for path, strength in ((files[0], 1.0), (files[1], -0.7)):
         lora = match_lora(path, base_weights(tiny.t2v).plain_shapes, strength=strength)
         for name in lora.patches:
-            lora.add_to(name, exact.get_parameter(name).data)
+            lora.delta(name, "cpu", torch.float64).add_to(exact.get_parameter(name).data)
     dit, _ = expert(tiny.t2v, spec(files[0]), spec(files[1], strength=-0.7), dynamic=dynamic)
     layers = [name for name, module in exact.named_modules() if isinstance(module, nn.Linear)]
     assert len(layers) == 26
@@ -150,6 +150,29 @@ def test_a_lora_that_does_not_fit_leaves_the_old_one_on(
 def test_a_missing_file_says_where_it_was_looked_for(tiny: TinyModels) -> None:
     with pytest.raises(LoraError, match="There is no LoRA none.safetensors"):
         expert(tiny.t2v, LoraSpec(expert="high", path="none.safetensors"))
+
+
+# ---- pairs -------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("given", "partner"),
+    [
+        ("a_high_noise_lora.safetensors", "a_low_noise_lora.safetensors"),
+        ("a_lora_LOW.safetensors", "a_lora_HIGH.safetensors"),
+        ("LowNoise-b.safetensors", "HighNoise-b.safetensors"),
+        ("HighNoise/c-HighNoise.safetensors", "LowNoise/c-LowNoise.safetensors"),
+        ("high_noise/d_high_noise.safetensors", "high_noise/d_low_noise.safetensors"),
+    ],
+)
+def test_one_file_of_a_pair_finds_the_other(tmp_path: Path, given: str, partner: str) -> None:
+    for name in (given, partner):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+    (tmp_path / given).touch()
+    assert partner_of(tmp_path / given) is None
+    (tmp_path / partner).touch()
+    assert partner_of(tmp_path / given) == tmp_path / partner
+    assert partner_of(tmp_path / partner) == tmp_path / given
 
 
 # ---- in the pipeline ------------------------------------------------------------------------------------------------

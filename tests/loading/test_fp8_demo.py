@@ -15,7 +15,7 @@ from lightx2v.loading import conversion
 from lightx2v.loading.conversion import Conversion, convert, fidelity, prebuilt_conversions
 from lightx2v.loading.model_files import locate
 from lightx2v.pipeline import LightX2VPipeline
-from lightx2v.weights.quantization import FORMATS, GATE
+from lightx2v.weights.quantization import FORMATS, MIN_COSINE
 
 LAYERS = {"high": 50, "low": 50, "t5": 14}
 
@@ -31,7 +31,7 @@ def test_every_layer_keeps_its_direction(task: str, form: str) -> None:
     for part, job in jobs(task).items():
         found = fidelity(replace(job, format=form))
         assert len(found) == LAYERS[part]
-        assert {name: value for name, value in found.items() if not value >= GATE} == {}
+        assert {name: value for name, value in found.items() if not value >= MIN_COSINE} == {}
 
 
 def test_layers_below_the_gate_are_named(
@@ -43,7 +43,7 @@ def test_layers_below_the_gate_are_named(
     with caplog.at_level("INFO", "lightx2v.convert"):
         convert(job)
         assert f"{found[ranked[0]]:.5f} ({ranked[0]})" in caplog.text and "WARNING" not in caplog.text
-        monkeypatch.setattr(conversion, "GATE", (found[ranked[0]] + found[ranked[1]]) / 2)
+        monkeypatch.setattr(conversion, "MIN_COSINE", (found[ranked[0]] + found[ranked[1]]) / 2)
         convert(job, force=True)
     assert "1 layers lose more than usual in 8 bits" in caplog.text and f": {ranked[0]}" in caplog.text
 

@@ -22,7 +22,7 @@ from lightx2v.cost.memory_plan import GIB, ModelSize, Workload
 from lightx2v.models import fused
 from lightx2v.models.dit import DiTConfig, WanDiT, parameter_dtype
 from lightx2v.models.quant_linear import swap_linears
-from lightx2v.weights.quantization import is_expert_matrix
+from lightx2v.weights.quant_layout import is_expert_matrix
 
 LAYERS = 2
 SHAPES = {"720p": (16, 21, 90, 160), "480p": (16, 21, 60, 104), "480p, 33 frames": (16, 9, 60, 104)}

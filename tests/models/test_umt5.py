@@ -15,8 +15,9 @@ from tiny import T5Sizes, random_t5, write_tokenizer
 from umt5_reference import same_in_transformers
 
 from lightx2v.errors import CheckpointError
-from lightx2v.models.umt5 import TextEncoder, UMT5Sizes, clean_prompt, hf_name, load_tokenizer, wan_name
+from lightx2v.models.umt5 import TextEncoder, UMT5Sizes, clean_prompt, load_tokenizer
 from lightx2v.weights.checkpoint import open_checkpoint
+from lightx2v.weights.umt5_names import hf_name, wan_name
 
 PROMPTS = (
     "a red ball moves left over green grass",

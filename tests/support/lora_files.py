@@ -10,9 +10,8 @@ from safetensors.torch import save_file
 
 from lightx2v.config.request import LoraSpec
 from lightx2v.weights.checkpoint import open_checkpoint
-from lightx2v.weights.dit_names import wan_names, wan_to_diffusers
+from lightx2v.weights.dit_names import wan_to_diffusers
 from lightx2v.weights.model_weights import ModelWeights
-from lightx2v.weights.quantization import is_expert_matrix
 
 RANK = 4
 
@@ -22,7 +21,7 @@ Tensors = dict[str, torch.Tensor]
 
 def base_weights(folder: Path) -> ModelWeights:
     checkpoint = open_checkpoint(folder / "high_noise_model")
-    return ModelWeights(checkpoint, wan_names(checkpoint.shapes), matrix=is_expert_matrix)
+    return ModelWeights.of_expert(checkpoint)
 
 
 def linears(shapes: Mapping[str, tuple[int, ...]]) -> list[str]:

@@ -462,7 +462,7 @@ def test_tensors_that_pass_are_the_same_in_the_same_order(tmp_path: Path, kind: 
     dtype_of = None if dtype is None else lambda _: dtype
     kept = list(checkpoint.tensors(dtype_of=dtype_of))
     with torch.inference_mode():  # as a run is
-        passed = [(name, tensor.clone()) for name, tensor in checkpoint.tensors(dtype_of=dtype_of, passing=True)]
+        passed = [(name, tensor.clone()) for name, tensor in checkpoint.tensors(dtype_of=dtype_of, read_ahead=True)]
     assert [name for name, _ in passed] == [name for name, _ in kept]
     assert all(torch.equal(a, b) and a.dtype == b.dtype for (_, a), (_, b) in zip(passed, kept, strict=True))
 
@@ -470,7 +470,7 @@ def test_tensors_that_pass_are_the_same_in_the_same_order(tmp_path: Path, kind: 
 def test_reading_ahead_ends_with_its_reader(tmp_path: Path) -> None:
     path = tmp_path / "model.safetensors"
     save_file({f"t{n}": torch.randn(1000, 100) for n in range(20)}, path)
-    passing = open_checkpoint(path).tensors(passing=True)
+    passing = open_checkpoint(path).tensors(read_ahead=True)
     next(passing)
     assert any(thread.name.startswith("lightx2v-load") for thread in threading.enumerate())
     passing.close()
@@ -480,7 +480,7 @@ def test_reading_ahead_ends_with_its_reader(tmp_path: Path) -> None:
 def test_a_file_that_becomes_shorter_while_it_is_read_ahead_is_said(tmp_path: Path) -> None:
     path = tmp_path / "model.safetensors"
     save_file({f"t{n}": torch.randn(1000, 100) for n in range(20)}, path)
-    passing = open_checkpoint(path).tensors(passing=True)
+    passing = open_checkpoint(path).tensors(read_ahead=True)
     next(passing)
     os.truncate(path, path.stat().st_size // 2)
     with pytest.raises(CheckpointError, match="became shorter"):

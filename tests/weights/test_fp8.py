@@ -19,9 +19,8 @@ from lightx2v.models.quant_linear import Kernel, QuantLinear, dequantised, int_m
 from lightx2v.models.umt5 import TextEncoder
 from lightx2v.pipeline import LightX2VPipeline
 from lightx2v.weights.checkpoint import open_checkpoint
-from lightx2v.weights.dit_names import wan_names
 from lightx2v.weights.model_weights import ModelWeights
-from lightx2v.weights.quantization import FORMATS, dequantise, is_expert_matrix, is_text_matrix, quantise, widen
+from lightx2v.weights.quantization import FORMATS, dequantise, quantise, widen
 
 SMALL = {"height": 32, "width": 48, "frames": 5, "steps": 2, "text_len": 512}
 FP8, INT8 = torch.float8_e4m3fn, torch.int8
@@ -30,7 +29,7 @@ Tensors = dict[str, torch.Tensor]
 
 def weights_of(path: Path, **more: torch.dtype) -> ModelWeights:
     checkpoint = open_checkpoint(path)
-    return ModelWeights(checkpoint, wan_names(checkpoint.shapes), matrix=is_expert_matrix, **more)
+    return ModelWeights.of_expert(checkpoint, **more)
 
 
 def cosine(a: torch.Tensor, b: torch.Tensor) -> float:
@@ -245,12 +244,11 @@ def test_the_text_encoder_is_built_and_read_in_8_bits(tiny: TinyModels, tmp_path
     source = tiny.t2v / "models_t5_umt5-xxl-enc-bf16.pth"
     tokenizer = tiny.t2v / "google" / "umt5-xxl"
     checkpoint = open_checkpoint(source)
-    names = {name: name for name in checkpoint.shapes}
     load = lambda path, **more: TextEncoder.load(path, tokenizer, dtype=torch.float32, **more)  # noqa: E731
     states = lambda encoder: encoder.encode("a red ball moves left").states_LD  # noqa: E731
     original = states(load(source))
     for dtype in (FP8, INT8):
-        made = dict(ModelWeights(checkpoint, names, matrix=is_text_matrix, quantise=dtype).tensors())
+        made = dict(ModelWeights.of_text_encoder(checkpoint, quantise=dtype).tensors())
         torch.save(made, tmp_path / "t5.pth")
         built = load(source, quantise=dtype)
         assert torch.equal(states(built), states(load(tmp_path / "t5.pth")))

@@ -13,7 +13,7 @@ from safetensors.torch import save_file
 from lightx2v.config.request import LoraSpec
 from lightx2v.errors import BadRequest, LoraError
 from lightx2v.weights.checkpoint import open_checkpoint
-from lightx2v.weights.lora import match_lora, partner_of
+from lightx2v.weights.lora import match_lora
 from lightx2v.weights.model_weights import ModelWeights
 
 
@@ -197,26 +197,3 @@ def test_nan_in_a_lora_is_refused(weights: ModelWeights, tmp_path: Path) -> None
     lora = match_lora(write(tmp_path / "x.safetensors", pairs), weights.shapes)
     with pytest.raises(LoraError, match="NaN"):
         merged(weights, lora)
-
-
-# ---- names ----------------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize(
-    ("given", "partner"),
-    [
-        ("a_high_noise_lora.safetensors", "a_low_noise_lora.safetensors"),
-        ("a_lora_LOW.safetensors", "a_lora_HIGH.safetensors"),
-        ("LowNoise-b.safetensors", "HighNoise-b.safetensors"),
-        ("HighNoise/c-HighNoise.safetensors", "LowNoise/c-LowNoise.safetensors"),
-        ("high_noise/d_high_noise.safetensors", "high_noise/d_low_noise.safetensors"),
-    ],
-)
-def test_one_file_of_a_pair_finds_the_other(tmp_path: Path, given: str, partner: str) -> None:
-    for name in (given, partner):
-        (tmp_path / name).parent.mkdir(exist_ok=True)
-    (tmp_path / given).touch()
-    assert partner_of(tmp_path / given) is None
-    (tmp_path / partner).touch()
-    assert partner_of(tmp_path / given) == tmp_path / partner
-    assert partner_of(tmp_path / partner) == tmp_path / given

@@ -1,0 +1,60 @@
+"""The text encoder's tensor names: Wan's, which the project uses, and transformers'.
+
+All functions are pure: names in, names out.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable
+
+EMBEDDING, TABLE = "shared.weight", "token_embedding.weight"
+"""The token table's name in transformers and in Wan's file."""
+
+_SCALE = re.compile(r"(.+)\.(weight_scale|scale_weight|scale_input|input_scale)")
+"""Tensors that belong to a quantised weight carry its name."""
+
+_OUTSIDE = (  # Wan, transformers
+    ("token_embedding.weight", EMBEDDING),
+    ("norm.weight", "encoder.final_layer_norm.weight"),
+)
+_BLOCK = (  # after "blocks.<i>." and "encoder.block.<i>.layer."
+    ("norm1.weight", "0.layer_norm.weight"),
+    *((f"attn.{leaf}.weight", f"0.SelfAttention.{leaf}.weight") for leaf in "qkvo"),
+    ("pos_embedding.embedding.weight", "0.SelfAttention.relative_attention_bias.weight"),
+    ("norm2.weight", "1.layer_norm.weight"),
+    ("ffn.gate.0.weight", "1.DenseReluDense.wi_0.weight"),
+    ("ffn.fc1.weight", "1.DenseReluDense.wi_1.weight"),
+    ("ffn.fc2.weight", "1.DenseReluDense.wo.weight"),
+)
+
+
+def hf_name(name: str) -> str:
+    """transformers' name for one of Wan's T5 tensors; an unknown name is returned unchanged."""
+    if match := _SCALE.fullmatch(name):
+        return hf_name(f"{match[1]}.weight").removesuffix("weight") + match[2]
+    if match := re.fullmatch(r"blocks\.(\d+)\.(.+)", name):
+        stem = dict(_BLOCK).get(match[2])
+        return f"encoder.block.{match[1]}.layer.{stem}" if stem else name
+    return dict(_OUTSIDE).get(name, name)
+
+
+def wan_name(name: str) -> str:
+    """The inverse of `hf_name`."""
+    if match := _SCALE.fullmatch(name):
+        return wan_name(f"{match[1]}.weight").removesuffix("weight") + match[2]
+    if match := re.fullmatch(r"encoder\.block\.(\d+)\.layer\.(.+)", name):
+        stem = {theirs: ours for ours, theirs in _BLOCK}.get(match[2])
+        return f"blocks.{match[1]}.{stem}" if stem else name
+    return {theirs: ours for ours, theirs in _OUTSIDE}.get(name, name)
+
+
+def text_encoder_names(names: Iterable[str]) -> dict[str, str]:
+    """Wan's name for every tensor name of a file, without transformers' second copy of the token table."""
+    wan = {name: wan_name(name) for name in names}
+    return {name: ours for name, ours in wan.items() if ours != "encoder.embed_tokens.weight"}
+
+
+def is_text_encoder(names: Iterable[str]) -> bool:
+    """Whether these are the names of a text encoder."""
+    return any(wan_name(name) == TABLE for name in names)
