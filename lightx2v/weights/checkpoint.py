@@ -206,7 +206,7 @@ def _require_shards(folder: Path, present: set[str], wanted: set[str]) -> None:
     if missing:
         raise CheckpointError(
             f"{short_path(folder)} lacks {len(missing)} of {len(wanted)} files: {', '.join(missing[:20])}. "
-            "Download the folder again; that keeps complete files."
+            "Download the folder again: complete files stay."
         )
 
 

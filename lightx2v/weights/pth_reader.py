@@ -132,9 +132,7 @@ def _check_zip(path: Path) -> None:
     except (zipfile.BadZipFile, OSError, NotImplementedError, ValueError) as error:
         raise CheckpointError(f"{short_path(path)} is damaged: {error}. {DOWNLOAD_AGAIN}") from None
     if any(record.compress_type != zipfile.ZIP_STORED for record in records):
-        raise CheckpointError(
-            f"{short_path(path)} was refused: its records are compressed; those of PyTorch are not."
-        )
+        raise CheckpointError(f"{short_path(path)} was refused: its records are compressed; those of PyTorch are not.")
     if any(record.filename.endswith(".pkl") and record.file_size > MAX_PICKLE for record in records):
         raise CheckpointError(f"{short_path(path)} was refused: its table of contents is over {MAX_PICKLE} bytes.")
 

@@ -225,7 +225,7 @@ def test_a_lora_of_the_other_expert_is_refused(
     output = tmp_path / "x.safetensors"
     source = str(tiny.t2v / "low_noise_model")
     assert main(["--source", source, "--lora", f"{lora}:0.5", "--output", str(output)]) == 1
-    assert "Take the low-noise LoRA" in capsys.readouterr().err and not output.exists()
+    assert "Use the low-noise LoRA" in capsys.readouterr().err and not output.exists()
 
 
 def test_bad_usage_says_what_to_do(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

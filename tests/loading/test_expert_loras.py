@@ -152,7 +152,7 @@ def test_a_missing_file_says_where_it_was_looked_for(tiny: TinyModels) -> None:
         expert(tiny.t2v, LoraSpec(expert="high", path="none.safetensors"))
 
 
-# ---- pairs -------------------------------------------------------------------------------------------------------------
+# ---- pairs ---------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
