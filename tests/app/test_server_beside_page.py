@@ -15,6 +15,7 @@ from studio_app import Page
 
 from app.backend.studio import Studio
 from app.exposure import PUBLIC_LIMITS, Exposure
+from app.web import limits
 from app.web.api_routes import api_routes
 
 
@@ -73,5 +74,17 @@ def test_a_public_page_has_no_api_without_a_key(
         key = {"Authorization": f"Bearer {variables['LIGHTX2V_API_KEY']}"} if variables else {}
         assert http.get("/v1/models", headers=key).status_code == (200 if there else 404)
         assert http.get("/v1/models").status_code == (404 if not there else 401 if variables else 200)
+    finally:
+        studio.close()
+
+
+def test_a_body_beyond_the_limit_is_refused_by_the_api_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(limits, "MAX_BODY", 1_000_000)
+    studio = Studio(Garage(), tmp_path, Exposure())
+    app = Starlette(routes=api_routes(studio, {}), middleware=[limits.page_limits(studio.exposure, set())])
+    try:
+        chunks = (b"x" * 100_000 for _ in range(20))
+        response = TestClient(app).post("/v1/videos", content=chunks, headers={"Content-Type": "application/json"})
+        assert response.status_code == 413 and "at most 1 MB" in response.json()["error"]["message"]
     finally:
         studio.close()
