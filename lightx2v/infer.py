@@ -1,4 +1,4 @@
-"""python -m lightx2v.infer: one video from the command line.
+"""python -m lightx2v.infer: make one video from the command line.
 
     python -m lightx2v.infer --preset demo_t2v_distill_lora --prompt "a red ball rolls left over green grass"
     python -m lightx2v.infer --model_cls wan2.2_moe --task t2v --model_path Wan-AI/Wan2.2-T2V-A14B \\
@@ -62,13 +62,13 @@ def _run(options: argparse.Namespace, context: CommandContext, *, open_engine: O
         print(json.dumps(_dry_run(resolved, shown, options.card), indent=2, ensure_ascii=False))
         return 0
     if options.card is not None:
-        raise BadRequest("--card only asks whether a run would fit. Add --dry_run, or leave it out.")
+        raise BadRequest("--card plans memory and needs --dry_run. Add --dry_run, or leave --card out.")
     if "prompt" not in shown:
         raise BadRequest('There is no prompt. Describe the video: --prompt "a cat surfs".')
     resolved.engine.check_world(environment.world_size or 1, enable_cfg=resolved.request["enable_cfg"])
     request = Request.from_json(resolved.request | shown)
     if request.seed == -1:
-        from .sampling import draw_seed  # here and not above: --dry_run and mistakes should not wait for torch
+        from .sampling import draw_seed  # not above: --dry_run and errors should not wait for torch
 
         request = replace(request, seed=draw_seed())
     _check_pictures(request)
@@ -106,11 +106,11 @@ def _load_pipeline(config: EngineConfig, *, preset: str, on_progress: OnProgress
     return LightX2VPipeline.from_config(config, preset=preset, on_progress=on_progress, cancel=cancel)
 
 
-# ---- what is asked for ----------------------------------------------------------------------------------------------
+# ---- settings -------------------------------------------------------------------------------------------------------
 
 
 def _settings(options: argparse.Namespace, environment: Environment) -> tuple[Resolved, dict[str, Any]]:
-    """The resolved preset, and what to show: the fields of Request that no preset has."""
+    """The resolved preset, and the fields of Request that no preset has (PER_VIDEO)."""
     shown: dict[str, Any] = {}
     preset: str | dict[str, Any]
     if options.from_video is not None:
@@ -120,7 +120,9 @@ def _settings(options: argparse.Namespace, environment: Environment) -> tuple[Re
     elif options.model_path:
         preset = {}
     else:
-        raise ConfigError("Say what to run: --preset NAME or --config_json FILE. --list_presets shows the names.")
+        raise ConfigError(
+            "No preset is given. Use --preset NAME or --config_json FILE; --list_presets shows the names."
+        )
     given = {key: value for key, value in vars(options).items() if key in _OVERRIDES and value not in (None, "")}
     if "guidance" in given and len(given["guidance"]) == 1:
         given["guidance"] = given["guidance"][0]
@@ -142,33 +144,33 @@ def _settings(options: argparse.Namespace, environment: Environment) -> tuple[Re
 
 
 def _recorded(video: str, given: Sequence[str]) -> tuple[dict[str, Any], dict[str, Any]]:
-    """The settings inside one of our videos: those of a preset, and what it shows (with its preset's name). Its
-    pictures are looked for, but for those that are `given`."""
+    """The settings inside a video: those of a preset, and those of PER_VIDEO together with the preset's name. Finds the
+    pictures except the `given` ones."""
     from .media.mp4 import read_settings
 
     settings = read_settings(video)
     engine, request = settings.get("engine"), settings.get("request")
     if not isinstance(engine, dict) or not isinstance(request, dict):
-        raise BadRequest("The settings in this video have no engine and no request; it cannot be repeated.")
+        raise BadRequest("The settings in this video lack the engine or the request. Use a video made by this program.")
     shown = {key: request[key] for key in PER_VIDEO if key in request}
     for key in PICTURES:
         if shown.get(key) and key not in given:
             if (picture := find_picture(settings, key, video)) is None:
                 name = one_line(short_path(str(shown[key])))[:100]
                 raise BadRequest(
-                    f"The picture {name} that this video was made from is neither here nor beside the video, or its "
-                    f"content has changed. Give it with --{key}."
+                    f"The picture {name} of this video is neither in this folder nor beside the video, or its content "
+                    f"has changed. Give it with --{key}."
                 )
             shown[key] = str(picture)
-    # The class follows from the step list: a request may have one even where the engine was loaded without.
-    # And the number of processes is this run's own; it changes nothing in the video.
+    # The class follows from the step list, which a request may have even if the engine was loaded without one. The
+    # number of processes belongs to this run and does not change the video.
     engine = {key: value for key, value in engine.items() if key not in ("model_cls", "parallel")}
     values = {key: value for key, value in request.items() if key not in PER_VIDEO}
     return engine | values, shown | {"preset": str(settings.get("preset") or "")}
 
 
 def _check_pictures(request: Request) -> None:
-    """A file that is no picture is said now, and not after minutes of loading."""
+    """Refuse a file that is no picture now, and not after minutes of loading."""
     if request.image_path:
         from .media.images import load_image
 
@@ -178,7 +180,7 @@ def _check_pictures(request: Request) -> None:
 
 
 def _output_path(options: argparse.Namespace, resolved: Resolved, request: Request, environment: Environment) -> Path:
-    """Where the video goes; checked before anything is loaded, and its folder made."""
+    """The path of the video, checked before the model loads. Creates its folder."""
     from .media.video_writer import check_output_path
 
     if options.save_result_path:
@@ -187,21 +189,21 @@ def _output_path(options: argparse.Namespace, resolved: Resolved, request: Reque
         stamp = time.strftime("%Y%m%d-%H%M%S")
         name = f"{Path(resolved.preset.name).name or resolved.preset.task}_{request.seed}_{stamp}.mp4"
         path = Path(environment.output_dir or "outputs") / name
-    if os.path.exists(path) and not options.force:  # False, unlike Path.exists, where the name is impossible
+    if os.path.exists(path) and not options.force:  # unlike Path.exists, False for an impossible name
         raise BadRequest(f"{path} exists. Choose another --save_result_path, or add --force to replace it.")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise BadRequest(f"The folder {path.parent} cannot be made: {error.strerror}. Choose another one.") from None
+        raise BadRequest(f"The folder {path.parent} cannot be created: {error.strerror}. Choose another one.") from None
     return check_output_path(path, force=options.force)
 
 
-# ---- what is shown --------------------------------------------------------------------------------------------------
+# ---- output ---------------------------------------------------------------------------------------------------------
 
 
 def _dry_run(resolved: Resolved, shown: dict[str, Any], card: float | None) -> dict[str, Any]:
-    """The resolved configuration and what a run of it would take, here or on another `card`. Looks for local files and
-    at the machine, and at nothing else."""
+    """The resolved configuration and the cost of a run, on this machine or on a GPU of `card` GB. Reads local files
+    and the state of the machine, and nothing else."""
     placeholders = dict.fromkeys(("prompt", *IMAGES[resolved.engine.task]), "placeholder")
     request = Request.from_json(resolved.request | placeholders | shown)
     engine = resolved.engine
@@ -235,7 +237,7 @@ def _dry_run(resolved: Resolved, shown: dict[str, Any], card: float | None) -> d
 
 
 def _summary(report: dict[str, Any]) -> str:
-    """A finished run in three lines, one more for each LoRA and each warning."""
+    """A finished run in three lines, and one more for each LoRA and each warning."""
     timings = report["timings"]
     stages = ", ".join(f"{name} {seconds:.2f}" for name, seconds in timings["seconds"].items())
     memory = f"{timings['peak_rss'] / 2**30:.2f} GiB of RAM"
@@ -356,7 +358,7 @@ def _card(text: str) -> float:
     except ValueError:
         size = 0.0
     if not 1 <= size <= 10_000:
-        raise argparse.ArgumentTypeError(f"{text!r} is no size from 1 to 10000")
+        raise argparse.ArgumentTypeError(f"{text!r} is no size from 1 to 10000 GB")
     return size
 
 
@@ -365,7 +367,7 @@ def _no_constant(word: str) -> Any:
 
 
 def _unexpected(kind: type[BaseException], error: BaseException, at: TracebackType | None) -> None:
-    """Instead of a traceback, for what nobody foresaw."""
+    """One line instead of a traceback, for errors that are faults of the program."""
     print(f"\nerror: unexpected {kind.__name__}: {one_line(str(error))[:500]}", file=sys.stderr)
     print("This is a fault in the program. Run it again with --verbose to see where.", file=sys.stderr)
 

@@ -4,8 +4,8 @@
     pipe.create_generator(config_json="presets/t2v_base.json")
     pipe.generate(prompt="A cat surfs.", seed=42, save_result_path="cat.mp4")
 
-`create_generator` loads; `generate` runs and loads nothing. A run leaves no trace in the pipeline: the same request
-gives the same latents whatever ran before.
+`create_generator` loads the model; `generate` only runs it. A run does not change the pipeline: the same request gives
+the same latents whatever ran before.
 """
 
 from __future__ import annotations
@@ -13,7 +13,8 @@ from __future__ import annotations
 import logging
 import signal
 import threading
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from types import TracebackType
@@ -44,10 +45,8 @@ log = logging.getLogger("lightx2v.pipeline")
 
 
 class GeneratorSettings(RequestSettings, total=False):
-    """Keywords of `create_generator`: a video's settings, LightX2V's Python names for some of them, and the engine's.
-
-    Every other key of a preset file works too.
-    """
+    """Keywords of `create_generator`: a video's settings, LightX2V's Python names for some of them, and settings of
+    the engine. Every other key of a preset file works too."""
 
     infer_steps: int
     num_frames: int
@@ -59,10 +58,10 @@ class GeneratorSettings(RequestSettings, total=False):
 
 
 class LightX2VPipeline:
-    """One loaded model; as a context manager it is freed at the end.
+    """One loaded model. As a context manager, it is freed at the end.
 
     `model_path` is a folder in the Wan2.2 layout or a Hub name; the two checkpoints are distilled or merged experts
-    that replace those of the folder. Any thread may use it, but for one video at a time: whatever would disturb a run
+    that replace those of the folder. Any thread may use the pipeline. It makes one video at a time: a call during a run
     raises Busy at once. In asyncio: `await asyncio.to_thread(pipe.generate, prompt=…, cancel=token)`.
     """
 
@@ -97,12 +96,12 @@ class LightX2VPipeline:
         on_progress: OnProgress | None = None,
         cancel: CancelToken | None = None,
     ) -> Self:
-        """A loaded pipeline. `preset` is the name that reports and files carry."""
+        """Load a pipeline. Reports and files carry the name `preset`."""
         pipe = cls(config.model_path, config.model_cls, config.task)
         pipe._engine = load_engine(config, preset=preset, on_progress=on_progress, cancel=cancel)
         return pipe
 
-    # ---- what to load -------------------------------------------------------------------------------------------
+    # ---- settings before loading --------------------------------------------------------------------------------
 
     def enable_offload(
         self,
@@ -114,10 +113,10 @@ class LightX2VPipeline:
         vae_offload: bool | str = "auto",
         lazy_load: bool = False,
     ) -> None:
-        """Keep weights in host memory: whole experts ("model") or block by block ("block"); with `lazy_load` on disk.
+        """Keep weights in host memory, as whole experts ("model") or blocks ("block"), or on disk with `lazy_load`.
 
-        "auto" follows `cpu_offload`. `image_encoder_offload` is LightX2V's and moves nothing: Wan2.2-A14B has no image
-        encoder. Like every enable_…: before `create_generator`, which raises ConfigError for values that do not fit.
+        "auto" follows `cpu_offload`. `image_encoder_offload` is LightX2V's and has no effect: Wan2.2-A14B has no image
+        encoder. Call every enable_… before `create_generator`, which raises ConfigError for values that do not fit.
         """
         self._before_loading("enable_offload")
         self._overrides |= {
@@ -141,8 +140,8 @@ class LightX2VPipeline:
     ) -> None:
         """Load 8-bit experts or an 8-bit text encoder, from these files (paths or Hub names).
 
-        `quant_scheme` is one of LightX2V's names: "fp8…" (e4m3) or "int8…", with a scale per row or tensor as the
-        files have it. The part after the dash is a kernel of LightX2V's; here the best that runs is taken.
+        `quant_scheme` is one of LightX2V's names: "fp8…" (e4m3) or "int8…", with a scale per row or tensor, as in the
+        files. The part after the dash names a kernel of LightX2V; this engine takes the best kernel that runs.
         """
         self._before_loading("enable_quantize")
         self._overrides |= {
@@ -162,12 +161,12 @@ class LightX2VPipeline:
         lora_dynamic_apply: bool = False,
         lora_allow_partial: bool = False,
     ) -> None:
-        """LoRAs per expert: {"name": "high_noise_model" or "low_noise_model", "path": …, "strength": 1.0}.
+        """Add LoRAs per expert: {"name": "high_noise_model" or "low_noise_model", "path": …, "strength": 1.0}.
 
-        Without a name, one half of a pair goes to the expert its file name says, and brings the other half beside it.
-        They are added to the weights as these are loaded, or with `lora_dynamic_apply` kept beside them, which costs
-        some time in each step and makes exchanging them quick. `create_generator` raises LoraError for a file that
-        does not fit; with `lora_allow_partial` what fits of it is used, and the report says how much.
+        A file without a name goes to the expert in its file name, and its partner beside it to the other expert.
+        Loading merges the LoRAs into the weights. With `lora_dynamic_apply` they stay separate, which slows each step a
+        little and makes `switch_lora` fast. `create_generator` raises LoraError for a file that does not fit; with
+        `lora_allow_partial` the fitting layers are used, and the report counts them.
         """
         self._before_loading("enable_lora")
         self._overrides |= {
@@ -177,10 +176,10 @@ class LightX2VPipeline:
         }
 
     def enable_parallel(self, cfg_p_size: int = 1, seq_p_size: int = 1, seq_p_attn_type: str = "ulysses") -> None:
-        """Share each video among `cfg_p_size` x `seq_p_size` processes, which torchrun has to have started.
+        """Split each video over `cfg_p_size` x `seq_p_size` processes, which torchrun must have started.
 
-        `cfg_p_size` 2 gives each of the two guidance branches its own half, `seq_p_size` splits the sequence. Without
-        this call a layout that fits the number of processes is chosen.
+        `cfg_p_size` 2 gives each guidance branch its own half of the processes; `seq_p_size` splits the sequence.
+        Without this call the layout follows from the number of processes.
         """
         self._before_loading("enable_parallel")
         self._overrides["parallel"] = {
@@ -209,7 +208,9 @@ class LightX2VPipeline:
 
     def _before_loading(self, name: str) -> None:
         if self._engine is not None:
-            raise ConfigError(f"{name} comes before the model is loaded. Call close() first, or make a new pipeline.")
+            raise ConfigError(
+                f"{name} must come before the model is loaded. Call close() first, or make a new pipeline."
+            )
 
     # ---- one video ----------------------------------------------------------------------------------------------
 
@@ -264,14 +265,10 @@ class LightX2VPipeline:
         return_frames: bool = False,
         return_latents: bool = False,
     ) -> Result:
-        """Runs one request as `generate` does, with nothing filled in. `metadata` writes the settings into the file;
-        `force` replaces an existing one."""
-        engine = self._engine
-        if engine is None:
-            raise ConfigError("No model is loaded. Call create_generator() first.")
-        if not self._running.acquire(blocking=False):
-            raise Busy("This pipeline is already making a video. Wait for it, or load a second pipeline.")
-        try:
+        """Run one complete request, as `generate` does. `metadata` writes the settings into the file; `force` replaces
+        an existing file."""
+        engine = self._loaded()
+        with self._exclusive("Wait for it, or load a second pipeline."):
 
             def checked() -> Request:
                 engine.config.check_request(request)
@@ -292,22 +289,15 @@ class LightX2VPipeline:
             with group.collective():
                 # Rank 0 alone has the frames and writes.
                 return video(agreed, save_result_path if group.is_rank0 else None, return_frames and group.is_rank0)
-        finally:
-            self._running.release()
 
     def switch_lora(self, lora_configs: Sequence[dict[str, Any] | LoraSpec]) -> None:
-        """Exchanges the LoRAs of both experts, now and for all requests that bring none of their own; [] is none.
+        """Exchange the LoRAs of both experts, now and for every request without LoRAs of its own; [] removes them.
 
-        The base model is not loaded again. After a LoraError or a DownloadError the LoRAs are as they were. Busy while
-        a video is made.
+        The base model stays loaded. After a LoraError or a DownloadError the previous LoRAs stay. Busy during a run.
         """
-        engine = self._engine
-        if engine is None:
-            raise ConfigError("No model is loaded. Call create_generator() first.")
+        engine = self._loaded()
         config = replace(engine.config, lora_configs=lora_configs) if lora_configs else engine.config
-        if not self._running.acquire(blocking=False):
-            raise Busy("This pipeline is making a video. Wait for it before you exchange its LoRAs.")
-        try:
+        with self._exclusive("Wait for it before you exchange its LoRAs."):
 
             def download() -> tuple[LoraSpec, ...]:
                 hub.ensure(config, meter=Meter())
@@ -318,15 +308,13 @@ class LightX2VPipeline:
             with group.collective():
                 within_memory(lambda: engine.placement.use_loras(loras), "while exchanging LoRAs")
             self._loras = loras
-        finally:
-            self._running.release()
 
     @classmethod
     def follow(cls) -> bool:
-        """A server or the page calls this as it starts; where it is true, the program is to end.
+        """Run the worker loop on ranks > 0 and return True when rank 0 exits; return False at once on rank 0.
 
-        On rank 0 of torchrun, and without torchrun, it is false at once. The other processes load and run here what
-        rank 0 does, until rank 0 ends. Errors that all processes have are rank 0's to tell; any other one ends them.
+        A server or the page calls this at its start, and exits if it returns True. The loop loads and runs whatever
+        rank 0 does. Rank 0 reports the errors that all processes share; any other error ends all of them.
         """
         environment = Environment.read()
         if not environment.distributed:
@@ -334,7 +322,10 @@ class LightX2VPipeline:
         group, pipe = join(environment), None
         if group.is_rank0:
             return False
-        for number in (signal.SIGINT, signal.SIGTERM):  # rank 0 heeds them: it ends its run, and then all
+        for number in (
+            signal.SIGINT,
+            signal.SIGTERM,
+        ):  # rank 0 handles them for all: it ends its run, then every process
             signal.signal(number, signal.SIG_IGN)
         while True:
             what, content = group.next_command()
@@ -366,22 +357,31 @@ class LightX2VPipeline:
     def _loras_of(self, request: Request) -> tuple[LoraSpec, ...]:
         if request.loras is not None:
             return request.loras
-        assert self._engine is not None
-        return self._engine.config.lora_configs if self._loras is None else self._loras
+        return self._loaded().config.lora_configs if self._loras is None else self._loras
 
     def close(self) -> None:
-        """Frees the model, on the device and on the host. The pipeline may then load another one. Busy during a run."""
-        if not self._running.acquire(blocking=False):
-            raise Busy("This pipeline is making a video. Cancel it or wait for it before you close the pipeline.")
-        try:
+        """Free the model, on the device and on the host. The pipeline can then load another one. Busy during a run."""
+        with self._exclusive("Cancel it or wait for it before you close the pipeline."):
             self._loras = None
             if self._engine is not None:
                 self._engine.mesh.group.send_command(CLOSE)
                 self._engine.placement.close()
                 self._engine = None
                 free_memory()
+
+    @contextmanager
+    def _exclusive(self, advice: str) -> Iterator[None]:
+        if not self._running.acquire(blocking=False):
+            raise Busy(f"This pipeline is making a video. {advice}")
+        try:
+            yield
         finally:
             self._running.release()
+
+    def _loaded(self) -> LoadedEngine:
+        if self._engine is None:
+            raise ConfigError("No model is loaded. Call create_generator() first.")
+        return self._engine
 
     def __enter__(self) -> Self:
         return self

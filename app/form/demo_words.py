@@ -1,4 +1,4 @@
-"""What the demo model has no word for. Its tokenizer knows its small world's words, and marks all others as unknown."""
+"""Words that the demo model does not know: its tokenizer has the words of its small world and marks all others."""
 
 from __future__ import annotations
 
@@ -20,14 +20,14 @@ def _tokenizer() -> Tokenizer:
 
 
 def unknown_words(prompt: str) -> list[str]:
-    """The pieces of a prompt, in English or Chinese, that the demo model never saw; in order, each once."""
+    """The parts of a prompt, in English or Chinese, that the demo model does not know; in order, each once."""
     tokenizer = _tokenizer()
     encoding = tokenizer.encode(prompt)
     unknown = tokenizer.token_to_id(UNKNOWN)
     whole = {place: word[0] for word in WORD.finditer(prompt) for place in range(*word.span())}
-    found = []
+    unknown_parts = []
     for number, (start, end) in zip(encoding.ids, encoding.offsets, strict=True):
         piece = prompt[start:end].strip()
-        if number == unknown:  # of "too" it knows the first two letters; "o" is not what anybody wrote
-            found.append(whole.get(end - 1, piece))
-    return [word for word in dict.fromkeys(found) if any(letter.isalnum() for letter in word)]
+        if number == unknown:  # it knows "to" of "too"; show the whole word and not "o"
+            unknown_parts.append(whole.get(end - 1, piece))
+    return [word for word in dict.fromkeys(unknown_parts) if any(letter.isalnum() for letter in word)]

@@ -1,4 +1,4 @@
-"""What the left column shows for given values: fields, choices, preset list, cost. Returns updates by component."""
+"""Editor: the updates of the left column for given values: fields, choices, preset list, cost."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ Updates = dict[Component, Any]
 
 
 class Editor:
-    """Knows how values become what is shown. It holds no state of any visitor."""
+    """Turns values into component updates. It holds no state of any session."""
 
     def __init__(self, studio: Studio, inputs: Inputs) -> None:
         self._studio, self._inputs = studio, inputs
@@ -49,7 +49,7 @@ class Editor:
     # ---- presets ------------------------------------------------------------------------------------------------
 
     def whole(self, values: Mapping[str, Any], *, task: str) -> dict[str, Any]:
-        """`values` (`preset_values` or `form.fields_of`) with the choices that stand for their numbers."""
+        """`values` (of `preset_values` or `fields_of`) with the choices of size, shape and length that match them."""
         own = settings_of(values["preset"]).request
         asked = {**own, **{k: values[k] for k in ("height", "width", "frames", "fps")}}
         asked["resize_mode"] = None if values.get("match_image", True) else EXACT
@@ -64,7 +64,7 @@ class Editor:
         }
 
     def fill(self, words: Words, values: Mapping[str, Any]) -> Updates:
-        """The fields that `values` (of `whole`) name, with the choices and rows that suit the preset."""
+        """Updates of the fields in `values` (of `whole`), and of the choices and rows that depend on the preset."""
         fields, inputs, task = self._inputs.fields, self._inputs, values["task"]
         request = settings_of(values["preset"]).request
         updates: Updates = {fields[name]: value for name, value in values.items() if name in fields}
@@ -82,10 +82,10 @@ class Editor:
                 updates[box] = gr.Row(visible=bool(values[f"lora_{row}_high"] or values[f"lora_{row}_low"]))
         return updates
 
-    # ---- what follows from the fields ---------------------------------------------------------------------------
+    # ---- parts that depend on the fields ------------------------------------------------------------------------
 
     def parts(self, words: Words, values: Mapping[str, Any], problem: str) -> dict[str, str]:
-        """HTML by the names of `Inputs`: preset list, examples, crop, model files, what it costs or the `problem`."""
+        """HTML by the names of `Inputs`: preset list, examples, crop, model files, and the cost or the `problem`."""
         name = values["preset"] if values["preset"] in self._studio.tasks else self._studio.default_preset
         parts = {
             "preset": self.preset_list(words, name),
@@ -94,7 +94,9 @@ class Editor:
         }
         if problem:
             parts["cost"] = panels.problem(problem)
-        elif self._studio.tasks.get(values["preset"]) == values["task"]:  # not while a run's fields are being filled in
+        elif (
+            self._studio.tasks.get(values["preset"]) == values["task"]
+        ):  # not while the fields of a run are being filled in
             parts["cost"] = self.cost(words, values)
         if self._inputs.files is not None:
             parts["files"] = panels.file_list(words, self._studio.files.status(settings_of(name).engine))
@@ -127,7 +129,7 @@ class Editor:
         return size_of(tier, shape or ("16:9" if tier in (632, 960) else "1:1"))
 
     def cost(self, words: Words, values: Mapping[str, Any]) -> str:
-        """What stands under the button; what is not filled in yet does not count as wrong."""
+        """The line below the button. A field that is still empty is no error here."""
         studio = self._studio
         try:
             form = form_of(values)
@@ -157,7 +159,7 @@ class Editor:
         )
 
     def crop(self, words: Words, values: Mapping[str, Any]) -> str:
-        """What the model will see of the first frame; what is wrong with it instead, if something is."""
+        """The part of the first frame that the model sees, or the error of that picture."""
         if values["task"] != "i2v":
             return ""
         shape = None if values["shape"] == MATCH else EXACT
@@ -186,7 +188,7 @@ class Editor:
 
 @lru_cache(maxsize=32)
 def _crop(language: str, path: str | None, height: Any, width: Any, mode: str | None) -> str:
-    """Every look at the page asks for this, and the picture may be large."""
+    """Cached: every refresh of the page calls this, and the picture may be large."""
     words = Words(language)
     if not path or not all(isinstance(side, int) and 0 < side <= MAX_SIDE for side in (height, width)):
         return panels.crop_preview(words, None, None)
@@ -205,7 +207,7 @@ def preset_values(name: str) -> dict[str, Any]:
 
 
 def form_of(values: Mapping[str, Any]) -> Form:
-    """The form that the components' values make."""
+    """The Form of the components' values."""
     return Form.of({**values, "match_image": values.get("shape", MATCH) == MATCH})
 
 
@@ -215,7 +217,7 @@ def stand_in(request: Mapping[str, Any]) -> Request:
 
 
 def picture_of(path: str | None) -> Image.Image | None:
-    """A kept picture, for the component to show; None when it is gone."""
+    """A stored picture, for the component to show; None if it is gone."""
     try:
         return load_image(path) if path else None
     except LightX2VError:

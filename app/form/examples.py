@@ -1,4 +1,4 @@
-"""Prompts and pictures to start from: the demo model's own small world, or what Wan2.2 is good at."""
+"""Example prompts and pictures: from the demo model's small world, or for Wan2.2."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ DEMO_PICTURES = {
     "red_heart_sunset": {"en": "a red heart grows at sunset", "zh": "日落时，一颗红色的爱心慢慢变大"},
     "green_box_meadow": {"en": "a green box rolls right over the grass", "zh": "草地上，一个绿色的方块向右移动"},
 }
-"""A picture of assets/demo/examples, and what may happen in it."""
+"""Picture in assets/demo/examples -> a prompt for it, by language."""
 
 FULL = {
     "t2v": {
@@ -62,7 +62,7 @@ FULL = {
 
 
 def examples(words: Words, info: PresetInfo) -> str:
-    """Chips for the prompts that suit a preset, with pictures for the demo's image to video, and what it knows."""
+    """Buttons with the example prompts of a preset. The demo's have pictures and a note about its small world."""
     if info.demo and info.task != "t2v":
         chips = [_picture(name, texts[words.language]) for name, texts in DEMO_PICTURES.items() if picture(name)]
     else:
@@ -73,7 +73,7 @@ def examples(words: Words, info: PresetInfo) -> str:
 
 
 def picture(name: str) -> Path | None:
-    """The file of an example picture; None for any other name."""
+    """The file of an example picture; None for an unknown name."""
     path = PICTURES / f"{name}.png"
     return path if name in DEMO_PICTURES and path.is_file() else None
 

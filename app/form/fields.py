@@ -1,4 +1,4 @@
-"""From the fields of the page to requests, and back.
+"""The fields of the page as a Form, and the way from a Form to Requests and back.
 
 A `Form` holds the values of the fields, in gradio's types. `submit_plan` checks them and makes one click's requests.
 `fields_of` is the way back, for a run from the history, a dropped video or an edited job.
@@ -160,7 +160,7 @@ def low_noise_partner(path: str) -> str:
 def size_of(tier: int, shape: str) -> tuple[int, int]:
     """(height, width) for an area of about `tier` x `tier` and a shape such as "16:9", in whole tokens.
 
-    The official sizes of Wan2.2 come out for the tiers 632 (480p) and 960 (720p).
+    The tiers 632 (480p) and 960 (720p) give the official sizes of Wan2.2.
     """
     official = {
         (632, "16:9"): (480, 832),
@@ -176,7 +176,7 @@ def size_of(tier: int, shape: str) -> tuple[int, int]:
 
 
 def frames_for(seconds: float, fps: float) -> int:
-    """The count of the form 4n + 1 nearest to that many seconds."""
+    """The number of the form 4n + 1 that is nearest to this many seconds."""
     return max(1, round((seconds * fps - 1) / 4) * 4 + 1)
 
 
@@ -196,9 +196,9 @@ def _overrides(form: Form, exposure: Exposure) -> dict[str, Any]:
     values["cpu_offload"] = OFFLOAD[form.offload]
     if form.attention != "auto":
         values |= {"self_attn_1_type": form.attention, "cross_attn_1_type": form.attention}
-    if specs := _lora_specs(form.loras):  # on top of the preset's own; exchanged between runs without loading again
+    if specs := _lora_specs(form.loras):  # added to the preset's own; changing them loads nothing again
         for lora in specs:
-            find_lora(lora.path, preset.engine)  # said now, and not when its turn has come
+            find_lora(lora.path, preset.engine)  # raises now, and not when the job starts
         values["loras"] = [*preset.engine.lora_configs, *specs]
     return values
 
@@ -234,7 +234,7 @@ def _prompts(form: Form, most: int) -> list[str]:
 
 
 def new_seed() -> int:
-    """Drawn when a job is queued, so that no run, not even an interrupted one, has an unknown seed."""
+    """A random seed, drawn when a job is queued, so that even an interrupted run has a known seed."""
     return secrets.randbelow(2**31)
 
 

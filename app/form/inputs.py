@@ -1,4 +1,4 @@
-"""The left column: what to make. Gradio's own fields, so that keyboard, labels and validation are its own too."""
+"""The left column of the page. The fields are gradio's, so that keyboard, labels and validation are too."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ SHAPES = ("16:9", "9:16", "1:1")
 MATCH = "match"
 
 HUGE = 1e300
-"""Larger numbers are none that anybody means, and some of them no floats."""
+"""No setting is larger, and a larger number may not be a float."""
 
 USAGE = {
     **{name: row.usage for name, row in SETTINGS.items()},
@@ -40,13 +40,13 @@ USAGE = {
 
 
 def text_of(sent: Any) -> str:
-    """What somebody typed, without half characters, which no JSON holds; cut where every limit is passed."""
+    """The typed text without half characters, which JSON cannot hold; cut beyond the longest limit."""
     text = "" if sent is None else str(sent)[: MAX_PROMPT + 1]
     return text.encode("utf-16-le", "surrogatepass").decode("utf-16-le", "ignore")
 
 
 def _number(component: Any, sent: Any) -> float | int | None:
-    """What somebody typed; a number of 20 digits is no integer in JSON. None for what is no number."""
+    """The typed number, or None. A number of 20 digits is no integer in JSON."""
     if not isinstance(sent, (int, float)) or sent != sent:
         return None
     small = gr.Number.round_to_precision(max(-HUGE, min(sent, HUGE)), component.precision)
@@ -54,7 +54,7 @@ def _number(component: Any, sent: Any) -> float | int | None:
 
 
 def _choice(component: Any, sent: Any) -> str | int | None:
-    """What may have been on offer. An answer on its way may have taken it back, which gradio calls an error."""
+    """The chosen value, of the right type. It may be gone from the choices by now, which gradio reports as an error."""
     if type(sent) is not type(component.choices[0][1]):
         return None
     return text_of(sent) if isinstance(sent, str) else max(0, min(sent, 2**31))
@@ -66,17 +66,17 @@ Checkbox = tolerant(gr.Checkbox, lambda _, sent: sent if isinstance(sent, bool) 
 Number = tolerant(gr.Number, _number)
 Choice = tolerant(gr.Radio, _choice)
 Picture = tolerant(gr.Image, lambda _, sent: sent.path if sent else None)
-"""An image as it was uploaded, for `load_image` to check. gradio itself decodes any size, makes transparency black and
-16-bit grey white, and fails without a word for the visitor on what is no picture."""
+"""The path of an uploaded image, for `load_image` to check. gradio itself would decode any size, make transparency
+black and 16-bit grey white, and fail without a message on a file that is no picture."""
 
 
 @dataclass
 class Inputs:
-    """The components of the left column. `fields` are those that a Form is made of, by its names."""
+    """The components of the left column. `fields` are the fields of a Form, by its names."""
 
     fields: dict[str, Any] = field(default_factory=dict)
     labels: dict[Component, tuple[str, str]] = field(default_factory=dict)
-    """Component -> (what of it is text, the key of its words); for a change of language."""
+    """Component -> (property that holds the text, key in app/strings.py); for a change of language."""
     hints: dict[Component, tuple[str, str]] = field(default_factory=dict)
 
     preset: Any = None
@@ -95,7 +95,7 @@ class Inputs:
     files: Any = None
 
     def add(self, name: str, component: Any, key: str = "", *, info: str = "") -> Any:
-        """Takes a field in, with the key of its label and of its hint."""
+        """Add a field, with the keys of its label and of its hint."""
         self.fields[name] = component
         if key:
             self.labels[component] = ("label", key)
@@ -173,8 +173,7 @@ def _advanced(inputs: Inputs, words: Words, request: Mapping[str, Any], exposure
     values = setting_fields(request)
     paired = ("width", "height", "frames", "fps", "enable_cfg")
 
-    # The fields have no bounds: half a number is out of them, which is no error while somebody types. `submit_plan`
-    # refuses a whole one.
+    # The fields have no bounds: a number that is half typed may be out of them. `submit_plan` checks the bounds.
     def number(name: str, value: Any, *, info: str = "", **more: Any) -> None:
         hint = words(info) if info else USAGE[name]
         component = Number(value=value, label=words(name), info=hint, min_width=120, elem_id=name, **more)
@@ -252,8 +251,8 @@ def offload_choices(words: Words) -> list[tuple[str, str]]:
 
 
 def tier_of(request: dict[str, Any]) -> int:
-    """The side of the square that is about as large as the video: 632 for 480p, 960 for 720p."""
-    area = max(0, request["height"] * request["width"])  # what somebody typed may be -1
+    """The side of the square with about the area of the video: 632 for 480p, 960 for 720p."""
+    area = max(0, request["height"] * request["width"])  # a typed height may be -1
     return next((tier for tier in (632, 960) if abs(area / tier**2 - 1) < 0.05), math.isqrt(area))
 
 
@@ -272,7 +271,7 @@ def shape_choices(words: Words, task: str) -> list[tuple[str, str]]:
 
 
 def shape_of(request: dict[str, Any], task: str) -> str | None:
-    """The choice that fits height and width; None for a size of one's own."""
+    """The choice that fits height and width; None for any other size."""
     if task != "t2v" and request["resize_mode"] is None:
         return MATCH
     ratio = request["width"] / request["height"] if request["height"] else 0.0
@@ -281,7 +280,7 @@ def shape_of(request: dict[str, Any], task: str) -> str | None:
 
 
 def length_choices(request: dict[str, Any]) -> list[tuple[str, int]]:
-    """Seconds to read, frames to count: 2, 3 and 5 s, or half, once and twice a short preset's."""
+    """Lengths as (label in seconds, frames): 2, 3 and 5 s, or half, once and twice that of a short preset."""
     fps, whole = request["fps"], request["frames"] / request["fps"]
     wanted = (2.0, 3.0, 5.0) if whole > 4 else (whole / 2, whole, whole * 2)
     counts = dict.fromkeys(frames_for(seconds, fps) for seconds in wanted)
@@ -289,5 +288,5 @@ def length_choices(request: dict[str, Any]) -> list[tuple[str, int]]:
 
 
 def _seconds(value: float) -> str:
-    """A length as people say it: 81 frames at 16 a second are 5 s."""
+    """A rounded length: 81 frames at 16 a second are 5 s."""
     return f"{value:.0f} s" if abs(value - round(value)) < 0.15 and value >= 1 else f"{value:.1f} s"

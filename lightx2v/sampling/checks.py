@@ -1,4 +1,4 @@
-"""Is what came out a video at all? Checks on numbers that would otherwise end as a black or frozen clip."""
+"""Checks on latents and frames that would otherwise become a black or frozen clip."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ from ..errors import NumericsError
 
 
 def require_finite(latents: Tensor, *, step: int, total: int, expert: str, backend: str = "") -> None:
-    """Raises NumericsError naming the step (from 1). Reads the latents once and waits for the device once."""
-    # The extremes are NaN if anything is, and on a CPU they take a twentieth of the time of isfinite() on all numbers.
+    """Raise NumericsError, with the step counted from 1. Reads the latents once and waits for the device once."""
+    # The extremes are NaN if any number is, and on a CPU they cost a twentieth of isfinite() on all numbers.
     if all(map(math.isfinite, torch.stack(torch.aminmax(latents)).tolist())):
         return
     attention = f", attention {backend}" if backend else ""
@@ -28,7 +28,7 @@ def require_finite(latents: Tensor, *, step: int, total: int, expert: str, backe
 def still_warning(frames: Iterable[Any]) -> str | None:
     """A warning if all frames (THWC array or tensor, or any iterable of frames) are identical, else None.
 
-    Stops at the first frame that differs. A clip of one frame is a picture and may stand still.
+    Stops at the first frame that differs. A clip of one frame is a picture, which has no motion to check.
     """
     rest = iter(frames)
     first = next(rest, None)

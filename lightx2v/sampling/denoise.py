@@ -1,7 +1,7 @@
-"""The denoising loop: noise in, latents out. It knows neither the model nor where its weights live.
+"""The denoising loop: noise in, latents out. It knows neither the model nor the place of its weights.
 
-`velocity(expert, latents, timestep, i)` answers for both, guidance included; a solver turns the answer into the next
-latents; a schedule says which expert is asked when. Everything here is float32 and costs microseconds a step.
+`velocity(expert, latents, timestep, i)` runs the model, guidance included. The solver computes the next latents from
+the velocity, and the schedule selects the expert of each step. All of it is float32 and costs microseconds a step.
 """
 
 from __future__ import annotations
@@ -23,40 +23,40 @@ Velocity = Callable[[Expert, Tensor, float, int], Tensor]
 """(expert, latents CTHW, timestep, step from 0) -> velocity CTHW, float32."""
 
 OnStep = Callable[[int, Tensor, Callable[[], Tensor]], None]
-"""(step from 0, latents after it, x0): `x0()` computes the clean latents as the model guessed them in this step."""
+"""(step from 0, latents after it, x0): `x0()` computes the clean latents that the model predicts in this step."""
 
 
 class Solver(Protocol):
-    """Takes the steps 0, 1, ... of its schedule once, in order. A failed step leaves its state as it was."""
+    """Takes the steps 0, 1, ... of its schedule once, in order. A failed step does not change its state."""
 
     schedule: Schedule
 
     def step(self, velocity: Tensor, i: int, latents: Tensor) -> Tensor: ...
 
     def state(self) -> Any:
-        """What the steps so far left behind, besides the latents; stays valid while the solver goes on."""
+        """The history that the next step needs besides the latents. It stays valid while the solver continues."""
 
     def restore(self, state: Any) -> None:
-        """Go on from there: this solver, or another one of the same schedule, continues bit by bit alike."""
+        """Continue from `state`, which may come from another solver of the same schedule and seed. Bit-exact."""
 
 
 def initial_noise(shape: Sequence[int], seed: int) -> Tensor:
-    """Standard normal float32 on the CPU: the same for a seed on every device and any number of them.
+    """Standard normal float32 from the CPU: a seed means the same noise on every device and any number of them.
 
-    Torch's CPU generator uses the lowest 32 bits of the seed, which is why a Request has no larger ones.
+    Torch's CPU generator uses the lowest 32 bits of the seed, so a Request has no larger seeds.
     """
     return torch.randn(tuple(shape), generator=torch.Generator("cpu").manual_seed(seed), dtype=torch.float32)
 
 
 def draw_seed() -> int:
-    """A seed for a request that leaves the choice to us: short enough to be read out and typed, 0 .. 2**32 - 1."""
+    """A random seed for a request without one: 0 .. 2**32 - 1, short enough to read out and type."""
     return secrets.randbits(32)
 
 
 def guided(branches: Sequence[Tensor], expert: Expert, guidance: tuple[float, float]) -> Tensor:
-    """Classifier-free guidance v_u + s (v_c - v_u), s = guidance (high, low) of the expert.
+    """Classifier-free guidance v_u + s (v_c - v_u), with s = guidance (high, low) of the expert.
 
-    `branches` are the conditional and the unconditional velocity, or the conditional one alone: no guidance.
+    `branches` are the conditional and the unconditional velocity; the conditional one alone means no guidance.
     """
     if len(branches) == 1:
         return branches[0]
@@ -78,8 +78,8 @@ def denoise(
 ) -> Tensor:
     """Latents at sigma 0. Raises NumericsError at the first step that is not finite, Cancelled between two steps.
 
-    To go on after an error at step k, pass the latents and restore the solver's state that `on_step` saw after step
-    k - 1, and start at k. `backend` is the attention's name, for the error message.
+    To continue after an error at step k, restore the solver's state that `on_step` saw after step k - 1, pass the
+    latents of that step, and start at k. `backend` is the attention's name, for the error message.
     """
     schedule = solver.schedule
     for i in range(start, schedule.steps):

@@ -1,4 +1,4 @@
-"""Euler's method: the solver of the distilled models, which were trained to take exactly these few steps."""
+"""Euler's method: LightX2V's solver for the distilled models."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from ..config.schedule import Schedule
 
 
 class Euler:
-    """x' = x + (sigma' - sigma) v. Deterministic: no noise is added between steps. The last step returns x0."""
+    """x' = x + (sigma' - sigma) v. Deterministic: adds no noise between steps. The last step returns x0."""
 
     def __init__(self, schedule: Schedule) -> None:
         self.schedule = schedule
@@ -19,7 +19,7 @@ class Euler:
         return torch.add(latents, velocity, alpha=sigmas[i + 1] - sigmas[i])
 
     def state(self) -> None:
-        """Nothing: each step depends on its latents only."""
+        """None: a step depends on its latents only."""
 
     def restore(self, state: None) -> None:
         pass

@@ -8,7 +8,7 @@ every update is a weighted sum:
     predictor   x_{k+1}  of  x_k, m_k, m_{k-1}
 
 So the weights are computed once, in double precision, and a step is a handful of multiply-adds in the latents' own
-precision (float32). The history goes on when the expert changes: both experts predict the same quantity.
+precision (float32). The history continues when the expert changes: both experts predict the same quantity.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ diffusers' UniPCMultistepScheduler does."""
 
 
 class Weights(NamedTuple):
-    """Of one update from a step s to the next: its sample, x0 at s, x0 before s, x0 after s (corrector only)."""
+    """Factors of one update from step s to the next: its sample, x0 at s, x0 before s, x0 after s (corrector only)."""
 
     sample: float
     x0: float
@@ -38,7 +38,7 @@ class Weights(NamedTuple):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class UniPCState:
-    """What step `step` needs of the steps before it. Its tensors are never written to, so keeping them is safe."""
+    """The history that step `step` needs. Its tensors are never written to, so it is safe to keep them."""
 
     step: int = 0
     sample: Tensor | None = None
@@ -53,17 +53,17 @@ class UniPC:
         self._state = UniPCState()
 
     def step(self, velocity: Tensor, i: int, latents: Tensor) -> Tensor:
-        """Latents at sigmas[i + 1] from the model's answer to `latents` at sigmas[i]. Nothing changes if it fails."""
+        """Latents at sigmas[i + 1] from the model's velocity at `latents` and sigmas[i]. A failure changes no state."""
         past = self._state
         if i != past.step:
-            raise ValueError(f"step {i} was asked for, but the history leads to step {past.step}")
+            raise ValueError(f"step {i} is out of order: the history leads to step {past.step}")
         x0 = torch.sub(latents, velocity, alpha=self.schedule.sigmas[i])
         sample = latents
         if past.sample is not None and past.x0 is not None:
             sample = _weighted(self._correct[i - 1], past.sample, past.x0, past.older, x0)
-        following = _weighted(self._predict[i], sample, x0, past.x0)
+        next_latents = _weighted(self._predict[i], sample, x0, past.x0)
         self._state = UniPCState(step=i + 1, sample=sample, x0=x0, older=past.x0)
-        return following
+        return next_latents
 
     def state(self) -> UniPCState:
         return self._state
