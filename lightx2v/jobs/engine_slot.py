@@ -107,8 +107,11 @@ class EngineSlot:
             outcome = Outcome(report=json.loads(json.dumps(report)))
         except Exception as error:  # the one place where the failure of a job stops
             outcome = self._failed(job.id, error)
-        if self._on_finished is not None:
-            self._on_finished(job.config, job.request, outcome)
+        try:
+            if self._on_finished is not None:
+                self._on_finished(job.config, job.request, outcome)
+        except Exception:  # statistics are no reason to lose the video
+            log.error("on_finished failed for job %s\n%s", job.id, traceback.format_exc())
         return outcome
 
     def load(self, config: EngineConfig, *, preset: str, on_progress: OnProgress, cancel: CancelToken) -> Engine:

@@ -11,8 +11,10 @@ from fake_engine import Garage, Script
 from job_runs import CONFIG, OTHER, ask, done
 from patience import PATIENCE, eventually
 
-from lightx2v.errors import BadRequest, Busy, OutOfMemory
-from lightx2v.jobs.engine_slot import public_error, release_frames
+from lightx2v.config.engine_config import EngineConfig
+from lightx2v.config.request import Request
+from lightx2v.errors import BadRequest, Busy, Cancelled, OutOfMemory
+from lightx2v.jobs.engine_slot import Outcome, public_error, release_frames
 from lightx2v.jobs.queue import JobManager
 
 
@@ -194,3 +196,19 @@ def test_a_folder_that_is_removed_while_a_job_runs_costs_no_video(manager: JobMa
     shutil.rmtree(manager.folder)
     second = done(manager, manager.submit(CONFIG, ask("next")))
     assert second.state == "succeeded" and second.path is not None and second.path.is_file(), second.error
+
+
+def test_every_run_is_reported_once_and_a_failing_hook_costs_no_video(
+    open_manager: Callable[..., JobManager], garage: Garage
+) -> None:
+    seen: list[tuple[str, bool, bool]] = []
+
+    def on_finished(config: EngineConfig, request: Request, outcome: Outcome) -> None:
+        seen.append((request.prompt, outcome.report is not None, outcome.cancelled))
+        raise ValueError
+
+    garage.script |= {"bad": Script(error=RuntimeError()), "stop": Script(error=Cancelled("The run was cancelled."))}
+    manager = open_manager(on_finished=on_finished)
+    jobs = [manager.submit(CONFIG, ask(prompt)) for prompt in ("fine", "bad", "stop", "fine")]
+    assert [done(manager, job).state for job in jobs] == ["succeeded", "failed", "cancelled", "succeeded"]
+    assert seen == [("fine", True, False), ("bad", False, False), ("stop", False, True), ("fine", True, False)]
