@@ -1,4 +1,4 @@
-"""Times, memory peaks and events: what they mean, and that watching a run never harms it."""
+"""Times, memory peaks and events of a run; a callback never harms the run."""
 
 from __future__ import annotations
 
@@ -200,7 +200,7 @@ def test_peaks_on_a_real_device_are_those_of_the_stage() -> None:
     assert peaks["load"].reserved >= peaks["load"].allocated
 
 
-def test_a_cpu_run_asks_cuda_nothing(cuda: FakeCuda) -> None:
+def test_a_cpu_run_does_not_touch_cuda(cuda: FakeCuda) -> None:
     meter = Meter("cpu")
     with meter.stage("text"):
         meter.emit("denoise", 1, 1)
@@ -297,7 +297,7 @@ def test_interrupting_from_a_callback_is_not_swallowed() -> None:
         Meter("cpu", interrupt).emit("text")
 
 
-def test_a_preview_costs_nothing_until_somebody_looks() -> None:
+def test_a_preview_costs_nothing_until_it_is_called() -> None:
     looked: list[Progress] = []
     meter = Meter("cpu", looked.append)
     meter.emit("denoise", 1, 2, preview=lambda: pytest.fail("nobody asked"))

@@ -1,4 +1,4 @@
-"""python -m lightx2v.download, and several processes: killed, interrupted, and two at once."""
+"""python -m lightx2v.download in its own processes: killed, interrupted, and two at once."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def start(env: dict[str, str], *arguments: str) -> subprocess.Popen[str]:
 
 
 def stall(server: HubServer, after: int) -> None:
-    """Nothing more comes of either expert after so many bytes, in whatever is the next to ask for it."""
+    """Let the next request for either expert stall after so many bytes."""
     server.faults = {path: [Fault(stall_after=after)] for path in (HIGH, LOW)}
 
 
@@ -58,7 +58,7 @@ def partial_bytes(home: Path) -> dict[str, int]:
 
 
 @pytest.mark.slow
-def test_a_killed_download_goes_on_inside_the_files(server: HubServer, tmp_path: Path) -> None:
+def test_after_a_kill_the_next_start_continues_inside_the_files(server: HubServer, tmp_path: Path) -> None:
     stall(server, 4_000_000)
     env = environment(server, tmp_path)
     first = start(env)
@@ -77,7 +77,7 @@ def test_a_killed_download_goes_on_inside_the_files(server: HubServer, tmp_path:
 
 
 @pytest.mark.slow
-def test_two_downloads_at_once_bring_each_byte_once(server: HubServer, tmp_path: Path) -> None:
+def test_two_downloads_at_once_transfer_each_byte_once(server: HubServer, tmp_path: Path) -> None:
     server.pace = 0.003
     env = environment(server, tmp_path)
     both = [start(env), start(env)]
@@ -106,7 +106,7 @@ def test_when_one_of_two_is_killed_the_other_takes_over(server: HubServer, tmp_p
 
 
 @pytest.mark.slow
-def test_ctrl_c_ends_it_and_what_came_is_kept(server: HubServer, tmp_path: Path) -> None:
+def test_ctrl_c_ends_it_and_keeps_its_bytes(server: HubServer, tmp_path: Path) -> None:
     stall(server, 4_000_000)
     process = start(environment(server, tmp_path))
     eventually(lambda: sum(partial_bytes(tmp_path).values()) > 2_000_000)
@@ -117,7 +117,7 @@ def test_ctrl_c_ends_it_and_what_came_is_kept(server: HubServer, tmp_path: Path)
 
 
 @pytest.mark.slow
-def test_a_dry_run_prints_the_bytes_and_fetches_nothing(server: HubServer, tmp_path: Path) -> None:
+def test_a_dry_run_prints_the_bytes_and_downloads_nothing(server: HubServer, tmp_path: Path) -> None:
     done = download(environment(server, tmp_path), PRESET, "--dry_run")
     assert done.returncode == 0, done.stderr
     assert f"12,000,000  to fetch  {DISTILLED}/{HIGH}" in done.stdout
@@ -126,7 +126,7 @@ def test_a_dry_run_prints_the_bytes_and_fetches_nothing(server: HubServer, tmp_p
 
 
 @pytest.mark.slow
-def test_a_second_start_finds_everything_and_asks_nobody(server: HubServer, tmp_path: Path) -> None:
+def test_a_second_start_finds_everything_and_sends_no_request(server: HubServer, tmp_path: Path) -> None:
     env = environment(server, tmp_path)
     assert download(env, PRESET).returncode == 0
     asked = [path for path in server.asked if path.startswith(("/api/models", f"/{BASE}"))]
@@ -137,7 +137,7 @@ def test_a_second_start_finds_everything_and_asks_nobody(server: HubServer, tmp_
 
 
 @pytest.mark.slow
-def test_models_dir_holds_what_is_not_fetched(server: HubServer, tmp_path: Path) -> None:
+def test_files_in_models_dir_are_not_downloaded(server: HubServer, tmp_path: Path) -> None:
     own = tmp_path / "models" / DISTILLED
     own.mkdir(parents=True)
     for name in (HIGH, LOW):
@@ -156,7 +156,7 @@ def test_without_a_preset_it_lists_them_and_an_unknown_one_is_an_error(server: H
     assert unknown.returncode == 2 and "There is no preset" in unknown.stderr and not server.asked
 
 
-def test_a_path_that_is_nowhere_is_an_error(server: HubServer, tmp_path: Path) -> None:
+def test_a_model_path_that_does_not_exist_is_an_error(server: HubServer, tmp_path: Path) -> None:
     settings = tmp_path / "settings.json"
     settings.write_text('{"task": "i2v", "model_path": "' + str(tmp_path / "models") + '"}')
     done = download(environment(server, tmp_path / "home"), str(settings))

@@ -26,7 +26,7 @@ def step(number: int, *, expert: str = "high", stage: str = "denoise") -> Progre
     return Progress(stage=stage, step=number, total=4, expert=expert, seconds=65.4, eta=3661, vram_peak=3 << 29)
 
 
-def test_an_event_says_stage_step_time_and_memory() -> None:
+def test_a_line_shows_stage_step_time_and_memory() -> None:
     expected = "denoise high   [############............] 2/4  1:05  1:01:01 left  1.5 GiB"
     assert progress_text(step(2)) == expected
     assert progress_text(Progress(stage="load", seconds=2.0)) == "load           0:02"
@@ -70,11 +70,11 @@ def test_a_file_gets_a_plain_line_for_each_stage_and_no_control_characters() -> 
     assert stream.getvalue().replace("\n", "").isprintable()
 
 
-def test_text_cannot_forge_lines_or_drive_the_terminal() -> None:
+def test_text_cannot_forge_lines_or_control_the_terminal() -> None:
     assert one_line("a\nERROR b\r\x1b[2J\x85\u2028猫 🐈") == "a\\nERROR b\\r\\x1b[2J\\x85\\u2028猫 🐈"
 
 
-def test_log_records_stand_on_one_line_above_the_bar() -> None:
+def test_a_log_record_takes_one_line_above_the_bar() -> None:
     stream = Terminal()
     line = ProgressLine(stream)
     logger = logging.getLogger("lightx2v.test")
@@ -107,7 +107,7 @@ def test_the_first_signal_asks_a_run_to_stop_and_the_second_stops_it(number: sig
     assert signal.getsignal(number) is before
 
 
-def test_a_signal_that_torchrun_repeats_is_the_first_one_again() -> None:
+def test_a_signal_that_torchrun_repeats_counts_once() -> None:
     with Interrupts(echo=60.0) as interrupts, interrupts.cancelling() as token:
         send(signal.SIGINT)
         send(signal.SIGINT)

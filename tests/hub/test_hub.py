@@ -1,4 +1,4 @@
-"""From a preset to local files: the plan, what is fetched, what is not, and where it is found afterwards."""
+"""From a preset to local files: the plan, the download, and where the files are found afterwards."""
 
 from __future__ import annotations
 
@@ -49,20 +49,20 @@ def server(home: Path) -> Iterator[HubServer]:
         yield started
 
 
-def test_a_merged_preset_takes_nothing_of_the_base_experts(home: Path, server: HubServer) -> None:
+def test_a_merged_preset_needs_no_file_of_the_base_experts(home: Path, server: HubServer) -> None:
     plan = make_plan(merged(), hub=quick(server))
     assert {file.name for file in plan.files} == {f"{repo}/{path}" for repo, paths in NEEDED.items() for path in paths}
     assert plan.left == sum(len(server.files[repo][path]) for repo, paths in NEEDED.items() for path in paths)
     assert not server.sent and not (home / "hub").exists()
 
 
-def test_a_base_preset_takes_both_folders_of_experts(server: HubServer) -> None:
+def test_a_base_preset_needs_both_folders_of_experts(server: HubServer) -> None:
     plan = make_plan(resolve("i2v_base").engine, hub=quick(server))
     shards = [file.name for file in plan.files if file.name.endswith(".safetensors")]
     assert len(shards) == 4 and all(name.startswith(f"{BASE}/") for name in shards)
 
 
-def test_what_was_fetched_is_where_other_programs_look(home: Path, server: HubServer) -> None:
+def test_downloaded_files_are_where_other_programs_look(home: Path, server: HubServer) -> None:
     hub = quick(server)
     fetch(make_plan(merged(), hub=hub), meter=Meter(), hub=hub)
     assert_whole(home, server)
@@ -72,14 +72,14 @@ def test_what_was_fetched_is_where_other_programs_look(home: Path, server: HubSe
     assert len(server.sent) == before
 
 
-def test_what_other_programs_fetched_is_not_fetched_again(home: Path, server: HubServer) -> None:
+def test_files_of_other_programs_are_not_downloaded_again(home: Path, server: HubServer) -> None:
     hf_hub_download(DISTILLED, HIGH, endpoint=server.url, cache_dir=home / "hub")
     ensure(merged(), meter=Meter(), hub=quick(server))
     assert server.bytes_of(HIGH) == len(server.files[DISTILLED][HIGH])
     assert_whole(home, server)
 
 
-def test_locate_takes_a_fetched_model_by_its_name(home: Path, server: HubServer) -> None:
+def test_locate_finds_a_downloaded_model_by_its_name(home: Path, server: HubServer) -> None:
     assert missing(merged()) and find(f"{BASE}/{VAE}", merged()) is None
     ensure(merged(), meter=Meter(), hub=quick(server))
     files = locate(merged())
@@ -90,7 +90,7 @@ def test_locate_takes_a_fetched_model_by_its_name(home: Path, server: HubServer)
     assert len(server.asked) == asked and missing(merged()) == []
 
 
-def test_local_files_are_used_and_only_the_rest_is_fetched(home: Path, server: HubServer) -> None:
+def test_local_files_are_used_and_only_the_rest_is_downloaded(home: Path, server: HubServer) -> None:
     local = home / "models" / DISTILLED / HIGH
     local.parent.mkdir(parents=True)
     local.write_bytes(b"mine")
@@ -101,12 +101,12 @@ def test_local_files_are_used_and_only_the_rest_is_fetched(home: Path, server: H
     assert locate(config).high == local and not server.bytes_of(HIGH)
 
 
-def test_a_model_folder_that_is_here_is_taken_as_it_is(home: Path) -> None:
+def test_nothing_is_downloaded_for_a_local_model_folder(home: Path) -> None:
     (home / BASE).mkdir(parents=True)
     assert missing(merged()) == [f"{DISTILLED}/{HIGH}", f"{DISTILLED}/{LOW}"]
 
 
-def test_a_folder_without_all_its_shards_is_not_there(home: Path, server: HubServer) -> None:
+def test_a_folder_without_all_its_shards_counts_as_missing(home: Path, server: HubServer) -> None:
     config = resolve("i2v_base").engine
     ensure(config, meter=Meter(), hub=quick(server))
     assert missing(config) == []
@@ -117,7 +117,7 @@ def test_a_folder_without_all_its_shards_is_not_there(home: Path, server: HubSer
     assert missing(config) == [] and shard.stat().st_size == 700_000
 
 
-def test_two_files_of_the_same_content_are_fetched_once(home: Path, server: HubServer) -> None:
+def test_two_files_with_the_same_content_are_downloaded_once(home: Path, server: HubServer) -> None:
     server.files[BASE]["low_noise_model/config.json"] = server.files[BASE][CONFIG]
     config = resolve("i2v_base").engine
     ensure(config, meter=Meter(), hub=quick(server))
@@ -145,7 +145,7 @@ def test_a_plan_that_does_not_fit_is_refused_with_the_numbers(home: Path, server
     assert not server.sent and not (home / "hub").exists()
 
 
-def test_what_is_here_in_part_counts_in_the_plan(home: Path, server: HubServer) -> None:
+def test_the_plan_counts_the_bytes_of_partial_files(home: Path, server: HubServer) -> None:
     blobs = snapshot(home, server, DISTILLED).parents[1] / "blobs"
     blobs.mkdir(parents=True)
     whole = server.files[DISTILLED][HIGH]
@@ -156,7 +156,7 @@ def test_what_is_here_in_part_counts_in_the_plan(home: Path, server: HubServer) 
 
 
 @pytest.mark.slow
-def test_progress_counts_bytes_up_to_the_whole(server: HubServer) -> None:
+def test_progress_counts_bytes_up_to_the_total(server: HubServer) -> None:
     events: list[Progress] = []
     server.pace = 0.6
     ensure(merged(), meter=Meter(on_progress=events.append), hub=quick(server))
@@ -170,7 +170,7 @@ def test_progress_counts_bytes_up_to_the_whole(server: HubServer) -> None:
 
 
 @pytest.mark.slow
-def test_a_cancelled_download_stops_at_once_and_keeps_what_came(home: Path, server: HubServer) -> None:
+def test_a_cancelled_download_stops_at_once_and_keeps_its_bytes(home: Path, server: HubServer) -> None:
     server.faults = {path: [Fault(stall_after=70_000)] for path in (HIGH, LOW)}
     token = CancelToken()
 
@@ -187,7 +187,7 @@ def test_a_cancelled_download_stops_at_once_and_keeps_what_came(home: Path, serv
     assert_whole(home, server)
 
 
-def test_partial_files_that_nobody_goes_on_with_are_removed(home: Path, server: HubServer) -> None:
+def test_abandoned_partial_files_are_deleted(home: Path, server: HubServer) -> None:
     blobs = snapshot(home, server, BASE).parents[1] / "blobs"
     blobs.mkdir(parents=True)
     old, young, resumable = (blobs / f"{'a' * 64}{name}.incomplete" for name in (".0123abcd", ".4567cdef", ""))
@@ -199,13 +199,13 @@ def test_partial_files_that_nobody_goes_on_with_are_removed(home: Path, server: 
     assert (old.exists(), young.exists(), resumable.exists()) == (False, True, True)
 
 
-def test_a_file_that_the_repository_does_not_have_is_named_with_those_it_has(server: HubServer) -> None:
+def test_the_error_about_a_file_that_a_repository_lacks_lists_those_it_has(server: HubServer) -> None:
     config = replace(merged(), high_noise_original_ckpt=f"{DISTILLED}/another.safetensors")
     with pytest.raises(DownloadError, match=rf"has no another.safetensors. It has: .*{HIGH}"):
         make_plan(config, hub=quick(server))
 
 
-def test_a_whole_repository_is_never_fetched(server: HubServer) -> None:
+def test_a_whole_repository_is_never_downloaded(server: HubServer) -> None:
     with pytest.raises(ConfigError, match="on the Hub it would be a whole repository"):
         make_plan(replace(merged(), vae_path=BASE), hub=quick(server))
 
@@ -217,7 +217,7 @@ def test_a_listing_cannot_name_files_outside_of_the_cache(server: HubServer, nam
         make_plan(merged(), hub=quick(server))
 
 
-def test_small_files_of_a_model_are_asked_for_with_the_token_and_the_network_never_sees_it(
+def test_the_hub_gets_the_token_and_the_content_network_does_not(
     server: HubServer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("HF_TOKEN", "hf_secret")

@@ -1,4 +1,4 @@
-"""A run of a model that is on the Hub and not here: it is fetched first, as a phase of the run."""
+"""A run of a model that is only on the Hub downloads it first, as a stage of the run."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ def config() -> EngineConfig:
 
 
 @pytest.mark.slow
-def test_loading_fetches_first_and_says_so(server: HubServer) -> None:
+def test_loading_downloads_first_and_reports_it(server: HubServer) -> None:
     events: list[Progress] = []
     with LightX2VPipeline.from_config(config(), on_progress=events.append):
         stages = list(dict.fromkeys(event.stage for event in events))
@@ -59,7 +59,7 @@ def test_loading_fetches_first_and_says_so(server: HubServer) -> None:
 
 
 @pytest.mark.slow
-def test_a_cancel_while_fetching_ends_the_run(server: HubServer) -> None:
+def test_a_cancel_during_the_download_ends_the_run(server: HubServer) -> None:
     server.faults["Wan2.1_VAE.pth"] = [Fault(stall_after=1000)]
     token = CancelToken()
 
@@ -73,13 +73,15 @@ def test_a_cancel_while_fetching_ends_the_run(server: HubServer) -> None:
     assert missing(config())
 
 
-def test_what_cannot_be_fetched_ends_the_run_with_the_reason(server: HubServer) -> None:
+def test_a_failed_download_ends_the_run_with_the_reason(server: HubServer) -> None:
     with pytest.raises(DownloadError, match="no folder someone/other on this machine"):
         LightX2VPipeline.from_config(replace(config(), model_path="someone/other"))
 
 
 @pytest.mark.slow
-def test_a_lora_by_its_name_is_fetched_when_it_is_wanted(server: HubServer, tmp_path: Path, tiny: TinyModels) -> None:
+def test_a_lora_on_the_hub_is_downloaded_when_a_run_needs_it(
+    server: HubServer, tmp_path: Path, tiny: TinyModels
+) -> None:
     name = "wan2.2_t2v_high_noise_lora.safetensors"
     shapes = base_weights(tiny.t2v).plain_shapes
     file = write(tmp_path / name, random_pairs(shapes))
@@ -91,7 +93,7 @@ def test_a_lora_by_its_name_is_fetched_when_it_is_wanted(server: HubServer, tmp_
 
 @pytest.mark.slow
 @pytest.mark.parametrize("given", ["high", "low"])
-def test_one_half_of_a_pair_brings_the_other_from_the_hub(
+def test_a_lora_brings_its_partner_from_the_hub(
     server: HubServer, tmp_path: Path, tiny: TinyModels, given: str
 ) -> None:
     shapes = base_weights(tiny.t2v).plain_shapes
@@ -106,7 +108,9 @@ def test_one_half_of_a_pair_brings_the_other_from_the_hub(
 
 
 @pytest.mark.slow
-def test_a_half_that_the_hub_has_alone_is_fetched_alone(server: HubServer, tmp_path: Path, tiny: TinyModels) -> None:
+def test_a_lora_without_a_partner_on_the_hub_is_downloaded_alone(
+    server: HubServer, tmp_path: Path, tiny: TinyModels
+) -> None:
     file = write(tmp_path / "a_high.safetensors", random_pairs(base_weights(tiny.t2v).plain_shapes))
     server.files["someone/loras"] = {file.name: file.read_bytes()}
     with LightX2VPipeline.from_config(config()) as pipe:
@@ -116,7 +120,7 @@ def test_a_half_that_the_hub_has_alone_is_fetched_alone(server: HubServer, tmp_p
 
 
 @pytest.mark.slow
-def test_infer_fetches_then_makes_the_video(server: HubServer, tmp_path: Path) -> None:
+def test_infer_downloads_and_then_makes_the_video(server: HubServer, tmp_path: Path) -> None:
     settings = tmp_path / "settings.json"
     settings.write_text(json.dumps({"model_cls": "wan2.2_moe", "task": "t2v", "model_path": REPO}))
     options = [f"--{name}={value}" for name, value in SMALL.items()]

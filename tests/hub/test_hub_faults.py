@@ -1,4 +1,4 @@
-"""What goes wrong on the way: cuts, silence, lies, wrong contents, refusals, a full disk. And what is said of it."""
+"""Faults of a download and their messages: cuts, silence, wrong headers and contents, refusals, a full disk."""
 
 from __future__ import annotations
 
@@ -58,16 +58,16 @@ def ranges(server: HubServer, path: str = HIGH) -> list[str | None]:
 
 
 def partial(home: Path, server: HubServer) -> Path:
-    """Where the bytes of HIGH are while they come."""
+    """The partial file of HIGH."""
     return (
         snapshot(home, server, DISTILLED).parents[1] / "blobs" / f"{sha256(server.files[DISTILLED][HIGH])}.incomplete"
     )
 
 
-# ---- mended by itself -----------------------------------------------------------------------------------------------
+# ---- recovers by itself -----------------------------------------------------------------------------------------------
 
 
-def test_after_a_cut_it_goes_on_inside_the_file(home: Path, server: HubServer) -> None:
+def test_after_a_cut_it_continues_inside_the_file(home: Path, server: HubServer) -> None:
     server.faults[HIGH] = [Fault(cut_after=70_000), Fault(cut_after=50_000)]
     fetch_all(server)
     assert ranges(server) == [None, "bytes=70000-", "bytes=120000-"] and server.bytes_of(HIGH) == SIZE
@@ -75,14 +75,14 @@ def test_after_a_cut_it_goes_on_inside_the_file(home: Path, server: HubServer) -
 
 
 @pytest.mark.slow
-def test_silence_is_noticed_and_the_connection_made_anew(home: Path, server: HubServer) -> None:
+def test_a_silent_connection_is_replaced(home: Path, server: HubServer) -> None:
     server.faults[HIGH] = [Fault(stall_after=70_000), Fault(stall_after=0)]
     fetch_all(server, stall=2.0)
     assert ranges(server) == [None, "bytes=70000-", "bytes=70000-"] and server.bytes_of(HIGH) == SIZE
     assert_whole(home, server)
 
 
-def test_many_cuts_are_no_reason_to_give_up_while_bytes_come(home: Path, server: HubServer) -> None:
+def test_it_never_gives_up_while_each_connection_brings_bytes(home: Path, server: HubServer) -> None:
     server.faults[HIGH] = [Fault(cut_after=10_000) for _ in range(12)]
     fetch_all(server, tries=2)
     assert server.bytes_of(HIGH) == SIZE
@@ -110,14 +110,14 @@ def test_a_range_that_is_refused_starts_the_file_over(home: Path, server: HubSer
     assert_whole(home, server)
 
 
-def test_a_part_beside_the_one_asked_for_is_not_taken(home: Path, server: HubServer) -> None:
+def test_a_wrong_range_is_refused(home: Path, server: HubServer) -> None:
     server.faults[HIGH] = [Fault(cut_after=70_000), Fault(shift=10)]
     fetch_all(server)
     assert ranges(server) == [None, "bytes=70000-", "bytes=70000-"]
     assert_whole(home, server)
 
 
-def test_a_partial_file_that_was_damaged_is_noticed_and_fetched_again(
+def test_a_damaged_partial_file_is_noticed_and_downloaded_again(
     home: Path, server: HubServer, caplog: pytest.LogCaptureFixture
 ) -> None:
     partial(home, server).parent.mkdir(parents=True)
@@ -137,7 +137,7 @@ def test_a_partial_file_with_all_bytes_or_more_is_checked_first(home: Path, serv
     assert_whole(home, server)
 
 
-# ---- given up, with a reason ----------------------------------------------------------------------------------------
+# ---- gives up with a reason ----------------------------------------------------------------------------------------
 
 
 def test_a_file_with_the_wrong_checksum_is_deleted(home: Path, server: HubServer) -> None:
@@ -151,14 +151,14 @@ def test_a_file_with_the_wrong_checksum_is_deleted(home: Path, server: HubServer
 
 
 @pytest.mark.parametrize("length", [SIZE - 1, SIZE + 1, 10**12])
-def test_a_lie_about_the_length_is_not_believed(home: Path, server: HubServer, length: int) -> None:
+def test_a_wrong_content_length_is_refused(home: Path, server: HubServer, length: int) -> None:
     server.faults[HIGH] = [Fault(length=length) for _ in range(9)]
     with pytest.raises(DownloadError, match=rf"announces {length} bytes, the Hub lists {SIZE}\), 3 times"):
         fetch_all(server)
     assert partial(home, server).stat().st_size == 0
 
 
-def test_a_line_that_brings_nothing_ends_the_download_and_keeps_what_came(home: Path, server: HubServer) -> None:
+def test_connections_without_bytes_end_the_download_and_keep_its_bytes(home: Path, server: HubServer) -> None:
     server.faults[HIGH] = [Fault(cut_after=70_000), *(Fault(cut_after=0) for _ in range(9))]
     with pytest.raises(DownloadError, match=r"stopped at 70 kB of 200 kB \(.*\), 3 times in a row\. The .* are kept"):
         fetch_all(server)
@@ -195,18 +195,18 @@ def test_a_file_that_vanished_since_the_listing_is_named(server: HubServer) -> N
         fetch_all(server)
 
 
-def test_nobody_at_the_address_names_the_network_and_the_mirror(home: Path) -> None:
+def test_an_unreachable_hub_is_an_error_about_network_and_mirror(home: Path) -> None:
     with pytest.raises(DownloadError, match="cannot be reached .*HF_ENDPOINT"):
         ensure(merged(), meter=Meter(), hub=Hub(endpoint="http://127.0.0.1:9"))
 
 
-def test_an_answer_that_is_no_listing_is_taken_for_a_proxy(server: HubServer) -> None:
+def test_a_response_that_is_not_a_list_of_files_is_an_error_about_proxies(server: HubServer) -> None:
     server.listing = lambda repo: "<html>"  # type: ignore[method-assign, assignment, return-value]
     with pytest.raises(DownloadError, match="did not answer with a list of files"):
         fetch_all(server)
 
 
-def test_offline_nobody_is_asked(server: HubServer, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_offline_mode_sends_no_request(server: HubServer, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
     with pytest.raises(DownloadError, match="HF_HUB_OFFLINE is set"):
         fetch_all(server)
@@ -214,8 +214,8 @@ def test_offline_nobody_is_asked(server: HubServer, monkeypatch: pytest.MonkeyPa
 
 
 @pytest.mark.slow
-def test_a_full_disk_says_so_and_the_rest_comes_later(home: Path, server: HubServer) -> None:
-    """A limit on the size of a file stands for the disk: the same error at the same place."""
+def test_a_full_disk_is_an_error_and_the_next_start_continues(home: Path, server: HubServer) -> None:
+    """A limit on the size of files replaces the full disk: it gives the same error at the same place."""
     import subprocess
 
     from hub_models import ROOT, command

@@ -1,4 +1,4 @@
-"""What each shipped preset would fetch of the repositories as they are on the Hub: real names and sizes, no bytes."""
+"""What each shipped preset downloads from the repositories on the Hub: real names and sizes, no bytes."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ LORA = "wan2.2_{}_A14b_{}_noise_lora_rank64_lightx2v_4step_{}.safetensors"
 
 
 def base() -> dict[str, int]:
-    """Wan-AI/Wan2.2-…-A14B: both experts in float32, 57.2 GB each, and what goes with them."""
+    """Wan-AI/Wan2.2-…-A14B: both experts in float32, 57.2 GB each, and the shared files."""
     files = {SHARD.format(which, i): 57_200_000_000 // 6 for which in ("high", "low") for i in range(1, 7)}
     for which in ("high", "low"):
         files |= {f"{which}_noise_model/config.json": 250}
@@ -77,7 +77,7 @@ def server(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[HubServe
 
 @pytest.mark.slow
 @pytest.mark.parametrize("preset", [info.name for info in list_presets() if not info.name.startswith("demo_")])
-def test_a_preset_fetches_what_it_needs_and_nothing_else(preset: str, server: HubServer) -> None:
+def test_a_preset_downloads_what_it_needs_and_nothing_else(preset: str, server: HubServer) -> None:
     engine = resolve(preset).engine
     plan = make_plan(engine, hub=quick(server), free=lambda path: 10**15)
     if engine.lora_configs:

@@ -1,4 +1,4 @@
-"""Pictures from anywhere: clean RGB or a clear refusal, within bounded time and memory."""
+"""Images from anywhere become clean RGB or a clear error, within bounded time and memory."""
 
 from __future__ import annotations
 
@@ -271,7 +271,7 @@ def test_the_smallest_and_the_longest_pictures_are_taken() -> None:
         assert load_image(encode(Image.new("RGB", size), "PNG")).size == size
 
 
-def test_what_is_not_a_file_is_refused_at_once(tmp_path: Path) -> None:
+def test_a_folder_or_a_pipe_is_refused_at_once(tmp_path: Path) -> None:
     fifo = tmp_path / "pipe"
     os.mkfifo(fifo)
     for source in (fifo, tmp_path, tmp_path / "missing.png", "/dev/zero", "a\0b.png", "x" * 300, "\ud800"):
@@ -279,7 +279,7 @@ def test_what_is_not_a_file_is_refused_at_once(tmp_path: Path) -> None:
             load_image(source)
 
 
-def test_messages_do_not_map_the_server(tmp_path: Path) -> None:
+def test_messages_do_not_reveal_the_servers_folders(tmp_path: Path) -> None:
     deep = tmp_path / "one" / "two" / "three.png"
     with pytest.raises(BadRequest) as caught:
         load_image(deep)
@@ -315,7 +315,7 @@ def test_a_stored_picture_keeps_its_bytes_and_gets_its_suffix(tmp_path: Path) ->
         assert stored.read_bytes() == data
 
 
-def test_what_cannot_be_read_is_not_stored(tmp_path: Path) -> None:
+def test_a_broken_image_is_not_stored(tmp_path: Path) -> None:
     with pytest.raises(BadRequest):
         store_image(GIF, tmp_path / "abc")
     assert list(tmp_path.iterdir()) == []

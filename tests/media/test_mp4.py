@@ -1,4 +1,4 @@
-"""What an mp4 says about itself: settings in it and back, and files that are none."""
+"""Reading mp4 files: the settings inside, and files that are damaged or not mp4."""
 
 from __future__ import annotations
 
@@ -60,7 +60,7 @@ def test_settings_that_are_not_json_are_refused_before_anything_is_written(tmp_p
 
 
 @pytest.mark.parametrize("data", [b"", b"\0" * 64, b"GIF89a....", b"\0\0\0\x08moov", b"\0\0\0\1moov" + b"\xff" * 8])
-def test_what_is_no_mp4_is_refused(data: bytes, tmp_path: Path) -> None:
+def test_a_file_that_is_not_an_mp4_is_refused(data: bytes, tmp_path: Path) -> None:
     file = tmp_path / "a.mp4"
     file.write_bytes(data)
     for read in (read_settings, probe):

@@ -114,7 +114,7 @@ def test_cancelling_ends_an_encoder_that_hangs(
 
 
 @pytest.mark.slow
-def test_an_encoder_that_hangs_is_given_up(tmp_path: Path, fake_ffmpeg: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_encoder_that_hangs_is_an_error(tmp_path: Path, fake_ffmpeg: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(video_writer, "STALL_SECONDS", 0.3)
     script(fake_ffmpeg, "time.sleep(60)")
     with (
@@ -132,7 +132,7 @@ def test_an_encoder_that_hangs_is_given_up(tmp_path: Path, fake_ffmpeg: Path, mo
 
 @pytest.fixture
 def fake_ffmpeg(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """The path of a program that is taken for ffmpeg; outputs go to tmp_path/out."""
+    """The path of a program that replaces ffmpeg; outputs go to tmp_path/out."""
     (tmp_path / "out").mkdir()
     program = tmp_path / "ffmpeg"
     monkeypatch.setenv("IMAGEIO_FFMPEG_EXE", str(program))
@@ -156,7 +156,7 @@ def script(program: Path, body: str) -> None:
         ("sys.stdin.buffer.read(); print('e' * 10**7, file=sys.stderr); sys.exit(5)", "code 5"),
     ],
 )
-def test_an_encoder_that_fails_is_an_error_with_its_last_words(
+def test_an_encoder_that_fails_is_an_error_with_its_output(
     body: str, message: str, tmp_path: Path, fake_ffmpeg: Path
 ) -> None:
     script(fake_ffmpeg, body)
@@ -229,7 +229,7 @@ def run_python(body: str, folder: Path) -> subprocess.CompletedProcess[str]:
 
 
 def test_a_full_disk_is_an_error_and_leaves_nothing(tmp_path: Path) -> None:
-    """A limit on file sizes is a full disk for ffmpeg."""
+    """A limit on file sizes replaces the full disk: ffmpeg sees the same error."""
     done = run_python(
         """
         from lightx2v.errors import OutputError

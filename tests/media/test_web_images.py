@@ -1,4 +1,4 @@
-"""Pictures by address: nothing inside is ever reached, and nothing outside can hold the server up."""
+"""Images by URL: no request reaches the own network, and no server can block ours."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from lightx2v.media.web_images import ImageFetcher, is_public
 
 PICTURE = {"Content-Type": "image/png"}
 LOCAL = ImageFetcher(is_allowed=lambda address: address.is_loopback, seconds=PATIENCE)
-"""Takes the loopback server of the tests for the internet."""
+"""Accepts the loopback server of the tests as public."""
 
 
 @pytest.fixture
@@ -35,12 +35,12 @@ def web() -> Iterator[BadHTTP]:
     ::127.0.0.1 64:ff9b::7f00:1 64:ff9b::a00:1 64:ff9b:1::1 2002:7f00:1:: 2001:0:1:: 2001:db8::1 fec0::1
     """.split(),
 )
-def test_addresses_that_are_not_the_internet(address: str) -> None:
+def test_addresses_that_are_not_public(address: str) -> None:
     assert not is_public(ipaddress.ip_address(address))
 
 
 @pytest.mark.parametrize("address", ["1.1.1.1", "93.184.215.14", "2606:4700:4700::1111", "::ffff:1.1.1.1"])
-def test_addresses_that_are(address: str) -> None:
+def test_addresses_that_are_public(address: str) -> None:
     assert is_public(ipaddress.ip_address(address))
 
 
@@ -85,7 +85,7 @@ def test_nothing_on_loopback_is_connected_to_under_any_of_its_names(web: BadHTTP
         "http://example.org/" + "a" * 3000,
     ],
 )
-def test_addresses_that_two_parsers_could_read_differently_are_refused_unasked(url: str) -> None:
+def test_ambiguous_urls_are_refused_without_a_request(url: str) -> None:
     asked: list[str] = []
     fetcher = ImageFetcher(resolve=lambda host, port: asked.append(host) or ["127.0.0.1"], is_allowed=lambda _: True)
     with pytest.raises(BadRequest):
@@ -93,7 +93,7 @@ def test_addresses_that_two_parsers_could_read_differently_are_refused_unasked(u
     assert not asked
 
 
-def test_a_picture_is_fetched_by_the_address_that_was_checked_and_the_name_asked_once(web: BadHTTP) -> None:
+def test_an_image_is_fetched_from_the_checked_address_after_one_look_up(web: BadHTTP) -> None:
     answers = iter([["127.0.0.1"], ["127.0.0.2"]])
     asked: list[str] = []
 
@@ -106,7 +106,7 @@ def test_a_picture_is_fetched_by_the_address_that_was_checked_and_the_name_asked
     assert asked == ["cats.example"] and web.asked == ["/a.png"]
 
 
-def test_redirects_are_followed_to_the_internet_and_nowhere_else(web: BadHTTP) -> None:
+def test_redirects_are_followed_to_public_addresses_only(web: BadHTTP) -> None:
     web.plans["/there"] = Plan(status=302, headers={"Location": "/a.png"})
     web.plans["/round"] = Plan(status=302, headers={"Location": "/round"})
     web.plans["/file"] = Plan(status=302, headers={"Location": "file:///etc/passwd"})
@@ -138,21 +138,21 @@ def test_redirects_are_followed_to_the_internet_and_nowhere_else(web: BadHTTP) -
         (Plan(headers=PICTURE, length="", endless=True), "larger than"),
     ],
 )
-def test_answers_that_are_no_picture_or_too_much(web: BadHTTP, plan: Plan, word: str) -> None:
+def test_responses_that_are_not_an_image_or_too_large_are_refused(web: BadHTTP, plan: Plan, word: str) -> None:
     web.plans["/b"] = plan
     with pytest.raises(BadRequest, match=word):
         ImageFetcher(is_allowed=lambda address: True, max_bytes=1000, seconds=PATIENCE).image(web.url("/b"))
 
 
 @pytest.mark.slow
-def test_a_drip_is_cut_at_the_deadline(web: BadHTTP) -> None:
+def test_a_slow_response_is_cut_at_the_deadline(web: BadHTTP) -> None:
     web.plans["/slow"] = Plan(body=b"x" * 1000, headers=PICTURE, drip=0.05)
     with pytest.raises(BadRequest, match=r"within 1\.5 seconds"):
         ImageFetcher(is_allowed=lambda address: True, seconds=1.5).image(web.url("/slow"))
 
 
 @pytest.mark.slow
-def test_https_is_spoken_to_the_checked_address_and_certificates_are_looked_at(
+def test_https_goes_to_the_checked_address_and_verifies_certificates(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     pem = tmp_path / "cats.pem"
@@ -163,7 +163,7 @@ def test_https_is_spoken_to_the_checked_address_and_certificates_are_looked_at(
     context.load_cert_chain(tmp_path / "cert.pem", pem)
     fetcher = ImageFetcher(resolve=lambda host, port: ["127.0.0.1"], is_allowed=lambda address: True, seconds=PATIENCE)
     with BadHTTP({"/a.png": Plan(body=b"picture", headers=PICTURE)}, tls=context) as web:
-        with pytest.raises(BadRequest, match="could not be fetched"):  # nobody vouches for it yet
+        with pytest.raises(BadRequest, match="could not be fetched"):  # its certificate is not trusted yet
             fetcher.image(f"https://cats.example:{web.port}/a.png")
         monkeypatch.setenv("SSL_CERT_FILE", str(tmp_path / "cert.pem"))
         assert fetcher.image(f"https://cats.example:{web.port}/a.png") == b"picture"
@@ -172,7 +172,7 @@ def test_https_is_spoken_to_the_checked_address_and_certificates_are_looked_at(
         assert web.asked == ["/a.png"]
 
 
-def test_a_look_up_that_never_answers_is_left_behind(web: BadHTTP) -> None:
+def test_a_resolver_that_never_answers_ends_at_the_deadline(web: BadHTTP) -> None:
     over = threading.Event()
     fetcher = ImageFetcher(resolve=lambda host, port: over.wait(30) and [] or [], seconds=0.1)
     with pytest.raises(BadRequest, match="Could not resolve"):

@@ -1,4 +1,4 @@
-"""A web server on loopback that does what its plan says, well or badly, and counts who came."""
+"""A web server on loopback that answers as its plan says, right or wrong, and counts its requests."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from patience import PATIENCE
 
 @dataclass
 class Plan:
-    """What one path answers. `length` is what Content-Length claims, None for the truth, "" for none at all."""
+    """The response of one path. `length` is the value of Content-Length: None for the true one, "" for no header."""
 
     status: int = 200
     body: bytes = b""
@@ -55,7 +55,7 @@ class BadHTTP:
             allow_reuse_address = True
 
             def handle_error(self, request: object, client_address: object) -> None:
-                """Of a handshake that the client broke off, nothing is said."""
+                """Print nothing about a handshake that the client broke off."""
 
         self._server = Server(("127.0.0.1", 0), Handler)
         self.port = int(self._server.server_address[1])

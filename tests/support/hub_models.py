@@ -1,4 +1,4 @@
-"""A model's files as the Hub would have them, small, and the real client pointed at the server that gives them."""
+"""Small model files in the Hub's layout, and the real client connected to the server that has them."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ EXPERT = "wan2.2_i2v_A14b_{}_noise_lightx2v_4step.safetensors"
 HIGH, LOW, T5, VAE = EXPERT.format("high"), EXPERT.format("low"), "models_t5_umt5-xxl-enc-bf16.pth", "Wan2.1_VAE.pth"
 CONFIG, TOKENIZER = "high_noise_model/config.json", "google/umt5-xxl/tokenizer.json"
 NEEDED = {BASE: [CONFIG, T5, TOKENIZER, VAE], DISTILLED: [HIGH, LOW]}
-"""What the preset i2v_distill_merged needs of the two repositories."""
+"""The files of the two repositories that the preset i2v_distill_merged needs."""
 
 
 def content(size: int, seed: int = 0) -> bytes:

@@ -1,4 +1,4 @@
-"""A server on loopback that speaks the Hub's protocol, and lies, cuts and stalls where it is told to.
+"""A server on loopback that speaks the Hub's protocol, with faults that a test can choose.
 
 Two addresses, as in life: the Hub lists a repository, answers small files itself and redirects large ones to a content
 network, which knows nothing of tokens. What every address sent is on record.
@@ -23,7 +23,7 @@ COMMIT = "c0ffee" + "0" * 34
 
 @dataclass
 class Sent:
-    """One answer to a GET of a file: what was asked for, with which token, and the bytes that left."""
+    """One response to a GET of a file: the path, the range and the token of the request, and the bytes sent."""
 
     path: str
     range: str | None
@@ -34,21 +34,21 @@ class Sent:
 
 @dataclass
 class Fault:
-    """Something that goes wrong with an answer, once."""
+    """A fault of one response."""
 
     status: int | None = None
     cut_after: int | None = None
     """Bytes after which the connection closes."""
     stall_after: int | None = None
-    """Bytes after which nothing comes any more, until the server ends."""
+    """Bytes after which the server sends nothing more until it ends."""
     no_range: bool = False
     length: int | None = None
-    """What is said of the length."""
+    """The wrong value of Content-Length."""
     shift: int = 0
-    """How far the part that is sent is beside the one asked for."""
+    """Bytes between the requested range and the one that is sent."""
     retry_after: str | None = None
     after: Callable[[], bool] = lambda: True
-    """The body is sent once this is so."""
+    """The server sends the body once this returns True."""
 
 
 @dataclass
@@ -59,7 +59,7 @@ class HubServer:
     large: int = 1000
     faults: dict[str, list[Fault]] = field(default_factory=dict)
     said: dict[str, bytes] = field(default_factory=dict)
-    """By path, the content whose hash and size are told, where another one is sent."""
+    """By path, the content whose hash and size the server lists, where it sends another one."""
     gated: set[str] = field(default_factory=set)
     token: str | None = None
     """The only token that gated repositories accept; None accepts none."""
@@ -97,7 +97,7 @@ def git_sha1(content: bytes) -> str:
 
 class Listener(ThreadingHTTPServer):
     def handle_error(self, request: Any, client_address: Any) -> None:
-        """A client that was killed or cancelled is what many tests are about, and nothing to print."""
+        """Print nothing about a client that was killed or cancelled: many tests do that."""
         if not isinstance(sys.exception(), ConnectionError):
             super().handle_error(request, client_address)
 
