@@ -64,7 +64,7 @@ def partial(home: Path, server: HubServer) -> Path:
     )
 
 
-# ---- recovers by itself -----------------------------------------------------------------------------------------------
+# ---- recovers by itself ---------------------------------------------------------------------------------------------
 
 
 def test_after_a_cut_it_continues_inside_the_file(home: Path, server: HubServer) -> None:
@@ -137,7 +137,7 @@ def test_a_partial_file_with_all_bytes_or_more_is_checked_first(home: Path, serv
     assert_whole(home, server)
 
 
-# ---- gives up with a reason ----------------------------------------------------------------------------------------
+# ---- gives up with a reason -----------------------------------------------------------------------------------------
 
 
 def test_a_file_with_the_wrong_checksum_is_deleted(home: Path, server: HubServer) -> None:
