@@ -5,21 +5,15 @@ Standard output is for results.
 
 from __future__ import annotations
 
-import io
 import logging
-import os
 import shutil
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import TextIO
 
-from ..errors import Cancelled, LightX2VError
 from ..progress import Progress
-from .signals import Interrupts
-
-log = logging.getLogger("lightx2v.terminal")
 
 BAR = 24
 PLAIN_EVERY = 5.0
@@ -140,24 +134,3 @@ class _Formatter(logging.Formatter):
     def formatMessage(self, record: logging.LogRecord) -> str:
         record.message = one_line(record.message)
         return super().formatMessage(record)
-
-
-def ended(
-    call: Callable[[], int], line: ProgressLine, interrupts: Interrupts, *, stopped: str, tell: bool = True
-) -> int:
-    """The exit code of `call`, or of what ended it; `stopped` is said where that was the user. The `tell` of one of
-    several processes is false: another says what all of them met."""
-    if isinstance(sys.stdout, io.TextIOWrapper):  # a terminal without … or 球 is no reason to fail after the last step
-        sys.stdout.reconfigure(errors="backslashreplace")
-    try:
-        return call()
-    except (Cancelled, KeyboardInterrupt):
-        code, said = interrupts.exit_code, stopped
-    except LightX2VError as error:
-        log.debug("Traceback:", exc_info=True)
-        code, said = error.exit_code, f"error: {error}"
-    except BrokenPipeError:  # `--list_presets | head`: the reader has left, and Python would still flush to it
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 1
-    line.finish(said if tell else "")
-    return code
