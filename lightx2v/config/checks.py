@@ -10,7 +10,8 @@ import math
 import operator
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, NoReturn
+from types import UnionType
+from typing import Any, Literal, NoReturn, Union, get_args, get_origin
 
 from ..errors import LightX2VError
 
@@ -71,6 +72,17 @@ class Checks:
         if not low <= value <= high:
             self.bad(name, value, expected, nearest=f"{min(max(value, low), high):g}")
         return float(value)
+
+
+def allowed_values(hint: Any) -> tuple[Any, ...]:
+    """The values of an annotation made of bool, Literal and None; () for any other annotation."""
+    if hint in (bool, type(None)):
+        return (True, False) if hint is bool else (None,)
+    if get_origin(hint) is Literal:
+        return get_args(hint)
+    union = get_origin(hint) in (UnionType, Union)  # bool | Literal is a typing.Union
+    parts = [allowed_values(part) for part in get_args(hint)] if union else []
+    return tuple(value for part in parts for value in part) if all(parts) else ()
 
 
 def did_you_mean(word: str, known: Sequence[str]) -> str:

@@ -10,27 +10,25 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import PurePath
-from typing import Any, Literal, Self
+from typing import Any, Literal, Self, get_args, get_type_hints
 
 from ..errors import BadRequest, ConfigError
 from .attention_names import check_attention_name
-from .checks import Checks, did_you_mean
-from .request import TASKS, LoraSpec, Request, Task
+from .checks import Checks, allowed_values, did_you_mean
+from .request import LoraSpec, Request, Task
 
 check = Checks(ConfigError)
 
 ModelClass = Literal["wan2.2_moe", "wan2.2_moe_distill"]
+DType = Literal["auto", "bf16", "fp16", "fp32"]
 Auto = Literal["auto"]
 
-MODEL_CLASSES: tuple[ModelClass, ...] = ("wan2.2_moe", "wan2.2_moe_distill")
+MODEL_CLASSES: tuple[ModelClass, ...] = get_args(ModelClass)
 BASE_REPOS: dict[Task, str] = {
     "t2v": "Wan-AI/Wan2.2-T2V-A14B",
     "i2v": "Wan-AI/Wan2.2-I2V-A14B",
     "flf2v": "Wan-AI/Wan2.2-I2V-A14B",
 }
-DTYPES = ("auto", "bf16", "fp16", "fp32")
-GRANULARITIES = ("model", "block", "phase")
-BUILDS = ("merged", "fp8")
 QUANT_SCHEMES = (
     *("fp8", "fp8-sgl", "fp8-vllm", "fp8-q8f", "fp8-triton", "fp8-torchao", "fp8-pertensor"),
     *("int8", "int8-sgl", "int8-vllm", "int8-q8f", "int8-triton", "int8-torchao"),
@@ -41,17 +39,10 @@ OTHER_SCHEMES = re.compile(r"(fp8|int8)-(b128-deepgemm|musa|intel-xpu|npu|tmo|ml
 """LightX2V's other formats and kernels: block-scaled, 4-bit, GGUF, other vendors."""
 A14B_HEADS = 40
 
-_FILE_KEYS = (
-    *("models_dir", "high_noise_original_ckpt", "low_noise_original_ckpt"),
-    *("high_noise_quantized_ckpt", "low_noise_quantized_ckpt"),
-    *("t5_quantized_ckpt", "t5_original_ckpt", "t5_tokenizer_path", "vae_path"),
-)
-_FLAG_KEYS = (
-    *("dit_quantized", "t5_quantized", "lora_dynamic_apply", "lora_allow_partial"),
-    *("attention_strict", "lazy_load"),
-)
-_AUTO_FLAG_KEYS = ("cpu_offload", "t5_cpu_offload", "vae_cpu_offload", "use_tiling_vae")
-
+_ORIGINALS = ("high_noise_original_ckpt", "low_noise_original_ckpt")
+_QUANTIZED = ("high_noise_quantized_ckpt", "low_noise_quantized_ckpt")
+_T5_FILES = ("t5_quantized_ckpt", "t5_original_ckpt", "t5_tokenizer_path")
+_FILE_KEYS = ("models_dir", *_ORIGINALS, *_QUANTIZED, *_T5_FILES, "vae_path")
 
 _INERT_PARALLEL: dict[str, tuple[Any, ...] | None] = {
     "tensor_p_size": (1,),
@@ -126,8 +117,8 @@ class EngineConfig:
     lora_configs: tuple[LoraSpec, ...] = ()
     lora_dynamic_apply: bool = False
     lora_allow_partial: bool = False
-    dtype: str = "auto"
-    vae_dtype: str = "auto"
+    dtype: DType = "auto"
+    vae_dtype: DType = "auto"
     device: str = "auto"
     self_attn_1_type: str = "auto"
     cross_attn_1_type: str = "auto"
@@ -144,18 +135,14 @@ class EngineConfig:
 
     def __post_init__(self) -> None:
         put = lambda name, value: object.__setattr__(self, name, value)  # noqa: E731
-        check.one_of("model_cls", self.model_cls, MODEL_CLASSES)
-        check.one_of("task", self.task, TASKS)
+        for key in ("dtype", "vae_dtype"):
+            if isinstance(getattr(self, key), str):
+                put(key, getattr(self, key).lower())
+        for key, allowed in _ALLOWED.items():
+            check.one_of(key, getattr(self, key), allowed)
         put("model_path", _file("model_path", self.model_path) or BASE_REPOS[self.task])
         for key in _FILE_KEYS:
             put(key, _file(key, getattr(self, key)))
-        for key in _FLAG_KEYS:
-            check.flag(key, getattr(self, key))
-        for key in _AUTO_FLAG_KEYS:
-            check.one_of(key, getattr(self, key), (True, False, "auto"))
-        for key in ("dtype", "vae_dtype"):
-            value = getattr(self, key)
-            put(key, check.one_of(key, value.lower() if isinstance(value, str) else value, DTYPES))
         for key in ("dit_quant_scheme", "t5_quant_scheme"):
             put(key, _scheme(key, getattr(self, key)))
         for key in ("self_attn_1_type", "cross_attn_1_type"):
@@ -164,8 +151,6 @@ class EngineConfig:
             check_attention_name(getattr(self, key), key)
         if not isinstance(self.device, str) or not re.fullmatch(r"auto|cpu|mps|cuda(:\d{1,3})?", self.device):
             check.bad("device", self.device, '"auto", "cpu", "mps", "cuda" or "cuda:0"')
-        check.one_of("offload_granularity", self.offload_granularity, GRANULARITIES)
-        check.one_of("build", self.build, (None, *BUILDS))
         for key, high in (("text_len", 4096), ("max_tokens", 2**31)):
             check.whole(key, getattr(self, key), 1, high)
         put("lora_configs", _lora_configs(self.lora_configs))
@@ -174,7 +159,7 @@ class EngineConfig:
         self._check_placement()
 
     def _check_quantisation(self) -> None:
-        quantized_files = [key for key in _FILE_KEYS[3:5] if getattr(self, key)]
+        quantized_files = [key for key in _QUANTIZED if getattr(self, key)]
         for part, quantized, scheme, files in (
             ("dit", self.dit_quantized, self.dit_quant_scheme, quantized_files),
             ("t5", self.t5_quantized, self.t5_quant_scheme, ["t5_quantized_ckpt"] if self.t5_quantized_ckpt else []),
@@ -199,7 +184,7 @@ class EngineConfig:
 
     def _check_build(self, quantized_files: Sequence[str]) -> None:
         build, scheme = self.build, self.dit_quant_scheme
-        files = [key for key in _FILE_KEYS[1:3] if getattr(self, key)] + list(quantized_files)
+        files = [key for key in _ORIGINALS if getattr(self, key)] + list(quantized_files)
         if files:
             raise ConfigError(f"build is {build!r}, so {files[0]} would not be used. Remove one of the two.")
         if build == "merged" and not self.lora_configs:
@@ -271,6 +256,10 @@ class EngineConfig:
     def from_json(cls, data: Any) -> Self:
         """An EngineConfig from an object with the names of its fields. An unknown key is an error."""
         return cls(**check.known_keys(data, [field.name for field in fields(cls)], "engine configuration"))
+
+
+_ALLOWED = {key: allowed for key, hint in get_type_hints(EngineConfig).items() if (allowed := allowed_values(hint))}
+"""{field: its values}, for the fields that are a bool or a choice of names."""
 
 
 def hub_name(path: str) -> tuple[str, str | None] | None:

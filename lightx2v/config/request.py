@@ -10,7 +10,7 @@ import math
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
-from typing import Any, Literal, Self
+from typing import Any, Literal, Self, get_args
 
 from ..errors import BadRequest
 from ..media.framing import RESIZE_MODES
@@ -22,14 +22,14 @@ Task = Literal["t2v", "i2v", "flf2v"]
 Expert = Literal["high", "low"]
 Sampler = Literal["unipc", "euler", "lcm"]
 
-TASKS: tuple[Task, ...] = ("t2v", "i2v", "flf2v")
+TASKS: tuple[Task, ...] = get_args(Task)
 IMAGES: dict[Task, tuple[str, ...]] = {
     "t2v": (),
     "i2v": ("image_path",),
     "flf2v": ("image_path", "last_frame_path"),
 }
 """The fields with the input images that a task needs."""
-SAMPLERS: tuple[Sampler, ...] = ("unipc", "euler", "lcm")
+SAMPLERS: tuple[Sampler, ...] = get_args(Sampler)
 OFFICIAL_BOUNDARY: dict[Task, float] = {"t2v": 0.875, "i2v": 0.9, "flf2v": 0.9}
 """Of the base models. The high-noise expert runs at timesteps of 1000 x boundary and above."""
 

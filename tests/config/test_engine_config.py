@@ -46,7 +46,7 @@ def test_no_model_path_means_the_official_one_of_the_task() -> None:
         ({"text_len": 0}, "text_len is 0"),
         ({"text_len": True}, "text_len is True"),
         ({"max_tokens": "many"}, "max_tokens is 'many'"),
-        ({"build": "int4"}, "expected null, merged or fp8"),
+        ({"build": "int4"}, "expected merged, fp8 or null"),
         ({"lora_configs": {"path": "a"}}, "expected a list"),
         ({"lora_configs": [{"name": "middle", "path": "a"}]}, "lora_configs: LoRA name is 'middle'"),
         ({"self_attn_1_type": "flash_atn2"}, "Did you mean 'flash_attn2'?"),

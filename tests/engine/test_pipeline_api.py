@@ -156,7 +156,7 @@ def test_the_loras_of_both_experts_are_exchanged_and_taken_away_without_a_trace(
 @pytest.mark.slow
 def test_settings_come_before_loading(pipe: LightX2VPipeline) -> None:
     for call in (pipe.enable_offload, pipe.enable_quantize, pipe.enable_parallel, pipe.create_generator):
-        with pytest.raises(ConfigError, match="comes before the model is loaded"):
+        with pytest.raises(ConfigError, match="must come before the model is loaded"):
             call()
 
 
