@@ -189,11 +189,8 @@ def build_prebuilt(
     device: torch.device | str = "cpu",
     on_progress: Callable[[str], OnProgress] | None = None,
     cancel: CancelToken | None = None,
-) -> PrebuiltFiles:
+) -> None:
     """Build the files that are missing. `on_progress(part)` receives that part's progress."""
     cache = PrebuiltCache(prebuilt_folder(config.models_dir))
-    paths = {
-        part: cache.build(job, device=device, on_progress=on_progress and on_progress(part), cancel=cancel)
-        for part, job in prebuilt_conversions(files, config, cache.folder, plain).items()
-    }
-    return PrebuiltFiles(**paths)
+    for part, job in prebuilt_conversions(files, config, cache.folder, plain).items():
+        cache.build(job, device=device, on_progress=on_progress and on_progress(part), cancel=cancel)

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Container, Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -46,15 +46,7 @@ class LoraReport:
     warnings: tuple[str, ...] = ()
 
     def to_json(self) -> dict[str, Any]:
-        return {
-            "path": self.path,
-            "strength": self.strength,
-            "applied": self.applied,
-            "total": self.total,
-            "harmless": self.harmless,
-            "unmatched": list(self.unmatched[:20]),
-            "warnings": list(self.warnings),
-        }
+        return asdict(self) | {"unmatched": list(self.unmatched[:20]), "warnings": list(self.warnings)}
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,4 +1,4 @@
-"""Converting: the file is what the engine would have made in memory, an interruption costs little, nothing is lost."""
+"""Conversion: the file equals what the engine makes in memory; an interrupted one continues; nothing is lost."""
 
 from __future__ import annotations
 

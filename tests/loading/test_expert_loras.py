@@ -257,7 +257,7 @@ def test_both_halves_of_a_pair_go_on_once(
     assert result.latents is not None and torch.equal(result.latents, expected) and len(result.loras) == 2
 
 
-def test_a_half_alone_is_said_and_a_file_for_both_is_used_for_both(
+def test_a_half_alone_causes_a_warning_and_a_file_for_both_is_used_for_both(
     loaded: tuple[LightX2VPipeline, Request], files: tuple[Path, Path], halves: tuple[Path, Path], tmp_path: Path
 ) -> None:
     pipe, request = loaded
@@ -269,7 +269,7 @@ def test_a_half_alone_is_said_and_a_file_for_both_is_used_for_both(
     assert torch.equal(for_both, latents(pipe, replace(request, loras=(spec(files[0]), spec(files[0], "low")))))
 
 
-def test_a_lora_of_the_other_task_is_warned_of(
+def test_a_lora_for_the_other_task_causes_a_warning(
     loaded: tuple[LightX2VPipeline, Request], files: tuple[Path, Path], tmp_path: Path
 ) -> None:
     pipe, request = loaded

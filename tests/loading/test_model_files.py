@@ -1,4 +1,4 @@
-"""From a configuration to the files of a model, and to a useful word about those that are not there."""
+"""From a configuration to a model's files, and to a useful message about missing ones."""
 
 from __future__ import annotations
 

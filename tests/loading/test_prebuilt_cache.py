@@ -1,4 +1,4 @@
-"""What is made of a model once: read in its place, never half, never twice, gone when its sources change."""
+"""The prebuilt cache: read in place of the sources, never half, never built twice, pruned when sources change."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ FP8_T5 = FP8 | {"t5_quantized": True, "t5_quant_scheme": "fp8-sgl"}
 
 @pytest.fixture(autouse=True)
 def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A store of its own for every test."""
+    """A prebuilt of its own for every test."""
     monkeypatch.setenv("LIGHTX2V_CACHE_DIR", str(tmp_path / "cache"))
     return tmp_path / "cache" / "built"
 
@@ -69,7 +69,7 @@ def latents(folder: Path, **overrides: Any) -> tuple[torch.Tensor, dict[str, Any
 
 @pytest.fixture
 def reads(monkeypatch: pytest.MonkeyPatch) -> Counter[str]:
-    """Bytes of tensors read, by the name of the file's folder or, in the store, "built"."""
+    """Bytes of tensors read, by the name of the file's folder or, in the prebuilt, "built"."""
     seen: Counter[str] = Counter()
 
     def note(self: Any, name: str) -> None:
@@ -150,7 +150,7 @@ def test_a_full_disk_is_no_reason_not_to_run(
     assert "0.0 GB are free" in report["warnings"][0]
 
 
-# ---- the store ------------------------------------------------------------------------------------------------------
+# ---- the cache -----------------------------------------------------------------------------------------------------
 
 
 def job_of(folder: Path, form: str = "fp8") -> Conversion:
@@ -180,17 +180,17 @@ PrebuiltCache(Path(sys.argv[1])).build(job, on_progress=stop)
 
 @pytest.mark.slow
 def test_a_killed_build_is_never_used_and_is_continued(model: Path, cache: Path) -> None:
-    job, store = job_of(model), PrebuiltCache(cache)
+    job, prebuilt = job_of(model), PrebuiltCache(cache)
     done = subprocess.run([sys.executable, "-c", KILLED, str(cache), str(job.source)], timeout=100)
     assert done.returncode == -signal.SIGKILL
-    (item,) = store.files()
-    assert not item.whole and item.state == "current" and item.size > 1000 and store.find(job) is None
+    (item,) = prebuilt.files()
+    assert not item.whole and item.state == "current" and item.size > 1000 and prebuilt.find(job) is None
     begun = item.path.read_bytes()
-    path = store.build(job)  # the dead process's lock does not hold this one up
-    assert path.read_bytes().startswith(begun[:-1]) and store.find(job) == path
+    path = prebuilt.build(job)  # the dead process's lock does not hold this one up
+    assert path.read_bytes().startswith(begun[:-1]) and prebuilt.find(job) == path
     whole = PrebuiltCache(cache.parent / "other").build(job)
     assert whole.read_bytes() == path.read_bytes()
-    assert [item.whole for item in store.files()] == [True]
+    assert [item.whole for item in prebuilt.files()] == [True]
 
 
 def test_two_at_once_make_it_once(model: Path, cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -218,64 +218,64 @@ def test_two_at_once_make_it_once(model: Path, cache: Path, monkeypatch: pytest.
 
 @pytest.mark.slow
 def test_waiting_for_another_process_can_be_cancelled(model: Path, cache: Path) -> None:
-    store, token = PrebuiltCache(cache), CancelToken()
-    with store._locked(None):
+    prebuilt, token = PrebuiltCache(cache), CancelToken()
+    with prebuilt._locked(None):
         token.cancel()
         with pytest.raises(Cancelled):
             PrebuiltCache(cache).build(job_of(model), cancel=token)
 
 
 def test_a_cancelled_build_leaves_a_part_and_no_lock(model: Path, cache: Path) -> None:
-    store, token = PrebuiltCache(cache), CancelToken()
+    prebuilt, token = PrebuiltCache(cache), CancelToken()
 
     def stop(event: Progress) -> None:
         token.cancel()
 
     with pytest.raises(Cancelled):
-        store.build(job_of(model), on_progress=stop, cancel=token)
-    assert store.find(job_of(model)) is None and store.build(job_of(model)).is_file()
+        prebuilt.build(job_of(model), on_progress=stop, cancel=token)
+    assert prebuilt.find(job_of(model)) is None and prebuilt.build(job_of(model)).is_file()
 
 
 def test_a_damaged_file_is_made_anew(model: Path, cache: Path) -> None:
-    store, job = PrebuiltCache(cache), job_of(model)
-    path = store.build(job)
+    prebuilt, job = PrebuiltCache(cache), job_of(model)
+    path = prebuilt.build(job)
     good = path.read_bytes()
     path.write_bytes(good[:-10])
-    assert store.find(job) is None
-    assert store.build(job).read_bytes() == good
+    assert prebuilt.find(job) is None
+    assert prebuilt.build(job).read_bytes() == good
 
 
 def test_other_settings_are_other_files_and_the_old_ones_go_when_their_source_changes(model: Path, cache: Path) -> None:
-    store, job = PrebuiltCache(cache), job_of(model)
-    names = {store.build(each).name for each in (job, replace(job, format="int8"), replace(job, plain="fp32"))}
+    prebuilt, job = PrebuiltCache(cache), job_of(model)
+    names = {prebuilt.build(each).name for each in (job, replace(job, format="int8"), replace(job, plain="fp32"))}
     assert len(names) == 3 and all(name.startswith("model-high_noise-") for name in names)
-    assert [item.state for item in store.files()] == ["current"] * 3 and store.prune() == []
-    low = store.build(replace(job, source=model / "low_noise_model"))
+    assert [item.state for item in prebuilt.files()] == ["current"] * 3 and prebuilt.prune() == []
+    low = prebuilt.build(replace(job, source=model / "low_noise_model"))
     shard = next((model / "high_noise_model").glob("*.safetensors"))
     shard.touch()
-    assert store.find(job) is None
-    new = store.build(job)
-    assert {item.path for item in store.files()} == {low, new}, "what was made of the old file is gone"
+    assert prebuilt.find(job) is None
+    new = prebuilt.build(job)
+    assert {item.path for item in prebuilt.files()} == {low, new}, "what was made of the old file is gone"
 
 
 def test_what_an_older_program_made_goes(model: Path, cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    store, job = PrebuiltCache(cache), job_of(model)
+    prebuilt, job = PrebuiltCache(cache), job_of(model)
     with monkeypatch.context() as patch:
         patch.setattr(conversion, "VERSION", 0)
-        old = store.build(job)
-    assert store.find(job) is None and [item.state for item in store.files()] == ["stale"]
-    new = store.build(job)
-    assert new != old and [item.path for item in store.files()] == [new]
+        old = prebuilt.build(job)
+    assert prebuilt.find(job) is None and [item.state for item in prebuilt.files()] == ["stale"]
+    new = prebuilt.build(job)
+    assert new != old and [item.path for item in prebuilt.files()] == [new]
 
 
 def test_what_was_made_of_a_disk_that_is_not_there_is_kept(model: Path, cache: Path) -> None:
-    store = PrebuiltCache(cache)
-    store.build(job_of(model))
+    prebuilt = PrebuiltCache(cache)
+    prebuilt.build(job_of(model))
     model.rename(model.with_name("elsewhere"))
-    assert [item.state for item in store.files()] == ["missing-source"] and store.prune() == []
+    assert [item.state for item in prebuilt.files()] == ["missing-source"] and prebuilt.prune() == []
     (cache / "rubbish.safetensors").write_bytes(b"no header")
     (cache / "other.safetensors.part").write_bytes(b"")
-    assert {item.path.name for item in store.prune()} == {"rubbish.safetensors", "other.safetensors.part"}
+    assert {item.path.name for item in prebuilt.prune()} == {"rubbish.safetensors", "other.safetensors.part"}
 
 
 def test_the_command_line_lists_sizes_and_tidies(

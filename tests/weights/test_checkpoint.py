@@ -1,4 +1,4 @@
-"""Opening model files: every layout is read exactly, everything broken is refused with what to do about it."""
+"""Opening model files: every layout is read exactly, every broken file is refused with what to do."""
 
 from __future__ import annotations
 
@@ -99,7 +99,7 @@ def test_a_pytorch_file(tmp_path: Path, weights: Tensors, wrap: bool, new_format
     assert_same(open_checkpoint(tmp_path), weights)
 
 
-def test_the_kind_is_told_by_the_bytes_and_not_by_the_name(tmp_path: Path, weights: Tensors) -> None:
+def test_the_bytes_decide_the_format_not_the_name(tmp_path: Path, weights: Tensors) -> None:
     save_file(weights, tmp_path / "really_safetensors.pth")
     torch.save(weights, tmp_path / "really_torch")
     assert_same(open_checkpoint(tmp_path / "really_safetensors.pth"), weights)
@@ -281,7 +281,7 @@ def test_folders_without_a_model(tmp_path: Path) -> None:
     ],
 )
 @pytest.mark.parametrize("name", ["model.safetensors", "model.pth"])
-def test_what_is_no_model_is_called_what_it_is(tmp_path: Path, content: bytes, word: str, name: str) -> None:
+def test_a_file_that_is_no_model_is_named_for_what_it_is(tmp_path: Path, content: bytes, word: str, name: str) -> None:
     (tmp_path / name).write_bytes(content)
     refused(tmp_path / name, name, word)
 
@@ -452,7 +452,7 @@ def test_an_old_torch_reads_safetensors_and_no_pickles(
 
 @pytest.mark.parametrize("kind", ["safetensors", "pth"])
 @pytest.mark.parametrize("dtype", [None, torch.bfloat16])
-def test_tensors_that_pass_are_the_same_in_the_same_order(tmp_path: Path, kind: str, dtype: torch.dtype | None) -> None:
+def test_reading_ahead_keeps_tensors_and_their_order(tmp_path: Path, kind: str, dtype: torch.dtype | None) -> None:
     torch.manual_seed(0)
     shapes = [(3, 5), (), (0, 4), (2000, 700), (7,), (1500, 1000), (1,), (64, 64)]
     tensors = {f"t{n}": torch.randn(shape) for n, shape in enumerate(shapes)}
@@ -462,26 +462,26 @@ def test_tensors_that_pass_are_the_same_in_the_same_order(tmp_path: Path, kind: 
     dtype_of = None if dtype is None else lambda _: dtype
     kept = list(checkpoint.tensors(dtype_of=dtype_of))
     with torch.inference_mode():  # as a run is
-        passed = [(name, tensor.clone()) for name, tensor in checkpoint.tensors(dtype_of=dtype_of, read_ahead=True)]
-    assert [name for name, _ in passed] == [name for name, _ in kept]
-    assert all(torch.equal(a, b) and a.dtype == b.dtype for (_, a), (_, b) in zip(passed, kept, strict=True))
+        ahead = [(name, tensor.clone()) for name, tensor in checkpoint.tensors(dtype_of=dtype_of, read_ahead=True)]
+    assert [name for name, _ in ahead] == [name for name, _ in kept]
+    assert all(torch.equal(a, b) and a.dtype == b.dtype for (_, a), (_, b) in zip(ahead, kept, strict=True))
 
 
 def test_reading_ahead_ends_with_its_reader(tmp_path: Path) -> None:
     path = tmp_path / "model.safetensors"
     save_file({f"t{n}": torch.randn(1000, 100) for n in range(20)}, path)
-    passing = open_checkpoint(path).tensors(read_ahead=True)
-    next(passing)
+    reading = open_checkpoint(path).tensors(read_ahead=True)
+    next(reading)
     assert any(thread.name.startswith("lightx2v-load") for thread in threading.enumerate())
-    passing.close()
+    reading.close()
     assert not any(thread.name.startswith("lightx2v-load") for thread in threading.enumerate())
 
 
-def test_a_file_that_becomes_shorter_while_it_is_read_ahead_is_said(tmp_path: Path) -> None:
+def test_a_file_that_becomes_shorter_during_read_ahead_is_reported(tmp_path: Path) -> None:
     path = tmp_path / "model.safetensors"
     save_file({f"t{n}": torch.randn(1000, 100) for n in range(20)}, path)
-    passing = open_checkpoint(path).tensors(read_ahead=True)
-    next(passing)
+    reading = open_checkpoint(path).tensors(read_ahead=True)
+    next(reading)
     os.truncate(path, path.stat().st_size // 2)
     with pytest.raises(CheckpointError, match="became shorter"):
-        list(passing)
+        list(reading)

@@ -1,4 +1,4 @@
-"""Two files that cannot be the two experts of a task are told apart before they are loaded."""
+"""Two files that cannot be the two experts of a task are refused before they are loaded."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def merged(folder: Path, path: Path, prefix: str = "", **metadata: str) -> Path:
 
 
 @pytest.mark.parametrize("task", ["t2v", "i2v", "flf2v"])
-def test_the_right_pair_has_nothing_said_of_it(tiny: TinyModels, task: str) -> None:
+def test_the_right_pair_gets_no_warning(tiny: TinyModels, task: str) -> None:
     model = tiny.t2v if task == "t2v" else tiny.i2v
     assert check(model / "high_noise_model", model / "low_noise_model", task) == ()
 
@@ -38,7 +38,7 @@ def test_weights_of_the_other_task_are_refused(tiny: TinyModels) -> None:
         check(tiny.t2v / "high_noise_model", tiny.i2v / "low_noise_model", "t2v")
 
 
-def test_the_task_is_told_in_other_dialects_too(tiny: TinyModels, tmp_path: Path) -> None:
+def test_the_task_is_recognised_in_other_layouts_too(tiny: TinyModels, tmp_path: Path) -> None:
     prefixed = merged(tiny.t2v / "high_noise_model", tmp_path / "a.safetensors", "model.diffusion_model.")
     tensors = load_file(prefixed)
     names = {name: wan_to_diffusers(name.removeprefix("model.diffusion_model.")) for name in tensors}
@@ -56,7 +56,7 @@ def test_one_expert_given_twice_is_refused(tiny: TinyModels, tmp_path: Path) -> 
             check(high, low, "t2v")
 
 
-def test_swapped_experts_are_warned_of_by_their_names(tiny: TinyModels, tmp_path: Path) -> None:
+def test_names_of_swapped_experts_cause_a_warning(tiny: TinyModels, tmp_path: Path) -> None:
     high, low = tiny.t2v / "high_noise_model", tiny.t2v / "low_noise_model"
     warnings = check(low, high, "t2v")
     assert len(warnings) == 2
@@ -67,7 +67,7 @@ def test_swapped_experts_are_warned_of_by_their_names(tiny: TinyModels, tmp_path
     assert check(plain, released, "t2v") == ()
 
 
-def test_metadata_tells_where_the_name_does_not(tiny: TinyModels, tmp_path: Path) -> None:
+def test_metadata_names_the_expert_where_the_file_name_does_not(tiny: TinyModels, tmp_path: Path) -> None:
     a = merged(tiny.t2v / "high_noise_model", tmp_path / "a.safetensors", title="Wan2.2 high noise")
     b = merged(tiny.t2v / "low_noise_model", tmp_path / "b.safetensors", title="Wan2.2 low_noise expert")
     assert check(a, b, "t2v") == ()
