@@ -10,6 +10,7 @@ import shlex
 import subprocess
 import sys
 from collections.abc import Callable
+from functools import cache
 from importlib.metadata import packages_distributions
 from pathlib import Path
 
@@ -58,6 +59,7 @@ def table(name: str, mark: str) -> list[list[str]]:
     return [[cell.strip() for cell in line.strip("|").split(" | ")] for line in lines[2:]]
 
 
+@pytest.mark.slow
 def test_the_tables_are_those_of_the_presets() -> None:
     command = [sys.executable, "scripts/readme_tables.py", "--check"]
     ended = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=60, check=False)
@@ -150,11 +152,16 @@ def test_every_route_is_listed(open_manager: Callable[..., JobManager], garage: 
         assert path.replace("ID", "{id}") in paths
 
 
+@cache
+def trees() -> list[ast.Module]:
+    return [ast.parse(path.read_text("utf-8")) for path in SOURCES]
+
+
 def messages() -> list[str]:
     """Every text in the source, with … for each value that is filled in."""
     found = []
-    for path in SOURCES:
-        for node in ast.walk(ast.parse(path.read_text("utf-8"))):
+    for tree in trees():
+        for node in ast.walk(tree):
             if isinstance(node, ast.JoinedStr):
                 found.append(
                     "".join(str(part.value) if isinstance(part, ast.Constant) else "…" for part in node.values)
@@ -176,8 +183,8 @@ def test_troubleshooting_quotes_messages_that_exist() -> None:
 def imported() -> set[str]:
     """The packages that the product imports, under their names on PyPI."""
     providers, names = packages_distributions(), set[str]()
-    for path in SOURCES:
-        for node in ast.walk(ast.parse(path.read_text("utf-8"))):
+    for tree in trees():
+        for node in ast.walk(tree):
             if isinstance(node, ast.Import):
                 names |= {alias.name.partition(".")[0] for alias in node.names}
             elif isinstance(node, ast.ImportFrom) and node.module and not node.level:

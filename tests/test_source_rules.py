@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import ast
 import re
+from functools import cache
 from pathlib import Path
 
-import pytest
 from packaging.requirements import Requirement
 from packaging.specifiers import Specifier
 from packaging.utils import canonicalize_name
@@ -27,14 +27,19 @@ FROM_HUB = {
 """The names that each file imports from huggingface_hub."""
 
 
+@cache
+def nodes(path: Path) -> list[ast.AST]:
+    return list(ast.walk(ast.parse(path.read_text())))
+
+
+@cache
 def calls(path: Path) -> list[tuple[str, ast.Call]]:
-    tree = ast.parse(path.read_text())
-    return [(ast.unparse(node.func), node) for node in ast.walk(tree) if isinstance(node, ast.Call)]
+    return [(ast.unparse(node.func), node) for node in nodes(path) if isinstance(node, ast.Call)]
 
 
 def imported(path: Path) -> set[str]:
     names: set[str] = set()
-    for node in ast.walk(ast.parse(path.read_text())):
+    for node in nodes(path):
         if isinstance(node, ast.Import):
             names |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom) and node.module and not node.level:
@@ -42,19 +47,16 @@ def imported(path: Path) -> set[str]:
     return names
 
 
-@pytest.mark.slow
 def test_no_code_from_data() -> None:
     found = [(p.name, name) for p in SOURCES for name, _ in calls(p) if name in FORBIDDEN_CALLS]
     assert not found, found
 
 
-@pytest.mark.slow
 def test_pickles_are_read_in_one_place_only() -> None:
     users = {p.relative_to(ROOT).as_posix() for p in SOURCES for name, _ in calls(p) if name == "torch.load"}
     assert len(users) <= 1 and all(user.startswith("lightx2v/weights/") for user in users), users
 
 
-@pytest.mark.slow
 def test_no_shell_no_unverified_tls() -> None:
     bad = {"shell": True, "verify": False, "share": True, "trust_remote_code": True}
     found = [
@@ -77,7 +79,7 @@ def test_http_requests_leave_through_two_files_only() -> None:
 
     from_hub: dict[str, set[str]] = {}
     for name, path in files.items():
-        for node in ast.walk(ast.parse(path.read_text())):
+        for node in nodes(path):
             if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("huggingface_hub"):
                 from_hub.setdefault(name, set()).update(alias.name for alias in node.names)
         assert not [module for module in imported(path) if module == "huggingface_hub"] or name in from_hub
@@ -100,18 +102,16 @@ def test_nothing_listens_on_every_address_by_default() -> None:
     assert not found, found
 
 
-@pytest.mark.slow
 def test_broad_except_only_where_a_run_must_not_take_the_process_down() -> None:
     allowed = {"lightx2v/jobs/engine_slot.py", "lightx2v/jobs/worker.py", "lightx2v/progress.py"}
     found: list[str] = []
     for path in SOURCES:
-        for node in ast.walk(ast.parse(path.read_text())):
+        for node in nodes(path):
             if isinstance(node, ast.ExceptHandler) and (node.type is None or ast.unparse(node.type) == "Exception"):
                 found.append(path.relative_to(ROOT).as_posix())
     assert set(found) <= allowed, set(found) - allowed
 
 
-@pytest.mark.slow
 def test_no_print_outside_command_lines() -> None:
     allowed = {"infer.py", "convert.py", "download.py", "command.py", "main.py"}
     found = [p.name for p in SOURCES for name, _ in calls(p) if name == "print" and p.name not in allowed]

@@ -137,6 +137,7 @@ def test_an_edited_run_gets_a_new_prediction(studio: Studio) -> None:
     assert before is not None and after is not None and after.seconds > 2 * before.seconds
 
 
+@pytest.mark.slow
 def test_loading_counts_only_after_a_run_of_another_model(studio: Studio) -> None:
     for preset in ("demo_t2v_fp8", PRESET):
         settings = settings_of(preset)

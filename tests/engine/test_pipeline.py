@@ -294,6 +294,7 @@ def test_a_long_prompt_is_cut_and_says_so(t2v: tuple[LightX2VPipeline, Request])
     assert any("reads the first 512" in warning for warning in result.warnings)
 
 
+@pytest.mark.slow
 def test_an_existing_file_is_not_replaced_unasked(t2v: tuple[LightX2VPipeline, Request], tmp_path: Path) -> None:
     pipe, request = t2v
     target = tmp_path / "mine.mp4"

@@ -211,6 +211,7 @@ def test_the_end_of_the_block_frees_every_weight(tiny: TinyModels) -> None:
 STEP_LIST: dict[str, Any] = {"denoising_step_list": [1000, 750, 500], "boundary_step_index": 1}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("schedule", "default"), [({"steps": 3}, "unipc"), (STEP_LIST, "euler")], ids=["shift", "list"]
 )
@@ -232,6 +233,7 @@ def test_every_sampler_makes_a_video_of_its_own_with_either_schedule(
         assert not torch.equal(latents[first], latents[second])
 
 
+@pytest.mark.slow
 def test_a_keyword_that_is_no_setting_is_refused_with_the_nearest(pipe: LightX2VPipeline) -> None:
     with pytest.raises(BadRequest, match="generate: unknown key 'guidence'. Did you mean 'guidance'"):
         pipe.generate(prompt="a cat", guidence=3.0)  # type: ignore[call-arg]

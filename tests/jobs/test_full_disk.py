@@ -22,6 +22,8 @@ from lightx2v.jobs.files import JobFiles
 from lightx2v.jobs.store import JobStore
 from lightx2v.server import application
 
+pytestmark = pytest.mark.slow
+
 Usage = namedtuple("Usage", "total used free")
 
 

@@ -17,12 +17,13 @@ from lightx2v.errors import BadRequest, Busy, Cancelled, OutOfMemory
 from lightx2v.jobs.engine_slot import Outcome, public_error, release_frames
 from lightx2v.jobs.queue import JobManager
 
+pytestmark = pytest.mark.slow
+
 
 class HostError(RuntimeError):
     pass
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("stage", ["text", "denoise", "decode", "write"])
 def test_an_error_ends_its_job_only(
     stage: str, manager: JobManager, garage: Garage, caplog: pytest.LogCaptureFixture
@@ -39,7 +40,6 @@ def test_an_error_ends_its_job_only(
     assert manager.alive and manager.events(bad.id)[-1].data == {"state": "failed", "error": bad.error}
 
 
-@pytest.mark.slow
 def test_after_a_bug_the_next_job_gets_a_fresh_engine_and_after_a_known_error_it_does_not(
     manager: JobManager, garage: Garage
 ) -> None:
@@ -71,7 +71,6 @@ def out_of_memory_errors() -> list[BaseException]:
     ]
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("index", range(4))
 @pytest.mark.parametrize("stage", ["text", "denoise", "decode"])
 def test_out_of_memory_gives_advice_frees_the_step_and_the_next_job_runs(
@@ -86,7 +85,6 @@ def test_out_of_memory_gives_advice_frees_the_step_and_the_next_job_runs(
     assert len(garage.opened) == 1, "the weights are fine: no need to load them again"
 
 
-@pytest.mark.slow
 def test_nothing_holds_the_frames_of_a_failed_step_even_through_causes(manager: JobManager, garage: Garage) -> None:
     inner = MemoryError("inner")
     try:
@@ -108,7 +106,6 @@ def test_releasing_an_error_copes_with_circles() -> None:
     release_frames(first)
 
 
-@pytest.mark.slow
 def test_out_of_memory_while_loading_fails_the_job_and_loading_is_tried_again(
     manager: JobManager, garage: Garage
 ) -> None:
@@ -144,7 +141,6 @@ def test_a_lost_device_stops_the_worker_and_turns_health_red(
     assert manager.get(first.id).state == "failed"
 
 
-@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
 def test_a_killed_worker_turns_health_red_and_old_ids_still_answer(
     open_manager: Callable[..., JobManager], garage: Garage
@@ -168,7 +164,6 @@ def test_a_killed_worker_turns_health_red_and_old_ids_still_answer(
     assert done(again, job).state == "succeeded"
 
 
-@pytest.mark.slow
 def test_an_engine_that_fails_to_close_does_not_stop_the_queue(
     open_manager: Callable[..., JobManager], caplog: pytest.LogCaptureFixture
 ) -> None:

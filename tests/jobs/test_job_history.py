@@ -15,6 +15,8 @@ from lightx2v.errors import BadRequest
 from lightx2v.jobs.queue import JobManager
 from lightx2v.jobs.store import UnknownJob
 
+pytestmark = pytest.mark.slow
+
 
 def test_deleting_removes_the_job_and_all_its_files(manager: JobManager, garage: Garage) -> None:
     job = done(manager, manager.submit(CONFIG, ask()))

@@ -299,6 +299,7 @@ def test_lora_allow_partial_lets_through_what_looks_wrong(
         LightX2VPipeline.from_config(resolve(settings, SMALL | {"lora_configs": loras}).engine)
 
 
+@pytest.mark.slow
 def test_a_request_with_a_bad_lora_changes_neither_expert(
     loaded: tuple[LightX2VPipeline, Request], files: tuple[Path, Path], tmp_path: Path
 ) -> None:

@@ -78,6 +78,7 @@ def test_the_tutorials_python_example(tmp_path: Path) -> None:
     assert probe(tmp_path / "example.mp4").frames == 5
 
 
+@pytest.mark.multi
 @pytest.mark.parametrize("front_end", [parallel_front_ends.server, parallel_front_ends.page])
 def test_the_server_and_the_page_make_videos_with_all_processes(
     tmp_path: Path, front_end: Callable[..., object]

@@ -192,6 +192,7 @@ def test_very_many_connections_are_refused_and_headers_without_end_cut(
     assert codes == [200, 503, 200] and answer.startswith(b"HTTP/1.1 400")
 
 
+@pytest.mark.slow
 def test_an_engine_that_no_job_used_is_closed_too(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     garage = Garage()
     flags = ["--preset", T2V, "--port", str(free_port()), "--output_dir", str(tmp_path), "--api_key", KEY]

@@ -16,6 +16,8 @@ from served import listening, serve
 
 from lightx2v.server import event_stream as events
 
+pytestmark = pytest.mark.slow
+
 
 def parsed(text: str) -> list[tuple[int | None, str, dict[str, Any]]]:
     """(id, kind, data) of each event."""
@@ -27,7 +29,6 @@ def parsed(text: str) -> list[tuple[int | None, str, dict[str, Any]]]:
     return found
 
 
-@pytest.mark.slow
 def test_a_finished_jobs_events_end_with_the_job(tmp_path: Path) -> None:
     with serve(tmp_path) as served:
         id = served.submit()
@@ -43,7 +44,6 @@ def test_a_finished_jobs_events_end_with_the_job(tmp_path: Path) -> None:
         assert served.client.get(f"/v1/videos/{id}/events", headers={"Last-Event-ID": "x"}).status_code == 422
 
 
-@pytest.mark.slow
 def test_events_arrive_while_the_job_runs_and_a_client_may_disconnect(tmp_path: Path) -> None:
     hold = threading.Event()
     garage = Garage(script={"hold": Script(hold=hold)})

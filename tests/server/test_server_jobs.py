@@ -74,6 +74,7 @@ def test_a_cancelled_job_stays_cancelled(tmp_path: Path, at: tuple[str, int]) ->
         assert not (tmp_path / f"{id}.mp4").exists()
 
 
+@pytest.mark.slow
 def test_a_cancel_that_comes_too_late_to_stop_the_engine_still_holds(tmp_path: Path) -> None:
     hold = threading.Event()
     garage = Garage(script={"deaf": Script(hold=hold, at=("write", 4), ignore_cancel=True)})
@@ -106,6 +107,7 @@ def test_jobs_names_and_results_survive_a_restart_and_the_interrupted_one_runs_a
         assert served.client.post(f"/v1/videos/{running}/requeue").status_code == 422
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
 def test_a_dead_worker_turns_health_red_and_old_ids_still_answer(tmp_path: Path) -> None:
     with serve(tmp_path, Garage(script={"die": Script(error=SystemExit(1))})) as served:
@@ -121,6 +123,7 @@ def test_a_dead_worker_turns_health_red_and_old_ids_still_answer(tmp_path: Path)
         assert "lightx2v_worker_alive 0" in served.client.get("/metrics").text
 
 
+@pytest.mark.slow
 def test_results_are_deleted_after_their_time_and_beyond_the_cap(tmp_path: Path) -> None:
     now = [1000.0]
     with serve(tmp_path, ttl=3600.0, size_cap=5000, clock=lambda: now[0]) as served:
@@ -136,6 +139,7 @@ def test_results_are_deleted_after_their_time_and_beyond_the_cap(tmp_path: Path)
         assert left == ids[-2:]  # 1.8 kB each
 
 
+@pytest.mark.slow
 def test_a_client_that_disconnects_does_not_stop_its_job(tmp_path: Path) -> None:
     hold = threading.Event()
     garage = Garage(script={"long": Script(hold=hold)})

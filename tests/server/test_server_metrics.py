@@ -4,9 +4,12 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import pytest
 from fake_engine import Garage, Script
 from prometheus_client.parser import text_string_to_metric_families
 from served import Served, serve
+
+pytestmark = pytest.mark.slow
 
 FAMILIES = {
     "lightx2v_api_request": "counter",
