@@ -240,9 +240,9 @@ class LightX2VPipeline:
         """
         check.known_keys(settings, [*SETTINGS], "generate")
         images = {"image_path": image_path, "last_frame_path": last_frame_path}
-        given = {name: str(path) for name, path in images.items() if path is not None}
+        given: dict[str, Any] = {name: str(path) for name, path in images.items() if path is not None}
         given |= {name: value for name, value in settings.items() if value is not None}
-        request = Request(prompt=prompt, negative_prompt=negative_prompt, **self._defaults | given)
+        request = Request(prompt=prompt, negative_prompt=negative_prompt, **{**self._defaults, **given})
         return self.run(
             request,
             save_result_path=save_result_path,

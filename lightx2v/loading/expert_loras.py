@@ -111,7 +111,8 @@ class ExpertLoras:
         `device` is where it will run, if its weights are elsewhere now. `from_disk`: its weights stay on disk.
         `transform` maps each stream of tensors, e.g. broadcasts it to other processes.
         """
-        self._dit, self._expert, self._weights, self._config = dit, expert, weights, config
+        self._expert: Expert = expert
+        self._dit, self._weights, self._config = dit, weights, config
         self._device, self._transform, self._from_disk = device, transform, from_disk
         self._merged: list[MatchedLora] = []
         self._dirty: set[str] = set()

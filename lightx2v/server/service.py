@@ -141,7 +141,7 @@ class Service:
         if video.loras:
             settings["loras"] = [*base.engine.lora_configs, *self._loras(video.loras)]
         resolved = resolve({**base.engine.to_json(), **base.request}, settings) if settings else base
-        fields = dict(resolved.request) | {"prompt": video.prompt, "negative_prompt": video.negative_prompt}
+        fields: dict[str, Any] = {**resolved.request, "prompt": video.prompt, "negative_prompt": video.negative_prompt}
         fields |= {key: "placeholder" for key, image in _images(video) if image}
         if base.engine.task != "t2v":
             fields["task"] = "flf2v" if video.last_frame else "i2v"
