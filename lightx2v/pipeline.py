@@ -230,13 +230,13 @@ class LightX2VPipeline:
     ) -> Result:
         """Make one video. Settings that are missing or None are `create_generator`'s. An existing file is replaced.
 
-        `image_path` and `last_frame_path` are JPEG, PNG or WebP files; sizes are in pixels, `fps` in frames a second,
-        `guidance` is one number or (high-noise expert, low-noise expert). `save_result_path` is an mp4 in an existing
-        folder; None writes no file. The Result has `frames` (uint8, T H W C) with `return_result_tensor`, `latents`
-        (float32, C T h w, before the VAE) with `return_latents`, the seed (-1 draws one), seconds per stage and peaks
-        in bytes. `on_progress` runs in this thread; `cancel` is checked between blocks and tiles. Raises BadRequest,
-        LoraError, OutputError, OutOfMemory, NumericsError, Cancelled, or Busy during another run; the next run is not
-        affected.
+        `image_path` and `last_frame_path` are JPEG, PNG, WebP or AVIF files (HEIC with pillow-heif); sizes are in
+        pixels, `fps` in frames a second, `guidance` is one number or (high-noise expert, low-noise expert).
+        `save_result_path` is an mp4 in an existing folder; None writes no file. The Result has `frames` (uint8, T H W
+        C) with `return_result_tensor`, `latents` (float32, C T h w, before the VAE) with `return_latents`, the seed (-1
+        draws one), seconds per stage and peaks in bytes. `on_progress` runs in this thread; `cancel` is checked between
+        blocks and tiles. Raises BadRequest, LoraError, OutputError, OutOfMemory, NumericsError, Cancelled, or Busy
+        during another run; the next run is not affected.
         """
         check.known_keys(settings, [*SETTINGS], "generate")
         images = {"image_path": image_path, "last_frame_path": last_frame_path}

@@ -280,7 +280,7 @@ def _path(name: str, value: Any) -> str | None:
     if value is None or value == "":
         return None
     if not isinstance(value, str) or not value.strip() or not _names_a_file(value):
-        check.bad(name, value, "the path of a JPEG, PNG or WebP image")
+        check.bad(name, value, "the path of a picture, such as a JPEG, PNG or WebP file")
     return value
 
 

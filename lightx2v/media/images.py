@@ -1,24 +1,31 @@
 """Input images from users: an upload becomes a clean RGB image or a BadRequest, never another error.
 
-`load_image` goes by the content, not by the name, and only decodes JPEG, PNG and WebP. It checks the size from the
-header before it decodes a pixel, because 400 kB of PNG can hold an image of 400 MB.
+`load_image` goes by the content, not by the name. It reads JPEG, PNG and WebP; AVIF where this Pillow can, and HEIC
+where the package pillow-heif is installed. A decoder sees no more of a file than the pixels need (image_parts.py).
+The size is checked from the header before a pixel is decoded, because 400 kB of PNG can hold an image of 400 MB.
 """
 
 from __future__ import annotations
 
+import importlib
 import io
 import struct
 import threading
 import zlib
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from PIL import Image
+from PIL import Image, features
 
 from ..errors import BadRequest, OutputError, short_path
+from .image_kinds import describe, readable_kind
+from .image_parts import exif_orientation, needed_parts
 
-FORMATS = ("JPEG", "PNG", "WEBP")
+_NAMES = {"JPEG": "JPEG", "PNG": "PNG", "WEBP": "WebP", "AVIF": "AVIF", "HEIF": "HEIC"}
+_SUFFIXES = {"JPEG": ".jpg", "PNG": ".png", "WEBP": ".webp", "AVIF": ".avif", "HEIF": ".heic"}
 MAX_BYTES = 20 * 2**20
 MAX_PIXELS = 64_000_000
 """Above the 50 megapixels of phone cameras; at most 256 MB while an image with alpha is decoded."""
@@ -28,10 +35,9 @@ MIN_SIDE = 16
 MAX_RATIO = 10
 
 _BROKEN = (OSError, ValueError, SyntaxError, EOFError, TypeError, IndexError, KeyError, OverflowError)
-_BROKEN += (struct.error, zlib.error, MemoryError)
-"""The errors that Pillow's decoders raise on damaged files."""
+_BROKEN += (struct.error, zlib.error, MemoryError, RuntimeError)
+"""The errors that decoders raise on damaged files."""
 
-_ORIENTATION = 0x0112
 _TRANSPOSE = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
     3: Image.Transpose.ROTATE_180,
@@ -44,14 +50,19 @@ _TRANSPOSE = {
 
 
 def load_image(source: str | Path | bytes) -> Image.Image:
-    """The first frame of a JPEG, PNG or WebP as RGB: rotated by its EXIF, transparency on white, 16 bits scaled."""
+    """The first frame of an image as RGB: rotated by its EXIF, transparency on white, 16 bits scaled."""
     data = source if isinstance(source, bytes) else _read(Path(source).expanduser())
     if len(data) > MAX_BYTES:
         raise BadRequest(f"The image is {len(data) / 2**20:.1f} MB; at most {MAX_BYTES / 2**20:.0f} MB are accepted.")
+    kind = readable_kind(data)
+    reader = _reader(kind)
+    if kind is None or reader is None:
+        what, advice = describe(data)
+        *names, last = (name for kind, name in _NAMES.items() if _reader(kind) is not None)
+        raise BadRequest(f"The file is {what}. Only {', '.join(names)} and {last} images can be read. {advice}")
+    pixels, orientation = needed_parts(kind, data)
     try:
-        image = Image.open(io.BytesIO(data), formats=FORMATS)
-    except Image.UnidentifiedImageError:
-        raise BadRequest("The file is not an image that can be read: JPEG, PNG or WebP only.") from None
+        image = reader(io.BytesIO(pixels))
     except (Image.DecompressionBombError, Image.DecompressionBombWarning):
         raise BadRequest(
             f"The image has too many pixels; at most {MAX_PIXELS / 1e6:.0f} million are allowed."
@@ -61,7 +72,10 @@ def load_image(source: str | Path | bytes) -> Image.Image:
     _check_size(image.width, image.height)
     try:
         image.load()
-        return _to_rgb(_upright(image))
+        _check_size(image.width, image.height)  # pillow-heif may find another size in the pixels than in the header
+        # Pillow gives an AVIF's rotation, which its container holds, as EXIF; pillow-heif has rotated the image itself.
+        turn = _TRANSPOSE.get(exif_orientation(image.info.get("exif") or b"") or orientation)
+        return _to_rgb(image if turn is None else image.transpose(turn))
     except _BROKEN:
         raise _broken() from None
 
@@ -71,8 +85,7 @@ def store_image(source: str | Path | bytes, stem: Path) -> Path:
     data = source if isinstance(source, bytes) else _read(Path(source))
     with DECODE_LOCK:
         load_image(data)
-    suffix = ".png" if data.startswith(b"\x89PNG") else ".webp" if data.startswith(b"RIFF") else ".jpg"
-    target = stem.with_name(stem.name + suffix)
+    target = stem.with_name(stem.name + _SUFFIXES[readable_kind(data) or "PNG"])
     try:
         target.write_bytes(data)
     except OSError as error:
@@ -90,6 +103,17 @@ def jpeg(source: Image.Image | Any, *, max_side: int | None = None) -> bytes:
     buffer = io.BytesIO()
     image.save(buffer, "JPEG", quality=85)
     return buffer.getvalue()
+
+
+def _reader(kind: str | None) -> Callable[[io.BytesIO], Image.Image] | None:
+    """What opens images of a kind; None where this Pillow cannot and no package for it is installed."""
+    if kind == "HEIF":
+        try:
+            return importlib.import_module("pillow_heif").HeifImageFile
+        except ImportError:
+            return None
+    readable = kind is not None and (kind != "AVIF" or features.check("avif"))
+    return partial(Image.open, formats=(kind,)) if readable else None
 
 
 def _read(path: Path) -> bytes:
@@ -119,14 +143,6 @@ def _check_size(width: int, height: int) -> None:
 
 def _broken() -> BadRequest:
     return BadRequest("The image is damaged or incomplete. Save it again as JPEG or PNG, and use that file.")
-
-
-def _upright(image: Image.Image) -> Image.Image:
-    try:
-        orientation = image.getexif().get(_ORIENTATION)
-    except _BROKEN:  # the pixels are fine, only the EXIF is not
-        return image
-    return image.transpose(_TRANSPOSE[orientation]) if orientation in _TRANSPOSE else image
 
 
 def _to_rgb(image: Image.Image) -> Image.Image:

@@ -309,7 +309,9 @@ def test_a_file_that_is_no_picture_is_refused_before_anything_is_loaded(
     flags = [part for pair in pictures.items() for part in pair]
     ended = infer("--preset", "demo_i2v_base", "--task", "flf2v", "--prompt", "x", *flags)
     assert ended.code == 2 and stage.config is None and not (tmp_path / "outputs").exists()
-    assert ("There is no image file none.png" if name == "none.png" else "JPEG, PNG or WebP only") in ended.err
+    assert (
+        "There is no image file none.png" if name == "none.png" else "The file is a text. Only JPEG, PNG"
+    ) in ended.err
 
 
 @pytest.mark.parametrize(

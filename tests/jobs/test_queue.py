@@ -328,6 +328,6 @@ def test_a_bad_picture_is_refused_when_submitted_and_leaves_nothing(manager: Job
     Image.new("RGB", (32, 32), "red").save(upload)
     (tmp_path / "bad.png").write_bytes(b"GIF89a")
     before = set(tmp_path.iterdir())
-    with pytest.raises(BadRequest, match="JPEG, PNG or WebP"):
+    with pytest.raises(BadRequest, match="a GIF picture"):
         manager.submit(PICTURED, ask(task="flf2v", image_path=str(upload), last_frame_path=str(tmp_path / "bad.png")))
     assert set(tmp_path.iterdir()) == before and manager.list() == []
