@@ -6,6 +6,8 @@ rebinding), and it limits no size but that of uploaded files.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 from starlette.datastructures import Headers
 from starlette.middleware import Middleware
 from starlette.responses import PlainTextResponse
@@ -44,5 +46,5 @@ def page_limits(exposure: Exposure, origins: set[str]) -> Middleware:
     )
 
 
-def _respond(status: int, kind: str, message: str, headers: dict[str, str] | None) -> PlainTextResponse:
+def _respond(status: int, kind: str, message: str, headers: Mapping[str, str] | None) -> PlainTextResponse:
     return PlainTextResponse(message, status_code=status, headers=headers)

@@ -5,7 +5,6 @@ An error response says how to correct the request. It reveals no path, no traceb
 
 from __future__ import annotations
 
-import errno
 import logging
 import secrets
 import shutil
@@ -17,17 +16,17 @@ from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from starlette.datastructures import URLPath
 from starlette.exceptions import HTTPException
-from starlette.responses import JSONResponse, PlainTextResponse, RedirectResponse, Response
+from starlette.responses import PlainTextResponse, RedirectResponse, Response
 from starlette.routing import BaseRoute, Match, NoMatchFound
 from starlette.types import Receive, Scope, Send
 
 from .. import __version__
 from ..errors import Busy, LightX2VError
 from .auth import ApiKeyAuth
-from .limits import DISK_FULL, RequestLimits, RequestRefused
+from .limits import RequestLimits, RequestRefused, disk_full
 from .metrics import Metrics, MetricsMiddleware
 from .openapi import complete_schema, error_responses
-from .responses import ErrorResponse, Health, error_response
+from .responses import Health, error_response
 from .service import Service
 from .status_routes import status_routes
 from .submit import Submitter
@@ -43,12 +42,7 @@ PATHS = ("/v1/", "/health", "/ready", "/metrics", "/docs", "/openapi.json")
 
 
 def create_app(
-    service: Service,
-    metrics: Metrics,
-    *,
-    keys: Sequence[str] = (),
-    hosts: Set[str] | None = None,
-    limits: bool = True,
+    service: Service, metrics: Metrics, *, keys: Sequence[str] = (), hosts: Set[str] | None = None, limits: bool = True
 ) -> FastAPI:
     """`keys` are the accepted API keys; without any, every client is accepted. `hosts` are the accepted host names,
     None for any. Without `limits` the caller checks host, origin, size and rate."""
@@ -114,9 +108,9 @@ def _add_error_handlers(app: FastAPI, service: Service) -> None:
     def known_error(request: Request, error: LightX2VError) -> Response:
         jobs = service.jobs
         full = isinstance(error, Busy) and jobs.alive and jobs.waiting >= jobs.max_queue
-        content = ErrorResponse.from_error(error, position=jobs.waiting + 1 if full else None)
+        position = jobs.waiting + 1 if full else None
         headers = {"Retry-After": "10"} if error.status == 429 else None
-        return JSONResponse(content.model_dump(exclude_none=True), status_code=error.status, headers=headers)
+        return error_response(error.status, type(error).__name__, str(error), headers, position=position)
 
     @app.exception_handler(RequestValidationError)
     def invalid(request: Request, error: RequestValidationError) -> Response:
@@ -126,19 +120,16 @@ def _add_error_handlers(app: FastAPI, service: Service) -> None:
 
     @app.exception_handler(HTTPException)
     def http_error(request: Request, error: HTTPException) -> Response:
-        return error_response(error.status_code, "HTTPError", str(error.detail), dict(error.headers or {}))
+        return error_response(error.status_code, "HTTPError", error.detail, error.headers)
 
     @app.exception_handler(RequestRefused)
     def refused(request: Request, error: RequestRefused) -> Response:
-        return error_response(error.status, error.kind, error.message, error.headers)
+        return error_response(*error.response)
 
     @app.exception_handler(OSError)
     def full_disk(request: Request, error: OSError) -> Response:
         """Images pass through the folder for temporary files, which may be on another disk than the videos."""
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
-            raise error
-        log.error("a request could not be stored: %s", error.strerror)
-        return error_response(507, "OutputError", DISK_FULL)
+        return error_response(*disk_full(error).response)
 
     @app.exception_handler(Exception)
     def unknown_error(request: Request, error: Exception) -> Response:

@@ -13,6 +13,7 @@ import argparse
 import ipaddress
 import logging
 import socket
+import tempfile
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
@@ -23,12 +24,12 @@ from ..cli.runner import CommandContext, run_command
 from ..config.engine_config import EngineConfig
 from ..config.environment import Environment
 from ..config.presets import Resolved, resolve
+from ..config.request import Request
 from ..errors import ConfigError
 from ..jobs.engine_slot import Engine, OpenEngine
 from ..jobs.queue import JobManager
 from ..progress import CancelToken, OnProgress
 from .metrics import Metrics
-from .warmup import warm_up
 
 log = logging.getLogger("lightx2v.server")
 
@@ -45,9 +46,14 @@ def main(argv: Sequence[str] | None = None, *, open_engine: OpenEngine | None = 
 def _run(options: argparse.Namespace, context: CommandContext, *, open_engine: OpenEngine | None) -> int:
     environment = context.environment
     keys = _keys(options, environment)
-    resolved = resolve(_preset(options), _overrides(options), environment=environment)
-    if environment.distributed and open_engine is None and _follow():
-        return 0
+    names = ("model_cls", "task", "model_path", "models_dir")
+    overrides = {name: value for name in names if (value := getattr(options, name))}
+    resolved = resolve(_preset(options), overrides, environment=environment)
+    if environment.distributed and open_engine is None:
+        from ..pipeline import LightX2VPipeline
+
+        if LightX2VPipeline.follow():  # a process of torchrun beside rank 0: it has taken part in the runs to their end
+            return 0
     check_port(options.host, options.port)
     metrics = Metrics()
     jobs = JobManager(
@@ -64,7 +70,7 @@ def _run(options: argparse.Namespace, context: CommandContext, *, open_engine: O
             name = resolved.preset.name
             engine = jobs.load(resolved.engine, preset=name, on_progress=context.progress, cancel=token)
             if options.warmup:
-                warm_up(engine, resolved, context.progress, token)
+                _warm_up(engine, resolved, context.progress, token)
         context.progress.clear()
         jobs.start()
         return _serve(options, jobs, metrics, resolved, keys)
@@ -107,6 +113,24 @@ def _serve(options: argparse.Namespace, jobs: JobManager, metrics: Metrics, reso
     return 0
 
 
+def _warm_up(engine: Engine, resolved: Resolved, on_progress: OnProgress, cancel: CancelToken) -> None:
+    """Run five frames in the preset's size, with both experts, so that no client waits while the engine compiles
+    kernels and tries algorithms."""
+    from PIL import Image
+
+    with tempfile.TemporaryDirectory(prefix="lightx2v-") as folder:
+        settings = {**resolved.request, "frames": 5, "steps": 2, "seed": 0}
+        if (steps := settings["denoising_step_list"]) is not None and len(steps) > 1:
+            settings |= {"denoising_step_list": (steps[0], steps[-1]), "boundary_step_index": 1}
+        if resolved.engine.task != "t2v":
+            image = Path(folder) / "grey.png"
+            Image.new("RGB", (settings["width"], settings["height"]), "grey").save(image)
+            settings |= {"task": "i2v", "image_path": str(image)}
+        request = Request(prompt="warm-up", **settings)
+        log.info("Warming up")
+        engine.run(request, save_result_path=Path(folder) / "warm.mp4", on_progress=on_progress, cancel=cancel)
+
+
 def check_port(host: str, port: int) -> None:
     """Raise ConfigError if the port is not available, before minutes of loading. Port 0 means any port."""
     try:
@@ -123,13 +147,6 @@ def check_port(host: str, port: int) -> None:
         raise ConfigError(f"Cannot listen on {address}: {reason}. Choose another {other}.") from None
 
 
-def _follow() -> bool:
-    """Rank 0 of torchrun's processes serves; in the others this takes part in its runs and returns True at the end."""
-    from ..pipeline import LightX2VPipeline
-
-    return LightX2VPipeline.follow()
-
-
 def _preset(options: argparse.Namespace) -> str | dict[str, Any]:
     if options.preset and options.config_json:
         raise ConfigError("--preset and --config_json exclude each other. Keep one of them.")
@@ -138,11 +155,6 @@ def _preset(options: argparse.Namespace) -> str | dict[str, Any]:
     if options.model_path:
         return {}
     raise ConfigError("No model to serve. Give --preset NAME, or --model_path P --config_json FILE.")
-
-
-def _overrides(options: argparse.Namespace) -> dict[str, Any]:
-    names = ("model_cls", "task", "model_path", "models_dir")
-    return {name: getattr(options, name) for name in names if getattr(options, name)}
 
 
 def _keys(options: argparse.Namespace, environment: Environment) -> list[str]:

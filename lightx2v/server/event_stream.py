@@ -85,7 +85,7 @@ class EventStreams:
 def _content(event: JobEvent) -> dict[str, Any]:
     if event.kind == "state":
         return {"status": VIDEO_STATUS[event.data["state"]], "error": event.data.get("error")}
-    return Step(**{name: event.data[name] for name in Step.model_fields}).model_dump()
+    return Step.model_validate(event.data).model_dump()
 
 
 def _message(kind: str, content: dict[str, Any], id: int | None = None) -> str:

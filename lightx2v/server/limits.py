@@ -12,7 +12,7 @@ import logging
 import threading
 import time
 from collections import OrderedDict
-from collections.abc import Callable, Set
+from collections.abc import Callable, Mapping, Set
 
 from starlette.datastructures import Headers
 from starlette.responses import Response
@@ -27,9 +27,8 @@ MAX_BODY = 60_000_000
 BODY_SECONDS = 300.0
 """Such a body at 1.6 Mbit/s. A client that sends a byte now and then must not keep its place for ever."""
 SAFE_METHODS = ("GET", "HEAD", "OPTIONS")
-DISK_FULL = "A disk of the server is full. Free some space on the server and send the request again."
 
-Respond = Callable[[int, str, str, dict[str, str] | None], Response]
+Respond = Callable[[int, str, str, Mapping[str, str] | None], Response]
 """Makes the response to a refused request from status, type, message and headers."""
 
 
@@ -55,11 +54,14 @@ class RateLimit:
 
 
 class RequestRefused(Exception):
-    """A request that breaks a limit. The message is for the client."""
+    """A request that breaks a limit. The arguments are those of `Respond`; the message is for the client.
 
-    def __init__(self, status: int, kind: str, message: str, headers: dict[str, str] | None = None) -> None:
-        super().__init__(message)
-        self.status, self.kind, self.message, self.headers = status, kind, message, headers
+    It is no HTTPException: the application inside the middleware would respond to one in a form of its own.
+    """
+
+    def __init__(self, status: int, kind: str, message: str, headers: Mapping[str, str] | None = None) -> None:
+        super().__init__(status, kind, message, headers)
+        self.response = status, kind, message, headers
 
 
 class RequestLimits:
@@ -99,17 +101,12 @@ class RequestLimits:
             limit = self._body_limit(scope["path"])
             self._check(scope, Headers(scope=scope), limit)
             await self._app(scope, bounded(receive, limit, self._body_seconds), send_and_note)
-        except RequestRefused as refused:
-            response = self._respond(refused.status, refused.kind, refused.message, refused.headers)
-        except OSError as error:
-            if started or error.errno not in (errno.ENOSPC, errno.EDQUOT):
+        except (RequestRefused, OSError) as error:
+            if started and isinstance(error, OSError):
                 raise
-            log.error("a request could not be stored: %s", error.strerror)
-            response = self._respond(507, "OutputError", DISK_FULL, None)
-        else:
-            return
-        if not started:
-            await response(scope, receive, send)
+            refused = disk_full(error) if isinstance(error, OSError) else error
+            if not started:
+                await self._respond(*refused.response)(scope, receive, send)
 
     def _check(self, scope: Scope, headers: Headers, limit: int) -> None:
         if self._hosts is not None and host_name(headers.get("host", "")) not in self._hosts:
@@ -168,6 +165,15 @@ def same_origin(headers: Headers, more: Set[str] = frozenset()) -> bool:
 def address(scope: Scope) -> str:
     """The client's address."""
     return scope["client"][0] if scope.get("client") else ""
+
+
+def disk_full(error: OSError) -> RequestRefused:
+    """The refusal of a request that a full disk cannot store. Raises any other OSError again."""
+    if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+        raise error
+    log.error("a request could not be stored: %s", error.strerror)
+    message = "A disk of the server is full. Free some space on the server and send the request again."
+    return RequestRefused(507, "OutputError", message)
 
 
 def _too_large(limit: int) -> RequestRefused:

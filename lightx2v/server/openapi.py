@@ -8,6 +8,7 @@ from typing import Any
 
 from fastapi import FastAPI
 from pydantic import BaseModel
+from starlette.responses import FileResponse
 
 from .request_bodies import FILES, TaskBody, VideoBody
 from .responses import ErrorResponse
@@ -34,6 +35,15 @@ def error_responses(*statuses: int) -> dict[int | str, dict[str, Any]]:
     return {status: {"content": content, "description": DESCRIPTIONS[status]} for status in (401, 403, *statuses)}
 
 
+_VIDEO = {
+    "content": {"video/mp4": {"schema": {"type": "string", "format": "binary"}}},
+    "description": "The video, or the requested range.",
+}
+VIDEO: dict[str, Any] = {
+    "response_class": FileResponse,
+    "responses": {200: _VIDEO, 206: _VIDEO, 416: {"description": "Invalid range."}, **error_responses(404, 422)},
+}
+"""Arguments of a route that returns a video."""
 SUBMISSION = error_responses(400, 408, 413, 415, 422, 429, 507)
 """`responses` of a route that queues a job."""
 

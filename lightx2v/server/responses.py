@@ -3,35 +3,29 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
+from pathlib import Path
 from typing import Any, Literal, Self
 
-from pydantic import BaseModel, Field
-from starlette.responses import JSONResponse
+from pydantic import BaseModel, ConfigDict, Field
+from starlette.responses import FileResponse, JSONResponse
 
-from ..errors import Busy, LightX2VError
 from ..jobs.store import Job, State
-from ..progress import Progress
 from .file_names import FileNames
 
 VideoStatus = Literal["queued", "in_progress", "completed", "failed", "cancelled", "interrupted"]
 TaskStatus = Literal["pending", "processing", "completed", "failed", "cancelled"]
 
-VIDEO_STATUS: dict[State, VideoStatus] = {
-    "queued": "queued",
-    "running": "in_progress",
-    "succeeded": "completed",
-    "failed": "failed",
-    "cancelled": "cancelled",
-    "interrupted": "interrupted",
+_STATUS: dict[State, tuple[VideoStatus, TaskStatus]] = {
+    "queued": ("queued", "pending"),
+    "running": ("in_progress", "processing"),
+    "succeeded": ("completed", "completed"),
+    "failed": ("failed", "failed"),
+    "cancelled": ("cancelled", "cancelled"),
+    "interrupted": ("interrupted", "failed"),  # LightX2V has no such status; error_type says Interrupted
 }
-TASK_STATUS: dict[State, TaskStatus] = {
-    "queued": "pending",
-    "running": "processing",
-    "succeeded": "completed",
-    "failed": "failed",
-    "cancelled": "cancelled",
-    "interrupted": "failed",  # LightX2V has no such status; error_type says Interrupted
-}
+VIDEO_STATUS = {state: video for state, (video, _) in _STATUS.items()}
+TASK_STATUS = {state: task for state, (_, task) in _STATUS.items()}
 
 
 class ErrorDetail(BaseModel):
@@ -39,24 +33,17 @@ class ErrorDetail(BaseModel):
     message: str
     position: int | None = Field(None, description="With 429: the place in the queue that the job would have had.")
 
-    @classmethod
-    def from_job(cls, job: Job) -> Self | None:
-        return None if job.error is None else cls(**job.error, position=None)
-
 
 class ErrorResponse(BaseModel):
     """The body of every error."""
 
     error: ErrorDetail
 
-    @classmethod
-    def from_error(cls, error: LightX2VError, *, position: int | None = None) -> Self:
-        place = position if isinstance(error, Busy) else None
-        return cls(error=ErrorDetail(type=type(error).__name__, message=str(error), position=place))
-
 
 class Step(BaseModel):
     """The progress of a running job: `step` of the `total` steps of this stage are done."""
+
+    model_config = ConfigDict(from_attributes=True)
 
     stage: str
     step: int
@@ -64,12 +51,6 @@ class Step(BaseModel):
     expert: str | None = None
     seconds: float = Field(description="Seconds since the run began.")
     eta: float | None = Field(None, description="Estimated seconds left.")
-
-    @classmethod
-    def from_progress(cls, progress: Progress | None) -> Self | None:
-        if progress is None:
-            return None
-        return cls(**{name: getattr(progress, name) for name in cls.model_fields})
 
 
 class Video(BaseModel):
@@ -108,7 +89,7 @@ class Video(BaseModel):
             model=job.preset,
             status=VIDEO_STATUS[job.state],
             progress=percent(job),
-            step=Step.from_progress(job.progress),
+            step=None if job.progress is None else Step.model_validate(job.progress),
             cancelling=job.cancelling,
             position=job.position,
             starts_in=job.starts_in,
@@ -123,7 +104,7 @@ class Video(BaseModel):
             num_frames=request.frames,
             client_id=job.client_id,
             file_name=names.of(job.id),
-            error=ErrorDetail.from_job(job),
+            error=None if job.error is None else ErrorDetail.model_validate(job.error),
             timings=result.get("timings"),
             warnings=result.get("warnings", []),
         )
@@ -202,7 +183,7 @@ class Task(BaseModel):
             error_type=error.get("type"),
             save_result_path=names.of(job.id),
             position=job.position,
-            progress=Step.from_progress(job.progress),
+            progress=None if job.progress is None else Step.model_validate(job.progress),
         )
 
 
@@ -242,9 +223,18 @@ class Health(BaseModel):
     status: str
 
 
-def error_response(status: int, kind: str, message: str, headers: dict[str, str] | None = None) -> JSONResponse:
+def error_response(
+    status: int, kind: str, message: str, headers: Mapping[str, str] | None = None, *, position: int | None = None
+) -> JSONResponse:
     """An error in the form of ErrorResponse."""
-    return JSONResponse({"error": {"type": kind, "message": message}}, status_code=status, headers=headers)
+    content = ErrorResponse(error=ErrorDetail(type=kind, message=message, position=position))
+    return JSONResponse(content.model_dump(exclude_none=True), status_code=status, headers=headers)
+
+
+def video_file(path: Path, name: str) -> FileResponse:
+    """The video as a download with this name. Range requests work."""
+    headers = {"X-Content-Type-Options": "nosniff", "Cache-Control": "private"}
+    return FileResponse(path, media_type="video/mp4", filename=name, headers=headers)
 
 
 def task_id(job: Job) -> str:

@@ -10,10 +10,9 @@ from starlette.responses import FileResponse
 from ..config.environment import Environment
 from ..jobs.store import Job
 from .auth import owner_of
-from .openapi import error_responses
-from .responses import Metadata, QueueStatus, ServiceStatus, Task, public_path, task_id
+from .openapi import VIDEO, error_responses
+from .responses import Metadata, QueueStatus, ServiceStatus, Task, public_path, task_id, video_file
 from .service import HISTORY, Service
-from .video_file import VIDEO, video_file
 
 
 def status_routes(service: Service) -> APIRouter:

@@ -12,12 +12,11 @@ from fastapi import APIRouter, Path, Request
 from starlette.responses import FileResponse
 
 from .auth import owner_of
-from .openapi import SUBMISSION, error_responses, request_body
+from .openapi import SUBMISSION, VIDEO, error_responses, request_body
 from .request_bodies import TaskBody
-from .responses import TASK_STATUS, Stopped, Task, TaskCreated
+from .responses import TASK_STATUS, Stopped, Task, TaskCreated, video_file
 from .service import Service
 from .submit import Submitter
-from .video_file import VIDEO, video_file
 
 Id = Annotated[str, Path(min_length=1, max_length=200, description="The task's id: yours, or the server's.")]
 

@@ -13,12 +13,11 @@ from starlette.responses import FileResponse, StreamingResponse
 from ..jobs.store import UnknownJob
 from .auth import owner_of
 from .event_stream import EventStreams
-from .openapi import SUBMISSION, error_responses, request_body
+from .openapi import SUBMISSION, VIDEO, error_responses, request_body
 from .request_bodies import VideoBody
-from .responses import Deleted, Model, ModelList, Video, VideoList
+from .responses import Deleted, Model, ModelList, Video, VideoList, video_file
 from .service import HISTORY, Service
 from .submit import Submitter
-from .video_file import VIDEO, video_file
 
 Id = Annotated[
     str, Path(min_length=1, max_length=200, description="The job's id, or the client_id of the request that made it.")
