@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from lightx2v.models import fused
+from lightx2v.models import fused, pointwise
 from lightx2v.models.block import Block, Pass
 from lightx2v.models.dit import WanDiT
 
@@ -106,7 +106,7 @@ def feed_forward(bench: Bench, block: Block, y: Tensor, clip: str) -> None:
     times = bench.timed(lambda: outer(wide), 5)
     rate = bench.rate(2 * outer.weight.numel() * y.shape[1], times["seconds"])
     bench.write(f"{clip}, feed-forward out", clip=clip, step="feed-forward out", count=1, **times, **rate)
-    times = bench.timed(lambda: fused.gelu(wide), 5)
+    times = bench.timed(lambda: pointwise.gelu(wide), 5)
     bench.write(f"{clip}, GELU", clip=clip, step="GELU", count=1, **times)
     if bench.cuda:
         flat = y.flatten(0, 1)

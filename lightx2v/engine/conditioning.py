@@ -17,9 +17,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..media.framing import Framing, framing_of
-from ..models.causal_conv import SpatialSplit
 from ..models.tiling import Tiling
 from ..models.vae import WanVAE
+from ..parallel.spatial_shards import SpatialShards
 from ..progress import CancelToken
 
 if TYPE_CHECKING:
@@ -76,7 +76,7 @@ def encode_condition(
     last_CHW: Tensor | None = None,
     *,
     tiling: Tiling | None = None,
-    split: SpatialSplit | None = None,
+    split: SpatialShards | None = None,
     cancel: CancelToken | None = None,
 ) -> Tensor:
     """The condition (20, T, h, w) float32: mask, then latents of a clip that is grey except for the given frames."""

@@ -127,7 +127,8 @@ class Block(nn.Module):
                 part_BLD = add(part_BLD, self._read_text(part_BLD, keys, group, shared))
                 h_BLD = norm_modulate(part_BLD, shift_f, scale_f, self.eps, shared.dtype)
                 parts.append(add_gated(part_BLD, self.ffn(h_BLD), gate_f))
-            streams[n] = _whole(streams[n], parts)
+            if len(parts) == 1:  # several parts have been written into the stream itself
+                streams[n] = parts[0]
         return streams
 
     def _attend(self, x_BLD: Tensor, shift_BD: Tensor, scale_BD: Tensor, gate_BD: Tensor, shared: Pass) -> Tensor:
@@ -158,11 +159,6 @@ class Block(nn.Module):
             for q, (k_BLNH, v_BLNH), text in zip(q_BLNH.split([t.batch for t in group]), keys, group, strict=True)
         ]
         return self.cross_attn.o((outs[0] if len(outs) == 1 else torch.cat(outs)).flatten(2))
-
-
-def _whole(x_BLD: Tensor, parts: list[Tensor]) -> Tensor:
-    """The whole stream: several parts have been written into x itself."""
-    return parts[0] if len(parts) == 1 else x_BLD
 
 
 def attend_to_text(q_BLNH: Tensor, k_BLNH: Tensor, v_BLNH: Tensor, padding: int, attention: Attention) -> Tensor:

@@ -25,14 +25,8 @@ ROWS = 4096
 
 def norm_modulate(x_BLD: Tensor, shift_BD: Tensor, scale_BD: Tensor, eps: float, dtype: torch.dtype) -> Tensor:
     """LayerNorm(x)·(1 + scale) + shift, rounded to `dtype` at the end."""
-    if dtype != x_BLD.dtype and (parts := _parts(x_BLD)):
-        out_BLD = torch.empty_like(x_BLD, dtype=dtype)
-        for where in parts:
-            out_BLD[:, where] = norm_modulate(x_BLD[:, where], shift_BD, scale_BD, eps, dtype)
-        return out_BLD
-    if scale_BD.shape[0] == 1:
-        # With one modulation for all rows this is a LayerNorm with weight and bias: one pass instead of three.
-        return F.layer_norm(x_BLD, x_BLD.shape[-1:], 1 + scale_BD[0], shift_BD[0], eps).to(dtype)
+    if scale_BD.shape[0] == 1:  # one modulation for all rows: one pass instead of three
+        return layer_norm(x_BLD, 1 + scale_BD[0], shift_BD[0], eps, dtype)
     normed = F.layer_norm(x_BLD, x_BLD.shape[-1:], None, None, eps)
     return torch.addcmul(shift_BD.unsqueeze(1), normed, 1 + scale_BD.unsqueeze(1)).to(dtype)
 

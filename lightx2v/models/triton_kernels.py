@@ -1,8 +1,8 @@
 """Triton kernels for the element-wise steps of the DiT: each reads its input once and writes its result once.
 
-Same names, arguments and results as in pointwise.py and quant_linear.py, up to the order of float32 sums; no gradients,
-and only tensors with dense rows. `fused` tests them on a device before it uses them, and is the only module that
-imports this file and with it triton.
+Same names, arguments and results as in pointwise.py, up to the order of float32 sums; no gradients, and only tensors
+with dense rows. Steps that may overwrite x do. `fused` tests them on a device before it uses them, and is the only
+module that imports this file and with it triton.
 
 One program computes one row of D values in registers: widths up to 16384.
 """
@@ -20,8 +20,16 @@ from torch import Tensor
 from ..weights.quantization import LARGEST, SMALLEST_ROW
 
 
-def layer_norm(x_BLD: Tensor, weight_BD: Tensor, bias_BD: Tensor, eps: float, dtype: torch.dtype) -> Tensor:
-    """LayerNorm(x)·weight + bias, rounded to `dtype`; weight and bias have one row for all of x or one for each."""
+def norm_modulate(x_BLD: Tensor, shift_BD: Tensor, scale_BD: Tensor, eps: float, dtype: torch.dtype) -> Tensor:
+    return _norm(x_BLD, 1 + scale_BD, shift_BD, eps, dtype)
+
+
+def layer_norm(x_BLD: Tensor, weight_D: Tensor, bias_D: Tensor, eps: float, dtype: torch.dtype) -> Tensor:
+    return _norm(x_BLD, weight_D[None], bias_D[None], eps, dtype)
+
+
+def _norm(x_BLD: Tensor, weight_BD: Tensor, bias_BD: Tensor, eps: float, dtype: torch.dtype) -> Tensor:
+    """Weight and bias have one row for all of x or one for each."""
     batch, length, width = x_BLD.shape
     out_BLD = torch.empty(x_BLD.shape, dtype=dtype, device=x_BLD.device)
     each = 0 if weight_BD.shape[0] == 1 else width
@@ -32,8 +40,7 @@ def layer_norm(x_BLD: Tensor, weight_BD: Tensor, bias_BD: Tensor, eps: float, dt
     return out_BLD
 
 
-def rms_norm_(x_BLD: Tensor, weight_D: Tensor, eps: float) -> Tensor:
-    """RMSNorm over the whole width, written into x."""
+def normed(x_BLD: Tensor, weight_D: Tensor, eps: float) -> Tensor:
     batch, length, width = x_BLD.shape
     _rms_norm[(length, batch)](
         x_BLD, weight_D, x_BLD, x_BLD.stride(0), x_BLD.stride(1), width, 2, eps, ROTATE=False,
@@ -42,8 +49,7 @@ def rms_norm_(x_BLD: Tensor, weight_D: Tensor, eps: float) -> Tensor:
     return x_BLD
 
 
-def norm_rotate_(x_BLD: Tensor, weight_D: Tensor, eps: float, rotations_L1P: Tensor) -> Tensor:
-    """RMSNorm over the whole width, then the rotary position of every head, written into x; (B, L, N, H)."""
+def norm_rotate(x_BLD: Tensor, weight_D: Tensor, eps: float, rotations_L1P: Tensor) -> Tensor:
     batch, length, width = x_BLD.shape
     head_dim = 2 * rotations_L1P.shape[-1]
     _rms_norm[(length, batch)](
@@ -53,8 +59,11 @@ def norm_rotate_(x_BLD: Tensor, weight_D: Tensor, eps: float, rotations_L1P: Ten
     return x_BLD.unflatten(-1, (-1, head_dim))
 
 
-def add_gated_(x_BLD: Tensor, y_BLD: Tensor, gate_BD: Tensor | None) -> Tensor:
-    """x + gate·y, written into x; x + y without a gate."""
+def add(x_BLD: Tensor, y_BLD: Tensor) -> Tensor:
+    return add_gated(x_BLD, y_BLD, None)
+
+
+def add_gated(x_BLD: Tensor, y_BLD: Tensor, gate_BD: Tensor | None) -> Tensor:
     batch, length, width = x_BLD.shape
     each = 0 if gate_BD is None or gate_BD.shape[0] == 1 else width
     gate = x_BLD if gate_BD is None else gate_BD.contiguous()
@@ -66,7 +75,6 @@ def add_gated_(x_BLD: Tensor, y_BLD: Tensor, gate_BD: Tensor | None) -> Tensor:
 
 
 def quantise_tokens(x_MI: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """The rows in 8 bits and the scale (M, 1) of each."""
     rows, width = x_MI.shape
     q_MI = torch.empty(x_MI.shape, dtype=dtype, device=x_MI.device)
     scale_M1 = torch.empty(rows, 1, dtype=torch.float32, device=x_MI.device)

@@ -6,6 +6,6 @@
     mesh.spatial_split(height)                   splits the height of the VAE's frames (spatial_shards.py)
     group.broadcast_stream(tensors)              sends tensors that rank 0 reads to all ranks (broadcast.py)
 
-The models know two small protocols from here, `TokenSplit` and `SpatialSplit`. A program that works alone has a
-`SingleProcess` in place of the group: the same methods, each of them the identity, so callers need no `if`.
+A program that works alone has a `SingleProcess` in place of the group: the same methods, each of them the identity, so
+callers need no `if`.
 """

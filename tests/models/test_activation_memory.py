@@ -19,7 +19,7 @@ from torch.utils._pytree import tree_leaves
 
 from lightx2v.cost.memory_bytes import denoise_bytes
 from lightx2v.cost.memory_plan import GIB, ModelSize, Workload
-from lightx2v.models import fused
+from lightx2v.models import fused, pointwise
 from lightx2v.models.dit import DiTConfig, WanDiT, parameter_dtype
 from lightx2v.models.quant_linear import swap_linears
 from lightx2v.weights.quant_layout import is_expert_matrix
@@ -53,10 +53,13 @@ class PeakMemory(TorchDispatchMode):
 def in_place() -> SimpleNamespace:
     """Kernels that need the memory of ours."""
     return SimpleNamespace(
+        norm_modulate=lambda x, shift, scale, eps, dtype: torch.empty_like(x, dtype=dtype),
         layer_norm=lambda x, weight, bias, eps, dtype: torch.empty_like(x, dtype=dtype),
-        rms_norm_=lambda x, weight, eps: x,
-        norm_rotate_=lambda x, weight, eps, rotations: x.unflatten(-1, (-1, 2 * rotations.shape[-1])),
-        add_gated_=lambda x, y, gate: x,
+        normed=lambda x, weight, eps: x,
+        norm_rotate=lambda x, weight, eps, rotations: x.unflatten(-1, (-1, 2 * rotations.shape[-1])),
+        add_gated=lambda x, y, gate: x,
+        add=lambda x, y: x,
+        quantise_tokens=pointwise.quantise_tokens,
     )
 
 
