@@ -32,6 +32,7 @@ from lightx2v.models.vae_config import VAEConfig
 from lightx2v.offload.device_copies import CudaCopies, Slot
 from lightx2v.offload.packed_weights import host_buffer
 from lightx2v.offload.placement import load_offloaded
+from lightx2v.offload.resident import LoadInputs
 from lightx2v.offload.weight_streamer import StreamedModule, WeightStreamer
 from lightx2v.pipeline import LightX2VPipeline
 from lightx2v.weights.checkpoint import open_checkpoint
@@ -210,14 +211,9 @@ def test_every_plan_gives_the_resident_models_latents(
 ) -> None:
     engine = pipe._engine
     assert engine is not None and engine.placement.plan is not None and engine.placement.plan["mode"] == "resident"
-    placement = load_offloaded(
-        locate(settings.engine),
-        settings.engine,
-        engine.precision,
-        engine.self_attention,
-        engine.cross_attention,
-        MemoryLadder(replace(PLANS[name], from_disk=lazy)),
-    )
+    attention = engine.self_attention, engine.cross_attention
+    inputs = LoadInputs(locate(settings.engine), settings.engine, engine.precision, *attention)
+    placement = load_offloaded(inputs, MemoryLadder(replace(PLANS[name], from_disk=lazy)))
     other = LightX2VPipeline.from_config(settings.engine)
     other._engine = replace(engine, placement=placement)
     assert torch.equal(latents(other, settings), expected)

@@ -12,8 +12,8 @@ import time
 
 import torch
 
-from lightx2v.cost.memory_ladder import choose
-from lightx2v.cost.memory_plan import FreeMemory, ModelSize, Workload
+from lightx2v.cost.memory_ladder import MemoryPlanner
+from lightx2v.cost.memory_plan import ModelSize, OffloadOptions, Workload
 from lightx2v.offload.device_copies import copies_for
 from lightx2v.offload.weight_streamer import StreamedModule, WeightStreamer
 
@@ -34,7 +34,8 @@ def measure(bench: Bench, clip: str, *, rounds: int, forwards: int, text_too: bo
     layers = bench.sizes.dit.num_layers
     latents = torch.randn(bench.sizes.latent(clip), device=bench.device)
     states = torch.randn(bench.sizes.prompt, bench.sizes.dit.text_dim, device=bench.device).to(bench.compute)
-    planned = choose(FreeMemory(vram=int(CARD), ram=2**62), ModelSize(), Workload.of(latents.shape, guided=False))
+    planner = MemoryPlanner(vram=int(CARD), ram=2**62, model=ModelSize(), options=OffloadOptions())
+    planned = planner.plan(Workload.of(latents.shape, guided=False))
     kept = min(planned.resident_blocks, layers // 2)
     ways = {"all blocks kept": (layers, True), "no block kept": (0, False), f"{kept} blocks kept": (kept, False)}
     if text_too:

@@ -13,12 +13,11 @@ from ..hub import model_folder
 from .architecture import DiTConfig
 from .machine import Machine
 from .memory_bytes import host_bytes, stage_bytes
-from .memory_ladder import RESERVE, choose
+from .memory_ladder import RESERVE, MemoryPlanner
 from .memory_plan import (
     GIB,
     TEXT_WEIGHTS,
     VAE_WEIGHTS,
-    FreeMemory,
     MemoryPlan,
     ModelSize,
     OffloadOptions,
@@ -78,7 +77,8 @@ def forecast_for_machine(config: EngineConfig, request: Request, machine: Machin
 def forecast(config: EngineConfig, request: Request, *, vram: int, ram: int) -> Forecast:
     """With so many bytes free, under the plan that the engine will choose for them."""
     model = _model_size(config, 2)
-    plan = choose(FreeMemory(vram=vram, ram=ram), model, _workload(request), OffloadOptions.of(config))
+    planner = MemoryPlanner(vram=vram, ram=ram, model=model, options=OffloadOptions.of(config))
+    plan = planner.plan(_workload(request))
     fits = max(plan.bytes.values()) + RESERVE <= vram
     return Forecast(plan=plan, device=plan.bytes, host=host_bytes(plan, model), free=vram, fits=fits)
 

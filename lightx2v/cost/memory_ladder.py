@@ -13,7 +13,6 @@ from .memory_bytes import expert_bytes, stage_bytes
 from .memory_plan import (
     GIB,
     PREFETCH_SLOTS,
-    FreeMemory,
     MemoryPlan,
     ModelSize,
     OffloadOptions,
@@ -70,21 +69,6 @@ def _with_parts(plan: MemoryPlan, options: OffloadOptions) -> list[MemoryPlan]:
     return [replace(plan, text=text, vae=vae, keep_experts=keep) for text in texts for keep in keeps]
 
 
-def choose(free: FreeMemory, model: ModelSize, workload: Workload, options: OffloadOptions | None = None) -> MemoryPlan:
-    """The fastest plan within `options` whose every stage fits into the device; the smallest if none does."""
-    host_fits = 2 * expert_bytes(model) + model.text <= free.ram
-    rungs = ladder(model.dit.num_layers, options or OffloadOptions(), host_fits=host_fits)
-    counted = [(rung, stage_bytes(rung, model, workload)) for rung in rungs]
-    room = free.vram - RESERVE
-    fitting = ((rung, needed) for rung, needed in counted if max(needed.values()) <= room)
-    plan, needed = next(fitting, None) or min(counted, key=lambda each: max(each[1].values()))
-    loras = ", the LoRAs run beside the weights" if plan.reads_disk and model.loras else ""
-    reason = f"{free.vram / GIB:.0f} GiB of device memory are free: {plan.summary}{loras}."
-    if max(needed.values()) > room:
-        reason += " It may not be enough."
-    return replace(plan, bytes=needed, reason=reason)
-
-
 def next_plan(plan: MemoryPlan, stage: Stage, layers: int) -> MemoryPlan | None:
     """The next plan on the ladder that needs less in `stage`, which ran out of memory; None if there is none.
 
@@ -112,14 +96,26 @@ def next_plan(plan: MemoryPlan, stage: Stage, layers: int) -> MemoryPlan | None:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class MemoryPlanner:
-    """`choose` for one model on one machine."""
+    """Plans for one model on one machine: `vram` and `ram` are the bytes that were free before anything was loaded."""
 
-    free: FreeMemory
+    vram: int
+    ram: int
     model: ModelSize
     options: OffloadOptions
 
     def plan(self, workload: Workload) -> MemoryPlan:
-        return choose(self.free, self.model, workload, self.options)
+        """The fastest plan within the options whose every stage fits into the device; the smallest if none does."""
+        host_fits = 2 * expert_bytes(self.model) + self.model.text <= self.ram
+        rungs = ladder(self.model.dit.num_layers, self.options, host_fits=host_fits)
+        counted = [(rung, stage_bytes(rung, self.model, workload)) for rung in rungs]
+        room = self.vram - RESERVE
+        fitting = ((rung, needed) for rung, needed in counted if max(needed.values()) <= room)
+        plan, needed = next(fitting, None) or min(counted, key=lambda each: max(each[1].values()))
+        loras = ", the LoRAs run beside the weights" if plan.reads_disk and self.model.loras else ""
+        reason = f"{self.vram / GIB:.0f} GiB of device memory are free: {plan.summary}{loras}."
+        if max(needed.values()) > room:
+            reason += " It may not be enough."
+        return replace(plan, bytes=needed, reason=reason)
 
 
 class MemoryLadder:

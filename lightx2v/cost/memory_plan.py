@@ -26,14 +26,6 @@ TEXT_WEIGHTS = 4_631_000_000
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class FreeMemory:
-    """Free bytes of the device before anything is loaded, and of the host."""
-
-    vram: int
-    ram: int
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
 class ModelSize:
     """Sizes and bytes per value: `weight` for the blocks' matrices on the device (1 for FP8), `compute` for products.
 
@@ -70,7 +62,7 @@ class Workload:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class OffloadOptions:
-    """The options of a configuration; `choose` decides those that are "auto"."""
+    """The options of a configuration; `MemoryPlanner` decides those that are "auto"."""
 
     cpu_offload: bool | Literal["auto"] = "auto"
     granularity: str = "model"

@@ -23,7 +23,7 @@ from ..loading.networks import DTYPES, Precision, expert_weights
 from ..loading.prebuilt_cache import build_prebuilt, find_prebuilt
 from ..models.preview import Preview
 from ..offload.placement import Placement, load_offloaded, planner_for
-from ..offload.resident import Resident
+from ..offload.resident import LoadInputs, Resident
 from ..parallel.mesh import Mesh
 from ..parallel.process_group import Group
 from ..parallel.rendezvous import join
@@ -111,8 +111,8 @@ def load_here(
         files, warnings = with_prebuilt(locate(config), config, precision, meter, cancel, group)
         read = files.prebuilt or files
         warnings += check_expert_pair(open_checkpoint(read.high), open_checkpoint(read.low), config.task)
-        self_attention, cross_attention = choose_attention(config, files, precision)
-        placement = load_placement(files, config, precision, self_attention, cross_attention, warnings, cancel, group)
+        inputs = LoadInputs(files, config, precision, *choose_attention(config, files, precision), cancel, group)
+        placement = load_placement(inputs, warnings)
         for warning in warnings:
             log.warning("%s", warning)
         with torch.inference_mode(), placement.vae() as vae:
@@ -122,8 +122,8 @@ def load_here(
         mesh=mesh,
         precision=precision,
         placement=placement,
-        self_attention=self_attention,
-        cross_attention=cross_attention,
+        self_attention=inputs.self_attention,
+        cross_attention=inputs.cross_attention,
         preview=preview,
         load_seconds=time.perf_counter() - started,
         preset=preset,
@@ -178,32 +178,23 @@ def choose_attention(config: EngineConfig, files: ModelFiles, precision: Precisi
     return choices[names[0]], choices[names[1]]
 
 
-def load_placement(
-    files: ModelFiles,
-    config: EngineConfig,
-    precision: Precision,
-    self_attention: Choice,
-    cross_attention: Choice,
-    warnings: list[str],
-    cancel: CancelToken | None,
-    group: Group,
-) -> Placement:
+def load_placement(inputs: LoadInputs, warnings: list[str]) -> Placement:
     """Load the weights to where the plan puts them, with less on the device after each out-of-memory error.
 
     A retry adds a warning.
     """
-    parts = (files, config, precision, self_attention, cross_attention)
-    planner, when = planner_for(files, config, precision, group), "while loading the model"
+    config, precision, group = inputs.config, inputs.precision, inputs.group
+    planner, when = planner_for(inputs.files, config, precision, group), "while loading the model"
     if planner is None and not config.lazy_load:
         if config.cpu_offload is True:
             device = precision.device.type.upper()
             warnings.append(f"cpu_offload has no effect: {device} has no memory of its own to offload from.")
-        return within_memory(lambda: Resident(*parts, cancel=cancel, group=group), when)
+        return within_memory(lambda: Resident(inputs), when)
     plan = planner.plan(USUAL) if planner else plan_from_disk(config)
     # Several processes do not retry: memory may have run out on one of them only.
     ladder, reduced = MemoryLadder(plan, planner, retry=group.size == 1), list[str]()
     placement = retry_with_offload(
-        lambda: load_offloaded(*parts, ladder, cancel=cancel, group=group),
+        lambda: load_offloaded(inputs, ladder),
         when,
         lambda: ladder.reduce("denoise") if planner else None,
         reduced.append,

@@ -8,26 +8,23 @@ from __future__ import annotations
 
 import logging
 import math
-from dataclasses import replace
 
 import torch
 
-from ..attention import Choice
 from ..config.engine_config import EngineConfig
 from ..cost.architecture import DiTConfig
 from ..cost.machine import host_memory
 from ..cost.memory_ladder import MemoryLadder, MemoryPlanner
-from ..cost.memory_plan import FreeMemory, ModelSize, OffloadOptions
+from ..cost.memory_plan import ModelSize, OffloadOptions
 from ..loading.expert_loras import ExpertLoras, match_loras
 from ..loading.model_files import ModelFiles
 from ..loading.networks import Precision, expert_dtypes, expert_weights
 from ..parallel.process_group import Group
 from ..parallel.single_process import ALONE
-from ..progress import CancelToken
 from ..weights.checkpoint import open_checkpoint
 from .device_copies import Copies, copies_for
 from .offloaded import Offloaded
-from .resident import Resident
+from .resident import LoadInputs, Resident
 
 log = logging.getLogger("lightx2v.offload")
 
@@ -44,47 +41,24 @@ def planner_for(
         return None
     # All processes plan alike: for the smallest device, and for an equal share of host memory.
     everywhere = group.all_gather_json([torch.cuda.mem_get_info(precision.device)[0], host_memory()[0]])
-    free = FreeMemory(vram=min(vram for vram, _ in everywhere), ram=min(ram for _, ram in everywhere) // group.size)
+    vram, ram = min(vram for vram, _ in everywhere), min(ram for _, ram in everywhere) // group.size
     if files.prebuilt is None and config.build:
-        free = replace(free, ram=2**62)  # weights that no file holds cannot stay on disk
-    return MemoryPlanner(free=free, model=model_sizes(files, config, precision), options=OffloadOptions.of(config))
+        ram = 2**62  # weights that no file holds cannot stay on disk
+    model, options = model_sizes(files, config, precision), OffloadOptions.of(config)
+    return MemoryPlanner(vram=vram, ram=ram, model=model, options=options)
 
 
-def load_offloaded(
-    files: ModelFiles,
-    config: EngineConfig,
-    precision: Precision,
-    self_attention: Choice,
-    cross_attention: Choice,
-    ladder: MemoryLadder,
-    *,
-    copies: Copies | None = None,
-    cancel: CancelToken | None = None,
-    group: Group = ALONE,
-) -> Offloaded:
+def load_offloaded(inputs: LoadInputs, ladder: MemoryLadder, *, copies: Copies | None = None) -> Offloaded:
     """Load the model for the ladder's plan: parts that will not stay on the device go to host memory at once."""
-    plan = ladder.plan
-    log.info("Placement: %s", plan)
-    host = torch.device("cpu")
-    loaded = Resident(
-        files,
-        config,
-        precision,
-        self_attention,
-        cross_attention,
-        text_home=None if plan.text == "resident" else host,
-        expert_home=None if plan.mode == "resident" else host,
-        from_disk=plan.reads_disk,
-        cancel=cancel,
-        group=group,
-    )
+    log.info("Placement: %s", ladder.plan)
+    device = inputs.precision.device
     return Offloaded(
-        loaded,
+        Resident(inputs, ladder.plan),
         ladder=ladder,
-        device=precision.device,
-        copies=copies or copies_for(precision.device),
-        dtype_of=expert_dtypes(precision),
-        read_ahead=group.size == 1,  # several processes read together, between their other exchanges
+        device=device,
+        copies=copies or copies_for(device),
+        dtype_of=expert_dtypes(inputs.precision),
+        read_ahead=inputs.group.size == 1,  # several processes read together, between their other exchanges
     )
 
 

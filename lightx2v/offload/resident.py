@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import partial
 
 import torch
@@ -12,7 +12,7 @@ import torch
 from ..attention import Choice
 from ..config.engine_config import EngineConfig
 from ..config.request import Expert, LoraSpec
-from ..cost.memory_plan import Stage, Workload
+from ..cost.memory_plan import MemoryPlan, Stage, Workload
 from ..errors import CheckpointError, LoraError
 from ..loading.expert_loras import AppliedLora, ExpertLoras, match_loras
 from ..loading.model_files import ModelFiles
@@ -38,34 +38,37 @@ from ..weights.model_weights import ModelWeights
 from .packed_weights import Reader
 
 
+@dataclass(frozen=True, slots=True)
+class LoadInputs:
+    """What a process of `group` loads a model from, and how it computes with it."""
+
+    files: ModelFiles
+    config: EngineConfig
+    precision: Precision
+    self_attention: Choice
+    cross_attention: Choice
+    cancel: CancelToken | None = None
+    group: Group = ALONE
+
+
 class Resident:
     """All parts loaded to their devices, to stay there.
 
-    `text_home` and `expert_home` are other devices to load the text encoder and the experts to, before they are
-    streamed. With `from_disk` the experts are on the meta device, and `readers` read their weights. `tiling` has the
-    VAE's tiles, or None for the whole picture; `plan` is the memory plan for reports, None where there is no choice.
+    Parts that a `plan` will move or stream are loaded to host memory. If it reads weights from disk, the experts are on
+    the meta device, and `readers` read their weights. `tiling` has the VAE's tiles, or None for the whole picture;
+    `plan` is the memory plan for reports, None where there is no choice.
     """
 
-    def __init__(
-        self,
-        files: ModelFiles,
-        config: EngineConfig,
-        precision: Precision,
-        self_attention: Choice,
-        cross_attention: Choice,
-        *,
-        text_home: torch.device | None = None,
-        expert_home: torch.device | None = None,
-        from_disk: bool = False,
-        cancel: CancelToken | None = None,
-        group: Group = ALONE,
-    ) -> None:
+    plan = None
+
+    def __init__(self, inputs: LoadInputs, plan: MemoryPlan | None = None) -> None:
+        files, config, precision, group = inputs.files, inputs.config, inputs.precision, inputs.group
         self.tiling = Tiling() if config.use_tiling_vae is True else None
-        self.plan = None
         self.readers: dict[Expert, Reader] = {}
-        text_precision, expert_precision = (
-            replace(precision, device=home or precision.device) for home in (text_home, expert_home)
-        )
+        in_host_memory = replace(precision, device=torch.device("cpu"))
+        text_precision = precision if plan is None or plan.text == "resident" else in_host_memory
+        expert_precision = precision if plan is None or plan.mode == "resident" else in_host_memory
+        from_disk = plan is not None and plan.reads_disk
         self._experts: dict[Expert, WanDiT] = {}
         self._loras: dict[Expert, ExpertLoras] = {}
         for which in ("high", "low"):
@@ -73,9 +76,10 @@ class Resident:
             loras = match_loras(config.lora_configs, which, weights, config)
             prebuilt = prebuilt_weights(files, which)
             merged = weights if ExpertLoras.dynamic(weights, config, from_disk) else weights.with_loras(loras)
-            read = partial(load_expert, cancel=cancel, group=group, compute_device=precision.device)
+            read = partial(load_expert, cancel=inputs.cancel, group=group, compute_device=precision.device)
             load = build_expert if from_disk else read
-            dit = load(files, prebuilt or merged, expert_precision, self_attention, cross_attention)
+            attention = inputs.self_attention, inputs.cross_attention
+            dit = load(files, prebuilt or merged, expert_precision, *attention)
             broadcast = group.broadcast_stream
             added = ExpertLoras(dit, which, weights, loras, config, precision.device, broadcast, from_disk=from_disk)
             if from_disk:
@@ -89,7 +93,7 @@ class Resident:
         # Last, since its imports take seconds: another thread imports while the experts are read.
         self._text: TextEncoder | None = None
         if group.is_rank0:  # the others receive what it encodes
-            self._text = load_text_encoder(files, config, text_precision, group.local_cancel(cancel))
+            self._text = load_text_encoder(files, config, text_precision, group.local_cancel(inputs.cancel))
 
     @contextmanager
     def text(self) -> Iterator[TextEncoder]:

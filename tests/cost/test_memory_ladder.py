@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
+from dataclasses import asdict, replace
 
 import pytest
 import torch
@@ -21,10 +21,9 @@ from lightx2v.cost.memory_bytes import (
     stage_bytes,
 )
 from lightx2v.cost.memory_forecast import bytes_needed
-from lightx2v.cost.memory_ladder import RESERVE, MemoryLadder, MemoryPlanner, choose, next_plan
+from lightx2v.cost.memory_ladder import RESERVE, MemoryLadder, MemoryPlanner, next_plan
 from lightx2v.cost.memory_plan import (
     GIB,
-    FreeMemory,
     MemoryPlan,
     ModelSize,
     OffloadOptions,
@@ -43,7 +42,8 @@ ROOMY = 512 * GIB
 def plan(
     gib: float, need: Workload = LARGE, model: ModelSize = BF16, ram: int = ROOMY, **options: object
 ) -> MemoryPlan:
-    return choose(FreeMemory(vram=int(gib * GIB), ram=ram), model, need, OffloadOptions(**options))  # type: ignore[arg-type]
+    chosen = OffloadOptions(**options)  # type: ignore[arg-type]
+    return MemoryPlanner(vram=int(gib * GIB), ram=ram, model=model, options=chosen).plan(need)
 
 
 def gib(amount: float) -> float:
@@ -160,9 +160,8 @@ def test_options_are_kept() -> None:
 
 @pytest.mark.parametrize("vram", [12, 24, 48, 141])
 def test_a_configuration_gives_these_options(vram: int) -> None:
-    free = FreeMemory(vram=vram * GIB, ram=ROOMY)
     plans = {
-        word: choose(free, BF16, LARGE, OffloadOptions.of(EngineConfig(cpu_offload=True, offload_granularity=word)))  # type: ignore[arg-type]
+        word: plan(vram, **asdict(OffloadOptions.of(EngineConfig(cpu_offload=True, offload_granularity=word))))
         for word in ("model", "block", "phase")
     }
     assert plans["block"] == plans["phase"] and plans["block"].resident_blocks == 0
@@ -183,8 +182,8 @@ def test_the_page_expects_what_the_engine_will_plan(name: str, mib: int) -> None
     precision = Precision(device=torch.device("cuda"), compute=torch.bfloat16, vae=torch.bfloat16)
     model = model_sizes(locate(preset.engine), preset.engine, precision)
     need = Workload.of(request.latent_shape, guided=any(request.guided))
-    planned = choose(FreeMemory(vram=vram, ram=ROOMY), model, need, OffloadOptions.of(preset.engine))
-    expected = max(planned.bytes.values())
+    planner = MemoryPlanner(vram=vram, ram=ROOMY, model=model, options=OffloadOptions.of(preset.engine))
+    expected = max(planner.plan(need).bytes.values())
     assert bytes_needed(preset.engine, request, vram=vram, ram=ROOMY) == pytest.approx(expected, rel=0.02)
 
 
@@ -241,7 +240,7 @@ def test_a_plan_in_words_gives_its_reason_and_its_bytes() -> None:
 
 
 def planner(gib: float, ram: int = ROOMY) -> MemoryPlanner:
-    return MemoryPlanner(free=FreeMemory(vram=int(gib * GIB), ram=ram), model=BF16, options=OffloadOptions())
+    return MemoryPlanner(vram=int(gib * GIB), ram=ram, model=BF16, options=OffloadOptions())
 
 
 def test_later_runs_keep_no_more_on_the_device_than_an_error_left() -> None:

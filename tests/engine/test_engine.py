@@ -17,12 +17,12 @@ import lightx2v.offload.placement
 from lightx2v.config.engine_config import EngineConfig
 from lightx2v.config.presets import resolve
 from lightx2v.config.request import Request
-from lightx2v.cost.memory_ladder import MemoryPlanner
-from lightx2v.cost.memory_plan import GIB, FreeMemory, ModelSize, OffloadOptions
+from lightx2v.cost.memory_ladder import MemoryLadder, MemoryPlanner
+from lightx2v.cost.memory_plan import GIB, ModelSize, OffloadOptions
 from lightx2v.engine.engine import load_engine
 from lightx2v.errors import BadRequest, Cancelled, OutOfMemory, OutputError
 from lightx2v.offload.offloaded import Offloaded
-from lightx2v.offload.resident import Resident
+from lightx2v.offload.resident import LoadInputs, Resident
 from lightx2v.pipeline import LightX2VPipeline
 from lightx2v.progress import CancelToken
 
@@ -55,7 +55,7 @@ def test_loading_stops_where_it_is_cancelled(tiny: TinyModels, monkeypatch: pyte
 
 
 def roomy(*_: object) -> MemoryPlanner:
-    return MemoryPlanner(free=FreeMemory(vram=200 * GIB, ram=200 * GIB), model=ModelSize(), options=OffloadOptions())
+    return MemoryPlanner(vram=200 * GIB, ram=200 * GIB, model=ModelSize(), options=OffloadOptions())
 
 
 def test_loading_continues_after_out_of_memory_with_less_on_the_device_and_a_warning(
@@ -65,12 +65,12 @@ def test_loading_continues_after_out_of_memory_with_less_on_the_device_and_a_war
     placed: list[weakref.ref[torch.Tensor]] = []
     load, place = lightx2v.engine.engine.load_offloaded, lightx2v.weights.module_loader._place
 
-    def noting(*args: Any, **more: Any) -> Any:
+    def noting(inputs: LoadInputs, ladder: MemoryLadder) -> Any:
         gc.collect()
         assert all(ref() is None for ref in placed), "what the failed load had placed is free again"
-        modes.append(args[5].plan.mode)
+        modes.append(ladder.plan.mode)
         placed.clear()
-        return load(*args, **more)
+        return load(inputs, ladder)
 
     def starved(*args: Any) -> torch.Tensor:
         if modes[-1] == "resident" and len(placed) == 50:  # in the middle of an expert

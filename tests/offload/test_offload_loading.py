@@ -24,7 +24,7 @@ from lightx2v.config.presets import resolve
 from lightx2v.config.request import LoraSpec, Request
 from lightx2v.cost.memory_bytes import expert_bytes
 from lightx2v.cost.memory_ladder import MemoryLadder, MemoryPlanner
-from lightx2v.cost.memory_plan import GIB, FreeMemory, MemoryPlan, OffloadOptions, Workload
+from lightx2v.cost.memory_plan import GIB, MemoryPlan, OffloadOptions, Workload
 from lightx2v.errors import LoraError, OutOfMemory
 from lightx2v.loading.expert_loras import ExpertLoras, match_loras
 from lightx2v.loading.model_files import ModelFiles, locate
@@ -32,6 +32,7 @@ from lightx2v.loading.networks import Precision, expert_weights, load_expert
 from lightx2v.loading.prebuilt_cache import find_prebuilt
 from lightx2v.offload.device_copies import HostCopies
 from lightx2v.offload.placement import load_offloaded, model_sizes, planner_for
+from lightx2v.offload.resident import LoadInputs
 from lightx2v.pipeline import LightX2VPipeline
 from lightx2v.weights.checkpoint import open_checkpoint
 from lightx2v.weights.lora import MatchedLora
@@ -61,9 +62,8 @@ def loaded(
             precision = Precision.of(config)
             choice = resolve_attention("torch_sdpa", precision.device, precision.compute)
             copies = HostCopies(poison=True)
-            placement = load_offloaded(
-                files or locate(config), config, precision, choice, choice, MemoryLadder(plan, planner), copies=copies
-            )
+            inputs = LoadInputs(files or locate(config), config, precision, choice, choice)
+            placement = load_offloaded(inputs, MemoryLadder(plan, planner), copies=copies)
             assert pipe._engine is not None
             pipe._engine = replace(pipe._engine, placement=placement)
         yield pipe
@@ -358,9 +358,7 @@ def test_a_planner_counts_this_model_and_plans_for_each_request(tiny: TinyModels
     model = model_sizes(locate(config), config, Precision.of(config))
     parameters = expert_weights(locate(config), "high", config).shapes.values()
     assert expert_bytes(model) == pytest.approx(4 * sum(torch.Size(shape).numel() for shape in parameters), rel=0.3)
-    planner = MemoryPlanner(
-        free=FreeMemory(vram=4 * GIB, ram=GIB), model=model, options=OffloadOptions(cpu_offload=True)
-    )
+    planner = MemoryPlanner(vram=4 * GIB, ram=GIB, model=model, options=OffloadOptions(cpu_offload=True))
     expected = resident(config, request)
     with loaded(config, STREAM, planner) as pipe:
         result = pipe.run(request, return_latents=True)

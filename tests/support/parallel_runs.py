@@ -24,6 +24,7 @@ from lightx2v.engine import run as run_module
 from lightx2v.errors import LightX2VError
 from lightx2v.offload.device_copies import HostCopies
 from lightx2v.offload.placement import load_offloaded
+from lightx2v.offload.resident import LoadInputs
 from lightx2v.parallel.mesh import Mesh
 from lightx2v.parallel.rendezvous import join
 from lightx2v.pipeline import LightX2VPipeline
@@ -184,16 +185,8 @@ def offloaded_again(config: EngineConfig, lazy: bool, mesh: Any) -> Any:
 
     files, precision = locate(config), Precision.of(config)
     plan = replace(STREAMED, from_disk=lazy)
-    choices = choose_attention(config, files, precision)
-    return load_offloaded(
-        files,
-        config,
-        precision,
-        *choices,
-        MemoryLadder(plan, retry=False),
-        copies=HostCopies(poison=True),
-        group=mesh.group,
-    )
+    inputs = LoadInputs(files, config, precision, *choose_attention(config, files, precision), group=mesh.group)
+    return load_offloaded(inputs, MemoryLadder(plan, retry=False), copies=HostCopies(poison=True))
 
 
 def dist_size() -> int:
