@@ -276,19 +276,15 @@ class LightX2VPipeline:
                     check_output_path(save_result_path, force=force)
                 return replace(request, seed=draw_seed()) if request.seed == -1 else request
 
-            def video(request: Request, path: str | Path | None, return_frames: bool) -> Result:
-                run = Run(engine, request, on_progress, cancel)
-                run.use_loras(self._loras_of(request))
-                with torch.inference_mode():
-                    return within_memory(
-                        lambda: run.video(path, metadata, force, return_frames, return_latents), run.size
-                    )
-
             group = engine.mesh.group
             agreed = group.run_on_rank0("run", checked, Request.to_json, Request.from_json)
+            # Rank 0 alone has the frames and writes.
+            path, frames = (save_result_path, return_frames) if group.is_rank0 else (None, False)
             with group.collective():
-                # Rank 0 alone has the frames and writes.
-                return video(agreed, save_result_path if group.is_rank0 else None, return_frames and group.is_rank0)
+                run = Run(engine, agreed, on_progress, cancel)
+                run.use_loras(self._loras_of(agreed))
+                with torch.inference_mode():
+                    return within_memory(lambda: run.video(path, metadata, force, frames, return_latents), run.size)
 
     def switch_lora(self, lora_configs: Sequence[dict[str, Any] | LoraSpec]) -> None:
         """Exchange the LoRAs of both experts, now and for every request without LoRAs of its own; [] removes them.
@@ -304,7 +300,12 @@ class LightX2VPipeline:
                 return config.lora_configs if lora_configs else ()
 
             group = engine.mesh.group
-            loras = group.run_on_rank0("lora", download, _loras_to_json, _loras_from_json)
+            loras = group.run_on_rank0(
+                "lora",
+                download,
+                lambda specs: [spec.to_json() for spec in specs],
+                lambda content: tuple(LoraSpec.from_json(spec) for spec in content),
+            )
             with group.collective():
                 within_memory(lambda: engine.placement.use_loras(loras), "while exchanging LoRAs")
             self._loras = loras
@@ -388,11 +389,3 @@ class LightX2VPipeline:
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
         self.close()
-
-
-def _loras_to_json(loras: Sequence[LoraSpec]) -> list[dict[str, Any]]:
-    return [lora.to_json() for lora in loras]
-
-
-def _loras_from_json(content: list[dict[str, Any]]) -> tuple[LoraSpec, ...]:
-    return tuple(LoraSpec.from_json(lora) for lora in content)

@@ -24,7 +24,7 @@ from lightx2v.config.model_paths import PROJECT
 from lightx2v.config.presets import VARIANTS, PresetInfo, Resolved, list_presets, resolve
 from lightx2v.config.request import Request
 from lightx2v.cost.machine import MachineReader
-from lightx2v.cost.memory_forecast import bytes_needed, shape_of
+from lightx2v.cost.memory_forecast import forecast, shape_of
 from lightx2v.cost.run_time import Prediction, Rates, estimate_cost
 from lightx2v.errors import BadRequest, ConfigError, LightX2VError
 from lightx2v.jobs.engine_slot import LoadedModel, OpenEngine, Outcome
@@ -150,7 +150,7 @@ class Studio:
         room = self.room
         if room is None:
             return None
-        return bytes_needed(config, request, vram=room, ram=self.machine().ram_free)
+        return max(forecast(config, request, vram=room, ram=self.machine().ram_free).plan.bytes.values())
 
     def prediction_of(self, job_id: str) -> Prediction | None:
         """The prediction made when the job was submitted or edited; None if nothing was measured before."""

@@ -83,11 +83,6 @@ def forecast(config: EngineConfig, request: Request, *, vram: int, ram: int) -> 
     return Forecast(plan=plan, device=plan.bytes, host=host_bytes(plan, model), free=vram, fits=fits)
 
 
-def bytes_needed(config: EngineConfig, request: Request, *, vram: int, ram: int) -> int:
-    """The peak of device memory where `vram` bytes are free."""
-    return max(forecast(config, request, vram=vram, ram=ram).plan.bytes.values())
-
-
 @lru_cache(maxsize=64)
 def shape_of(config: EngineConfig) -> DiTConfig:
     """The architecture from the model's folder; A14B's if the folder is not on this machine."""

@@ -5,7 +5,6 @@ from __future__ import annotations
 import logging
 import time
 from dataclasses import dataclass, field, replace
-from typing import Any
 
 import torch
 
@@ -68,27 +67,25 @@ def load_engine(
 
     Raises ConfigError, DownloadError, CheckpointError, OutOfMemory or Cancelled, and leaves nothing in memory then.
     """
-    group = group_for(config)
+    environment = Environment.read()
+    config.check_world(environment.world_size or 1, enable_cfg=True)
+    group = join(environment) if environment.distributed else ALONE
 
     def download() -> tuple[EngineConfig, str]:
         hub.ensure(config, meter=Meter(on_progress=on_progress), cancel=cancel)
         return config, preset
 
-    config, preset = group.run_on_rank0("load", download, _load_command, _loaded_command)
+    config, preset = group.run_on_rank0(
+        "load",
+        download,
+        lambda model: {"config": model[0].to_json(), "preset": model[1]},
+        lambda content: (EngineConfig.from_json(content["config"]), content["preset"]),
+    )
     with group.collective():
         # Unguided steps are shared by all processes in any layout, so this one suits every request.
         layout = config.parallel or ParallelConfig.for_world(group.size, enable_cfg=True)
         mesh = Mesh(group, layout.cfg_p_size, layout.seq_p_size)
         return load_here(config, mesh, preset, on_progress, cancel)
-
-
-def _load_command(model: tuple[EngineConfig, str]) -> dict[str, Any]:
-    """What rank 0 loads, as JSON for the other processes."""
-    return {"config": model[0].to_json(), "preset": model[1]}
-
-
-def _loaded_command(content: dict[str, Any]) -> tuple[EngineConfig, str]:
-    return EngineConfig.from_json(content["config"]), content["preset"]
 
 
 def load_here(
@@ -204,13 +201,3 @@ def load_placement(inputs: LoadInputs, warnings: list[str]) -> Placement:
             f"The device ran out of memory while loading; the model was loaded with less on it: {reduced[-1]}."
         )
     return placement
-
-
-def group_for(config: EngineConfig) -> Group:
-    """The processes that torchrun started for this model, or this one alone.
-
-    Raises ConfigError before anything is loaded if they do not fit the configuration.
-    """
-    environment = Environment.read()
-    config.check_world(environment.world_size or 1, enable_cfg=True)
-    return join(environment) if environment.distributed else ALONE

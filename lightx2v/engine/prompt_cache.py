@@ -2,33 +2,21 @@
 
 from __future__ import annotations
 
-from collections import OrderedDict
-
 from ..models.umt5 import TextEmbedding
 
 SIZE = 16
 """Prompts, up to 4 MB each."""
 
 
-class PromptCache:
-    """The last prompts of one text encoder, bit by bit as it encoded them."""
+class PromptCache(dict[str, TextEmbedding]):
+    """The prompts that one text encoder encoded, by text. Keeps the SIZE ones that were used last."""
 
-    def __init__(self, size: int = SIZE) -> None:
-        self._size = size
-        self._embeddings: OrderedDict[str, TextEmbedding] = OrderedDict()
+    def __getitem__(self, text: str) -> TextEmbedding:
+        self[text] = embedding = self.pop(text)
+        return embedding
 
-    def __contains__(self, text: str) -> bool:
-        return text in self._embeddings
-
-    def get(self, text: str) -> TextEmbedding:
-        self._embeddings.move_to_end(text)
-        return self._embeddings[text]
-
-    def put(self, text: str, embedding: TextEmbedding) -> None:
-        self._embeddings[text] = embedding
-        self._embeddings.move_to_end(text)
-        while len(self._embeddings) > self._size:
-            self._embeddings.popitem(last=False)
-
-    def clear(self) -> None:
-        self._embeddings.clear()
+    def __setitem__(self, text: str, embedding: TextEmbedding) -> None:
+        self.pop(text, None)  # so that it moves to the end
+        super().__setitem__(text, embedding)
+        if len(self) > SIZE:
+            del self[next(iter(self))]

@@ -136,9 +136,9 @@ class Run:
             with self.placement.text() as encoder:
                 for done, text in enumerate(missing):
                     self.token.check()
-                    self.engine.prompts.put(text, encoder.encode(text))
+                    self.engine.prompts[text] = encoder.encode(text)
                     self.meter.emit("text", done + 1, len(missing))
-        embeddings = {name: self.engine.prompts.get(text) for name, text in texts.items()}
+        embeddings = {name: self.engine.prompts[text] for name, text in texts.items()}
         for name, embedding in embeddings.items():
             self.tokens[name] = embedding.tokens
             if embedding.truncated:

@@ -125,17 +125,12 @@ class TextEncoder(nn.Module):
         stream_into(holder, renamed, dtype_of=dtype_of, device=device, source_name=source, cancel=cancel)
         table = weights.file_names[TABLE]
         encoder = cls(stack, checkpoint.memory_map(table), load_tokenizer(tokenizer), text_len=text_len)
-        encoder.require_vocabulary(sizes.vocab, short_path(tokenizer))
-        return encoder
-
-    def require_vocabulary(self, rows: int, source: str) -> None:
-        """Refuse another model's tokenizer: its ids have no row in the table."""
-        size = self.tokenizer.get_vocab_size()
-        if size > rows:
+        if (size := encoder.tokenizer.get_vocab_size()) > sizes.vocab:  # some ids would have no row in the table
             raise CheckpointError(
-                f"{source} is a tokenizer with {size} tokens, but the text encoder has {rows}. "
+                f"{short_path(tokenizer)} is a tokenizer with {size} tokens, but the text encoder has {sizes.vocab}. "
                 "Use the tokenizer that came with the model."
             )
+        return encoder
 
     @torch.no_grad()
     def encode(self, prompt: str) -> TextEmbedding:

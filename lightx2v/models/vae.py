@@ -22,8 +22,6 @@ from .tiling import Tile, Tiling
 from .vae_config import LATENT_MEAN, LATENT_STD, VAEConfig
 from .vae_layers import Decoder, Encoder
 
-__all__ = ["Tiling", "VAEConfig", "WanVAE"]
-
 
 class WanVAE(nn.Module):
     def __init__(self, config: VAEConfig) -> None:

@@ -88,10 +88,6 @@ class PackedWeights:
                     self.places.append(place)
                     self.nbytes += -(-tensor.numel() * dtype.itemsize // ALIGN) * ALIGN
 
-    @property
-    def names(self) -> frozenset[str]:
-        return frozenset(place.name for place in self.places)
-
     def pack(self, *, pin: bool) -> None:
         """Move the values to the host buffer; the module releases its own memory."""
         host = host_buffer(self.nbytes, pin=pin)
@@ -105,7 +101,7 @@ class PackedWeights:
     def read(self, reader: Reader, buffer: Tensor) -> None:
         """Fill a host buffer from disk."""
         places = {place.name: place for place in self.places}
-        for name, tensor in reader(self.names):
+        for name, tensor in reader(frozenset(places)):
             places.pop(name).view(buffer).copy_(tensor)
         assert not places, f"not read: {list(places)[:3]}"
 

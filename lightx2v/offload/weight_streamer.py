@@ -275,12 +275,12 @@ class WeightStreamer:
         self.modules.clear()
 
 
+@dataclass
 class _Staging:
     """A host buffer between disk and device, and the event of the last copy from it."""
 
-    def __init__(self) -> None:
-        self.buffer: Tensor | None = None
-        self.event: Any = None
+    buffer: Tensor | None = None
+    event: Any = None
 
 
 def _stop_reading(slot: Slot) -> None:
