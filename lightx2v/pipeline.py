@@ -326,7 +326,7 @@ class LightX2VPipeline:
         for number in (
             signal.SIGINT,
             signal.SIGTERM,
-        ):  # rank 0 handles them for all: it ends its run, then every process
+        ):  # rank 0 ends its run, then every process
             signal.signal(number, signal.SIG_IGN)
         while True:
             what, content = group.next_command()

@@ -14,16 +14,7 @@ from .architecture import DiTConfig
 from .machine import Machine
 from .memory_bytes import host_bytes, stage_bytes
 from .memory_ladder import RESERVE, MemoryPlanner
-from .memory_plan import (
-    GIB,
-    TEXT_WEIGHTS,
-    VAE_WEIGHTS,
-    MemoryPlan,
-    ModelSize,
-    OffloadOptions,
-    Workload,
-    plan_from_disk,
-)
+from .memory_plan import GIB, TEXT_WEIGHTS, VAE_WEIGHTS, MemoryPlan, ModelSize, OffloadOptions, Workload, plan_from_disk
 
 DRIVER_BYTES = GIB
 """What the driver and the CUDA context take from a GPU's nominal size."""
@@ -34,18 +25,17 @@ SIZES = {"bf16": 2, "fp16": 2, "fp32": 4}
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Forecast:
-    """`device`: bytes by stage, None without a GPU. `host`: bytes of the weights that wait in host memory; without a
-    GPU, the bytes of everything. `free`: free bytes of the memory that has to hold the run."""
+    """`plan.bytes` are empty without a GPU. `host`: bytes of the weights that wait in host memory; without a GPU, the
+    bytes of everything. `free`: free bytes of the memory that has to hold the run."""
 
     plan: MemoryPlan
-    device: dict[str, int] | None
     host: int
     free: int
     fits: bool
 
     def to_json(self) -> dict[str, Any]:
         """In GiB."""
-        stages = {stage: _gib(size) for stage, size in (self.device or {}).items()}
+        stages = {stage: _gib(size) for stage, size in self.plan.bytes.items()}
         return {
             "free_gib": _gib(self.free),
             "device_peak_gib": max(stages.values(), default=None),
@@ -71,7 +61,7 @@ def forecast_for_machine(config: EngineConfig, request: Request, machine: Machin
     if config.lazy_load:
         plan = plan_from_disk(config)
     peak = max(stage_bytes(plan, model, _workload(request)).values())
-    return Forecast(plan=plan, device=None, host=peak, free=ram, fits=peak <= ram)
+    return Forecast(plan=plan, host=peak, free=ram, fits=peak <= ram)
 
 
 def forecast(config: EngineConfig, request: Request, *, vram: int, ram: int) -> Forecast:
@@ -80,7 +70,7 @@ def forecast(config: EngineConfig, request: Request, *, vram: int, ram: int) -> 
     planner = MemoryPlanner(vram=vram, ram=ram, model=model, options=OffloadOptions.of(config))
     plan = planner.plan(_workload(request))
     fits = max(plan.bytes.values()) + RESERVE <= vram
-    return Forecast(plan=plan, device=plan.bytes, host=host_bytes(plan, model), free=vram, fits=fits)
+    return Forecast(plan=plan, host=host_bytes(plan, model), free=vram, fits=fits)
 
 
 @lru_cache(maxsize=64)

@@ -10,16 +10,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 
 from .memory_bytes import expert_bytes, stage_bytes
-from .memory_plan import (
-    GIB,
-    PREFETCH_SLOTS,
-    MemoryPlan,
-    ModelSize,
-    OffloadOptions,
-    Part,
-    Stage,
-    Workload,
-)
+from .memory_plan import GIB, PREFETCH_SLOTS, MemoryPlan, ModelSize, OffloadOptions, Part, Stage, Workload
 
 RESERVE = GIB * 3 // 4
 """Never planned for: workspaces of cuBLAS and cuDNN, growth of other programs."""

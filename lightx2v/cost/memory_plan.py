@@ -122,14 +122,9 @@ class MemoryPlan:
 
     def to_json(self) -> dict[str, Any]:
         """For reports, under the keys that they always had."""
-        renamed = {
-            "ring": "prefetch_slots",
-            "together": "keep_experts",
-            "apart": "sequential_cfg",
-            "lazy": "reads_disk",
-        }
+        names = {"ring": "prefetch_slots", "together": "keep_experts", "apart": "sequential_cfg", "lazy": "reads_disk"}
         keys = "mode resident_blocks ring text vae together tiling apart lazy bytes reason"
-        return {key: getattr(self, renamed.get(key, key)) for key in keys.split()}
+        return {key: getattr(self, names.get(key, key)) for key in keys.split()}
 
     def __str__(self) -> str:
         """The reason and the expected bytes."""

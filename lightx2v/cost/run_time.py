@@ -155,7 +155,12 @@ class Rates:
     def _read(self) -> dict[str, Any]:
         try:
             read = json.loads(self._path.read_text(encoding="utf-8"))
-            return _checked(read["devices"]) if read["version"] == VERSION else {}
+            devices = read["devices"] if read["version"] == VERSION else {}
+            stages = [stage for engines in devices.values() for engine in engines.values() for stage in engine.values()]
+            numbers = [number for samples in stages for calls, size, took in samples for number in (calls, size, took)]
+            if not all(type(number) in (int, float) and CACHED <= number < 1e30 for number in numbers):
+                raise ValueError("not a measured sample")
+            return devices
         except FileNotFoundError:
             return {}
         except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
@@ -169,15 +174,6 @@ class Rates:
             os.replace(new, self._path)
         except OSError as error:
             log.warning("Could not store the measured times: %s", error.strerror)
-
-
-def _checked(devices: dict[str, Any]) -> dict[str, Any]:
-    """Return `devices`, or raise an error if their shapes or values cannot come from a run."""
-    stages = [stage for engines in devices.values() for engine in engines.values() for stage in engine.values()]
-    numbers = [number for samples in stages for calls, size, took in samples for number in (calls, size, took)]
-    if not all(type(number) in (int, float) and CACHED <= number < 1e30 for number in numbers):
-        raise ValueError("not a measured sample")
-    return devices
 
 
 def _fit(stage: str, samples: Iterable[list[float]], calls: int, size: float) -> float:

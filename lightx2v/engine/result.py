@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from ..config.engine_config import EngineConfig
@@ -38,7 +38,7 @@ class Result:
     file_bytes: int | None = None
     loras: tuple[dict[str, Any], ...] = ()
     plan: dict[str, Any] | None = None
-    warnings: tuple[str, ...] = field(default=())
+    warnings: tuple[str, ...] = ()
     processes: tuple[dict[str, Any], ...] = ()
 
     @property

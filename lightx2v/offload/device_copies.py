@@ -14,23 +14,24 @@ from __future__ import annotations
 
 import threading
 from concurrent.futures import Future
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
 
+@dataclass(eq=False)
 class Slot:
     """`item` names the weights that the flat buffer holds or will hold. `reading` is the read from disk before the
     copy. `copy_event` and `release_event` belong to the copies."""
 
-    def __init__(self, buffer: Tensor) -> None:
-        self.buffer = buffer
-        self.item: object = None
-        self.in_use = False
-        self.reading: Future[None] | None = None
-        self.copy_event: Any = None
-        self.release_event: Any = None
+    buffer: Tensor
+    item: Any = None
+    in_use: bool = False
+    reading: Future[None] | None = None
+    copy_event: Any = None
+    release_event: Any = None
 
 
 class CudaCopies:

@@ -9,11 +9,10 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
-from torch import nn
 
 from ..config.request import Expert, LoraSpec
 from ..cost.memory_ladder import MemoryLadder
@@ -67,7 +66,7 @@ class Offloaded:
     @contextmanager
     def text(self) -> Iterator[TextEncoder]:
         assert self._text is not None, "the placement is closed"
-        with self._visit("text", self._text):
+        with self._visit("text"):
             yield self._text
 
     @contextmanager
@@ -75,32 +74,27 @@ class Offloaded:
         dit, plan = self._experts[which], self._ladder.plan
         dit.sequential_cfg, dit.cache_text_kv = plan.sequential_cfg, plan.cache_text_kv
         streamer = self._streamers.get("experts")
-        if streamer is None:
-            yield dit
-            return
-        with streamer.use(which, then):
+        with streamer.use(which, then) if streamer else nullcontext():
             yield dit
 
     @contextmanager
     def vae(self) -> Iterator[WanVAE]:
         assert self._vae is not None, "the placement is closed"
-        with whole_float32(), self._visit("vae", self._vae):
+        with whole_float32(), self._visit("vae"):
             yield self._vae
 
     @contextmanager
-    def _visit(self, name: str, module: nn.Module) -> Iterator[Any]:
+    def _visit(self, name: str) -> Iterator[None]:
         """Have a part on the device for one stage."""
         if "experts" in self._streamers and not self._ladder.plan.keep_experts:
             self._streamers["experts"].free()
         streamer = self._streamers.get(name)
-        if streamer is None:
-            yield module
-            return
         try:
-            with streamer.use(name):
-                yield module
+            with streamer.use(name) if streamer else nullcontext():
+                yield
         finally:
-            streamer.free()
+            if streamer:
+                streamer.free()
 
     @property
     def tiling(self) -> Tiling | None:
@@ -115,9 +109,8 @@ class Offloaded:
         if self._loras == tuple(specs):
             return
         self._loras = None
-        with ExitStack() as stack:
-            if "experts" in self._streamers:
-                stack.enter_context(self._streamers["experts"].edit())
+        streamer = self._streamers.get("experts")
+        with streamer.edit() if streamer else nullcontext():
             self._loaded.use_loras(specs)
         self._loras = tuple(specs)
 

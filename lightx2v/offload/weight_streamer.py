@@ -211,7 +211,7 @@ class WeightStreamer:
         if slot.item == item:
             return
         if slot.item is not None:
-            self.packed[slot.item].unbind()  # type: ignore[index]
+            self.packed[slot.item].unbind()
         slot.item = None
         weights = self.packed[item]
         if weights.host is not None:
