@@ -89,11 +89,7 @@ def load_engine(
 
 
 def load_here(
-    config: EngineConfig,
-    mesh: Mesh,
-    preset: str,
-    on_progress: OnProgress | None,
-    cancel: CancelToken | None,
+    config: EngineConfig, mesh: Mesh, preset: str, on_progress: OnProgress | None, cancel: CancelToken | None
 ) -> LoadedEngine:
     """Load this process's part of the model."""
     group = mesh.group

@@ -127,11 +127,7 @@ class WanDiT(nn.Module):
         return [row for velocity_BCTHW in velocities for row in velocity_BCTHW]
 
     def forward_batch(
-        self,
-        latents_BCTHW: Tensor,
-        timesteps_B: Tensor,
-        context_BLD: Tensor,
-        condition_BCTHW: Tensor | None = None,
+        self, latents_BCTHW: Tensor, timesteps_B: Tensor, context_BLD: Tensor, condition_BCTHW: Tensor | None = None
     ) -> Tensor:
         """Velocities (B, C, T, H, W) of different samples, each with its own timestep and prompt, for training.
 

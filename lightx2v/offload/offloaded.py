@@ -139,10 +139,7 @@ class Offloaded:
         if plan.mode != "resident":
             experts = {
                 which: StreamedModule(
-                    module=dit,
-                    blocks=list(dit.blocks),
-                    reader=self._loaded.readers.get(which),
-                    dtype_of=self._dtype_of,
+                    module=dit, blocks=list(dit.blocks), reader=self._loaded.readers.get(which), dtype_of=self._dtype_of
                 )
                 for which, dit in self._experts.items()
             }

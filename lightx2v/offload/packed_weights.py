@@ -81,7 +81,7 @@ class PackedWeights:
                     name, dtype = f"{path}.{leaf}" if path else leaf, tensor.dtype
                     if dtype_of and tensor.is_floating_point() and tensor.itemsize > 1:
                         dtype = dtype_of(name)
-                    stride = (tensor if _dense(tensor) else tensor.contiguous()).stride()
+                    stride = torch.empty_like(tensor, device="meta").stride()  # of any order, but without gaps
                     place = Place(
                         name, cast("Holder", holder), leaf, parameter, self.nbytes, dtype, tensor.shape, stride
                     )
@@ -126,17 +126,6 @@ class PackedWeights:
         """Release all device buffers."""
         self.unbind()
         self._views.clear()
-
-
-def _dense(tensor: Tensor) -> bool:
-    """Whether the elements fill their memory without gaps, in any order (channels last, say)."""
-    expected = 1
-    for size, stride in sorted(zip(tensor.shape, tensor.stride(), strict=True), key=lambda pair: pair[1]):
-        if size > 1:
-            if stride != expected:
-                return False
-            expected *= size
-    return True
 
 
 def host_buffer(nbytes: int, *, pin: bool) -> Tensor:

@@ -20,6 +20,7 @@ from ..progress import CancelToken
 from .collectives import Collectives
 
 BUNDLE, ALIGN = 8 << 20, 16
+"""Bytes of a bundle, and of the steps at which its tensors begin, so that each can be viewed as any dtype."""
 
 TensorStream = Iterable[tuple[str, Tensor]]
 
@@ -43,15 +44,16 @@ def broadcast_stream(
             bundle = next(bundles, None)
             placed = [(name, tensor.to(device)) for name, tensor in bundle or ()]
             flat = [tensor.contiguous().reshape(-1).view(torch.uint8) for _, tensor in placed]
-            packed = flat[0] if len(flat) == 1 else torch.cat([_padded(raw) for raw in flat]) if flat else None
+            if len(flat) > 1:
+                flat = [torch.cat([F.pad(raw, (0, -raw.numel() % ALIGN)) for raw in flat])]
         except BaseException as error:
             collectives.broadcast_json(error_to_json(error))
             raise
-        if packed is None:
+        if not flat:
             break
         collectives.broadcast_json([[name, list(t.shape), str(t.dtype).removeprefix("torch.")] for name, t in placed])
-        collectives.broadcast(packed)
-        del bundle, flat, packed
+        collectives.broadcast(flat[0])
+        del bundle, flat
         yield from placed
     collectives.broadcast_json(None)
 
@@ -80,11 +82,6 @@ def _bundles(tensors: TensorStream, cancel: CancelToken | None) -> Iterator[list
         size += nbytes
     if bundle:
         yield bundle
-
-
-def _padded(raw: Tensor) -> Tensor:
-    """Pad bytes to a multiple of ALIGN, so that the next tensor can be viewed as any dtype."""
-    return F.pad(raw, (0, -raw.numel() % ALIGN))
 
 
 def error_to_json(error: BaseException) -> dict[str, str]:

@@ -85,17 +85,13 @@ class Collectives:
 
     def all_true(self, flag: bool) -> bool:
         """Whether the flag is set on all ranks."""
-        return self._reduce(flag, dist.ReduceOp.MIN)
+        return not self.any_true(not flag)
 
     def any_true(self, flag: bool) -> bool:
-        """Whether the flag is set on at least one rank."""
-        return self._reduce(flag, dist.ReduceOp.MAX)
-
-    def _reduce(self, flag: bool, operation: dist.ReduceOp.RedOpType) -> bool:
-        """All-reduce of one flag: a few bytes on the CPU, so it waits for no device."""
+        """Whether the flag is set on at least one rank. A few bytes on the CPU, so it waits for no device."""
         votes = torch.tensor([int(flag)], dtype=torch.int32)
         self._count("agree", 4 * (self.size - 1))
-        dist.all_reduce(votes, operation, group=self.handle)
+        dist.all_reduce(votes, dist.ReduceOp.MAX, group=self.handle)
         return bool(votes.item())
 
     def broadcast_json(self, message: Any) -> Any:
