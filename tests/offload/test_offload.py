@@ -208,6 +208,7 @@ def test_weights_on_disk_give_the_same_result() -> None:
     for _ in range(2):
         assert torch.equal(forward(streamer, "h", then="l"), expected[0])
         assert torch.equal(forward(streamer, "l"), expected[1])
+    streamer.close()
 
 
 @pytest.mark.slow
