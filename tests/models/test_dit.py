@@ -143,7 +143,7 @@ def test_diffusers_words_for_the_architecture_are_understood() -> None:
         ({"num_heads": 2, "num_layers": 40}, "num_layers is 40, the tensors say 3"),
         ({"num_heads": 5}, "48 cannot be split into 5 heads"),
         ({"num_heads": 16}, "heads of even size"),
-        ({}, "number of heads cannot be told from a width of 48"),
+        ({}, "width of 48 does not show the number of heads"),
     ],
 )
 def test_a_config_of_another_model_is_refused(config: dict[str, Any], message: str) -> None:
