@@ -14,6 +14,7 @@ import gradio as gr
 from gradio.components import Component
 
 from lightx2v.config.engine_config import EngineConfig
+from lightx2v.config.prompt_cleaning import is_blank
 from lightx2v.config.recorded_settings import PICTURES
 from lightx2v.config.request import Request
 from lightx2v.errors import LightX2VError
@@ -275,7 +276,7 @@ class PageEvent:
             return words("save_edit")
         values, lines = self.values, 1
         if values["per_line"]:
-            lines = sum(1 for line in str(values["prompt"]).splitlines() if line.strip())
+            lines = sum(1 for line in str(values["prompt"]).splitlines() if not is_blank(line))
         videos = values["videos"] if isinstance(values["videos"], (int, float)) else 1
         count = max(1, lines) * max(1, int(videos))
         return words("generate") if count == 1 else words("generate_n", n=count)

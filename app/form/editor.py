@@ -11,6 +11,7 @@ import gradio as gr
 from gradio.components import Component
 from PIL import Image
 
+from lightx2v.config.prompt_cleaning import is_blank
 from lightx2v.config.recorded_settings import PICTURES
 from lightx2v.config.request import IMAGES, MAX_SIDE, Request
 from lightx2v.errors import LightX2VError
@@ -133,7 +134,7 @@ class Editor:
         studio = self._studio
         try:
             form = form_of(values)
-            form = replace(form, prompt=form.prompt if form.prompt.strip() else "…")
+            form = replace(form, prompt="…" if is_blank(form.prompt) else form.prompt)
             if form.task == "i2v":
                 form = replace(form, image_path=form.image_path or "picture.png")
             plan = submit_plan(form, studio.tasks, studio.exposure)

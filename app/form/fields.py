@@ -15,6 +15,7 @@ from typing import Any, Self
 from lightx2v.config.engine_config import EngineConfig
 from lightx2v.config.lora_names import expert_of, partner_names
 from lightx2v.config.presets import resolve
+from lightx2v.config.prompt_cleaning import is_blank
 from lightx2v.config.request import LoraSpec, Request
 from lightx2v.config.request_settings import SETTINGS, Setting, StepList
 from lightx2v.errors import BadRequest
@@ -223,8 +224,9 @@ def _lora_rows(loras: list[LoraSpec]) -> dict[str, Any]:
 
 
 def _prompts(form: Form, most: int) -> list[str]:
-    lines = [line.strip() for line in form.prompt.splitlines() if line.strip()] if form.per_line else [form.prompt]
-    if not any(line.strip() for line in lines):
+    lines = [line.strip() for line in form.prompt.splitlines()] if form.per_line else [form.prompt]
+    lines = [line for line in lines if not is_blank(line)]
+    if not lines:
         raise Unfilled("prompt_empty")
     if not 1 <= form.videos <= most:
         raise BadRequest(f"videos is {form.videos}; expected a number from 1 to {most}.")

@@ -15,6 +15,7 @@ from typing import Any, Literal, Self, get_args
 from ..errors import BadRequest
 from ..media.framing import RESIZE_MODES
 from .checks import Checks
+from .prompt_cleaning import is_blank
 
 check = Checks(BadRequest)
 
@@ -125,8 +126,9 @@ class Request:
         check.one_of("task", self.task, TASKS)
         put("prompt", _text("prompt", self.prompt))
         put("negative_prompt", _text("negative_prompt", self.negative_prompt))
-        if not self.prompt.strip():
-            check.bad("prompt", self.prompt, "a description of the video; it is empty")
+        if is_blank(self.prompt):
+            what = "nothing visible is left of it after cleaning" if self.prompt.strip() else "it is empty"
+            check.bad("prompt", self.prompt, f"a description of the video; {what}")
         put("image_path", _path("image_path", self.image_path))
         put("last_frame_path", _path("last_frame_path", self.last_frame_path))
         self._check_images()

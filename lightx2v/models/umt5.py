@@ -12,7 +12,6 @@ Legend: L tokens, D width.
 
 from __future__ import annotations
 
-import html
 import json
 import re
 import threading
@@ -24,6 +23,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import nn
 
+from ..config.prompt_cleaning import clean_prompt
 from ..errors import CheckpointError, short_path
 from ..progress import CancelToken
 from ..weights.checkpoint import Checkpoint, open_checkpoint
@@ -143,14 +143,6 @@ class TextEncoder(nn.Module):
         rows_LD = self.embedding_VD[torch.tensor(ids, dtype=torch.long)].to(weight.device).to(weight.dtype)
         states_BLD = self.stack(inputs_embeds=rows_LD[None]).last_hidden_state
         return TextEmbedding(states_BLD[0], tokens, tokens > self.text_len)
-
-
-def clean_prompt(text: str) -> str:
-    """Clean like the official code: repair encodings, resolve HTML entities, make white space single blanks."""
-    import ftfy
-
-    text = html.unescape(html.unescape(ftfy.fix_text(text)))
-    return re.sub(r"\s+", " ", text).strip()
 
 
 class FeedForward(nn.Module):

@@ -93,6 +93,7 @@ def test_a_program_that_goes_away_leaves_its_job_running(page: Page) -> None:
     ("arguments", "said"),
     [
         ({"prompt": ""}, "prompt"),
+        ({"prompt": "&nbsp;\u200b"}, "prompt"),
         ({"prompt": "x", "preset": "../../etc/passwd"}, "no preset"),
         ({"prompt": "x", "settings": {"height": 33}}, "multiple of 16"),
         ({"prompt": "x", "settings": {"model_path": "/etc"}}, "settings has no 'model_path'"),

@@ -141,7 +141,8 @@ def test_a_missing_lora_is_reported_before_anything_is_queued(path: str, advice:
 
 
 def test_an_empty_prompt_has_one_message() -> None:
-    for changes in ({"prompt": ""}, {"prompt": " \n "}, {"prompt": "\n", "per_line": True}):
+    blank = ({"prompt": ""}, {"prompt": " \n "}, {"prompt": "&nbsp;\u200b"})
+    for changes in (*blank, {"prompt": "\n\u200b\n&nbsp;", "per_line": True}):
         with pytest.raises(BadRequest, match="The prompt is empty. Describe the scene"):
             submit_plan(form(**changes), PRESETS, HERE)
 

@@ -224,6 +224,7 @@ def test_an_existing_file_is_kept_unless_forced(infer: Infer, stage: Stage, tmp_
         ((), "--preset NAME or --config_json FILE"),
         (("--preset", "demo_t2v_base"), "There is no prompt"),
         (("--preset", "demo_t2v_base", "--prompt", ""), "it is empty"),
+        (("--preset", "demo_t2v_base", "--prompt", "&nbsp;\u200b"), "nothing visible is left of it"),
         (("--preset", "demo_t2v_bose", "--prompt", "x"), "Did you mean 'demo_t2v_base'"),
         (
             ("--preset", "demo_t2v_base", "--config_json", "a.json"),

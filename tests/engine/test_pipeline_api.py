@@ -234,9 +234,11 @@ def test_every_sampler_makes_a_video_of_its_own_with_either_schedule(
 
 
 @pytest.mark.slow
-def test_a_keyword_that_is_no_setting_is_refused_with_the_nearest(pipe: LightX2VPipeline) -> None:
+def test_a_keyword_that_is_no_setting_and_a_blank_prompt_are_refused(pipe: LightX2VPipeline) -> None:
     with pytest.raises(BadRequest, match="generate: unknown key 'guidence'. Did you mean 'guidance'"):
         pipe.generate(prompt="a cat", guidence=3.0)  # type: ignore[call-arg]
+    with pytest.raises(BadRequest, match="prompt is '&nbsp;'; expected a description of the video"):
+        pipe.generate(prompt="&nbsp;")
     pipe.close()
     with pytest.raises(ConfigError, match="override: unknown key 'infer_step'. Did you mean 'infer_steps'"):
         pipe.create_generator(infer_step=3)  # type: ignore[call-arg]

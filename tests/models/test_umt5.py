@@ -14,8 +14,9 @@ from conftest import TinyModels
 from tiny import T5Sizes, random_t5, write_tokenizer
 from umt5_reference import same_in_transformers
 
+from lightx2v.config.prompt_cleaning import clean_prompt
 from lightx2v.errors import CheckpointError
-from lightx2v.models.umt5 import TextEncoder, UMT5Sizes, clean_prompt, load_tokenizer
+from lightx2v.models.umt5 import TextEncoder, UMT5Sizes, load_tokenizer
 from lightx2v.weights.checkpoint import open_checkpoint
 from lightx2v.weights.umt5_names import hf_name, wan_name
 

@@ -74,6 +74,7 @@ def test_settings_in_this_familys_words(served: Served) -> None:
         ({"model": BASE, "guidance_scale": -1000}, "guidance_scale is -1000"),
         ({"model": BASE, "boundary_ratio": 2}, "boundary_ratio is 2"),
         ({"sampler": "dpm"}, "sampler is 'dpm'; expected null, unipc, euler or lcm"),
+        ({"prompt": "&nbsp;\u200b"}, "prompt is '&nbsp;\\u200b'; expected a description of the video"),
     ],
 )
 def test_errors_use_the_clients_words(served: Served, body: dict, word: str) -> None:

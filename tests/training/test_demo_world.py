@@ -8,7 +8,7 @@ import random
 import pytest
 import torch
 
-from lightx2v.models.umt5 import clean_prompt
+from lightx2v.config.prompt_cleaning import clean_prompt
 from training.captions import LANGUAGES, OFFICIAL_NEGATIVE, caption, read
 from training.detector import detect
 from training.text import ROWS, tokenise
