@@ -57,11 +57,7 @@ class LoadedEngine:
 
 
 def load_engine(
-    config: EngineConfig,
-    *,
-    preset: str = "",
-    on_progress: OnProgress | None = None,
-    cancel: CancelToken | None = None,
+    config: EngineConfig, *, preset: str = "", on_progress: OnProgress | None = None, cancel: CancelToken | None = None
 ) -> LoadedEngine:
     """Load the model; download missing files first.
 

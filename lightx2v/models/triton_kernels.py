@@ -86,9 +86,7 @@ def quantise_tokens(x_MI: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
 
 
 @triton.jit
-def _layer_norm(
-    x, weight, bias, out, x_batch, x_row, out_batch, each, width, eps, WIDTH: tl.constexpr
-):  # fmt: skip
+def _layer_norm(x, weight, bias, out, x_batch, x_row, out_batch, each, width, eps, WIDTH: tl.constexpr):
     row, batch = tl.program_id(0).to(tl.int64), tl.program_id(1).to(tl.int64)
     at = tl.arange(0, WIDTH)
     inside = at < width
@@ -101,9 +99,7 @@ def _layer_norm(
 
 
 @triton.jit
-def _rms_norm(
-    x, weight, rotations, x_batch, x_row, width, head_dim, eps, ROTATE: tl.constexpr, WIDTH: tl.constexpr
-):  # fmt: skip
+def _rms_norm(x, weight, rotations, x_batch, x_row, width, head_dim, eps, ROTATE: tl.constexpr, WIDTH: tl.constexpr):
     row, batch = tl.program_id(0).to(tl.int64), tl.program_id(1).to(tl.int64)
     at = tl.arange(0, WIDTH)
     inside = at < width
@@ -121,9 +117,7 @@ def _rms_norm(
 
 
 @triton.jit
-def _add_gated(
-    x, y, gate, x_batch, x_row, y_batch, y_row, each, width, GATED: tl.constexpr, WIDTH: tl.constexpr
-):  # fmt: skip
+def _add_gated(x, y, gate, x_batch, x_row, y_batch, y_row, each, width, GATED: tl.constexpr, WIDTH: tl.constexpr):
     row, batch = tl.program_id(0).to(tl.int64), tl.program_id(1).to(tl.int64)
     at = tl.arange(0, WIDTH)
     inside = at < width

@@ -28,7 +28,6 @@ from .resident import LoadInputs, Resident
 
 log = logging.getLogger("lightx2v.offload")
 
-
 Placement = Resident | Offloaded
 """Hands out the parts of a model, on the device. A part may be used inside its `with` block only."""
 
