@@ -131,7 +131,7 @@ def test_every_link_leads_to_a_file_and_a_heading(name: str) -> None:
 
 @pytest.mark.parametrize("name", DOCS)
 def test_every_file_that_is_named_exists(name: str) -> None:
-    """Names with a folder in backticks, as in `app/strings.py`; inside lightx2v/ also without its name."""
+    """Names with a folder in backticks, as in `app/theme.py`; inside lightx2v/ also without its name."""
     named = set(re.findall(r"`((?:[\w.-]+/)+[\w.-]*\w\.(?:py|md|json|sh|txt)|(?:[a-z_]+/)+)`", text(name)))
     gone = [path for path in named if not (ROOT / path).exists() and not (ROOT / "lightx2v" / path).exists()]
     assert not gone

@@ -35,7 +35,7 @@ the page's choice of a resize mode."""
 
 
 class Unfilled(BadRequest):
-    """A required field is empty. `key` names the message in app/strings.py."""
+    """A required field is empty. `key` names the message in assets/strings.json."""
 
     def __init__(self, key: str) -> None:
         super().__init__(Words("en")(key))

@@ -76,7 +76,7 @@ class Inputs:
 
     fields: dict[str, Any] = field(default_factory=dict)
     labels: dict[Component, tuple[str, str]] = field(default_factory=dict)
-    """Component -> (property that holds the text, key in app/strings.py); for a change of language."""
+    """Component -> (property that holds the text, key in assets/strings.json); for a change of language."""
     hints: dict[Component, tuple[str, str]] = field(default_factory=dict)
 
     preset: Any = None

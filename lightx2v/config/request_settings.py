@@ -3,7 +3,7 @@
 The keys of `Shown` and `RequestSettings` are fields of Request; each annotation holds the field's type and its row.
 The flags of the command line, both HTTP bodies, the Python and gradio APIs, the controls of the page and the names in
 preset files come from them. A new setting is written in three files: `request.py` (the field and its check), here, and
-`app/strings.py` (its label).
+`assets/strings.json` (its label).
 """
 
 from __future__ import annotations
