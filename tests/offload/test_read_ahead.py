@@ -41,23 +41,23 @@ def expected() -> dict[str, torch.Tensor]:
 
 
 @pytest.fixture
-def threads() -> Iterator[set[str]]:
-    """Names of the threads that read."""
+def threads() -> Iterator[set[threading.Thread]]:
+    """The threads that read."""
     yield (seen := set())
-    assert all(name.startswith("lightx2v-read") for name in seen)
+    assert all(thread.name.startswith("lightx2v-read") for thread in seen)
 
 
 @pytest.mark.parametrize(("resident", "prefetch_slots"), [(0, 3), (0, 2), (2, 3), (3, 1), (BLOCKS, 3)])
 def test_another_thread_reads_and_the_result_is_the_same(
-    expected: dict[str, torch.Tensor], threads: set[str], resident: int, prefetch_slots: int
+    expected: dict[str, torch.Tensor], threads: set[threading.Thread], resident: int, prefetch_slots: int
 ) -> None:
     streamer = on_disk(
-        lambda *_: threads.add(threading.current_thread().name), resident=resident, prefetch_slots=prefetch_slots
+        lambda *_: threads.add(threading.current_thread()), resident=resident, prefetch_slots=prefetch_slots
     )
     for name, then in ("hh", "hl", "ll", "lh", "hl", "lh"):
         assert torch.equal(forward(streamer, name, then), expected[name])
     streamer.close()
-    assert threads and not [t for t in threading.enumerate() if t.name in threads], "closing ends the thread"
+    assert threads and not [thread for thread in threads if thread.is_alive()], "closing ends the thread"
 
 
 def test_the_next_blocks_are_read_while_one_runs(expected: dict[str, torch.Tensor]) -> None:
