@@ -178,18 +178,19 @@ class EngineSlot:
 
 def public_error(error: BaseException, id: str) -> dict[str, str]:
     """Type and message for the user: no traceback, and of errors that are not ours not even the text."""
+    kind = type(error).__name__
+    message = f"Internal error ({kind}). The program's log has the details under job {id}."
     if isinstance(error, LightX2VError):
-        return {"type": type(error).__name__, "message": str(error)}
-    if is_out_of_memory(error):
+        message = str(error)
+    elif is_out_of_memory(error):
+        kind = OutOfMemory.__name__
         message = "Out of memory. Make the video smaller or shorter, turn offload on, or use an FP8 preset."
-        return {"type": OutOfMemory.__name__, "message": message}
-    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
-        return {"type": OutputError.__name__, "message": "The disk is full. Free some space and run the job again."}
-    if device_is_lost(error):
+    elif isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+        kind, message = OutputError.__name__, "The disk is full. Free some space and run the job again."
+    elif device_is_lost(error):
+        kind = "DeviceError"
         message = "The GPU reported an error that only a restart clears. Restart the program; see its log."
-        return {"type": "DeviceError", "message": message}
-    message = f"Internal error ({type(error).__name__}). The program's log has the details under job {id}."
-    return {"type": type(error).__name__, "message": message}
+    return {"type": kind, "message": message}
 
 
 def is_out_of_memory(error: BaseException) -> bool:

@@ -33,13 +33,12 @@ class JobFiles:
         """The request with its images copied to the job's own files: uploads do not survive a restart."""
         copies: dict[str, str] = {}
         for name, path in (("image_path", request.image_path), ("last_frame_path", request.last_frame_path)):
-            if path is not None and not self._is_own(id, Path(path)):
+            if path is not None and not (self.folder == Path(path).parent and Path(path).name.startswith(f"{id}.")):
                 stem = f"{id}.{name.removesuffix('_path')}-{secrets.token_hex(4)}"
                 copies[name] = str(store_image(path, self.folder / stem))
         return replace(request, **copies) if copies else request
 
     def remove(self, id: str) -> None:
-        """Remove all files of a job."""
         for file in self.folder.glob(f"{id}.*"):
             try:
                 file.unlink(missing_ok=True)
@@ -60,6 +59,3 @@ class JobFiles:
         """Remove the unfinished videos of a process that was killed."""
         for folder in self.folder.glob(f"{WORK_PREFIX}*"):
             shutil.rmtree(folder, ignore_errors=True)
-
-    def _is_own(self, id: str, path: Path) -> bool:
-        return path.parent == self.folder and path.name.startswith(f"{id}.")

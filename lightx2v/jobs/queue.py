@@ -23,7 +23,6 @@ from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
-from types import TracebackType
 from typing import Self
 
 from ..config.engine_config import EngineConfig
@@ -32,8 +31,7 @@ from ..errors import BadRequest, Busy, OutputError
 from ..progress import CancelToken, OnProgress
 from .engine_slot import Engine, EngineSlot, LoadedModel, OnFinished, OpenEngine
 from .files import JobFiles
-from .step_log import StepLog
-from .store import STATES, Job, JobEvent, JobStore, State, UnknownJob
+from .store import STATES, Job, JobEvent, JobStore, State, StepLog, UnknownJob
 from .worker import JobWorker
 
 CLOSING = "The server is shutting down. Retry once it has restarted."
@@ -114,7 +112,6 @@ class JobManager:
 
     @property
     def loaded(self) -> LoadedModel | None:
-        """The model in memory."""
         return self._slot.loaded
 
     @property
@@ -124,19 +121,18 @@ class JobManager:
             return len(store.queued())
 
     def counts(self) -> dict[State, int]:
-        """The number of jobs in each state."""
         with self._session() as store:
             return store.counts()
 
     def check_room(self) -> None:
         """Raise Busy if no job can be queued now. `submit` checks too; call this before expensive work."""
-        with self._session() as store:
-            self._check_room(store)
+        with self._session():
+            self._check_room()
 
     def get(self, id: str) -> Job:
         """A snapshot of the job; UnknownJob if there is none with this id."""
-        with self._session() as store:
-            return self._complete(self._row(store, id))
+        with self._session():
+            return self._complete(self._row(id))
 
     def find(self, client_id: str, *, owner: str = "") -> Job:
         """The owner's job with this client_id."""
@@ -149,13 +145,13 @@ class JobManager:
     def list(self, owner: str | None = None, *, limit: int = 100, states: Collection[State] = STATES) -> list[Job]:
         """The jobs of one owner, or of all for None, the newest first."""
         with self._session() as store:
-            queue = self._queue(store)
+            queue = self._queue()
             return [self._complete(job, queue) for job in store.jobs(owner, states, min(max(limit, 0), 10_000))]
 
     def events(self, id: str, after: int = 0) -> list[JobEvent]:
         """The job's events with larger ids than `after`, in order. Those of its progress do not survive a restart."""
         with self._session() as store:
-            self._row(store, id)
+            self._row(id)
             after = min(max(after, 0), 2**62)
             return sorted(store.events(id, after) + self._steps.events(id, after), key=lambda event: event.id)
 
@@ -170,20 +166,14 @@ class JobManager:
 
     def wait(self, id: str, timeout: float | None = None) -> Job:
         """Block until the job is over or `timeout` seconds have passed; return a snapshot of it."""
-        with self._session() as store:
-            self._changed.wait_for(lambda: self._worker.closing or self._row(store, id).over, timeout)
+        with self._session():
+            self._changed.wait_for(lambda: self._worker.closing or self._row(id).over, timeout)
             return self.get(id)
 
     # ---- commands -----------------------------------------------------------------------------------------------
 
     def submit(
-        self,
-        config: EngineConfig,
-        request: Request,
-        *,
-        owner: str = "",
-        preset: str = "",
-        client_id: str | None = None,
+        self, config: EngineConfig, request: Request, *, owner: str = "", preset: str = "", client_id: str | None = None
     ) -> Job:
         """Queue a job; Busy when the queue is full. The job keeps checked copies of its input images.
 
@@ -193,21 +183,17 @@ class JobManager:
         owner, preset = _label("owner", owner), _label("preset", preset)
         client_id = None if client_id is None else _label("client_id", client_id)
         config.check_request(request)
-        with self._session() as store:  # before reading images, so that a full queue refuses at once
-            if (known := self._known(store, owner, client_id, config, request)) is not None:
+        with self._session():  # before reading images, so that a full queue refuses at once
+            if (known := self._known(owner, client_id, config, request)) is not None:
                 return known
-            self._check_room(store)
         id = secrets.token_hex(16)
         try:
             own = self._files.with_own_images(id, request)
             with self._session() as store, store.transaction():
-                if (known := self._known(store, owner, client_id, config, request)) is not None:
+                if (known := self._known(owner, client_id, config, request)) is not None:
                     self._files.remove(id)  # the same submission arrived twice at the same time
                     return known
-                self._check_room(store)
-                store.add(
-                    id, config=config, request=own, owner=owner, preset=preset, client_id=client_id, time=self._clock()
-                )
+                store.add(id, config, own, owner=owner, preset=preset, client_id=client_id, time=self._clock())
                 self._changed.notify_all()
                 return self.get(id)
         except BaseException:
@@ -217,7 +203,7 @@ class JobManager:
     def cancel(self, id: str) -> Job:
         """Cancel a queued job at once, a running one within a step. A job that is over stays unchanged."""
         with self._session() as store:
-            state = self._row(store, id).state
+            state = self._row(id).state
             if state == "queued":
                 store.finish(id, "cancelled", self._clock())
             elif self._worker.running is not None and self._worker.running.id == id:
@@ -229,11 +215,11 @@ class JobManager:
     def requeue(self, id: str) -> Job:
         """Run a job again that failed, was cancelled or interrupted. A queued or running one stays unchanged."""
         with self._session() as store:
-            job = self._row(store, id)
+            job = self._row(id)
             if job.state == "succeeded":
                 raise BadRequest("This job has succeeded. A second run would replace its video. Submit a new job.")
             if job.over:
-                self._check_room(store)
+                self._check_room()
                 store.requeue(id, self._clock())
                 self._changed.notify_all()
             return self.get(id)
@@ -241,7 +227,7 @@ class JobManager:
     def move(self, id: str, position: int) -> Job:
         """Move a queued job to another place in the queue; 1 is the next to run."""
         with self._session() as store:
-            self._queued(store, id, "moved")
+            self._queued(id, "moved")
             order = [other for other in store.queued() if other != id]
             order.insert(min(max(position, 1) - 1, len(order)), id)
             store.order(order)
@@ -251,23 +237,23 @@ class JobManager:
     def edit(self, id: str, request: Request, *, config: EngineConfig | None = None, preset: str | None = None) -> Job:
         """Replace the request of a queued job, and its engine if `config` is given. The job keeps its place."""
         with self._session() as store:
-            job = self._queued(store, id, "changed")
+            job = self._queued(id, "changed")
         config = config or job.config
         preset = job.preset if preset is None else _label("preset", preset)
         config.check_request(request)
         own = self._files.with_own_images(id, request)
         with self._session() as store:
-            self._queued(store, id, "changed")
+            self._queued(id, "changed")
             store.change(id, config=config, request=own, preset=preset)
             self._changed.notify_all()
             return self.get(id)
 
     def delete(self, id: str) -> None:
         """Remove a job and its files. Cancel a running one first."""
-        with self._session() as store:
-            if self._row(store, id).state == "running":
+        with self._session():
+            if self._row(id).state == "running":
                 raise BadRequest("This job is running. Cancel it first, and delete it once it has stopped.")
-            self._remove(store, id)
+            self._remove(id)
             self._changed.notify_all()
 
     def purge(self) -> list[str]:
@@ -288,7 +274,7 @@ class JobManager:
                     total -= sizes.get(id, 0)
                     expired.append(id)
             for id in expired:
-                self._remove(store, id)
+                self._remove(id)
             self._changed.notify_all()
         return expired
 
@@ -304,10 +290,8 @@ class JobManager:
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
+    def __exit__(self, *_: object) -> None:
         self.close()
-
-    # ---- internal -----------------------------------------------------------------------------------------------
 
     @contextmanager
     def _session(self) -> Iterator[JobStore]:
@@ -320,57 +304,56 @@ class JobManager:
             except sqlite3.Error as error:
                 raise OutputError(f"Cannot access the list of jobs: {error}. Is the disk full?") from None
 
-    def _row(self, store: JobStore, id: str) -> Job:
+    def _row(self, id: str) -> Job:
         if not isinstance(id, str) or re.fullmatch("[0-9a-f]{32}", id) is None:
             raise UnknownJob("There is no job with this id.")
-        return store.job(id)
+        return self._store.job(id)
 
-    def _remove(self, store: JobStore, id: str) -> None:
+    def _remove(self, id: str) -> None:
         """Remove the files first: on a full disk SQLite needs their space to delete the row."""
         self._files.remove(id)
         self._steps.remove(id)
-        store.remove(id)
+        self._store.remove(id)
 
-    def _queued(self, store: JobStore, id: str, verb: str) -> Job:
-        job = self._row(store, id)
+    def _queued(self, id: str, verb: str) -> Job:
+        job = self._row(id)
         if job.state != "queued":
             raise BadRequest(f"This job is {job.state}; only a queued job can be {verb}.")
         return job
 
-    def _check_room(self, store: JobStore) -> None:
+    def _check_room(self) -> None:
         if self._worker.broken or self._worker.closing:
             raise Busy(self._worker.broken or CLOSING)
-        waiting = len(store.queued())
+        waiting = len(self._store.queued())
         if waiting >= self.max_queue:
             raise Busy(
                 f"The queue is full: {waiting} jobs are waiting, and the limit is {self.max_queue}. Try again later."
             )
 
-    def _known(
-        self, store: JobStore, owner: str, client_id: str | None, config: EngineConfig, request: Request
-    ) -> Job | None:
-        """The job of an earlier, equal submission, if there is one."""
-        job = None if client_id is None else store.find(owner, client_id)
+    def _known(self, owner: str, client_id: str | None, config: EngineConfig, request: Request) -> Job | None:
+        """The job of an earlier, equal submission, if there is one. Without one, Busy if no job can be queued now."""
+        job = None if client_id is None else self._store.find(owner, client_id)
         if job is None:
+            self._check_room()
             return None
         own = {"image_path": job.request.image_path, "last_frame_path": job.request.last_frame_path}
         if job.config != config or job.request.task != request.task or replace(request, **own) != job.request:
             raise BadRequest("This client_id was already used for another job. Choose a new one, or leave it out.")
         return self._complete(job)
 
-    def _queue(self, store: JobStore) -> dict[str, tuple[int, float | None]]:
+    def _queue(self) -> dict[str, tuple[int, float | None]]:
         """For each queued job its position, and the predicted seconds until it starts, if known."""
         queue: dict[str, tuple[int, float | None]] = {}
-        ahead = self._remaining(store)
-        for position, id in enumerate(store.queued(), 1):
+        ahead = self._remaining()
+        for position, id in enumerate(self._store.queued(), 1):
             queue[id] = (position, ahead)
             if ahead is not None and self._predict is not None:
-                job = store.job(id)
+                job = self._store.job(id)
                 seconds = self._predict(job.config, job.request)
                 ahead = None if seconds is None else ahead + seconds
         return queue
 
-    def _remaining(self, store: JobStore) -> float | None:
+    def _remaining(self) -> float | None:
         """The predicted seconds until the running job ends."""
         if self._predict is None:
             return None
@@ -379,14 +362,14 @@ class JobManager:
         progress = self._worker.running.progress
         if progress is not None and progress.eta is not None and progress.stage in ("denoise", "decode", "write"):
             return progress.eta
-        job = store.job(self._worker.running.id)
+        job = self._store.job(self._worker.running.id)
         whole = self._predict(job.config, job.request)
         return None if whole is None else max(0.0, whole - (self._clock() - (job.started or 0.0)))
 
     def _complete(self, job: Job, queue: dict[str, tuple[int, float | None]] | None = None) -> Job:
         """Add what the store does not hold: place in the queue, progress, the video's path."""
         if job.state == "queued":
-            position, starts_in = (self._queue(self._store) if queue is None else queue)[job.id]
+            position, starts_in = (self._queue() if queue is None else queue)[job.id]
             return replace(job, position=position, starts_in=starts_in)
         if job.state == "succeeded":
             return replace(job, path=self._files.video(job.id))

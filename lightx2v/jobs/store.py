@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import logging
 import sqlite3
+from collections import OrderedDict, deque
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -32,6 +33,9 @@ INTERRUPTED = {"type": "Interrupted", "message": "The program stopped while this
 
 LOST_EVENTS = 1_000_000
 """More event ids than a run takes. After a restart its ids continue beyond those that clients have seen."""
+LOGGED_JOBS = 20
+LOGGED_EVENTS = 1000
+"""Per job; of a longer run the first ones go. One takes about 600 bytes."""
 
 _VERSION = 2
 _SCHEMA = """
@@ -183,9 +187,9 @@ class JobStore:
     def add(
         self,
         id: str,
-        *,
         config: EngineConfig,
         request: Request,
+        *,
         owner: str,
         preset: str,
         client_id: str | None,
@@ -310,6 +314,27 @@ class JobStore:
                     continue
                 if row["state"] == "running":
                     self.finish(row["id"], "interrupted", time, error=INTERRUPTED, skip=LOST_EVENTS)
+
+
+class StepLog:
+    """A ring buffer of progress events for each of the latest LOGGED_JOBS jobs, in memory, because a step is not worth
+    a commit to the disk. It does not survive a restart."""
+
+    def __init__(self) -> None:
+        self._events: OrderedDict[str, deque[JobEvent]] = OrderedDict()
+
+    def add(self, job: str, event: JobEvent) -> None:
+        self._events.setdefault(job, deque(maxlen=LOGGED_EVENTS)).append(event)
+        self._events.move_to_end(job)
+        if len(self._events) > LOGGED_JOBS:
+            self._events.popitem(last=False)
+
+    def events(self, job: str, after: int) -> list[JobEvent]:
+        """The job's progress events with larger ids than `after`, in order."""
+        return [event for event in self._events.get(job, ()) if event.id > after]
+
+    def remove(self, job: str) -> None:
+        self._events.pop(job, None)
 
 
 def _job(row: sqlite3.Row) -> Job:

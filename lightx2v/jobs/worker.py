@@ -21,8 +21,7 @@ from ..media.images import jpeg
 from ..progress import CancelToken, Progress
 from .engine_slot import EngineSlot, Outcome
 from .files import JobFiles
-from .step_log import StepLog
-from .store import INTERRUPTED, Job, JobEvent, JobStore, State
+from .store import INTERRUPTED, Job, JobEvent, JobStore, State, StepLog
 
 log = logging.getLogger("lightx2v.jobs")
 
@@ -193,10 +192,8 @@ class JobWorker:
             return "cancelled", None
         if outcome.report is not None:
             return "succeeded", None
-        if outcome.cancelled and not self.closing:
-            return "cancelled", None
         if outcome.cancelled:
-            return "interrupted", INTERRUPTED
+            return ("interrupted", INTERRUPTED) if self.closing else ("cancelled", None)
         if outcome.error is not None and outcome.error["type"] == INTERRUPTED["type"]:
             return "interrupted", outcome.error
         return "failed", outcome.error

@@ -4,6 +4,6 @@
     create_app(service, …)     the same routes inside another program; app.py mounts them beside the page
 
 A request passes the middleware (limits, auth), is read (request_bodies, input_images) and becomes a job (submit,
-service). The routes (task_routes, video_routes, status_routes) return responses. Nothing here imports torch: the job
+service). The routes (task_routes, video_routes) return responses. Nothing here imports torch: the job
 manager opens the engine.
 """

@@ -28,7 +28,6 @@ from .metrics import Metrics, MetricsMiddleware
 from .openapi import complete_schema, error_responses
 from .responses import Health, error_response
 from .service import Service
-from .status_routes import status_routes
 from .submit import Submitter
 from .task_routes import task_routes
 from .video_routes import video_routes
@@ -58,7 +57,6 @@ def create_app(
         app.add_middleware(RequestLimits, hosts=hosts)
     app.add_middleware(MetricsMiddleware, metrics=metrics)
     submitter = Submitter(service)
-    app.include_router(status_routes(service))
     app.include_router(task_routes(service, submitter))
     app.include_router(video_routes(service, submitter))
     _add_health(app, service, metrics)

@@ -41,8 +41,6 @@ def file_name(requested: str) -> str:
 
 
 class FileNames:
-    """The names of the videos in one folder."""
-
     def __init__(self, folder: Path) -> None:
         self._folder = folder
 

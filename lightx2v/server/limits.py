@@ -78,13 +78,11 @@ class RequestLimits:
         body_limit: Callable[[str], int] = lambda path: MAX_BODY,
         client_of: Callable[[Scope, Headers], str] = lambda scope, headers: address(scope),
         respond: Respond = error_response,
-        per_second: float = 20,
-        burst: int = 100,
         body_seconds: float = BODY_SECONDS,
     ) -> None:
         self._app, self._hosts, self._origins, self._body_seconds = app, hosts, origins, body_seconds
         self._body_limit, self._client_of, self._respond = body_limit, client_of, respond
-        self._rate = RateLimit(per_second, burst)
+        self._rate = RateLimit(20, 100)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -163,7 +161,6 @@ def same_origin(headers: Headers, more: Set[str] = frozenset()) -> bool:
 
 
 def address(scope: Scope) -> str:
-    """The client's address."""
     return scope["client"][0] if scope.get("client") else ""
 
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterable
+from functools import partial
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, Metric, generate_latest
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
@@ -33,22 +34,19 @@ class Metrics:
     """Counters since the start of one server. Safe from any thread."""
 
     def __init__(self) -> None:
-        self._registry = registry = _Registry()
-        self._requests = Counter(
-            "lightx2v_api_request_total", "HTTP requests.", ("route", "method", "status"), registry=registry
-        )
+        self._registry = _Registry()
+        counter, gauge = partial(Counter, registry=self._registry), partial(Gauge, registry=self._registry)
+        self._requests = counter("lightx2v_api_request_total", "HTTP requests.", ("route", "method", "status"))
         self._seconds = Histogram(
-            "lightx2v_api_request_seconds", "Duration of HTTP requests.", buckets=BUCKETS, registry=registry
+            "lightx2v_api_request_seconds", "Duration of HTTP requests.", buckets=BUCKETS, registry=self._registry
         )
-        self._runs = Counter("lightx2v_runs_total", "Runs by outcome.", ("outcome",), registry=registry)
-        self._stages = Counter(
-            "lightx2v_stage_seconds_total", "Seconds of successful runs by stage.", ("stage",), registry=registry
-        )
-        self._vram = Gauge("lightx2v_peak_vram_bytes", "Largest GPU memory of a run.", registry=registry)
-        self._jobs = Gauge("lightx2v_jobs", "Jobs by state.", ("state",), registry=registry)
-        self._limit = Gauge("lightx2v_queue_limit", "Number of jobs that may wait.", registry=registry)
-        self._alive = Gauge("lightx2v_worker_alive", "1 while the worker runs jobs, else 0.", registry=registry)
-        self._rss = Gauge("lightx2v_peak_rss_bytes", "Largest host memory of the process.", registry=registry)
+        self._runs = counter("lightx2v_runs_total", "Runs by outcome.", ("outcome",))
+        self._stages = counter("lightx2v_stage_seconds_total", "Seconds of successful runs by stage.", ("stage",))
+        self._vram = gauge("lightx2v_peak_vram_bytes", "Largest GPU memory of a run.")
+        self._jobs = gauge("lightx2v_jobs", "Jobs by state.", ("state",))
+        self._limit = gauge("lightx2v_queue_limit", "Number of jobs that may wait.")
+        self._alive = gauge("lightx2v_worker_alive", "1 while the worker runs jobs, else 0.")
+        self._rss = gauge("lightx2v_peak_rss_bytes", "Largest host memory of the process.")
         self._peak = 0
 
     def observe_request(self, route: str, method: str, status: int, seconds: float) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Sequence
 from typing import Any
 
@@ -59,35 +58,27 @@ def request_body(kind: type[BaseModel]) -> dict[str, Any]:
 
 
 def complete_schema(app: FastAPI, *, keyed: bool) -> None:
-    """Add to `app.openapi` the schemas that `request_body` refers to, and the API key if `keyed`."""
-    plain = app.openapi
-
-    def completed() -> dict[str, Any]:
-        if app.openapi_schema is None:
-            document = plain()
-            schemas = document["components"]["schemas"]
-            for kind in (VideoBody, TaskBody, ErrorResponse):
-                schema = kind.model_json_schema(ref_template=_REFERENCE)
-                schemas |= schema.pop("$defs", {})
-                schemas[kind.__name__] = schema
-                if kind is not ErrorResponse:
-                    schemas[f"{kind.__name__}Form"] = _as_form(schema, FILES[:2] if kind is VideoBody else FILES[2:])
-            if keyed:
-                document["components"]["securitySchemes"] = {"key": {"type": "http", "scheme": "bearer"}}
-                document["security"] = [{"key": []}]
-        assert app.openapi_schema is not None
-        return app.openapi_schema
-
-    app.openapi = completed  # type: ignore[method-assign]
+    """Add to the document, which `app.openapi` makes once, the schemas that `request_body` refers to, and the API key
+    if `keyed`. Call this after the last route."""
+    document = app.openapi()
+    schemas = document["components"]["schemas"]
+    for kind, files in ((VideoBody, FILES[:2]), (TaskBody, FILES[2:]), (ErrorResponse, ())):
+        schema = kind.model_json_schema(ref_template=_REFERENCE)
+        schemas |= schema.pop("$defs", {})
+        schemas[kind.__name__] = schema
+        if files:
+            schemas[f"{kind.__name__}Form"] = _as_form(schema, files)
+    if keyed:
+        document["components"]["securitySchemes"] = {"key": {"type": "http", "scheme": "bearer"}}
+        document["security"] = [{"key": []}]
 
 
 def _as_form(schema: dict[str, Any], files: Sequence[str]) -> dict[str, Any]:
     """The schema of the form: every field is text, and `files` are files."""
-    form = copy.deepcopy(schema)
-    form["properties"] = {
-        name: {key: value for key, value in about.items() if key in ("description", "maxLength", "minLength")}
-        | {"type": "string"}
-        for name, about in form["properties"].items()
-    } | {name: {"type": "string", "format": "binary"} for name in files}
-    form["title"] += "Form"
-    return form
+    kept = ("description", "maxLength", "minLength")
+    properties = {
+        name: {key: field[key] for key in kept if key in field} | {"type": "string"}
+        for name, field in schema["properties"].items()
+    }
+    properties |= {name: {"type": "string", "format": "binary"} for name in files}
+    return {**schema, "properties": properties, "title": schema["title"] + "Form"}

@@ -18,7 +18,7 @@ from ..config.request import MAX_PROMPT, MAX_STEPS, MAX_STRENGTH
 from ..config.request_settings import SETTINGS, Guidance, StepList
 from ..errors import BadRequest
 from ..media.images import MAX_BYTES
-from .service import LoraChoice, VideoRequest
+from .service import VideoRequest
 
 Body = TypeVar("Body", bound=BaseModel)
 Text = Annotated[str, Field(max_length=MAX_PROMPT)]
@@ -76,9 +76,6 @@ class LoraBody(BaseModel):
     )
     strength: Strength = 1.0
 
-    def lora(self) -> LoraChoice:
-        return LoraChoice(file=self.path, expert=self.name, strength=self.strength)
-
 
 @with_settings("video")
 class VideoBody(BaseModel):
@@ -95,8 +92,7 @@ class VideoBody(BaseModel):
     last_frame_reference: Picture | None = Field(None, description="The last frame, in the same ways.")
     size: Annotated[str, Field(pattern=r"^\d{2,4}x\d{2,4}$")] | None = Field(None, description="WIDTHxHEIGHT.")
     seconds: Annotated[float, Field(gt=0, le=600, strict=False)] | None = Field(
-        None,
-        description="The length, as a number or (OpenAI's clients) as text; the nearest 4n + 1 frames are made.",
+        None, description="The length, as a number or (OpenAI's clients) as text; the nearest 4n + 1 frames are made."
     )
     guidance_scale_2: float | None = Field(None, description="For the low-noise expert.")
     loras: Annotated[list[LoraBody], Field(max_length=8)] | None = None
@@ -126,7 +122,7 @@ class VideoBody(BaseModel):
             last_frame=files.get("last_frame_reference", self.last_frame_reference),
             seconds=self.seconds,
             settings=settings,
-            loras=[lora.lora() for lora in self.loras or ()],
+            loras=[lora.model_dump(exclude_none=True) for lora in self.loras or ()],
             client_id=self.client_id or None,
             name=self.file_name or "",
         )
@@ -170,7 +166,7 @@ class TaskBody(BaseModel):
             image=files.get("image_file", self.image_path),
             last_frame=files.get("last_frame_file", self.last_frame_path),
             settings=settings,
-            loras=[LoraChoice(file=self.lora_name, strength=self.lora_strength)] if self.lora_name else (),
+            loras=[{"path": self.lora_name, "strength": self.lora_strength}] if self.lora_name else (),
             client_id=self.task_id or None,
             name=self.save_result_path,
         )

@@ -127,10 +127,6 @@ class Deleted(BaseModel):
     status: VideoStatus
     cancelling: bool = False
 
-    @classmethod
-    def from_job(cls, job: Job, *, deleted: bool) -> Self:
-        return cls(id=job.id, deleted=deleted, status=VIDEO_STATUS[job.state], cancelling=job.cancelling)
-
 
 class Model(BaseModel):
     id: str
@@ -149,15 +145,6 @@ class TaskCreated(BaseModel):
     task_status: TaskStatus
     save_result_path: str
     position: int | None = None
-
-    @classmethod
-    def from_job(cls, job: Job, names: FileNames) -> Self:
-        return cls(
-            task_id=task_id(job),
-            task_status=TASK_STATUS[job.state],
-            save_result_path=names.of(job.id),
-            position=job.position,
-        )
 
 
 class Task(BaseModel):

@@ -30,18 +30,10 @@ HISTORY = 1000
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class LoraChoice:
-    """A file in the server's LoRA folder and the expert that it is for; for None the file's name decides."""
-
-    file: str
-    expert: str | None = None
-    strength: float = 1.0
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
 class VideoRequest:
     """One video that a client asks for. Images are uploaded bytes, or text for InputImages. `seconds` is the length of
-    the video unless the `settings` have a number of frames."""
+    the video unless the `settings` have a number of frames. `loras` are in LoraSpec's JSON, with the name of a file in
+    the server's LoRA folder as path."""
 
     prompt: str
     negative_prompt: str = ""
@@ -50,7 +42,7 @@ class VideoRequest:
     last_frame: bytes | str | None = None
     seconds: float | None = None
     settings: Mapping[str, Any] = field(default_factory=dict)
-    loras: Sequence[LoraChoice] = ()
+    loras: Sequence[Mapping[str, Any]] = ()
     client_id: str | None = None
     name: str = ""
 
@@ -115,8 +107,6 @@ class Service:
             raise UnknownJob("There is no video with this name.")
         return self.video(owner, id)
 
-    # ---- internal -----------------------------------------------------------------------------------------------
-
     def _preset(self, video: VideoRequest) -> str:
         """The named preset; without a name the first that fits the images."""
         if video.preset:
@@ -159,25 +149,24 @@ class Service:
                 paths[key] = str(file)
         return Request.from_json(request.to_json() | paths) if paths else request
 
-    def _loras(self, choices: Sequence[LoraChoice]) -> list[LoraSpec]:
+    def _loras(self, loras: Sequence[Mapping[str, Any]]) -> list[LoraSpec]:
         if self._lora_dir is None:
             raise BadRequest("LoRAs are disabled. Start the server with --lora_dir FOLDER to enable them.")
         folder, specs = self._lora_dir.resolve(), []
-        for lora in choices:
-            is_name = Path(lora.file).name == lora.file and "\0" not in lora.file
-            path = (folder / lora.file).resolve() if is_name else folder
+        for lora in loras:
+            name = lora["path"]
+            is_name = Path(name).name == name and "\0" not in name
+            path = (folder / name).resolve() if is_name else folder
             if not path.is_relative_to(folder) or not path.is_file():
-                raise BadRequest(f"There is no LoRA {lora.file[:80]!r} in the server's LoRA folder.")
-            spec = {"path": str(path), "strength": lora.strength}
-            specs.append(LoraSpec.from_json(spec | ({"name": lora.expert} if lora.expert else {})))
+                raise BadRequest(f"There is no LoRA {name[:80]!r} in the server's LoRA folder.")
+            specs.append(LoraSpec.from_json({**lora, "path": str(path)}))
         return specs
 
     def _known(self, owner: str, client_id: str | None) -> Job | None:
         """The owner's job with this client_id, if there is one."""
-        if not client_id or not client_id.isascii() or not client_id.isprintable() or len(client_id) > 200:
-            return None
-        with contextlib.suppress(UnknownJob):
-            return self.jobs.find(client_id, owner=owner)
+        if client_id:
+            with contextlib.suppress(BadRequest):  # UnknownJob among others: an invalid id has no job either
+                return self.jobs.find(client_id, owner=owner)
         return None
 
 

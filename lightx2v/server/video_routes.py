@@ -5,6 +5,7 @@ A job continues when its client disconnects; DELETE stops it.
 
 from __future__ import annotations
 
+import contextlib
 from typing import Annotated
 
 from fastapi import APIRouter, Header, Path, Query, Request
@@ -15,7 +16,7 @@ from .auth import owner_of
 from .event_stream import EventStreams
 from .openapi import SUBMISSION, VIDEO, error_responses, request_body
 from .request_bodies import VideoBody
-from .responses import Deleted, Model, ModelList, Video, VideoList, video_file
+from .responses import VIDEO_STATUS, Deleted, Model, ModelList, Video, VideoList, video_file
 from .service import HISTORY, Service
 from .submit import Submitter
 
@@ -99,10 +100,9 @@ def _add_actions(router: APIRouter, service: Service) -> None:
     def delete_video(request: Request, id: Id) -> Deleted:
         """Cancel a job that has not ended, within one step; remove one that has, and its video."""
         job = service.job(owner_of(request), id)
-        if not job.over:
-            return Deleted.from_job(jobs.cancel(job.id), deleted=False)
-        try:
-            jobs.delete(job.id)
-        except UnknownJob:  # another request has removed it
-            pass
-        return Deleted.from_job(job, deleted=True)
+        if over := job.over:
+            with contextlib.suppress(UnknownJob):  # another request has removed it
+                jobs.delete(job.id)
+        else:
+            job = jobs.cancel(job.id)
+        return Deleted(id=job.id, deleted=over, status=VIDEO_STATUS[job.state], cancelling=job.cancelling)
