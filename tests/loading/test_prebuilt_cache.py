@@ -128,7 +128,7 @@ def test_what_is_kept_equals_what_is_made_in_memory(
     monkeypatch.setenv("LIGHTX2V_CACHE_DIR", "/proc/nowhere")
     made, report = latents(tiny.t2v, lora_configs=loras, dtype=dtype, **settings)
     assert torch.equal(made, kept)
-    assert "made in memory" in report["warnings"][0] and "cannot be written to" in report["warnings"][0]
+    assert "built in memory" in report["warnings"][0] and "cannot be written to" in report["warnings"][0]
 
 
 @pytest.mark.slow
