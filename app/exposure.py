@@ -82,9 +82,8 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--host", default="127.0.0.1", help="address to listen on (default: this machine only)")
     port = os.environ.get("GRADIO_SERVER_PORT") or None
     parser.add_argument("--port", type=int, default=port, help="port (default: the first free one from 7860)")
-    parser.add_argument(
-        "--share", action="store_true", help="create a public link and print it with a user and password"
-    )
+    share = "create a public link and print it with a user and password"
+    parser.add_argument("--share", action="store_true", help=share)
     parser.add_argument("--public", action="store_true", help="let others in without a password")
     parser.add_argument("--auth", metavar="USER:PASSWORD", help="require these instead of a generated password")
     allow_host = "also accept this host name (behind a proxy)"

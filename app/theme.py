@@ -22,42 +22,35 @@ def theme() -> gr.themes.Base:
     mono = ["ui-monospace", "SF Mono", "Menlo", "Consolas", "DejaVu Sans Mono", "monospace"]
     base = gr.themes.Base(primary_hue="indigo", neutral_hue="zinc", font=fonts, font_mono=mono)
     paint: dict[str, str] = {}
-    for name, (light, dark) in _COLOURS.items():
-        paint |= {name: light, f"{name}_dark": dark}
+    for (light, dark), names in _COLOURS.items():
+        for name in names:
+            paint |= {name: light, f"{name}_dark": dark}
     return base.set(**paint, **_MEASURES)
 
 
 _COLOURS = {
-    "body_background_fill": ("#f6f7f9", "#101216"),
-    "body_text_color": ("#16181d", "#eceef2"),
-    "body_text_color_subdued": ("#5b6270", "#a0a7b4"),
-    "background_fill_primary": ("#ffffff", "#191c22"),
-    "background_fill_secondary": ("#f3f4f7", "#121419"),
-    "block_background_fill": ("transparent", "transparent"),
-    "block_label_background_fill": ("#ffffff", "#191c22"),
-    "block_label_text_color": ("#3f4551", "#c3c8d2"),
-    "block_title_text_color": ("#16181d", "#eceef2"),
-    "block_info_text_color": ("#5b6270", "#a0a7b4"),
-    "border_color_primary": ("#dfe2e8", "#2c313a"),
-    "border_color_accent": ("#3b5bdb", "#8aa0ff"),
-    "input_background_fill": ("#f3f4f7", "#121419"),
-    "input_background_fill_focus": ("#ffffff", "#0d0f13"),
-    "input_border_color": ("#dfe2e8", "#2c313a"),
-    "input_border_color_focus": ("#3b5bdb", "#8aa0ff"),
-    "input_placeholder_color": ("#6b7280", "#8b93a1"),
-    "color_accent_soft": ("#e9edfc", "#252c47"),
-    "button_primary_background_fill": ("#3b5bdb", "#8aa0ff"),
-    "button_primary_background_fill_hover": ("#314fc4", "#9db0ff"),
-    "button_primary_text_color": ("#ffffff", "#0d1020"),
-    "button_primary_text_color_hover": ("#ffffff", "#0d1020"),
-    "button_secondary_background_fill": ("#ffffff", "#191c22"),
-    "button_secondary_background_fill_hover": ("#f3f4f7", "#20242c"),
-    "button_secondary_text_color": ("#16181d", "#eceef2"),
-    "checkbox_background_color_selected": ("#3b5bdb", "#8aa0ff"),
-    "checkbox_border_color_focus": ("#3b5bdb", "#8aa0ff"),
-    "link_text_color": ("#3b5bdb", "#8aa0ff"),
-}
-"""(light, dark). All text has a contrast of 4.5 or more to its background."""
+    ("#f6f7f9", "#101216"): ("body_background_fill",),
+    ("#16181d", "#eceef2"): ("body_text_color", "block_title_text_color", "button_secondary_text_color"),
+    ("#5b6270", "#a0a7b4"): ("body_text_color_subdued", "block_info_text_color"),
+    ("#ffffff", "#191c22"): (
+        "background_fill_primary", "block_label_background_fill", "button_secondary_background_fill",
+    ),
+    ("#f3f4f7", "#121419"): ("background_fill_secondary", "input_background_fill"),
+    ("transparent", "transparent"): ("block_background_fill",),
+    ("#3f4551", "#c3c8d2"): ("block_label_text_color",),
+    ("#dfe2e8", "#2c313a"): ("border_color_primary", "input_border_color"),
+    ("#3b5bdb", "#8aa0ff"): (
+        "border_color_accent", "input_border_color_focus", "button_primary_background_fill",
+        "checkbox_background_color_selected", "checkbox_border_color_focus", "link_text_color",
+    ),
+    ("#ffffff", "#0d0f13"): ("input_background_fill_focus",),
+    ("#6b7280", "#8b93a1"): ("input_placeholder_color",),
+    ("#e9edfc", "#252c47"): ("color_accent_soft",),
+    ("#314fc4", "#9db0ff"): ("button_primary_background_fill_hover",),
+    ("#ffffff", "#0d1020"): ("button_primary_text_color", "button_primary_text_color_hover"),
+    ("#f3f4f7", "#20242c"): ("button_secondary_background_fill_hover",),
+}  # fmt: skip
+"""(light, dark) -> where it is used. All text has a contrast of 4.5 or more to its background."""
 
 
 _MEASURES = {

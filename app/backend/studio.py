@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
+import os
 import re
 import secrets
 import threading
@@ -309,8 +310,8 @@ def _remember(table: OrderedDict[str, Any], key: str, value: Any) -> None:
 
 
 def existing(path: str | Path | None, folder: Path) -> Path | None:
-    """`path` if it is a file inside `folder`."""
-    if not path:
+    """`path` if it is a file inside `folder`. It may come from outside and name nothing that a file can be."""
+    if not path or "\0" in str(path):
         return None
     resolved = Path(path).resolve()
-    return resolved if resolved.is_relative_to(folder.resolve()) and resolved.is_file() else None
+    return resolved if resolved.is_relative_to(folder.resolve()) and os.path.isfile(resolved) else None

@@ -15,7 +15,7 @@ from ..form.fields import new_seed
 from ..form.inputs import text_of
 from ..strings import LANGUAGES
 from ..views.report import seed_of
-from ..views.retries import apply_retry
+from ..views.retries import retry_options
 from .page_controller import PageEvent
 
 ON_PAGE = ("language", "example", "download", "cancel_download", "swap", "clear")
@@ -84,7 +84,7 @@ def act_on_job(event: PageEvent, name: str, job: Job) -> None:
         event.change(job=new.id, pinned=False, uploaded="")
     elif name == "last_frame":
         _continue(event, job)
-    elif (changed := apply_retry(name, job)) is not None and job.over:
+    elif (changed := retry_options(job, offload=True).get(name)) is not None:
         new = event.submit(job.preset, *changed)
         event.change(job=new.id, pinned=False)
         event.fill_run(job.preset, *changed)

@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import hashlib
-import os
 import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -21,7 +19,7 @@ from lightx2v.errors import LightX2VError
 from lightx2v.jobs.store import Job
 
 from ..backend.session import Session
-from ..backend.studio import Studio, settings_of
+from ..backend.studio import Studio, existing, settings_of
 from ..backend.zerogpu import ZeroGpuJobs
 from ..form.editor import Editor, Updates, form_of, preset_values
 from ..form.fields import Unfilled, fields_of
@@ -95,20 +93,16 @@ class PageController:
         return listen
 
     def _answer(self, handler: Handler, data: Data, **details: Any) -> Updates:
-        with self.event(data, **details) as event:
+        """Handles the event that brought `data`; other events of the same page wait."""
+        state = data[self.state]
+        with state.lock:
+            forget_copies(self._newest)
+            event = PageEvent(self, state, data, **details)
             try:
                 handler(event)
             except LightX2VError as error:
                 event.refuse(error)
             return event.answer()
-
-    @contextmanager
-    def event(self, data: Data, **details: Any) -> Iterator[PageEvent]:
-        """Handles the event that brought `data`; other events of the same page wait."""
-        state = data[self.state]
-        with state.lock:
-            forget_copies(self._newest)
-            yield PageEvent(self, state, data, **details)
 
     def stored_values(self, stored: Any) -> dict[str, Any] | None:
         """The fields that the browser stored, if they are still valid here. Empty ones get the preset's value."""
@@ -195,8 +189,7 @@ class PageEvent:
         values = fields_of(preset, config, request)
         for name in PICTURES:
             path = self.studio.folder / (values[name] or "")  # a video names its picture relative to itself
-            inside = path.resolve().is_relative_to(self.studio.folder.resolve()) and os.path.isfile(path)
-            values[name] = str(path) if inside else None
+            values[name] = str(path) if existing(path, self.studio.folder) else None
         self.fill(values, task=values["task"])
 
     def set_fields(self, **values: Any) -> None:

@@ -70,10 +70,9 @@ class Editor:
         request = settings_of(values["preset"]).request
         updates: Updates = {fields[name]: value for name, value in values.items() if name in fields}
         updates |= {fields[name]: picture_of(values[name]) for name in PICTURES if name in values}
-        updates[fields["task"]] = gr.update(choices=task_choices(words), value=task)
-        updates[fields["size"]] = gr.update(choices=size_choices(request), value=values["size"])
-        updates[fields["shape"]] = gr.update(choices=shape_choices(words, task), value=values["shape"])
-        updates[fields["length"]] = gr.update(choices=length_choices(request), value=values["length"])
+        choices = {"task": task_choices(words), "size": size_choices(request), "shape": shape_choices(words, task)}
+        for name, options in {**choices, "length": length_choices(request)}.items():
+            updates[fields[name]] = gr.update(choices=options, value=values[name])
         distilled = request["denoising_step_list"] is not None
         updates[inputs.i2v_only] = gr.Group(visible=task == "i2v")
         updates[inputs.base_only] = gr.Row(visible=not distilled)
@@ -95,9 +94,7 @@ class Editor:
         }
         if problem:
             parts["cost"] = panels.problem(problem)
-        elif (
-            self._studio.tasks.get(values["preset"]) == values["task"]
-        ):  # not while the fields of a run are being filled in
+        elif self._studio.tasks.get(values["preset"]) == values["task"]:  # not while a run's fields are filled in
             parts["cost"] = self.cost(words, values)
         if self._inputs.files is not None:
             parts["files"] = panels.file_list(words, self._studio.files.status(settings_of(name).engine))
@@ -107,19 +104,13 @@ class Editor:
         studio = self._studio
         options = []
         for info in studio.for_task(settings_of(name).preset.task):
-            resolved = settings_of(info.name)
-            request = stand_in(resolved.request)
-            about = words("about_" + info.variant)
-            options.append(
-                panels.PresetOption(
-                    name=info.name,
-                    title=words.preset(info.name),
-                    about=about,
-                    prediction=studio.predict(resolved.engine, request),
-                    need=studio.memory_need(resolved.engine, request),
-                    files=studio.files.status(resolved.engine),
-                )
-            )
+            engine, request = settings_of(info.name).engine, stand_in(settings_of(info.name).request)
+            option = panels.PresetOption(
+                name=info.name, title=words.preset(info.name), about=words("about_" + info.variant),
+                prediction=studio.predict(engine, request), need=studio.memory_need(engine, request),
+                files=studio.files.status(engine),
+            )  # fmt: skip
+            options.append(option)
         return panels.preset_list(words, options, name, studio.room)
 
     def size(self, preset: str, values: Mapping[str, Any]) -> tuple[int, int]:
@@ -134,30 +125,20 @@ class Editor:
         studio = self._studio
         try:
             form = form_of(values)
-            form = replace(form, prompt="…" if is_blank(form.prompt) else form.prompt)
-            if form.task == "i2v":
-                form = replace(form, image_path=form.image_path or "picture.png")
+            prompt, image = "…" if is_blank(form.prompt) else form.prompt, form.image_path or "picture.png"
+            form = replace(form, prompt=prompt, image_path=image if form.task == "i2v" else None)
             plan = submit_plan(form, studio.tasks, studio.exposure)
         except LightX2VError as error:
             return panels.problem(str(error))
         config, request = plan.config, plan.requests[0]
-        note = ""
-        if settings_of(form.preset).preset.demo:
-            note = panels.demo_note(words, unknown_words(form.prompt))
         prediction = studio.predict(config, request)
-        return (
-            panels.cost_line(
-                words,
-                prediction,
-                studio.memory_need(config, request),
-                studio.files.status(config),
-                studio.room,
-                len(plan.requests),
-                unknown=studio.not_predicted(config, request, prediction) if prediction else (),
-                reserve=reserved_seconds(prediction) if studio.exposure.zerogpu else None,
-            )
-            + note
-        )
+        cost = panels.cost_line(
+            words, prediction, studio.memory_need(config, request), studio.files.status(config), studio.room,
+            len(plan.requests), unknown=studio.not_predicted(config, request, prediction) if prediction else (),
+            reserve=reserved_seconds(prediction) if studio.exposure.zerogpu else None,
+        )  # fmt: skip
+        demo = settings_of(form.preset).preset.demo
+        return cost + (panels.demo_note(words, unknown_words(form.prompt)) if demo else "")
 
     def crop(self, words: Words, values: Mapping[str, Any]) -> str:
         """The part of the first frame that the model sees, or the error of that picture."""
@@ -170,21 +151,11 @@ class Editor:
 
     def relabel(self, words: Words, task: str) -> Updates:
         """Every label, hint and choice of the column in another language."""
-        updates: Updates = {}
-        for component, (what, key) in self._inputs.labels.items():
-            updates[component] = {what: words(key)}
-        for component, (what, key) in self._inputs.hints.items():
-            updates.setdefault(component, {})[what] = words(key)
-        result: Updates = {component: gr.update(**parts) for component, parts in updates.items()}
-        fields = self._inputs.fields
-        result[fields["task"]] = gr.update(choices=task_choices(words), label=words("mode"))
-        result[fields["shape"]] = gr.update(choices=shape_choices(words, task), label=words("shape"))
-        result[fields["offload"]] = gr.update(choices=offload_choices(words), label=words("offload"))
-        result[self._inputs.advanced] = gr.update(label=words("advanced"))
-        result[self._inputs.add_lora] = gr.update(value=words("add_lora"))
-        for remove in self._inputs.remove_lora:
-            result[remove] = gr.update(value=words("remove_lora"))
-        return result
+        texts = {c: {part: words(key) for part, key in keys.items()} for c, keys in self._inputs.texts.items()}
+        choices = {"task": task_choices(words), "shape": shape_choices(words, task), "offload": offload_choices(words)}
+        for name, options in choices.items():
+            texts[self._inputs.fields[name]]["choices"] = options
+        return {component: gr.update(**parts) for component, parts in texts.items()}
 
 
 @lru_cache(maxsize=32)

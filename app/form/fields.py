@@ -10,12 +10,14 @@ import re
 import secrets
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
+from itertools import product
 from typing import Any, Self
 
 from lightx2v.config.engine_config import EngineConfig
 from lightx2v.config.lora_names import expert_of, partner_names
 from lightx2v.config.presets import resolve
 from lightx2v.config.prompt_cleaning import is_blank
+from lightx2v.config.recorded_settings import PICTURES
 from lightx2v.config.request import LoraSpec, Request
 from lightx2v.config.request_settings import SETTINGS, Setting, StepList
 from lightx2v.errors import BadRequest
@@ -82,8 +84,8 @@ class Form:
     guidance_low: float
     offload: str = "auto"
     attention: str = "auto"
-    loras: tuple[tuple[str, str, float, float], ...] = ()
-    """Rows of high-noise file, low-noise file and their strengths."""
+    loras: tuple[Mapping[str, Any], ...] = ()
+    """Arguments of one LoraSpec each."""
 
     @classmethod
     def of(cls, values: Mapping[str, Any]) -> Self:
@@ -92,14 +94,12 @@ class Form:
         data = {name: value for name, value in values.items() if name in known}
         data |= {name: data.get(name) or "" for name in ("prompt", "negative_prompt")}
         data |= {name: _whole(name, data.get(name), empty) for name, empty in (("seed", -1), ("videos", 1))}
-        rows = []
-        for row in range(LORA_ROWS):
-            high, low = (str(values.get(f"lora_{row}_{part}") or "").strip() for part in ("high", "low"))
-            if high or low:
-                strengths = (values.get(f"lora_{row}_strength_{part}") for part in ("high", "low"))
-                first, second = (1.0 if s is None else float(s) for s in strengths)
-                rows.append((high, low, first, second))
-        return cls(**data, loras=tuple(rows), settings={name: values.get(name) for name in CONTROLS})
+        loras = []
+        for row, expert in product(range(LORA_ROWS), ("high", "low")):
+            if path := str(values.get(f"lora_{row}_{expert}") or "").strip():
+                strength = values.get(f"lora_{row}_strength_{expert}")
+                loras.append({"expert": expert, "path": path, "strength": 1.0 if strength is None else float(strength)})
+        return cls(**data, loras=tuple(loras), settings={name: values.get(name) for name in CONTROLS})
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -118,17 +118,12 @@ def submit_plan(form: Form, presets: Mapping[str, str], exposure: Exposure) -> S
     if form.task == "i2v" and not form.image_path:
         raise Unfilled("image_missing")
     resolved = resolve(form.preset, _overrides(form, exposure))
-    pictures: dict[str, Any] = (
-        {"image_path": form.image_path, "last_frame_path": form.last_frame_path} if form.task == "i2v" else {}
-    )
+    pictures = {name: getattr(form, name) for name in PICTURES} if form.task == "i2v" else {}
     requests = []
     for number, prompt in enumerate(_prompts(form, exposure.limits.batch)):
-        settings = {
-            **resolved.request,
-            "seed": new_seed() if form.seed == -1 else form.seed + number,
-            "negative_prompt": form.negative_prompt,
-        }
-        request = Request(prompt=prompt, **settings, **pictures)
+        seed = new_seed() if form.seed == -1 else form.seed + number
+        own = {"prompt": prompt, "negative_prompt": form.negative_prompt, "seed": seed, **pictures}
+        request = Request(**{**resolved.request, **own})
         exposure.limits.check(request)
         resolved.engine.check_request(request)
         requests.append(request)
@@ -163,14 +158,10 @@ def size_of(tier: int, shape: str) -> tuple[int, int]:
 
     The tiers 632 (480p) and 960 (720p) give the official sizes of Wan2.2.
     """
-    official = {
-        (632, "16:9"): (480, 832),
-        (632, "9:16"): (832, 480),
-        (960, "16:9"): (720, 1280),
-        (960, "9:16"): (1280, 720),
-    }
-    if (tier, shape) in official:
-        return official[tier, shape]
+    official = {632: (480, 832), 960: (720, 1280)}
+    if tier in official and shape != "1:1":
+        short, long = official[tier]
+        return (short, long) if shape == "16:9" else (long, short)
     across, down = map(int, shape.split(":"))
     ratio = (across / down) ** 0.5
     return max(32, round(tier / ratio / 16) * 16), max(32, round(tier * ratio / 16) * 16)
@@ -197,29 +188,21 @@ def _overrides(form: Form, exposure: Exposure) -> dict[str, Any]:
     values["cpu_offload"] = OFFLOAD[form.offload]
     if form.attention != "auto":
         values |= {"self_attn_1_type": form.attention, "cross_attn_1_type": form.attention}
-    if specs := _lora_specs(form.loras):  # added to the preset's own; changing them loads nothing again
+    if specs := [
+        LoraSpec(**lora) for lora in form.loras
+    ]:  # added to the preset's own; changing them loads nothing again
         for lora in specs:
             find_lora(lora.path, preset.engine)  # raises now, and not when the job starts
         values["loras"] = [*preset.engine.lora_configs, *specs]
     return values
 
 
-def _lora_specs(rows: tuple[tuple[str, str, float, float], ...]) -> list[LoraSpec]:
-    specs = []
-    for high, low, strength_high, strength_low in rows:
-        specs += [LoraSpec(expert="high", path=high, strength=strength_high)] if high else []
-        specs += [LoraSpec(expert="low", path=low, strength=strength_low)] if low else []
-    return specs
-
-
 def _lora_rows(loras: list[LoraSpec]) -> dict[str, Any]:
-    highs, lows = ([lora for lora in loras if lora.expert == expert] for expert in ("high", "low"))
     values: dict[str, Any] = {}
-    for row in range(LORA_ROWS):
-        for part, found in (("high", highs), ("low", lows)):
-            lora = found[row] if row < len(found) else None
-            values[f"lora_{row}_{part}"] = lora.path if lora else ""
-            values[f"lora_{row}_strength_{part}"] = lora.strength if lora else 1.0
+    for expert in ("high", "low"):
+        rows = [(lora.path, lora.strength) for lora in loras if lora.expert == expert]
+        for row, (path, strength) in enumerate([*rows, *[("", 1.0)] * LORA_ROWS][:LORA_ROWS]):
+            values |= {f"lora_{row}_{expert}": path, f"lora_{row}_strength_{expert}": strength}
     return values
 
 

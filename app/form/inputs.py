@@ -74,10 +74,11 @@ black and 16-bit grey white, and fail without a message on a file that is no pic
 class Inputs:
     """The components of the left column. `fields` are the fields of a Form, by its names."""
 
+    words: Words
+    """The texts that the column is built with."""
     fields: dict[str, Any] = field(default_factory=dict)
-    labels: dict[Component, tuple[str, str]] = field(default_factory=dict)
-    """Component -> (property that holds the text, key in assets/strings.json); for a change of language."""
-    hints: dict[Component, tuple[str, str]] = field(default_factory=dict)
+    texts: dict[Component, dict[str, str]] = field(default_factory=dict)
+    """Component -> {property that holds a text: key in assets/strings.json}; for a change of language."""
 
     preset: Any = None
     crop: Any = None
@@ -94,152 +95,140 @@ class Inputs:
     files_box: Any = None
     files: Any = None
 
-    def add(self, name: str, component: Any, key: str = "", *, info: str = "") -> Any:
-        """Add a field, with the keys of its label and of its hint."""
-        self.fields[name] = component
-        if key:
-            self.labels[component] = ("label", key)
-        if info:
-            self.hints[component] = ("info", info)
-        return component
+    def add(self, kind: Any, name: str, key: str = "", *, texts: Mapping[str, str] | None = None, **more: Any) -> None:
+        """Add a field. `key` is that of its label, unless it is the name; `texts` has the keys of its other texts."""
+        keys = {"label": key or name, **(texts or {})}
+        component = kind(**{part: self.words(key) for part, key in keys.items()}, **{"elem_id": name, **more})
+        self.fields[name], self.texts[component] = component, keys
 
 
 def build_inputs(words: Words, resolved: Resolved, exposure: Exposure, *, tasks: int = 2) -> Inputs:
     """The column's components, in the order of decisions: what, how good, how large, go. `tasks` counts them."""
-    inputs = Inputs()
-    task = resolved.preset.task
-    mode = Choice(
-        task_choices(words), value=task, label=words("mode"), show_label=False, elem_id="mode", visible=tasks > 1
-    )
-    inputs.add("task", mode, "mode")
-    _pictures(inputs, words, visible=task == "i2v")
-    prompt = Textbox(
-        label=words("prompt"), placeholder=words("prompt_hint"), lines=3, max_lines=12, elem_id="prompt",
+    inputs = Inputs(words)
+    task, paths = resolved.preset.task, exposure.shows_paths
+    inputs.add(
+        Choice, "task", "mode", choices=task_choices(words), value=task, show_label=False, elem_id="mode",
+        visible=tasks > 1,
+    )  # fmt: skip
+    _pictures(inputs, visible=task == "i2v")
+    inputs.add(
+        Textbox, "prompt", texts={"placeholder": "prompt_hint"}, lines=3, max_lines=12,
         max_length=exposure.limits.prompt,
     )  # fmt: skip
-    inputs.add("prompt", prompt, "prompt")
-    inputs.hints[prompt] = ("placeholder", "prompt_hint")
     inputs.examples = gr.HTML(apply_default_css=False, elem_id="examples", js_on_load=JS_ACT)
     with gr.Row(elem_classes="plain", elem_id="how"):
         inputs.preset = gr.HTML(apply_default_css=False, elem_id="preset", js_on_load=JS_PICK, scale=4, min_width=220)
         # A hidden field, so that every event carries the settings together with the preset that they belong to.
-        inputs.add("preset", Textbox(resolved.preset.name, visible=False, elem_id="preset_name"))
-        offload = Dropdown(
-            offload_choices(words), value="auto", label=words("offload"), filterable=False, scale=1, min_width=100,
-            visible=exposure.shows_paths, elem_id="offload",
+        inputs.fields["preset"] = Textbox(resolved.preset.name, visible=False, elem_id="preset_name")
+        inputs.add(
+            Dropdown, "offload", choices=offload_choices(words), value="auto", filterable=False, scale=1,
+            min_width=100, visible=paths,
         )  # fmt: skip
-        inputs.add("offload", offload, "offload")
-    _size(inputs, words, resolved)
+    _size(inputs, resolved)
     inputs.generate = gr.Button(words("generate"), variant="primary", elem_id="generate", size="lg")
     inputs.cost = gr.HTML(apply_default_css=False, elem_id="cost")
-    _advanced(inputs, words, resolved.request, exposure)
-    if exposure.shows_paths:
+    with gr.Accordion(words("advanced"), open=True, elem_id="advanced") as inputs.advanced:
+        _advanced(inputs, resolved.request, exposure)
+        _lora_fields(inputs, visible=paths)
+    inputs.texts[inputs.advanced] = {"label": "advanced"}
+    if paths:
         with gr.Accordion(words("files"), open=True, elem_id="files") as inputs.files_box:
             inputs.files = gr.HTML(apply_default_css=False, js_on_load=JS_ACT)
     return inputs
 
 
-def _pictures(inputs: Inputs, words: Words, *, visible: bool) -> None:
+def _pictures(inputs: Inputs, *, visible: bool) -> None:
     with gr.Group(visible=visible, elem_id="pictures") as inputs.i2v_only:
         with gr.Row(elem_classes="plain"):
             for name, key in (("image_path", "image"), ("last_frame_path", "last_frame")):
-                picture = Picture(
-                    type="filepath", format="png", label=words(key), height=168, sources=["upload"], min_width=140,
-                    elem_id=name, buttons=["fullscreen"], placeholder=words("image_hint"),
+                inputs.add(
+                    Picture, name, key, texts={"placeholder": "image_hint"}, type="filepath", format="png", height=168,
+                    sources=["upload"], min_width=140, buttons=["fullscreen"],
                 )  # fmt: skip
-                inputs.add(name, picture, key)
-                inputs.hints[picture] = ("placeholder", "image_hint")
         inputs.crop = gr.HTML(apply_default_css=False, elem_id="crop")
 
 
-def _size(inputs: Inputs, words: Words, resolved: Resolved) -> None:
+def _size(inputs: Inputs, resolved: Resolved) -> None:
     request, task = resolved.request, resolved.preset.task
     rows: tuple[tuple[str, str, list[Any], Any, int], ...] = (
         ("size", "size", size_choices(request), tier_of(request), 110),
-        ("shape", "shape", shape_choices(words, task), shape_of(request, task), 150),
+        ("shape", "shape", shape_choices(inputs.words, task), shape_of(request, task), 150),
         ("length", "seconds", length_choices(request), request["frames"], 110),
     )
     with gr.Row(elem_classes="plain", elem_id="how-large"):
         for name, key, choices, value, width in rows:
-            component = Choice(
-                choices, value=value, label=words(key), elem_classes="segment", min_width=width, elem_id=name
-            )
-            inputs.add(name, component, key)
+            inputs.add(Choice, name, key, choices=choices, value=value, elem_classes="segment", min_width=width)
 
 
-def _advanced(inputs: Inputs, words: Words, request: Mapping[str, Any], exposure: Exposure) -> None:
+def _advanced(inputs: Inputs, request: Mapping[str, Any], exposure: Exposure) -> None:
     """Everything else in a Request. The hint below a label is what the command line writes."""
     distilled = request["denoising_step_list"] is not None
     values = setting_fields(request)
     paired = ("width", "height", "frames", "fps", "enable_cfg")
 
     # The fields have no bounds: a number that is half typed may be out of them. `submit_plan` checks the bounds.
-    def number(name: str, value: Any, *, info: str = "", **more: Any) -> None:
-        hint = words(info) if info else USAGE[name]
-        component = Number(value=value, label=words(name), info=hint, min_width=120, elem_id=name, **more)
-        inputs.add(name, component, name, info=info)
-
     def setting(name: str) -> None:
-        row, value, common = CONTROLS[name], values[name], {"label": words(name), "info": USAGE[name], "elem_id": name}
+        row = CONTROLS[name]
+        kind, more = Number, {"precision": 0 if row.type is int else None, "step": row.step or 1, "min_width": 120}
         if row.type is bool:
-            inputs.add(name, Checkbox(value, **common), name)
+            kind, more = Checkbox, {}
         elif row.choices:
             choices = [("auto", ""), *((choice, choice) for choice in row.choices)]
-            inputs.add(name, Dropdown(choices, value=value, min_width=120, **common), name)
+            kind, more = Dropdown, {"choices": choices, "min_width": 120}
         elif row.type is StepList:
-            inputs.add(name, Textbox(value, min_width=180, **common), name)
-        else:
-            number(name, value, precision=0 if row.type is int else None, step=row.step or 1)
+            kind, more = Textbox, {"min_width": 180}
+        inputs.add(kind, name, value=values[name], info=USAGE[name], **more)
 
-    with gr.Accordion(words("advanced"), open=True, elem_id="advanced") as inputs.advanced:
+    with gr.Row(elem_classes="plain"):
+        for name, value, info in (("seed", -1, "seed_info"), ("videos", 1, "videos_info")):
+            inputs.add(Number, name, texts={"info": info}, value=value, precision=0, min_width=120)
+    inputs.add(Checkbox, "per_line", value=False)
+    inputs.add(
+        Textbox, "negative_prompt", texts={"info": "negative_info"}, lines=2, max_lines=6,
+        max_length=exposure.limits.prompt,
+    )  # fmt: skip
+    for pair in (paired[:2], paired[2:4]):
         with gr.Row(elem_classes="plain"):
-            number("seed", -1, info="seed_info", precision=0)
-            number("videos", 1, info="videos_info", precision=0)
-        inputs.add("per_line", Checkbox(False, label=words("per_line"), elem_id="per_line"), "per_line")
-        negative = Textbox(
-            label=words("negative_prompt"), info=words("negative_info"), lines=2, max_lines=6,
-            elem_id="negative_prompt", max_length=exposure.limits.prompt,
-        )  # fmt: skip
-        inputs.add("negative_prompt", negative, "negative_prompt", info="negative_info")
-        for pair in (paired[:2], paired[2:4]):
-            with gr.Row(elem_classes="plain"):
-                for name in pair:
+            for name in pair:
+                setting(name)
+    setting("enable_cfg")
+    step = SETTINGS["guidance"].step
+    with gr.Row(elem_classes="plain"):
+        for name in ("guidance_high", "guidance_low"):
+            inputs.add(Number, name, value=values[name], info=USAGE[name], step=step, min_width=120)
+    boxes = {}
+    for schedule, visible in (("shift", not distilled), ("list", distilled), ("", True)):
+        with gr.Row(elem_classes="plain", visible=visible) as boxes[schedule]:
+            for name, row in CONTROLS.items():
+                if row.schedule == schedule and name not in paired:
                     setting(name)
-        setting("enable_cfg")
-        with gr.Row(elem_classes="plain"):
-            for name in ("guidance_high", "guidance_low"):
-                number(name, values[name], step=SETTINGS["guidance"].step)
-        boxes = {}
-        for schedule, visible in (("shift", not distilled), ("list", distilled), ("", True)):
-            with gr.Row(elem_classes="plain", visible=visible) as boxes[schedule]:
-                for name, row in CONTROLS.items():
-                    if row.schedule == schedule and name not in paired:
-                        setting(name)
-        inputs.base_only, inputs.distilled_only = boxes["shift"], boxes["list"]
-        with boxes[""]:
-            attention = Dropdown(
-                [*ATTENTION_NAMES], value="auto", label=words("attention"), info=USAGE["attention"], min_width=120,
-                visible=exposure.shows_paths, elem_id="attention",
-            )  # fmt: skip
-            inputs.add("attention", attention, "attention")
-        _lora_fields(inputs, words, visible=exposure.shows_paths)
+    inputs.base_only, inputs.distilled_only = boxes["shift"], boxes["list"]
+    with boxes[""]:
+        inputs.add(
+            Dropdown, "attention", choices=[*ATTENTION_NAMES], value="auto", info=USAGE["attention"], min_width=120,
+            visible=exposure.shows_paths,
+        )  # fmt: skip
 
 
-def _lora_fields(inputs: Inputs, words: Words, *, visible: bool) -> None:
+def _lora_fields(inputs: Inputs, *, visible: bool) -> None:
+    words = inputs.words
     for row in range(LORA_ROWS):
         with gr.Row(elem_classes="plain lora", visible=False) as box:
             for part in ("high", "low"):
-                path = Textbox(
-                    label=words(f"lora_{part}"), info=USAGE["loras"], max_lines=1, scale=3, min_width=160,
-                    elem_id=f"lora_{row}_{part}",
+                inputs.add(
+                    Textbox, f"lora_{row}_{part}", f"lora_{part}", info=USAGE["loras"], max_lines=1, scale=3,
+                    min_width=160,
                 )  # fmt: skip
-                inputs.add(f"lora_{row}_{part}", path, f"lora_{part}")
-                strength = Number(1.0, label=words(f"strength_{part}"), step=0.1, scale=1, min_width=90)
-                inputs.add(f"lora_{row}_strength_{part}", strength, f"strength_{part}")
+                inputs.add(
+                    Number, f"lora_{row}_strength_{part}", f"strength_{part}", value=1.0, step=0.1, scale=1,
+                    min_width=90, elem_id=None,
+                )  # fmt: skip
             remove = gr.Button(words("remove_lora"), size="sm", min_width=90, elem_id=f"remove_lora_{row}")
         inputs.remove_lora.append(remove)
         inputs.lora_rows.append(box)
     inputs.add_lora = gr.Button(words("add_lora"), size="sm", visible=visible, elem_id="add_lora")
+    for button, key in ((inputs.add_lora, "add_lora"), *((remove, "remove_lora") for remove in inputs.remove_lora)):
+        inputs.texts[button] = {"value": key}
 
 
 def task_choices(words: Words) -> list[tuple[str, str]]:

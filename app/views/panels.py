@@ -55,19 +55,7 @@ def header(words: Words, machine: Machine, loaded: str, exposure: Exposure, *, a
     if exposure.open_to_others and not exposure.hosted:
         text = words("shared") if exposure.auth else words("public")
         chips.append(tag("span", esc(text), class_="chip badge", role="status"))
-    languages = "".join(
-        tag(
-            "button",
-            esc(label),
-            type="button",
-            class_="btn flat",
-            data_act="language",
-            data_name=name,
-            lang=name,
-            aria_pressed="true" if words.language == name else "false",
-        )
-        for name, label in LANGUAGES.items()
-    )
+    languages = "".join(_language(name, label, chosen=words.language == name) for name, label in LANGUAGES.items())
     half = '<svg viewBox="0 0 16 16" width="16" height="16" aria-hidden="true"><circle cx="8" cy="8" r="6" fill="none" '
     half += 'stroke="currentColor" stroke-width="1.5"/><path d="M8 2a6 6 0 0 1 0 12z" fill="currentColor"/></svg>'
     theme = tag("button", half, type="button", class_="btn icon", data_act="theme", aria_label=words("theme"))
@@ -186,6 +174,13 @@ def files_title(words: Words, status: FilesStatus) -> str:
     return f"{words('files')} — " + words("files_state", have=have, all=len(status.files), size=numbers.size(size))
 
 
+def _language(name: str, label: str, *, chosen: bool) -> str:
+    return tag(
+        "button", esc(label), type="button", class_="btn flat", data_act="language", data_name=name, lang=name,
+        aria_pressed="true" if chosen else "false",
+    )  # fmt: skip
+
+
 def _option(words: Words, option: PresetOption, room: int | None, *, chosen: bool) -> str:
     need, time = "", "–"
     if option.need is not None:
@@ -194,11 +189,8 @@ def _option(words: Words, option: PresetOption, room: int | None, *, chosen: boo
     if option.prediction is not None:
         seconds = option.prediction.seconds
         time = words("days") if seconds > TOO_SLOW else f"≈ {numbers.about(seconds)}"
-    disk = tag(
-        "span",
-        esc(_download_size(words, option.files, short=True)),
-        class_="disk" + (" ok" if option.files.ready else ""),
-    )
+    size = esc(_download_size(words, option.files, short=True))
+    disk = tag("span", size, class_="disk ok" if option.files.ready else "disk")
     name = tag("span", esc(option.title), class_="name") + tag("span", esc(option.about), class_="about")
     cells = name + tag("span", esc(time), class_="time") + need + disk
     selected = "true" if chosen else "false"

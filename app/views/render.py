@@ -7,7 +7,7 @@ from ..strings import Words
 from . import cards, panels
 from . import compare as comparison
 from .report import report
-from .retries import retry_options
+from .retries import retry_labels, retry_options
 from .stage import stage, status
 from .view_state import ViewState
 
@@ -29,9 +29,15 @@ def render(studio: Studio, words: Words, view: ViewState) -> dict[str, str]:
 
 
 def _status(studio: Studio, words: Words, view: ViewState) -> str:
-    options = retry_options(words, view.job, offload=studio.exposure.shows_paths and studio.machine().gpu)
+    options = retry_options(view.job, offload=studio.exposure.shows_paths and studio.machine().gpu)
     prediction = studio.prediction_of(view.job.id) if view.job is not None else None
-    return status(words, view.job, options, ahead=view.ahead, expected=prediction.stages if prediction else {})
+    return status(
+        words,
+        view.job,
+        retry_labels(words, options),
+        ahead=view.ahead,
+        expected=prediction.stages if prediction else {},
+    )
 
 
 def _report(studio: Studio, words: Words, view: ViewState) -> str:

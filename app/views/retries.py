@@ -1,7 +1,8 @@
-"""Retry options: buttons for a failed run, and the changed settings that each of them runs."""
+"""Retry options: a failed run with changed settings, by the button for each."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import replace
 
 from lightx2v.config.engine_config import EngineConfig
@@ -13,33 +14,27 @@ from ..strings import Words
 SMALLER = 480 * 832
 
 
-def retry_options(words: Words, job: Job | None, *, offload: bool) -> dict[str, str]:
-    """{act: label} of the buttons for a run that did not succeed, the most promising first.
+def retry_options(job: Job | None, *, offload: bool) -> dict[str, tuple[EngineConfig, Request]]:
+    """{act: what its button runs} for a run that did not succeed, the most promising first.
 
     `offload` says whether visitors may change that setting here.
     """
     if job is None or job.state in ("queued", "running", "succeeded"):
         return {}
-    options: dict[str, str] = {}
+    config, request = job.config, job.request
+    options: dict[str, tuple[EngineConfig, Request]] = {}
     if job.error is not None and job.error["type"] == "OutOfMemory":
-        if offload and job.config.cpu_offload is not True:
-            options["retry_offload"] = words("retry_offload")
-        if (size := smaller_size(job.request)) is not None:
-            options["retry_smaller"] = words("retry_smaller", size=f"{size[1]} × {size[0]}")
-        if (frames := fewer_frames(job.request)) is not None:
-            options["retry_shorter"] = words("retry_shorter", n=frames)
-    return options | {"retry": words("retry")}
+        if offload and config.cpu_offload is not True:
+            options["retry_offload"] = replace(config, cpu_offload=True), request
+        if (size := smaller_size(request)) is not None:
+            options["retry_smaller"] = config, replace(request, height=size[0], width=size[1])
+        if (frames := fewer_frames(request)) is not None:
+            options["retry_shorter"] = config, replace(request, frames=frames)
+    return options | {"retry": (config, request)}
 
 
-def apply_retry(act: str, job: Job) -> tuple[EngineConfig, Request] | None:
-    """Engine and request with the change that `act` stands for; None for an unknown or impossible one."""
-    if act == "retry_offload":
-        return replace(job.config, cpu_offload=True), job.request
-    if act == "retry_smaller" and (size := smaller_size(job.request)) is not None:
-        return job.config, replace(job.request, height=size[0], width=size[1])
-    if act == "retry_shorter" and (frames := fewer_frames(job.request)) is not None:
-        return job.config, replace(job.request, frames=frames)
-    return (job.config, job.request) if act == "retry" else None
+def retry_labels(words: Words, options: Mapping[str, tuple[EngineConfig, Request]]) -> dict[str, str]:
+    return {act: words(act, size=f"{run.width} × {run.height}", n=run.frames) for act, (_, run) in options.items()}
 
 
 def smaller_size(request: Request) -> tuple[int, int] | None:

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import json
 import shlex
+from contextlib import suppress
 from dataclasses import fields, replace
 from pathlib import PurePath
 from typing import Any
 
 from lightx2v.config.presets import resolve
+from lightx2v.config.recorded_settings import PICTURES
 from lightx2v.config.request import Request
 from lightx2v.config.request_settings import SETTINGS, SHOWN
 from lightx2v.errors import LightX2VError
@@ -24,8 +26,7 @@ def snippets(job: Job, *, address: str = ADDRESS, key: bool = False, paths: bool
     """{name: text} ready to copy. `address` is the page's own URL, which needs a key if `key` is set. Without `paths` a
     picture is named without its folder, so that a page for others does not reveal this machine's paths."""
     if not paths:
-        pictures = {name: getattr(job.request, name) for name in ("image_path", "last_frame_path")}
-        bare = {name: PurePath(path).name for name, path in pictures.items() if path}
+        bare = {name: PurePath(path).name for name in PICTURES if (path := getattr(job.request, name))}
         job = replace(job, request=replace(job.request, **bare))
     changed = changed_settings(job)
     curl = _curl(job, changed, address, key)
@@ -35,10 +36,8 @@ def snippets(job: Job, *, address: str = ADDRESS, key: bool = False, paths: bool
 def changed_settings(job: Job) -> dict[str, Any]:
     """The fields of the request that differ from the preset."""
     preset: dict[str, Any] = {}
-    try:
+    with suppress(LightX2VError):  # the preset is gone: every setting differs from the defaults
         preset = resolve(job.preset).request if job.preset else {}
-    except LightX2VError:  # the preset is gone: every setting differs from the defaults
-        pass
     data = job.request.to_json()
     defaults = {field.name: preset.get(field.name, field.default) for field in fields(Request)}
     changed = {name: data[name] for name, default in defaults.items() if getattr(job.request, name) != default}
@@ -70,21 +69,19 @@ def _python(job: Job, changed: dict[str, Any]) -> str:
     generate = ("prompt", "negative_prompt", "image_path", "last_frame_path", "seed")
     arguments = {name: value for name, value in changed.items() if name in generate}
     arguments["save_result_path"] = "outputs/video.mp4"
-    lines = [f"    {name}={value!r}," for name, value in arguments.items()]
     settings = "".join(f", {name}={value!r}" for name, value in changed.items() if name not in generate)
     preset = f"config_json={f'presets/{job.preset}.json'!r}" if job.preset else ""
-    return "\n".join(
-        [
-            "from lightx2v import LightX2VPipeline",
-            "",
-            f"pipe = LightX2VPipeline(model_cls={job.config.model_cls!r}, task={job.config.task!r})",
-            f"pipe.create_generator({preset}{settings})",
-            "result = pipe.generate(",
-            *lines,
-            ")",
-            'print(result.path, result.timings.total, "seconds")',
-        ]
-    )
+    lines = [
+        "from lightx2v import LightX2VPipeline",
+        "",
+        f"pipe = LightX2VPipeline(model_cls={job.config.model_cls!r}, task={job.config.task!r})",
+        f"pipe.create_generator({preset}{settings})",
+        "result = pipe.generate(",
+        *(f"    {name}={value!r}," for name, value in arguments.items()),
+        ")",
+        'print(result.path, result.timings.total, "seconds")',
+    ]
+    return "\n".join(lines)
 
 
 def _curl(job: Job, changed: dict[str, Any], address: str, key: bool) -> str:

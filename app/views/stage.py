@@ -55,22 +55,19 @@ def status(
     """
     if job is None:
         line = tag("span", esc(words("idle_hint")), class_="quiet")
-        return tag("div", _bar(words, None, None) + tag("div", line, class_="line"), class_="status")
-    if job.state in ACTIVE:
-        event = job.progress
-        left = _now(words, job, event, ahead)
-        times = _times(words, job, event, expected or {})
+    elif job.state in ACTIVE:
         stop = button(words("stop"), "stop", kind="stop", id=job.id, key="Escape")
-        line = tag("div", left, class_="doing") + tag("div", times + stop, class_="clock")
-        return tag("div", _bar(words, job, event) + tag("div", line, class_="line"), class_="status")
-    actions = ""
-    for act, label in (retry_options or {}).items():
-        actions += button(label, act, id=job.id, kind="" if actions else "primary")
-    title = words("state_" + job.state).capitalize()
-    if job.state == "succeeded":  # the report's total: it counts loading, but not waiting for a download
-        title = words("finished_in", time=numbers.seconds((job.result or {})["timings"]["total"]))
-    line = tag("div", tag("strong", esc(title)), class_="doing") + tag("div", actions, class_="clock")
-    return tag("div", _bar(words, job, job.progress) + tag("div", line, class_="line"), class_="status")
+        line = tag("div", _now(words, job, job.progress, ahead), class_="doing")
+        line += tag("div", _times(words, job, expected or {}) + stop, class_="clock")
+    else:
+        actions = ""
+        for act, label in (retry_options or {}).items():
+            actions += button(label, act, id=job.id, kind="" if actions else "primary")
+        title = words("state_" + job.state).capitalize()
+        if job.state == "succeeded":  # the report's total: it counts loading, but not waiting for a download
+            title = words("finished_in", time=numbers.seconds((job.result or {})["timings"]["total"]))
+        line = tag("div", tag("strong", esc(title)), class_="doing") + tag("div", actions, class_="clock")
+    return tag("div", _bar(words, job) + tag("div", line, class_="line"), class_="status")
 
 
 def phases_of(request: Request, event: Progress | None) -> list[str]:
@@ -117,24 +114,23 @@ def time_left(event: Progress | None, expected: Mapping[str, float], elapsed: fl
     return max(later, sum(expected.values()) - elapsed) if expected else None
 
 
-def _bar(words: Words, job: Job | None, event: Progress | None) -> str:
-    if job is None:
-        phases, current, fill = [p for p in PHASES if p not in ("download", "image")], "", 0.0
-    else:
+def _bar(words: Words, job: Job | None) -> str:
+    state, event = (job.state, job.progress) if job is not None else ("", None)
+    phases, current, fill = [p for p in PHASES if p not in ("download", "image")], "", 0.0
+    if job is not None:
         phases = phases_of(job.request, event)
         current, fill = phase_fill(job.request, event)
-    done = job is not None and job.state == "succeeded"
-    begun = job is not None and job.state != "queued" and (event is not None or job.state == "running")
+    done = state == "succeeded"
+    begun = state == "running" or state != "queued" and event is not None
     at = phases.index(current) if begun and current in phases else -1
     cells = []
     for index, phase in enumerate(phases):
-        state = "done" if done or index < at else "now" if index == at else "todo"
-        share = 100 if state == "done" else round(fill * 100) if state == "now" else 0
+        mark = "done" if done or index < at else "now" if index == at else "todo"
+        share = 100 if mark == "done" else round(fill * 100) if mark == "now" else 0
         bar = tag("i", tag("b", "", style=f"width:{share}%"))
-        cells.append(tag("li", bar + tag("span", esc(words("phase_" + phase))), class_=state))
-    live = job is not None and job.state == "running"
-    percent = 100 if done else round(100 * overall(job.request, event)) if job and live else 0
-    failed = job is not None and job.state in ("failed", "cancelled", "interrupted")
+        cells.append(tag("li", bar + tag("span", esc(words("phase_" + phase))), class_=mark))
+    percent = 100 if done else round(100 * overall(job.request, event)) if job and state == "running" else 0
+    failed = state in ("failed", "cancelled", "interrupted")
     return tag(
         "ol", "".join(cells), class_="phases failed" if failed else "phases", role="progressbar",
         aria_label=words("progress"), aria_valuemin=0, aria_valuemax=100, aria_valuenow=percent,
@@ -175,11 +171,11 @@ def _pace(event: Progress) -> float | None:
     return event.eta / (event.total - event.step)
 
 
-def _times(words: Words, job: Job, event: Progress | None, expected: Mapping[str, float]) -> str:
+def _times(words: Words, job: Job, expected: Mapping[str, float]) -> str:
     """Time elapsed and time left. The page's script counts the elapsed time from the start that it gets here."""
     if job.state != "running" or job.started is None:
         return ""
-    seconds = time_left(event, expected, time.time() - job.started)
+    seconds = time_left(job.progress, expected, time.time() - job.started)
     left = words("left", time=numbers.about(seconds)) if seconds is not None else words("estimating")
     elapsed = tag("span", "0:00", class_="elapsed", data_since=f"{job.started:.2f}")
     return tag("span", elapsed + tag("span", " · " + esc(left)), class_="times")

@@ -20,26 +20,19 @@ from lightx2v.config.request_settings import SETTINGS
 from lightx2v.errors import BadRequest, LightX2VError
 from lightx2v.jobs.store import Job
 
-from ..backend.studio import Studio, settings_of
+from ..backend.studio import Studio, existing, settings_of
 from ..form.fields import new_seed
 
 KEYS = tuple(name for name in SETTINGS if name != "seed")
 """Keys of the argument `settings`: the seed is an argument of its own."""
 
 REPORTED = (
-    "seed",
-    "height",
-    "width",
-    "frames",
-    "fps",
-    "sampler",
-    "file_bytes",
-    "device",
-    "attention",
-    "timings",
-    "warnings",
-)
+    "seed", "height", "width", "frames", "fps", "sampler", "file_bytes", "device", "attention", "timings", "warnings",
+)  # fmt: skip
 """The parts of a report that leave the machine: no paths, no configuration."""
+
+
+PROGRESS = ("stage", "step", "total", "expert", "seconds", "eta")
 
 
 def add_endpoints(studio: Studio) -> None:
@@ -56,14 +49,9 @@ class Endpoints:
         self._studio = studio
 
     def generate(
-        self,
-        prompt: str,
-        preset: str = "",
-        image: dict | None = None,
-        negative_prompt: str = "",
-        seed: int = -1,
+        self, prompt: str, preset: str = "", image: dict | None = None, negative_prompt: str = "", seed: int = -1,
         settings: dict | None = None,
-    ) -> dict:
+    ) -> dict:  # fmt: skip
         """Queues a video and returns at once with the id to ask `status` for.
 
         Args:
@@ -85,15 +73,8 @@ class Endpoints:
             if unknown := sorted(changed.keys() - KEYS):
                 raise BadRequest(f"settings has no {str(unknown[0])[:60]!r}. It has: {', '.join(KEYS)}.")
             resolved = resolve(name, changed)
-            request = Request(
-                prompt=prompt,
-                **{
-                    **resolved.request,
-                    "negative_prompt": negative_prompt,
-                    "seed": new_seed() if seed == -1 else seed,
-                    "image_path": _uploaded(image),
-                },
-            )
+            own = {"prompt": prompt, "negative_prompt": negative_prompt, "image_path": _uploaded(image)}
+            request = Request(**{**resolved.request, **own, "seed": new_seed() if seed == -1 else seed})
             studio.exposure.limits.check(request)
             job = studio.submit(resolved.engine, request, owner=f"api-{secrets.token_hex(16)}", preset=name)
             return _answer(studio, job)
@@ -148,14 +129,11 @@ def _answer(studio: Studio, job: Job) -> dict[str, Any]:
         "position": job.position,
         "starts_in": job.starts_in,
         "predicted_seconds": prediction.seconds if (prediction := studio.prediction_of(job.id)) else None,
-        "progress": None,
+        "progress": {name: getattr(event, name) for name in PROGRESS} if event is not None else None,
         "error": job.error,
         "video": None,
         "report": None,
     }
-    if event is not None:
-        names = ("stage", "step", "total", "expert", "seconds", "eta")
-        answer["progress"] = {name: getattr(event, name) for name in names}
     if job.state == "succeeded" and job.result is not None:
         answer["video"] = f"studio/{job.id}/video.mp4"
         answer["report"] = {name: job.result[name] for name in REPORTED if name in job.result}
@@ -166,10 +144,8 @@ def _uploaded(image: Mapping[str, Any] | None) -> str | None:
     """The path of a file that was uploaded to this page. Every other path is refused, whether it exists or not."""
     if image is None:
         return None
-    folder = Path(os.environ["GRADIO_TEMP_DIR"]).resolve()
     path = image.get("path")
-    if isinstance(path, str) and "\0" not in path:
-        resolved = Path(path).resolve()
-        if resolved.is_relative_to(folder) and resolved.is_file():
-            return str(resolved)
-    raise BadRequest("image is not an uploaded file. With gradio_client, pass handle_file(path).")
+    file = existing(path, Path(os.environ["GRADIO_TEMP_DIR"])) if isinstance(path, str) else None
+    if file is None:
+        raise BadRequest("image is not an uploaded file. With gradio_client, pass handle_file(path).")
+    return str(file)

@@ -38,9 +38,8 @@ def media_routes(studio: Studio) -> list[BaseRoute]:
 
     def video(request: Request) -> Response:
         job_id = _job_id(request)
-        return mp4(
-            studio.video_of(job_id), f"lightx2v-{job_id[:8]}.mp4" if "download" in request.query_params else None
-        )
+        name = f"lightx2v-{job_id[:8]}.mp4" if "download" in request.query_params else None
+        return mp4(studio.video_of(job_id), name)
 
     def poster(request: Request) -> Response:
         data = studio.poster_of(_job_id(request))

@@ -22,7 +22,7 @@ from app.form.fields import CONTROLS
 from app.strings import TABLES, Words, preferred
 from app.views import cards, compare, numbers, panels, report, stage
 from app.views.html import button, esc, tag
-from app.views.retries import apply_retry, retry_options
+from app.views.retries import retry_labels, retry_options
 from app.views.snippets import snippets
 from lightx2v import infer
 from lightx2v.config.request import Request
@@ -208,16 +208,19 @@ def test_lora_matches_are_in_the_report() -> None:
 
 def test_out_of_memory_has_retry_options() -> None:
     failed = job("failed", error={"type": "OutOfMemory", "message": "no room"})
-    acts = [*retry_options(Words("en"), failed, offload=True)]
-    assert acts == ["retry_offload", "retry_smaller", "retry_shorter", "retry"]
-    assert "retry_offload" not in retry_options(Words("en"), failed, offload=False)
+    options = retry_options(failed, offload=True)
+    assert [*options] == ["retry_offload", "retry_smaller", "retry_shorter", "retry"]
+    assert "retry_offload" not in retry_options(failed, offload=False)
     large = replace(failed, request=Request(prompt="x", height=720, width=1280))
-    assert [*retry_options(Words("en"), large, offload=False).values()][0] == "Try at 832 × 480"
-    config, request = apply_retry("retry_offload", failed) or (None, None)
-    assert config is not None and config.cpu_offload is True and request == failed.request
-    shorter = apply_retry("retry_shorter", failed)
-    assert shorter is not None and shorter[1].frames == 5
-    assert apply_retry("delete_everything", failed) is None
+    smaller = retry_options(large, offload=False)
+    assert smaller["retry_smaller"][1] == replace(large.request, height=480, width=832)
+    assert retry_labels(Words("en"), smaller)["retry_smaller"] == "Try at 832 × 480"
+    config, request = options["retry_offload"]
+    assert config.cpu_offload is True and request == failed.request
+    assert options["retry_shorter"][1].frames == 5
+    assert options["retry"] == (failed.config, failed.request)
+    for state in ("queued", "running", "succeeded"):
+        assert not retry_options(replace(failed, state=state), offload=True)
 
 
 def test_the_cost_is_green_amber_or_red_and_says_so_in_words() -> None:
