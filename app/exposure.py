@@ -5,8 +5,6 @@ page generates a password, unless `--public` lets everyone in. A hosted page (Hu
 Pages that others can reach have limits and hide files and paths.
 """
 
-from __future__ import annotations
-
 import argparse
 import os
 import secrets

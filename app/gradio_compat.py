@@ -3,8 +3,6 @@
 Before the page moves to another version of gradio, run that test, and then name the version in it.
 """
 
-from __future__ import annotations
-
 from abc import ABCMeta
 from collections.abc import Callable
 from typing import Any

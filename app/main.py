@@ -4,8 +4,6 @@ Without flags it listens on 127.0.0.1 only and needs no password. With --share, 
 reach, it generates a password for this start and prints it; only --public opens such a page without one.
 """
 
-from __future__ import annotations
-
 import argparse
 import importlib.util
 import os

@@ -1,7 +1,5 @@
 """The page: its layout, and which event calls which handler. Its look is in assets/studio.css."""
 
-from __future__ import annotations
-
 import secrets
 from functools import partial
 from pathlib import Path

@@ -1,7 +1,5 @@
 """Strings: the texts of assets/strings.json in one language. `Words(language)("key", name=value)` returns one."""
 
-from __future__ import annotations
-
 import json
 import re
 

@@ -1,7 +1,5 @@
 """The page's theme: colours, fonts, and the HTML head with style sheet and script."""
 
-from __future__ import annotations
-
 import gradio as gr
 
 from lightx2v.config.model_paths import PROJECT

@@ -28,16 +28,7 @@ from lightx2v.config.request import Request
 from lightx2v.pipeline import LightX2VPipeline
 from training.captions import caption
 from training.detector import Reading, detect
-from training.world import (
-    ATTRIBUTES,
-    COMBINATIONS,
-    Clips,
-    held_out,
-    place_clips,
-    render,
-    sample_clips,
-    to_frames,
-)
+from training.world import ATTRIBUTES, COMBINATIONS, Clips, held_out, place_clips, render, sample_clips, to_frames
 
 VAE = Path("assets/demo/Wan2.2-T2V-Demo/Wan2.1_VAE.pth")
 SEEDS = 16
@@ -243,17 +234,7 @@ def all_rows(count: int, few: int, folder: Path) -> dict[str, Callable[[], list[
 
 
 def to_markdown(rows: Sequence[Row], command: str) -> str:
-    columns = (
-        "all",
-        "seen",
-        "held_out",
-        *ATTRIBUTES,
-        "outline",
-        "dB",
-        "first_dB",
-        "first_above_25_dB",
-        "night",
-    )
+    columns = ("all", "seen", "held_out", *ATTRIBUTES, "outline", "dB", "first_dB", "first_above_25_dB", "night")
     used = [column for column in columns if any(column in row for row in rows)]
     lines = [f"Made by `{command}`.", "", "| what | clips | " + " | ".join(c.replace("_", " ") for c in used) + " |"]
     lines.append("|---" * (len(used) + 2) + "|")

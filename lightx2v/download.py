@@ -6,8 +6,6 @@
 Exit codes: 0 all files are here, 1 failed, 2 bad usage, 130 interrupted (Ctrl-C), 143 terminated.
 """
 
-from __future__ import annotations
-
 import argparse
 import sys
 from collections.abc import Sequence

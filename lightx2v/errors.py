@@ -17,8 +17,6 @@ A message says what is wrong, the given value, the expected one and what to do n
 or in an HTTP response: it never holds a traceback, and names files by their last parts only (`short_path`).
 """
 
-from __future__ import annotations
-
 from pathlib import PurePath
 
 

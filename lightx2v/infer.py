@@ -8,8 +8,6 @@
 Exit codes: 0 done, 1 failed, 2 bad usage, 130 interrupted (Ctrl-C), 143 terminated.
 """
 
-from __future__ import annotations
-
 import argparse
 import json
 import os

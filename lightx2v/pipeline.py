@@ -8,8 +8,6 @@
 the same latents whatever ran before.
 """
 
-from __future__ import annotations
-
 import logging
 import signal
 import threading
@@ -323,10 +321,7 @@ class LightX2VPipeline:
         group, pipe = join(environment), None
         if group.is_rank0:
             return False
-        for number in (
-            signal.SIGINT,
-            signal.SIGTERM,
-        ):  # rank 0 ends its run, then every process
+        for number in (signal.SIGINT, signal.SIGTERM):  # rank 0 ends its run, then every process
             signal.signal(number, signal.SIG_IGN)
         while True:
             what, content = group.next_command()

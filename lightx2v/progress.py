@@ -4,8 +4,6 @@
 command line, the server and the benchmarks show the numbers of this file.
 """
 
-from __future__ import annotations
-
 import logging
 import resource
 import sys

@@ -39,10 +39,7 @@ from lightx2v.weights.checkpoint import open_checkpoint
 from lightx2v.weights.quant_layout import is_expert_matrix
 from lightx2v.weights.quantization import quantise
 
-pytestmark = [
-    pytest.mark.gpu,
-    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
-]
+pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
 CUDA = torch.device("cuda", 0)
 
 

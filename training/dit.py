@@ -240,14 +240,7 @@ def load_dit(path: Path, device: torch.device) -> WanDiT:
 
 
 def train_shared(
-    run: Run,
-    runs: Path,
-    minutes: float,
-    steps: int | None,
-    rates: tuple[float, float],
-    compiled: bool,
-    *,
-    resume: bool,
+    run: Run, runs: Path, minutes: float, steps: int | None, rates: tuple[float, float], compiled: bool, *, resume: bool
 ) -> tuple[Text, WanDiT]:
     """The shared weights from which both experts start."""
     task = run.task

@@ -1,7 +1,5 @@
 """Model files: which ones a preset needs, which are on this machine, and the download of the others."""
 
-from __future__ import annotations
-
 import logging
 import threading
 import time

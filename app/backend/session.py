@@ -1,7 +1,5 @@
 """Session: the secret that one browser keeps, and the runs that its visitor looks at. No gradio here."""
 
-from __future__ import annotations
-
 import re
 import secrets
 from dataclasses import asdict, dataclass, replace

@@ -4,8 +4,6 @@ One Studio serves all visitors. To list, see or change a visitor's runs the call
 their browser keeps.
 """
 
-from __future__ import annotations
-
 import hashlib
 import json
 import logging

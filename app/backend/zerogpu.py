@@ -9,8 +9,6 @@ The event that submits a job also runs it, inside `running`; leaving that block 
 queue here. The engine is loaded once at start, before the fork. Jobs are kept in memory: a restart forgets them.
 """
 
-from __future__ import annotations
-
 import math
 import queue
 import secrets

@@ -1,7 +1,5 @@
 """Clicks on buttons inside rendered HTML: in the stage, the report, the history, the queue and the header."""
 
-from __future__ import annotations
-
 from dataclasses import replace
 
 from lightx2v.errors import BadRequest

@@ -4,8 +4,6 @@ None of them runs a model or waits for one. They read or change the job manager 
 closed tab, a reload or a lost connection never affects a run. (On ZeroGPU one does: see backend/zerogpu.py.)
 """
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path

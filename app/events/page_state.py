@@ -11,8 +11,6 @@ Events of a page cross: one that left the browser early may be answered late, an
   answers in the wrong order left behind.
 """
 
-from __future__ import annotations
-
 import threading
 from typing import Any, Self
 

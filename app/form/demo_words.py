@@ -1,7 +1,5 @@
 """Words that the demo model does not know: its tokenizer has the words of its small world and marks all others."""
 
-from __future__ import annotations
-
 import re
 from functools import cache
 

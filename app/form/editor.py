@@ -1,7 +1,5 @@
 """Editor: the updates of the left column for given values: fields, choices, preset list, cost."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from dataclasses import replace
 from functools import lru_cache

@@ -1,7 +1,5 @@
 """Example prompts and pictures: from the demo model's small world, or for Wan2.2."""
 
-from __future__ import annotations
-
 from pathlib import Path
 
 from lightx2v.config.model_paths import PROJECT

@@ -4,8 +4,6 @@ A `Form` holds the values of the fields, in gradio's types. `submit_plan` checks
 `fields_of` is the way back, for a run from the history, a dropped video or an edited job.
 """
 
-from __future__ import annotations
-
 import re
 import secrets
 from collections.abc import Mapping

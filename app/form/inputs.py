@@ -1,7 +1,5 @@
 """The left column of the page. The fields are gradio's, so that keyboard, labels and validation are too."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field

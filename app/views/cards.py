@@ -1,7 +1,5 @@
 """Cards of runs: the history and the queue."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 
 from lightx2v.jobs.store import Job

@@ -1,7 +1,5 @@
 """The Compare tab: two runs side by side with their differences, and a table of all runs made on this machine."""
 
-from __future__ import annotations
-
 import statistics
 from collections import defaultdict
 from collections.abc import Sequence

@@ -1,7 +1,5 @@
 """Building blocks of HTML. Here and in every caller, text from people and files goes through `esc`."""
 
-from __future__ import annotations
-
 from collections.abc import Iterable, Sequence
 from html import escape
 

@@ -1,7 +1,5 @@
 """Numbers for people: times and sizes in one format everywhere on the page."""
 
-from __future__ import annotations
-
 GIBIBYTE = 2**30
 NARROW = "\u202f"
 """The narrow no-break space between a number and its unit."""

@@ -1,7 +1,5 @@
 """The fixed panels: header, preset list, cost line, crop preview, model files."""
 
-from __future__ import annotations
-
 import base64
 from collections.abc import Sequence
 from dataclasses import dataclass

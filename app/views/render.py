@@ -1,7 +1,5 @@
 """Renders the right side and the header of the page for one session."""
 
-from __future__ import annotations
-
 from ..backend.studio import Studio
 from ..strings import Words
 from . import cards, panels

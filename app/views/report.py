@@ -1,7 +1,5 @@
 """The report of a finished run: time and memory as figures, a bar and a table; and snippets that repeat the run."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from typing import Any
 

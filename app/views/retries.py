@@ -1,7 +1,5 @@
 """Retry options: a failed run with changed settings, by the button for each."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from dataclasses import replace
 

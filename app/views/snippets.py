@@ -1,7 +1,5 @@
 """Snippets: one run as a command line, Python or HTTP call that repeats it, and its settings as JSON."""
 
-from __future__ import annotations
-
 import json
 import shlex
 from contextlib import suppress

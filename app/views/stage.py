@@ -1,7 +1,5 @@
 """The stage and the status below it: picture or video, phases, time left, and buttons after a failure."""
 
-from __future__ import annotations
-
 import time
 from collections.abc import Mapping
 

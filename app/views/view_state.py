@@ -1,7 +1,5 @@
 """ViewState: the runs that one session sees now."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass, replace
 
 from lightx2v.jobs.store import Job

@@ -5,8 +5,6 @@ only with such a key, because callers without one could list each other's jobs. 
 to a visitor's own request only.
 """
 
-from __future__ import annotations
-
 import os
 from collections.abc import Mapping
 

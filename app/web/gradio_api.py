@@ -3,8 +3,6 @@
 A job's id is the permission to see and cancel it; nothing lists jobs.
 """
 
-from __future__ import annotations
-
 import os
 import secrets
 from collections.abc import Iterator, Mapping

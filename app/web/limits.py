@@ -4,8 +4,6 @@ gradio accepts any Host header on loopback, which would let a web page elsewhere
 rebinding), and it limits no size but that of uploaded files.
 """
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 
 from starlette.datastructures import Headers

@@ -4,8 +4,6 @@ Only these files leave the output folder. Their names come from the job manager,
 a password, these routes require it as gradio's own routes do.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from pathlib import Path
 

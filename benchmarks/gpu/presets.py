@@ -201,11 +201,7 @@ def roomy() -> Path | None:
 
 def write_models(bench: Bench, folder: Path) -> None:
     """Write the files that the presets name below `folder`. FP8 parts are in folder/fp8, with links to them."""
-    jobs = [
-        *expert_files(bench, folder, fp8=False),
-        *expert_files(bench, folder, fp8=True),
-        *lora_files(bench, folder),
-    ]
+    jobs = [*expert_files(bench, folder, fp8=False), *expert_files(bench, folder, fp8=True), *lora_files(bench, folder)]
     base, other = (folder / model for model in MODELS.values())
     vocabulary = write_tokenizer(base / "google" / "umt5-xxl")
     for name, fp8 in ((base / "models_t5_umt5-xxl-enc-bf16.pth", False), (folder / "fp8" / "t5.safetensors", True)):

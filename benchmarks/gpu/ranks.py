@@ -31,6 +31,7 @@ from lightx2v.models.vae import WanVAE
 from lightx2v.parallel.mesh import Mesh
 from lightx2v.parallel.process_group import ProcessGroup
 from lightx2v.parallel.rendezvous import join
+from lightx2v.parallel.single_process import ALONE
 from lightx2v.pipeline import LightX2VPipeline
 from lightx2v.weights.checkpoint import open_checkpoint
 from lightx2v.weights.model_weights import ModelWeights
@@ -202,7 +203,7 @@ def check_runs(bench: Ranks) -> None:
 def run_everywhere(bench: Ranks, name: str, config: EngineConfig, request: Request) -> None:
     """Run one request in each process alone, and then on every layout."""
     pipe = LightX2VPipeline()
-    pipe._engine = load_here(config, None, "", None, None)
+    pipe._engine = load_here(config, Mesh(ALONE, 1, 1), "", None, None)
     alone = pipe.run(request, return_frames=True, return_latents=True)
     pipe.close()
     for cfg, seq in bench.layouts:

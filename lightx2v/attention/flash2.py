@@ -1,7 +1,5 @@
 """FlashAttention 2: package `flash-attn`, Ampere and newer."""
 
-from __future__ import annotations
-
 from torch import Tensor
 
 from .sdpa import Attention

@@ -1,7 +1,5 @@
 """FlashAttention 3 for H100 and H200: package `fa3-fwd`, or `flash_attn_interface` built from flash-attention."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from typing import Any
 

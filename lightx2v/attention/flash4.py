@@ -1,7 +1,5 @@
 """FlashAttention 4: module `flash_attn.cute`, package `flash-attn-4`; Hopper and Blackwell."""
 
-from __future__ import annotations
-
 from torch import Tensor
 
 from .sdpa import Attention

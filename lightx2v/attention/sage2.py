@@ -1,7 +1,5 @@
 """SageAttention 2: package `sageattention`; scores in int8, values in fp8 if the device supports it. Not exact."""
 
-from __future__ import annotations
-
 from torch import Tensor
 
 from .sdpa import Attention

@@ -1,7 +1,5 @@
 """SageAttention 3: package `sageattn3`; fp4 products on Blackwell. Not exact. Its own layout is (B, N, L, H)."""
 
-from __future__ import annotations
-
 from torch import Tensor
 
 from .sdpa import Attention

@@ -1,7 +1,5 @@
 """torch's own scaled dot product attention: runs on every device, and is the reference for all other backends."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable
 

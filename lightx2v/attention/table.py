@@ -5,8 +5,6 @@ attention on this device: an installed kernel does not always work. `auto` tries
 for the device's architecture, never one that rounds to 8 bits. All take and return (B, L, N, H) and have no mask.
 """
 
-from __future__ import annotations
-
 import logging
 import subprocess
 import warnings

@@ -1,7 +1,5 @@
 """The argument parser of every command line: a wrong flag ends the program with one line and exit code 2."""
 
-from __future__ import annotations
-
 import argparse
 import difflib
 import re

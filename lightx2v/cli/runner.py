@@ -6,8 +6,6 @@
 The second argument is the command's body. It gets the parsed flags and a CommandContext, and returns the exit code.
 """
 
-from __future__ import annotations
-
 import argparse
 import io
 import logging

@@ -1,7 +1,5 @@
 """Signals of a command line: the first Ctrl+C cancels the run, the second ends the process."""
 
-from __future__ import annotations
-
 import signal
 import threading
 import time

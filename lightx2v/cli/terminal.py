@@ -3,8 +3,6 @@
 Standard output is for results.
 """
 
-from __future__ import annotations
-
 import logging
 import shutil
 import sys

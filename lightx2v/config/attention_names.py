@@ -1,20 +1,9 @@
 """The names of the attention backends. They are here, without torch, so that a preset is checked before torch loads."""
 
-from __future__ import annotations
-
 from ..errors import ConfigError
 from .checks import did_you_mean
 
-SUPPORTED = (
-    "auto",
-    "torch_sdpa",
-    "cudnn",
-    "flash_attn2",
-    "flash_attn3",
-    "flash_attn4",
-    "sage_attn2",
-    "sage_attn3",
-)
+SUPPORTED = ("auto", "torch_sdpa", "cudnn", "flash_attn2", "flash_attn3", "flash_attn4", "sage_attn2", "sage_attn3")
 
 NOT_SUPPORTED = frozenset(
     """

@@ -3,8 +3,6 @@
 `Request` checks with `Checks(BadRequest)`, `EngineConfig` with `Checks(ConfigError)`.
 """
 
-from __future__ import annotations
-
 import difflib
 import math
 import operator

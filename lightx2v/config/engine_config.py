@@ -4,8 +4,6 @@ A changed EngineConfig means loading again; settings that need no loading are in
 LightX2V's JSON keys where it has one. Values that cannot work together raise ConfigError, before any weight is read.
 """
 
-from __future__ import annotations
-
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, fields

@@ -4,8 +4,6 @@ Every key that LightX2V reads for wan2.2_moe is in one of the tables below, so t
 fills a field, or it is accepted because it cannot change the result, or it is an error.
 """
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 from typing import Any
@@ -71,8 +69,7 @@ NOT_HERE = {
         "The architecture is read from the checkpoint.",
     ),
     **dict.fromkeys(
-        ("resolution", "bucket_shape", "fixed_area", "fixed_shape"),
-        "Use target_height, target_width and resize_mode.",
+        ("resolution", "bucket_shape", "fixed_area", "fixed_shape"), "Use target_height, target_width and resize_mode."
     ),
     "sub_servers": "Improve the prompt before you send it.",
 }

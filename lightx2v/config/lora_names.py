@@ -5,8 +5,6 @@ Names in the wild: `wan2.2_t2v_high_noise_14B_fp8_scaled`, `HighNoise/Wan2.2-T2V
 word "high" alone counts where there is no such phrase. Both are whole words: "highlander" and "highres" say nothing.
 """
 
-from __future__ import annotations
-
 import re
 from pathlib import PurePath
 

@@ -1,7 +1,5 @@
 """The parts of a model, where each one may be, and which files a configuration needs."""
 
-from __future__ import annotations
-
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass

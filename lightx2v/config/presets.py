@@ -5,8 +5,6 @@ files are LightX2V's flat JSON, and its files load unchanged; ours have one more
 `lightx2v_keys.py` lists the keys; `engine_config.py` and `request.py` check the values.
 """
 
-from __future__ import annotations
-
 import json
 import logging
 from collections.abc import Mapping

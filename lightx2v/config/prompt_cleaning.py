@@ -1,7 +1,5 @@
 """Prompt cleaning: what the text encoder reads of a prompt, and whether anything is left to read."""
 
-from __future__ import annotations
-
 import html
 import re
 

@@ -1,7 +1,5 @@
 """The settings that a video file carries, from which it can be made again. It names pictures, not their folders."""
 
-from __future__ import annotations
-
 import hashlib
 import os
 from collections.abc import Mapping

@@ -4,8 +4,6 @@ A Request is frozen and checks itself when it is created. An invalid value raise
 valid one. `to_json` and `from_json` are exact inverses over plain JSON types.
 """
 
-from __future__ import annotations
-
 import math
 import os
 from collections.abc import Mapping, Sequence
@@ -24,11 +22,7 @@ Expert = Literal["high", "low"]
 Sampler = Literal["unipc", "euler", "lcm"]
 
 TASKS: tuple[Task, ...] = get_args(Task)
-IMAGES: dict[Task, tuple[str, ...]] = {
-    "t2v": (),
-    "i2v": ("image_path",),
-    "flf2v": ("image_path", "last_frame_path"),
-}
+IMAGES: dict[Task, tuple[str, ...]] = {"t2v": (), "i2v": ("image_path",), "flf2v": ("image_path", "last_frame_path")}
 """The fields with the input images that a task needs."""
 SAMPLERS: tuple[Sampler, ...] = get_args(Sampler)
 OFFICIAL_BOUNDARY: dict[Task, float] = {"t2v": 0.875, "i2v": 0.9, "flf2v": 0.9}

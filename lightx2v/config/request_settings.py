@@ -6,8 +6,6 @@ preset files come from them. A new setting is written in three files: `request.p
 `assets/strings.json` (its label).
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Annotated, Any, Literal, TypedDict, get_args, get_type_hints

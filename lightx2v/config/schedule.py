@@ -4,8 +4,6 @@ sigma is the share of noise: latents at sigma are (1 - sigma) x0 + sigma noise. 
 `shift` spends more steps where sigma is large: sigma = shift s / (1 + (shift - 1) s) for evenly spaced s.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from dataclasses import dataclass
 

@@ -1,7 +1,5 @@
 """The machine's memory and cores, free and in all, read with nvidia-smi and psutil. Needs no torch."""
 
-from __future__ import annotations
-
 import gc
 import os
 import platform

@@ -3,8 +3,6 @@
 Bytes are those of tensors; `SLACK` and the ladder's `RESERVE` allow for the allocator and the CUDA context.
 """
 
-from __future__ import annotations
-
 from .architecture import CHUNK, PATCH, DiTConfig, tile_side
 from .memory_plan import PREFETCH_SLOTS, TEXT_BLOCKS, MemoryPlan, ModelSize, Workload
 

@@ -5,8 +5,6 @@ blocks streamed. A run takes the first plan that fits, and after an out-of-memor
 the stage that failed.
 """
 
-from __future__ import annotations
-
 from dataclasses import dataclass, replace
 
 from .memory_bytes import expert_bytes, stage_bytes

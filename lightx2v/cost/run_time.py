@@ -6,8 +6,6 @@ earlier runs predict a new size, and every run corrects the next prediction. Bef
 assumed rate, and the prediction carries that source.
 """
 
-from __future__ import annotations
-
 import json
 import logging
 import os

@@ -1,7 +1,5 @@
 """Denoising: the steps of one video from noise to latents. It knows the step it has reached, so it can resume."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Sequence
 
 from torch import Tensor

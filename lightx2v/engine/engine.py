@@ -1,7 +1,5 @@
 """A loaded engine: the model in its placement, and the attention backends with the reason for them."""
 
-from __future__ import annotations
-
 import logging
 import time
 from dataclasses import dataclass, field, replace

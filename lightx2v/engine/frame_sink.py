@@ -1,7 +1,5 @@
 """FrameSink: takes the decoded frames of one video. It writes them, keeps them if asked, and notices a still video."""
 
-from __future__ import annotations
-
 import numpy as np
 
 from ..media.video_writer import VideoWriter

@@ -1,7 +1,5 @@
 """Out-of-memory errors: with advice, and with another try that keeps less on the device."""
 
-from __future__ import annotations
-
 import re
 from collections.abc import Callable
 from typing import TypeVar

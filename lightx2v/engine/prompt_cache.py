@@ -1,7 +1,5 @@
 """PromptCache: the last encoded prompts, so that no text is encoded twice; above all the default negative prompt."""
 
-from __future__ import annotations
-
 from ..models.umt5 import TextEmbedding
 
 SIZE = 16

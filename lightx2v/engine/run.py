@@ -6,8 +6,6 @@
 A Run holds all state of its request, so no request leaves a trace in the engine.
 """
 
-from __future__ import annotations
-
 import logging
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path

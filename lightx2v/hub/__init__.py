@@ -12,8 +12,6 @@ download (`_download_to_tmp_and_move` in its `file_download.py`), so that 28 GB 
 loop in `download.py`.
 """
 
-from __future__ import annotations
-
 from .download import ensure, fetch
 from .find import find, find_all, find_cached, find_lora, find_part, local_places, model_folder
 from .listing import Hub

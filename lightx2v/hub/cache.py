@@ -6,8 +6,6 @@ models--OWNER--REPO/refs/main                the current commit
 .locks/models--OWNER--REPO/ETAG.lock         held by the process that downloads that content
 """
 
-from __future__ import annotations
-
 import json
 import os
 import re

@@ -4,8 +4,6 @@ The transfers run in an event loop in a thread of their own, where a cancel clos
 thread waits, sends the progress events and watches the cancel token.
 """
 
-from __future__ import annotations
-
 import asyncio
 import logging
 import threading

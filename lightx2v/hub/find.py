@@ -1,7 +1,5 @@
 """Find the files of a configuration on this machine: local paths first, then the Hub's cache."""
 
-from __future__ import annotations
-
 import os
 from pathlib import Path
 

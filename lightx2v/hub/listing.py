@@ -1,7 +1,5 @@
 """Ask the Hub which files a repository has, with their sizes and hashes, and explain why it refuses."""
 
-from __future__ import annotations
-
 import re
 from dataclasses import dataclass
 from pathlib import Path

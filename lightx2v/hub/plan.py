@@ -1,7 +1,5 @@
 """Plan a download: what a model needs, what of it is here, the exact bytes of the rest, and whether they fit."""
 
-from __future__ import annotations
-
 import shutil
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass

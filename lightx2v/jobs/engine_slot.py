@@ -4,8 +4,6 @@
 what to do. The traceback goes to the log, and no reference to the tensors of the failed step remains.
 """
 
-from __future__ import annotations
-
 import errno
 import json
 import logging

@@ -1,7 +1,5 @@
 """JobFiles: the files of the jobs in one folder. Their names start with the job's id; no client chooses them."""
 
-from __future__ import annotations
-
 import contextlib
 import logging
 import secrets

@@ -5,8 +5,6 @@ call. The file stays locked while it is open, so a second process on the same fo
 the jobs twice.
 """
 
-from __future__ import annotations
-
 import json
 import logging
 import sqlite3

@@ -3,8 +3,6 @@
 It shares the store with JobManager under one lock. No other thread touches the engine while this one runs.
 """
 
-from __future__ import annotations
-
 import contextlib
 import logging
 import math

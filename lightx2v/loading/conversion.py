@@ -6,8 +6,6 @@ One tensor is in memory at a time. An interrupted conversion continues when it i
 made twice.
 """
 
-from __future__ import annotations
-
 import json
 import logging
 import time

@@ -7,8 +7,6 @@ Tensors outside linear layers (biases, norms, modulation, the patch embedding) a
 and restores their originals later.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path

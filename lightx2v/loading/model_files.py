@@ -4,8 +4,6 @@ A folder in the official layout needs only its name; a configuration may also na
 lists where each part may be, `hub.find_part` looks there and in the shared cache. Nothing is downloaded here.
 """
 
-from __future__ import annotations
-
 import json
 from dataclasses import dataclass
 from pathlib import Path

@@ -113,11 +113,7 @@ def prebuilt_weights(files: ModelFiles, which: Expert) -> ModelWeights | None:
 
 
 def build_expert(
-    files: ModelFiles,
-    weights: ModelWeights,
-    precision: Precision,
-    self_attention: Choice,
-    cross_attention: Choice,
+    files: ModelFiles, weights: ModelWeights, precision: Precision, self_attention: Choice, cross_attention: Choice
 ) -> WanDiT:
     """One expert on the meta device. Compares the weights with the architecture and reads no tensor."""
     dit_config = DiTConfig.from_checkpoint(files.architecture, weights.shapes)

@@ -11,8 +11,6 @@ It grows under another name and gets its own when it is complete: an interrupted
 next time.
 """
 
-from __future__ import annotations
-
 import hashlib
 import json
 import logging

@@ -4,8 +4,6 @@ torch and transformers take about six seconds to import on a small machine. A pr
 `start` at its own start; loading then waits only for the rest.
 """
 
-from __future__ import annotations
-
 import threading
 
 

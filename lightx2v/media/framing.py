@@ -15,8 +15,6 @@ depends only on the image's size, the requested size and the mode, never on the 
 All but `crop` are LightX2V's modes. There, `resolution` and `fixed_area` select the tier; here, height x width does.
 """
 
-from __future__ import annotations
-
 import math
 from dataclasses import dataclass
 

@@ -1,7 +1,5 @@
 """What a file is by its content, whatever its name says: a kind of picture that can be read, or words for a message."""
 
-from __future__ import annotations
-
 import re
 
 _CONVERT = "Convert it to JPEG or PNG."
@@ -10,11 +8,7 @@ _ONE_FRAME = "Save one frame of it as JPEG or PNG."
 _PICTURE_ITSELF = "Give the picture itself."
 _AGAIN = "Copy or download it again."
 
-_READABLE = (
-    ("JPEG", rb"\xff\xd8\xff"),
-    ("PNG", rb"\x89PNG\r\n\x1a\n"),
-    ("WEBP", rb"RIFF.{4}WEBP"),
-)
+_READABLE = (("JPEG", rb"\xff\xd8\xff"), ("PNG", rb"\x89PNG\r\n\x1a\n"), ("WEBP", rb"RIFF.{4}WEBP"))
 _AVIF_BRANDS = {b"avif", b"avis"}
 _HEIC_BRANDS = {b"heic", b"heix", b"heim", b"heis", b"hevc", b"hevx", b"hevm", b"hevs"}
 _HEIF_BRANDS = {b"mif1", b"mif2", b"msf1", b"miaf"}

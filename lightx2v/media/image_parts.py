@@ -6,8 +6,6 @@ animation, scans of a progressive JPEG. So metadata and later frames are left ou
 what has too many parts is refused. Damage is left in, for the decoder to find.
 """
 
-from __future__ import annotations
-
 import re
 import struct
 import zlib

@@ -5,8 +5,6 @@ where the package pillow-heif is installed. A decoder sees no more of a file tha
 The size is checked from the header before a pixel is decoded, because 400 kB of PNG can hold an image of 400 MB.
 """
 
-from __future__ import annotations
-
 import importlib
 import io
 import struct

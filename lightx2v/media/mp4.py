@@ -9,8 +9,6 @@ is a row of boxes `length(4) type(4) content`, and some boxes hold boxes (ISO/IE
                                  └ stts             frames and their length in ticks
 """
 
-from __future__ import annotations
-
 import json
 import os
 import struct

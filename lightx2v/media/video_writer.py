@@ -11,8 +11,6 @@ target called `-vf.mp4` or `a%03d.mp4` means nothing to ffmpeg, and a failed run
 ffmpeg only opens files that we wrote. mp4.py reads uploads.
 """
 
-from __future__ import annotations
-
 import contextlib
 import json
 import math

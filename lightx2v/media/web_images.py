@@ -6,8 +6,6 @@ and content type are limited, and the environment's proxies are not used. Every 
 nothing about the network.
 """
 
-from __future__ import annotations
-
 import http.client
 import ipaddress
 import re

@@ -6,8 +6,6 @@ both attentions run in the weights' dtype. Without gradients the residual stream
 Legend: B batch, L tokens, D width, N heads, H head dim, P = H/2 pairs, F feed-forward width.
 """
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 
 import torch

@@ -7,8 +7,6 @@ that fails use the plain functions. On an H100 fusion makes a forward at 480p 9 
 Without gradients each of these may overwrite x. pointwise.py describes them.
 """
 
-from __future__ import annotations
-
 import logging
 import math
 from collections.abc import Callable

@@ -8,8 +8,6 @@ Legend: B batch (1 in the modulation when all rows share it), L tokens, D width,
 F feed-forward width.
 """
 
-from __future__ import annotations
-
 import math
 
 import torch

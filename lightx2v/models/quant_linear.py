@@ -7,8 +7,6 @@ are dequantised for each product, which gives the same numbers as a dequantised 
 Legend: M rows, I input and O output features.
 """
 
-from __future__ import annotations
-
 import logging
 from collections.abc import Callable, Mapping
 from functools import cache

@@ -7,8 +7,6 @@ rotations e^(i·angle) are kept as complex64, because one complex product rotate
 place on two CPU cores: 0.3 ms, against 3.8 ms with cosines and sines on strided halves).
 """
 
-from __future__ import annotations
-
 import torch
 from torch import Tensor
 

@@ -10,8 +10,6 @@ One program computes one row of D values in registers: widths up to 16384.
 # pyright: reportCallIssue=false
 # A launch takes compiler options (num_warps) beside the kernel's own arguments; triton.jit has no type for that.
 
-from __future__ import annotations
-
 import torch
 import triton
 import triton.language as tl

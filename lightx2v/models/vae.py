@@ -8,8 +8,6 @@ those of Wan2.1_VAE.pth.
 Shapes: B batch, C channels, T frames, H height, W width; latents are CTHW and normalised to about unit variance.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 
 import torch

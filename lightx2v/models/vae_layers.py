@@ -6,8 +6,6 @@ those of Wan2.1_VAE.pth, hence the numbered entries.
 Shapes: B batch, C channels, T frames, H height, W width.
 """
 
-from __future__ import annotations
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn

@@ -10,8 +10,6 @@ A `Slot` is device memory that holds one block of weights at a time. Three calls
 delays every copy until a slot is acquired, and raises if the order is wrong.
 """
 
-from __future__ import annotations
-
 import threading
 from concurrent.futures import Future
 from dataclasses import dataclass

@@ -5,8 +5,6 @@ device when they run. A part that has moved to host memory stays there; the numb
 every request.
 """
 
-from __future__ import annotations
-
 import logging
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext

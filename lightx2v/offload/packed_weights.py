@@ -6,8 +6,6 @@ weights.bind(buffer)             make the module's tensors views of a device buf
 weights.unbind()                 put them on the meta device: using them is then an error, not a wrong result
 """
 
-from __future__ import annotations
-
 import ctypes
 import logging
 import mmap

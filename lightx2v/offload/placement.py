@@ -4,8 +4,6 @@ The models and the denoising loop do not know it: a placement hands out each par
 `Resident` keeps all parts on the device; `Offloaded` moves those that do not fit there in and out.
 """
 
-from __future__ import annotations
-
 import logging
 import math
 

@@ -1,7 +1,5 @@
 """A model whose parts stay where they were loaded."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace

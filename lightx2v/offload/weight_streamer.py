@@ -13,8 +13,6 @@ Nothing is ever copied back. Hooks on the blocks do the work, so the modules nee
 thread reads weights that stay on disk, one block after the other.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor, wait
 from contextlib import contextmanager

@@ -4,8 +4,6 @@ Small tensors travel in bundles and large ones alone: a model has a thousand sma
 time. Nothing is held longer than its bundle, so host memory and file reads do not grow with the number of processes.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Iterable, Iterator
 from typing import Any

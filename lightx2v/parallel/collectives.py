@@ -3,8 +3,6 @@
 Nothing is pickled: both sides know the shapes, or the shapes travel as JSON.
 """
 
-from __future__ import annotations
-
 import json
 from collections.abc import Sequence
 from typing import Any

@@ -8,8 +8,6 @@ wait, so a timeout that allows this would notice a stopped process after minutes
 ends the group when a process ends, but does not notice one that hangs.
 """
 
-from __future__ import annotations
-
 import contextlib
 import hashlib
 import hmac

@@ -1,7 +1,5 @@
 """Mesh: which part of a model each process computes. Guidance branches x parts of the sequence; all share the VAE."""
 
-from __future__ import annotations
-
 from typing import Any
 
 from torch import Tensor

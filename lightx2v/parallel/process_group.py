@@ -9,8 +9,6 @@ Rank 0 reads, writes and talks to people; the others follow its commands (`run_o
 device and has no time limit.
 """
 
-from __future__ import annotations
-
 import contextlib
 import json
 import os

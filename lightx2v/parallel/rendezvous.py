@@ -5,8 +5,6 @@ outlives every rank. Commands, the secret that signs, and the addresses with whi
 connect go through a store in rank 0 that listens on 127.0.0.1.
 """
 
-from __future__ import annotations
-
 import atexit
 import functools
 import logging

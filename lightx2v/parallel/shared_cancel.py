@@ -1,7 +1,5 @@
 """SharedCancel: the cancel flag and the postponed error of one run, on all its processes."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from typing import ParamSpec
 

@@ -1,7 +1,5 @@
 """SingleProcess: the process group of a program that works alone. Each method is the identity."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any, TypeVar

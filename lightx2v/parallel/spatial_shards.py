@@ -6,8 +6,6 @@ one process computes. `heights` are the heights of the shards in latents; a laye
 times as many rows.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 
 import torch

@@ -8,8 +8,6 @@ padding, so nothing needs a mask and the result is that of one process.
 Legend: B batch, L all tokens, l tokens here, N heads, n heads here, H head dim.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable
 
 import torch

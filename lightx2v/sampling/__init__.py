@@ -3,8 +3,6 @@
 A solver is one file here, one row of SAMPLERS, and its name in SAMPLERS of config/request.py.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable
 
 from ..config.request import Request

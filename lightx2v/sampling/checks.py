@@ -1,7 +1,5 @@
 """Checks on latents and frames that would otherwise become a black or frozen clip."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Iterable
 from typing import Any

@@ -4,8 +4,6 @@
 the velocity, and the schedule selects the expert of each step. All of it is float32 and costs microseconds a step.
 """
 
-from __future__ import annotations
-
 import secrets
 from collections.abc import Callable, Sequence
 from functools import partial

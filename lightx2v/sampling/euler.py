@@ -1,7 +1,5 @@
 """Euler's method: LightX2V's solver for the distilled models."""
 
-from __future__ import annotations
-
 import torch
 from torch import Tensor
 

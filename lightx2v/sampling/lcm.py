@@ -6,8 +6,6 @@ diffusers' FlowMatchLCMScheduler. LightX2V distils its 4-step models with DMD, w
 this kind (Yin et al. 2024, DMD2).
 """
 
-from __future__ import annotations
-
 import numpy as np
 import torch
 from torch import Tensor

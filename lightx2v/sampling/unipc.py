@@ -11,8 +11,6 @@ So the weights are computed once, in double precision, and a step is a handful o
 precision (float32). The history continues when the expert changes: both experts predict the same quantity.
 """
 
-from __future__ import annotations
-
 import math
 from dataclasses import dataclass
 from typing import NamedTuple

@@ -3,8 +3,6 @@
 An error response says how to correct the request. It reveals no path, no traceback and nothing of the request.
 """
 
-from __future__ import annotations
-
 import logging
 import secrets
 import shutil

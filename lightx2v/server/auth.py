@@ -4,8 +4,6 @@ A client sends a key as `Authorization: Bearer KEY`, as the password of HTTP Bas
 or as `X-API-Key`. A job belongs to the key that submitted it; without keys (on loopback only) all have one owner.
 """
 
-from __future__ import annotations
-
 import base64
 import binascii
 import hashlib

@@ -7,8 +7,6 @@ The model is loaded before the port opens, so that a wrong path ends the program
 server only with --host and a key (--api_key, or LIGHTX2V_API_KEY, which `ps` does not show).
 """
 
-from __future__ import annotations
-
 import argparse
 import ipaddress
 import logging

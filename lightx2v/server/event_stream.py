@@ -7,8 +7,6 @@
 Event ids increase within a job, so a client that lost its connection continues with Last-Event-ID.
 """
 
-from __future__ import annotations
-
 import asyncio
 import contextlib
 import json

@@ -4,8 +4,6 @@ On disk a video has its job's id as name, so that two clients never share a file
 download, and another way to request the video. The file `<id>.name` holds it and is removed with the job.
 """
 
-from __future__ import annotations
-
 import contextlib
 import logging
 import re

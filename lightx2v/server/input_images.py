@@ -1,7 +1,5 @@
 """InputImages: reads an image that a client sends as a data URL, base64, a URL, or the name of a file on the server."""
 
-from __future__ import annotations
-
 import base64
 import binascii
 import re

@@ -4,8 +4,6 @@ The server and the page use it. A web page elsewhere can make a visitor's browse
 machine; the host name (DNS rebinding) and the origin reveal it. Error messages repeat nothing of the request.
 """
 
-from __future__ import annotations
-
 import asyncio
 import errno
 import logging

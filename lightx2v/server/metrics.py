@@ -3,8 +3,6 @@
 Requests are counted per route template, never per address, so that the number of series is bounded.
 """
 
-from __future__ import annotations
-
 import time
 from collections.abc import Iterable
 from functools import partial

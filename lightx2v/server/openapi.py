@@ -1,7 +1,5 @@
 """The OpenAPI schema beyond the types of the routes: bodies that are JSON or a form, and the form of all errors."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from typing import Any
 

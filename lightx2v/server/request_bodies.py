@@ -4,8 +4,6 @@ This file reads the bodies instead of FastAPI because a route accepts both conte
 deeper than Python can recurse, and because an error must not repeat the client's values.
 """
 
-from __future__ import annotations
-
 import json
 from collections.abc import Callable
 from typing import Annotated, Any, Literal, TypeVar

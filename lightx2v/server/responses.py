@@ -1,7 +1,5 @@
 """The JSON bodies of responses, for LightX2V's task routes and for /v1/videos. They hold no path of this machine."""
 
-from __future__ import annotations
-
 import re
 from collections.abc import Mapping
 from pathlib import Path

@@ -4,8 +4,6 @@ The settings of a request override those of its preset for this video only. Keys
 (`config.resolve` knows both), and errors name the key that the client used.
 """
 
-from __future__ import annotations
-
 import contextlib
 import hmac
 import math

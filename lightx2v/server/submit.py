@@ -1,7 +1,5 @@
 """Submitter: reads the bodies of either API into queued jobs, within bounds on memory and threads."""
 
-from __future__ import annotations
-
 import asyncio
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager

@@ -4,8 +4,6 @@ Four things are better than in LightX2V: the settings of a request take effect, 
 and stays cancelled, results support Range requests, and no setting of one request stays for the next.
 """
 
-from __future__ import annotations
-
 from typing import Annotated
 
 from fastapi import APIRouter, Path, Request

@@ -3,8 +3,6 @@
 A job continues when its client disconnects; DELETE stops it.
 """
 
-from __future__ import annotations
-
 import contextlib
 from typing import Annotated
 

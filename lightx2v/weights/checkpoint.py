@@ -8,8 +8,6 @@ A file's first bytes decide its format, never its name: a pickle called `model.s
 checks each file, so a broken download is found before anything is loaded.
 """
 
-from __future__ import annotations
-
 import json
 import math
 from collections import deque

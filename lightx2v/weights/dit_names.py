@@ -3,8 +3,6 @@
 The names in a file decide which of these it uses, never the file's name. All functions are pure: names in, names out.
 """
 
-from __future__ import annotations
-
 import re
 from collections.abc import Iterable
 

@@ -4,8 +4,6 @@ Wan2.2 has one expert for high and one for low noise, with equal shapes. A model
 given twice, or the two exchanged would all run without complaint and make bad videos.
 """
 
-from __future__ import annotations
-
 import torch
 
 from ..config.lora_names import expert_in, expert_of

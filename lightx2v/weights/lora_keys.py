@@ -4,8 +4,6 @@ Names may be Wan's, diffusers' or kohya's, with any of the known prefixes. Besid
 differences: `.diff` (weights), `.diff_b` (biases), `.diff_m` (modulation).
 """
 
-from __future__ import annotations
-
 import re
 from collections.abc import Iterable
 

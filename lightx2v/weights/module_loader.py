@@ -7,8 +7,6 @@ tensor, or on the way to a GPU the few that are read ahead.
 A stream is any iterable of (name, tensor), so reading, renaming, merging a LoRA and quantising are chained generators.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterable, Mapping
 
 import torch
@@ -80,11 +78,7 @@ def stream_into(
 
 
 def check_fit(
-    module: nn.Module,
-    shapes: Mapping[str, tuple[int, ...]],
-    dtypes: Mapping[str, torch.dtype],
-    *,
-    source_name: str,
+    module: nn.Module, shapes: Mapping[str, tuple[int, ...]], dtypes: Mapping[str, torch.dtype], *, source_name: str
 ) -> None:
     """Compare a checkpoint's headers with `module`: refuses a wrong model before its gigabytes are read."""
     slots = _slots(module)

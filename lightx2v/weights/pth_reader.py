@@ -4,8 +4,6 @@ Only this file calls torch.load: with `weights_only=True`, on torch 2.10 or late
 versions run code or corrupt memory (CVE-2025-32434, CVE-2026-24747).
 """
 
-from __future__ import annotations
-
 import pickle
 import re
 import threading

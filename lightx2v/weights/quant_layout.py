@@ -4,8 +4,6 @@ LightX2V's files keep a scale beside the weight as `X.weight_scale` [out, 1], Co
 both become the first. A quantised weight without a valid scale is an error: a scale of 1 would give noise.
 """
 
-from __future__ import annotations
-
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass

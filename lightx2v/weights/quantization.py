@@ -3,8 +3,6 @@
 W[o, i] ~ q[o, i] * scale[o]        q float8 e4m3 (largest 448) or int8 (127), scale float32
 """
 
-from __future__ import annotations
-
 import torch
 from torch import Tensor
 

@@ -10,8 +10,6 @@ measures all three ways). Plain reads also read ahead in threads, into reused me
 shorter meanwhile, where a map would kill the process (SIGBUS).
 """
 
-from __future__ import annotations
-
 import json
 import math
 from collections import Counter

@@ -5,8 +5,6 @@ name when it is complete. Called again for the same content, the writer skips te
 most one tensor is in memory, and only one chunk of a tensor that comes in chunks.
 """
 
-from __future__ import annotations
-
 import json
 import math
 import os

@@ -3,8 +3,6 @@
 A new format is one more reader, and one line in `checkpoint.open_file`, which picks the reader by a file's first bytes.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass

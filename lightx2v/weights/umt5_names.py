@@ -3,8 +3,6 @@
 All functions are pure: names in, names out.
 """
 
-from __future__ import annotations
-
 import re
 from collections.abc import Iterable
 

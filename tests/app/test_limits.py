@@ -99,8 +99,7 @@ def test_an_upload_to_a_full_disk_gets_507(number: int, status: int) -> None:
         raise OSError(number, "of the disk", "/somebody/uploads/a.png")
 
     app = Starlette(
-        routes=[Route("/gradio_api/upload", full, methods=["POST"])],
-        middleware=[page_limits(Exposure(), set())],
+        routes=[Route("/gradio_api/upload", full, methods=["POST"])], middleware=[page_limits(Exposure(), set())]
     )
     answer = TestClient(app, base_url=HERE, raise_server_exceptions=False).post("/gradio_api/upload", content=b"x")
     assert answer.status_code == status and "somebody" not in answer.text

@@ -173,10 +173,7 @@ def test_a_lora_merged_into_8_bit_weights_is_close_to_the_exact_sum(tiny: TinyMo
     file = write(tmp_path / "lora.safetensors", pairs)
     convert(Conversion(source=source, output=tmp_path / "fp8.safetensors", format="fp8"))
     job = Conversion(
-        source=tmp_path / "fp8.safetensors",
-        output=tmp_path / "merged.safetensors",
-        format="fp8",
-        loras=((file, 1.0),),
+        source=tmp_path / "fp8.safetensors", output=tmp_path / "merged.safetensors", format="fp8", loras=((file, 1.0),)
     )
     convert(job)
     got, exact = load_file(job.output), in_memory(source, None, None)

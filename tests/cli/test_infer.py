@@ -238,10 +238,7 @@ def test_an_existing_file_is_kept_unless_forced(infer: Infer, stage: Stage, tmp_
         ),
         (("--preset", "demo_t2v_base", "--prompt", "x", "--guidance", "1", "2", "3"), "guidance is"),
         (("--preset", "demo_t2v_base", "--prompt", "x", "--shift", "nan"), "shift is nan"),
-        (
-            ("--preset", "demo_t2v_base", "--prompt", "x", "--set", "cpu_ofload=true"),
-            "Did you mean 'cpu_offload'",
-        ),
+        (("--preset", "demo_t2v_base", "--prompt", "x", "--set", "cpu_ofload=true"), "Did you mean 'cpu_offload'"),
         (("--preset", "demo_t2v_base", "--prompt", "x", "--set", "cpu_offload"), "is not KEY=VALUE"),
         (("--preset", "demo_t2v_base", "--prompt", "x", "--seed", "1", "--set", "seed=2"), "given twice"),
         (("--preset", "demo_t2v_base", "--prompt", "x", "--steps", "1", "--set", "infer_steps=2"), "both set steps"),
@@ -256,22 +253,13 @@ def test_an_existing_file_is_kept_unless_forced(infer: Infer, stage: Stage, tmp_
             ("--preset", "demo_t2v_base", "--prompt", "x", "--promt", "y"),
             "unknown flag --promt. Did you mean --prompt?",
         ),
-        (
-            ("--preset", "demo_i2v_base", "--prompt", "x", "--image"),
-            "unknown flag --image. Did you mean --image_path?",
-        ),
-        (
-            ("--prompt", "x", "--image_path"),
-            "argument --image_path: expected one argument. --help lists every flag.",
-        ),
+        (("--preset", "demo_i2v_base", "--prompt", "x", "--image"), "unknown flag --image. Did you mean --image_path?"),
+        (("--prompt", "x", "--image_path"), "argument --image_path: expected one argument. --help lists every flag."),
         (
             ("--preset", "demo_t2v_base", "--prompt", "a", "cat"),
             "'cat' belongs to no flag. Put quotes around text with spaces",
         ),
-        (
-            ("--preset", "demo_t2v_base", "--task", "v2v"),
-            "argument --task: invalid choice: 'v2v' (choose from ",
-        ),
+        (("--preset", "demo_t2v_base", "--task", "v2v"), "argument --task: invalid choice: 'v2v' (choose from "),
         (
             ("--preset", "demo_t2v_base", "--target_shape", "3"),
             "argument --target_shape: expected 2 arguments. --help lists every flag.",

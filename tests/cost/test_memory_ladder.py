@@ -22,13 +22,7 @@ from lightx2v.cost.memory_bytes import (
 )
 from lightx2v.cost.memory_forecast import forecast
 from lightx2v.cost.memory_ladder import RESERVE, MemoryLadder, MemoryPlanner, next_plan
-from lightx2v.cost.memory_plan import (
-    GIB,
-    MemoryPlan,
-    ModelSize,
-    OffloadOptions,
-    Workload,
-)
+from lightx2v.cost.memory_plan import GIB, MemoryPlan, ModelSize, OffloadOptions, Workload
 from lightx2v.loading.model_files import locate
 from lightx2v.loading.networks import Precision
 from lightx2v.offload.placement import model_sizes

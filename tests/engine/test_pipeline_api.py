@@ -174,11 +174,7 @@ def test_asyncio_goes_on_while_a_video_is_made_and_what_would_disturb_it_is_refu
         run = asyncio.to_thread(pipe.generate, prompt="a cat", on_progress=on_progress, cancel=token)
         task = asyncio.create_task(run)
         assert await asyncio.to_thread(begun.wait, PATIENCE)
-        for disturbing in (
-            lambda: pipe.generate(prompt="a dog"),
-            lambda: pipe.switch_lora([]),
-            pipe.close,
-        ):
+        for disturbing in (lambda: pipe.generate(prompt="a dog"), lambda: pipe.switch_lora([]), pipe.close):
             with pytest.raises(Busy):
                 disturbing()
         token.cancel()

@@ -13,12 +13,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import TinyModels
-from diffusers import (
-    FlowMatchEulerDiscreteScheduler,
-    UniPCMultistepScheduler,
-    WanImageToVideoPipeline,
-    WanPipeline,
-)
+from diffusers import FlowMatchEulerDiscreteScheduler, UniPCMultistepScheduler, WanImageToVideoPipeline, WanPipeline
 from dit_reference import expert_in_diffusers
 from PIL import Image
 from transformers import AutoTokenizer

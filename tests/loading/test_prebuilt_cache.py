@@ -117,11 +117,7 @@ def test_the_second_load_reads_only_what_was_built(
 @pytest.mark.parametrize("settings", [{"build": "merged"}, FP8_T5])
 @pytest.mark.parametrize("dtype", ["fp32", "bf16"])
 def test_what_is_kept_equals_what_is_made_in_memory(
-    tiny: TinyModels,
-    loras: tuple[LoraSpec, ...],
-    monkeypatch: pytest.MonkeyPatch,
-    settings: dict[str, Any],
-    dtype: str,
+    tiny: TinyModels, loras: tuple[LoraSpec, ...], monkeypatch: pytest.MonkeyPatch, settings: dict[str, Any], dtype: str
 ) -> None:
     kept, report = latents(tiny.t2v, lora_configs=loras, dtype=dtype, **settings)
     assert report["warnings"] == []

@@ -254,11 +254,7 @@ def test_a_run_continues_after_out_of_memory_with_less_on_the_device(
 @pytest.mark.slow
 @pytest.mark.parametrize("start", [0, 3, 10])
 def test_a_run_continues_when_the_device_has_no_room_for_the_block_slots(
-    pipe: LightX2VPipeline,
-    request_: Request,
-    expected: torch.Tensor,
-    monkeypatch: pytest.MonkeyPatch,
-    start: int,
+    pipe: LightX2VPipeline, request_: Request, expected: torch.Tensor, monkeypatch: pytest.MonkeyPatch, start: int
 ) -> None:
     placement = offload(pipe, PLANS["swap"])
     fault, slot = Exhausted(2, start), WeightStreamer._slot
