@@ -24,7 +24,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from lightx2v.cost.architecture import tile_side
+from lightx2v.config.architecture import tile_side
 from lightx2v.cost.memory_bytes import decode_bytes
 from lightx2v.cost.memory_plan import ModelSize, Workload
 from lightx2v.models.tiling import Tiling

@@ -28,7 +28,7 @@ from .config.environment import Environment
 from .config.lightx2v_keys import PER_VIDEO
 from .config.presets import Resolved, list_presets, resolve
 from .config.recorded_settings import PICTURES, find_picture
-from .config.request import IMAGES, TASKS, Request
+from .config.request import IMAGES, TASKS, Request, draw_seed
 from .config.request_settings import SETTINGS, SHOWN, Guidance, Setting
 from .cost.machine import MachineReader
 from .cost.memory_forecast import forecast_for_gpu, forecast_for_machine
@@ -66,8 +66,6 @@ def _run(options: argparse.Namespace, context: CommandContext, *, open_engine: O
     resolved.engine.check_world(environment.world_size or 1, enable_cfg=resolved.request["enable_cfg"])
     request = Request.from_json(resolved.request | shown)
     if request.seed == -1:
-        from .sampling import draw_seed  # not above: --dry_run and errors should not wait for torch
-
         request = replace(request, seed=draw_seed())
     _check_pictures(request)
     path = _output_path(options, resolved, request, environment) if is_rank0 else None

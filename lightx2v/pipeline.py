@@ -25,9 +25,8 @@ from .cli.terminal import log_to_stderr
 from .config.engine_config import EngineConfig
 from .config.environment import Environment
 from .config.presets import resolve
-from .config.request import LoraSpec, Request, check
+from .config.request import LoraSpec, Request, check, draw_seed
 from .config.request_settings import SETTINGS, Guidance, RequestSettings
-from .cost.machine import free_memory
 from .engine.engine import LoadedEngine, load_engine
 from .engine.memory_retry import within_memory
 from .engine.result import Result
@@ -36,8 +35,7 @@ from .errors import Busy, ConfigError, GroupFailed, LightX2VError
 from .media.video_writer import check_output_path
 from .parallel.process_group import CLOSE, EXIT
 from .parallel.rendezvous import join
-from .progress import CancelToken, Meter, OnProgress
-from .sampling import draw_seed
+from .progress import CancelToken, Meter, OnProgress, free_memory
 
 log = logging.getLogger("lightx2v.pipeline")
 

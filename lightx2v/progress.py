@@ -4,6 +4,7 @@
 command line, the server and the benchmarks show the numbers of this file.
 """
 
+import gc
 import logging
 import resource
 import sys
@@ -293,3 +294,11 @@ def _cuda(device: object) -> Any:
         return None
     torch.cuda.init()  # the memory counters cannot be reset before
     return torch.cuda
+
+
+def free_memory() -> None:
+    """Collect garbage and return cached memory, also of the CUDA device if one is in use."""
+    gc.collect()
+    torch = sys.modules.get("torch")
+    if torch is not None and torch.cuda.is_initialized():
+        torch.cuda.empty_cache()

@@ -21,9 +21,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from lightx2v.config.schedule import Schedule
 from lightx2v.models.dit import WanDiT
-from lightx2v.sampling.unipc import UniPC
+from lightx2v.sampling import Schedule, UniPC
 
 from .dit import Run, compiled_call, copy_of, load_dit, load_text
 from .latents import condition

@@ -5,11 +5,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from lightx2v.config.schedule import Schedule, shifted_schedule, step_list_schedule
 from lightx2v.models.dit import WanDiT
 from lightx2v.models.vae import WanVAE
-from lightx2v.sampling.euler import Euler
-from lightx2v.sampling.unipc import UniPC
+from lightx2v.sampling import Euler, Schedule, UniPC, shifted_schedule, step_list_schedule
 
 from .detector import detect
 from .latents import condition, decode

@@ -13,7 +13,6 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from lightx2v.attention import resolve_attention
 from lightx2v.attention.sdpa import Attention, sdpa
 from lightx2v.attention.table import TABLE
-from lightx2v.errors import ConfigError
 
 from .bench import Bench
 from .model import FP8, attention
@@ -49,10 +48,11 @@ def kernels(bench: Bench) -> dict[str, Callable[[Tensor, Tensor, Tensor], Tensor
         cudnn = partial(forced, SDPBackend.CUDNN_ATTENTION)
         found |= {"cuDNN": cudnn, "FlashAttention 2": partial(forced, SDPBackend.FLASH_ATTENTION), HEADS_FIRST: cudnn}
         for name in TABLE.keys() - {"cudnn"}:
-            try:
-                found[name] = resolve_attention(name, bench.device, bench.compute, strict=True).fn
-            except ConfigError as error:
-                bench.write(f"{name} is not here", reason=str(error)[:200])
+            choice = resolve_attention(name, bench.device, bench.compute)
+            if choice.name == name:
+                found[name] = choice.fn
+            else:
+                bench.write(f"{name} is not here", reason=choice.reason[:200])
         try:
             found["FlashAttention 3, FP8"] = flash3_fp8()
         except ImportError as error:

@@ -6,6 +6,7 @@ valid one. `to_json` and `from_json` are exact inverses over plain JSON types.
 
 import math
 import os
+import secrets
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 from typing import Any, Literal, Self, get_args
@@ -302,3 +303,8 @@ def _loras(value: Any) -> tuple[LoraSpec, ...] | None:
     if isinstance(value, (str, Mapping)) or not isinstance(value, Sequence) or len(value) > MAX_LORAS:
         check.bad("loras", value, f"null or a list of at most {MAX_LORAS} LoRAs")
     return tuple(lora if isinstance(lora, LoraSpec) else LoraSpec.from_json(lora) for lora in value)
+
+
+def draw_seed() -> int:
+    """A random seed for a request without one: 0 .. 2**32 - 1, short enough to read out and type."""
+    return secrets.randbits(32)

@@ -1,11 +1,9 @@
 """The machine's memory and cores, free and in all, read with nvidia-smi and psutil. Needs no torch."""
 
-import gc
 import os
 import platform
 import re
 import subprocess
-import sys
 import threading
 import time
 from dataclasses import dataclass
@@ -59,14 +57,6 @@ class MachineReader:
         return Machine(
             name=name, cores=cores, ram_free=free, ram_total=total, vram_free=vram_free, vram_total=vram_total
         )
-
-
-def free_memory() -> None:
-    """Collect garbage and return cached memory, also of the CUDA device if one is in use."""
-    gc.collect()
-    torch = sys.modules.get("torch")
-    if torch is not None and torch.cuda.is_initialized():
-        torch.cuda.empty_cache()
 
 
 def _gpu() -> tuple[str, int, int] | None:

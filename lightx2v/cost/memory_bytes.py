@@ -3,7 +3,7 @@
 Bytes are those of tensors; `SLACK` and the ladder's `RESERVE` allow for the allocator and the CUDA context.
 """
 
-from .architecture import CHUNK, PATCH, DiTConfig, tile_side
+from ..config.architecture import CHUNK, PATCH, DiTConfig, tile_side
 from .memory_plan import PREFETCH_SLOTS, TEXT_BLOCKS, MemoryPlan, ModelSize, Workload
 
 SLACK = 1.08

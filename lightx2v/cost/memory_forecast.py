@@ -5,10 +5,10 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
+from ..config.architecture import DiTConfig
 from ..config.engine_config import EngineConfig
 from ..config.request import Request
 from ..hub import model_folder
-from .architecture import DiTConfig
 from .machine import Machine
 from .memory_bytes import host_bytes, stage_bytes
 from .memory_ladder import RESERVE, MemoryPlanner

@@ -5,8 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
+from ..config.architecture import PATCH, DiTConfig
 from ..config.engine_config import EngineConfig
-from .architecture import PATCH, DiTConfig
 
 Mode = Literal["resident", "swap", "stream"]
 Part = Literal["resident", "move", "stream"]

@@ -15,9 +15,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+from ..config.architecture import PATCH, DiTConfig
 from ..config.request import Request
 from ..config.schedule import schedule_of
-from .architecture import PATCH, DiTConfig
 
 log = logging.getLogger("lightx2v.estimate")
 

@@ -8,9 +8,9 @@ import torch
 
 from .. import hub
 from ..attention import Choice, resolve_attention
+from ..config.architecture import DiTConfig
 from ..config.engine_config import EngineConfig, ParallelConfig
 from ..config.environment import Environment
-from ..cost.architecture import DiTConfig
 from ..cost.memory_ladder import USUAL, MemoryLadder
 from ..cost.memory_plan import plan_from_disk
 from ..errors import OutputError

@@ -6,8 +6,8 @@ from typing import TypeVar
 
 import torch
 
-from ..cost.machine import free_memory
 from ..errors import OutOfMemory
+from ..progress import free_memory
 
 T = TypeVar("T")
 

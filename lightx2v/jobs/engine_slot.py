@@ -17,9 +17,8 @@ from typing import Any, Protocol
 
 from ..config.engine_config import EngineConfig
 from ..config.request import Request
-from ..cost.machine import free_memory
 from ..errors import Cancelled, GroupFailed, LightX2VError, OutOfMemory, OutputError
-from ..progress import CancelToken, OnProgress, Progress
+from ..progress import CancelToken, OnProgress, Progress, free_memory
 from .store import Job
 
 log = logging.getLogger("lightx2v.jobs")

@@ -13,11 +13,11 @@ Shapes: B batch, C channels, T frames, H height, W width. Streamed tensors have 
 
 from __future__ import annotations
 
+from typing import Protocol
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-
-from ..parallel.spatial_shards import SpatialShards
 
 PAST = 2
 """Past frames that a kernel of three sees."""
@@ -51,10 +51,22 @@ _OUTPUT = {
 }
 
 
+class SpatialSplit(Protocol):
+    """How several processes split frames along their height, the first axis of `x_HX`. The network knows no more."""
+
+    def shard(self, x: Tensor, scale: int) -> Tensor: ...
+
+    def with_halo(self, x_HX: Tensor, *, above: bool = True) -> Tensor: ...
+
+    def all_gather(self, x_HX: Tensor) -> Tensor: ...
+
+    def all_true(self, flag: bool) -> bool: ...
+
+
 class Stream:
     """The memory of all layers between the chunks of one clip: one Stream per clip, for inference only."""
 
-    def __init__(self, winograd: int = 4, split: SpatialShards | None = None) -> None:
+    def __init__(self, winograd: int = 4, split: SpatialSplit | None = None) -> None:
         """`winograd` is the most frames that one short convolution makes; `split` tells which rows the clip has.
 
         With 4, every output is rounded together with all six frames that go in. With 2, the zeros in the matrices make

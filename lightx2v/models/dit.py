@@ -10,14 +10,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import partial
+from typing import Protocol
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..attention.sdpa import Attention, sdpa
-from ..cost.architecture import CHUNK, PATCH, DiTConfig
-from ..parallel.ulysses import Ulysses
+from ..config.architecture import CHUNK, PATCH, DiTConfig
 from ..progress import CancelToken
 from .block import Block, Pass, TextStates
 from .fused import norm_modulate
@@ -35,6 +35,16 @@ The patch embedding is one of them because in bf16 it would round the latents th
 def parameter_dtype(name: str, compute: torch.dtype) -> torch.dtype:
     """The dtype in which a parameter is kept when products are computed in `compute`."""
     return torch.float32 if FLOAT32_PARTS.intersection(name.split(".")) else compute
+
+
+class TokenSplit(Protocol):
+    """How several processes split the tokens of one video. The network knows no more."""
+
+    def shard(self, x: Tensor, dim: int) -> Tensor: ...
+
+    def all_gather(self, x_BlD: Tensor, tokens: int) -> Tensor: ...
+
+    def attend(self, attention: Attention, tokens: int, q_BlNH: Tensor, k_BlNH: Tensor, v_BlNH: Tensor) -> Tensor: ...
 
 
 class Head(nn.Module):
@@ -62,7 +72,7 @@ class WanDiT(nn.Module):
         self.config = config
         self.self_attention = self_attention
         self.cross_attention = cross_attention
-        self.split: Ulysses | None = None
+        self.split: TokenSplit | None = None
         self.chunk = CHUNK
         self.sequential_cfg = False
         self.cache_text_kv = True

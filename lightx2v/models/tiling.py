@@ -16,7 +16,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ..cost.architecture import TILE_OVERLAP, TILE_SIZE, tile_count, tile_side
+from ..config.architecture import TILE_OVERLAP, TILE_SIZE, tile_count, tile_side
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -13,9 +13,8 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor, nn
 
-from ..parallel.spatial_shards import SpatialShards
 from ..progress import CancelToken
-from .causal_conv import Stream
+from .causal_conv import SpatialSplit, Stream
 from .tiling import Tile, Tiling
 from .vae_config import LATENT_MEAN, LATENT_STD, VAEConfig
 from .vae_layers import Decoder, Encoder
@@ -53,7 +52,7 @@ class WanVAE(nn.Module):
         last_CHW: Tensor | None = None,
         *,
         tiling: Tiling | None = None,
-        split: SpatialShards | None = None,
+        split: SpatialSplit | None = None,
         cancel: CancelToken | None = None,
     ) -> Tensor:
         """Latents of the clip that conditions image-to-video: the image, then grey, and `last_CHW` at its end if given.
@@ -68,7 +67,7 @@ class WanVAE(nn.Module):
         return self._encode(chunks, tiling, split, cancel)
 
     def _encode(
-        self, chunks_CTHW: list[Tensor], tiling: Tiling | None, split: SpatialShards | None, cancel: CancelToken | None
+        self, chunks_CTHW: list[Tensor], tiling: Tiling | None, split: SpatialSplit | None, cancel: CancelToken | None
     ) -> Tensor:
         scale = self.config.spatial_stride
         height, width = (side // scale for side in chunks_CTHW[0].shape[2:])
@@ -88,7 +87,7 @@ class WanVAE(nn.Module):
         return latents_CTHW.to(self.conv1.weight.device)
 
     def _features(
-        self, chunks_CTHW: list[Tensor], cancel: CancelToken | None, split: SpatialShards | None = None
+        self, chunks_CTHW: list[Tensor], cancel: CancelToken | None, split: SpatialSplit | None = None
     ) -> Iterator[Tensor]:
         """The encoder's output for each chunk of a clip.
 
@@ -124,7 +123,7 @@ class WanVAE(nn.Module):
         latents_CTHW: Tensor,
         *,
         tiling: Tiling | None = None,
-        split: SpatialShards | None = None,
+        split: SpatialSplit | None = None,
         cancel: CancelToken | None = None,
     ) -> Iterator[Tensor]:
         """Yield float32 frames CTHW in [-1, 1]: one for the first latent frame, then 4 for each.

@@ -9,8 +9,8 @@ import math
 
 import torch
 
+from ..config.architecture import DiTConfig
 from ..config.engine_config import EngineConfig
-from ..cost.architecture import DiTConfig
 from ..cost.machine import host_memory
 from ..cost.memory_ladder import MemoryLadder, MemoryPlanner
 from ..cost.memory_plan import ModelSize, OffloadOptions

@@ -6,9 +6,9 @@ A solver is one file here, one row of SAMPLERS, and its name in SAMPLERS of conf
 from collections.abc import Callable
 
 from ..config.request import Request
-from ..config.schedule import Schedule, schedule_of
+from ..config.schedule import Schedule, schedule_of, shifted_schedule, step_list_schedule
 from .checks import still_warning
-from .denoise import Solver, denoise, draw_seed, guided, initial_noise
+from .denoise import Solver, denoise, guided, initial_noise
 from .euler import Euler
 from .lcm import LCM
 from .unipc import UniPC
@@ -17,13 +17,15 @@ __all__ = [
     "LCM",
     "SAMPLERS",
     "Euler",
+    "Schedule",
     "Solver",
     "UniPC",
     "denoise",
-    "draw_seed",
     "guided",
     "initial_noise",
+    "shifted_schedule",
     "solver_for",
+    "step_list_schedule",
     "still_warning",
 ]
 

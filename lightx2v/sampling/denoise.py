@@ -4,7 +4,6 @@
 the velocity, and the schedule selects the expert of each step. All of it is float32 and costs microseconds a step.
 """
 
-import secrets
 from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any, Protocol
@@ -44,11 +43,6 @@ def initial_noise(shape: Sequence[int], seed: int) -> Tensor:
     Torch's CPU generator uses the lowest 32 bits of the seed, so a Request has no larger seeds.
     """
     return torch.randn(tuple(shape), generator=torch.Generator("cpu").manual_seed(seed), dtype=torch.float32)
-
-
-def draw_seed() -> int:
-    """A random seed for a request without one: 0 .. 2**32 - 1, short enough to read out and type."""
-    return secrets.randbits(32)
 
 
 def guided(branches: Sequence[Tensor], expert: Expert, guidance: tuple[float, float]) -> Tensor:

@@ -7,10 +7,10 @@ from dataclasses import asdict, replace
 import pytest
 import torch
 
+from lightx2v.config.architecture import DiTConfig
 from lightx2v.config.engine_config import EngineConfig
 from lightx2v.config.presets import resolve
 from lightx2v.config.request import Request
-from lightx2v.cost.architecture import DiTConfig
 from lightx2v.cost.machine import host_memory
 from lightx2v.cost.memory_bytes import (
     block_weights,

@@ -11,9 +11,9 @@ import pytest
 
 from benchmarks.prediction import THREE_SIZES, UNSEEN, Runs
 from lightx2v import progress
+from lightx2v.config.architecture import DiTConfig
 from lightx2v.config.request import Request
 from lightx2v.config.schedule import schedule_of
-from lightx2v.cost.architecture import DiTConfig
 from lightx2v.cost.run_time import OVERHEAD, Rates, dit_flops, estimate_cost
 
 DEMO = DiTConfig(dim=128, ffn_dim=512, num_layers=6, text_dim=64, text_len=32)

@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from vae_reference import random_vae
 
-from lightx2v.cost.architecture import tile_side
+from lightx2v.config.architecture import tile_side
 from lightx2v.errors import Cancelled
 from lightx2v.models.tiling import Tiling
 from lightx2v.models.vae import WanVAE

@@ -5,21 +5,11 @@ import pytest
 import torch
 
 from lightx2v.config import request as request_module
+from lightx2v.config.request import draw_seed
 from lightx2v.config.schedule import shifted_schedule, step_list_schedule
 from lightx2v.errors import Cancelled, NumericsError, OutOfMemory
 from lightx2v.progress import CancelToken
-from lightx2v.sampling import (
-    LCM,
-    SAMPLERS,
-    Euler,
-    Solver,
-    UniPC,
-    denoise,
-    draw_seed,
-    guided,
-    initial_noise,
-    still_warning,
-)
+from lightx2v.sampling import LCM, SAMPLERS, Euler, Solver, UniPC, denoise, guided, initial_noise, still_warning
 
 SHAPE = (16, 3, 4, 6)
 
