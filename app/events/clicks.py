@@ -21,7 +21,7 @@ ON_PAGE = ("language", "example", "download", "cancel_download", "swap", "clear"
 
 
 def act(event: PageEvent) -> None:
-    """Handles every button. Which one it was, and for which run, comes from the browser, so both are checked."""
+    """Handle every button. The browser sends the button's name and the run's id, so this function checks both."""
     name = str(event.sent.get("act", ""))
     event.state.problem = None
     if name in ON_PAGE:
@@ -34,7 +34,7 @@ def act(event: PageEvent) -> None:
 
 
 def act_on_page(event: PageEvent, name: str) -> None:
-    """Changes the language, fills in an example, controls the download, or changes the comparison."""
+    """Change the language, fill in an example, control the download, or change the comparison."""
     sent, inputs, studio = event.sent, event.inputs, event.studio
     if name == "language" and (language := str(sent.get("name"))) in LANGUAGES:
         event.change(language=language)
@@ -53,7 +53,7 @@ def act_on_page(event: PageEvent, name: str) -> None:
 
 
 def act_on_job(event: PageEvent, name: str, job: Job) -> None:
-    """Stops, deletes, moves, compares, shows, edits or repeats one run."""
+    """Stop, delete, move, compare, show, edit or repeat one run."""
     session, studio = event.session, event.studio
     if name in ("stop", "cancel"):
         studio.jobs.cancel(job.id)
@@ -89,7 +89,7 @@ def act_on_job(event: PageEvent, name: str, job: Job) -> None:
 
 
 def _continue(event: PageEvent, job: Job) -> None:
-    """Makes the last frame the first of an image-to-video run with the same variant and size."""
+    """Make the last frame the first frame of an image-to-video run with the same variant and size."""
     path = event.studio.video_of(job.id)
     if path is None:
         raise BadRequest(event.words("not_yours"))

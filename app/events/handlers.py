@@ -1,4 +1,4 @@
-"""Handlers of the page's own events: opening it, pressing Generate, editing a field. One short function for each.
+"""Handlers of the page's own events: opening the page, pressing Generate, editing a field. One short function each.
 
 None of them runs a model or waits for one. They read or change the job manager and say what the page shows next, so a
 closed tab, a reload or a lost connection never affects a run. (On ZeroGPU one does: see backend/zerogpu.py.)
@@ -26,7 +26,7 @@ from .page_controller import PageEvent
 
 
 def opened(event: PageEvent) -> None:
-    """The page was loaded: restores the session from the browser's storage and shows the run that the URL names."""
+    """On loading the page: restore the session from the browser's storage and show the run that the URL names."""
     assert event.request is not None
     stored = event.data[event.page.stored]
     known = Session.of(stored, event.request.headers.get("accept-language", ""))
@@ -50,7 +50,7 @@ def opened(event: PageEvent) -> None:
 
 
 def generate(event: PageEvent) -> None:
-    """Generate was pressed: queues one job or several, or saves new settings for the job being edited."""
+    """On Generate: queue one job or several, or save new settings for the job that the visitor edits."""
     event.state.problem = None
     planned = submit_plan(form_of(event.values), event.studio.tasks, event.studio.exposure)
     if event.session.editing:
@@ -62,7 +62,7 @@ def generate(event: PageEvent) -> None:
 
 
 def _submit_all(event: PageEvent, planned: SubmitPlan) -> list[Job]:
-    """Queues every request. If one is refused, those already queued stay and the page shows the reason."""
+    """Queue every request. If the queue refuses one, those before it stay and the page shows the reason."""
     jobs: list[Job] = []
     for request in planned.requests:
         try:
@@ -91,43 +91,43 @@ def _save_edit(event: PageEvent, planned: SubmitPlan) -> None:
 
 
 def picked(event: PageEvent) -> None:
-    """A preset was picked: fills in its settings; prompt, pictures, seed and LoRAs stay."""
+    """On picking a preset: fill in its settings; prompt, pictures, seed and LoRAs stay."""
     name, task = str(event.sent.get("name", "")), event.values["task"]
     if event.studio.tasks.get(name) == task:
         event.fill(preset_values(name), task=task)
 
 
 def task_changed(event: PageEvent) -> None:
-    """Text or image was chosen: selects the corresponding preset."""
+    """On choosing text or image to video: select the corresponding preset."""
     name = event.studio.default_for(event.values["task"], event.values["preset"])
     event.fill(preset_values(name), task=event.studio.tasks[name])
     del event.updates[event.inputs.fields["task"]]  # it may have changed again by now
 
 
 def size_chosen(event: PageEvent) -> None:
-    """A size or shape was chosen: sets height and width."""
+    """On choosing a size or shape: set height and width."""
     height, width = event.page.editor.size(event.preset, event.values)
     event.set_fields(height=height, width=width)
 
 
 def length_chosen(event: PageEvent) -> None:
-    """A length was chosen: sets the number of frames."""
+    """On choosing a length: set the number of frames."""
     event.set_fields(frames=event.values["length"])
 
 
 def size_typed(event: PageEvent) -> None:
-    """A height or width was typed: deselects the size and shape."""
+    """On typing a height or width: deselect the size and shape."""
     event.set_fields(size=None, **({"shape": None} if event.values["task"] == "t2v" else {}))
 
 
 def pictured(event: PageEvent) -> None:
-    """A picture was chosen or removed."""
+    """On choosing or removing a picture: store the paths of all pictures."""
     event.state.pictures = {name: event.values[name] for name in PICTURES}
     event.state.problem = None
 
 
 def paired(event: PageEvent) -> None:
-    """A high-noise LoRA was named: fills in its low-noise file. The cost line reports a file that is missing."""
+    """On naming a high-noise LoRA: fill in its low-noise file. The cost line reports a missing file."""
     pairs = {}
     for row in range(LORA_ROWS):
         high, low = (event.values[f"lora_{row}_{part}"] for part in ("high", "low"))
@@ -137,7 +137,7 @@ def paired(event: PageEvent) -> None:
 
 
 def lora_added(event: PageEvent) -> None:
-    """Add a LoRA was pressed: shows the first empty row."""
+    """On "Add a LoRA": show the first empty row."""
     for row, box in enumerate(event.inputs.lora_rows):
         if not event.values[f"lora_{row}_high"] and not event.values[f"lora_{row}_low"]:
             event.updates[box] = gr.Row(visible=True)
@@ -145,14 +145,14 @@ def lora_added(event: PageEvent) -> None:
 
 
 def lora_removed(event: PageEvent, row: int) -> None:
-    """A row was removed: empties and hides it; the others stay where they are."""
+    """On removing a LoRA's row: empty and hide it; the other rows stay where they are."""
     event.updates[event.inputs.lora_rows[row]] = gr.Row(visible=False)
     empty = {"high": "", "low": "", "strength_high": 1.0, "strength_low": 1.0}
     event.set_fields(**{f"lora_{row}_{part}": value for part, value in empty.items()})
 
 
 def restored(event: PageEvent) -> None:
-    """A video made here was dropped or chosen: shows it and fills in its settings."""
+    """On dropping or choosing a video made here: show it and fill in its settings."""
     file = event.data[event.page.restore]
     if file:
         event.fill_run(*_settings_from(event, read_settings(file)))

@@ -1,7 +1,7 @@
-"""The fields of the page as a Form, and the way from a Form to Requests and back.
+"""The fields of the page as a `Form`, and the conversion of a Form to Requests and back.
 
 A `Form` holds the values of the fields, in gradio's types. `submit_plan` checks them and makes one click's requests.
-`fields_of` is the way back, for a run from the history, a dropped video or an edited job.
+`fields_of` converts a run from the history, a dropped video or an edited job back to fields.
 """
 
 import re
@@ -30,8 +30,8 @@ OFFLOAD: dict[str, bool | str] = {"auto": "auto", "on": True, "off": False}
 EXACT = "fixed_shape"
 """The resize mode of a video that ignores the shape of its first frame."""
 CONTROLS = {name: row for name, row in SETTINGS.items() if name not in ("seed", "guidance", "resize_mode")}
-"""Settings with one control each. `seed` numbers the videos of a click, `guidance` has two fields, and `match_image` is
-the page's choice of a resize mode."""
+"""Settings with one control each. The others: `seed` numbers the videos of a click, `guidance` has two fields, and the
+field `match_image` chooses the resize mode."""
 
 
 class Unfilled(BadRequest):
@@ -43,14 +43,14 @@ class Unfilled(BadRequest):
 
 
 def to_field(row: Setting, value: Any) -> Any:
-    """A setting of a Request, as its control on the page holds it."""
+    """Convert a setting of a Request to the value that its control on the page holds."""
     if row.type is StepList:
         return ", ".join(map(str, value or ()))
     return value or "" if row.choices else value
 
 
 def from_field(row: Setting, value: Any) -> Any:
-    """The way back. A value that is still wrong is left to Request, whose error names the nearest valid one."""
+    """Convert a control's value back to the setting. Request checks it: its error names the nearest valid value."""
     if row.type is StepList:
         return _step_list(value or "")
     return _whole(row.name, value) if row.type is int else value or None if row.choices else value
@@ -110,7 +110,7 @@ class SubmitPlan:
 
 
 def submit_plan(form: Form, presets: Mapping[str, str], exposure: Exposure) -> SubmitPlan:
-    """The requests of a form. `presets` (name -> task) are those on offer. Raises errors that a person can fix."""
+    """The requests of a form. `presets` maps the offered names to their task. Raises errors that a user can fix."""
     if form.preset not in presets or presets[form.preset] != form.task:
         raise BadRequest(f"There is no preset {form.preset[:60]!r} for {form.task}. Choose one from the list.")
     if form.task == "i2v" and not form.image_path:
@@ -129,7 +129,7 @@ def submit_plan(form: Form, presets: Mapping[str, str], exposure: Exposure) -> S
 
 
 def fields_of(preset: str, config: EngineConfig, request: Request) -> dict[str, Any]:
-    """The values of the fields that repeat this run. The preset's own LoRAs stay out of the LoRA rows."""
+    """The field values with which Generate repeats this run. The preset's own LoRAs stay out of the LoRA rows."""
     shown = ("prompt", "negative_prompt", "image_path", "last_frame_path", "seed")
     loras = config.lora_configs if request.loras is None else request.loras
     added = [lora for lora in loras if lora not in settings_of(preset).engine.lora_configs]
@@ -147,7 +147,7 @@ def fields_of(preset: str, config: EngineConfig, request: Request) -> dict[str, 
 
 
 def low_noise_partner(path: str) -> str:
-    """The low-noise file that belongs to a high-noise one, by its name; "" where the name does not tell."""
+    """The low-noise file that belongs to a high-noise one, by its name; "" if the name follows no known pattern."""
     return next(iter(partner_names(path)), "") if expert_of(path) == "high" else ""
 
 
@@ -166,7 +166,7 @@ def size_of(tier: int, shape: str) -> tuple[int, int]:
 
 
 def frames_for(seconds: float, fps: float) -> int:
-    """The number of the form 4n + 1 that is nearest to this many seconds."""
+    """The number of frames, of the form 4n + 1, whose duration is nearest to `seconds`."""
     return max(1, round((seconds * fps - 1) / 4) * 4 + 1)
 
 

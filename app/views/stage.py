@@ -69,7 +69,7 @@ def status(
 
 
 def phases_of(request: Request, event: Progress | None) -> list[str]:
-    """The phases of this run. A download counts only while there is one."""
+    """The phases of this run. "download" is one of them only while files download."""
     high = schedule_of(request).high_noise_steps
     absent = {
         "download": event is None or event.stage != "download",
@@ -93,7 +93,7 @@ def phase_fill(request: Request, event: Progress | None) -> tuple[str, float]:
 
 
 def overall(request: Request, event: Progress | None) -> float:
-    """How much of the run is done, from 0 to 1, for screen readers. Each phase of denoising counts as four others."""
+    """How much of the run is done, from 0 to 1, for screen readers. A denoising phase weighs as much as four others."""
     phases = phases_of(request, event)
     weight = {phase: 4.0 if phase in ("high", "low") else 1.0 for phase in phases}
     phase, fill = phase_fill(request, event)
@@ -170,7 +170,7 @@ def _pace(event: Progress) -> float | None:
 
 
 def _times(words: Words, job: Job, expected: Mapping[str, float]) -> str:
-    """Time elapsed and time left. The page's script counts the elapsed time from the start that it gets here."""
+    """Time elapsed and time left. The page's script counts the elapsed time from the start time in this HTML."""
     if job.state != "running" or job.started is None:
         return ""
     seconds = time_left(job.progress, expected, time.time() - job.started)

@@ -180,8 +180,8 @@ def offload(lines: list[Line]) -> str:
     if not text:
         return ""
     text += (
-        "\n\nThe second run of each. Peaks are of tensors; without writing the mp4. What the "
-        "computation waited for copies of the experts is measured with events on its stream.\n\n"
+        "\n\nThe second run of each, without writing the mp4. Peaks count tensors only. Events on the computation's "
+        "stream measure how long it waited for copies of the experts.\n\n"
     )
     counted = [
         [line["name"], stage, gb(line["peaks"][stage]), gb(size), f"{size / line['peaks'][stage] - 1:+.1%}"]
@@ -216,8 +216,8 @@ def streaming(lines: list[Line]) -> str:
     head = ["video", "of 40 blocks", "attention", "s", "over all blocks kept", "from round to round", "waited, ms"]
     text = heading("Streaming in bf16: one forward, its blocks from host memory", head, rows)
     return text and text + (
-        "\n\nIn turns in one process, so that all ways meet the same clock. What the computation waited for copies is "
-        "measured with events on its stream."
+        "\n\nAll ways ran in turns in one process, so that they meet the same GPU clock. Events on the computation's "
+        "stream measure how long it waited for copies."
     )
 
 

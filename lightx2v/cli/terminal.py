@@ -64,7 +64,7 @@ def progress_text(event: Progress) -> str:
     parts = [f"{name:<13}"]
     if event.total:
         filled = BAR * event.step // event.total
-        # A download counts bytes, and its message has the numbers.
+        # A download counts bytes: show a percentage here, since its message has the byte counts.
         count = f"{100 * event.step // event.total} %" if event.stage == "download" else f"{event.step}/{event.total}"
         parts.append(f"[{'#' * filled}{'.' * (BAR - filled)}] {count}")
     parts.append(clock_time(event.seconds))

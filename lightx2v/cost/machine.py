@@ -1,4 +1,4 @@
-"""The machine's memory and cores, free and in all, read with nvidia-smi and psutil. Needs no torch."""
+"""The machine's memory (free and total) and cores, read with nvidia-smi and psutil. Needs no torch."""
 
 import os
 import platform

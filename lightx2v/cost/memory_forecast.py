@@ -17,7 +17,7 @@ from .memory_plan import GIB, TEXT_WEIGHTS, VAE_WEIGHTS, MemoryPlan, ModelSize, 
 DRIVER_BYTES = GIB
 """What the driver and the CUDA context take from a GPU's nominal size."""
 ENOUGH = 2**62
-"""Host memory for a forecast that asks how much of it a GPU needs beside its own."""
+"""Host memory that always suffices, for a forecast of how much host memory a GPU needs beside its own."""
 SIZES = {"bf16": 2, "fp16": 2, "fp32": 4}
 
 
@@ -32,7 +32,7 @@ class Forecast:
     fits: bool
 
     def to_json(self) -> dict[str, Any]:
-        """In GiB."""
+        """The forecast for reports, with sizes in GiB."""
         stages = {stage: _gib(size) for stage, size in self.plan.bytes.items()}
         return {
             "free_gib": _gib(self.free),
@@ -45,12 +45,12 @@ class Forecast:
 
 
 def forecast_for_gpu(config: EngineConfig, request: Request, size: float) -> Forecast:
-    """On a GPU of `size` GB, beside enough host memory."""
+    """The forecast for a GPU of `size` GB in a machine with enough host memory."""
     return forecast(config, request, vram=max(0, int(size * GIB) - DRIVER_BYTES), ram=ENOUGH)
 
 
 def forecast_for_machine(config: EngineConfig, request: Request, machine: Machine) -> Forecast:
-    """With the memory that is free on this machine now."""
+    """The forecast for the memory that is free on this machine now."""
     ram = machine.ram_free // (config.parallel.world_size if config.parallel else 1)
     if machine.vram_free is not None and config.device != "cpu":
         return forecast(config, request, vram=machine.vram_free, ram=ram)
@@ -63,7 +63,7 @@ def forecast_for_machine(config: EngineConfig, request: Request, machine: Machin
 
 
 def forecast(config: EngineConfig, request: Request, *, vram: int, ram: int) -> Forecast:
-    """With so many bytes free, under the plan that the engine will choose for them."""
+    """The forecast for these free bytes, under the plan that the engine will choose for them."""
     model = _model_size(config, 2)
     planner = MemoryPlanner(vram=vram, ram=ram, model=model, options=OffloadOptions.of(config))
     plan = planner.plan(_workload(request))

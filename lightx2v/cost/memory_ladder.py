@@ -1,8 +1,8 @@
 """The one ladder of memory plans, from the fastest to the smallest, and the place of a loaded model on it.
 
-Both experts on the device; one, with the other swapped in place; the first blocks of one, with the rest streamed; all
-blocks streamed. A run takes the first plan that fits, and after an out-of-memory error the next one that needs less in
-the stage that failed.
+The rungs: both experts on the device; one expert, with the other swapped in place; the first blocks of one expert,
+with the rest streamed; all blocks streamed. A run takes the first plan that fits, and after an out-of-memory error the
+next one that needs less in the stage that failed.
 """
 
 from dataclasses import dataclass, replace
@@ -11,7 +11,7 @@ from .memory_bytes import expert_bytes, stage_bytes
 from .memory_plan import GIB, PREFETCH_SLOTS, MemoryPlan, ModelSize, OffloadOptions, Part, Stage, Workload
 
 RESERVE = GIB * 3 // 4
-"""Never planned for: workspaces of cuBLAS and cuDNN, growth of other programs."""
+"""Device memory that no plan uses: for the workspaces of cuBLAS and cuDNN, and for other programs that grow."""
 
 USUAL = Workload(tokens=32_760, height=60, width=104)
 """The video that a model is loaded for: 832x480, 81 frames, with guidance."""
@@ -49,7 +49,7 @@ def ladder(layers: int, options: OffloadOptions, *, host_fits: bool = True) -> l
 
 
 def _with_parts(plan: MemoryPlan, options: OffloadOptions) -> list[MemoryPlan]:
-    """A plan with text encoder and VAE in all the places that they may have, from fast to small."""
+    """One plan for each allowed place of the text encoder and the VAE, from the fastest to the smallest."""
     texts: list[Part] = ["resident"] if options.text_offload is False else ["move", "stream"]
     if options.text_offload == "auto" and plan.mode == "resident":
         texts.insert(0, "resident")
@@ -61,8 +61,8 @@ def _with_parts(plan: MemoryPlan, options: OffloadOptions) -> list[MemoryPlan]:
 def next_plan(plan: MemoryPlan, stage: Stage, layers: int) -> MemoryPlan | None:
     """The next plan on the ladder that needs less in `stage`, which ran out of memory; None if there is none.
 
-    Of the options only those for tiles and for weights on disk still count. Denoising gives up half of the resident
-    blocks at a time. For the other stages the experts leave the device, once the text encoder and the VAE have left.
+    Only two options still count: tiles, and weights on disk. Denoising gives up half of the resident blocks at a time.
+    For the other stages the text encoder and the VAE leave the device first, and then the experts.
     """
     stuck = plan.mode == "resident" and plan.from_disk  # host memory has no room for the experts
     options = OffloadOptions(
@@ -110,8 +110,8 @@ class MemoryPlanner:
 class MemoryLadder:
     """The `plan` of one model: chosen anew for each run by `planner`, and smaller after each out-of-memory error.
 
-    Without a planner only errors change it. Parts that have left the device stay off it. With `retry` False nothing
-    gets smaller: in a group memory may have run out on one process only.
+    Without a planner only errors change it. Parts that have left the device stay off it. With `retry` False the plan
+    never gets smaller: in a group, perhaps only one process has run out of memory.
     """
 
     def __init__(self, plan: MemoryPlan, planner: MemoryPlanner | None = None, *, retry: bool = True) -> None:
@@ -121,7 +121,7 @@ class MemoryLadder:
         self._keep_off_the_device(plan)
 
     def prepare(self, workload: Workload) -> None:
-        """Choose the plan for a video of this size, no larger than errors and moved parts allow."""
+        """Choose the plan for a video of this size. Earlier errors and the parts that have left the device limit it."""
         self._workload = workload
         if self._planner is None:
             return

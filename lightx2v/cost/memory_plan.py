@@ -27,10 +27,11 @@ TEXT_WEIGHTS = 4_631_000_000
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ModelSize:
-    """Sizes and bytes per value: `weight` for the blocks' matrices on the device (1 for FP8), `compute` for products.
+    """A model's sizes in bytes (`text`, `vae`, `loras`) and bytes per value (`weight`, `compute`, `vae_element`).
 
-    `loras` are the bytes of both experts' LoRAs in low-rank form. They are on the device where they run beside the
-    weights: always with `loras_beside`, else where the weights stay on disk.
+    `weight` counts for the blocks' matrices on the device (1 for FP8), `compute` for the products. `loras` is the size
+    of both experts' LoRAs in low-rank form. They take device memory if they run beside the weights. They do so always
+    with `loras_beside`, otherwise only if the weights stay on disk.
     """
 
     dit: DiTConfig = field(default_factory=DiTConfig)
@@ -121,7 +122,7 @@ class MemoryPlan:
         return self.mode != "stream"
 
     def to_json(self) -> dict[str, Any]:
-        """For reports, under the keys that they always had."""
+        """The plan for reports, whose keys keep their earlier names."""
         names = {"ring": "prefetch_slots", "together": "keep_experts", "apart": "sequential_cfg", "lazy": "reads_disk"}
         keys = "mode resident_blocks ring text vae together tiling apart lazy bytes reason"
         return {key: getattr(self, names.get(key, key)) for key in keys.split()}
@@ -149,7 +150,7 @@ class MemoryPlan:
         return ", ".join([experts[self.mode], *(words for words, true in details.items() if true)])
 
     def limited_to(self, limit: MemoryPlan) -> MemoryPlan:
-        """This plan, with nothing on the device that `limit` keeps off it."""
+        """This plan, reduced so that no part of it takes more device memory than in `limit`."""
         return replace(
             self,
             mode=max(self.mode, limit.mode, key=LESS.index),

@@ -61,7 +61,7 @@ class RunCost:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Prediction:
-    """Seconds by stage and in all, and the source of the denoising rate."""
+    """Seconds by stage and in total, and the source of the denoising rate."""
 
     stages: dict[str, float]
     source: Source

@@ -178,7 +178,7 @@ def load_placement(inputs: LoadInputs, warnings: list[str]) -> Placement:
             warnings.append(f"cpu_offload has no effect: {device} has no memory of its own to offload from.")
         return within_memory(lambda: Resident(inputs), when)
     plan = planner.plan(USUAL) if planner else plan_from_disk(config)
-    # Several processes do not retry: memory may have run out on one of them only.
+    # Several processes do not retry: perhaps only one of them has run out of memory.
     ladder, reduced = MemoryLadder(plan, planner, retry=group.size == 1), list[str]()
     placement = retry_with_offload(
         lambda: load_offloaded(inputs, ladder),

@@ -1,4 +1,4 @@
-"""FrameSink: takes the decoded frames of one video. It writes them, keeps them if asked, and notices a still video."""
+"""FrameSink: takes the decoded frames of one video. It writes them, keeps them, or both, and notices a still video."""
 
 import numpy as np
 
@@ -7,7 +7,7 @@ from ..sampling import still_warning
 
 
 class FrameSink:
-    """`add` each chunk (T, H, W, C) uint8, then `close`; or `abort`, which leaves no file."""
+    """`add` each chunk (T, H, W, C) uint8, then `close`; or `abort`, which leaves no file. `keep` makes `frames`."""
 
     def __init__(self, *, keep: bool) -> None:
         self.writer: VideoWriter | None = None
@@ -32,9 +32,9 @@ class FrameSink:
 
     @property
     def frames(self) -> np.ndarray | None:
-        """All frames, if they were to be kept; None before the first chunk."""
+        """All frames; None before the first chunk, or if the sink does not keep them."""
         return np.concatenate(self._kept) if self._kept else None
 
     def still_warning(self) -> str | None:
-        """A warning if the first and last frames of all chunks are equal, so that nothing moves."""
+        """A warning if the first and last frames of all chunks are equal: then nothing moves."""
         return still_warning(frame for ends in self._ends for frame in ends)

@@ -45,7 +45,7 @@ def find_cached(name: str) -> Path | None:
 
 
 def find_lora(path: str, config: EngineConfig) -> Path:
-    """The file of a LoRA. LoraError where it is on none of the places for a path of the configuration."""
+    """The file of a LoRA. LoraError if it is in none of the places where a path of the configuration may be."""
     place = find(path, config)
     if place is not None:
         return place

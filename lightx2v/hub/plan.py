@@ -1,4 +1,4 @@
-"""Plan a download: what a model needs, what of it is here, the exact bytes of the rest, and whether they fit."""
+"""Plan a download: the needed files, those of them that are here, the exact bytes of the rest, and whether they fit."""
 
 import shutil
 from collections.abc import Callable, Iterable
@@ -35,7 +35,7 @@ class PlannedFile:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class DownloadPlan:
-    """What a configuration needs, and what of it is to be downloaded into the folder `cache`.
+    """The files that a configuration needs, and those of them that `fetch` downloads into the folder `cache`.
 
     `files` make up the missing names. `present` are the needed names on this machine, each with its size; `unavailable`
     those that are neither here nor on the Hub. `reusable` are other files of the same commits with their content in the
@@ -79,7 +79,7 @@ def missing(config: EngineConfig) -> list[str]:
 
 
 def partners_on_hub(config: EngineConfig) -> list[tuple[str, str]]:
-    """(repository, file) that the Hub may have for the partners of LoRAs that are given for both experts.
+    """(repository, file) where the Hub may have a missing LoRA partner. Only LoRAs for both experts have partners.
 
     A local LoRA has its partner beside it, if it has one.
     """
@@ -92,7 +92,7 @@ def partners_on_hub(config: EngineConfig) -> list[tuple[str, str]]:
 def make_plan(
     config: EngineConfig, *, hub: Hub | None = None, free: Callable[[Path], int] = lambda folder: disk_free(folder)
 ) -> DownloadPlan:
-    """Ask the Hub about what is missing, with one request per repository. DownloadError where it has no answer.
+    """Ask the Hub about the missing files, one request per repository. DownloadError if the Hub cannot answer.
 
     `free` returns the free bytes of a folder's disk.
     """
@@ -126,7 +126,7 @@ def make_plan(
 
 
 def files_below(listing: Iterable[HubFile], path: str) -> list[HubFile]:
-    """The file `path` of a repository, or all files of that folder."""
+    """The file at `path` in a repository, or all files in it if it is a folder."""
     return [file for file in listing if file.path == path or file.path.startswith(path.rstrip("/") + "/")]
 
 

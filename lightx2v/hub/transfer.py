@@ -120,7 +120,7 @@ class Transfer:
                     silence.reschedule(now() + self.hub.stall)
                     partial.write(data[: file.size - partial.size])
                     self.done = partial.size
-                    if self.done == file.size:  # the hash decides about a response that is longer
+                    if self.done == file.size:  # drop the rest of a longer response; the hash checks the file
                         return
         except TimeoutError:
             raise Broken(f"no byte for {self.hub.stall:g} seconds") from None

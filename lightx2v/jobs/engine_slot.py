@@ -134,7 +134,7 @@ class EngineSlot:
         if isinstance(failure, Cancelled):
             release_frames(failure)
             return Outcome(error=public_error(failure, id), cancelled=True)
-        # Text, not exc_info: a log record that is kept would keep the tensors of the step through the traceback.
+        # Text, not exc_info: a stored log record would hold the traceback, and through it the tensors of the step.
         log.error("job %s failed\n%s", id, "".join(traceback.format_exception(failure)))
         fatal = device_is_lost(failure) or isinstance(failure, GroupFailed)
         outcome = Outcome(error=public_error(failure, id), fatal=fatal)

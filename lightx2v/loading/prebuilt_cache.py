@@ -56,8 +56,8 @@ def prebuilt_folder(models_dir: str | None, environment: Environment | None = No
 class CachedFile:
     """A file in the cache. `whole` is False for an interrupted build.
 
-    `state` tells about its sources: "current" (unchanged), "stale" (changed) or "missing-source" (their folder is not
-    there, so nobody can tell).
+    `state` describes its sources: "current" (unchanged), "stale" (changed) or "missing-source" (their folder is not
+    there, so a comparison is impossible).
     """
 
     path: Path

@@ -98,7 +98,7 @@ class Stream:
         self.past[layer] = joined_BCTHW[:, :, -PAST:].clone(memory_format=torch.preserve_format)
 
     def with_halo(self, x_BCTHW: Tensor, *, above: bool = True) -> Tensor:
-        """x with one more row from the shard below and, with `above`, from the one above; unchanged without a split."""
+        """Add the edge row of the shard below and, with `above`, that of the shard above. Without a split, return x."""
         if self.split is None:
             return x_BCTHW
         rows_HBTWC = self.split.with_halo(x_BCTHW.permute(3, 0, 2, 4, 1).contiguous(), above=above)

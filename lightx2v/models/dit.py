@@ -96,7 +96,7 @@ class WanDiT(nn.Module):
         return bias.dtype
 
     def cast(self, compute: torch.dtype) -> WanDiT:
-        """Cast every parameter to its own dtype for products in `compute` (`parameter_dtype`)."""
+        """Cast each parameter to the dtype that `parameter_dtype` gives for products in `compute`."""
         for name, parameter in self.named_parameters():
             parameter.data = parameter.data.to(parameter_dtype(name, compute))
         return self
@@ -141,7 +141,7 @@ class WanDiT(nn.Module):
     ) -> Tensor:
         """Velocities (B, C, T, H, W) of different samples, each with its own timestep and prompt, for training.
 
-        `context` holds encoder states; prompts that are shorter than the longest one end with zero rows.
+        `context` holds encoder states. Zero rows pad shorter prompts to the length of the longest.
         """
         x_BLD, rotations_L1P = self.embed(latents_BCTHW, condition_BCTHW)
         text = self._encode(context_BLD, keep=False)

@@ -1,7 +1,7 @@
-"""Heartbeat: a thread in each process that sees whether the others still live, and ends this process if one failed.
+"""Heartbeat: a thread in each process that sees whether the others still run, and ends this process if one failed.
 
 A process whose partner is gone may wait forever inside an exchange, where no exception reaches it. So this thread ends
-it with `os._exit`, after the first failure is known to all and each process has had a moment to end by itself.
+it with `os._exit`, after all processes know the first failure and each has had a moment to end by itself.
 
 Timeouts of the exchanges could not replace it: rank 0 may rightly decode tiles alone for minutes while the others
 wait, so a timeout that allows this would notice a stopped process after minutes too, not within SILENCE. And torchrun
@@ -48,14 +48,14 @@ class Heartbeat:
         self._thread.start()
 
     def close(self) -> None:
-        """This process ends without a failure."""
+        """Stop the heartbeat and tell the others that this process ends without a failure."""
         self._closed.set()
         self._thread.join(5 * BEAT)
         with contextlib.suppress(RuntimeError):  # the store may be gone
             self._store.set(f"closed/{self._rank}", "1")
 
     def wait_for_others(self, seconds: float) -> None:
-        """Wait until all others have closed theirs, at most this many seconds."""
+        """Wait until all other processes have closed their heartbeats, but at most `seconds`."""
         deadline = time.monotonic() + seconds
         with contextlib.suppress(RuntimeError):
             while time.monotonic() < deadline and not self._store.check([f"closed/{rank}" for rank in self._beats]):
@@ -71,7 +71,7 @@ class Heartbeat:
             self._busy = False
 
     def report_failure(self, message: str, *, kind: str) -> None:
-        """Tell all processes. Only the first failure of the group is kept."""
+        """Tell all processes. The store keeps only the first failure of the group."""
         self._own_failure = f"{kind} on process {self._rank}: {message[:2000]}"
         value = json.dumps([self._own_failure, self._signature(self._own_failure)])
         with contextlib.suppress(RuntimeError):
@@ -97,7 +97,7 @@ class Heartbeat:
             return ""
 
     def silent(self, ranks: Sequence[int], seconds: float = 3 * BEAT) -> list[int]:
-        """Those of these ranks whose last heartbeat is older than that."""
+        """Those of these ranks whose last heartbeat is older than `seconds`."""
         return [rank for rank in ranks if rank in self._beats and time.monotonic() - self._beats[rank][1] > seconds]
 
     def _watch(self) -> None:

@@ -169,13 +169,13 @@ class ProcessGroup(Collectives):
     def collective(self) -> Iterator[None]:
         """Work that all processes do. If all of them fail at the same exchange, the group can continue.
 
-        Otherwise some wait for an exchange that will not come; then all hear of the first failure and end.
+        Otherwise some processes wait for an exchange that never comes: then all learn of the first failure and end.
         """
         work, self._works = self._works, self._works + 1
         try:
             with self._heartbeat.needs_all():
                 try:
-                    self.all_true(True)  # all are here, so the work before this one is over
+                    self.all_true(True)  # all processes are here, so all have ended the work before this one
                     self._delete_old_keys(work - 1)
                     yield
                 finally:

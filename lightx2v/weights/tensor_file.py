@@ -22,7 +22,7 @@ DOWNLOAD_AGAIN = "Delete the file and download it again."
 
 @dataclass(frozen=True, slots=True)
 class TensorEntry:
-    """One tensor of a file. `start` counts from the file's first byte; -1 where the format does not tell it."""
+    """One tensor of a file. `start` counts from the file's first byte; -1 if the format does not record it."""
 
     dtype: torch.dtype
     shape: tuple[int, ...]
