@@ -12,9 +12,8 @@ from collections.abc import Sequence
 
 from .cli.parser import ArgumentParser
 from .cli.runner import CommandContext, run_command
-from .cli.terminal import one_line
 from .config.presets import list_presets, resolve
-from .errors import DownloadError, byte_size
+from .errors import DownloadError, byte_size, one_line
 from .hub import DownloadPlan, Hub, fetch, make_plan
 from .progress import Meter
 

@@ -18,6 +18,10 @@ or in an HTTP response: it never holds a traceback, and names files by their las
 """
 
 from pathlib import PurePath
+from typing import Any
+
+MAX_SHOWN = 100
+"""The most characters of what a user gave that a message repeats."""
 
 
 class LightX2VError(Exception):
@@ -75,10 +79,28 @@ class Cancelled(LightX2VError):
 
 
 def short_path(path: str | PurePath, parts: int = 2) -> str:
-    """The last `parts` components of a path: enough to recognise a file, too little to learn a server's folders."""
+    """The last `parts` components of a path: enough to recognise a file, too little to learn a server's folders.
+
+    Long names lose their middle. Control characters and bytes that are no text, which file names may hold, are escaped.
+    """
     pure = PurePath(path)
     tail = pure.parts[-parts:]
-    return str(PurePath(*tail)) if len(pure.parts) <= parts else "…/" + "/".join(tail)
+    text = one_line(str(PurePath(*tail)) if len(pure.parts) <= parts else "…/" + "/".join(tail))
+    return text if len(text) <= MAX_SHOWN else f"{text[: MAX_SHOWN // 2]}…{text[-MAX_SHOWN // 2 :]}"
+
+
+def quoted(value: Any) -> str:
+    """A value that a user gave, for a message: in Python's spelling, on one line, and cut where it is long."""
+    try:
+        text = repr(value)
+    except ValueError:  # more digits than Python converts
+        return "a huge number"
+    return text if len(text) <= MAX_SHOWN else f"{text[: MAX_SHOWN - 20]}… ({len(text)} characters)"
+
+
+def one_line(text: str) -> str:
+    """`text` with its control characters escaped: no prompt can forge a second log line or control the terminal."""
+    return "".join(char if char.isprintable() else char.encode("unicode_escape").decode() for char in text)
 
 
 def byte_size(count: float) -> str:

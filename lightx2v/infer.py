@@ -22,7 +22,6 @@ from typing import Any
 
 from .cli.parser import ArgumentParser
 from .cli.runner import CommandContext, run_command
-from .cli.terminal import one_line
 from .config.engine_config import MODEL_CLASSES, EngineConfig, hub_name
 from .config.environment import Environment
 from .config.lightx2v_keys import PER_VIDEO
@@ -32,7 +31,7 @@ from .config.request import IMAGES, TASKS, Request, draw_seed
 from .config.request_settings import SETTINGS, SHOWN, Guidance, Setting
 from .cost.machine import MachineReader
 from .cost.memory_forecast import forecast_for_gpu, forecast_for_machine
-from .errors import BadRequest, ConfigError, short_path
+from .errors import BadRequest, ConfigError, one_line, quoted, short_path
 from .hub import find_all
 from .jobs.engine_slot import Engine, OpenEngine
 from .loading import preload
@@ -152,7 +151,7 @@ def _recorded(video: str, given: Sequence[str]) -> tuple[dict[str, Any], dict[st
     for key in PICTURES:
         if shown.get(key) and key not in given:
             if (picture := find_picture(settings, key, video)) is None:
-                name = one_line(short_path(str(shown[key])))[:100]
+                name = short_path(str(shown[key]))
                 raise BadRequest(
                     f"The picture {name} of this video is neither in this folder nor beside the video, or its content "
                     f"has changed. Give it with --{key}."
@@ -341,7 +340,7 @@ def _add_output_flags(add: Add) -> None:
 def _assignment(text: str) -> tuple[str, Any]:
     key, equals, value = text.partition("=")
     if not equals or not key.strip():
-        raise argparse.ArgumentTypeError(f"{text!r} is not KEY=VALUE")
+        raise argparse.ArgumentTypeError(f"{quoted(text)} is not KEY=VALUE")
     try:
         return key.strip(), json.loads(value, parse_constant=_no_constant)
     except (ValueError, RecursionError):
@@ -354,7 +353,7 @@ def _card(text: str) -> float:
     except ValueError:
         size = 0.0
     if not 1 <= size <= 10_000:
-        raise argparse.ArgumentTypeError(f"{text!r} is no size from 1 to 10000 GB")
+        raise argparse.ArgumentTypeError(f"{quoted(text)} is no size from 1 to 10000 GB")
     return size
 
 

@@ -6,6 +6,8 @@ import re
 from collections.abc import Sequence
 from typing import NoReturn
 
+from ..errors import MAX_SHOWN, quoted
+
 
 class ArgumentParser(argparse.ArgumentParser):
     """argparse's parser with one-line errors that name the nearest flag."""
@@ -17,8 +19,10 @@ class ArgumentParser(argparse.ArgumentParser):
             flags = re.findall(r"--\w+", self.format_help())
             self.error(f"unknown flag {flag}. Did you mean {difflib.get_close_matches(flag, flags, 1, 0.0)[0]}?")
         if unknown:
-            self.error(f"{unknown[0]!r} belongs to no flag. Put quotes around text with spaces.")
+            self.error(f"{quoted(unknown[0])} belongs to no flag. Put quotes around text with spaces.")
         return options
 
     def error(self, message: str) -> NoReturn:
+        """End the program. argparse repeats in its messages whole arguments, which may be long."""
+        message = re.sub(rf"\S{{{MAX_SHOWN},}}", lambda word: word[0][: MAX_SHOWN - 1] + "…", message)
         self.exit(2, f"error: {message}{'' if message.endswith(('.', '?')) else '.'} --help lists every flag.\n")

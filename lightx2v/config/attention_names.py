@@ -1,6 +1,6 @@
 """The names of the attention backends. They are here, without torch, so that a preset is checked before torch loads."""
 
-from ..errors import ConfigError
+from ..errors import ConfigError, quoted
 from .checks import did_you_mean
 
 SUPPORTED = ("auto", "torch_sdpa", "cudnn", "flash_attn2", "flash_attn3", "flash_attn4", "sage_attn2", "sage_attn3")
@@ -19,7 +19,7 @@ def check_attention_name(name: str, key: str = "attention") -> None:
     """Raises ConfigError unless `name` is in SUPPORTED. `key` is the setting that holds the name."""
     if name in SUPPORTED:
         return
-    why = f"there is no attention backend {name!r}. {did_you_mean(str(name), SUPPORTED)}"
+    why = f"there is no attention backend {quoted(name)}. {did_you_mean(str(name), SUPPORTED)}"
     if name in NOT_SUPPORTED:
         why = f"{name!r} is one of LightX2V's kernels that is not supported here."
     raise ConfigError(f"{key}: {why} Use one of: {', '.join(SUPPORTED)}.")

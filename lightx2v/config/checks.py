@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from types import UnionType
 from typing import Any, Literal, NoReturn, Union, get_args, get_origin
 
-from ..errors import LightX2VError
+from ..errors import LightX2VError, quoted
 
 _JSON_WORDS = {True: "true", False: "false", None: "null"}
 _GRIDS = {1: "", 4: " of the form 4n + 1", 16: " and a multiple of 16"}
@@ -24,13 +24,8 @@ class Checks:
     error: type[LightX2VError]
 
     def bad(self, name: str, got: Any, expected: str, *, nearest: Any = None) -> NoReturn:
-        try:
-            shown = repr(got)
-        except ValueError:  # more digits than Python converts
-            shown = "a huge number"
-        shown = shown if len(shown) <= 80 else f"{shown[:60]}… ({len(shown)} characters)"
         hint = "" if nearest is None else f" Nearest valid value: {nearest}."
-        raise self.error(f"{name} is {shown}; expected {expected}.{hint}")
+        raise self.error(f"{name} is {quoted(got)}; expected {expected}.{hint}")
 
     def known_keys(self, data: Any, known: Sequence[str], where: str) -> Mapping[str, Any]:
         """An object whose keys are all in `known`."""
@@ -38,7 +33,7 @@ class Checks:
             self.bad(where, data, "an object")
         for key in data:
             if key not in known:
-                raise self.error(f"{where}: unknown key {str(key)[:100]!r}. {did_you_mean(str(key), known)}")
+                raise self.error(f"{where}: unknown key {quoted(key)}. {did_you_mean(str(key), known)}")
         return data
 
     def one_of(self, name: str, value: Any, allowed: Sequence[Any]) -> Any:

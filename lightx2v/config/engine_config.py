@@ -10,7 +10,7 @@ from dataclasses import asdict, dataclass, fields
 from pathlib import PurePath
 from typing import Any, Literal, Self, get_args, get_type_hints
 
-from ..errors import BadRequest, ConfigError
+from ..errors import BadRequest, ConfigError, quoted
 from .attention_names import check_attention_name
 from .checks import Checks, allowed_values, did_you_mean
 from .request import LoraSpec, Request, Task
@@ -300,7 +300,7 @@ def _scheme(key: str, value: Any) -> str | None:
     supported = f"Use one of: {', '.join(QUANT_SCHEMES)}."
     if OTHER_SCHEMES.fullmatch(value):
         raise ConfigError(f"{key}: {value!r} is one of LightX2V's schemes that is not supported here. {supported}")
-    raise ConfigError(f"{key}: there is no scheme {value[:80]!r}. {did_you_mean(value, QUANT_SCHEMES)} {supported}")
+    raise ConfigError(f"{key}: there is no scheme {quoted(value)}. {did_you_mean(value, QUANT_SCHEMES)} {supported}")
 
 
 def _lora_configs(value: Any) -> tuple[LoraSpec, ...]:

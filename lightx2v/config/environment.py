@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from ..errors import ConfigError
+from ..errors import ConfigError, quoted
 
 INTEGERS = ("rank", "local_rank", "world_size", "local_world_size", "restart_count", "port", "profiling")
 
@@ -63,7 +63,7 @@ class Environment:
         for key in values.keys() & INTEGERS:
             if not values[key].isdecimal() or len(values[key]) > 6:
                 raise ConfigError(
-                    f"The environment variable {names[key]} is {values[key]!r}; expected a whole number. "
+                    f"The environment variable {names[key]} is {quoted(values[key])}; expected a whole number. "
                     "Correct it, or unset it."
                 )
             values[key] = int(values[key])

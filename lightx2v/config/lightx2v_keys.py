@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 from typing import Any
 
-from ..errors import ConfigError
+from ..errors import ConfigError, quoted
 from .attention_names import check_attention_name
 from .checks import did_you_mean
 from .engine_config import EngineConfig
@@ -103,7 +103,7 @@ def sort_keys(data: Mapping[str, Any], where: str) -> Keys:
     for key, value in data.items():
         if key == "target_shape":
             if not isinstance(value, (list, tuple)) or len(value) != 2:
-                raise ConfigError(f"{where}: target_shape is {value!r}; expected [height, width].")
+                raise ConfigError(f"{where}: target_shape is {quoted(value)}; expected [height, width].")
             _put(keys, key, "height", value[0], where)
             _put(keys, key, "width", value[1], where)
         elif key == "attn_mode":
@@ -134,13 +134,13 @@ def _without_field(key: str, value: Any, where: str) -> str | None:
     if key == "cross_attn_2_type":
         # Every file of the tutorial has it: attention to CLIP image tokens, a layer that Wan2.2-A14B lacks.
         if not isinstance(value, str):
-            raise ConfigError(f"{where}: {key} is {value!r}; expected the name of an attention backend.")
+            raise ConfigError(f"{where}: {key} is {quoted(value)}; expected the name of an attention backend.")
         check_attention_name(value, f"{where}: {key}")
         return None
     if key in INERT:
         if not any(value == inert and type(value) is type(inert) for inert in INERT[key]):
             advice = f" {ADVICE[key]}" if key in ADVICE else ""
-            raise ConfigError(f"{where}: {key} = {str(value)[:60]!r} is not supported here. Remove the key.{advice}")
+            raise ConfigError(f"{where}: {key} = {quoted(value)} is not supported here. Remove the key.{advice}")
         return None
     if key in WITHOUT_EFFECT:
         return f"{where}: {key} has no effect here; the result is the same without it."
@@ -148,7 +148,7 @@ def _without_field(key: str, value: Any, where: str) -> str | None:
         raise ConfigError(f"{where}: {key} is not supported here. {NOT_HERE[key]}")
     if key.endswith("_attn_setting"):
         raise ConfigError(f"{where}: {key} is not supported here: it belongs to a sparse attention. Remove the key.")
-    raise ConfigError(f"{where}: unknown key {key[:100]!r}. {did_you_mean(key, KNOWN)}")
+    raise ConfigError(f"{where}: unknown key {quoted(key)}. {did_you_mean(key, KNOWN)}")
 
 
 KNOWN = sorted(

@@ -7,18 +7,19 @@ files are LightX2V's flat JSON, and its files load unchanged; ours have one more
 
 import json
 import logging
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any, NoReturn
 
-from ..errors import BadRequest, ConfigError, short_path
+from ..errors import BadRequest, ConfigError, quoted, short_path
 from .checks import Checks, did_you_mean
 from .engine_config import EngineConfig, ParallelConfig
 from .environment import Environment
 from .lightx2v_keys import PER_VIDEO, Keys, sort_keys
 from .model_paths import PROJECT
-from .request import IMAGES, Request
+from .request import IMAGES, TASKS, Request
 
 log = logging.getLogger("lightx2v.config")
 
@@ -76,7 +77,7 @@ def resolve(
     """
     overrides = {} if overrides is None else overrides
     name, data, warnings = _open(preset)
-    source = name or "settings"
+    source = short_path(name, 1) if name else "settings"
     about = data.pop("preset", {})
     # A script whose $model_path is not set passes an empty one, which must not replace the preset's.
     overrides = {key: value for key, value in overrides.items() if not (key == "model_path" and value == "")}
@@ -131,7 +132,7 @@ def read_json(path: Path) -> dict[str, Any]:
         keys = [key for key, _ in items]
         for key in keys:
             if keys.count(key) > 1:
-                raise ConfigError(f"{name}: the key {key[:100]!r} is given twice. Keep one of them.")
+                raise ConfigError(f"{name}: the key {quoted(key)} is given twice. Keep one of them.")
         return dict(items)
 
     def constant(word: str) -> NoReturn:
@@ -157,12 +158,13 @@ def _open(preset: str | Path | Mapping[str, Any]) -> tuple[str, dict[str, Any], 
     if isinstance(preset, Mapping):
         return "", dict(preset), ()
     if not isinstance(preset, (str, Path)) or not str(preset).strip() or "\0" in str(preset):
-        raise ConfigError(f"preset is {preset!r}; expected a name, a JSON file or an object.")
-    path = Path(preset).expanduser()
+        raise ConfigError(f"preset is {quoted(preset)}; expected a name, a JSON file or an object.")
+    path = Path(os.path.expanduser(preset))
     shipped = PRESETS / f"{preset}.json"
-    if isinstance(preset, str) and path.name == preset and shipped.is_file():
+    # os.path.isfile is False where the name is impossible; Path.is_file raises.
+    if isinstance(preset, str) and path.name == preset and os.path.isfile(shipped):
         return preset, read_json(shipped), ()
-    if path.is_file():
+    if os.path.isfile(path):
         return path.name, read_json(path), ()
     if (same := _same_as(path)) is not None:
         warning = (
@@ -210,7 +212,7 @@ def _match_model_class(source: str, engine: dict[str, Any], request: dict[str, A
     request.setdefault("enable_cfg", False)
     if isinstance(steps, (list, tuple)) and override.request.get("steps", len(steps)) != len(steps):
         raise BadRequest(
-            f"steps is {override.request['steps']!r}, but a distilled model makes the {len(steps)} steps of its "
+            f"steps is {quoted(override.request['steps'])}, but a distilled model makes the {len(steps)} steps of its "
             "denoising_step_list. Leave steps out, or change denoising_step_list."
         )
     if override.request.get("boundary") is not None:
@@ -243,16 +245,19 @@ def _respelled(message: str, name: str, keys: Keys) -> str:
 
 def _describe(name: str, about: Any, engine: EngineConfig, request: Request, *, moved: bool) -> PresetInfo:
     """`moved`: an override names another model, so the task of the preset need not match."""
-    where = f"{name or 'settings'}: preset"
+    source = short_path(name, 1) if name else "settings"
+    where = f"{source}: preset"
     check = Checks(ConfigError)
     check.known_keys(about, _ABOUT, where)
     for key, value in about.items():
         if not isinstance(value, str):
             check.bad(f"{where}.{key}", value, "text")
     variant = check.one_of(f"{where}.variant", about.get("variant", _variant(engine, request)), VARIANTS)
+    if "task" in about:
+        check.one_of(f"{where}.task", about["task"], TASKS)
     if "task" in about and not moved and (about["task"] == "t2v") != (engine.task == "t2v"):
         raise ConfigError(
-            f"The preset {name} is for {about['task']}, not for {engine.task}. Choose a preset for {engine.task}, or "
+            f"The preset {source} is for {about['task']}, not for {engine.task}. Choose a preset for {engine.task}, or "
             "give the model_path of a model for it."
         )
     return PresetInfo(

@@ -7,6 +7,7 @@ The size is checked from the header before a pixel is decoded, because 400 kB of
 
 import importlib
 import io
+import os
 import struct
 import threading
 import zlib
@@ -49,7 +50,7 @@ _TRANSPOSE = {
 
 def load_image(source: str | Path | bytes) -> Image.Image:
     """The first frame of an image as RGB: rotated by its EXIF, transparency on white, 16 bits scaled."""
-    data = source if isinstance(source, bytes) else _read(Path(source).expanduser())
+    data = source if isinstance(source, bytes) else _read(Path(os.path.expanduser(source)))
     if len(data) > MAX_BYTES:
         raise BadRequest(f"The image is {len(data) / 2**20:.1f} MB; at most {MAX_BYTES / 2**20:.0f} MB are accepted.")
     kind = readable_kind(data)

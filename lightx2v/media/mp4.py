@@ -47,7 +47,7 @@ def probe(path: str | Path) -> VideoInfo:
                 return _track_info(trak)
     except (struct.error, ValueError):
         raise _not_mp4(path) from None
-    raise BadRequest(f"{Path(path).name} holds no video. Give an mp4 file that LightX2V Studio made.")
+    raise BadRequest(f"{short_path(path, 1)} holds no video. Give an mp4 file that LightX2V Studio made.")
 
 
 def read_settings(path: str | Path) -> dict[str, Any]:
@@ -59,11 +59,11 @@ def read_settings(path: str | Path) -> dict[str, Any]:
         settings = json.loads(comment)[SETTINGS_KEY]
     except (struct.error, ValueError, KeyError, TypeError, RecursionError):
         raise BadRequest(
-            f"{Path(path).name} holds no settings. Give an mp4 file as LightX2V Studio wrote it; other programs drop "
-            "the settings when they save a video."
+            f"{short_path(path, 1)} holds no settings. Give an mp4 file as LightX2V Studio wrote it; other programs "
+            "drop the settings when they save a video."
         ) from None
     if not isinstance(settings, dict):
-        raise BadRequest(f"The settings in {Path(path).name} are damaged: expected a JSON object.")
+        raise BadRequest(f"The settings in {short_path(path, 1)} are damaged: expected a JSON object.")
     return settings
 
 
@@ -131,4 +131,4 @@ def _find(data: memoryview, *path: bytes) -> memoryview:
 
 
 def _not_mp4(path: str | Path) -> BadRequest:
-    return BadRequest(f"{Path(path).name} is not a complete mp4 file. Copy or download it again.")
+    return BadRequest(f"{short_path(path, 1)} is not a complete mp4 file. Copy or download it again.")

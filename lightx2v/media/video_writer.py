@@ -75,8 +75,13 @@ def _free_name(path: str | Path, *, force: bool) -> Path:
     if not name or "\0" in name:
         raise BadRequest("The output's file name is empty or has a NUL character. Give a name such as video.mp4.")
     target = Path(name).absolute()
-    if len(os.fsencode(target.name)) > 255:
-        raise BadRequest(f"The output's name is {len(os.fsencode(target.name))} bytes long; at most 255 are allowed.")
+    try:
+        length = len(os.fsencode(target.name))
+        os.fsencode(target)
+    except UnicodeEncodeError:  # half a surrogate pair
+        raise BadRequest(f"The output {short_path(target)} is no possible file name. Choose another one.") from None
+    if length > 255:
+        raise BadRequest(f"The output's name is {length} bytes long; at most 255 are allowed. Choose a shorter one.")
     try:
         if target.is_dir():
             raise BadRequest(f"The output {short_path(target)} is a folder; give a file name such as video.mp4.")

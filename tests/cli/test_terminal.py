@@ -12,8 +12,9 @@ from pathlib import Path
 import pytest
 
 from lightx2v.cli.signals import Interrupts
-from lightx2v.cli.terminal import ProgressLine, clock_time, logging_to, one_line, progress_text
+from lightx2v.cli.terminal import ProgressLine, clock_time, logging_to, progress_text
 from lightx2v.config.model_paths import PROJECT
+from lightx2v.errors import one_line
 from lightx2v.progress import Progress
 
 

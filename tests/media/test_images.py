@@ -260,6 +260,17 @@ def test_messages_do_not_reveal_the_servers_folders(tmp_path: Path) -> None:
     assert str(tmp_path) not in str(caught.value) and "three.png" in str(caught.value)
 
 
+@pytest.mark.parametrize(
+    "name", ["A" * 5000, "a/" * 2000 + "b.png", "~nobody/a.png", "x\ud800.png", "a\x1b[31m\nb.png"]
+)
+def test_messages_repeat_little_of_a_name(name: str, tmp_path: Path) -> None:
+    for source in (name, str(tmp_path / name)):
+        with pytest.raises(BadRequest) as caught:
+            load_image(source)
+        message = str(caught.value)
+        assert len(message) < 200 and message.isprintable() and message.encode()
+
+
 @pytest.mark.filterwarnings("ignore::UserWarning:PIL")
 @settings(max_examples=100)
 @given(format=st.sampled_from(["JPEG", "PNG", "WEBP"]), data=st.data())

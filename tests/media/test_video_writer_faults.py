@@ -12,16 +12,17 @@ import tempfile
 import textwrap
 import threading
 import time
+from functools import partial
 from pathlib import Path
 
 import pytest
 from clips import assert_nothing_left, clip, write
 from patience import PATIENCE
 
-from lightx2v.errors import BadRequest, Cancelled, OutputError
+from lightx2v.errors import BadRequest, Cancelled, LightX2VError, OutputError
 from lightx2v.media import video_writer
-from lightx2v.media.mp4 import VideoInfo, probe
-from lightx2v.media.video_writer import VideoWriter, check_output_path
+from lightx2v.media.mp4 import VideoInfo, probe, read_settings
+from lightx2v.media.video_writer import VideoWriter, check_output_path, read_frame
 from lightx2v.progress import CancelToken
 
 ROOT = Path(__file__).parents[2]
@@ -52,6 +53,19 @@ def test_impossible_names_are_refused_before_any_work(tmp_path: Path) -> None:
         check_output_path(tmp_path / "none" / "a.mp4")
     with pytest.raises(OutputError):
         check_output_path(tmp_path / "/".join(["x" * 250] * 20) / "a.mp4")
+
+
+NO_NAMES = ["A" * 5000, "x\ud800.mp4", "half\udc80/\ud800.mp4", "a\x1b[31m\n/b.mp4", "~nobody/a.mp4"]
+
+
+@pytest.mark.parametrize("name", NO_NAMES)
+def test_a_name_that_no_file_has_is_refused_in_short(name: str, tmp_path: Path) -> None:
+    for act in (probe, read_settings, read_frame, check_output_path, partial(VideoWriter, width=48, height=32, fps=16)):
+        with pytest.raises(LightX2VError) as caught:
+            act(tmp_path / name)
+        message = str(caught.value)
+        assert len(message) < 250 and message.isprintable() and message.encode()
+    assert_nothing_left(tmp_path)
 
 
 def test_a_pipe_or_a_device_is_never_replaced(tmp_path: Path) -> None:
