@@ -19,8 +19,6 @@ log = logging.getLogger("lightx2v.page")
 
 RETRY_SECONDS = 600.0
 """Seconds until a repository that could not be listed is listed again."""
-SETTLE_SECONDS = 5.0
-"""Seconds after a change for which `changing` stays true: longer than the interval of a page's timer."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -52,8 +50,6 @@ class FilesStatus:
     disk_free: int
     download: Download | None = None
     can_download: bool = False
-    changing: bool = False
-    """Whether the status may change within seconds."""
 
     @property
     def ready(self) -> bool:
@@ -80,7 +76,6 @@ class HubFiles:
         self._lock = threading.Lock()
         self._listings: dict[str, list[HubFile]] = {}
         self._listed_at: dict[str, float] = {}
-        self._changed = -SETTLE_SECONDS
         self._running: CancelToken | None = None
         self._download: Download | None = None
 
@@ -89,16 +84,8 @@ class HubFiles:
             download = self._download
         absent = set(missing(config))
         states = [self._state(name, place, absent) for name, place in find_all(config).items()]
-        with self._lock:
-            recent = time.monotonic() - self._changed < SETTLE_SECONDS
-            changing = recent or self._running is not None
-        return FilesStatus(
-            files=tuple(states),
-            disk_free=disk_free(self._source.cache),
-            download=download,
-            can_download=bool(absent),
-            changing=changing,
-        )
+        free = disk_free(self._source.cache)
+        return FilesStatus(files=tuple(states), disk_free=free, download=download, can_download=bool(absent))
 
     def download(self, config: EngineConfig) -> None:
         with self._lock:
@@ -113,7 +100,7 @@ class HubFiles:
         with self._lock:
             if self._running is not None:
                 self._running.cancel()
-            self._download, self._changed = None, time.monotonic()
+            self._download = None
 
     @property
     def _source(self) -> Hub:
@@ -126,9 +113,8 @@ class HubFiles:
         if name not in absent or inside is None:
             return FileState(name=name, ready=False)
         self._list(repo)
-        files = [
-            planned_file(self._source.repo(repo), file) for file in files_below(self._listings.get(repo, ()), inside)
-        ]
+        listed = files_below(self._listings.get(repo, ()), inside)
+        files = [planned_file(self._source.repo(repo), file) for file in listed]
         size = sum(file.file.size for file in files) if files else None
         return FileState(name=name, ready=False, bytes=size, here=sum(file.here for file in files))
 
@@ -146,7 +132,7 @@ class HubFiles:
                 log.debug("%s", error)
                 return
             with self._lock:
-                self._listings[repo], self._changed = listing, time.monotonic()
+                self._listings[repo] = listing
 
         threading.Thread(target=list_repo, name="list", daemon=True).start()
 
@@ -160,7 +146,7 @@ class HubFiles:
             error = str(failure)
         finally:
             with self._lock:
-                self._running, self._changed = None, time.monotonic()
+                self._running = None
                 if self._download is not None:
                     self._download = replace(self._download, error=error) if error else None
 

@@ -34,16 +34,13 @@ class Session:
         owner = data.get("owner")
         if not (isinstance(owner, str) and OWNER.fullmatch(owner)):
             return cls(owner=secrets.token_urlsafe(32), language=preferred(accept_language))
-        language = data.get("language")
-        compared = data.get("compared")
+        language, compared = data.get("language"), data.get("compared")
         return cls(
             owner=owner,
             language=language if language in TABLES else preferred(accept_language),
-            job=_id(data.get("job")),
             pinned=data.get("pinned") is True,
             compared=tuple(filter(None, map(_id, compared[:2]))) if isinstance(compared, list) else (),
-            editing=_id(data.get("editing")),
-            uploaded=_id(data.get("uploaded")),
+            **{name: _id(data.get(name)) for name in ("job", "editing", "uploaded")},
         )
 
     def to_json(self) -> dict[str, Any]:

@@ -2,7 +2,7 @@
 
     main process                               forked process with the GPU
     ZeroGpuJobs.running ─ spaces.GPU(duration) ─►  denoise: the engine in a thread; yields messages
-        │   ◄── ("progress", …) … ("done", frames, report)
+        │   ◄── {"progress": …} … {"frames": …, "report": …}
         └──► the mp4 is written here: encoding on the lent GPU would be charged
 
 The event that submits a job also runs it, inside `running`; leaving that block cancels it. So no job ever waits in a
@@ -37,7 +37,8 @@ MARGIN = 1.3
 """A reservation that is too short loses the run; one that is too long only waits longer for a GPU."""
 MAX_JOBS = 1000
 
-Message = tuple[Any, ...]
+Message = dict[str, Any]
+"""The changes of a job in progress or of a failed one; the frames and report of one that succeeded."""
 LendGpu = Callable[..., Callable[..., Callable[..., Generator[Message]]]]
 """`spaces.GPU`: takes `duration=`, returns a decorator."""
 
@@ -146,7 +147,7 @@ class ZeroGpuJobs:
                 for message in messages:
                     if self.get(id).cancelling:
                         break
-                    self._change(id, **self._changes(job, message))
+                    self._change(id, **(self._finish(job, **message) if "frames" in message else message))
                     yield
             self._end(id)
 
@@ -155,16 +156,6 @@ class ZeroGpuJobs:
         with self._lock:
             if id in self._jobs and not self._jobs[id].over:
                 self._change(id, state="cancelled", finished=time.time())
-
-    def _changes(self, job: Job, message: Message) -> dict[str, Any]:
-        kind, *rest = message
-        if kind == "progress":
-            progress, preview = rest
-            return {"progress": progress, **({"preview": preview} if preview else {})}
-        if kind == "failed":
-            return {"state": "failed", "finished": time.time(), "error": rest[0]}
-        frames, report = rest
-        return self._finish(job, frames, report)
 
     def _finish(self, job: Job, frames: Any, report: dict[str, Any]) -> dict[str, Any]:
         """Writes the video, and adds its path, size and writing time to the report."""
@@ -176,7 +167,7 @@ class ZeroGpuJobs:
             with VideoWriter(path, width, height, job.request.fps, settings=settings) as writer:
                 writer.write(frames)
         except LightX2VError as error:
-            return {"state": "failed", "finished": time.time(), "error": _explain(error)}
+            return _failed(type(error).__name__, str(error))
         report["timings"]["seconds"]["write"] = time.perf_counter() - started
         report |= {"path": str(path), "file_bytes": path.stat().st_size}
         self._on_finished(job.config, job.request, Outcome(report=report))
@@ -203,17 +194,17 @@ def _messages(engine: Any, request: Request) -> Generator[Message]:
     cancel = CancelToken()
 
     def send(event: Progress) -> None:
-        preview = jpeg(event.preview(), max_side=512) if event.preview is not None else None
-        messages.put(("progress", replace(event, preview=None), preview))
+        preview = {"preview": jpeg(event.preview(), max_side=512)} if event.preview is not None else {}
+        messages.put({"progress": replace(event, preview=None), **preview})
 
     def work() -> None:
         try:
             result = engine.run(request, on_progress=send, cancel=cancel, return_frames=True)
-            messages.put(("done", result.frames, result.report()))
+            messages.put({"frames": result.frames, "report": result.report()})
         except LightX2VError as error:
-            messages.put(("failed", _explain(error)))
+            messages.put(_failed(type(error).__name__, str(error)))
         except BaseException:
-            messages.put(("failed", {"type": "LightX2VError", "message": "The run failed. Try again."}))
+            messages.put(_failed("LightX2VError", "The run failed. Try again."))
             raise
 
     worker = threading.Thread(target=work, daemon=True, name="lightx2v-zerogpu")
@@ -222,12 +213,12 @@ def _messages(engine: Any, request: Request) -> Generator[Message]:
         while True:
             message = messages.get()
             yield message
-            if message[0] != "progress":
+            if "progress" not in message:
                 return
     finally:
         cancel.cancel()
         worker.join(timeout=30)
 
 
-def _explain(error: LightX2VError) -> dict[str, str]:
-    return {"type": type(error).__name__, "message": str(error)}
+def _failed(type: str, message: str) -> Message:
+    return {"state": "failed", "finished": time.time(), "error": {"type": type, "message": message}}

@@ -76,11 +76,8 @@ def _video(words: Words, job: Job, side: str) -> str:
     )  # fmt: skip
     timings = (job.result or {})["timings"]
     vram = peak_vram(timings)
-    facts = [
-        words.preset(job.preset),
-        numbers.seconds(seconds_without_loading(timings)),
-        numbers.memory(vram[0]) if vram else "",
-    ]
+    took = numbers.seconds(seconds_without_loading(timings))
+    facts = [words.preset(job.preset), took, numbers.memory(vram[0]) if vram else ""]
     caption = tag("strong", side) + tag("span", esc(" · ".join(filter(None, facts))), class_="quiet")
     poster = tag("img", src=f"studio/{job.id}/poster.jpg", alt="", class_="ambient")
     return tag("figure", tag("div", poster + video, class_="stage") + tag("figcaption", caption))
@@ -88,15 +85,10 @@ def _video(words: Words, job: Job, side: str) -> str:
 
 def _table(words: Words, left: Job, right: Job) -> str:
     a, b = comparable_settings(left), comparable_settings(right)
-    rows = []
-    for name in a:
-        differs = a[name] != b[name]
-        if differs or name in SHOWN_ALWAYS:
-            cells = tag("th", esc(name), scope="row") + tag("td", esc(a[name])) + tag("td", esc(b[name]))
-            rows.append(tag("tr", cells, class_="differs" if differs else None))
-    note = "" if any("differs" in row for row in rows) else tag("p", esc(words("same_settings")), class_="quiet")
-    top = tag("tr", "".join(tag("th", esc(name), scope="col") for name in (words("setting"), "A", "B")))
-    return tag("table", tag("thead", top) + tag("tbody", "".join(rows)), class_="diff") + note
+    rows = [(name, a[name], b[name]) for name in a if a[name] != b[name] or name in SHOWN_ALWAYS]
+    marks = ["differs" if one != other else "" for _, one, other in rows]
+    note = "" if any(marks) else tag("p", esc(words("same_settings")), class_="quiet")
+    return table((words("setting"), "A", "B"), rows, marks=marks, class_="diff") + note
 
 
 def _figures(jobs: Sequence[Job]) -> list[str]:

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterable, Sequence
 from html import escape
+from itertools import zip_longest
 
 
 def esc(value: object) -> str:
@@ -42,13 +43,14 @@ def _button(content: str, act: str, kind: str, name: str | None, data: dict[str,
     return tag("button", content, type="button", class_=classes, data_act=act, aria_label=name, title=name, **more)
 
 
-def table(head: Sequence[str], rows: Iterable[Sequence[object]]) -> str:
-    """A table; the first cell of each row is its header."""
+def table(head: Sequence[str], rows: Iterable[Sequence[object]], *, marks: Sequence[str] = (), class_: str = "") -> str:
+    """A table; the first cell of each row is its header. `marks` are the classes of the rows, "" for none."""
     top = tag("tr", "".join(tag("th", esc(cell), scope="col") for cell in head))
     body = ""
-    for first, *others in rows:
-        body += tag("tr", tag("th", esc(first), scope="row") + "".join(tag("td", esc(cell)) for cell in others))
-    return tag("table", tag("thead", top) + tag("tbody", body))
+    for (first, *others), mark in zip_longest(rows, marks):
+        cells = tag("th", esc(first), scope="row") + "".join(tag("td", esc(cell)) for cell in others)
+        body += tag("tr", cells, class_=mark or None)
+    return tag("table", tag("thead", top) + tag("tbody", body), class_=class_ or None)
 
 
 def _icon(path: str) -> str:

@@ -42,8 +42,7 @@ def _report(studio: Studio, words: Words, view: ViewState) -> str:
     done = view.finished
     prediction = studio.prediction_of(done.id) if done else None
     on_stage = done is not None and not view.session.uploaded and view.job is not None and view.job.id == done.id
-    exposure, predicted = studio.exposure, prediction.seconds if prediction else None
     return report(
-        words, done, predicted=predicted, address=studio.address, key=bool(exposure.password),
-        paths=exposure.shows_paths, earlier=not on_stage,
+        words, done, predicted=prediction.seconds if prediction else None, address=studio.address,
+        key=bool(studio.exposure.password), paths=studio.exposure.shows_paths, earlier=not on_stage,
     )  # fmt: skip

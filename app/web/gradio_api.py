@@ -99,10 +99,7 @@ class Endpoints:
         """The presets on offer: name, task, description, and the settings that they start from."""
         return [
             {
-                "name": info.name,
-                "task": info.task,
-                "title": info.title,
-                "summary": info.summary,
+                **{key: getattr(info, key) for key in ("name", "task", "title", "summary")},
                 "default": info.name == self._studio.default_preset,
                 "settings": {key: settings_of(info.name).request[key] for key in KEYS},
             }

@@ -16,8 +16,9 @@ from app.exposure import PUBLIC_LIMITS, Exposure, Limits
 from app.form import editor as editing
 from app.form.demo_words import unknown_words
 from app.form.editor import form_of, preset_values
-from app.form.examples import DEMO, DEMO_PICTURES
+from app.form.examples import COUNT, PICTURES_SHOWN
 from app.form.fields import Form, fields_of, frames_for, low_noise_partner, size_of, submit_plan
+from app.strings import TABLES
 from lightx2v.config.request import LoraSpec
 from lightx2v.errors import BadRequest, LightX2VError, LoraError
 
@@ -200,7 +201,9 @@ def test_words_unknown_to_the_demo_model_are_found(prompt: str, unknown: list[st
 
 
 def test_every_example_of_the_demo_is_within_its_world() -> None:
-    texts = [*DEMO["en"], *DEMO["zh"], *(text for both in DEMO_PICTURES.values() for text in both.values())]
+    prefixes = ("example_demo_", "picture_")
+    texts = [text for table in TABLES.values() for key, text in table.items() if key.startswith(prefixes)]
+    assert len(texts) == 2 * (COUNT + len(PICTURES_SHOWN))
     assert [text for text in texts if unknown_words(text)] == []
 
 

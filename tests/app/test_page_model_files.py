@@ -10,9 +10,8 @@ import pytest
 from hub_models import BASE, DISTILLED, HIGH, LOW, T5, VAE, merged, point_here, quick, small_hub
 from hub_server import Fault, HubServer, serving
 from page_engine import Painter
-from patience import PATIENCE, eventually
+from patience import eventually
 
-from app.backend import model_files
 from app.backend.model_files import FilesStatus, HubFiles
 from app.backend.studio import Studio
 from app.exposure import Exposure
@@ -27,7 +26,6 @@ from lightx2v.errors import BadRequest
 def server(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[HubServer]:
     point_here(monkeypatch, tmp_path)
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(model_files, "SETTLE_SECONDS", 2 * PATIENCE)  # a change is still one when a test comes to look
     with serving(small_hub()) as started:
         yield started
 
@@ -47,7 +45,7 @@ def test_sizes_come_from_the_hub_before_any_download(server: HubServer) -> None:
     first = files.status(merged())
     assert not first.ready and first.can_download and first.missing_bytes is None
     status = until(files, lambda status: status.missing_bytes is not None)
-    assert status.changing and status.missing_bytes == 535_029 and not server.sent
+    assert status.missing_bytes == 535_029 and not server.sent
     sizes = {file.name: file.bytes for file in status.files}
     assert sizes[f"{DISTILLED}/{HIGH}"] == 200_000 and sizes[f"{BASE}/google/umt5-xxl/"] == 5_000
     assert [path.partition("?")[0] for path in server.asked if "/models/" in path].count(f"/api/models/{BASE}") == 1
@@ -63,7 +61,7 @@ def test_the_button_downloads_the_files(server: HubServer) -> None:
     assert 'data-act="cancel_download"' in file_list(Words("en"), running)
     looked.set()
     done = until(files, lambda status: status.download is None)
-    assert done.ready and done.changing and not done.can_download
+    assert done.ready and not done.can_download
     assert "data-act" not in file_list(Words("en"), done)
     assert server.bytes_of(HIGH) == 200_000 and server.bytes_of(T5) == 90_000
 
