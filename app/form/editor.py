@@ -149,7 +149,9 @@ class Editor:
 
     def relabel(self, words: Words, task: str) -> Updates:
         """Every label, hint and choice of the column in another language."""
-        texts = {c: {part: words(key) for part, key in keys.items()} for c, keys in self._inputs.texts.items()}
+        texts: dict[Any, dict[str, Any]] = {
+            c: {part: words(key) for part, key in keys.items()} for c, keys in self._inputs.texts.items()
+        }
         choices = {"task": task_choices(words), "shape": shape_choices(words, task), "offload": offload_choices(words)}
         for name, options in choices.items():
             texts[self._inputs.fields[name]]["choices"] = options

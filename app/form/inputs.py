@@ -167,6 +167,7 @@ def _advanced(inputs: Inputs, request: Mapping[str, Any], exposure: Exposure) ->
     # The fields have no bounds: a number that is half typed may be out of them. `submit_plan` checks the bounds.
     def setting(name: str) -> None:
         row = CONTROLS[name]
+        more: dict[str, Any]
         kind, more = Number, {"precision": 0 if row.type is int else None, "step": row.step or 1, "min_width": 120}
         if row.type is bool:
             kind, more = Checkbox, {}

@@ -111,8 +111,9 @@ def _reader(kind: str | None) -> Callable[[io.BytesIO], Image.Image] | None:
             return importlib.import_module("pillow_heif").HeifImageFile
         except ImportError:
             return None
-    readable = kind is not None and (kind != "AVIF" or features.check("avif"))
-    return partial(Image.open, formats=(kind,)) if readable else None
+    if kind is None or kind == "AVIF" and not features.check("avif"):
+        return None
+    return partial(Image.open, formats=(kind,))
 
 
 def _read(path: Path) -> bytes:

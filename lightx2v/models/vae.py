@@ -113,7 +113,7 @@ class WanVAE(nn.Module):
                 x_BCTHW = layers[index](x_BCTHW, stream)
                 if repeats and index == resting:
                     rests = _equal(before, stream.memory(layers[index]))
-                    if rests if split is None else split.collectives.all_true(rests):
+                    if rests if split is None else split.all_true(rests):
                         resting, output = index + 1, x_BCTHW
             yield x_BCTHW
 

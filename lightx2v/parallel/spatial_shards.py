@@ -46,3 +46,6 @@ class SpatialShards:
         """All shards one below the other, on rank 0; None elsewhere."""
         scale = x_HX.shape[0] // self.heights[self.collectives.rank]
         return self.collectives.gather(x_HX, [height * scale for height in self.heights])
+
+    def all_true(self, flag: bool) -> bool:
+        return self.collectives.all_true(flag)

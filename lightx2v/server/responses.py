@@ -22,8 +22,8 @@ _STATUS: dict[State, tuple[VideoStatus, TaskStatus]] = {
     "cancelled": ("cancelled", "cancelled"),
     "interrupted": ("interrupted", "failed"),  # LightX2V has no such status; error_type says Interrupted
 }
-VIDEO_STATUS = {state: video for state, (video, _) in _STATUS.items()}
-TASK_STATUS = {state: task for state, (_, task) in _STATUS.items()}
+VIDEO_STATUS: dict[State, VideoStatus] = {state: video for state, (video, _) in _STATUS.items()}
+TASK_STATUS: dict[State, TaskStatus] = {state: task for state, (_, task) in _STATUS.items()}
 
 
 class ErrorDetail(BaseModel):
