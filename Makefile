@@ -11,6 +11,9 @@ BIN := .venv/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt $(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX))
 PROMPT ?= a red ball rolls left over green grass at night
 
+# Threads that spin while they wait would take the cores from the tests' own servers and browsers.
+export OMP_WAIT_POLICY ?= PASSIVE
+
 .PHONY: app demo quick test check format screenshots clean
 
 app: $(if $(NO_GPU_EXTRAS),.venv/.app,.venv/.gpu)  ## the page on http://127.0.0.1:7860 (ARGS="--share", "--port 8080", ...)

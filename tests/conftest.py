@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import threading
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -25,6 +26,13 @@ if TYPE_CHECKING:
 
 
 settings.load_profile("ci")  # the same examples every time, and no time limit for each: a machine may stand still
+
+
+def pytest_collection_finish() -> None:
+    """Takes what was imported out of the garbage collector's work: the engine collects after each model that it closes,
+    and would walk through gradio, torch and every test for a third of a second each time."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.hookimpl(tryfirst=True)
