@@ -93,7 +93,7 @@ class PageController:
         return listen
 
     def _answer(self, handler: Handler, data: Data, **details: Any) -> Updates:
-        """Handles the event that brought `data`; other events of the same page wait."""
+        """Handle the event that brought `data`. Other events of the same page wait."""
         state = data[self.state]
         with state.lock:
             forget_copies(self._newest)
@@ -159,16 +159,16 @@ class PageEvent:
         return name if name in self.studio.tasks else self.studio.default_preset
 
     def change(self, **changes: Any) -> None:
-        """Changes the session."""
+        """Change the session."""
         self.session = replace(self.session, **changes)
 
     def refuse(self, error: LightX2VError) -> None:
-        """Shows the error in place of the cost until the fields change."""
+        """Show the error in place of the cost until the fields change."""
         message = self.words(error.key) if isinstance(error, Unfilled) else str(error)
         self.state.problem = message, self._typed
 
     def submit(self, preset: str, config: EngineConfig, request: Request) -> Job:
-        """Queues a run of this session."""
+        """Queue a run of this session."""
         job = self.studio.submit(config, request, owner=self.session.owner, preset=preset)
         self._submitted.append(job.id)
         return job
@@ -176,14 +176,14 @@ class PageEvent:
     # ---- fields -------------------------------------------------------------------------------------------------
 
     def fill(self, values: Mapping[str, Any], *, task: str) -> None:
-        """Puts `values` into their fields, and touches no others."""
+        """Put `values` into their fields, and touch no others."""
         whole = self.page.editor.whole(values, task=task)
         self.updates |= self.page.editor.fill(self.words, whole)
         self.values |= whole
         self.state.pictures |= {name: values[name] for name in PICTURES if name in values}
 
     def fill_run(self, preset: str, config: EngineConfig, request: Request) -> None:
-        """Fills in the settings of a run. Shows the stored pictures of our own jobs again; ignores other paths."""
+        """Fill in the settings of a run. Show the stored pictures of our own jobs again; ignore other paths."""
         if preset not in self.studio.tasks:
             preset = self.studio.default_for("t2v" if request.task == "t2v" else "i2v")
         values = fields_of(preset, config, request)
@@ -193,13 +193,13 @@ class PageEvent:
         self.fill(values, task=values["task"])
 
     def set_fields(self, **values: Any) -> None:
-        """Sets single fields that follow from others."""
+        """Set single fields that follow from others."""
         for name, value in values.items():
             self.updates[self.inputs.fields[name]] = gr.update(value=value)
         self.values |= values
 
     def relabel(self) -> None:
-        """Shows every label in the session's language; values stay."""
+        """Show every label in the session's language; values stay."""
         words, page = self.words, self.page
         labels = page.editor.relabel(words, self.values["task"])
         for tab, key in zip(page.tabs, ("tab_create", "tab_compare"), strict=True):

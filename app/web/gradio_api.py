@@ -66,7 +66,9 @@ class Endpoints:
             if name not in studio.tasks:
                 raise BadRequest(f"There is no preset {name[:60]!r}. Ask `presets` for their names.")
             if studio.exposure.zerogpu:
-                raise BadRequest("On ZeroGPU a video is made inside its visitor's own request. Open the page for it.")
+                raise BadRequest(
+                    "On ZeroGPU only the page can borrow the GPU, so this endpoint makes no video. Open the page."
+                )
             changed = dict(settings or {})
             if unknown := sorted(changed.keys() - KEYS):
                 raise BadRequest(f"settings has no {str(unknown[0])[:60]!r}. It has: {', '.join(KEYS)}.")

@@ -186,9 +186,12 @@ class EngineConfig:
         if files:
             raise ConfigError(f"build is {build!r}, so {files[0]} would not be used. Remove one of the two.")
         if build == "merged" and not self.lora_configs:
-            raise ConfigError('build is "merged", but there are no lora_configs to merge.')
+            raise ConfigError('build is "merged", but there are no lora_configs to merge. Add them, or remove build.')
         if (build == "fp8") != self.dit_quantized:
-            raise ConfigError(f"build is {build!r}, so dit_quantized must be {str(build == 'fp8').lower()}.")
+            raise ConfigError(
+                f"build is {build!r}, but dit_quantized is {str(self.dit_quantized).lower()}. "
+                f"Set it to {str(build == 'fp8').lower()}, or change build."
+            )
         if build == "fp8" and not str(scheme).startswith("fp8"):
             raise ConfigError(f'build is "fp8", but dit_quant_scheme is {scheme!r}. Use fp8-sgl.')
         if self.lora_dynamic_apply:

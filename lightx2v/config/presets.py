@@ -136,7 +136,7 @@ def read_json(path: Path) -> dict[str, Any]:
         return dict(items)
 
     def constant(word: str) -> NoReturn:
-        raise ConfigError(f"{name}: {word} is not a JSON number.")
+        raise ConfigError(f"{name}: {word} is not a number in JSON. Write a finite number.")
 
     try:
         data = json.loads(text, object_pairs_hook=pairs, parse_constant=constant)

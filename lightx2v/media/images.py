@@ -134,10 +134,12 @@ def _check_size(width: int, height: int) -> None:
             f"at most {MAX_PIXELS / 1e6:.0f} million are accepted. Make it smaller first."
         )
     if min(width, height) < MIN_SIDE:
-        raise BadRequest(f"The image is {width}x{height}; each side must have at least {MIN_SIDE} pixels.")
+        raise BadRequest(
+            f"The image is {width}x{height}; each side must have at least {MIN_SIDE} pixels. Take a larger one."
+        )
     if max(width, height) > MAX_RATIO * min(width, height):
         raise BadRequest(
-            f"The image is {width}x{height}; the long side may be at most {MAX_RATIO} times the short one."
+            f"The image is {width}x{height}; its long side may be at most {MAX_RATIO} times its short side. Crop it."
         )
 
 

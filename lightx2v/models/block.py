@@ -1,7 +1,7 @@
 """One block of the Wan DiT: self-attention over the video, cross-attention to the prompt, feed-forward.
 
 The residual stream and everything between the matrix products is float32, as in the official code; the products and
-both attentions run in the weights' dtype. Without gradients the residual stream is updated in place.
+both attentions run in the weights' dtype. With gradients disabled, the residual stream is updated in place.
 
 Legend: B batch, L tokens, D width, N heads, H head dim, P = H/2 pairs, F feed-forward width.
 """

@@ -1,7 +1,7 @@
 """The element-wise steps between the DiT's matrix products, one function each, computed in float32.
 
 They are memory-bound: `fused` replaces each by one kernel where a device has it. The functions here run everywhere,
-also with gradients, and are the reference for the kernels. Without gradients they make float32 copies of a long
+also with gradients, and are the reference for the kernels. With gradients disabled, they make float32 copies of a long
 video's tokens ROWS at a time: rows do not depend on each other, so the numbers are the same.
 
 Legend: B batch (1 in the modulation when all rows share it), L tokens, D width, N heads, H head dim, P = H/2 pairs,
@@ -40,7 +40,7 @@ def layer_norm(x_BLD: Tensor, weight_D: Tensor, bias_D: Tensor, eps: float, dtyp
 
 
 def normed(x_BLD: Tensor, weight_D: Tensor, eps: float) -> Tensor:
-    """RMSNorm over the whole width, in x's dtype. Without gradients it may overwrite x."""
+    """RMSNorm over the whole width, in x's dtype. With gradients disabled, it may overwrite x."""
     if parts := _parts(x_BLD):
         for where in parts:
             x_BLD[:, where] = normed(x_BLD[:, where], weight_D, eps)
@@ -61,7 +61,7 @@ def rms_norm(x_BLD: Tensor, weight_D: Tensor, eps: float) -> Tensor:
 def norm_rotate(x_BLD: Tensor, weight_D: Tensor, eps: float, rotations_L1P: Tensor) -> Tensor:
     """RMSNorm over the whole width, then the rotary position of every head; (B, L, N, H) in x's dtype.
 
-    Without gradients it may overwrite x.
+    With gradients disabled, it may overwrite x.
     """
     head_dim = 2 * rotations_L1P.shape[-1]
     if parts := _parts(x_BLD):
@@ -81,7 +81,7 @@ def _parts(x_BLD: Tensor) -> list[slice]:
 
 
 def gelu(x_BLF: Tensor) -> Tensor:
-    """GELU in its tanh form. Without gradients it may overwrite x."""
+    """GELU in its tanh form. With gradients disabled, it may overwrite x."""
     if torch.is_grad_enabled() or not x_BLF.is_cpu or x_BLF.dtype != torch.float32:
         return F.gelu(x_BLF, approximate="tanh")
     # ½(1 + tanh u) is sigmoid(2u), and on CPUs torch's sigmoid costs a third of its tanh: 9 ms against 16 for 4 million
@@ -94,14 +94,14 @@ def gelu(x_BLF: Tensor) -> Tensor:
 
 
 def add_gated(x_BLD: Tensor, y_BLD: Tensor, gate_BD: Tensor) -> Tensor:
-    """x + gate·y in float32. Without gradients it writes the sum into x, which saves 1.5 GB at 720p."""
+    """x + gate·y in float32. With gradients disabled, it writes the sum into x, which saves 1.5 GB at 720p."""
     if torch.is_grad_enabled():
         return torch.addcmul(x_BLD, y_BLD.float(), gate_BD.unsqueeze(1))
     return x_BLD.addcmul_(y_BLD, gate_BD.unsqueeze(1))
 
 
 def add(x_BLD: Tensor, y_BLD: Tensor) -> Tensor:
-    """x + y in float32. Without gradients it writes the sum into x."""
+    """x + y in float32. With gradients disabled, it writes the sum into x."""
     return x_BLD + y_BLD if torch.is_grad_enabled() else x_BLD.add_(y_BLD)
 
 

@@ -52,7 +52,7 @@ class RotaryTable:
 
 
 def rotate(x_BLNH: Tensor, rotations_L1P: Tensor) -> Tensor:
-    """Rotate the pairs (x0, x1), (x2, x3) ... of every head; float32. Without gradients x itself is rotated."""
+    """Rotate the pairs (x0, x1), (x2, x3) ... of every head; float32. With gradients disabled, x itself is rotated."""
     pairs = torch.view_as_complex(x_BLNH.unflatten(-1, (-1, 2)))
     if torch.is_grad_enabled():
         return torch.view_as_real(pairs * rotations_L1P).flatten(-2)

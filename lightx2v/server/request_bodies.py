@@ -103,7 +103,7 @@ class VideoBody(BaseModel):
         settings = _settings(self, "video")
         if self.size is not None:
             if "height" in settings or "width" in settings:
-                raise BadRequest("size and height, width set the same thing. Keep one of them.")
+                raise BadRequest("The body sets the size twice: as size, and as height or width. Keep one of them.")
             width, _, height = self.size.partition("x")
             settings |= {"width": int(width), "height": int(height)}
         if self.guidance_scale_2 is not None:

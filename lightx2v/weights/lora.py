@@ -220,7 +220,7 @@ def _scale(checkpoint: Checkpoint, layer_keys: Keys, keys: Sequence[str], source
     tensor = checkpoint.tensor(key)
     alpha = float(tensor) if tensor.numel() == 1 else float("nan")
     if not abs(alpha) < float("inf"):
-        raise LoraError(f"{source}: {key:.100} is no finite number. The file is damaged: get it again.")
+        raise LoraError(f"{source}: {key:.100} must be one finite number. The file is damaged: get it again.")
     return alpha / checkpoint.shapes[keys[1]][0] if alpha else 1.0
 
 
@@ -258,7 +258,7 @@ def _require_fit(
         )
     samples = ", ".join(f"{name:.80}" for name in unmatched[:3])
     if not applied and any(diffusers_to_wan(strip_prefix(name)) in shapes for name in unmatched):
-        raise LoraError(f"{source} is a whole model and no LoRA ({samples}). Set it as the expert's checkpoint.")
+        raise LoraError(f"{source} holds a whole model, not a LoRA ({samples}). Set it as the expert's checkpoint.")
     if not applied:
         theirs = samples or ", ".join(f"{name:.80}" for name in list(checkpoint.shapes)[:3])
         raise LoraError(

@@ -171,7 +171,7 @@ def test_the_message_lists_what_is_read_here() -> None:
 
 def test_an_avif_that_this_pillow_cannot_read_says_what_to_do(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(features, "check", lambda feature: feature != "avif")
-    with pytest.raises(BadRequest, match=r"an AVIF picture\. Only JPEG, PNG and WebP .*install a Pillow with AVIF"):
+    with pytest.raises(BadRequest, match=r"an AVIF picture\. Only JPEG, PNG(,| and) WebP .*install a Pillow with AVIF"):
         load_image(boxed(b"mif1", b"mif1", b"avif", b"miaf"))
 
 

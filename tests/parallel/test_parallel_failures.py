@@ -32,6 +32,7 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tiny_models(tmp_path_factory.mktemp("failures"))
 
 
+@pytest.mark.multi
 def test_errors_and_cancels_end_alike_on_all_processes_and_leave_nothing_behind(root: Path) -> None:
     both = group(2).call(parallel_troubles.mistakes, str(root))
     leader, follower = both

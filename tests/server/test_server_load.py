@@ -23,4 +23,3 @@ def test_forty_mixed_jobs_from_eight_clients_are_all_accounted_for(tmp_path: Pat
         assert served.garage.most_running == 1 and len(set(served.garage.ran)) == len(served.garage.ran)
         videos = {path.stem for path in tmp_path.glob("*.mp4")}
         assert videos == {job.id for job in jobs if job.state == "succeeded"}
-    assert tally.report()["status_p99_ms"] > 0

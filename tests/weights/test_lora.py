@@ -111,7 +111,7 @@ def test_a_lora_of_another_model_is_refused_with_names_of_both(weights: ModelWei
 
 
 def test_a_model_in_place_of_a_lora_is_called_that(weights: ModelWeights, tiny: TinyModels) -> None:
-    with pytest.raises(LoraError, match="is a whole model and no LoRA"):
+    with pytest.raises(LoraError, match="holds a whole model, not a LoRA"):
         match_lora(tiny.t2v / "high_noise_model", weights.shapes)
 
 
@@ -150,7 +150,7 @@ def test_a_lora_that_changes_the_images_channels_is_not_for_text_to_video(tiny: 
 @pytest.mark.parametrize("alpha", [float("nan"), float("inf")])
 def test_an_alpha_that_is_no_number_is_refused(weights: ModelWeights, tmp_path: Path, alpha: float) -> None:
     path = write(tmp_path / "x.safetensors", random_pairs(weights.shapes), alpha=alpha)
-    with pytest.raises(LoraError, match=r"alpha is no finite number"):
+    with pytest.raises(LoraError, match=r"alpha must be one finite number"):
         match_lora(path, weights.shapes)
 
 
