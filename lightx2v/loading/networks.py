@@ -144,7 +144,7 @@ def load_expert(
     dtype_of = expert_dtypes(precision)
     computes = any(weights.is_modified(name) and name not in weights.layout.scales for name in weights.plain_shapes)
     device = compute_device if compute_device is not None and computes else precision.device
-    tensors = group.broadcast_stream(weights.tensors(dtype_of=dtype_of, device=device), cancel)
+    tensors = group.broadcast_stream(weights.tensors(dtype_of=dtype_of, device=device, cancel=cancel), cancel)
     stream_into(dit, tensors, dtype_of=dtype_of, device=precision.device, source_name=weights.source)
     return dit
 

@@ -120,7 +120,9 @@ class TextEncoder(nn.Module):
         del shapes[EMBEDDING]
         dtypes = {hf_name(name): kind for name, kind in weights.dtypes.items() if name != TABLE}
         check_fit(holder, shapes, dtypes, source_name=source)
-        tensors = weights.tensors(weights.plain_shapes.keys() - {TABLE}, dtype_of=dtype_of, device=device)
+        tensors = weights.tensors(
+            weights.plain_shapes.keys() - {TABLE}, dtype_of=dtype_of, device=device, cancel=cancel
+        )
         renamed = ((hf_name(name), tensor) for name, tensor in tensors)
         stream_into(holder, renamed, dtype_of=dtype_of, device=device, source_name=source, cancel=cancel)
         table = weights.file_names[TABLE]

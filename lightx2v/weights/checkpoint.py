@@ -10,22 +10,20 @@ checks each file, so a broken download is found before anything is loaded.
 
 import json
 import math
-from collections import deque
 from collections.abc import Callable, Container, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
-from itertools import islice
+from contextlib import closing
+from dataclasses import replace
 from pathlib import Path, PurePath
 
 import torch
 
 from ..config.model_paths import shard_names
 from ..errors import CheckpointError, short_path
+from ..progress import CancelToken
+from .parallel_reader import TensorPlace, read_tensors
 from .pth_reader import PthReader
 from .safetensors_reader import SafetensorsReader
 from .tensor_file import CHUNK, DOWNLOAD_AGAIN, TensorEntry, TensorFile, cast_target
-
-READ_AHEAD = 3
-"""Tensors that threads read in advance on the way to a device; 141 MB each at full size in bf16."""
 
 PICKLES = (".pth", ".pt", ".bin")
 
@@ -77,11 +75,23 @@ class Checkpoint:
 
     def tensor(self, name: str) -> torch.Tensor:
         """One tensor in its own memory, in its stored dtype."""
-        return self._file_of[name].read(name)
+        return next(_read([(self._file_of[name], name, None)]))[1]
 
     def chunks(self, name: str, dtype: torch.dtype | None = None) -> Iterator[torch.Tensor]:
         """One tensor, cast if it is an ordinary float, flat and a few megabytes at a time."""
-        return self._file_of[name].chunks(name, dtype)
+        file = self._file_of[name]
+        entry = file.entries[name]
+        target, most = cast_target(entry.dtype, dtype), CHUNK // entry.dtype.itemsize
+        if entry.start < 0:
+            yield from (part.to(target, copy=True) for part in file.memory_map(name).flatten().split(most))
+            return
+        count = math.prod(entry.shape)
+        places = (
+            replace(_place(file, name, dtype), start=entry.start + at * entry.dtype.itemsize, shape=(size,))
+            for at in range(0, count, most)
+            for size in [min(most, count - at)]
+        )
+        yield from (chunk for _, chunk in read_tensors(places))
 
     def memory_map(self, name: str) -> torch.Tensor:
         """One tensor as a memory map: reads nothing before it is touched. Treat it as read-only."""
@@ -92,51 +102,55 @@ class Checkpoint:
         names: Container[str] | None = None,
         *,
         dtype_of: Callable[[str], torch.dtype] | None = None,
-        read_ahead: bool = False,
+        device: torch.device | str = "cpu",
+        into: Callable[[str], torch.Tensor | None] | None = None,
+        cancel: CancelToken | None = None,
+        on_bytes: Callable[[int], None] | None = None,
     ) -> Iterator[tuple[str, torch.Tensor]]:
-        """(name, tensor) of all tensors, or of those in `names`, one at a time, in the order they lie on disk.
+        """(name, tensor on `device`) of all tensors, or of those in `names`, in the order they lie on disk.
 
         `dtype_of` (file's name -> dtype) casts ordinary floats while they are read, which needs no memory for the dtype
         on disk. Without it tensors come as stored, e.g. to merge a LoRA before rounding.
 
-        `read_ahead` is for tensors that move on to a device: each is valid until the next one is requested, while
-        threads read the next READ_AHEAD into reused memory. Fresh memory costs more time than reading.
+        `into` may name the tensor to read into: contiguous, of the final dtype, in host memory or on `device`. The next
+        tensors are read meanwhile; see `read_tensors` for `on_bytes`.
         """
         chosen = [
             (file, name, dtype_of(name) if dtype_of else None)
             for file, name in self.disk_order()
             if names is None or name in names
         ]
-        if read_ahead:
-            yield from _read_ahead(chosen)
-            return
-        staging = torch.empty(CHUNK, dtype=torch.uint8)
-        for file, name, dtype in chosen:
-            yield name, file.read(name, dtype, staging)
+        yield from _read(chosen, device, into or (lambda _: None), cancel, on_bytes)
 
 
-def _read_ahead(chosen: Sequence[tuple[TensorFile, str, torch.dtype | None]]) -> Iterator[tuple[str, torch.Tensor]]:
-    """The tensors, read by READ_AHEAD threads into as many buffers, each as large as the largest tensor."""
-    sizes = (
-        math.prod(file.entries[name].shape) * cast_target(file.entries[name].dtype, dtype).itemsize
+def _read(
+    chosen: Sequence[tuple[TensorFile, str, torch.dtype | None]],
+    device: torch.device | str = "cpu",
+    into: Callable[[str], torch.Tensor | None] = lambda _: None,
+    cancel: CancelToken | None = None,
+    on_bytes: Callable[[int], None] | None = None,
+) -> Iterator[tuple[str, torch.Tensor]]:
+    places = [
+        replace(_place(file, name, dtype), into=into(name))
         for file, name, dtype in chosen
-    )
-    largest, waiting = max(sizes, default=0), iter(chosen)
-    reading: deque[tuple[str, Future[torch.Tensor], torch.Tensor]] = deque()
-    with ThreadPoolExecutor(READ_AHEAD, "lightx2v-load") as threads:
+        if file.entries[name].start >= 0
+    ]
+    with closing(read_tensors(places, device, cancel=cancel, on_bytes=on_bytes)) as reading:
+        for file, name, dtype in chosen:
+            entry, target = file.entries[name], into(name)
+            if entry.start >= 0:
+                yield next(reading)
+                continue
+            if target is None:
+                target = torch.empty(entry.shape, dtype=cast_target(entry.dtype, dtype), device=device)
+            yield name, target.copy_(file.memory_map(name))
+            if on_bytes is not None:
+                on_bytes(entry.nbytes)
 
-        def start(buffer: torch.Tensor) -> None:
-            for file, name, dtype in islice(waiting, 1):
-                reading.append((name, threads.submit(file.read, name, dtype, None, buffer), buffer))
 
-        with torch.inference_mode(False):  # the threads that write into the buffers are outside of it
-            buffers = [torch.empty(largest, dtype=torch.uint8) for _ in range(min(READ_AHEAD, len(chosen)))]
-        for buffer in buffers:
-            start(buffer)
-        while reading:
-            name, tensor, buffer = reading.popleft()
-            yield name, tensor.result()
-            start(buffer)
+def _place(file: TensorFile, name: str, dtype: torch.dtype | None) -> TensorPlace:
+    entry = file.entries[name]
+    return TensorPlace(name, file.path, entry.start, entry.dtype, entry.shape, cast_target(entry.dtype, dtype))
 
 
 def open_checkpoint(path: str | Path) -> Checkpoint:

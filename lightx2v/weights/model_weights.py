@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from ..errors import CheckpointError, short_path
+from ..progress import CancelToken
 from .checkpoint import Checkpoint
 from .dit_names import wan_names
 from .lora import MatchedLora, add_loras
@@ -102,11 +103,15 @@ class ModelWeights:
         *,
         dtype_of: Callable[[str], torch.dtype] | None = None,
         device: torch.device | str = "cpu",
+        into: Callable[[str], Tensor | None] = lambda _: None,
+        cancel: CancelToken | None = None,
+        on_bytes: Callable[[int], None] | None = None,
     ) -> Iterator[tuple[str, Tensor]]:
         """(name, tensor) of all weights, or of those in `names`, on `device`, in the order they lie on disk.
 
         `dtype_of` casts all but quantised weights, unmodified ones while they are read; without it sums come in
-        float32. Merging and quantising run on `device`.
+        float32. Merging and quantising run on `device`. An unmodified weight for which `into` names a tensor is read
+        into that; see `Checkpoint.tensors`.
         """
 
         def cast(file_name: str) -> torch.dtype:
@@ -114,14 +119,20 @@ class ModelWeights:
             stored = self.checkpoint.dtypes[file_name]
             return stored if dtype_of is None or self.is_modified(name) else dtype_of(name)
 
+        def target(file_name: str) -> Tensor | None:
+            name = wan_of[file_name]
+            return None if self.is_modified(name) else into(name)
+
         wan_of = {self.file_names[name]: name for name in self.plain_shapes if names is None or name in names}
-        read_ahead = torch.device(device).type != "cpu"
-        for file_name, tensor in self.checkpoint.tensors(wan_of, dtype_of=cast, read_ahead=read_ahead):
+        reading = self.checkpoint.tensors(
+            wan_of, dtype_of=cast, device=device, into=target, cancel=cancel, on_bytes=on_bytes
+        )
+        for file_name, tensor in reading:
             name = wan_of[file_name]
             if not self.is_modified(name):
-                yield name, tensor.to(device)
+                yield name, tensor
                 continue
-            parts = self._modified(name, tensor.to(device), torch.float32 if dtype_of is None else dtype_of(name))
+            parts = self._modified(name, tensor, torch.float32 if dtype_of is None else dtype_of(name))
             del tensor
             yield from parts
 

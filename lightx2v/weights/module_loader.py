@@ -1,8 +1,8 @@
 """Load tensors into a module, one at a time, all or nothing.
 
 The module is built on the meta device and needs no memory. Each tensor is cast and moved as it comes; the parameters
-are assigned only after the last one fitted, so a module is never half loaded. Memory holds the finished part and one
-tensor, or on the way to a GPU the few that are read ahead.
+are assigned only after the last one fitted, so a module is never half loaded. Memory holds the finished part and the
+few tensors that are read ahead.
 
 A stream is any iterable of (name, tensor), so reading, renaming, merging a LoRA and quantising are chained generators.
 """
@@ -28,6 +28,8 @@ def load_into(
     dtype_of: DtypeOf,
     device: torch.device | str,
     transform: Callable[[TensorStream], TensorStream] = iter,
+    cancel: CancelToken | None = None,
+    on_bytes: Callable[[int], None] | None = None,
 ) -> None:
     """Load an unmodified checkpoint into `module` (on the meta device): compare the headers, then read.
 
@@ -35,7 +37,7 @@ def load_into(
     """
     source = short_path(checkpoint.path)
     check_fit(module, checkpoint.shapes, checkpoint.dtypes, source_name=source)
-    tensors = checkpoint.tensors(dtype_of=dtype_of)
+    tensors = checkpoint.tensors(dtype_of=dtype_of, device=device, cancel=cancel, on_bytes=on_bytes)
     stream_into(module, transform(tensors), dtype_of=dtype_of, device=device, source_name=source)
 
 

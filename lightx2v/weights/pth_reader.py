@@ -4,21 +4,23 @@ Only this file calls torch.load: with `weights_only=True`, on torch 2.10 or late
 versions run code or corrupt memory (CVE-2025-32434, CVE-2026-24747).
 """
 
+import mmap
 import pickle
 import re
-import threading
+import struct
+import sys
 import warnings
 import zipfile
-from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
+from typing import BinaryIO
 
 import torch
 
 from ..errors import CheckpointError, short_path
-from .tensor_file import CHUNK, DOWNLOAD_AGAIN, TensorEntry, allocate, cast_target
+from .tensor_file import DOWNLOAD_AGAIN, TensorEntry, map_tensor
 
 MIN_TORCH = (2, 10)
-REMAP_AFTER = 512 << 20
 MAX_PICKLE = 64 << 20
 
 
@@ -42,50 +44,15 @@ class PthReader:
                 f"{short_path(path)} is incomplete: got {path.stat().st_size} bytes, the end is missing. "
                 f"{DOWNLOAD_AGAIN}"
             )
-        self._state = self._open()
-        self.entries = {name: _entry(path, name, tensor) for name, tensor in self._state.items()}
-        self._touched = 0
-        self._lock = threading.Lock()
-
-    def read(
-        self,
-        name: str,
-        dtype: torch.dtype | None = None,
-        staging: torch.Tensor | None = None,
-        buffer: torch.Tensor | None = None,
-    ) -> torch.Tensor:
-        with self._lock:
-            tensor = self._mapped(name, self.entries[name].nbytes)
-        return allocate(tuple(tensor.shape), cast_target(tensor.dtype, dtype), buffer).copy_(tensor)
-
-    def chunks(self, name: str, dtype: torch.dtype | None = None) -> Iterator[torch.Tensor]:
-        entry = self.entries[name]
-        target = cast_target(entry.dtype, dtype)
-        rows = entry.shape[0] if entry.shape else 0
-        if not rows or not entry.nbytes:
-            yield self.read(name, dtype).flatten()
-            return
-        most = max(1, CHUNK * rows // entry.nbytes)
-        for start in range(0, rows, most):
-            stop = min(start + most, rows)
-            with self._lock:
-                part = self._mapped(name, (stop - start) * entry.nbytes // rows)[start:stop]
-            yield torch.empty(part.shape, dtype=target).copy_(part).flatten()
-
-    def _mapped(self, name: str, nbytes: int) -> torch.Tensor:
-        """The mapped tensor, of which the caller will read `nbytes`.
-
-        Maps the file again after each REMAP_AFTER bytes: pages that were read count as resident memory.
-        """
-        self._touched += nbytes
-        if self._zip and self._touched > REMAP_AFTER:
-            self._touched = nbytes
-            self._state = {}
-            self._state = self._open()
-        return self._state[name]
+        state = self._open()
+        self.entries = {name: _entry(path, name, tensor) for name, tensor in state.items()}
+        if self._zip:
+            self.entries = _with_places(path, self.entries, state)
+        # What is read from its place needs no map: pages of a map count as resident memory.
+        self._others = {name: tensor for name, tensor in state.items() if self.entries[name].start < 0}
 
     def memory_map(self, name: str) -> torch.Tensor:
-        return self._open()[name]  # a new map, so that keeping it keeps no pages that `read` has touched
+        return self._others[name] if name in self._others else map_tensor(self.path, self.entries[name])
 
     def _open(self) -> dict[str, torch.Tensor]:
         name = short_path(self.path)
@@ -133,6 +100,48 @@ def _check_zip(path: Path) -> None:
         raise CheckpointError(f"{short_path(path)} was refused: its records are compressed; those of PyTorch are not.")
     if any(record.filename.endswith(".pkl") and record.file_size > MAX_PICKLE for record in records):
         raise CheckpointError(f"{short_path(path)} was refused: its table of contents is over {MAX_PICKLE} bytes.")
+
+
+def _with_places(path: Path, entries: dict[str, TensorEntry], state: dict[str, torch.Tensor]) -> dict[str, TensorEntry]:
+    """The entries of an archive that torch has mapped, with the places of the tensors whose bytes lie there unchanged.
+
+    torch does not tell them, but its addresses do: the archive's map begins where every tensor's memory is at the start
+    of a record.
+    """
+    with zipfile.ZipFile(path) as archive, path.open("rb") as file:
+        orders = {archive.read(name) for name in archive.namelist() if name.endswith("/byteorder")}
+        records = sorted({_data_start(file, record.header_offset) for record in archive.infolist()})
+    if orders - {sys.byteorder.encode()}:  # torch has swapped the bytes
+        return entries
+    memory = {tensor.untyped_storage().data_ptr() for tensor in state.values() if tensor.numel()}
+    known = set(records)
+    starts = [
+        min(memory) - record
+        for record in records
+        if memory
+        and (min(memory) - record) % mmap.PAGESIZE == 0
+        and all(address - min(memory) + record in known for address in memory)
+    ]
+    if len(starts) != 1:
+        return entries
+    return {
+        name: replace(entry, start=state[name].data_ptr() - starts[0] if entry.nbytes else 0)
+        if _is_plain(state[name])
+        else entry
+        for name, entry in entries.items()
+    }
+
+
+def _data_start(file: BinaryIO, header: int) -> int:
+    """The file offset of a record's data; `header` is the offset of its local header."""
+    file.seek(header + 26)
+    name, extra = struct.unpack("<HH", file.read(4))
+    return header + 30 + name + extra
+
+
+def _is_plain(tensor: torch.Tensor) -> bool:
+    """Whether a tensor's values are its bytes in order."""
+    return tensor.is_contiguous() and not tensor.is_conj() and not tensor.is_neg()
 
 
 def _entry(path: Path, name: object, tensor: object) -> TensorEntry:

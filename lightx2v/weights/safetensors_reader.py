@@ -1,27 +1,25 @@
-"""SafetensorsReader: one safetensors file, its header validated by the library, its tensors read one at a time.
+"""SafetensorsReader: the header of one safetensors file, validated by the library: where each tensor lies.
 
 The format is eight bytes of header length, a JSON header, and the tensors' bytes back to back. `safetensors.safe_open`
 validates the header, in Rust: sizes, offsets, holes, overlaps, the file's length. A short download, a header bomb or
 two tensors over the same bytes end in a CheckpointError and not in a crash or in wrong numbers.
 
-Plain reads fetch the tensors, not the library, which maps the file: pages of a map count as resident memory until the
-map is closed, and a tensor that is read whole before it is cast needs both copies at once (benchmarks/load_rss.py
-measures all three ways). Plain reads also read ahead in threads, into reused memory, and report a file that becomes
-shorter meanwhile, where a map would kill the process (SIGBUS).
+parallel_reader.py fetches the tensors, not the library, which maps the file: pages of a map count as resident memory
+until the map is closed, and a tensor that is read whole before it is cast needs both copies at once
+(benchmarks/load_rss.py measures all three ways). A file that becomes shorter meanwhile is an error there, where a map
+would kill the process (SIGBUS).
 """
 
 import json
 import math
 from collections import Counter
-from collections.abc import Iterator
-from io import FileIO
 from pathlib import Path
 
 import torch
 from safetensors import SafetensorError, safe_open
 
 from ..errors import CheckpointError, short_path
-from .tensor_file import CHUNK, DOWNLOAD_AGAIN, TensorEntry, allocate, cast_target
+from .tensor_file import DOWNLOAD_AGAIN, TensorEntry, map_tensor
 
 DTYPES = {
     "F64": torch.float64,
@@ -56,57 +54,8 @@ class SafetensorsReader:
         self.path = path
         self.entries, self.metadata = read_header(path)
 
-    def read(
-        self,
-        name: str,
-        dtype: torch.dtype | None = None,
-        staging: torch.Tensor | None = None,
-        buffer: torch.Tensor | None = None,
-    ) -> torch.Tensor:
-        entry = self.entries[name]
-        target = cast_target(entry.dtype, dtype)
-        result = allocate(entry.shape, target, buffer)
-        flat = result.view(-1)
-        with self.path.open("rb", buffering=0) as file:
-            file.seek(entry.start)
-            if target == entry.dtype:
-                self._fill(file, flat, name)
-                return result
-            chunk = (staging if staging is not None else torch.empty(CHUNK, dtype=torch.uint8)).view(entry.dtype)
-            for part in flat.split(len(chunk)):
-                self._fill(file, chunk[: len(part)], name)
-                part.copy_(chunk[: len(part)])
-        return result
-
-    def chunks(self, name: str, dtype: torch.dtype | None = None) -> Iterator[torch.Tensor]:
-        entry = self.entries[name]
-        target = cast_target(entry.dtype, dtype)
-        count, most = math.prod(entry.shape), CHUNK // entry.dtype.itemsize
-        with self.path.open("rb", buffering=0) as file:
-            file.seek(entry.start)
-            for start in range(0, count, most):
-                chunk = torch.empty(min(most, count - start), dtype=entry.dtype)
-                self._fill(file, chunk, name)
-                yield chunk.to(target)
-
-    def _fill(self, file: FileIO, flat: torch.Tensor, name: str) -> None:
-        target = flat.view(torch.uint8).numpy().data
-        done = 0
-        while done < len(target):  # one read returns 2 GiB at most
-            got = file.readinto(target[done:])
-            if not got:
-                raise CheckpointError(f"{short_path(self.path)} became shorter while {name} was read. {DOWNLOAD_AGAIN}")
-            done += got
-
     def memory_map(self, name: str) -> torch.Tensor:
-        entry = self.entries[name]
-        if not entry.nbytes:
-            return torch.empty(entry.shape, dtype=entry.dtype)
-        raw = torch.from_file(str(self.path), shared=False, size=entry.start + entry.nbytes, dtype=torch.uint8)
-        data = raw[entry.start :]
-        if data.data_ptr() % entry.dtype.itemsize:
-            data = data.clone()
-        return data.view(entry.dtype).view(entry.shape)
+        return map_tensor(self.path, self.entries[name])
 
 
 def read_header(path: Path) -> tuple[dict[str, TensorEntry], dict[str, str]]:

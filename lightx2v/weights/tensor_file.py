@@ -3,8 +3,6 @@
 A new format is one more reader, and one line in `checkpoint.open_file`, which picks the reader by a file's first bytes.
 """
 
-import math
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
@@ -15,14 +13,14 @@ FLOATS = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 """Ordinary weights are stored in these and cast between them. All others (float8, int8) keep their dtype."""
 
 CHUNK = 4 << 20
-"""Bytes read at once when a tensor is cast while it is read: small enough to stay in a processor's cache."""
+"""Bytes of one of the chunks in which a tensor comes that is too large to hold in memory."""
 
 DOWNLOAD_AGAIN = "Delete the file and download it again."
 
 
 @dataclass(frozen=True, slots=True)
 class TensorEntry:
-    """One tensor of a file. `start` counts from the file's first byte; -1 if the format does not record it."""
+    """One tensor of a file. Its bytes begin at byte `start` of the file; -1 if they do not lie there as they are."""
 
     dtype: torch.dtype
     shape: tuple[int, ...]
@@ -31,29 +29,14 @@ class TensorEntry:
 
 
 class TensorFile(Protocol):
-    """One checked file of tensors. Opening reads names, shapes and dtypes, or raises CheckpointError."""
+    """One checked file of tensors. Opening reads names, shapes and dtypes, or raises CheckpointError.
+
+    `Checkpoint` reads the bytes of all entries with a `start` itself, and takes `memory_map` of the others.
+    """
 
     path: Path
     entries: dict[str, TensorEntry]
     metadata: dict[str, str]
-
-    def read(
-        self,
-        name: str,
-        dtype: torch.dtype | None = None,
-        staging: torch.Tensor | None = None,
-        buffer: torch.Tensor | None = None,
-    ) -> torch.Tensor:
-        """The tensor in its own memory, or at the beginning of `buffer` (uint8, large enough).
-
-        Casts an ordinary float to `dtype` on the way. `staging` is CHUNK bytes of scratch memory for that; pass the
-        same one for many tensors.
-        """
-        ...
-
-    def chunks(self, name: str, dtype: torch.dtype | None = None) -> Iterator[torch.Tensor]:
-        """The result of `read`, flat and a few megabytes at a time: for tensors too large to hold in memory."""
-        ...
 
     def memory_map(self, name: str) -> torch.Tensor:
         """The tensor as a private memory map: reads nothing before it is touched. Treat it as read-only."""
@@ -65,8 +48,12 @@ def cast_target(stored: torch.dtype, wanted: torch.dtype | None) -> torch.dtype:
     return wanted if wanted in FLOATS and stored in FLOATS else stored
 
 
-def allocate(shape: tuple[int, ...], dtype: torch.dtype, buffer: torch.Tensor | None) -> torch.Tensor:
-    """An uninitialised tensor, at the beginning of `buffer` if there is one."""
-    if buffer is None:
-        return torch.empty(shape, dtype=dtype)
-    return buffer[: math.prod(shape) * dtype.itemsize].view(dtype).view(shape)
+def map_tensor(path: Path, entry: TensorEntry) -> torch.Tensor:
+    """A private memory map of a tensor with a `start`."""
+    if not entry.nbytes:
+        return torch.empty(entry.shape, dtype=entry.dtype)
+    raw = torch.from_file(str(path), shared=False, size=entry.start + entry.nbytes, dtype=torch.uint8)
+    data = raw[entry.start :]
+    if data.data_ptr() % entry.dtype.itemsize:
+        data = data.clone()
+    return data.view(entry.dtype).view(entry.shape)

@@ -29,9 +29,8 @@ from lightx2v.loading.conversion import Conversion
 from lightx2v.loading.prebuilt_cache import PrebuiltCache, prebuilt_folder
 from lightx2v.pipeline import LightX2VPipeline
 from lightx2v.progress import CancelToken, Progress
+from lightx2v.weights import checkpoint as checkpoint_module
 from lightx2v.weights.checkpoint import open_checkpoint
-from lightx2v.weights.pth_reader import PthReader
-from lightx2v.weights.safetensors_reader import SafetensorsReader
 
 SMALL = {"height": 32, "width": 48, "frames": 5, "steps": 2, "boundary": 0.9}
 FP8 = {"build": "fp8", "dit_quantized": True, "dit_quant_scheme": "fp8-sgl"}
@@ -72,24 +71,16 @@ def reads(monkeypatch: pytest.MonkeyPatch) -> Counter[str]:
     """Bytes of tensors read, by the name of the file's folder or, in the prebuilt, "built"."""
     seen: Counter[str] = Counter()
 
-    def note(self: Any, name: str) -> None:
-        place = "built" if self.path.parent.name == "built" else self.path.stem if _pth(self) else self.path.parent.name
-        seen[place] += self.entries[name].nbytes
+    def spy(places: Any, *more: Any, **settings: Any) -> Any:
+        every = list(places)
+        for place in every:
+            folder, pickle = place.path.parent.name, place.path.suffix == ".pth"
+            seen[folder if folder == "built" else place.path.stem if pickle else folder] += place.nbytes
+        return read_tensors(every, *more, **settings)
 
-    for kind in (SafetensorsReader, PthReader):
-        for method in ("read", "chunks"):
-            original = getattr(kind, method)
-
-            def spy(self: Any, name: str, *more: Any, _original: Any = original) -> Any:
-                note(self, name)
-                return _original(self, name, *more)
-
-            monkeypatch.setattr(kind, method, spy)
+    read_tensors = checkpoint_module.read_tensors
+    monkeypatch.setattr(checkpoint_module, "read_tensors", spy)
     return seen
-
-
-def _pth(file: Any) -> bool:
-    return isinstance(file, PthReader)
 
 
 EXPERTS = ("high_noise_model", "low_noise_model")

@@ -28,8 +28,8 @@ from lightx2v.offload.resident import LoadInputs
 from lightx2v.parallel.mesh import Mesh
 from lightx2v.parallel.rendezvous import join
 from lightx2v.pipeline import LightX2VPipeline
-from lightx2v.weights.pth_reader import PthReader
-from lightx2v.weights.safetensors_reader import SafetensorsReader
+from lightx2v.weights import checkpoint as checkpoint_module
+from lightx2v.weights.checkpoint import Checkpoint
 
 Named = dict[str, tuple[EngineConfig, Request]]
 
@@ -122,23 +122,24 @@ def counted() -> Iterator[dict[str, int]]:
     """Count the bytes of tensors and the images that this process reads from files inside."""
     read = {"tensors": 0, "pictures": 0}
 
-    def noting(method: Any) -> Any:
-        def noted(self: Any, name: str, *more: Any) -> Any:
-            tensor = method(self, name, *more)
-            read["tensors"] += tensor.numel() * tensor.itemsize
-            return tensor
+    def mapped(self: Any, name: str) -> Any:
+        tensor = memory_map(self, name)
+        read["tensors"] += tensor.numel() * tensor.itemsize
+        return tensor
 
-        return noted
+    def streamed(places: Any, *more: Any, **settings: Any) -> Any:
+        every = list(places)
+        read["tensors"] += sum(place.nbytes for place in every)
+        return read_tensors(every, *more, **settings)
 
     def picture(path: Any) -> Any:
         read["pictures"] += 1
         return load(path)
 
-    load = run_module.load_image
+    load, memory_map, read_tensors = run_module.load_image, Checkpoint.memory_map, checkpoint_module.read_tensors
     with ExitStack() as stack:
-        for kind in (SafetensorsReader, PthReader):
-            for name in ("read", "memory_map"):
-                stack.enter_context(mock.patch.object(kind, name, noting(getattr(kind, name))))
+        stack.enter_context(mock.patch.object(checkpoint_module, "read_tensors", streamed))
+        stack.enter_context(mock.patch.object(Checkpoint, "memory_map", mapped))
         stack.enter_context(mock.patch.object(run_module, "load_image", picture))
         yield read
 

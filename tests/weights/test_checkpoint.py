@@ -3,17 +3,16 @@
 from __future__ import annotations
 
 import json
-import os
 import pickle
 import random
 import shutil
 import struct
-import threading
 import time
 import tracemalloc
 import zipfile
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
@@ -169,11 +168,58 @@ def test_only_the_tensors_asked_for_are_read(sharded: Path) -> None:
     assert list(checkpoint.tensors(())) == []
 
 
-def test_a_pytorch_file_is_mapped_anew_while_it_is_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    tensors = {f"w{index}": torch.full((1000,), float(index)) for index in range(6)}
+ODD = {
+    "turned": torch.arange(6.0).view(2, 3).t(),
+    "tied": torch.arange(6.0)[2:5],
+    "negated": torch._neg_view(torch.arange(6.0)),
+    "conjugated": torch.arange(6.0).to(torch.complex64).conj(),
+    "empty": torch.empty(0, 3),
+    "scalar": torch.tensor(7.0),
+    "plain": torch.arange(5, dtype=torch.int16),
+}
+
+
+def test_tensors_of_pytorch_files_are_read_from_their_places(tmp_path: Path) -> None:
+    """The bytes at `start` are the values that NumPy reads; views of which that is not true go another way."""
+    base = torch.randn(4, 6)
+    tensors = ODD | {"base": base, "row": base[1:3], "again": base}
     torch.save(tensors, tmp_path / "m.pth")
-    monkeypatch.setattr("lightx2v.weights.pth_reader.REMAP_AFTER", 9000)
-    assert_same(open_checkpoint(tmp_path / "m.pth"), tensors)
+    checkpoint = open_checkpoint(tmp_path / "m.pth")
+    placed = {name: entry.start for name, entry in checkpoint.entries() if entry.start >= 0}
+    assert placed.keys() == tensors.keys() - {"turned", "negated", "conjugated"}
+    assert placed["base"] == placed["again"] and placed["row"] == placed["base"] + 24
+    data = (tmp_path / "m.pth").read_bytes()
+    for name, start in placed.items():
+        expected = tensors[name].numpy()
+        raw = np.frombuffer(data, expected.dtype, expected.size, start).reshape(expected.shape)
+        assert np.array_equal(raw, expected), name
+    for name, tensor in checkpoint.tensors():
+        assert torch.equal(tensor, tensors[name]) and tensor.dtype == tensors[name].dtype, name
+
+
+@pytest.mark.parametrize("odd", ["swapped", "legacy", "unknown"])
+def test_pytorch_files_without_known_places_are_read_as_torch_reads_them(
+    tmp_path: Path, odd: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "m.pth"
+    torch.save({"w": torch.arange(5.0)}, path, _use_new_zipfile_serialization=odd != "legacy")
+    expected = torch.arange(5.0)
+    if odd == "swapped":
+        with zipfile.ZipFile(path) as old:
+            records = {name: old.read(name) for name in old.namelist()}
+        with zipfile.ZipFile(path, "w") as new:
+            for name, data in records.items():
+                swapped = data if "/data/" not in name else np.frombuffer(data, "<f4").astype(">f4").tobytes()
+                new.writestr(name, b"big" if name.endswith("byteorder") else swapped)
+    if odd == "unknown":
+        monkeypatch.setattr("lightx2v.weights.pth_reader._data_start", lambda *_: 7)
+    checkpoint = open_checkpoint(path)
+    assert [entry.start for _, entry in checkpoint.entries()] == [-1]
+    assert torch.equal(checkpoint.tensor("w"), expected)
+    assert torch.equal(torch.cat(list(checkpoint.chunks("w"))), expected)
+    target = torch.empty(5, dtype=torch.bfloat16)
+    read = dict(checkpoint.tensors(dtype_of=lambda _: torch.bfloat16, into=lambda _: target))
+    assert read["w"] is target and torch.equal(target, expected.bfloat16())
 
 
 # C1: incomplete files
@@ -445,43 +491,3 @@ def test_an_old_torch_reads_safetensors_and_no_pickles(
     monkeypatch.setattr(torch, "__version__", version)
     refused(tmp_path / "m.pth", version, "2.10", "pip install --upgrade torch")
     assert_same(open_checkpoint(tmp_path / "m.safetensors"), weights)
-
-
-# ---- on the way to a device -----------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("kind", ["safetensors", "pth"])
-@pytest.mark.parametrize("dtype", [None, torch.bfloat16])
-def test_reading_ahead_keeps_tensors_and_their_order(tmp_path: Path, kind: str, dtype: torch.dtype | None) -> None:
-    torch.manual_seed(0)
-    shapes = [(3, 5), (), (0, 4), (2000, 700), (7,), (1500, 1000), (1,), (64, 64)]
-    tensors = {f"t{n}": torch.randn(shape) for n, shape in enumerate(shapes)}
-    path = tmp_path / f"model.{kind}"
-    save_file(tensors, path) if kind == "safetensors" else torch.save(tensors, path)
-    checkpoint = open_checkpoint(path)
-    dtype_of = None if dtype is None else lambda _: dtype
-    kept = list(checkpoint.tensors(dtype_of=dtype_of))
-    with torch.inference_mode():  # as a run is
-        ahead = [(name, tensor.clone()) for name, tensor in checkpoint.tensors(dtype_of=dtype_of, read_ahead=True)]
-    assert [name for name, _ in ahead] == [name for name, _ in kept]
-    assert all(torch.equal(a, b) and a.dtype == b.dtype for (_, a), (_, b) in zip(ahead, kept, strict=True))
-
-
-def test_reading_ahead_ends_with_its_reader(tmp_path: Path) -> None:
-    path = tmp_path / "model.safetensors"
-    save_file({f"t{n}": torch.randn(1000, 100) for n in range(20)}, path)
-    reading = open_checkpoint(path).tensors(read_ahead=True)
-    next(reading)
-    assert any(thread.name.startswith("lightx2v-load") for thread in threading.enumerate())
-    reading.close()
-    assert not any(thread.name.startswith("lightx2v-load") for thread in threading.enumerate())
-
-
-def test_a_file_that_becomes_shorter_during_read_ahead_is_reported(tmp_path: Path) -> None:
-    path = tmp_path / "model.safetensors"
-    save_file({f"t{n}": torch.randn(1000, 100) for n in range(20)}, path)
-    reading = open_checkpoint(path).tensors(read_ahead=True)
-    next(reading)
-    os.truncate(path, path.stat().st_size // 2)
-    with pytest.raises(CheckpointError, match="became shorter"):
-        list(reading)
