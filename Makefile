@@ -7,8 +7,11 @@ PYTHON ?= python3
 TORCH_INDEX ?=
 LOCKED ?=
 NO_GPU_EXTRAS ?=
+# Processes that share the tests. Each takes about 1 GB.
+WORKERS ?= 2
 BIN := .venv/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt $(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX))
+PYTEST := $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile
 PROMPT ?= a red ball rolls left over green grass at night
 
 # Threads that spin while they wait would take the cores from the tests' own servers and browsers.
@@ -23,12 +26,12 @@ demo: $(if $(NO_GPU_EXTRAS),.venv/.app,.venv/.gpu)  ## one small video without a
 	$(BIN)/python -m lightx2v.infer --preset demo_t2v_distill_lora --prompt "$(PROMPT)" $(ARGS)
 
 quick: .venv/.dev  ## some tests of every package, in about a minute
-	$(BIN)/python -m pytest -m "not (slow or multi or browser or gpu)" $(ARGS)
+	$(PYTEST) -m "not (slow or multi or browser or gpu)" $(ARGS)
 
 # Coverage has a cheap way of counting in Python 3.12 and newer.
 test: check  ## static checks, then every test; without ARGS also the line coverage of lightx2v/
 	COVERAGE_CORE=$$($(BIN)/python -c 'import sys; print("sysmon" if sys.version_info >= (3, 12) else "ctrace")') \
-		$(BIN)/python -m pytest $(or $(ARGS),--cov --cov-report=)
+		$(PYTEST) $(or $(ARGS),--cov --cov-report=)
 
 check: .venv/.dev  ## format, lint and types
 	$(BIN)/ruff format --check .

@@ -62,7 +62,7 @@ def make_and_watch(visitor: Person, folder: Path) -> None:
     assert video[0] == pytest.approx(17 / 16, abs=0.1) and video[1:] == [96, 96, None]
     seen = [percent for percent, _ in tab.evaluate("window.seen")]
     running = [percent for percent in seen if percent]
-    assert running == sorted(running) and len(set(running)) > 2 and running[-1] == 100, running
+    assert running == sorted(running) and running[0] < 100 and running[-1] == 100, running
     assert visitor.job in tab.url
     for word in ("total", "peak RAM", "Seed"):
         visitor.settle("word => document.querySelector('#report').innerText.includes(word)", word)
