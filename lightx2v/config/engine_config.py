@@ -13,6 +13,7 @@ from typing import Any, Literal, Self, get_args, get_type_hints
 from ..errors import BadRequest, ConfigError, quoted
 from .attention_names import check_attention_name
 from .checks import Checks, allowed_values, did_you_mean
+from .gguf_formats import MIXES
 from .request import LoraSpec, Request, Task
 
 check = Checks(ConfigError)
@@ -33,8 +34,10 @@ QUANT_SCHEMES = (
 )
 """All fp8 names mean e4m3 with a scale per row or tensor, all int8 names int8 with a scale per row; the files decide.
 The part after the dash names a kernel of LightX2V. This engine takes the best kernel that runs."""
+GGUF_SCHEMES = tuple(f"gguf-{mix}" for mix in MIXES)
+"""LightX2V's names for GGUF files, and the same for its other mixes. The file decides the format of each weight."""
 OTHER_SCHEMES = re.compile(r"(fp8|int8)-(b128-deepgemm|musa|intel-xpu|npu|tmo|mlu)|nvfp4|mxfp[468][\w-]*|gguf-\w+")
-"""LightX2V's other formats and kernels: block-scaled, 4-bit, GGUF, other vendors."""
+"""LightX2V's other formats and kernels: block-scaled, 4-bit, other vendors."""
 A14B_HEADS = 40
 
 _ORIGINALS = ("high_noise_original_ckpt", "low_noise_original_ckpt")
@@ -172,13 +175,20 @@ class EngineConfig:
                     raise ConfigError(
                         f"{key} is {got}, but {part}_quantized is false. Set {part}_quantized to true, or remove {key}."
                     )
+        if self.t5_quant_scheme in GGUF_SCHEMES and not (self.t5_quantized_ckpt or self.t5_original_ckpt):
+            raise ConfigError(f"t5_quant_scheme is {self.t5_quant_scheme}. Name the GGUF file in t5_quantized_ckpt.")
         if self.build is not None:
             self._check_build(quantized_files)
-        elif self.lora_configs and self.dit_quantized and not self.lora_dynamic_apply:
+        elif self._needs_dynamic_loras and not self.lora_dynamic_apply:
             raise ConfigError(
                 "LoRAs cannot be merged into quantised weights without loss. Set lora_dynamic_apply to true to apply "
                 "them during the run, or dit_quantized to false."
             )
+
+    @property
+    def _needs_dynamic_loras(self) -> bool:
+        """GGUF weights take LoRAs whenever they are dequantised, without loss."""
+        return bool(self.lora_configs) and self.dit_quantized and self.dit_quant_scheme not in GGUF_SCHEMES
 
     def _check_build(self, quantized_files: Sequence[str]) -> None:
         build, scheme = self.build, self.dit_quant_scheme
@@ -298,12 +308,14 @@ def _scheme(key: str, value: Any) -> str | None:
         return None
     if not isinstance(value, str):
         check.bad(key, value, "the name of a quantisation scheme")
-    if value in QUANT_SCHEMES:
+    if value in (*QUANT_SCHEMES, *GGUF_SCHEMES):
         return value
-    supported = f"Use one of: {', '.join(QUANT_SCHEMES)}."
+    supported = f"Use one of: {', '.join(QUANT_SCHEMES)}; for a GGUF file its mix, such as gguf-Q4_K_M."
     if OTHER_SCHEMES.fullmatch(value):
         raise ConfigError(f"{key}: {value!r} is one of LightX2V's schemes that is not supported here. {supported}")
-    raise ConfigError(f"{key}: there is no scheme {quoted(value)}. {did_you_mean(value, QUANT_SCHEMES)} {supported}")
+    raise ConfigError(
+        f"{key}: there is no scheme {quoted(value)}. {did_you_mean(value, (*QUANT_SCHEMES, *GGUF_SCHEMES))} {supported}"
+    )
 
 
 def _lora_configs(value: Any) -> tuple[LoraSpec, ...]:

@@ -54,11 +54,17 @@ def denoise_bytes(
 
     Per token and channel: the residual in float32, one for each branch that does not wait for its turn; then the normed
     input, queries, keys and values, or these without the input and with the attention's output. 8-bit products add
-    their input in 8 bits. The feed-forward runs in chunks: its input and two inner tensors.
+    their input in 8 bits. The feed-forward runs in chunks: its input and two inner tensors. A block of GGUF weights
+    holds what it has dequantised until it has run: three matrices when the self-attention needs most, all of them when
+    the feed-forward does.
     """
     d, e, branches = model.dit.dim, model.compute, 1 if sequential_cfg else workload.branches
-    attention = workload.tokens * d * (4 * e + (model.weight < e))
+    eight_bit = model.weight < e and not model.dequantised
+    attention = workload.tokens * d * (4 * e + eight_bit)
     feed_forward = min(CHUNK, workload.tokens) * (d + 2 * model.dit.ffn_dim) * e
+    if model.dequantised:
+        attention += 3 * d * d * e
+        feed_forward += (8 * d * d + 2 * d * model.dit.ffn_dim) * e
     rotations = workload.tokens * model.dit.head_dim * 4  # float32, for the channels of a head
     text = workload.branches * model.dit.text_len * d * e * 2 * (model.dit.num_layers if cache_text_kv else 1)
     return 4 * workload.tokens * d * branches + max(attention, feed_forward) + rotations + text

@@ -29,13 +29,15 @@ TEXT_WEIGHTS = 4_631_000_000
 class ModelSize:
     """A model's sizes in bytes (`text`, `vae`, `loras`) and bytes per value (`weight`, `compute`, `vae_element`).
 
-    `weight` counts for the blocks' matrices on the device (1 for FP8), `compute` for the products. `loras` is the size
+    `weight` counts for the blocks' matrices on the device (1 for FP8), `compute` for the products. `dequantised`: the
+    matrices are in GGUF blocks, and a block that runs also has them in the dtype of products. `loras` is the size
     of both experts' LoRAs in low-rank form. They take device memory if they run beside the weights. They do so always
     with `loras_beside`, otherwise only if the weights stay on disk.
     """
 
     dit: DiTConfig = field(default_factory=DiTConfig)
     weight: float = 2
+    dequantised: bool = False
     compute: int = 2
     vae_element: int = 2
     text: int = TEXT_WEIGHTS * 2

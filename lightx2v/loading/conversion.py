@@ -24,7 +24,7 @@ from ..progress import CancelToken, OnProgress, Progress
 from ..weights.checkpoint import Checkpoint, open_checkpoint
 from ..weights.lora import match_lora
 from ..weights.model_weights import ModelWeights, scale_name
-from ..weights.quant_layout import SCALE, STORED
+from ..weights.quant_layout import SCALE
 from ..weights.quantization import FORMATS, MIN_COSINE
 from ..weights.safetensors_writer import write_safetensors
 from ..weights.tensor_file import FLOATS
@@ -126,6 +126,12 @@ def _converted(checkpoint: Checkpoint, job: Conversion) -> tuple[ModelWeights, C
     source = of_model(checkpoint)
     if text and job.loras:
         raise BadRequest("LoRAs are for the experts; the text encoder takes none. Leave --lora out.")
+    if source.blocks:
+        formats = ", ".join(sorted({form.name for form in source.blocks.values()}))
+        raise BadRequest(
+            f"{short_path(job.source)} is a GGUF file in {formats}. Use it as it is: it takes LoRAs as it runs. To "
+            "convert, take the original file."
+        )
     if source.quantised and job.format in FORMATS and not job.loras:
         raise BadRequest(f"{short_path(job.source)} is quantised already. Use it as it is.")
     if source.quantised and job.format not in FORMATS:
@@ -194,7 +200,7 @@ def prebuilt_conversions(files: ModelFiles, config: EngineConfig, folder: Path, 
             allow_partial=config.lora_allow_partial,
             plain=plain,
         )
-    if config.t5_quantized and not set(open_checkpoint(files.t5).dtypes.values()) & set(STORED):
+    if config.t5_quantized and not ModelWeights.of_text_encoder(open_checkpoint(files.t5)).quantised:
         kind = str(config.t5_quant_scheme).partition("-")[0]
         plain = "bf16" if plain == "fp16" else plain  # UMT5's activations exceed float16's range
         jobs["t5"] = Conversion(source=files.t5, output=folder / f"t5_{kind}.safetensors", format=kind, plain=plain)

@@ -3,6 +3,8 @@
 Merged: the weights hold base + LoRAs. An exchange rereads from the base model's files the tensors that the old or the
 new LoRAs change and merges again, so nothing accumulates and going back gives the same bits.
 Dynamic: the weights stay the base model's; a forward hook on each linear layer with a LoRA adds its low-rank product.
+Weights in GGUF blocks stay as they are, too: each layer adds its LoRAs when it dequantises them, which is as exact as
+merging, or dynamically if the configuration says so.
 Tensors outside linear layers (biases, norms, modulation, the patch embedding) are small: an exchange overwrites them
 and restores their originals later.
 """
@@ -22,10 +24,14 @@ from ..config.request import Expert, LoraSpec
 from ..errors import LoraError, short_path
 from ..hub import find_lora
 from ..models.dit import WanDiT
+from ..models.gguf_linear import GGUFLinear
 from ..models.quant_linear import QuantLinear
-from ..weights.lora import LoraReport, MatchedLora, match_lora
+from ..weights.lora import LoraDelta, LoraReport, MatchedLora, match_lora
 from ..weights.model_weights import ModelWeights
 from ..weights.module_loader import TensorStream
+
+AnyLinear = nn.Linear | QuantLinear | GGUFLinear
+SIXTEEN_BITS = (torch.bfloat16, torch.float16)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -129,7 +135,7 @@ class ExpertLoras:
 
     @staticmethod
     def dynamic(weights: ModelWeights, config: EngineConfig, from_disk: bool = False) -> bool:
-        """Whether LoRAs run beside the weights. Always if the weights come quantised, since merging would round twice,
+        """Whether the weights stay the base model's. Always if they come quantised, since merging would round twice,
         or stay on disk."""
         return config.lora_dynamic_apply or (config.build is None and (weights.quantised or from_disk))
 
@@ -203,13 +209,20 @@ class ExpertLoras:
             if not parameter.is_meta:
                 self._originals[name] = parameter.detach().clone()
                 parameter.copy_(total)
-        self._hooks = [
-            self._dit.get_submodule(name.rpartition(".")[0]).register_forward_hook(_side_branch(**parts))
-            for name, parts in branches.items()
-        ]
+        for name, parts in branches.items():
+            layer = self._dit.get_submodule(name.rpartition(".")[0])
+            if isinstance(layer, GGUFLinear) and not self._config.lora_dynamic_apply:
+                scales = [lora.patches[name].scale for lora in loras if name in lora.patches]
+                layer.merged = [
+                    LoraDelta(parts[f"up{index}"], parts.get(f"down{index}"), scale)
+                    for index, scale in enumerate(scales)
+                ]
+            else:
+                self._hooks.append(layer.register_forward_hook(_side_branch(**parts)))
 
     def _additions(self, loras: Sequence[MatchedLora], weights: ModelWeights, small: set[str]) -> TensorStream:
-        """For a linear layer's weight "name|down" and "name|up" or "name|delta"; for other tensors the new value.
+        """For a linear layer's weight "name|down" and "name|up" or "name|delta", in blocks "name|down0" and so on; for
+        other tensors the new value.
 
         Reads that value even if it stays on disk, so that an error in it shows now.
         """
@@ -218,16 +231,22 @@ class ExpertLoras:
             for name in lora.patches:
                 by_weight.setdefault(name, []).append(lora)
         for name, group in by_weight.items():
-            if (layer := self._linear(name)) is not None:
+            layer = self._linear(name)
+            if isinstance(layer, GGUFLinear) and not self._config.lora_dynamic_apply:
+                yield from self._deltas(name, group, layer)
+            elif layer is not None:
                 yield from self._branch(name, group, layer)
         yield from weights.tensors(small)
 
-    def _linear(self, name: str) -> nn.Linear | QuantLinear | None:
+    def _linear(self, name: str) -> AnyLinear | None:
         """The linear layer with this weight."""
         owner = self._dit.get_submodule(name.rpartition(".")[0])
-        return owner if name.endswith(".weight") and isinstance(owner, nn.Linear | QuantLinear) else None
+        return owner if name.endswith(".weight") and isinstance(owner, AnyLinear) else None
 
     def _detach(self) -> None:
+        for layer in self._dit.modules():
+            if isinstance(layer, GGUFLinear):
+                layer.merged = []
         for hook in self._hooks:
             hook.remove()
         self._hooks = []
@@ -235,10 +254,21 @@ class ExpertLoras:
             self._dit.get_parameter(name).copy_(original)
         self._originals.clear()
 
-    def _branch(self, name: str, loras: Sequence[MatchedLora], layer: nn.Linear | QuantLinear) -> TensorStream:
+    def _deltas(self, name: str, loras: Sequence[MatchedLora], layer: GGUFLinear) -> TensorStream:
+        """The matrices of each LoRA as they are stored: those in 16 bits stay in 16 bits."""
+        device = self._device or layer.weight.device
+        for index, lora in enumerate(loras):
+            delta, patch = lora.delta(name, "cpu", torch.float32), lora.patches[name]
+            for part, tensor, key in (("up", delta.up, patch.up), ("down", delta.down, patch.down)):
+                if tensor is not None and key is not None:
+                    stored = lora.checkpoint.dtypes[key]
+                    dtype = stored if stored in SIXTEEN_BITS else torch.float32
+                    yield f"{name}|{part}{index}", tensor.to(device, dtype)
+
+    def _branch(self, name: str, loras: Sequence[MatchedLora], layer: AnyLinear) -> TensorStream:
         """The matrices of Σ up · down: several LoRAs become one pair, plain differences one matrix."""
         device = self._device or layer.weight.device
-        dtype = self._dit.compute_dtype if isinstance(layer, QuantLinear) else layer.weight.dtype
+        dtype = layer.weight.dtype if isinstance(layer, nn.Linear) else self._dit.compute_dtype
         downs, ups, difference = [], [], None
         for lora in loras:
             delta = lora.delta(name, "cpu", torch.float32)

@@ -17,6 +17,7 @@ from ..config.engine_config import EngineConfig
 from ..config.request import Expert
 from ..errors import CheckpointError, ConfigError, short_path
 from ..models.dit import DiTConfig, WanDiT, parameter_dtype
+from ..models.gguf_linear import swap_for_blocks
 from ..models.quant_linear import swap_linears
 from ..models.umt5 import TextEncoder
 from ..models.vae import WanVAE
@@ -116,11 +117,12 @@ def build_expert(
     files: ModelFiles, weights: ModelWeights, precision: Precision, self_attention: Choice, cross_attention: Choice
 ) -> WanDiT:
     """One expert on the meta device. Compares the weights with the architecture and reads no tensor."""
-    dit_config = DiTConfig.from_checkpoint(files.architecture, weights.shapes)
+    dit_config = DiTConfig.from_checkpoint(files.architecture, weights.plain_shapes)
     with torch.device("meta"):
         dit = WanDiT(dit_config, self_attention=self_attention.fn, cross_attention=cross_attention.fn)
     dit.cast(precision.compute)
     swap_linears(dit, weights.formats)
+    swap_for_blocks(dit, weights.blocks, dit.blocks)
     check_fit(dit, weights.shapes, weights.dtypes, source_name=weights.source)
     return dit.eval()
 
@@ -142,8 +144,7 @@ def load_expert(
     """
     dit = build_expert(files, weights, precision, self_attention, cross_attention)
     dtype_of = expert_dtypes(precision)
-    computes = any(weights.is_modified(name) and name not in weights.layout.scales for name in weights.plain_shapes)
-    device = compute_device if compute_device is not None and computes else precision.device
+    device = compute_device if compute_device is not None and weights.computes else precision.device
     tensors = group.broadcast_stream(weights.tensors(dtype_of=dtype_of, device=device, cancel=cancel), cancel)
     stream_into(dit, tensors, dtype_of=dtype_of, device=precision.device, source_name=weights.source)
     return dit

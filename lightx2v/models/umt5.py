@@ -27,9 +27,11 @@ from ..config.prompt_cleaning import clean_prompt
 from ..errors import CheckpointError, short_path
 from ..progress import CancelToken
 from ..weights.checkpoint import Checkpoint, open_checkpoint
+from ..weights.gguf_blocks import BlockFormat, dequantise
 from ..weights.model_weights import ModelWeights
 from ..weights.module_loader import check_fit, stream_into
 from ..weights.umt5_names import EMBEDDING, TABLE, hf_name
+from .gguf_linear import swap_for_blocks
 from .quant_linear import swap_linears
 
 if TYPE_CHECKING:
@@ -79,11 +81,21 @@ class UMT5Sizes:
 class TextEncoder(nn.Module):
     """`encode(prompt)`. Moves between devices like any module, but the token table stays in the file."""
 
-    def __init__(self, stack: UMT5Stack, embedding_VD: torch.Tensor, tokenizer: Tokenizer, *, text_len: int) -> None:
+    def __init__(
+        self,
+        stack: UMT5Stack,
+        embedding_VD: torch.Tensor,
+        tokenizer: Tokenizer,
+        *,
+        text_len: int,
+        table_form: BlockFormat | None = None,
+    ) -> None:
+        """`table_form`: the rows of `embedding_VD` are bytes of blocks in this format."""
         super().__init__()
         self.stack = stack
         self.tokenizer = tokenizer
         self.text_len = text_len
+        self.table_form = table_form
         self.embedding_VD = embedding_VD  # a plain attribute: `.to(device)` must not move 2 GB for 512 rows
 
     @classmethod
@@ -106,18 +118,18 @@ class TextEncoder(nn.Module):
             checkpoint = open_checkpoint(checkpoint)
         source = short_path(checkpoint.path)
         weights = ModelWeights.of_text_encoder(checkpoint, quantise=quantise)
-        shapes = {hf_name(name): shape for name, shape in weights.shapes.items()}
         try:
-            sizes = UMT5Sizes.from_shapes(shapes)
+            sizes = UMT5Sizes.from_shapes({hf_name(name): shape for name, shape in weights.plain_shapes.items()})
         except (KeyError, ValueError, ZeroDivisionError) as error:
             raise CheckpointError(f"{source} is not a UMT5 encoder: {error} is missing or has another shape.") from None
         stack = build_stack(sizes)
         holder = nn.ModuleDict({"encoder": stack})
         swap_linears(holder, {hf_name(name): kind for name, kind in weights.formats.items()}, fast=False)
+        swap_for_blocks(holder, {hf_name(name): form for name, form in weights.blocks.items()}, stack.block)
         if weights.quantised:
             replace_feed_forwards(stack)
         dtype_of: Callable[[str], torch.dtype] = lambda name: torch.float32 if name.endswith("_scale") else dtype  # noqa: E731
-        del shapes[EMBEDDING]
+        shapes = {hf_name(name): shape for name, shape in weights.shapes.items() if name != TABLE}
         dtypes = {hf_name(name): kind for name, kind in weights.dtypes.items() if name != TABLE}
         check_fit(holder, shapes, dtypes, source_name=source)
         tensors = weights.tensors(
@@ -126,7 +138,13 @@ class TextEncoder(nn.Module):
         renamed = ((hf_name(name), tensor) for name, tensor in tensors)
         stream_into(holder, renamed, dtype_of=dtype_of, device=device, source_name=source, cancel=cancel)
         table = weights.file_names[TABLE]
-        encoder = cls(stack, checkpoint.memory_map(table), load_tokenizer(tokenizer), text_len=text_len)
+        encoder = cls(
+            stack,
+            checkpoint.memory_map(table),
+            load_tokenizer(tokenizer),
+            text_len=text_len,
+            table_form=checkpoint.blocks[table].form if table in checkpoint.blocks else None,
+        )
         if (size := encoder.tokenizer.get_vocab_size()) > sizes.vocab:  # some ids would have no row in the table
             raise CheckpointError(
                 f"{short_path(tokenizer)} is a tokenizer with {size} tokens, but the text encoder has {sizes.vocab}. "
@@ -142,7 +160,10 @@ class TextEncoder(nn.Module):
         if tokens > self.text_len:
             ids = [*ids[: self.text_len - 1], ids[-1]]  # the last one ends the text
         weight = self.stack.final_layer_norm.weight
-        rows_LD = self.embedding_VD[torch.tensor(ids, dtype=torch.long)].to(weight.device).to(weight.dtype)
+        rows_LD = self.embedding_VD[torch.tensor(ids, dtype=torch.long)]
+        if self.table_form is not None:
+            rows_LD = dequantise(rows_LD, self.table_form)
+        rows_LD = rows_LD.to(weight.device).to(weight.dtype)
         states_BLD = self.stack(inputs_embeds=rows_LD[None]).last_hidden_state
         return TextEmbedding(states_BLD[0], tokens, tokens > self.text_len)
 

@@ -62,16 +62,17 @@ def load_offloaded(inputs: LoadInputs, ladder: MemoryLadder, *, copies: Copies |
 def model_sizes(files: ModelFiles, config: EngineConfig, precision: Precision) -> ModelSize:
     """The sizes for the planner, from the files' headers."""
     weights = expert_weights(files, "high", config)
-    blocks = {name: math.prod(shape) for name, shape in weights.shapes.items() if name.startswith("blocks.")}
-    stored = sum(
-        count * (1 if name in weights.formats else precision.compute.itemsize) for name, count in blocks.items()
-    )
+    inside = {name: math.prod(shape) for name, shape in weights.shapes.items() if name.startswith("blocks.")}
+    counted = sum(math.prod(weights.plain_shapes.get(name, weights.shapes[name])) for name in inside)
+    bytewise = {*weights.formats, *weights.blocks}
+    stored = sum(count * (1 if name in bytewise else precision.compute.itemsize) for name, count in inside.items())
     prebuilt_text = files.prebuilt.t5 if files.prebuilt else None
     text, vae = open_checkpoint(prebuilt_text or files.t5), open_checkpoint(files.vae)
-    text_sizes = sorted(math.prod(shape) * min(2, text.dtypes[name].itemsize) for name, shape in text.shapes.items())
+    text_sizes = sorted(math.prod(entry.shape) * min(2, entry.dtype.itemsize) for _, entry in text.entries())
     return ModelSize(
-        dit=DiTConfig.from_checkpoint(files.architecture, weights.shapes),
-        weight=stored / sum(blocks.values()),
+        dit=DiTConfig.from_checkpoint(files.architecture, weights.plain_shapes),
+        weight=stored / counted,
+        dequantised=bool(weights.blocks),
         compute=precision.compute.itemsize,
         vae_element=precision.vae.itemsize,
         text=sum(text_sizes[:-1]),  # the largest tensor is the token table, which stays in the file

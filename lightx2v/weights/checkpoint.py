@@ -20,6 +20,7 @@ import torch
 from ..config.model_paths import shard_names
 from ..errors import CheckpointError, short_path
 from ..progress import CancelToken
+from .gguf_reader import GGUFReader, open_parts
 from .parallel_reader import TensorPlace, read_tensors
 from .pth_reader import PthReader
 from .safetensors_reader import SafetensorsReader
@@ -44,8 +45,12 @@ class Checkpoint:
                         "Two models seem to share this folder; keep one, or name a file instead of the folder."
                     )
                 self._file_of[name] = file
-        self.shapes = {name: file.entries[name].shape for name, file in self._file_of.items()}
-        self.dtypes = {name: file.entries[name].dtype for name, file in self._file_of.items()}
+        entries = {name: file.entries[name] for name, file in self._file_of.items()}
+        self.blocks = {name: entry.blocks for name, entry in entries.items() if entry.blocks}
+        """The weights that are stored in blocks: of them `tensor` and the others return the bytes."""
+        self.shapes = {name: entry.blocks.shape if entry.blocks else entry.shape for name, entry in entries.items()}
+        """Of weights in blocks, the shape of the weights."""
+        self.dtypes = {name: entry.dtype for name, entry in entries.items()}
         self.metadata = {key: value for file in files for key, value in file.metadata.items()}
 
     def __contains__(self, name: object) -> bool:
@@ -160,7 +165,8 @@ def open_checkpoint(path: str | Path) -> Checkpoint:
         return _open_folder(path)
     if not path.exists():
         raise CheckpointError(f"{short_path(path)} does not exist. Check the path, or download the model.")
-    return Checkpoint(path, [open_file(path)])
+    file = open_file(path)
+    return Checkpoint(path, open_parts(file) if isinstance(file, GGUFReader) else [file])
 
 
 def open_file(path: Path) -> TensorFile:
@@ -186,11 +192,11 @@ def open_file(path: Path) -> TensorFile:
     if text.startswith((b"<!doctype", b"<html", b"<?xml", b"<head", b"<error")):
         raise CheckpointError(f"{name} is a web page with an error message, not a model. {DOWNLOAD_AGAIN}")
     if head.startswith(b"GGUF"):
-        raise CheckpointError(f"{name} is a GGUF file. Use a safetensors or PyTorch file instead.")
+        return GGUFReader(path)
     if head.startswith((b"PK\x03\x04", b"\x80")):
         return PthReader(path)
     raise CheckpointError(
-        f"{name} is neither a safetensors nor a PyTorch file (first bytes {head[:8].hex(' ')}). {DOWNLOAD_AGAIN}"
+        f"{name} is neither a safetensors, PyTorch nor GGUF file (first bytes {head[:8].hex(' ')}). {DOWNLOAD_AGAIN}"
     )
 
 
@@ -203,10 +209,10 @@ def _open_folder(folder: Path) -> Checkpoint:
         )
     if indexes:
         return _open_indexed(folder, indexes[0])
-    paths = sorted(path for path in folder.iterdir() if path.suffix.lower() == ".safetensors")
-    if not paths:
-        paths = sorted(path for path in folder.iterdir() if path.suffix.lower() in PICKLES)
-    if not paths:
+    for suffixes in ((".safetensors",), PICKLES, (".gguf",)):
+        if paths := sorted(path for path in folder.iterdir() if path.suffix.lower() in suffixes):
+            break
+    else:
         raise CheckpointError(f"{short_path(folder)} holds no model: expected *.safetensors, with or without an index.")
     names = {path.name for path in paths}
     _require_shards(folder, names, set().union(*map(shard_names, names)))

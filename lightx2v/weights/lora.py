@@ -66,6 +66,9 @@ class LoraDelta:
     down: Tensor | None
     scale: float
 
+    def to(self, dtype: torch.dtype) -> LoraDelta:
+        return LoraDelta(self.up.to(dtype), None if self.down is None else self.down.to(dtype), self.scale)
+
     def add_to(self, rows: Tensor, start: int = 0) -> None:
         """Add it in place to some rows of the tensor; `start` is the index of the first one."""
         if self.down is None:
@@ -141,6 +144,11 @@ def match_lora(path: str | Path, shapes: Shapes, *, strength: float = 1.0, allow
     """
     checkpoint = open_checkpoint(path)
     source = short_path(path)
+    if checkpoint.blocks:
+        raise LoraError(
+            f"{source} is a GGUF file with {next(iter(checkpoint.blocks.values())).form.name} weights, which is not "
+            "supported for LoRAs. Take the LoRA as safetensors, or in F16."
+        )
     layers, unmatched = _group_by_layer(checkpoint, source)
     finder = LayerFinder(shapes)
     patches: dict[str, LoraPatch] = {}

@@ -2,9 +2,11 @@
 
     weights = ModelWeights.of_expert(checkpoint, quantise=torch.float8_e4m3fn).with_loras([lora])
     weights.shapes, weights.dtypes          the result, known from the headers
+    weights.plain_shapes                    the same without scales, and of weights in blocks the logical shape
     for name, tensor in weights.tensors():  one tensor at a time, derived while it is read; nothing is kept
 
-A tensor without LoRA and quantising comes as it is stored. LoRAs are added in float32 and the sum is rounded once, to
+A tensor without LoRA and quantising comes as it is stored, and matrices in GGUF blocks come in their blocks. LoRAs are
+added in float32 and the sum is rounded once, to
 the wanted dtype; a quantised weight is dequantised for that and quantised again in its own format.
 """
 
@@ -19,6 +21,9 @@ from ..errors import CheckpointError, short_path
 from ..progress import CancelToken
 from .checkpoint import Checkpoint
 from .dit_names import wan_names
+from .gguf_blocks import BlockFormat, BlockWeights
+from .gguf_blocks import dequantise as dequantise_blocks
+from .gguf_reader import check_architecture
 from .lora import MatchedLora, add_loras
 from .quant_layout import SCALE, check_scale, is_expert_matrix, is_text_matrix, read_layout
 from .quantization import cosine, dequantise, quantise
@@ -31,8 +36,8 @@ IsMatrix = Callable[[str, tuple[int, ...]], bool]
 class ModelWeights:
     """Weights by Wan's names. `names` maps the file's names to these; `is_matrix` tells which weights may be quantised.
 
-    `quantise` is the 8-bit dtype to quantise to. Quantised weights outside `is_matrix`, which some programs write, come
-    out in float32.
+    `quantise` is the 8-bit dtype to quantise to. Quantised weights outside `is_matrix`, which some programs write, and
+    weights in blocks with a LoRA come out in float32.
     """
 
     def __init__(
@@ -63,11 +68,17 @@ class ModelWeights:
         self.shapes: dict[str, tuple[int, ...]] = {}
         self.dtypes: dict[str, torch.dtype] = {}
         self.formats: dict[str, torch.dtype] = {}
+        self.blocks: dict[str, BlockFormat] = {}
+        """The weights that stay in GGUF blocks."""
         for name, shape in self.plain_shapes.items():
             stored = checkpoint.dtypes[self.file_names[name]]
             wanted = stored if name in self.layout.scales else quantise if stored in FLOATS else None
+            blocks = self._blocks(name)
             self.shapes[name] = shape
-            if wanted is not None and is_matrix(name, shape):
+            if blocks is not None and is_matrix(name, shape) and not self._loras(name):
+                self.blocks[name], self.dtypes[name] = blocks.form, stored
+                self.shapes[name] = (shape[0], blocks.form.row_bytes(shape[1]))
+            elif wanted is not None and is_matrix(name, shape):
                 self.formats[name] = self.dtypes[name] = wanted
                 scale = scale_name(name)
                 self.shapes[scale], self.dtypes[scale] = (shape[0], 1), torch.float32
@@ -77,11 +88,13 @@ class ModelWeights:
     @classmethod
     def of_expert(cls, checkpoint: Checkpoint, *, quantise: torch.dtype | None = None) -> ModelWeights:
         """The weights of a DiT checkpoint in any layout."""
+        check_architecture(checkpoint.metadata, ("wan",), short_path(checkpoint.path))
         return cls(checkpoint, wan_names(checkpoint.shapes), is_matrix=is_expert_matrix, quantise=quantise)
 
     @classmethod
     def of_text_encoder(cls, checkpoint: Checkpoint, *, quantise: torch.dtype | None = None) -> ModelWeights:
-        """The weights of a UMT5 checkpoint, Wan's or transformers'."""
+        """The weights of a UMT5 checkpoint, Wan's, transformers' or llama.cpp's."""
+        check_architecture(checkpoint.metadata, ("t5encoder", "t5"), short_path(checkpoint.path))
         return cls(checkpoint, text_encoder_names(checkpoint.shapes), is_matrix=is_text_matrix, quantise=quantise)
 
     def with_loras(self, loras: Sequence[MatchedLora]) -> ModelWeights:
@@ -91,11 +104,24 @@ class ModelWeights:
 
     @property
     def quantised(self) -> bool:
-        return bool(self.formats)
+        return bool(self.formats or self.blocks)
+
+    def _blocks(self, name: str) -> BlockWeights | None:
+        return self.checkpoint.blocks.get(self.file_names[name])
+
+    def _loras(self, name: str) -> list[MatchedLora]:
+        return [lora for lora in self.loras if name in lora.patches]
 
     def is_modified(self, name: str) -> bool:
         """Whether this weight comes out other than stored: with a LoRA, quantised or dequantised."""
-        return name in self.formats or name in self.layout.scales or any(name in lora.patches for lora in self.loras)
+        if name in self.formats or name in self.layout.scales or self._loras(name):
+            return True
+        return self._blocks(name) is not None and name not in self.blocks
+
+    @property
+    def computes(self) -> bool:
+        """Whether loading adds or quantises, which a CPU does slowly."""
+        return any(name in self.formats and name not in self.layout.scales or self._loras(name) for name in self.dtypes)
 
     def tensors(
         self,
@@ -156,7 +182,9 @@ class ModelWeights:
 
     def _modified(self, name: str, tensor: Tensor, dtype: torch.dtype) -> list[tuple[str, Tensor]]:
         """The weight in `dtype`, or quantised and followed by its scale."""
-        loras = [lora for lora in self.loras if name in lora.patches]
+        loras = self._loras(name)
+        if (blocks := self._blocks(name)) is not None:
+            tensor = dequantise_blocks(tensor, blocks.form).view(blocks.shape)
         if name in self.layout.scales:
             scale = self.layout.scales[name]
             stored = self.checkpoint.tensor(self.file_names[scale])

@@ -19,9 +19,9 @@ MANY_ROWS = 4096
 """The same on accelerators, where it only bounds memory."""
 
 
-def scheme_format(scheme: str | None) -> torch.dtype:
-    """The dtype that a scheme such as "fp8-sgl" stores."""
-    return FORMATS[(scheme or "fp8").partition("-")[0]]
+def scheme_format(scheme: str | None) -> torch.dtype | None:
+    """The 8-bit dtype that a scheme such as "fp8-sgl" stores; None for GGUF's, which only files have."""
+    return FORMATS.get((scheme or "fp8").partition("-")[0])
 
 
 def quantise(weight_OI: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:

@@ -1,4 +1,5 @@
-"""TensorFile: the interface of a reader. Each container format has one: safetensors_reader.py, pth_reader.py.
+"""TensorFile: the interface of a reader, one for each container format: safetensors_reader.py, pth_reader.py,
+gguf_reader.py.
 
 A new format is one more reader, and one line in `checkpoint.open_file`, which picks the reader by a file's first bytes.
 """
@@ -8,6 +9,8 @@ from pathlib import Path
 from typing import Protocol
 
 import torch
+
+from .gguf_blocks import BlockWeights
 
 FLOATS = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 """Ordinary weights are stored in these and cast between them. All others (float8, int8) keep their dtype."""
@@ -20,12 +23,16 @@ DOWNLOAD_AGAIN = "Delete the file and download it again."
 
 @dataclass(frozen=True, slots=True)
 class TensorEntry:
-    """One tensor of a file. Its bytes begin at byte `start` of the file; -1 if they do not lie there as they are."""
+    """One tensor of a file. Its bytes begin at byte `start` of the file; -1 if they do not lie there as they are.
+
+    Weights in `blocks` are read as their bytes: `dtype` and `shape` are uint8 [rows, bytes of a row].
+    """
 
     dtype: torch.dtype
     shape: tuple[int, ...]
     start: int
     nbytes: int
+    blocks: BlockWeights | None = None
 
 
 class TensorFile(Protocol):

@@ -1,4 +1,4 @@
-"""The text encoder's tensor names: Wan's, which the project uses, and transformers'.
+"""The text encoder's tensor names: Wan's, which the project uses, transformers', and llama.cpp's in GGUF files.
 
 All functions are pure: names in, names out.
 """
@@ -25,6 +25,16 @@ _BLOCK = (  # after "blocks.<i>." and "encoder.block.<i>.layer."
     ("ffn.fc1.weight", "1.DenseReluDense.wi_1.weight"),
     ("ffn.fc2.weight", "1.DenseReluDense.wo.weight"),
 )
+_LLAMA_OUTSIDE = {"token_embd.weight": TABLE, "enc.output_norm.weight": "norm.weight"}
+_LLAMA_BLOCK = {  # after "enc.blk.<i>.", and Wan's after "blocks.<i>."; each with ".weight"
+    "attn_norm": "norm1",
+    **{f"attn_{leaf}": f"attn.{leaf}" for leaf in "qkvo"},
+    "attn_rel_b": "pos_embedding.embedding",
+    "ffn_norm": "norm2",
+    "ffn_gate": "ffn.gate.0",
+    "ffn_up": "ffn.fc1",
+    "ffn_down": "ffn.fc2",
+}
 
 
 def hf_name(name: str) -> str:
@@ -38,13 +48,15 @@ def hf_name(name: str) -> str:
 
 
 def wan_name(name: str) -> str:
-    """The inverse of `hf_name`."""
+    """Wan's name for one of transformers' or llama.cpp's; an unknown name is returned unchanged."""
     if match := _SCALE.fullmatch(name):
         return wan_name(f"{match[1]}.weight").removesuffix("weight") + match[2]
     if match := re.fullmatch(r"encoder\.block\.(\d+)\.layer\.(.+)", name):
         stem = {theirs: ours for ours, theirs in _BLOCK}.get(match[2])
         return f"blocks.{match[1]}.{stem}" if stem else name
-    return {theirs: ours for ours, theirs in _OUTSIDE}.get(name, name)
+    if match := re.fullmatch(r"enc\.blk\.(\d+)\.(\w+)\.weight", name):
+        return f"blocks.{match[1]}.{_LLAMA_BLOCK[match[2]]}.weight" if match[2] in _LLAMA_BLOCK else name
+    return ({theirs: ours for ours, theirs in _OUTSIDE} | _LLAMA_OUTSIDE).get(name, name)
 
 
 def text_encoder_names(names: Iterable[str]) -> dict[str, str]:

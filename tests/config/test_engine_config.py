@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from junk import JUNK
 
-from lightx2v.config.engine_config import QUANT_SCHEMES, EngineConfig, ParallelConfig, hub_name
+from lightx2v.config.engine_config import GGUF_SCHEMES, QUANT_SCHEMES, EngineConfig, ParallelConfig, hub_name
 from lightx2v.config.request import LoraSpec, Request
 from lightx2v.errors import BadRequest, ConfigError
 
@@ -109,14 +109,28 @@ def test_a_possible_mix_is_accepted(values: dict[str, object]) -> None:
     EngineConfig(**values)  # type: ignore[arg-type]
 
 
-@pytest.mark.parametrize("scheme", QUANT_SCHEMES)
+@pytest.mark.parametrize("scheme", [*QUANT_SCHEMES, *GGUF_SCHEMES])
 def test_schemes_whose_files_we_read_are_accepted(scheme: str) -> None:
     assert EngineConfig(dit_quantized=True, dit_quant_scheme=scheme).dit_quant_scheme == scheme
 
 
-@pytest.mark.parametrize("scheme", ["nvfp4", "mxfp4", "mxfp6-mxfp8", "gguf-Q4_0", "int8-npu", "fp8-b128-deepgemm"])
+@pytest.mark.parametrize("scheme", ["nvfp4", "mxfp4", "mxfp6-mxfp8", "gguf-IQ2_XS", "int8-npu", "fp8-b128-deepgemm"])
 def test_lightx2vs_other_schemes_are_named_as_not_supported(scheme: str) -> None:
     assert "not supported here" in refused(dit_quantized=True, dit_quant_scheme=scheme)
+
+
+def test_lightx2vs_gguf_schemes_are_known() -> None:
+    names = "BF16 Q8_0 Q6_K Q5_K_S Q5_K_M Q5_1 Q5_0 Q4_K_M Q4_K_S Q4_1 Q4_0 Q3_K_M Q3_K_S"
+    assert {f"gguf-{name}" for name in names.split()} <= set(GGUF_SCHEMES)
+
+
+def test_gguf_weights_take_loras_and_an_encoder_of_theirs_has_a_file() -> None:
+    gguf = {"dit_quantized": True, "dit_quant_scheme": "gguf-Q4_K_M"}
+    assert EngineConfig(lora_configs=LORAS, **gguf).lora_configs  # type: ignore[arg-type]
+    assert "lora_dynamic_apply" in refused(lora_configs=LORAS, **FP8)
+    t5 = {"t5_quantized": True, "t5_quant_scheme": "gguf-Q8_0"}
+    assert "t5_quantized_ckpt" in refused(**t5)
+    assert EngineConfig(t5_quantized_ckpt="umt5.gguf", **t5).t5_quantized  # type: ignore[arg-type]
 
 
 def test_lightx2vs_spellings_are_understood() -> None:

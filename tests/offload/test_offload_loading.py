@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 from conftest import TinyModels
+from gguf_files import build_wide, make, q4_k_m
 from lora_files import random_pairs, spec, write
 from offload_toys import Exhausted
 from PIL import Image
@@ -22,7 +23,7 @@ from lightx2v.attention import resolve_attention
 from lightx2v.config.engine_config import EngineConfig
 from lightx2v.config.presets import resolve
 from lightx2v.config.request import LoraSpec, Request
-from lightx2v.cost.memory_bytes import expert_bytes
+from lightx2v.cost.memory_bytes import block_bytes, expert_bytes
 from lightx2v.cost.memory_ladder import MemoryLadder, MemoryPlanner
 from lightx2v.cost.memory_plan import GIB, MemoryPlan, OffloadOptions, Workload
 from lightx2v.errors import LoraError, OutOfMemory
@@ -85,6 +86,28 @@ def test_weights_left_on_disk(tiny: TinyModels, plan: MemoryPlan, dtype: str) ->
         streamer = pipe._engine.placement._streamers["experts"]  # type: ignore[attr-defined]
         assert all(weights.host is None for weights in streamer.packed.values()), "no copy of the model in memory"
         assert torch.equal(latents(pipe, request), resident(config, request))
+
+
+@pytest.mark.parametrize("plan", [SWAP, STREAM, replace(STREAM, from_disk=True)])
+def test_gguf_weights_wait_and_travel_in_their_blocks(tmp_path: Path, plan: MemoryPlan) -> None:
+    folder = build_wide(tmp_path / "model")
+    named, floats = make(tmp_path, folder, q4_k_m)
+    pair = write(tmp_path / "lora.safetensors", random_pairs({"blocks.0.ffn.0.weight": (512, 256)}, 1))
+    loras = [spec(pair, "high"), spec(pair, "low")]
+    config, request = configured(folder, dtype="bf16", **named, lora_configs=loras)
+    with loaded(config, plan) as pipe:
+        assert pipe._engine is not None
+        with pipe._engine.placement.expert("high"):
+            pass
+        streamer = pipe._engine.placement._streamers["experts"]  # type: ignore[attr-defined]
+        model = model_sizes(locate(config), config, Precision.of(config))
+        block = streamer.packed["high", 0].nbytes
+        assert model.dequantised and model.loras_beside and model.weight < 0.8
+        assert abs(block - block_bytes(model)) < 0.06 * block, "matrices, and float32 norms in steps of 256 bytes"
+        got = latents(pipe, request)
+    assert torch.equal(got, resident(config, request))
+    unmerged, plain = configured(folder, dtype="bf16", **floats)
+    assert not torch.equal(got, resident(unmerged, plain))
 
 
 def test_8_bit_weights(tiny: TinyModels) -> None:

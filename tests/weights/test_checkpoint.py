@@ -321,7 +321,7 @@ def test_folders_without_a_model(tmp_path: Path) -> None:
         (b"<!DOCTYPE html><html><body>404</body></html>", "web page"),
         (b"\xef\xbb\xbf \n<HTML lang='en'>Not found</HTML>", "web page"),
         (b"<?xml version='1.0'?><Error><Code>AccessDenied</Code></Error>", "web page"),
-        (b"GGUF" + bytes(range(40)), "GGUF"),
+        (b"GGUF" + bytes(range(40)), "GGUF version"),
         (b'{"error": "Repository not found"}', "neither"),
         (b"Entry not found and so on", "neither"),
     ],
