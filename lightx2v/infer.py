@@ -20,12 +20,13 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
+from .catalog.choose import FileChoice, add_file_flags, named_preset
 from .cli.parser import ArgumentParser
 from .cli.runner import CommandContext, run_command
 from .config.engine_config import MODEL_CLASSES, EngineConfig, hub_name
 from .config.environment import Environment
 from .config.lightx2v_keys import PER_VIDEO
-from .config.presets import Resolved, list_presets, resolve
+from .config.presets import Resolved, list_presets, list_user_presets, resolve
 from .config.recorded_settings import PICTURES, find_picture
 from .config.request import IMAGES, TASKS, Request, draw_seed
 from .config.request_settings import SETTINGS, SHOWN, Guidance, Setting
@@ -51,7 +52,7 @@ def _run(options: argparse.Namespace, context: CommandContext, *, open_engine: O
     if not is_rank0 and (options.list_presets or options.dry_run):
         return 0
     if options.list_presets:
-        for info in list_presets():
+        for info in (*list_presets(), *list_user_presets()):
             print(f"{info.name:<32} {info.title}")
         return 0
     resolved, shown = _settings(options, environment)
@@ -107,17 +108,21 @@ def _load_pipeline(config: EngineConfig, *, preset: str, on_progress: OnProgress
 def _settings(options: argparse.Namespace, environment: Environment) -> tuple[Resolved, dict[str, Any]]:
     """The resolved preset, and the fields of Request that no preset has (PER_VIDEO)."""
     shown: dict[str, Any] = {}
+    files = FileChoice.of(options)
     preset: str | dict[str, Any]
     if options.from_video is not None:
         preset, shown = _recorded(options.from_video, [key for key in PICTURES if getattr(options, key) is not None])
     elif options.preset or options.config_json:
-        preset = options.preset or options.config_json
-    elif options.model_path:
+        preset = named_preset(options.preset or options.config_json, files.model_dirs)
+    elif options.model_path or files.names_experts:
         preset = {}
     else:
         raise ConfigError(
-            "No preset is given. Use --preset NAME or --config_json FILE; --list_presets shows the names."
+            "No preset is given. Use --preset NAME or --config_json FILE; --list_presets shows the names. Or name the "
+            "model's files with --high FILE --low FILE."
         )
+    if files.names_experts:
+        preset = files.settings(preset)
     given = {key: value for key, value in vars(options).items() if key in _OVERRIDES and value not in (None, "")}
     if "guidance" in given and len(given["guidance"]) == 1:
         given["guidance"] = given["guidance"][0]
@@ -131,9 +136,11 @@ def _settings(options: argparse.Namespace, environment: Environment) -> tuple[Re
         if key in PER_VIDEO:
             raise ConfigError(f"{key} cannot be given with --set. Use --{key}.")
         given[key] = value
+    given |= files.overrides(preset)
     shown |= {key: getattr(options, key) for key in PER_VIDEO if getattr(options, key) is not None}
     resolved = resolve(preset, given, environment=environment)
-    if options.from_video is not None and (name := shown.pop("preset")):
+    name = shown.pop("preset", "") or (preset.get("preset", {}).get("title", "") if isinstance(preset, dict) else "")
+    if name:
         resolved = replace(resolved, preset=replace(resolved.preset, name=name))
     return resolved, shown
 
@@ -287,6 +294,7 @@ def _parser() -> ArgumentParser:
     add = parser.add_argument_group("settings of this video, which override the preset").add_argument
     _add_settings(add, SETTINGS)
     add("--target_shape", type=int, nargs=2, metavar=("H", "W"), help="height and width in one")
+    add_file_flags(parser.add_argument_group("files of your own").add_argument)
     _add_engine_flags(parser.add_argument_group("settings of the engine, which override the preset").add_argument)
     _add_output_flags(parser.add_argument_group("output").add_argument)
     return parser

@@ -21,6 +21,7 @@ from typing import Any, Self, Unpack
 import torch
 
 from . import hub
+from .catalog.choose import FileChoice, named_preset
 from .cli.terminal import log_to_stderr
 from .config.engine_config import EngineConfig
 from .config.environment import Environment
@@ -78,10 +79,34 @@ class LightX2VPipeline:
             "low_noise_original_ckpt": low_noise_original_ckpt,
         }
         self._overrides |= {name: str(path) for name, path in files.items() if path is not None}
+        self._files = FileChoice()
         self._defaults: dict[str, Any] = {}
         self._loras: tuple[LoraSpec, ...] | None = None
         self._engine: LoadedEngine | None = None
         self._running = threading.Lock()
+
+    @classmethod
+    def from_files(
+        cls,
+        *,
+        high: str | Path = "",
+        low: str | Path = "",
+        t5: str | Path = "",
+        vae: str | Path = "",
+        loras: Sequence[str] = (),
+        model_dirs: Sequence[str | Path] = (),
+    ) -> Self:
+        """A pipeline of one's own files, each a path or the name of a found file. What is left out is found in
+        `model_dirs` and in the other folders of models (`python -m lightx2v.find_models` lists them), or on the Hub.
+
+        `loras` are written as "FILE:0.8" or "high=FILE:0.8". `create_generator()` then starts from the settings of a
+        shipped preset for such a model, or from those of its `config_json`. Raises ConfigError and CheckpointError.
+        """
+        pipe = cls()
+        dirs = tuple(map(str, model_dirs))
+        pipe._files = FileChoice(str(high), str(low), str(t5), str(vae), tuple(loras), dirs)
+        pipe._overrides = {}
+        return pipe
 
     @classmethod
     def from_config(
@@ -187,15 +212,18 @@ class LightX2VPipeline:
     def create_generator(self, config_json: str | Path | None = None, **settings: Unpack[GeneratorSettings]) -> None:
         """Resolve the configuration and load the model. `settings` override those of the JSON.
 
-        `config_json` is a file in LightX2V's format or the name of a shipped preset. Sizes are in pixels (multiples of
-        16), `num_frames` is 4n + 1, `guidance_scale` one number or (high-noise expert, low-noise expert). `generate`
-        starts from these settings; None leaves one to the JSON. Raises ConfigError, BadRequest, CheckpointError
-        (LoraError), DownloadError or OutOfMemory; no model stays loaded then.
+        `config_json` is a file in LightX2V's format, or the name of a preset or of a found model. Sizes are in pixels
+        (multiples of 16), `num_frames` is 4n + 1, `guidance_scale` one number or (high-noise expert, low-noise expert).
+        `generate` starts from these settings; None leaves one to the JSON. Raises ConfigError, BadRequest,
+        CheckpointError (LoraError), DownloadError or OutOfMemory; no model stays loaded then.
         """
         self._before_loading("create_generator")
         overrides = self._overrides | {key: value for key, value in settings.items() if value is not None}
-        preset = config_json if config_json is not None else {}
-        environment = Environment.read()
+        environment, files = Environment.read(), self._files
+        preset = {} if config_json is None else named_preset(config_json, files.model_dirs, environment)
+        if files.names_experts:
+            preset = files.settings(preset)
+        overrides |= files.overrides(preset)
         if environment.profiling:
             log_to_stderr(prefix=environment.log_prefix)
         resolved = resolve(preset, overrides, environment=environment)

@@ -56,6 +56,7 @@ def cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     folder = tmp_path_factory.mktemp("cache")
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("LIGHTX2V_CACHE_DIR", str(folder))
+        patch.setenv("LIGHTX2V_USER_DIR", str(folder / "user"))
         patch.setenv("HF_HUB_OFFLINE", "1")
         patch.setattr(constants, "HF_HUB_OFFLINE", True)
         patch.setenv("HF_HOME", str(folder / "huggingface"))

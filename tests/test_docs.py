@@ -17,11 +17,12 @@ from pathlib import Path
 import pytest
 from conftest import TinyModels
 from fake_engine import Garage
+from model_tree import EXPERT, T2V, comfy_tree, put, style_lora
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 from test_layers import ENGINE, PAGE
 
-from lightx2v import convert, download, infer
+from lightx2v import convert, download, find_models, infer
 from lightx2v.config.presets import resolve
 from lightx2v.jobs.queue import JobManager
 from lightx2v.media.mp4 import probe
@@ -37,6 +38,7 @@ PARSERS: dict[str, Callable[[], argparse.ArgumentParser]] = {
     "lightx2v.infer": infer._parser,
     "lightx2v.download": download._parser,
     "lightx2v.convert": convert._parser,
+    "lightx2v.find_models": find_models._parser,
     "lightx2v.server": server._parser,
 }
 SOURCES = [p for folder in ("lightx2v", "app") for p in (ROOT / folder).rglob("*.py")] + [ROOT / "app.py"]
@@ -80,7 +82,20 @@ def commands(name: str) -> list[tuple[str, list[str]]]:
 
 
 @pytest.mark.parametrize("name", [name for name in DOCS if commands(name)])
-def test_every_command_is_understood(name: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_every_command_is_understood(
+    name: str, capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Beside the files of one's own that the commands name."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("LIGHTX2V_MODEL_DIRS", str(comfy_tree(tmp_path)))
+    for half in ("high", "low"):
+        expert = T2V / f"{half}_noise_model" / EXPERT
+        put(expert, tmp_path / f"wan_{half}_noise.safetensors")
+        put(expert, tmp_path / f"ComfyUI/models/unet/wan2.2_t2v_{half}_noise_14B_fp8_scaled.safetensors")
+    for part in ("models_t5_umt5-xxl-enc-bf16.pth", "Wan2.1_VAE.pth"):
+        put(T2V / part, tmp_path / {"models": "umt5.pth", "Wan2.1": "vae.pth"}[part.partition("_")[0]])
+    put(style_lora(tmp_path / "ComfyUI/models"), tmp_path / "style.safetensors")
+    put(tmp_path / "style.safetensors", tmp_path / "motion.safetensors")
     for module, arguments in commands(name):
         try:
             PARSERS[module]().parse_args(arguments)

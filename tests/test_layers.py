@@ -16,15 +16,15 @@ import lightx2v
 ROOT = Path(__file__).parents[1]
 
 ENGINE = """
-errors progress media config cli attention hub cost sampling parallel weights models jobs loading offload engine
-pipeline infer convert download server
+errors progress media config cli attention hub cost sampling parallel weights models catalog jobs loading offload engine
+pipeline infer convert download find_models server
 """.split()
 """Packages and modules of lightx2v/. Each may import those to its left, and never one to its right."""
 
 PAGE = "exposure strings theme gradio_compat backend views form events web page main".split()
 """The same for app/, which also may import every package of lightx2v/."""
 
-FRONT_ENDS = {"infer", "convert", "download", "server"}
+FRONT_ENDS = {"infer", "convert", "download", "find_models", "server"}
 """Programs. None imports another."""
 
 

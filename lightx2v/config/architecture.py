@@ -14,6 +14,12 @@ from ..errors import CheckpointError
 PATCH = 2
 """Height and width of a patch; in time a patch is one latent frame."""
 
+INPUT_CHANNELS = {"t2v": 16, "i2v": 36, "flf2v": 36}
+"""Of an expert for each task: the noisy latent has 16; an image adds its latent of 16 and a mask of 4."""
+
+MODEL_KIND = {16: "text-to-video", 36: "image-to-video"}
+"""What an expert with that many input channels makes."""
+
 CHUNK = 16384
 """Tokens in the feed-forward at once: its tensors then are smaller than the attention's, and a device is still full."""
 

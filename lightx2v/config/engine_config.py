@@ -43,7 +43,7 @@ A14B_HEADS = 40
 _ORIGINALS = ("high_noise_original_ckpt", "low_noise_original_ckpt")
 _QUANTIZED = ("high_noise_quantized_ckpt", "low_noise_quantized_ckpt")
 _T5_FILES = ("t5_quantized_ckpt", "t5_original_ckpt", "t5_tokenizer_path")
-_FILE_KEYS = ("models_dir", *_ORIGINALS, *_QUANTIZED, *_T5_FILES, "vae_path")
+FILE_KEYS = ("models_dir", *_ORIGINALS, *_QUANTIZED, *_T5_FILES, "vae_path")
 
 _INERT_PARALLEL: dict[str, tuple[Any, ...] | None] = {
     "tensor_p_size": (1,),
@@ -142,7 +142,7 @@ class EngineConfig:
         for key, allowed in _ALLOWED.items():
             check.one_of(key, getattr(self, key), allowed)
         put("model_path", _file("model_path", self.model_path) or BASE_REPOS[self.task])
-        for key in _FILE_KEYS:
+        for key in FILE_KEYS:
             put(key, _file(key, getattr(self, key)))
         for key in ("dit_quant_scheme", "t5_quant_scheme"):
             put(key, _scheme(key, getattr(self, key)))

@@ -6,6 +6,7 @@ import os
 import sys
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 from ..errors import ConfigError, quoted
@@ -18,8 +19,11 @@ class Environment:
     """The environment variables that this project reads. Libraries read theirs (HF_HOME, HF_TOKEN …) themselves."""
 
     models_dir: str | None = None
+    model_dirs: tuple[str, ...] = ()
+    """Folders to scan for models, with the system's separator of paths between them."""
     cache_dir: str | None = None
     """The folder of prebuilt files, if not below models_dir."""
+    user_dir: str | None = None
     output_dir: str | None = None
     api_key: str | None = field(default=None, repr=False)
     """The keys that the HTTP server accepts, with commas between them."""
@@ -46,6 +50,7 @@ class Environment:
         names = {
             "models_dir": "LIGHTX2V_MODELS_DIR",
             "cache_dir": "LIGHTX2V_CACHE_DIR",
+            "user_dir": "LIGHTX2V_USER_DIR",
             "output_dir": "LIGHTX2V_OUTPUT_DIR",
             "api_key": "LIGHTX2V_API_KEY",
             "rank": "RANK",
@@ -58,6 +63,7 @@ class Environment:
             "profiling": "PROFILING_DEBUG_LEVEL",
         }
         values: dict[str, Any] = {key: variables[name] for key, name in names.items() if variables.get(name)}
+        values["model_dirs"] = tuple(filter(None, variables.get("LIGHTX2V_MODEL_DIRS", "").split(os.pathsep)))
         values["by_torchrun"] = values.get("by_torchrun") == "True"
         values["visible_gpus"] = variables.get("CUDA_VISIBLE_DEVICES")
         for key in values.keys() & INTEGERS:
@@ -69,6 +75,11 @@ class Environment:
             values[key] = int(values[key])
         values.setdefault("local_rank", values.get("rank", 0))
         return cls(**values)
+
+    @property
+    def user_folder(self) -> Path:
+        """The folder with what this user told the program once: presets, folders of models. It need not exist."""
+        return Path(os.path.expanduser(self.user_dir or "~/.config/lightx2v"))
 
     @property
     def distributed(self) -> bool:

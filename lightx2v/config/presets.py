@@ -13,13 +13,14 @@ from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any, NoReturn
 
-from ..errors import BadRequest, ConfigError, quoted, short_path
+from ..errors import BadRequest, ConfigError, LightX2VError, quoted, short_path
 from .checks import Checks, did_you_mean
 from .engine_config import EngineConfig, ParallelConfig
 from .environment import Environment
 from .lightx2v_keys import PER_VIDEO, Keys, sort_keys
 from .model_paths import PROJECT
 from .request import IMAGES, TASKS, Request
+from .user_presets import user_preset, user_presets
 
 log = logging.getLogger("lightx2v.config")
 
@@ -107,11 +108,35 @@ def resolve(
     return Resolved(preset=info, engine=engine, request=kept, warnings=warnings)
 
 
+def shipped_names() -> set[str]:
+    return {path.stem for path in PRESETS.glob("*.json")}
+
+
+def list_user_presets() -> list[PresetInfo]:
+    """Every preset that the user saved. One that no longer resolves is left out, with a line in the log."""
+    found = []
+    for name in sorted(user_presets().keys() - shipped_names()):
+        try:
+            found.append(resolve(name).preset)
+        except LightX2VError as error:
+            log.warning("The preset %s is left out: %s", name, error)
+    return found
+
+
 def list_presets() -> list[PresetInfo]:
     """Every shipped preset: demo presets first, then by task, from the slowest variant to the fastest."""
-    found = [resolve(path.stem).preset for path in PRESETS.glob("*.json")]
+    found = [resolve(name).preset for name in shipped_names()]
     order = lambda info: (not info.demo, info.gpus, info.offload, info.task != "t2v", VARIANTS.index(info.variant))  # noqa: E731
     return sorted(found, key=lambda info: (order(info), info.name))
+
+
+def is_preset(name: str | Path) -> bool:
+    """Whether `resolve` finds a preset under this name or path."""
+    try:
+        _open(name)
+    except ConfigError:
+        return False
+    return True
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -164,6 +189,8 @@ def _open(preset: str | Path | Mapping[str, Any]) -> tuple[str, dict[str, Any], 
     # os.path.isfile is False where the name is impossible; Path.is_file raises.
     if isinstance(preset, str) and path.name == preset and os.path.isfile(shipped):
         return preset, read_json(shipped), ()
+    if isinstance(preset, str) and (own := user_preset(preset)) is not None:
+        return preset, read_json(own), ()
     if os.path.isfile(path):
         return path.name, read_json(path), ()
     if (same := _same_as(path)) is not None:
@@ -171,7 +198,7 @@ def _open(preset: str | Path | Mapping[str, Any]) -> tuple[str, dict[str, Any], 
             f"{short_path(path)} is not there; the preset {same.stem} has the settings of LightX2V's file of that name."
         )
         return same.stem, read_json(same), (warning,)
-    names = sorted(item.stem for item in PRESETS.glob("*.json"))
+    names = sorted(shipped_names() | user_presets().keys())
     hint = did_you_mean(path.stem, names)
     raise ConfigError(f"There is no preset and no file {short_path(path)}. {hint} Presets: {', '.join(names)}.")
 

@@ -13,10 +13,12 @@ import logging
 import socket
 import tempfile
 from collections.abc import Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
+from ..catalog.choose import FileChoice, add_file_flags, named_preset
 from ..cli.parser import ArgumentParser
 from ..cli.runner import CommandContext, run_command
 from ..config.engine_config import EngineConfig
@@ -46,7 +48,7 @@ def _run(options: argparse.Namespace, context: CommandContext, *, open_engine: O
     keys = _keys(options, environment)
     names = ("model_cls", "task", "model_path", "models_dir")
     overrides = {name: value for name in names if (value := getattr(options, name))}
-    resolved = resolve(_preset(options), overrides, environment=environment)
+    resolved = _resolved(options, overrides, environment)
     if environment.distributed and open_engine is None:
         from ..pipeline import LightX2VPipeline
 
@@ -145,14 +147,20 @@ def check_port(host: str, port: int) -> None:
         raise ConfigError(f"Cannot listen on {address}: {reason}. Choose another {other}.") from None
 
 
-def _preset(options: argparse.Namespace) -> str | dict[str, Any]:
+def _resolved(options: argparse.Namespace, overrides: dict[str, Any], environment: Environment) -> Resolved:
+    """The model to serve. A found model is served under its own name."""
     if options.preset and options.config_json:
         raise ConfigError("--preset and --config_json exclude each other. Keep one of them.")
-    if options.preset or options.config_json:
-        return options.preset or options.config_json
-    if options.model_path:
-        return {}
-    raise ConfigError("No model to serve. Give --preset NAME, or --model_path P --config_json FILE.")
+    files = FileChoice.of(options)
+    if not (options.preset or options.config_json or options.model_path or files.names_experts):
+        raise ConfigError("No model to serve. Give --preset NAME, --high FILE, or --model_path P --config_json FILE.")
+    named = options.preset or options.config_json
+    preset = named_preset(named, files.model_dirs, environment) if named else {}
+    if files.names_experts:
+        preset = files.settings(preset)
+    resolved = resolve(preset, overrides | files.overrides(preset), environment=environment)
+    name = resolved.preset.name or resolved.preset.title
+    return replace(resolved, preset=replace(resolved.preset, name=name))
 
 
 def _keys(options: argparse.Namespace, environment: Environment) -> list[str]:
@@ -197,6 +205,7 @@ def _parser() -> ArgumentParser:
     add("--model_path", metavar="PATH", help="a folder, or a Hub name such as Wan-AI/Wan2.2-T2V-A14B")
     add("--models_dir", metavar="FOLDER", help="where relative paths are looked for first")
     add("--lora_dir", type=Path, metavar="FOLDER", help="LoRA files that requests may add")
+    add_file_flags(parser.add_argument_group("files of your own").add_argument)
     add("--input_dir", type=Path, metavar="FOLDER", help="images that requests may name")
     add("--warmup", action="store_true", help="make one very short video before the port opens")
 

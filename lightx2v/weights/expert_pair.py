@@ -6,15 +6,12 @@ given twice, or the two exchanged would all run without complaint and make bad v
 
 import torch
 
+from ..config.architecture import INPUT_CHANNELS, MODEL_KIND
 from ..config.lora_names import expert_in, expert_of
 from ..errors import CheckpointError, short_path
 from .checkpoint import Checkpoint
 from .dit_names import wan_names
 
-INPUT_CHANNELS = {"t2v": 16, "i2v": 36, "flf2v": 36}
-"""Noisy latent 16; an image adds its latent 16 and a mask of 4."""
-
-MODEL_KIND = {16: "text-to-video", 36: "image-to-video"}
 SMALL = 64 << 10
 SAMPLES = 12
 

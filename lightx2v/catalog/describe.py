@@ -1,0 +1,181 @@
+"""Describe a model file by its header: what it is, for which task and expert, how its weights are stored.
+
+Nothing is read but headers, with the readers that also load the files. Only this file of the package imports torch.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections import Counter
+from collections.abc import Callable
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ..config.architecture import INPUT_CHANNELS
+from ..config.lora_names import expert_in, expert_of, task_of
+from ..config.request import Expert, Task
+from ..errors import CheckpointError
+from ..models.vae_config import VAEConfig
+from ..weights.checkpoint import Checkpoint, open_checkpoint
+from ..weights.dit_names import wan_names
+from ..weights.lora_keys import LayerFinder, is_foreign, parse_key
+from ..weights.model_weights import ModelWeights
+from ..weights.umt5_names import TABLE, is_text_encoder, wan_name
+from .found_file import FoundFile
+from .lora_notes import lora_notes
+
+TASKS: dict[int, Task] = {INPUT_CHANNELS[task]: task for task in ("i2v", "t2v")}
+"""The task of an expert with this number of input channels."""
+DTYPES = {
+    torch.float8_e4m3fn: "fp8",
+    torch.float8_e5m2: "fp8",
+    torch.int8: "int8",
+    torch.bfloat16: "bf16",
+    torch.float16: "fp16",
+    torch.float32: "fp32",
+}
+MAX_BLOCKS = 60
+"""Blocks for whose layers a LoRA is looked through; A14B has 40."""
+DISTILLED = re.compile(r"lightx2v|distill|lightning|\d[ _-]?steps?(?![a-z])|rapid|turbo|dmd|lcm|causvid", re.IGNORECASE)
+"""Words in the names of distilled models and of the LoRAs that distil one."""
+_QUANT_NAME = re.compile(r"(?<![A-Za-z0-9])((?:IQ|Q)\d(?:_[A-Z0-9]+)*)(?![A-Za-z0-9])", re.IGNORECASE)
+
+
+def describe(path: Path, size: int) -> FoundFile | None:
+    """What the file or the folder of shards at `path` is; None for something that has no place in a model here."""
+    try:
+        checkpoint = open_checkpoint(path)
+    except (CheckpointError, OSError):
+        return None
+    for recognise in (_lora, _expert, _text_encoder, _vae):
+        if (found := recognise(checkpoint, path, size)) is not None:
+            return found
+    return None
+
+
+def _expert(checkpoint: Checkpoint, path: Path, size: int) -> FoundFile | None:
+    try:
+        names = {wan: name for name, wan in wan_names(checkpoint.shapes).items()}
+    except CheckpointError:
+        return None
+    patch = checkpoint.shapes.get(names.get("patch_embedding.weight", ""), ())
+    if len(patch) != 5 or patch[1] not in TASKS or "blocks.0.self_attn.q.weight" not in names:
+        return None
+    return FoundFile(
+        path=path,
+        kind="expert",
+        size=size,
+        task=TASKS[patch[1]],
+        expert=_expert_of(checkpoint, path),
+        quantisation=_quantisation(checkpoint, path),
+        distilled=_says_distilled(checkpoint, path),
+        width=patch[0],
+        text_width=checkpoint.shapes.get(names.get("text_embedding.0.weight", ""), (0, 0))[-1],
+        problem=_problem(lambda: ModelWeights.of_expert(checkpoint)),
+    )
+
+
+def _text_encoder(checkpoint: Checkpoint, path: Path, size: int) -> FoundFile | None:
+    """UMT5: unlike T5, each of its blocks has a position bias of its own."""
+    if not is_text_encoder(checkpoint.shapes):
+        return None
+    names = {wan_name(name): name for name in checkpoint.shapes}
+    if "blocks.1.pos_embedding.embedding.weight" not in names:
+        return None
+    return FoundFile(
+        path=path,
+        kind="text encoder",
+        size=size,
+        quantisation=_quantisation(checkpoint, path),
+        text_width=checkpoint.shapes[names[TABLE]][-1],
+        problem=_problem(lambda: ModelWeights.of_text_encoder(checkpoint)),
+    )
+
+
+def _vae(checkpoint: Checkpoint, path: Path, size: int) -> FoundFile | None:
+    try:
+        width = VAEConfig.from_shapes(checkpoint.shapes).dim
+    except (CheckpointError, LookupError, ZeroDivisionError):
+        return None
+    return FoundFile(path=path, kind="VAE", size=size, quantisation=_quantisation(checkpoint, path), width=width)
+
+
+def _lora(checkpoint: Checkpoint, path: Path, size: int) -> FoundFile | None:
+    finder, ranks, widths = _layers(), Counter[int](), Counter[int]()
+    found = foreign = False
+    for key, shape in checkpoint.shapes.items():
+        foreign = foreign or is_foreign(key)
+        layer, kind = parse_key(key) or ("", "")
+        if kind not in ("down", "diff", "diff_b") or finder.find(layer, "weight") is None:
+            continue
+        found = True
+        if kind == "down" and len(shape) >= 2:
+            ranks[shape[0]] += 1
+            widths[math.prod(shape[1:])] += 1
+    if not found:
+        return None
+    notes = lora_notes(path, checkpoint.metadata)
+    text = " ".join([path.name, *map(str, checkpoint.metadata.values())])
+    return FoundFile(
+        path=path,
+        kind="LoRA",
+        size=size,
+        task=_task_of(path, notes.trained_for),
+        expert=_expert_of(checkpoint, path),
+        distilled=bool(DISTILLED.search(text[:2000])),
+        width=widths.most_common(1)[0][0] if widths else 0,
+        rank=ranks.most_common(1)[0][0] if ranks else 0,
+        triggers=notes.triggers,
+        trained_for=notes.trained_for,
+        thumbnail=notes.thumbnail,
+    )
+
+
+@cache
+def _layers() -> LayerFinder:
+    leaves = [f"{attention}.{leaf}" for attention in ("self_attn", "cross_attn") for leaf in "qkvo"] + [
+        "ffn.0",
+        "ffn.2",
+    ]
+    return LayerFinder([f"blocks.{block}.{leaf}.weight" for block in range(MAX_BLOCKS) for leaf in leaves])
+
+
+def _expert_of(checkpoint: Checkpoint, path: Path) -> Expert | None:
+    """By the name of the file or its folder, or by its metadata. In diffusers transformer_2 is the low-noise one."""
+    if path.is_dir() and path.name in ("transformer", "transformer_2"):
+        both = (path.parent / "transformer").is_dir() and (path.parent / "transformer_2").is_dir()
+        return ("high" if path.name == "transformer" else "low") if both else None
+    named: Any = expert_of(path) or expert_in(" ".join(map(str, checkpoint.metadata.values())))
+    return named
+
+
+def _task_of(path: Path, trained_for: str) -> Task | None:
+    named: Any = task_of(path) or task_of(trained_for.replace("/", " "))
+    return "i2v" if named == "flf2v" else named
+
+
+def _says_distilled(checkpoint: Checkpoint, path: Path) -> bool:
+    texts = [path.name, *(str(checkpoint.metadata.get(key, "")) for key in ("general.name", "modelspec.title"))]
+    return any(DISTILLED.search(text) for text in texts)
+
+
+def _quantisation(checkpoint: Checkpoint, path: Path) -> str:
+    """How most bytes are stored: a name of DTYPES, or the format in a GGUF file's name."""
+    if path.suffix.lower() == ".gguf" and (named := _QUANT_NAME.search(path.stem)):
+        return named[1].upper()
+    sizes = Counter[str]()
+    for _, entry in checkpoint.entries():
+        sizes[DTYPES.get(entry.dtype, "")] += entry.nbytes
+    return sizes.most_common(1)[0][0] if sizes else ""
+
+
+def _problem(check: Callable[[], Any]) -> str:
+    try:
+        check()
+    except CheckpointError as error:
+        return str(error)
+    return ""
