@@ -10,7 +10,6 @@ import logging
 import os
 import re
 import secrets
-import threading
 from collections import OrderedDict
 from collections.abc import Container
 from dataclasses import replace
@@ -29,8 +28,7 @@ from lightx2v.errors import BadRequest, ConfigError, LightX2VError
 from lightx2v.jobs.engine_slot import LoadedModel, OpenEngine, Outcome
 from lightx2v.jobs.queue import JobManager
 from lightx2v.jobs.store import Job, UnknownJob
-from lightx2v.media.images import jpeg
-from lightx2v.media.video_writer import read_frame
+from lightx2v.media.video_stills import still
 from lightx2v.progress import CancelToken
 
 from ..exposure import ADDRESS, Exposure
@@ -40,7 +38,6 @@ from .zerogpu import LendGpu, ZeroGpuJobs
 log = logging.getLogger("lightx2v.page")
 
 SAMPLE = PROJECT / "assets" / "samples" / "idle.mp4"
-POSTER_SIDE = 360
 HISTORY = 60
 JOB_ID = re.compile(r"[A-Za-z0-9_-]{16,64}")
 
@@ -70,10 +67,8 @@ class Studio:
         self.files = files or HubFiles()
         self._room_at_start = self.machine().vram_free or 0
         self._rates = Rates(self.folder / "rates.json")
-        self._posters = self.folder / "posters"
         self._uploads: OrderedDict[str, Path] = OrderedDict()
         self._predicted: OrderedDict[str, Prediction] = OrderedDict()
-        self._lock = threading.Lock()
         shipped = [info for info in list_presets() if info.gpus == 1 and not info.offload]
         self.presets = [info for info in shipped if only is None or info.name in only]
         if not self.presets or default_preset and default_preset not in self.tasks:
@@ -237,7 +232,6 @@ class Studio:
     def delete(self, job: Job) -> None:
         """Removes a run and its files."""
         self.jobs.delete(job.id)
-        (self._posters / f"{job.id}.jpg").unlink(missing_ok=True)
 
     # ---- files that are served ----------------------------------------------------------------------------------
 
@@ -250,29 +244,20 @@ class Studio:
         job = self._find(job_id)
         return existing(job.path, self.folder) if job is not None else None
 
-    def preview_of(self, job_id: str) -> bytes | None:
+    def preview_of(self, job_id: str) -> bytes | Path | None:
         """The latest preview of the latents, or the poster once the run has ended."""
         job = self._find(job_id)
         return job.preview or self.poster_of(job_id) if job is not None else None
 
-    def poster_of(self, job_id: str) -> bytes | None:
-        """A small image of the run's middle frame, created once."""
-        job, video = self._find(job_id), self.video_of(job_id)
-        if job is None or video is None:
+    def poster_of(self, job_id: str) -> Path | None:
+        """A small image of the run's middle frame."""
+        if (video := self.video_of(job_id)) is None:
             return None
-        poster = self._posters / f"{job_id}.jpg"
-        with self._lock:
-            if not poster.is_file():
-                try:
-                    data = jpeg(read_frame(video, job.request.frames // 2), max_side=POSTER_SIDE)
-                    self._posters.mkdir(exist_ok=True)
-                    new = poster.with_suffix(".new")
-                    new.write_bytes(data)
-                    new.replace(poster)  # a full disk or a kill must not leave half a poster
-                except (LightX2VError, OSError) as error:
-                    log.warning("Could not create a poster for %s: %s", job_id, error)
-                    return None
-            return poster.read_bytes()
+        try:
+            return still(video, "thumbnail")
+        except LightX2VError as error:
+            log.warning("Could not create a poster for %s: %s", job_id, error)
+            return None
 
     def keep_upload(self, path: Path) -> str:
         """Returns a token under which the page serves an uploaded video."""

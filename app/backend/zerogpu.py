@@ -27,6 +27,7 @@ from lightx2v.config.request import Request
 from lightx2v.cost.run_time import Prediction
 from lightx2v.errors import BadRequest, LightX2VError
 from lightx2v.jobs.engine_slot import LoadedModel, OnFinished, Outcome
+from lightx2v.jobs.files import JobFiles
 from lightx2v.jobs.store import STATES, Job, State, UnknownJob
 from lightx2v.media.images import jpeg
 from lightx2v.media.video_writer import VideoWriter
@@ -114,8 +115,7 @@ class ZeroGpuJobs:
             if not job.over:
                 raise BadRequest("This job is running. Cancel it first, and delete it when it has stopped.")
             del self._jobs[id]
-        if job.path is not None:
-            job.path.unlink(missing_ok=True)
+        JobFiles(self.folder).remove(id)
 
     def move(self, id: str, position: int) -> Job:
         raise BadRequest(f"This job is {self.get(id).state}; only a queued job can be moved.")

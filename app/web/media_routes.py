@@ -20,7 +20,7 @@ FOREVER = {**HEADERS, "Cache-Control": "private, max-age=86400, immutable"}
 
 
 def media_routes(studio: Studio) -> list[BaseRoute]:
-    """The routes, to mount before gradio's own."""
+    """The routes, to mount before gradio's own. Each answers HEAD too."""
 
     def route(path: str, answer: Callable[[Request], Response]) -> Route:
         def checked(request: Request) -> Response:
@@ -31,35 +31,29 @@ def media_routes(studio: Studio) -> list[BaseRoute]:
     def not_found() -> Response:
         return PlainTextResponse("Not found.", status_code=404)
 
-    def mp4(path: Path | None, name: str | None = None) -> Response:
-        return FileResponse(path, media_type="video/mp4", filename=name, headers=FOREVER) if path else not_found()
+    def file(path: Path | None, kind: str, name: str | None = None) -> Response:
+        return FileResponse(path, media_type=kind, filename=name, headers=FOREVER) if path else not_found()
 
     def video(request: Request) -> Response:
         job_id = _job_id(request)
         name = f"lightx2v-{job_id[:8]}.mp4" if "download" in request.query_params else None
-        return mp4(studio.video_of(job_id), name)
-
-    def poster(request: Request) -> Response:
-        data = studio.poster_of(_job_id(request))
-        return Response(data, media_type="image/jpeg", headers=FOREVER) if data else not_found()
+        return file(studio.video_of(job_id), "video/mp4", name)
 
     def preview(request: Request) -> Response:
         data = studio.preview_of(_job_id(request))
         headers = {**HEADERS, "Cache-Control": "no-store"}
+        if isinstance(data, Path):
+            return FileResponse(data, media_type="image/jpeg", headers=headers)
         # A run that has just ended has no preview any more, which is no error.
         return Response(data, media_type="image/jpeg", headers=headers) if data else Response(status_code=204)
 
-    def example(request: Request) -> Response:
-        path = picture(request.path_params["name"])
-        return FileResponse(path, media_type="image/png", headers=FOREVER) if path else not_found()
-
     return [
-        route("examples/{name}.png", example),
-        route("sample.mp4", lambda request: mp4(studio.sample)),
+        route("examples/{name}.png", lambda request: file(picture(request.path_params["name"]), "image/png")),
+        route("sample.mp4", lambda request: file(studio.sample, "video/mp4")),
         route("{id}/video.mp4", video),
-        route("{id}/poster.jpg", poster),
+        route("{id}/poster.jpg", lambda request: file(studio.poster_of(_job_id(request)), "image/jpeg")),
         route("{id}/preview.jpg", preview),
-        route("{id}/shown.mp4", lambda request: mp4(studio.uploaded_video(_job_id(request)))),
+        route("{id}/shown.mp4", lambda request: file(studio.uploaded_video(_job_id(request)), "video/mp4")),
     ]
 
 

@@ -1,13 +1,14 @@
 """JobFiles: the files of the jobs in one folder. Their names start with the job's id; no client chooses them."""
 
 import contextlib
+import filecmp
 import logging
 import secrets
 import shutil
 from dataclasses import replace
 from pathlib import Path
 
-from ..config.request import Request
+from ..config.request import IMAGES, Request
 from ..media.images import store_image
 from ..media.video_writer import WORK_PREFIX
 
@@ -35,6 +36,14 @@ class JobFiles:
                 stem = f"{id}.{name.removesuffix('_path')}-{secrets.token_hex(4)}"
                 copies[name] = str(store_image(path, self.folder / stem))
         return replace(request, **copies) if copies else request
+
+    def same_images(self, request: Request, kept: Request) -> bool:
+        """Whether the images of two requests for the same task are equal, byte by byte."""
+        pairs = [(getattr(request, name), getattr(kept, name)) for name in IMAGES[kept.task]]
+        try:
+            return all(filecmp.cmp(given, own, shallow=False) for given, own in pairs)
+        except OSError:  # the job's own file is gone
+            return False
 
     def remove(self, id: str) -> None:
         for file in self.folder.glob(f"{id}.*"):

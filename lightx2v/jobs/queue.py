@@ -26,7 +26,7 @@ from pathlib import Path
 from typing import Self
 
 from ..config.engine_config import EngineConfig
-from ..config.request import Request
+from ..config.request import Request, draw_seed
 from ..errors import BadRequest, Busy, OutputError
 from ..progress import CancelToken, OnProgress
 from .engine_slot import Engine, EngineSlot, LoadedModel, OnFinished, OpenEngine
@@ -124,10 +124,12 @@ class JobManager:
         with self._session() as store:
             return store.counts()
 
-    def check_room(self) -> None:
-        """Raise Busy if no job can be queued now. `submit` checks too; call this before expensive work."""
-        with self._session():
-            self._check_room()
+    def check_room(self, owner: str = "", client_id: str | None = None) -> None:
+        """Raise Busy if no job can be queued now, unless the owner has one with this client_id already. `submit` checks
+        too; call this before expensive work."""
+        with self._session() as store:
+            if client_id is None or store.find(_label("owner", owner), _label("client_id", client_id)) is None:
+                self._check_room()
 
     def get(self, id: str) -> Job:
         """A snapshot of the job; UnknownJob if there is none with this id."""
@@ -142,11 +144,22 @@ class JobManager:
                 raise UnknownJob(f"There is no job {client_id[:40]!r}. It may have been deleted.")
             return self._complete(job)
 
-    def list(self, owner: str | None = None, *, limit: int = 100, states: Collection[State] = STATES) -> list[Job]:
-        """The jobs of one owner, or of all for None, the newest first."""
+    def list(
+        self,
+        owner: str | None = None,
+        *,
+        limit: int = 100,
+        states: Collection[State] = STATES,
+        after: str | None = None,
+        oldest_first: bool = False,
+    ) -> list[Job]:
+        """The jobs of one owner, or of all for None, the newest first unless `oldest_first`; those that follow the job
+        `after` in this order, none if it does not exist."""
+        limit = min(max(limit, 0), 10_000)
         with self._session() as store:
             queue = self._queue()
-            return [self._complete(job, queue) for job in store.jobs(owner, states, min(max(limit, 0), 10_000))]
+            found = store.jobs(owner, states, limit, after=after, oldest_first=oldest_first)
+            return [self._complete(job, queue) for job in found]
 
     def events(self, id: str, after: int = 0) -> list[JobEvent]:
         """The job's events with larger ids than `after`, in order. Those of its progress do not survive a restart."""
@@ -173,9 +186,17 @@ class JobManager:
     # ---- commands -----------------------------------------------------------------------------------------------
 
     def submit(
-        self, config: EngineConfig, request: Request, *, owner: str = "", preset: str = "", client_id: str | None = None
+        self,
+        config: EngineConfig,
+        request: Request,
+        *,
+        owner: str = "",
+        preset: str = "",
+        client_id: str | None = None,
+        source: str | None = None,
     ) -> Job:
-        """Queue a job; Busy when the queue is full. The job keeps checked copies of its input images.
+        """Queue a job; Busy when the queue is full. The job keeps checked copies of its input images, and draws its
+        seed if that is -1. `source` is the job whose settings it has.
 
         The same submission with the same `client_id` from the same owner returns the same job, so that a client may
         repeat a request that got no response.
@@ -193,7 +214,10 @@ class JobManager:
                 if (known := self._known(owner, client_id, config, request)) is not None:
                     self._files.remove(id)  # the same submission arrived twice at the same time
                     return known
-                store.add(id, config, own, owner=owner, preset=preset, client_id=client_id, time=self._clock())
+                if own.seed == -1:  # not before the comparison, of which a drawn one is no part
+                    own = replace(own, seed=draw_seed())
+                labels = {"owner": owner, "preset": preset, "client_id": client_id, "source": source}
+                store.add(id, config, own, **labels, time=self._clock())
                 self._changed.notify_all()
                 return self.get(id)
         except BaseException:
@@ -336,8 +360,10 @@ class JobManager:
         if job is None:
             self._check_room()
             return None
-        own = {"image_path": job.request.image_path, "last_frame_path": job.request.last_frame_path}
-        if job.config != config or job.request.task != request.task or replace(request, **own) != job.request:
+        kept = job.request
+        seed = kept.seed if request.seed == -1 else request.seed
+        as_kept = replace(request, seed=seed, image_path=kept.image_path, last_frame_path=kept.last_frame_path)
+        if job.config != config or as_kept != kept or not self._files.same_images(request, kept):
             raise BadRequest("This client_id was already used for another job. Choose a new one, or leave it out.")
         return self._complete(job)
 

@@ -35,7 +35,15 @@ LOGGED_JOBS = 20
 LOGGED_EVENTS = 1000
 """Per job; of a longer run the first ones go. One takes about 600 bytes."""
 
-_VERSION = 2
+_NEWEST_FIRST = """
+SELECT * FROM jobs WHERE (? IS NULL OR owner = ?) AND instr(?, state)
+    AND (? IS NULL OR number < (SELECT number FROM jobs WHERE id = ?)) ORDER BY number DESC LIMIT ?"""
+_OLDEST_FIRST = """
+SELECT * FROM jobs WHERE (? IS NULL OR owner = ?) AND instr(?, state)
+    AND (? IS NULL OR number > (SELECT number FROM jobs WHERE id = ?)) ORDER BY number LIMIT ?"""
+_PLAIN = ("id", "state", "owner", "preset", "client_id", "created", "started", "finished", "source")
+"""The columns that Job has as they are."""
+_VERSION = 3
 _SCHEMA = """
 CREATE TABLE jobs (
     number INTEGER PRIMARY KEY AUTOINCREMENT,
@@ -53,6 +61,7 @@ CREATE TABLE jobs (
     ending INTEGER,         -- 1, 2, 3 ... in the order in which jobs ended, even if the clock was put back
     result TEXT,
     error TEXT,
+    source TEXT,            -- id of the job whose settings this one has taken; it may have been removed
     UNIQUE (owner, client_id)
 );
 CREATE INDEX jobs_by_state ON jobs (state, place);
@@ -101,6 +110,7 @@ class Job:
     config: EngineConfig
     request: Request
     created: float
+    source: str | None = None
     started: float | None = None
     finished: float | None = None
     position: int | None = None
@@ -159,8 +169,10 @@ class JobStore:
             if version == 0:
                 for statement in _SCHEMA.split(";\n"):
                     self._db.execute(statement)
-            elif version < 2:
-                self._db.execute("ALTER TABLE jobs ADD COLUMN ending INTEGER")
+            columns = {row["name"] for row in self._db.execute("PRAGMA table_info(jobs)")}
+            for name, kind in {"ending": "INTEGER", "source": "TEXT"}.items():  # since versions 2 and 3
+                if name not in columns:
+                    self._db.execute(f"ALTER TABLE jobs ADD COLUMN {name} {kind}")
             if version < _VERSION:
                 self._db.execute(f"PRAGMA user_version={_VERSION}")
 
@@ -192,13 +204,14 @@ class JobStore:
         preset: str,
         client_id: str | None,
         time: float,
+        source: str | None = None,
     ) -> None:
         """A new job at the end of the queue."""
-        values = (id, client_id, owner, preset, _dump(config.to_json()), _dump(request.to_json()), time)
+        values = (id, client_id, owner, preset, _dump(config.to_json()), _dump(request.to_json()), time, source)
         with self.transaction():
             self._db.execute(
-                "INSERT INTO jobs (id, client_id, owner, preset, config, request, created, state, place)"
-                " VALUES (?, ?, ?, ?, ?, ?, ?, 'queued', (SELECT coalesce(max(place), 0) + 1 FROM jobs))",
+                "INSERT INTO jobs (id, client_id, owner, preset, config, request, created, source, state, place)"
+                " VALUES (?, ?, ?, ?, ?, ?, ?, ?, 'queued', (SELECT coalesce(max(place), 0) + 1 FROM jobs))",
                 values,
             )
             self._add_event(id, time, "queued")
@@ -214,10 +227,19 @@ class JobStore:
         row = self._db.execute(sql, (owner, client_id)).fetchone()
         return None if row is None else _job(row)
 
-    def jobs(self, owner: str | None, states: Iterable[State], limit: int) -> list[Job]:
-        """The jobs in these states, the newest first; of all owners for None."""
-        sql = "SELECT * FROM jobs WHERE (? IS NULL OR owner = ?) AND instr(?, state) ORDER BY number DESC LIMIT ?"
-        return [_job(row) for row in self._db.execute(sql, (owner, owner, " ".join(states), limit))]
+    def jobs(
+        self,
+        owner: str | None,
+        states: Iterable[State],
+        limit: int,
+        *,
+        after: str | None = None,
+        oldest_first: bool = False,
+    ) -> list[Job]:
+        """The jobs in these states, the newest first unless `oldest_first`; of all owners for None. With `after` those
+        that follow this job in the order, none if it is not there."""
+        sql = _OLDEST_FIRST if oldest_first else _NEWEST_FIRST
+        return [_job(row) for row in self._db.execute(sql, (owner, owner, " ".join(states), after, after, limit))]
 
     def queued(self) -> list[str]:
         """Ids in the order in which they will run."""
@@ -337,7 +359,7 @@ class StepLog:
 
 def _job(row: sqlite3.Row) -> Job:
     return Job(
-        **{key: row[key] for key in ("id", "state", "owner", "preset", "client_id", "created", "started", "finished")},
+        **{key: row[key] for key in _PLAIN},
         config=EngineConfig.from_json(json.loads(row["config"])),
         request=Request.from_json(json.loads(row["request"])),
         result=None if row["result"] is None else json.loads(row["result"]),

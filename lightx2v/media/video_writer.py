@@ -23,6 +23,7 @@ import tempfile
 import threading
 import time
 from collections import deque
+from collections.abc import Sequence
 from fractions import Fraction
 from pathlib import Path
 from types import TracebackType
@@ -292,18 +293,29 @@ def read_frame(path: str | Path, index: int = -1) -> Image.Image:
     index = index + info.frames if index < 0 else index
     if not 0 <= index < info.frames:
         raise BadRequest(f"{short_path(path)} has frames 0 to {info.frames - 1}; there is no frame {index}.")
+    return read_frames(path, [index], info.width, info.height)[0]
+
+
+def read_frames(path: str | Path, indices: Sequence[int], width: int, height: int) -> list[Image.Image]:
+    """The frames with these numbers, which increase, of a video that we wrote: as RGB, scaled to width x height."""
     exact = "flags=bicubic+accurate_rnd+full_chroma_int+full_chroma_inp"  # without all four, greys become 2 darker
-    pick = f"select=eq(n\\,{index}),scale=in_range=tv:out_range=pc:in_color_matrix=bt709:{exact}"
+    wanted = "+".join(f"eq(n\\,{index})" for index in indices)
+    # New timestamps without gaps: ffmpeg would repeat frames to fill those between the ones that are left.
+    filters = f"select={wanted},setpts=N/FRAME_RATE/TB,scale={width}:{height}:in_range=tv:out_range=pc"
     command = [ffmpeg(), "-hide_banner", "-v", "error", "-nostdin", "-protocol_whitelist", "file,pipe", "-f", "mov"]
-    command += ["-i", f"file:{Path(path).absolute()}", "-map", "0:v:0", "-vf", pick, "-frames:v", "1"]
+    command += ["-i", f"file:{Path(path).absolute()}", "-map", "0:v:0"]
+    command += ["-vf", f"{filters}:in_color_matrix=bt709:{exact}", "-frames:v", str(len(indices))]
     command += ["-f", "rawvideo", "-pix_fmt", "rgb24", "pipe:1"]
     try:
         done = subprocess.run(command, capture_output=True, timeout=STALL_SECONDS, check=False)
     except (OSError, subprocess.TimeoutExpired):
         done = None
-    if done is None or done.returncode or len(done.stdout) != info.width * info.height * 3:
-        raise OutputError(f"Frame {index} of {short_path(path)} could not be read back.")
-    return Image.frombytes("RGB", (info.width, info.height), done.stdout)
+    size = width * height * 3
+    if done is None or done.returncode or len(done.stdout) != len(indices) * size:
+        which = f"Frame {indices[0]}" if len(indices) == 1 else f"{len(indices)} frames"
+        raise OutputError(f"{which} of {short_path(path)} could not be read back.")
+    parts = (done.stdout[start : start + size] for start in range(0, len(done.stdout), size))
+    return [Image.frombytes("RGB", (width, height), part) for part in parts]
 
 
 def ffmpeg() -> str:

@@ -5,11 +5,14 @@ import binascii
 import re
 from dataclasses import dataclass, field
 from pathlib import Path
+from urllib.parse import unquote, unquote_to_bytes
 
-from ..errors import BadRequest
+from ..errors import BadRequest, quoted
 from ..media.images import MAX_BYTES
 from ..media.web_images import ImageFetcher
 
+DATA_TYPES = ("", "application/octet-stream", "binary/octet-stream")
+"""Media types of a data URL besides image/…: they claim nothing, and the content decides."""
 _BASE64 = re.compile(r"[A-Za-z0-9+/_\s-]{64,}={0,2}\s*")
 
 
@@ -22,13 +25,11 @@ class InputImages:
 
     def read(self, source: str) -> bytes:
         """The bytes of the image, not yet decoded. BadRequest if the source cannot be an image."""
+        source = source.strip()
         if re.match(r"https?:", source, re.IGNORECASE):
             return self.fetcher.image(source)
         if source[:5].lower() == "data:":
-            head, comma, body = source.partition(",")
-            if not comma or not re.fullmatch(r"data:image/[\w.+-]+;base64", head, re.IGNORECASE):
-                raise BadRequest("The data URL is not a base64 image. Expected data:image/png;base64,…")
-            return _decoded(body)
+            return _from_data_url(source)
         if _BASE64.fullmatch(source) and not (self.folder is not None and self._file(source)):
             return _decoded(source)
         return self._named(source)
@@ -53,6 +54,19 @@ class InputImages:
             return path if path.is_relative_to(folder) and path.is_file() else None
         except (OSError, ValueError):  # the name is too long or contains NUL
             return None
+
+
+def _from_data_url(url: str) -> bytes:
+    """The content of data:[TYPE][;PARAMETER=VALUE …][;base64],CONTENT, as RFC 2397 defines it."""
+    head, comma, content = url[len("data:") :].partition(",")
+    if not comma:
+        raise BadRequest("The data URL has no comma, and so no content. Expected data:image/png;base64,…")
+    kind, *parameters = (part.strip().lower() for part in head.split(";"))
+    if kind not in DATA_TYPES and not kind.startswith("image/"):
+        raise BadRequest(f"The data URL holds {quoted(kind)}; expected an image, as in data:image/png;base64,…")
+    if "base64" in parameters[-1:]:
+        return _decoded(unquote(content))
+    return unquote_to_bytes(content)
 
 
 def _decoded(text: str) -> bytes:

@@ -1,15 +1,16 @@
 """The OpenAPI schema beyond the types of the routes: bodies that are JSON or a form, and the form of all errors."""
 
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import Any, TypeVar
 
-from fastapi import FastAPI
+from fastapi import APIRouter, FastAPI
 from pydantic import BaseModel
 from starlette.responses import FileResponse
 
-from .request_bodies import FILES, TaskBody, VideoBody
+from .request_bodies import FILES, RemixBody, TaskBody, VideoBody
 from .responses import ErrorResponse
 
+Endpoint = TypeVar("Endpoint", bound=Callable[..., Any])
 DESCRIPTIONS = {
     400: "Malformed form.",
     401: "Missing or invalid API key.",
@@ -36,13 +37,21 @@ _VIDEO = {
     "content": {"video/mp4": {"schema": {"type": "string", "format": "binary"}}},
     "description": "The video, or the requested range.",
 }
-VIDEO: dict[str, Any] = {
-    "response_class": FileResponse,
-    "responses": {200: _VIDEO, 206: _VIDEO, 416: {"description": "Invalid range."}, **error_responses(404, 422)},
-}
-"""Arguments of a route that returns a video."""
+_FILE = {200: _VIDEO, 206: _VIDEO, 416: {"description": "Invalid range."}, **error_responses(404, 422)}
 SUBMISSION = error_responses(400, 408, 413, 415, 422, 429, 507)
 """`responses` of a route that queues a job."""
+
+
+def serves_file(router: APIRouter, path: str, **responses: Any) -> Callable[[Endpoint], Endpoint]:
+    """A decorator for what GET of `path` does, which returns a FileResponse. HEAD has the headers and no body: players
+    and download managers ask for it first. `responses` are those that differ from a video's, by their statuses."""
+
+    def add(endpoint: Endpoint) -> Endpoint:
+        router.get(path, response_class=FileResponse, responses=_FILE | responses)(endpoint)
+        router.head(path, response_class=FileResponse, include_in_schema=False)(endpoint)
+        return endpoint
+
+    return add
 
 
 def request_body(kind: type[BaseModel]) -> dict[str, Any]:
@@ -60,11 +69,11 @@ def complete_schema(app: FastAPI, *, keyed: bool) -> None:
     if `keyed`. Call this after the last route."""
     document = app.openapi()
     schemas = document["components"]["schemas"]
-    for kind, files in ((VideoBody, FILES[:2]), (TaskBody, FILES[2:]), (ErrorResponse, ())):
+    for kind, files in ((VideoBody, FILES[:2]), (TaskBody, FILES[2:]), (RemixBody, ()), (ErrorResponse, ())):
         schema = kind.model_json_schema(ref_template=_REFERENCE)
         schemas |= schema.pop("$defs", {})
         schemas[kind.__name__] = schema
-        if files:
+        if kind is not ErrorResponse:
             schemas[f"{kind.__name__}Form"] = _as_form(schema, files)
     if keyed:
         document["components"]["securitySchemes"] = {"key": {"type": "http", "scheme": "bearer"}}

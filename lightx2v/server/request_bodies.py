@@ -5,22 +5,33 @@ deeper than Python can recurse, and because an error must not repeat the client'
 """
 
 import json
-from collections.abc import Callable
+import re
+from collections.abc import Callable, Mapping
 from typing import Annotated, Any, Literal, TypeVar
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, create_model
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    ValidationError,
+    WithJsonSchema,
+    create_model,
+    model_validator,
+)
 from starlette.datastructures import UploadFile
 from starlette.requests import Request as HttpRequest
 
+from ..config.checks import did_you_mean
 from ..config.request import MAX_PROMPT, MAX_STEPS, MAX_STRENGTH
 from ..config.request_settings import SETTINGS, Guidance, StepList
-from ..errors import BadRequest
+from ..errors import BadRequest, quoted
 from ..media.images import MAX_BYTES
+from .foreign_fields import IGNORED, UNCHANGED, with_foreign_fields
 from .service import VideoRequest
 
 Body = TypeVar("Body", bound=BaseModel)
 Text = Annotated[str, Field(max_length=MAX_PROMPT)]
-Picture = Annotated[str, Field(max_length=2 * MAX_BYTES)]
 Strength = Annotated[float, Field(ge=-MAX_STRENGTH, le=MAX_STRENGTH)]
 TYPES: dict[Any, Any] = {
     int: int,
@@ -35,10 +46,46 @@ NAMES = {api: {name: row for row in SETTINGS.values() if (name := getattr(row, a
 """API -> name of the field in its body -> setting."""
 LISTS = {name for rows in NAMES.values() for name, row in rows.items() if row.type in (Guidance, StepList)}
 LISTS |= {"loras", "target_shape"}
+BLOCKS = ("video_params", "extra_body")
+"""Objects of other servers whose fields are those of the body."""
+OBJECTS = (*BLOCKS, "input_reference", "image_reference", "last_frame_reference")
+"""Fields that may be JSON objects. A form holds them as text, or as OpenAI's clients write it, in `name[key]`."""
+_FORM_NAME = re.compile(r"([^\[\]]*)((?:\[[^\[\]]*\]){0,3})")
 MAX_COMMAS = 3 * MAX_PROMPT
 """Commas in a JSON body: enough for two prompts. Parsing sixty megabytes of commas would block the server for
 seconds."""
 FILES = ("input_reference", "last_frame_reference", "image_file", "last_frame_file")
+
+
+def _address(value: Any) -> Any:
+    """The text in OpenAI's {"image_url": …}, whose value is an address or {"url": …}; other values as they are."""
+    for key, beside in (("image_url", {"type"}), ("url", {"detail"})):
+        if isinstance(value, Mapping):
+            if key not in value or value.keys() - {key, *beside}:
+                wrong = next((name for name in value if name not in (key, *beside)), "nothing")
+                raise ValueError(f'the object holds {quoted(wrong)}; expected {{"image_url": "https://… or data:…"}}')
+            value = value[key]
+    return value
+
+
+Picture = Annotated[
+    str,
+    BeforeValidator(_address),
+    Field(max_length=2 * MAX_BYTES),
+    WithJsonSchema(
+        {
+            "anyOf": [
+                {"type": "string", "maxLength": 2 * MAX_BYTES},
+                {
+                    "type": "object",
+                    "properties": {"image_url": {"type": "string"}},
+                    "required": ["image_url"],
+                    "additionalProperties": False,
+                },
+            ]
+        }  # fmt: skip
+    ),
+]
 
 
 def with_settings(api: Literal["video", "task"]) -> Callable[[type[Body]], type[Body]]:
@@ -75,6 +122,7 @@ class LoraBody(BaseModel):
     strength: Strength = 1.0
 
 
+@with_foreign_fields
 @with_settings("video")
 class VideoBody(BaseModel):
     """One video. What is not given is the preset's. In a form every value is text, lists as JSON."""
@@ -82,13 +130,15 @@ class VideoBody(BaseModel):
     model_config = ConfigDict(extra="forbid", strict=True)
 
     prompt: Annotated[str, Field(min_length=1, max_length=MAX_PROMPT)]
-    negative_prompt: Text = Field("", description='Empty for the model\'s own, " " for none.')
+    negative_prompt: Text | None = Field(None, description='Empty for the model\'s own, " " for none.')
     model: Annotated[str, Field(max_length=200)] | None = Field(None, description="A preset, see GET /v1/models.")
     input_reference: Picture | None = Field(
         None, description="The first frame: an https URL, a data URL or base64. In a form: a file."
     )
+    image_reference: Picture | None = Field(None, description="vLLM-Omni's word for input_reference.")
+    reference_url: Picture | None = Field(None, description="SGLang's word for input_reference.")
     last_frame_reference: Picture | None = Field(None, description="The last frame, in the same ways.")
-    size: Annotated[str, Field(pattern=r"^\d{2,4}x\d{2,4}$")] | None = Field(None, description="WIDTHxHEIGHT.")
+    size: Annotated[str, Field(pattern=r"^(\d{2,4}x\d{2,4})?$")] | None = Field(None, description="WIDTHxHEIGHT.")
     seconds: Annotated[float, Field(gt=0, le=600, strict=False)] | None = Field(
         None, description="The length, as a number or (OpenAI's clients) as text; the nearest 4n + 1 frames are made."
     )
@@ -101,7 +151,7 @@ class VideoBody(BaseModel):
 
     def video_request(self, files: dict[str, bytes]) -> VideoRequest:
         settings = _settings(self, "video")
-        if self.size is not None:
+        if self.size:
             if "height" in settings or "width" in settings:
                 raise BadRequest("The body sets the size twice: as size, and as height or width. Keep one of them.")
             width, _, height = self.size.partition("x")
@@ -114,9 +164,9 @@ class VideoBody(BaseModel):
             settings["guidance_scale"] = [settings["guidance_scale"], self.guidance_scale_2]
         return VideoRequest(
             prompt=self.prompt,
-            negative_prompt=self.negative_prompt,
+            negative_prompt=self.negative_prompt or "",
             preset=self.model or "",
-            image=files.get("input_reference", self.input_reference),
+            image=self._first_frame(files),
             last_frame=files.get("last_frame_reference", self.last_frame_reference),
             seconds=self.seconds,
             settings=settings,
@@ -125,7 +175,25 @@ class VideoBody(BaseModel):
             name=self.file_name or "",
         )
 
+    def _first_frame(self, files: Mapping[str, bytes]) -> bytes | str | None:
+        names = ("input_reference", "image_reference", "reference_url")
+        given = {name: value for name in names if (value := files.get(name) or getattr(self, name))}
+        if len(given) > 1:
+            raise BadRequest(f"{' and '.join(given)} are the same thing, the first frame. Keep one of them.")
+        return next(iter(given.values()), None)
 
+    @model_validator(mode="before")
+    @classmethod
+    def _merged(cls, data: Any) -> Any:
+        """The fields of vLLM-Omni's `video_params` and of SGLang's `extra_body` as the body's own. The latter win."""
+        if not isinstance(data, dict):
+            return data
+        blocks = {name: data[name] for name in BLOCKS if isinstance(data.get(name), dict)}
+        own = {name: value for name, value in data.items() if name not in blocks}
+        return {**blocks.get("video_params", {}), **own, **blocks.get("extra_body", {})}
+
+
+@with_foreign_fields
 @with_settings("task")
 class TaskBody(BaseModel):
     """One video in LightX2V's words. Fields of its other models are taken only while they ask for nothing."""
@@ -152,7 +220,7 @@ class TaskBody(BaseModel):
     use_prompt_enhancer: Literal[False] | None = None
     video_duration: float | None = Field(None, description="Of audio models; without effect.")
     sr_ratio: float | None = Field(None, description="Of other models; without effect.")
-    reuse: bool | None = Field(None, description="Without effect.")
+    reuse: bool | None = Field(None, description="Of other models; without effect.")
 
     def video_request(self, files: dict[str, bytes]) -> VideoRequest:
         settings = _settings(self, "task")
@@ -170,6 +238,14 @@ class TaskBody(BaseModel):
         )
 
 
+class RemixBody(BaseModel):
+    """Another video with the settings of an earlier one."""
+
+    model_config = ConfigDict(extra="forbid", strict=True)
+
+    prompt: Annotated[str, Field(min_length=1, max_length=MAX_PROMPT)]
+
+
 async def read_body(request: HttpRequest, kind: type[Body]) -> tuple[Body, dict[str, bytes]]:
     """The body of a request, from JSON or a form, and the files that came with the form."""
     content = request.headers.get("content-type", "").partition(";")[0].strip().lower()
@@ -179,25 +255,50 @@ async def read_body(request: HttpRequest, kind: type[Body]) -> tuple[Body, dict[
         raise UnsupportedType("The body must be JSON (Content-Type: application/json) or multipart/form-data.")
     values: dict[str, Any] = {}
     files: dict[str, bytes] = {}
-    async with request.form(max_files=2, max_fields=50, max_part_size=2 * MAX_BYTES) as form:
+    async with request.form(max_files=2, max_fields=80, max_part_size=2 * MAX_BYTES) as form:
         for name, value in form.multi_items():
-            if name in values or name in files:
-                raise BadRequest(f"The form has {name[:40]!r} twice.")
+            if name.partition("[")[0] in files or isinstance(value, UploadFile) and name in values:
+                raise _twice(name)
             if isinstance(value, UploadFile) and name in FILES:
                 if data := await value.read(MAX_BYTES + 1):  # a browser sends an empty file where none was chosen
                     files[name] = data
             elif isinstance(value, str):
-                values[name] = _from_text(kind, name, value)
+                _put(values, name, value)
             else:
-                raise BadRequest(f"The form has a file {name[:40]!r}; files are {', '.join(FILES)}.")
+                raise BadRequest(f"The form has a file {quoted(name)}; files are {', '.join(FILES)}.")
     return _validated(kind, {name: value for name, value in values.items() if value is not None}, form=True), files
 
 
-def _from_text(kind: type[BaseModel], name: str, text: str) -> Any:
-    """A value of a form. Numbers stay text, lists are JSON, and an empty value means none, except for prompts."""
+def _put(values: dict[str, Any], name: str, text: str) -> None:
+    """Add one text of a form. `name[]` adds to a list and `name[key]` to an object, as OpenAI's clients write them."""
+    match = _FORM_NAME.fullmatch(name)
+    top, keys = (match[1], re.findall(r"\[(.*?)\]", match[2])) if match is not None else (name, [])
+    if keys == [""]:
+        found = values.setdefault(top, [])
+        if not isinstance(found, list):
+            raise _twice(top)
+        found.append(text)
+        return
+    place = values
+    for key, after in zip([top, *keys], keys, strict=False):
+        place = place.setdefault(key, {})
+        if not isinstance(place, dict) or not after:
+            raise BadRequest(f"The form's field {quoted(name)} fits no other one. Send {quoted(top)} once, as JSON.")
+    last = keys[-1] if keys else top
+    if last in place:
+        raise _twice(name)
+    place[last] = text if keys else _from_text(top, text)
+
+
+def _twice(name: str) -> BadRequest:
+    return BadRequest(f"The form has {quoted(name)} twice. Send it once.")
+
+
+def _from_text(name: str, text: str) -> Any:
+    """A value of a form. Numbers stay text, lists and objects are JSON. An empty value means none, except a prompt."""
     if not text and name not in ("prompt", "negative_prompt"):
         return None
-    if text[:1] == "[" and name in LISTS:
+    if text[:1] == "[" and name in LISTS or text[:1] == "{" and name in OBJECTS:
         return _parsed(text.encode())
     return text
 
@@ -218,4 +319,8 @@ def _validated(kind: type[Body], data: Any, *, form: bool = False) -> Body:
     except ValidationError as error:
         first = error.errors(include_url=False, include_input=False, include_context=False)[0]
         where = ".".join(str(part)[:40] for part in first["loc"]) or "the body"
-        raise BadRequest(f"{where}: {first['msg'][:200]}.") from None
+        if first["type"] == "extra_forbidden":
+            known = [name for name in kind.model_fields if name not in (*IGNORED, *UNCHANGED)]
+            hint = f" {did_you_mean(where, known)}" if len(first["loc"]) == 1 else ""
+            raise BadRequest(f"{where}: this server has no such field.{hint} Leave it out, or see /docs.") from None
+        raise BadRequest(f"{where}: {first['msg'].removeprefix('Value error, ')[:200]}.") from None

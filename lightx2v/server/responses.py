@@ -1,7 +1,7 @@
 """The JSON bodies of responses, for LightX2V's task routes and for /v1/videos. They hold no path of this machine."""
 
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, Self
 
@@ -28,6 +28,7 @@ TASK_STATUS: dict[State, TaskStatus] = {state: task for state, (_, task) in _STA
 
 class ErrorDetail(BaseModel):
     type: str
+    code: str = Field(description="The same as `type`, under the name that OpenAI's clients read.")
     message: str
     position: int | None = Field(None, description="With 429: the place in the queue that the job would have had.")
 
@@ -67,6 +68,7 @@ class Video(BaseModel):
     started_at: int | None = None
     completed_at: int | None = None
     prompt: str
+    remixed_from_video_id: str | None = Field(None, description="The job whose settings this one has taken.")
     seed: int
     size: str
     seconds: str
@@ -79,7 +81,8 @@ class Video(BaseModel):
     warnings: list[str] = []
 
     @classmethod
-    def from_job(cls, job: Job, names: FileNames) -> Self:
+    def from_job(cls, job: Job, names: FileNames, warnings: Sequence[str] = ()) -> Self:
+        """`warnings` are about the body that was sent; those of the run follow them."""
         request, result = job.request, job.result or {}
         height, width = result.get("height", request.height), result.get("width", request.width)
         return cls(
@@ -95,6 +98,7 @@ class Video(BaseModel):
             started_at=None if job.started is None else int(job.started),
             completed_at=None if job.finished is None else int(job.finished),
             prompt=request.prompt,
+            remixed_from_video_id=job.source,
             seed=request.seed,
             size=f"{width}x{height}",
             seconds=f"{request.seconds:.4g}",
@@ -102,9 +106,9 @@ class Video(BaseModel):
             num_frames=request.frames,
             client_id=job.client_id,
             file_name=names.of(job.id),
-            error=None if job.error is None else ErrorDetail.model_validate(job.error),
+            error=None if job.error is None else ErrorDetail(code=job.error["type"], **job.error),
             timings=result.get("timings"),
-            warnings=result.get("warnings", []),
+            warnings=[*warnings, *result.get("warnings", [])],
         )
 
 
@@ -143,6 +147,7 @@ class TaskCreated(BaseModel):
     task_status: TaskStatus
     save_result_path: str
     position: int | None = None
+    warnings: list[str] = []
 
 
 class Task(BaseModel):
@@ -212,14 +217,14 @@ def error_response(
     status: int, kind: str, message: str, headers: Mapping[str, str] | None = None, *, position: int | None = None
 ) -> JSONResponse:
     """An error in the form of ErrorResponse."""
-    content = ErrorResponse(error=ErrorDetail(type=kind, message=message, position=position))
+    content = ErrorResponse(error=ErrorDetail(type=kind, code=kind, message=message, position=position))
     return JSONResponse(content.model_dump(exclude_none=True), status_code=status, headers=headers)
 
 
-def video_file(path: Path, name: str) -> FileResponse:
-    """The video as a download with this name. Range requests work."""
+def download(path: Path, name: str, media_type: str = "video/mp4") -> FileResponse:
+    """The file as a download with this name. Range requests and HEAD work."""
     headers = {"X-Content-Type-Options": "nosniff", "Cache-Control": "private"}
-    return FileResponse(path, media_type="video/mp4", filename=name, headers=headers)
+    return FileResponse(path, media_type=media_type, filename=name, headers=headers)
 
 
 def task_id(job: Job) -> str:

@@ -7,19 +7,19 @@ The settings of a request override those of its preset for this video only. Keys
 import contextlib
 import hmac
 import math
-import secrets
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from ..config.engine_config import EngineConfig
 from ..config.presets import Resolved, resolve
-from ..config.request import MAX_SEED, LoraSpec, Request
+from ..config.request import LoraSpec, Request
 from ..errors import BadRequest
 from ..jobs.queue import JobManager
 from ..jobs.store import Job, UnknownJob
+from ..media.video_stills import Still, still
 from .file_names import FileNames, file_name
 from .input_images import InputImages
 
@@ -69,8 +69,7 @@ class Service:
         name = file_name(video.name) if video.name else ""
         preset = self._preset(video)
         request, config = self._request(owner, preset, video)
-        if self._known(owner, video.client_id) is None:
-            self.jobs.check_room()  # before downloading images
+        self.jobs.check_room(owner, video.client_id)  # before downloading images
         with tempfile.TemporaryDirectory(prefix="lightx2v-") as folder:
             request = self._with_images(request, video, Path(folder))
             if self._check is not None:
@@ -79,6 +78,19 @@ class Service:
         if name:
             self.file_names.keep(job.id, name)
         return job
+
+    def remix(self, owner: str, id: str, prompt: str) -> Job:
+        """Queue another video with the settings of a job, its seed and its images, and a new prompt."""
+        job = self.job(owner, id)
+        if not any(job.config == preset.engine for preset in self.presets.values()):
+            raise BadRequest(
+                f"This server no longer serves {job.preset!r}, the model of this job. "
+                f"Submit a new job with one of: {', '.join(self.presets)}."
+            )
+        request = replace(job.request, prompt=prompt)
+        if self._check is not None:
+            self._check(request)
+        return self.jobs.submit(job.config, request, owner=owner, preset=job.preset, source=job.id)
 
     def job(self, owner: str, id: str) -> Job:
         """The owner's job with this id or client_id. UnknownJob also for the jobs of others."""
@@ -96,6 +108,11 @@ class Service:
         if job.state != "succeeded" or job.path is None or not job.path.is_file():
             raise UnknownJob(f"This job has no video: it is {job.state}.")
         return job.path, self.file_names.of(job.id)
+
+    def picture(self, owner: str, id: str, kind: Still) -> tuple[Path, str]:
+        """The same for a JPEG of the video. It is made at the first call, which takes up to seconds."""
+        path, name = self.video(owner, id)
+        return still(path, kind), f"{name.removesuffix('.mp4')}.{kind}.jpg"
 
     def video_named(self, owner: str, name: str) -> tuple[Path, str]:
         """The newest video with this name."""
@@ -123,9 +140,7 @@ class Service:
             length = video.seconds * settings.get("fps", base.request["fps"])
             if math.isfinite(length):  # else the check of fps fails, whatever the length
                 settings["num_frames"] = max(1, round((length - 1) / 4) * 4 + 1)
-        if settings.get("seed", -1) == -1:
-            known = self._known(owner, video.client_id)
-            settings["seed"] = secrets.randbelow(MAX_SEED + 1) if known is None else known.request.seed
+        settings.setdefault("seed", -1)  # the queue draws one
         if video.loras:
             settings["loras"] = [*base.engine.lora_configs, *self._loras(video.loras)]
         resolved = resolve({**base.engine.to_json(), **base.request}, settings) if settings else base

@@ -1,7 +1,7 @@
 """Submitter: reads the bodies of either API into queued jobs, within bounds on memory and threads."""
 
 import asyncio
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
 
 from anyio import CapacityLimiter
@@ -10,8 +10,9 @@ from starlette.requests import Request as HttpRequest
 
 from ..jobs.store import Job
 from .auth import owner_of
+from .foreign_fields import ignored
 from .limits import MAX_BODY
-from .request_bodies import TaskBody, VideoBody, read_body
+from .request_bodies import RemixBody, TaskBody, VideoBody, read_body
 from .service import Service
 
 THREADS = 16
@@ -32,12 +33,19 @@ class Submitter:
         self._threads = CapacityLimiter(THREADS)
         self._free_bytes = LARGE_BODIES
 
-    async def submit(self, request: HttpRequest, kind: type[VideoBody] | type[TaskBody]) -> Job:
-        """Queue the job that the body describes."""
+    async def submit(self, request: HttpRequest, kind: type[VideoBody] | type[TaskBody]) -> tuple[Job, Sequence[str]]:
+        """Queue the job that the body describes. Returns it with warnings about the body."""
         owner = owner_of(request)
         async with self._memory_for(request):
             body, files = await read_body(request, kind)
-            return await run_sync(lambda: self._service.submit(owner, body.video_request(files)), limiter=self._threads)
+            job = await run_sync(lambda: self._service.submit(owner, body.video_request(files)), limiter=self._threads)
+            return job, ignored(body)
+
+    async def remix(self, request: HttpRequest, id: str) -> Job:
+        """Queue a job with the settings of the job `id` and the prompt in the body."""
+        owner = owner_of(request)
+        body, _ = await read_body(request, RemixBody)
+        return await run_sync(lambda: self._service.remix(owner, id, body.prompt), limiter=self._threads)
 
     @asynccontextmanager
     async def _memory_for(self, request: HttpRequest) -> AsyncIterator[None]:

@@ -12,7 +12,7 @@ from starlette.responses import FileResponse
 from ..config.environment import Environment
 from ..jobs.store import Job
 from .auth import owner_of
-from .openapi import SUBMISSION, VIDEO, error_responses, request_body
+from .openapi import SUBMISSION, error_responses, request_body, serves_file
 from .request_bodies import TaskBody
 from .responses import (
     TASK_STATUS,
@@ -22,9 +22,9 @@ from .responses import (
     Stopped,
     Task,
     TaskCreated,
+    download,
     public_path,
     task_id,
-    video_file,
 )
 from .service import HISTORY, Service
 from .submit import Submitter
@@ -60,10 +60,10 @@ def _add_queue(router: APIRouter, service: Service) -> None:
             queue_available=max(0, jobs.max_queue - len(waiting)),
         )
 
-    @router.get("/files/download/{name:path}", **VIDEO)
-    def download(request: Request, name: Annotated[str, Path(max_length=200)]) -> FileResponse:
+    @serves_file(router, "/files/download/{name:path}")
+    def download_named(request: Request, name: Annotated[str, Path(max_length=200)]) -> FileResponse:
         """Download a finished video by its file name (`save_result_path`): the newest one with this name."""
-        return video_file(*service.video_named(owner_of(request), name))
+        return download(*service.video_named(owner_of(request), name))
 
 
 def _add_service(router: APIRouter, service: Service) -> None:
@@ -103,18 +103,23 @@ def _add_tasks(router: APIRouter, service: Service, submitter: Submitter) -> Non
     @router.post("/tasks", include_in_schema=False)
     async def create_task(request: Request) -> TaskCreated:
         """Queue a video. The body is JSON, or a form with the images as files."""
-        job = await submitter.submit(request, TaskBody)
-        status, name = TASK_STATUS[job.state], names.of(job.id)
-        return TaskCreated(task_id=task_id(job), task_status=status, save_result_path=name, position=job.position)
+        job, warnings = await submitter.submit(request, TaskBody)
+        return TaskCreated(
+            task_id=task_id(job),
+            task_status=TASK_STATUS[job.state],
+            save_result_path=names.of(job.id),
+            position=job.position,
+            warnings=list(warnings),
+        )
 
     @router.get("/tasks/{id}/status", responses=error_responses(404, 422))
     def task_status(request: Request, id: Id) -> Task:
         return Task.from_job(service.job(owner_of(request), id), names)
 
-    @router.get("/tasks/{id}/result", **VIDEO)
+    @serves_file(router, "/tasks/{id}/result")
     def task_result(request: Request, id: Id) -> FileResponse:
         """Download the finished video. Range requests work."""
-        return video_file(*service.video(owner_of(request), id))
+        return download(*service.video(owner_of(request), id))
 
     @router.delete("/tasks/all/running")
     def stop_all_tasks(request: Request) -> Stopped:

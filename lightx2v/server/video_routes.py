@@ -4,19 +4,26 @@ A job continues when its client disconnects; DELETE stops it.
 """
 
 import contextlib
-from typing import Annotated
+from typing import Annotated, Literal
 
+from anyio import CapacityLimiter
+from anyio.to_thread import run_sync
 from fastapi import APIRouter, Header, Path, Query, Request
 from starlette.responses import FileResponse, StreamingResponse
 
+from ..errors import BadRequest, quoted
 from ..jobs.store import UnknownJob
+from ..media.video_stills import STILLS
 from .auth import owner_of
 from .event_stream import EventStreams
-from .openapi import SUBMISSION, VIDEO, error_responses, request_body
-from .request_bodies import VideoBody
-from .responses import VIDEO_STATUS, Deleted, Model, ModelList, Video, VideoList, video_file
-from .service import HISTORY, Service
+from .openapi import SUBMISSION, error_responses, request_body, serves_file
+from .request_bodies import RemixBody, VideoBody
+from .responses import VIDEO_STATUS, Deleted, Model, ModelList, Video, VideoList, download
+from .service import Service
 from .submit import Submitter
+
+VARIANTS = ["video", *STILLS]
+NOT_FOUND = error_responses(404)
 
 Id = Annotated[
     str, Path(min_length=1, max_length=200, description="The job's id, or the client_id of the request that made it.")
@@ -30,7 +37,13 @@ def video_routes(service: Service, submitter: Submitter) -> APIRouter:
     @router.post("/videos", openapi_extra=request_body(VideoBody), responses=SUBMISSION)
     async def create_video(request: Request) -> Video:
         """Queue a video. The body is JSON, or a form with the images as files."""
-        return Video.from_job(await submitter.submit(request, VideoBody), names)
+        job, warnings = await submitter.submit(request, VideoBody)
+        return Video.from_job(job, names, warnings)
+
+    @router.post("/videos/{id}/remix", openapi_extra=request_body(RemixBody), responses=SUBMISSION | NOT_FOUND)
+    async def remix_video(request: Request, id: Id) -> Video:
+        """Queue another video with the settings of a job, also its seed and images, and a new prompt."""
+        return Video.from_job(await submitter.remix(request, id), names)
 
     @router.get("/models")
     def list_models() -> ModelList:
@@ -45,18 +58,17 @@ def video_routes(service: Service, submitter: Submitter) -> APIRouter:
 
 def _add_queries(router: APIRouter, service: Service) -> None:
     names, streams = service.file_names, EventStreams(service)
+    stills = CapacityLimiter(1)  # others wait without holding a thread that the other routes need
 
     @router.get("/videos", responses=error_responses(422))
     def list_videos(
         request: Request,
         limit: Annotated[int, Query(ge=1, le=100)] = 20,
         after: Annotated[str | None, Query(max_length=200, description="Start after the job with this id.")] = None,
+        order: Annotated[Literal["asc", "desc"], Query(description="desc: the newest first.")] = "desc",
     ) -> VideoList:
-        """List your jobs, the newest first."""
-        jobs = service.jobs.list(owner_of(request), limit=limit + 1 if after is None else HISTORY)
-        if after is not None:
-            ids = [job.id for job in jobs]
-            jobs = jobs[ids.index(after) + 1 :] if after in ids else []
+        """List your jobs, page by page: `after` is the `last_id` of the page before."""
+        jobs = service.jobs.list(owner_of(request), limit=limit + 1, after=after, oldest_first=order == "asc")
         data = [Video.from_job(job, names) for job in jobs[:limit]]
         first, last = (data[0].id, data[-1].id) if data else (None, None)
         return VideoList(data=data, first_id=first, last_id=last, has_more=len(jobs) > limit)
@@ -66,10 +78,20 @@ def _add_queries(router: APIRouter, service: Service) -> None:
         """Show a job: its place in the queue, its progress, its times."""
         return Video.from_job(service.job(owner_of(request), id), names)
 
-    @router.get("/videos/{id}/content", **VIDEO)
-    def retrieve_content(request: Request, id: Id) -> FileResponse:
-        """Download the finished video. Range requests work."""
-        return video_file(*service.video(owner_of(request), id))
+    @serves_file(router, "/videos/{id}/content")
+    async def retrieve_content(
+        request: Request,
+        id: Id,
+        variant: Annotated[str, Query(description="What to download.", json_schema_extra={"enum": VARIANTS})] = "video",
+    ) -> FileResponse:
+        """Download the finished video, or a JPEG: its middle frame, or up to 25 frames in rows of five. Range requests
+        work."""
+        owner = owner_of(request)
+        if variant == "video":
+            return download(*await run_sync(service.video, owner, id))
+        if variant not in STILLS:
+            raise BadRequest(f"variant is {quoted(variant)}; expected one of {', '.join(VARIANTS)}. Choose one.")
+        return download(*await run_sync(service.picture, owner, id, variant, limiter=stills), "image/jpeg")
 
     @router.get(
         "/videos/{id}/events",

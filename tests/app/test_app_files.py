@@ -70,6 +70,15 @@ def test_a_run_serves_its_video_and_poster(page: Page, result: str) -> None:
     assert page.http.get(f"/studio/{NOBODY}/preview.jpg").status_code == 204
 
 
+def test_head_has_the_headers_of_get_and_no_body(page: Page, result: str) -> None:
+    paths = [f"/studio/{result}/{name}" for name in ("video.mp4", "video.mp4?download", "poster.jpg", "preview.jpg")]
+    for path in [*paths, "/studio/sample.mp4", f"/v1/videos/{result}/content", f"/studio/{NOBODY}/video.mp4"]:
+        head, get = page.http.head(path), page.http.get(path)
+        assert head.status_code == get.status_code and not head.content, path
+        for name in ("content-length", "content-type", "accept-ranges", "etag", "cache-control"):
+            assert head.headers.get(name) == get.headers.get(name), (path, name)
+
+
 def test_a_link_out_of_the_output_folder_is_not_served(page: Page) -> None:
     """As if an attacker had replaced a result with a link to a system file."""
     id = str(page.make("a link", settings={"frames": 5})["id"])

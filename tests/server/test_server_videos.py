@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import contextlib
 import io
 import threading
 from collections.abc import Iterator
@@ -13,8 +14,8 @@ import pytest
 from bad_http import BadHTTP, Plan
 from fake_engine import Garage, Script
 from patience import PATIENCE
-from PIL import Image
-from served import BASE, I2V, SIZE, T2V, Served, serve
+from PIL import Image, UnidentifiedImageError
+from served import BASE, I2V, SIZE, T2V, Served, listening, serve
 
 from lightx2v.media.images import load_image
 from lightx2v.media.web_images import ImageFetcher
@@ -188,6 +189,47 @@ def test_ranges(served: Served) -> None:
         answer = served.client.get(f"/v1/videos/{id}/content", headers={"Range": wanted})
         assert answer.status_code == 206 and answer.content == part
     assert served.client.get(f"/v1/videos/{id}/content", headers={"Range": "bytes=999999-"}).status_code == 416
+
+
+@pytest.mark.slow
+def test_head_has_the_headers_of_get_and_no_body_wherever_a_file_is_served(served: Served) -> None:
+    """As players, download managers and link previews ask first."""
+    id = served.submit(file_name="cat.mp4")
+    served.end_of(id)
+    paths = [f"/v1/videos/{id}/content", f"/v1/tasks/{id}/result", "/v1/files/download/cat.mp4"]
+    paths += [f"/v1/videos/{id}/content?variant={variant}" for variant in ("video", "thumbnail", "spritesheet")]
+    with listening(served) as client:
+        for path in paths:
+            for headers in ({}, {"Range": "bytes=2-5"}, {"Range": "bytes=999999-"}):
+                head, get = (client.request(method, path, headers=headers) for method in ("HEAD", "GET"))
+                assert head.status_code == get.status_code in (200, 206, 416) and not head.content
+                for name in ("content-length", "content-type", "accept-ranges", "etag", "content-disposition"):
+                    assert head.headers.get(name) == get.headers.get(name), (path, name)
+                assert int(head.headers["content-length"]) == len(get.content)
+        for path in (f"/v1/videos/{'0' * 32}/content", f"/v1/videos/{id}/content?variant=x", "/v1/tasks/no/result"):
+            head, get = (client.request(method, path) for method in ("HEAD", "GET"))
+            assert head.status_code == get.status_code in (404, 422) and not head.content
+
+
+@pytest.mark.slow
+def test_a_variant_is_what_it_says_and_named_after_the_video(served: Served) -> None:
+    id = served.submit(file_name="cat.mp4")
+    path = f"/v1/videos/{id}/content"
+    served.end_of(id)
+    for variant, kind in (("video", "video/mp4"), ("thumbnail", "image/jpeg"), ("spritesheet", "image/jpeg")):
+        answer = served.client.get(path, params={"variant": variant})
+        assert answer.status_code == 200 and answer.headers["content-type"] == kind
+        name = "cat.mp4" if variant == "video" else f"cat.{variant}.jpg"
+        assert f'filename="{name}"' in answer.headers["content-disposition"]
+        with contextlib.suppress(UnidentifiedImageError):
+            assert (Image.open(io.BytesIO(answer.content)).format == "JPEG") == (variant != "video")
+    for wrong in ("nonsense", "", "THUMBNAIL", "video,thumbnail", "x" * 5000):
+        answer = served.client.get(path, params={"variant": wrong})
+        message = answer.json()["error"]["message"]
+        assert answer.status_code == 422 and "expected one of video, thumbnail, spritesheet" in message
+        assert message.startswith("variant is '") and len(message) < 300
+    waiting = served.client.get(f"/v1/videos/{'0' * 32}/content", params={"variant": "thumbnail"})
+    assert waiting.status_code == 404
 
 
 @pytest.mark.slow
