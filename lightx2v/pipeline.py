@@ -32,11 +32,13 @@ from .engine.engine import LoadedEngine, load_engine
 from .engine.memory_retry import within_memory
 from .engine.result import Result
 from .engine.run import Run
+from .engine.saved_step import saved_step_for
 from .errors import Busy, ConfigError, GroupFailed, LightX2VError
 from .media.video_writer import check_output_path
 from .parallel.process_group import CLOSE, EXIT
 from .parallel.rendezvous import join
 from .progress import CancelToken, Meter, OnProgress, free_memory
+from .step_file import StepStore
 
 log = logging.getLogger("lightx2v.pipeline")
 
@@ -288,24 +290,34 @@ class LightX2VPipeline:
         force: bool = False,
         return_frames: bool = False,
         return_latents: bool = False,
+        steps: StepStore | None = None,
     ) -> Result:
         """Run one complete request, as `generate` does. `metadata` writes the settings into the file; `force` replaces
-        an existing file."""
-        engine = self._loaded()
+        an existing file. With `steps`, the run goes on from the step that is saved there, if it is of the same request
+        and engine, and saves its own there, also when `cancel` is suspended."""
+        engine, loras = self._loaded(), self._loras_of(request)
+        saved, warning = None, ""
         with self._exclusive("Wait for it, or load a second pipeline."):
 
             def checked() -> Request:
+                nonlocal saved, warning
                 engine.config.check_request(request)
                 if save_result_path is not None:
                     check_output_path(save_result_path, force=force)
-                return replace(request, seed=draw_seed()) if request.seed == -1 else request
+                if steps is not None:
+                    saved, warning = saved_step_for(steps, engine, request, loras)
+                drawn = draw_seed() if saved is None else saved.seed
+                return replace(request, seed=drawn) if request.seed == -1 else request
 
             group = engine.mesh.group
             agreed = group.run_on_rank0("run", checked, Request.to_json, Request.from_json)
             # Rank 0 alone has the frames and writes.
             path, frames = (save_result_path, return_frames) if group.is_rank0 else (None, False)
             with group.collective():
-                run = Run(engine, agreed, on_progress, cancel)
+                run = Run(engine, agreed, on_progress, cancel, steps if group.is_rank0 else None, saved)
+                saved = None  # the run frees it
+                if warning:
+                    run.warn(warning)
                 run.use_loras(self._loras_of(agreed))
                 with torch.inference_mode():
                     return within_memory(lambda: run.video(path, metadata, force, frames, return_latents), run.size)

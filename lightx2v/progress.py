@@ -29,7 +29,8 @@ class Progress:
 
     `seconds` have passed since the run began; `eta` seconds are left of the stage. `expert` is "high" or "low" while
     denoising. `vram_peak` is in bytes, None without CUDA. `preview` returns a small uint8 (H, W, 3) picture of the
-    latents; it costs nothing until it is called.
+    latents; it costs nothing until it is called. Of the denoising steps, an earlier process did the first
+    `resumed_after`.
     """
 
     stage: str
@@ -40,6 +41,7 @@ class Progress:
     eta: float | None = None
     vram_peak: int | None = None
     message: str = ""
+    resumed_after: int = 0
     preview: Callable[[], Any] | None = field(default=None, compare=False, repr=False)
 
 
@@ -51,9 +53,15 @@ class CancelToken:
 
     def __init__(self) -> None:
         self._event = threading.Event()
+        self.suspended = False
 
     def cancel(self) -> None:
         self._event.set()
+
+    def suspend(self) -> None:
+        """Cancel a run that is to go on later: it saves its step."""
+        self.suspended = True
+        self.cancel()
 
     @property
     def cancelled(self) -> bool:
@@ -142,7 +150,8 @@ class Meter:
     frames while decoding counts as writing. On CUDA the meter synchronises the device at the end of a stage and of a
     denoising step; otherwise it would time the launches.
 
-    One thread drives a meter. The callback runs in that thread and is dropped when it raises.
+    One thread drives a meter. The callback runs in that thread and is dropped when it raises. Set `resumed_after`
+    where an earlier process did that many denoising steps: they take no time here.
     """
 
     def __init__(self, device: object = "cpu", on_progress: OnProgress | None = None) -> None:
@@ -157,6 +166,7 @@ class Meter:
         self._denoised = 0.0
         self._pace: dict[str, tuple[int, float]] = {}
         self._timings: Timings | None = None
+        self.resumed_after = 0
         self._started = self._tick = time.perf_counter()
 
     @contextmanager
@@ -189,8 +199,10 @@ class Meter:
         preview: Callable[[], Any] | None = None,
     ) -> None:
         """Send one event. Call it at the end of each step with the number of finished steps: that times the steps."""
-        self._charge(synchronize=stage == "denoise" and step > 0)
-        if stage == "denoise" and step > 0:
+        skipped = self.resumed_after if stage == "denoise" else 0
+        stepped = stage == "denoise" and step > skipped
+        self._charge(synchronize=stepped)
+        if stepped:
             done = self._seconds.get("denoise", 0.0)
             self._steps.append(StepTime(expert=expert, seconds=done - self._denoised))
             self._denoised = done
@@ -201,9 +213,10 @@ class Meter:
             total=total,
             expert=expert,
             seconds=self._tick - self._started,
-            eta=self._eta(stage, step, total),
+            eta=self._eta(stage, step - skipped, total - skipped),
             vram_peak=overall.allocated if overall else None,
             message=message,
+            resumed_after=skipped,
             preview=preview,
         )
         try:

@@ -64,6 +64,6 @@ class Interrupts:
         if first is not None and now - first < self._echo:
             return
         self._first, self._number = first or now, number
-        self.token.cancel()
+        self.token.suspend()
         if first is not None or not self._cancelling:
             raise Interrupted

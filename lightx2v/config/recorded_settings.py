@@ -19,7 +19,7 @@ def recorded_settings(preset: str, config: EngineConfig, request: Request, video
     request_json = request.to_json()
     pictures = {name: request_json[name] for name in PICTURES if request_json[name]}
     request_json |= {name: _portable(Path(path), video) for name, path in pictures.items()}
-    hashes = {name: _content_hash(Path(path)) for name, path in pictures.items()}
+    hashes = {name: content_hash(path) for name, path in pictures.items()}
     return {
         "preset": preset,
         "engine": _abbreviate_home(config.to_json()),
@@ -35,7 +35,7 @@ def find_picture(settings: Mapping[str, Any], name: str, video: str | Path) -> P
     known = hashes.get(name) if isinstance(hashes, Mapping) else None
     path = Path(os.path.expanduser(str(settings["request"][name])))
     places = (place for place in (path, Path(video).parent / path) if os.path.isfile(place))
-    return next((place for place in places if known is None or known == _content_hash(place)), None)
+    return next((place for place in places if known is None or known == content_hash(place)), None)
 
 
 def _portable(path: Path, video: str | Path | None) -> str:
@@ -48,7 +48,8 @@ def _portable(path: Path, video: str | Path | None) -> str:
     return str(whole.relative_to(folder))
 
 
-def _content_hash(path: Path) -> str | None:
+def content_hash(path: str | Path) -> str | None:
+    """Names the content of a picture; None if it cannot be read."""
     try:
         with open(os.path.expanduser(path), "rb") as file:
             return hashlib.file_digest(file, "sha256").hexdigest()[:16]

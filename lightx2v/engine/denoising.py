@@ -8,12 +8,13 @@ from ..config.request import Expert, Request
 from ..models.block import TextStates
 from ..parallel.shared_cancel import SharedCancel
 from ..progress import Meter
-from ..sampling import denoise, guided, initial_noise, solver_for
+from ..sampling import SolverState, denoise, guided, initial_noise, solver_for
 from .engine import LoadedEngine
 
 
 class Denoising:
     """`finish` takes the remaining steps. After an error it can be called again and repeats only the failed step.
+    `on_step` is called after each.
 
     `contexts` are the text encoder's states (L, D) of the prompt and, with guidance, of the negative prompt;
     `condition` is (20, T, h, w) for image-to-video, else None.
@@ -27,9 +28,10 @@ class Denoising:
         condition: Tensor | None,
         meter: Meter,
         cancel: SharedCancel,
+        on_step: Callable[[], None],
     ) -> None:
         self.engine, self.request, self.contexts, self.condition = engine, request, contexts, condition
-        self.meter, self.cancel = meter, cancel
+        self.meter, self.cancel, self.on_step = meter, cancel, on_step
         # Several processes stop only between steps, where they can agree on it.
         self.cancel_within_step = engine.mesh.group.local_cancel(cancel)
         self.guided = dict(zip(("high", "low"), request.guided, strict=True))
@@ -43,10 +45,14 @@ class Denoising:
         self.step, self.latents = 0, noise.to(engine.precision.device)
         self.solver_state = self.solver.state()
 
+    def go_on_from(self, step: int, latents: Tensor, solver_state: SolverState) -> None:
+        """Take the place of a run of the same request that has done `step` steps."""
+        self.step, self.latents, self.solver_state = step, latents, solver_state
+
     def finish(self) -> Tensor:
         """The latents (16, T, h, w) after the last step."""
         self.text_states.clear()
-        self.solver.restore(self.solver_state)
+        self.solver.restore(self.solver_state, self.step)
         return denoise(
             self.solver,
             self.velocity,
@@ -79,3 +85,4 @@ class Denoising:
             self.schedule.experts[step],
             preview=lambda: self.engine.preview(clean()),
         )
+        self.on_step()

@@ -27,6 +27,7 @@ from ..parallel.rendezvous import join
 from ..parallel.single_process import ALONE
 from ..progress import CancelToken, Meter, OnProgress
 from ..weights.checkpoint import open_checkpoint
+from ..weights.content_digest import content_digest
 from ..weights.expert_pair import check_expert_pair
 from .memory_retry import retry_with_offload, within_memory
 from .prompt_cache import PromptCache
@@ -38,7 +39,8 @@ log = logging.getLogger("lightx2v.engine")
 class LoadedEngine:
     """A loaded `EngineConfig`, shared by all runs. `mesh` says which part of the work this process does.
 
-    Reports and files carry the name `preset`; reports also carry the `warnings`.
+    `weights` names the content of the model's files; only rank 0 needs it. Reports and files carry the name `preset`;
+    reports also carry the `warnings`.
     """
 
     config: EngineConfig
@@ -49,6 +51,7 @@ class LoadedEngine:
     cross_attention: Choice
     preview: Preview
     load_seconds: float
+    weights: str = ""
     preset: str = ""
     warnings: tuple[str, ...] = ()
     prompts: PromptCache = field(default_factory=PromptCache)
@@ -104,6 +107,7 @@ def load_here(
             log.warning("%s", warning)
         with torch.inference_mode(), placement.vae() as vae:
             preview = Preview.for_vae(vae, files.vae)
+        weights = weights_digest(files) if group.is_rank0 else ""
     return LoadedEngine(
         config=config,
         mesh=mesh,
@@ -113,9 +117,16 @@ def load_here(
         cross_attention=inputs.cross_attention,
         preview=preview,
         load_seconds=time.perf_counter() - started,
+        weights=weights,
         preset=preset,
         warnings=tuple(warnings),
     )
+
+
+def weights_digest(files: ModelFiles) -> str:
+    """Names the content of the experts and the VAE; of what is built from them, that of the sources."""
+    checkpoints = map(open_checkpoint, (files.high, files.low, files.vae))
+    return content_digest(file.path for checkpoint in checkpoints for file in checkpoint.files)
 
 
 def with_prebuilt(

@@ -20,7 +20,8 @@ class Result:
 
     `request` is the one that ran, with the seed that was drawn. `height` and `width` are those of the video, which an
     input image may have decided. `attention` tells which backend ran and why, `loras` what each LoRA file changed,
-    `plan` where the weights lived (None where there was nothing to plan), `processes` what each of several took.
+    `plan` where the weights lived (None where there was nothing to plan), `processes` what each of several took. An
+    earlier process did the first `resumed_after` denoising steps: `timings` has only what this one did.
     """
 
     path: str | None
@@ -40,6 +41,7 @@ class Result:
     plan: dict[str, Any] | None = None
     warnings: tuple[str, ...] = ()
     processes: tuple[dict[str, Any], ...] = ()
+    resumed_after: int = 0
 
     @property
     def seed(self) -> int:
@@ -71,6 +73,7 @@ class Result:
             "text_tokens": self.text_tokens,
             "timings": self.timings.to_json(),
             "processes": list(self.processes),
+            "resumed_after": self.resumed_after,
             "loras": list(self.loras),
             "plan": self.plan,
             "warnings": list(self.warnings),

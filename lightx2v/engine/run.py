@@ -3,7 +3,8 @@
     prompt ─► text encoder ─► denoising (high-noise expert ► low-noise expert) ─► VAE ─► mp4
     image  ─► VAE encoder  ──┘
 
-A Run holds all state of its request, so no request leaves a trace in the engine.
+A Run holds all state of its request, so no request leaves a trace in the engine. It saves its step from time to time,
+and a Run in another process goes on from there to the same video.
 """
 
 import logging
@@ -18,18 +19,22 @@ from torch import Tensor
 from ..config.recorded_settings import recorded_settings
 from ..config.request import LoraSpec, Request
 from ..cost.memory_plan import Stage, Workload
+from ..errors import Cancelled
 from ..media.images import load_image
 from ..media.video_writer import VideoWriter
 from ..models.vae import WanVAE
 from ..parallel.shared_cancel import SharedCancel
 from ..parallel.spatial_shards import SpatialShards
 from ..progress import CancelToken, Meter, OnProgress, Timings
+from ..step_file import StepStore
 from .conditioning import encode_condition, prepare_images
 from .denoising import Denoising
 from .engine import LoadedEngine
 from .frame_sink import FrameSink
 from .memory_retry import retry_with_offload
 from .result import Result
+from .saved_step import SavedStep, made_by
+from .step_saver import StepSaver
 
 log = logging.getLogger("lightx2v.run")
 
@@ -45,7 +50,10 @@ class Run:
         request: Request,
         on_progress: OnProgress | None = None,
         cancel: CancelToken | None = None,
+        store: StepStore | None = None,
+        saved: SavedStep | None = None,
     ) -> None:
+        """Rank 0 saves steps to `store` and goes on from the `saved` one; the other processes have neither."""
         self.engine, self.request, self.placement = engine, request, engine.placement
         self.device = engine.precision.device
         self.meter = Meter(self.device, on_progress)
@@ -54,19 +62,34 @@ class Run:
         self.cancel = SharedCancel(self.group, self.token)
         self.warnings: list[str] = []
         self.tokens: dict[str, int] = {}
+        self.saved, self.saver = saved, StepSaver(store, self.newest_step)
+        self.made_by: dict[str, Any] = {}
+        self.denoising: Denoising | None = None
 
     def use_loras(self, specs: Sequence[LoraSpec]) -> None:
+        if self.saver.active:
+            self.made_by = made_by(self.engine, self.request, specs)
         self.retry_with_offload("denoise", lambda: self.placement.use_loras(specs), "while exchanging LoRAs")
 
     def video(
         self, path: str | Path | None, metadata: bool, force: bool, return_frames: bool, return_latents: bool
     ) -> Result:
+        try:
+            return self.make(path, metadata, force, return_frames, return_latents)
+        except Cancelled:
+            if self.token.suspended:
+                self.saver.save_at_stop()
+            raise
+        finally:
+            self.saver.close()
+
+    def make(
+        self, path: str | Path | None, metadata: bool, force: bool, return_frames: bool, return_latents: bool
+    ) -> Result:
         request = self.request
         self.mesh.reset_counts()
         self.placement.prepare(Workload.of(request.latent_shape, guided=any(request.guided)))
-        contexts = self.retry_with_offload("text", self.encode_text)
-        condition = self.retry_with_offload("image", self.encode_images)
-        latents_CTHW = self.denoise(contexts, condition)
+        latents_CTHW = self.denoise(self.shared_saved_step())
         frames = self.retry_with_offload(
             "decode", lambda: self.decode(latents_CTHW, path, metadata, force, return_frames)
         )
@@ -88,6 +111,7 @@ class Run:
             },
             timings=timings,
             processes=self.process_reports(timings),
+            resumed_after=self.meter.resumed_after,
             text_tokens=self.tokens,
             preset=self.engine.preset,
             file_bytes=None if path is None else Path(path).stat().st_size,
@@ -105,11 +129,14 @@ class Run:
         where = when or f"in the stage {stage}"
 
         def warn(summary: str) -> None:
-            warning = f"The device ran out of memory {where}; the run went on with less on it: {summary}."
-            log.warning("%s", warning)
-            self.warnings.append(warning)
+            self.warn(f"The device ran out of memory {where}; the run went on with less on it: {summary}.")
 
         return retry_with_offload(call, when or self.size, lambda: self.placement.reduce_memory(stage), warn)
+
+    def warn(self, warning: str) -> None:
+        """Log a warning, and put it into the report."""
+        log.warning("%s", warning)
+        self.warnings.append(warning)
 
     @property
     def size(self) -> str:
@@ -184,11 +211,50 @@ class Run:
         """How the processes split the VAE's frames: not at all if the VAE works in tiles."""
         return None if self.placement.tiling else self.mesh.spatial_split(height)
 
-    def denoise(self, contexts: Sequence[Tensor], condition: Tensor | None) -> Tensor:
-        """Noise to latents (16, T, h, w). After running out of memory it repeats only the failed step."""
+    def shared_saved_step(self) -> SavedStep | None:
+        """The saved step on all processes, from that of rank 0."""
+        head, tensors = self.saved.parts() if self.saved is not None else (None, {})
+        self.saved = None  # frees its memory on the host
+        if (head := self.group.broadcast_json(head)) is None:
+            return None
+        received = self.group.broadcast_stream(tensors.items())
+        return SavedStep.from_parts(head, {name: tensor.to(self.device) for name, tensor in received})
+
+    def newest_step(self) -> SavedStep | None:
+        """The newest step, in host memory; None before the first one."""
+        now = self.denoising
+        if now is None or not now.step:
+            return None
+        return SavedStep(
+            step=now.step,
+            steps=now.schedule.steps,
+            latents=now.latents,
+            solver_state=now.solver_state,
+            contexts=now.contexts,
+            condition=now.condition,
+            made_by=self.made_by,
+            tokens=self.tokens,
+            warnings=self.warnings,
+        ).on(Tensor.cpu)
+
+    def denoise(self, saved: SavedStep | None) -> Tensor:
+        """Noise to latents (16, T, h, w), from the beginning or the saved step. Out of memory repeats one step only."""
+        if saved is None:
+            contexts = self.retry_with_offload("text", self.encode_text)
+            condition = self.retry_with_offload("image", self.encode_images)
+        else:
+            contexts, condition, self.tokens = saved.contexts, saved.condition, saved.tokens
+            self.warnings += saved.warnings
         with self.meter.stage("denoise"):
-            denoising = Denoising(self.engine, self.request, contexts, condition, self.meter, self.cancel)
-            self.meter.emit("denoise", 0, denoising.schedule.steps, denoising.schedule.experts[0])
+            denoising = self.denoising = Denoising(
+                self.engine, self.request, contexts, condition, self.meter, self.cancel, self.saver.save_if_due
+            )
+            if saved is not None:
+                denoising.go_on_from(saved.step, saved.latents, saved.solver_state)
+                log.info("Going on after step %d of %d, which an earlier process saved", saved.step, saved.steps)
+            begin, steps, experts = denoising.step, denoising.schedule.steps, denoising.schedule.experts
+            self.meter.resumed_after = begin
+            self.meter.emit("denoise", begin, steps, experts[min(begin, steps - 1)])
             return self.retry_with_offload("denoise", denoising.finish)
 
     def decode(
@@ -203,6 +269,7 @@ class Run:
                 for index, frames in enumerate(self.frames(vae, latents_CTHW)):
                     postpone(sink.add, frames)
                     postpone(self.meter.emit, "decode", index + 1, latents_CTHW.shape[1])
+                    self.saver.save_if_due()
             if path is not None:
                 postpone(self.close_writer, sink)
             self.cancel.check_failure()

@@ -8,7 +8,7 @@ from collections.abc import Callable
 from ..config.request import Request
 from ..config.schedule import Schedule, schedule_of, shifted_schedule, step_list_schedule
 from .checks import still_warning
-from .denoise import Solver, denoise, guided, initial_noise
+from .denoise import Solver, SolverState, denoise, guided, initial_noise
 from .euler import Euler
 from .lcm import LCM
 from .unipc import UniPC
@@ -19,6 +19,7 @@ __all__ = [
     "Euler",
     "Schedule",
     "Solver",
+    "SolverState",
     "UniPC",
     "denoise",
     "guided",

@@ -4,9 +4,9 @@
 the velocity, and the schedule selects the expert of each step. All of it is float32 and costs microseconds a step.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
-from typing import Any, Protocol
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -23,6 +23,10 @@ OnStep = Callable[[int, Tensor, Callable[[], Tensor]], None]
 """(step from 0, latents after it, x0): `x0()` computes the clean latents that the model predicts in this step."""
 
 
+SolverState = Mapping[str, Tensor]
+"""Tensors by name. They are never written to, so it is safe to keep them."""
+
+
 class Solver(Protocol):
     """Takes the steps 0, 1, ... of its schedule once, in order. A failed step does not change its state."""
 
@@ -30,11 +34,12 @@ class Solver(Protocol):
 
     def step(self, velocity: Tensor, i: int, latents: Tensor) -> Tensor: ...
 
-    def state(self) -> Any:
+    def state(self) -> SolverState:
         """The history that the next step needs besides the latents. It stays valid while the solver continues."""
 
-    def restore(self, state: Any) -> None:
-        """Continue from `state`, which may come from another solver of the same schedule and seed. Bit-exact."""
+    def restore(self, state: SolverState, step: int) -> None:
+        """Continue at `step` from the `state` before it, which may come from another solver of the same schedule and
+        seed, or from a file. Bit-exact."""
 
 
 def initial_noise(shape: Sequence[int], seed: int) -> Tensor:

@@ -1,5 +1,7 @@
 """Euler's method: LightX2V's solver for the distilled models."""
 
+from collections.abc import Mapping
+
 import torch
 from torch import Tensor
 
@@ -16,8 +18,9 @@ class Euler:
         sigmas = self.schedule.sigmas
         return torch.add(latents, velocity, alpha=sigmas[i + 1] - sigmas[i])
 
-    def state(self) -> None:
-        """None: a step depends on its latents only."""
+    def state(self) -> Mapping[str, Tensor]:
+        """Nothing: a step depends on its latents only."""
+        return {}
 
-    def restore(self, state: None) -> None:
+    def restore(self, state: Mapping[str, Tensor], step: int) -> None:
         pass

@@ -6,6 +6,8 @@ diffusers' FlowMatchLCMScheduler. LightX2V distils its 4-step models with DMD, w
 this kind (Yin et al. 2024, DMD2).
 """
 
+from collections.abc import Mapping
+
 import numpy as np
 import torch
 from torch import Tensor
@@ -29,10 +31,11 @@ class LCM:
         noise = torch.randn(latents.shape, generator=self._generator(i), dtype=torch.float32)
         return ((1 - there) * x0).add_(noise.to(x0), alpha=there)
 
-    def state(self) -> None:
-        """None: a step depends on its latents, its number and the seed only."""
+    def state(self) -> Mapping[str, Tensor]:
+        """Nothing: a step depends on its latents, its number and the seed only."""
+        return {}
 
-    def restore(self, state: None) -> None:
+    def restore(self, state: Mapping[str, Tensor], step: int) -> None:
         pass
 
     def _generator(self, i: int) -> torch.Generator:

@@ -12,7 +12,7 @@ precision (float32). The history continues when the expert changes: both experts
 """
 
 import math
-from dataclasses import dataclass
+from collections.abc import Mapping
 from typing import NamedTuple
 
 import torch
@@ -34,40 +34,33 @@ class Weights(NamedTuple):
     newer: float = 0.0
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class UniPCState:
-    """The history that step `step` needs. Its tensors are never written to, so it is safe to keep them."""
-
-    step: int = 0
-    sample: Tensor | None = None
-    x0: Tensor | None = None
-    older: Tensor | None = None
-
-
 class UniPC:
+    """Its state: `sample` and `x0` of the step before, and `older`, the x0 before that."""
+
     def __init__(self, schedule: Schedule) -> None:
         self.schedule = schedule
         self._predict, self._correct = solver_weights((min(schedule.sigmas[0], LARGEST), *schedule.sigmas[1:]))
-        self._state = UniPCState()
+        self._next, self._state = 0, dict[str, Tensor]()
 
     def step(self, velocity: Tensor, i: int, latents: Tensor) -> Tensor:
         """Latents at sigmas[i + 1] from the model's velocity at `latents` and sigmas[i]. A failure changes no state."""
         past = self._state
-        if i != past.step:
-            raise ValueError(f"step {i} is out of order: the history leads to step {past.step}")
+        if i != self._next:
+            raise ValueError(f"step {i} is out of order: the history leads to step {self._next}")
         x0 = torch.sub(latents, velocity, alpha=self.schedule.sigmas[i])
         sample = latents
-        if past.sample is not None and past.x0 is not None:
-            sample = _weighted(self._correct[i - 1], past.sample, past.x0, past.older, x0)
-        next_latents = _weighted(self._predict[i], sample, x0, past.x0)
-        self._state = UniPCState(step=i + 1, sample=sample, x0=x0, older=past.x0)
+        if past:
+            sample = _weighted(self._correct[i - 1], past["sample"], past["x0"], past.get("older"), x0)
+        next_latents = _weighted(self._predict[i], sample, x0, past.get("x0"))
+        older = {"older": past["x0"]} if past else {}
+        self._next, self._state = i + 1, {"sample": sample, "x0": x0, **older}
         return next_latents
 
-    def state(self) -> UniPCState:
+    def state(self) -> Mapping[str, Tensor]:
         return self._state
 
-    def restore(self, state: UniPCState) -> None:
-        self._state = state
+    def restore(self, state: Mapping[str, Tensor], step: int) -> None:
+        self._next, self._state = step, dict(state)
 
 
 def solver_weights(sigmas: tuple[float, ...]) -> tuple[list[Weights], list[Weights]]:

@@ -44,7 +44,7 @@ def write_safetensors(
 
     Calls `on_bytes(done, total)` after every group. OutputError if the disk is full or not writable.
     """
-    header, ends = _header(groups, metadata)
+    header, ends = header_of(groups, metadata)
     part = path.with_name(path.name + ".part")
     total = ends[-1] if ends else len(header)
     try:
@@ -92,7 +92,7 @@ def _write_group(file: BinaryIO, group: Sequence[TensorInfo], tensors: Iterable[
     assert not any(sizes.values()), order
 
 
-def _header(groups: Groups, metadata: Mapping[str, str]) -> tuple[bytes, list[int]]:
+def header_of(groups: Groups, metadata: Mapping[str, str]) -> tuple[bytes, list[int]]:
     """The file's first bytes, and the offset at which each group ends."""
     names = {dtype: name for name, dtype in DTYPES.items()}
     table: dict[str, object] = {"__metadata__": dict(metadata)}

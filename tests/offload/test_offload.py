@@ -25,6 +25,7 @@ from lightx2v.offload.resident import Resident
 from lightx2v.offload.weight_streamer import WeightStreamer
 from lightx2v.pipeline import LightX2VPipeline
 from lightx2v.progress import CancelToken, Progress
+from lightx2v.step_file import StepFile
 
 
 @pytest.fixture(scope="module")
@@ -175,6 +176,24 @@ def test_packed_weights_keep_values_dtypes_and_memory_order() -> None:
     assert list(after) == list(before)
     for name, tensor in after.items():
         assert torch.equal(tensor, before[name]) and tensor.stride() == strides[name]
+
+
+@pytest.mark.parametrize(("before", "after"), [(None, "streamed"), ("swap", "two slots"), ("one slot", None)])
+def test_a_stopped_run_goes_on_with_the_same_bits_wherever_the_weights_are(
+    settings: Any, request_: Request, expected: torch.Tensor, before: str | None, after: str | None, tmp_path: Path
+) -> None:
+    file, token = StepFile(tmp_path / "a.mp4", every=1e-6), CancelToken()
+    for plan in (before, after):
+        with LightX2VPipeline.from_config(settings.engine) as pipe:
+            if plan is not None:
+                offload(pipe, PLANS[plan])
+            if plan is before:
+                with pytest.raises(Cancelled):
+                    stop = lambda event: event.preview and event.step == 2 and token.suspend()  # noqa: E731
+                    pipe.run(request_, cancel=token, on_progress=stop, steps=file)
+            else:
+                result = run(pipe, request_, steps=file)
+                assert torch.equal(result.latents, expected) and result.resumed_after == 2
 
 
 @pytest.mark.slow

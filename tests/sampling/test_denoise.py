@@ -94,7 +94,7 @@ def test_a_run_goes_on_from_the_step_that_ran_out_of_memory_bit_by_bit(solver, f
         denoise(solver, exhausted, latents, on_step=keep)
     assert start == failing
     again = fresh(solver)
-    again.restore(state)
+    again.restore(state, start)
     assert torch.equal(denoise(again, velocity, latents, start=start), whole)
 
 

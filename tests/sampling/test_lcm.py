@@ -77,7 +77,7 @@ def test_a_restored_run_is_bit_equal(at: int) -> None:
     for i in range(at):
         x = first.step(model(x, SCHEDULES[0].sigmas[i]), i, x)
     second = LCM(SCHEDULES[0], 7)
-    second.restore(first.state())
+    second.restore(first.state(), at)
     assert torch.equal(run(second, x, start=at), run(LCM(SCHEDULES[0], 7), initial_noise(SHAPE, 1)))
 
 

@@ -1,0 +1,62 @@
+"""StepFile: the file in which a run keeps its newest saved step until its video is there.
+
+A killed run goes on from that step (engine/saved_step.py). The engine knows only the protocol StepStore, so a step may
+as well go to another process as bytes.
+"""
+
+import os
+from pathlib import Path
+from typing import Protocol
+
+from .errors import OutputError, short_path
+
+SAVE_EVERY = 20.0
+"""Seconds of work that a run may lose: it saves its step at most this often. 0 turns saving off."""
+
+SUFFIX = ".step.safetensors"
+
+
+class StepStore(Protocol):
+    """Where a run reads the step from which it goes on, and saves its steps, at most once in `every` seconds."""
+
+    every: float
+
+    def read(self) -> bytes | None:
+        """The newest saved step; None if there is none. OutputError if it cannot be read."""
+
+    def write(self, data: bytes) -> None:
+        """Replace the saved step as a whole. OutputError if that fails; the old one stays then."""
+
+
+class StepFile:
+    """The saved step of one video: `<video>.step.safetensors` beside it. `resume` False reads none."""
+
+    def __init__(self, video: Path, every: float = SAVE_EVERY, *, resume: bool = True) -> None:
+        self.path = video.with_name(video.name + SUFFIX)
+        self.every = every
+        self._resume = resume
+        self._part = self.path.with_name(self.path.name + ".part")
+
+    def read(self) -> bytes | None:
+        try:
+            return self.path.read_bytes() if self._resume else None
+        except FileNotFoundError:
+            return None
+        except OSError as error:
+            raise OutputError(f"{short_path(self.path)} cannot be read: {error.strerror or error}.") from None
+
+    def write(self, data: bytes) -> None:
+        try:
+            with self._part.open("wb") as file:
+                file.write(data)
+                file.flush()
+                os.fsync(file.fileno())
+            self._part.replace(self.path)
+        except OSError as error:
+            self._part.unlink(missing_ok=True)
+            raise OutputError(f"{short_path(self.path)} could not be written: {error.strerror or error}.") from None
+
+    def remove(self) -> None:
+        """Remove the step, and what a killed process has left of the next one."""
+        for path in (self.path, self._part):
+            path.unlink(missing_ok=True)
