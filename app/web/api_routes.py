@@ -12,17 +12,14 @@ from starlette.routing import BaseRoute
 
 from lightx2v.jobs.queue import JobManager
 from lightx2v.server.application import ApiMount, create_app
-from lightx2v.server.guess_limit import GuessLimit
 from lightx2v.server.metrics import Metrics
 from lightx2v.server.service import Service
 
 from ..backend.studio import Studio, settings_of
 
 
-def api_routes(
-    studio: Studio, variables: Mapping[str, str] = os.environ, *, guesses: GuessLimit | None = None
-) -> list[BaseRoute]:
-    """The routes, to mount before gradio's own; [] if this page has no API. `guesses` counts wrong keys."""
+def api_routes(studio: Studio, variables: Mapping[str, str] = os.environ) -> list[BaseRoute]:
+    """The routes, to mount before gradio's own; [] if this page has no API."""
     exposure = studio.exposure
     keys = [exposure.password, *(key.strip() for key in variables.get("LIGHTX2V_API_KEY", "").split(","))]
     keys = [key for key in keys if key]
@@ -30,4 +27,4 @@ def api_routes(
         return []
     names = sorted((info.name for info in studio.presets), key=lambda name: name != studio.default_preset)
     service = Service(studio.jobs, {name: settings_of(name) for name in names}, check=exposure.limits.check)
-    return [ApiMount(create_app(service, Metrics(), keys=keys, limits=False, guesses=guesses))]
+    return [ApiMount(create_app(service, Metrics(), keys=keys, limits=False))]

@@ -245,7 +245,7 @@ class Request:
 
 def check_step_list(value: Any) -> tuple[int, ...]:
     """The timesteps of a distilled model: whole numbers from 1000 down to 1, strictly falling."""
-    if isinstance(value, str) or not isinstance(value, Sequence) or not 1 <= len(value) <= MAX_STEPS:
+    if isinstance(value, (str, bytes)) or not isinstance(value, Sequence) or not 1 <= len(value) <= MAX_STEPS:
         check.bad("denoising_step_list", value, f"a list of 1 to {MAX_STEPS} timesteps such as [1000, 750, 500, 250]")
     steps = tuple(check.whole("denoising_step_list", step, 1, 1000) for step in value)
     for before, after in zip(steps, steps[1:], strict=False):
@@ -292,7 +292,7 @@ def _names_a_file(path: str) -> bool:
 def _pair(name: str, value: Any) -> tuple[float, float]:
     if isinstance(value, (int, float)):
         value = (value, value)
-    if isinstance(value, str) or not isinstance(value, Sequence) or len(value) != 2:
+    if isinstance(value, (str, bytes)) or not isinstance(value, Sequence) or len(value) != 2:
         check.bad(name, value, "one number, or two: [high-noise expert, low-noise expert]")
     return check.real(name, value[0], -100.0, 100.0), check.real(name, value[1], -100.0, 100.0)
 

@@ -26,6 +26,7 @@ from ..models.vae import WanVAE
 from ..parallel.shared_cancel import SharedCancel
 from ..parallel.spatial_shards import SpatialShards
 from ..progress import CancelToken, Meter, OnProgress, Timings
+from ..sampling.checks import is_finite, not_finite
 from ..step_file import StepStore
 from .conditioning import encode_condition, prepare_images
 from .denoising import Denoising
@@ -161,7 +162,10 @@ class Run:
             with self.placement.text() as encoder:
                 for done, text in enumerate(missing):
                     self.token.check()
-                    self.engine.prompts[text] = encoder.encode(text)
+                    embedding = encoder.encode(text)
+                    if not is_finite(embedding.states_LD):
+                        raise not_finite("text encoder", "the prompt")
+                    self.engine.prompts[text] = embedding
                     self.meter.emit("text", done + 1, len(missing))
         embeddings = {name: self.engine.prompts[text] for name, text in texts.items()}
         for name, embedding in embeddings.items():
@@ -191,6 +195,8 @@ class Run:
                     split=self.spatial_split(first_CHW.shape[1] // 8),
                     cancel=self.cancel,
                 )
+            if not is_finite(condition):
+                raise not_finite("VAE", "the picture")
             self.meter.emit("image", 1, 1)
         return condition
 
@@ -298,11 +304,14 @@ class Run:
         parts = vae.decode(latents_CTHW, tiling=tiling, split=split, cancel=self.group.local_cancel(self.cancel))
         for _ in range(latents_CTHW.shape[1]):
             self.cancel.check()
-            if split is not None:
-                whole_HTWC = split.gather(to_uint8(next(parts)).transpose(0, 1).contiguous())
+            # With tiles, or with too few rows to split, rank 0 decodes alone.
+            part = next(parts) if split is not None or self.group.is_rank0 else None
+            if self.group.any_true(part is not None and not is_finite(part)):
+                raise not_finite("VAE", "the latents")
+            frames = None if part is None else to_uint8(part)
+            if split is not None and frames is not None:
+                whole_HTWC = split.gather(frames.transpose(0, 1).contiguous())
                 frames = None if whole_HTWC is None else whole_HTWC.transpose(0, 1).contiguous()
-            else:  # tiles, or too few rows to split: rank 0 decodes alone
-                frames = to_uint8(next(parts)) if self.group.is_rank0 else None
             if frames is not None:
                 yield frames.cpu().numpy()
 

@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..errors import CheckpointError, short_path
+from ..sampling.checks import is_finite, not_finite
 from .vae import WanVAE
 
 FACTORS_NAME = "latent_rgb.json"
@@ -54,10 +55,15 @@ class Preview:
 
 @torch.no_grad()
 def fit(vae: WanVAE, pictures_BCHW: Tensor) -> Tensor:
-    """The least-squares matrix (C + 1, 3) for pictures in [-1, 1], each encoded as a clip of one frame."""
+    """The least-squares matrix (C + 1, 3) for pictures in [-1, 1], each encoded as a clip of one frame.
+
+    Raises NumericsError if the VAE makes NaN of them.
+    """
     weight = vae.conv1.weight
     latents = [vae.encode(picture[:, None].to(weight.device)).flatten(1).T for picture in pictures_BCHW]
     known_LC = torch.cat(latents).float().cpu()
+    if not is_finite(known_LC):
+        raise not_finite("VAE", "pictures")
     colours = F.avg_pool2d(pictures_BCHW, vae.config.spatial_stride)
     wanted_L3 = colours.permute(0, 2, 3, 1).flatten(0, 2)
     known_LC = torch.cat([known_LC, torch.ones(len(known_LC), 1)], dim=1)

@@ -1,4 +1,4 @@
-"""Checks on latents and frames that would otherwise become a black or frozen clip."""
+"""Checks on latents, frames and what other networks make, which would otherwise become a black or frozen clip."""
 
 import math
 from collections.abc import Iterable
@@ -11,9 +11,8 @@ from ..errors import NumericsError
 
 
 def require_finite(latents: Tensor, *, step: int, total: int, expert: str, backend: str = "") -> None:
-    """Raise NumericsError, with the step counted from 1. Reads the latents once and waits for the device once."""
-    # The extremes are NaN if any number is, and on a CPU they cost a twentieth of isfinite() on all numbers.
-    if all(map(math.isfinite, torch.stack(torch.aminmax(latents)).tolist())):
+    """Raise NumericsError, with the step counted from 1."""
+    if is_finite(latents):
         return
     attention = f", attention {backend}" if backend else ""
     raise NumericsError(
@@ -21,6 +20,20 @@ def require_finite(latents: Tensor, *, step: int, total: int, expert: str, backe
         "would be black. Try another attention backend (torch_sdpa) or dtype (bf16 instead of fp16); with a LoRA, a "
         "smaller strength; if it stays, check the expert's checkpoint."
     )
+
+
+def not_finite(network: str, source: str) -> NumericsError:
+    """The error for a network ("VAE") that makes NaN or infinity of something ("the picture")."""
+    return NumericsError(
+        f"The {network} made NaN or infinity of {source}; the video would be black. If it runs in fp16, use bf16 or "
+        "fp32; if it stays, its file is damaged: download it again."
+    )
+
+
+def is_finite(values: Tensor) -> bool:
+    """Whether no value is NaN or infinity. Reads them once and waits for the device once."""
+    # The extremes are NaN if any number is, and on a CPU they cost a twentieth of isfinite() on all numbers.
+    return all(map(math.isfinite, torch.stack(torch.aminmax(values)).tolist()))
 
 
 def still_warning(frames: Iterable[Any]) -> str | None:

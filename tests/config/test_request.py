@@ -93,7 +93,7 @@ def test_the_nearest_value_it_names_is_valid_and_none_is_nearer(field: str, valu
 @pytest.mark.parametrize(
     "field", ["seed", "height", "width", "frames", "steps", "fps", "shift", "boundary", "guidance"]
 )
-@pytest.mark.parametrize("value", [True, "7", [], {}, math.nan, object()])
+@pytest.mark.parametrize("value", [True, "7", [], {}, math.nan, object(), b"77"])
 def test_what_is_no_number_is_refused(field: str, value: object) -> None:
     assert refused(**{field: value}).startswith(f"{field} is ")
 
@@ -192,7 +192,20 @@ def test_a_step_list_makes_it_distilled() -> None:
 
 @pytest.mark.parametrize(
     "steps",
-    [[], [1000, 1000], [250, 500], [1001], [0], [1000.0], [True], "1000", 1000, ["1000"], list(range(500, 0, -1))],
+    [
+        [],
+        [1000, 1000],
+        [250, 500],
+        [1001],
+        [0],
+        [1000.0],
+        [True],
+        "1000",
+        b"\xc8\x64",
+        1000,
+        ["1000"],
+        list(range(500, 0, -1)),
+    ],
 )
 def test_a_step_list_falls_from_1000_to_1(steps: object) -> None:
     assert refused(denoising_step_list=steps, boundary_step_index=0).startswith("denoising_step_list is ")

@@ -223,6 +223,36 @@ def test_nan_ends_the_run_with_the_step(tiny: TinyModels, tmp_path: Path) -> Non
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.parametrize(
+    ("network", "parameter", "source"),
+    [
+        ("text", "stack.final_layer_norm.weight", "The text encoder made NaN or infinity of the prompt"),
+        ("vae", "encoder.conv1.bias", "The VAE made NaN or infinity of the picture"),
+        ("vae", "decoder.head.2.bias", "The VAE made NaN or infinity of the latents"),
+    ],
+)
+def test_nan_of_another_network_is_named_and_the_next_run_works(
+    tiny: TinyModels, tmp_path: Path, network: str, parameter: str, source: str
+) -> None:
+    Image.new("RGB", (48, 32), "red").save(tmp_path / "first.png")
+    pipe, request = load(tiny.i2v, task="i2v", steps=1)
+    request = replace(request, image_path=str(tmp_path / "first.png"))
+    with pipe:
+        good = latents(pipe, request)
+        engine = pipe._engine
+        assert engine is not None
+        with getattr(engine.placement, network)() as module, torch.no_grad():
+            values = module.get_parameter(parameter)
+            kept = values.clone()
+            values[0] = float("nan")
+            engine.prompts.clear()
+            with pytest.raises(NumericsError, match=source):
+                pipe.run(request, save_result_path=tmp_path / "black.mp4")
+            values.copy_(kept)
+        assert torch.equal(latents(pipe, request), good)
+    assert [path.name for path in tmp_path.iterdir()] == ["first.png"]
+
+
 @pytest.mark.slow
 def test_a_video_that_stands_still_is_warned_of(tiny: TinyModels) -> None:
     pipe, request = load(tiny.t2v)

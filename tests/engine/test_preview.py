@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 from vae_reference import random_vae
 
-from lightx2v.errors import CheckpointError
+from lightx2v.errors import CheckpointError, NumericsError
 from lightx2v.models.preview import FACTORS_NAME, Preview, blobs, fit
 from lightx2v.models.vae import WanVAE
 from lightx2v.models.vae_config import VAEConfig
@@ -61,6 +61,14 @@ def test_damaged_factors_are_named(tmp_path, text):
 def test_a_vae_without_factors_gets_fitted_ones(tmp_path):
     preview = Preview.for_vae(random_vae(VAEConfig(dim=4, res_blocks=1)), tmp_path / "Wan2.1_VAE.pth")
     assert preview.matrix.shape == (17, 3) and preview.matrix.isfinite().all()
+
+
+def test_a_vae_that_makes_nan_of_pictures_is_named(tmp_path):
+    vae = random_vae(VAEConfig(dim=2, res_blocks=1))
+    with torch.no_grad():
+        vae.conv1.bias[3] = torch.nan
+    with pytest.raises(NumericsError, match="The VAE made NaN or infinity of pictures"):
+        Preview.for_vae(vae, tmp_path / "Wan2.1_VAE.pth")
 
 
 class Written(TorchDispatchMode):

@@ -54,6 +54,11 @@ def test_running_out_of_memory_on_all_processes_fails_only_that_request(root: Pa
     assert group(2).call(parallel_troubles.starved, str(root), True) == [["OutOfMemory", "made"]] * 2
 
 
+def test_nan_in_the_frames_of_one_process_fails_only_that_request(root: Path) -> None:
+    ends = group(2).call(parallel_troubles.black, str(root))
+    assert ends == [[["NumericsError", "The VAE made NaN or infi"], "made"]] * 2
+
+
 def test_a_process_that_waits_for_the_others_reacts_to_signals(root: Path) -> None:
     """torchrun ends the others if one is killed before all have connected."""
     running = Running(2, parallel_troubles.failing, str(root), "kill", "meet", 1)
