@@ -13,6 +13,7 @@ at a time. An interrupted conversion continues when it is started again; a finis
 from __future__ import annotations
 
 import argparse
+import logging
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -21,12 +22,14 @@ from typing import TYPE_CHECKING
 from .cli.parser import ArgumentParser
 from .cli.runner import CommandContext, run_command
 from .config.environment import Environment
-from .config.lora_names import expert_of
+from .config.lora_names import noise_of
 from .config.presets import resolve
-from .errors import BadRequest, LoraError, short_path
+from .errors import BadRequest, short_path
 
 if TYPE_CHECKING:
     from .loading.conversion import Conversion
+
+log = logging.getLogger("lightx2v.convert")
 
 FORMATS = ("bf16", "fp16", "fp32", "fp8", "int8")
 
@@ -71,14 +74,15 @@ def _conversions(options: argparse.Namespace, environment: Environment) -> list[
     from .loading.conversion import Conversion
 
     loras = tuple(_lora(text) for text in options.lora)
-    expert = expert_of(options.source)
+    expert = noise_of(options.source)
     for path, _ in loras:
-        if expert and expert_of(path) not in (None, expert):
-            raise LoraError(
-                f"By their names {short_path(path)} is for the other expert than {short_path(options.source)}. "
-                f"Use the {expert}-noise LoRA, or rename the file if its name is wrong."
+        if expert and noise_of(path) not in (None, expert):
+            log.warning(
+                "By its name %s is for the other expert than %s. It is merged, as you chose.",
+                *(short_path(path), short_path(options.source)),
             )
-    return [Conversion(source=options.source, output=options.output, format=options.format or "bf16", loras=loras)]
+    output_format = options.format or "bf16"
+    return [Conversion(source=options.source, output=options.output, format=output_format, loras=loras, expert=expert)]
 
 
 def preset_conversions(preset: str, output: Path, environment: Environment | None = None) -> list[Conversion]:

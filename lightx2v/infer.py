@@ -260,7 +260,7 @@ def _summary(report: dict[str, Any]) -> str:
     ]
     lines += [
         f"LoRA {one_line(lora['path'])}: {lora['applied']} of {lora['total']} layers on the {lora['expert']}-noise "
-        f"expert, strength {lora['strength']:g}"
+        f"expert, strength {lora['strength']:g}. {one_line(' '.join(lora['notes']))}"
         for lora in report.get("loras", [])
     ]
     return "\n".join(lines + [f"warning: {one_line(text)}" for text in report["warnings"]])

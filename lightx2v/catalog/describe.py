@@ -22,7 +22,8 @@ from ..errors import CheckpointError
 from ..models.vae_config import VAEConfig
 from ..weights.checkpoint import Checkpoint, open_checkpoint
 from ..weights.dit_names import wan_names
-from ..weights.lora_keys import LayerFinder, is_foreign, parse_key
+from ..weights.lora_forms import RANKS
+from ..weights.lora_keys import LayerFinder, parse_key
 from ..weights.model_weights import ModelWeights
 from ..weights.umt5_names import TABLE, is_text_encoder, wan_name
 from .found_file import FoundFile
@@ -106,15 +107,18 @@ def _vae(checkpoint: Checkpoint, path: Path, size: int) -> FoundFile | None:
 
 def _lora(checkpoint: Checkpoint, path: Path, size: int) -> FoundFile | None:
     finder, ranks, widths = _layers(), Counter[int](), Counter[int]()
-    found = foreign = False
+    found = False
     for key, shape in checkpoint.shapes.items():
-        foreign = foreign or is_foreign(key)
         layer, kind = parse_key(key) or ("", "")
-        if kind not in ("down", "diff", "diff_b") or finder.find(layer, "weight") is None:
+        if (
+            kind not in ("down", "diff", "diff_b", *RANKS["hadamard"], *RANKS["kronecker"], "lokr_w2")
+            or finder.find(layer, "weight") is None
+        ):
             continue
         found = True
-        if kind == "down" and len(shape) >= 2:
+        if any(kind in kinds for kinds in RANKS.values()) and len(shape) >= 2:
             ranks[shape[0]] += 1
+        if kind == "down" and len(shape) >= 2:
             widths[math.prod(shape[1:])] += 1
     if not found:
         return None

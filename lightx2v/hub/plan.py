@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ..config.engine_config import EngineConfig, hub_name
-from ..config.lora_names import partner_names
+from ..config.lora_names import partners
 from ..errors import ConfigError, DownloadError, byte_size, short_path
 from .cache import CachedRepo
 from .find import find, find_all, find_cached, local_model_folder
@@ -78,15 +78,16 @@ def missing(config: EngineConfig) -> list[str]:
     ]
 
 
-def partners_on_hub(config: EngineConfig) -> list[tuple[str, str]]:
-    """(repository, file) where the Hub may have a missing LoRA partner. Only LoRAs for both experts have partners.
+def companions_on_hub(config: EngineConfig) -> list[tuple[str, str]]:
+    """(repository, file) that the Hub may have beside the LoRAs: the other halves of pairs, and PEFT's settings.
 
-    A local LoRA has its partner beside it, if it has one.
+    A local LoRA has its companions beside it, if it has any.
     """
-    loras = [lora.path for lora in config.lora_configs if lora.expert == "auto"]
-    names = [name for path in loras if find(path, config) == find_cached(path) for name in partner_names(path)]
-    partners = [hub_name(name) for name in names if find(name, config) is None]
-    return [(partner[0], partner[1]) for partner in partners if partner and partner[1]]
+    loras = [lora for lora in config.lora_configs if find(lora.path, config) == find_cached(lora.path)]
+    names = [partner.path for lora in loras if lora.expert == "auto" for partner in partners(lora.path)]
+    names += [f"{lora.path.rpartition('/')[0]}/adapter_config.json" for lora in loras if "/adapter_model." in lora.path]
+    absent = [hub_name(name) for name in dict.fromkeys(names) if find(name, config) is None]
+    return [(name[0], name[1]) for name in absent if name and name[1]]
 
 
 def make_plan(
@@ -112,7 +113,7 @@ def make_plan(
     for repo, paths in wanted.items():
         listing, cached = list_files(hub, repo), hub.repo(repo)
         chosen = [file for path in paths for file in _required(listing, path, repo)]
-        chosen += [file for at, path in partners_on_hub(config) if at == repo for file in files_below(listing, path)]
+        chosen += [file for at, path in companions_on_hub(config) if at == repo for file in files_below(listing, path)]
         files |= {f"{repo}/{file.path}": planned_file(cached, file) for file in chosen}
         reusable += [file for file in listing if file not in chosen and cached.has(file.etag, file.size)]
     return DownloadPlan(

@@ -29,14 +29,14 @@ from ..weights.quantization import FORMATS, MIN_COSINE
 from ..weights.safetensors_writer import write_safetensors
 from ..weights.tensor_file import FLOATS
 from ..weights.umt5_names import is_text_encoder
-from .expert_loras import lora_files
+from .lora_experts import lora_files
 from .model_files import ModelFiles
 from .networks import DTYPES
 
 log = logging.getLogger("lightx2v.convert")
 
 FINGERPRINT = "lightx2v_sources"
-VERSION = 2
+VERSION = 3
 """Version of the computation. Files of another version are made anew."""
 STEPS = 1000
 """The unit of a file's progress."""
@@ -47,6 +47,7 @@ class Conversion:
     """One file to make. `loras` are (path, strength), in the order in which to add them.
 
     `format` is one of DTYPES or of the 8-bit FORMATS; with the latter, unquantised weights get the dtype `plain`.
+    `expert` chooses the half of a LoRA that holds one for each.
     """
 
     source: Path
@@ -55,6 +56,7 @@ class Conversion:
     loras: tuple[tuple[Path, float], ...] = ()
     allow_partial: bool = False
     plain: str = "bf16"
+    expert: Expert | None = None
 
 
 def convert(
@@ -140,7 +142,7 @@ def _converted(checkpoint: Checkpoint, job: Conversion) -> tuple[ModelWeights, C
             "Use the original file."
         )
     loras = [
-        match_lora(path, source.plain_shapes, strength=strength, allow_partial=job.allow_partial)
+        match_lora(path, source.plain_shapes, strength=strength, allow_partial=job.allow_partial, expert=job.expert)
         for path, strength in job.loras
     ]
     for lora in loras:
@@ -169,7 +171,9 @@ def fingerprint(checkpoint: Checkpoint, job: Conversion) -> str:
             raise LoraError(f"There is no LoRA {short_path(path, 3)}. Check the path.")
         loras.append([*_identity(path), strength])
     sources = {"of": [_identity(file.path) for file in checkpoint.files], "loras": loras, "format": job.format}
-    return json.dumps({**sources, "plain": job.plain, "partial": job.allow_partial, "version": VERSION})
+    return json.dumps(
+        {**sources, "plain": job.plain, "partial": job.allow_partial, "version": VERSION, "expert": job.expert}
+    )
 
 
 def _identity(path: Path) -> list[str | int]:
@@ -196,9 +200,10 @@ def prebuilt_conversions(files: ModelFiles, config: EngineConfig, folder: Path, 
             source=source,
             output=folder / f"{expert}_noise_{kind}.safetensors",
             format=kind,
-            loras=tuple((path, spec.strength) for spec, path in lora_files(config.lora_configs, expert, config)),
+            loras=tuple((lora.path, lora.strength) for lora in lora_files(config.lora_configs, expert, config)),
             allow_partial=config.lora_allow_partial,
             plain=plain,
+            expert=expert,
         )
     if config.t5_quantized and not ModelWeights.of_text_encoder(open_checkpoint(files.t5)).quantised:
         kind = str(config.t5_quant_scheme).partition("-")[0]

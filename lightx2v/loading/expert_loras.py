@@ -2,7 +2,8 @@
 
 Merged: the weights hold base + LoRAs. An exchange rereads from the base model's files the tensors that the old or the
 new LoRAs change and merges again, so nothing accumulates and going back gives the same bits.
-Dynamic: the weights stay the base model's; a forward hook on each linear layer with a LoRA adds its low-rank product.
+Dynamic: the weights stay the base model's; a forward hook on each linear layer with a LoRA adds its low-rank product,
+or LoKr's two small ones. LoHa and DoRA cannot run beside a weight: they are merged.
 Weights in GGUF blocks stay as they are, too: each layer adds its LoRAs when it dequantises them, which is as exact as
 merging, or dynamically if the configuration says so.
 Tensors outside linear layers (biases, norms, modulation, the patch embedding) are small: an exchange overwrites them
@@ -11,7 +12,6 @@ and restores their originals later.
 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -19,16 +19,17 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..config.engine_config import EngineConfig
-from ..config.lora_names import expert_of, partner_names, task_of
+from ..config.lora_names import task_of
 from ..config.request import Expert, LoraSpec
 from ..errors import LoraError, short_path
-from ..hub import find_lora
 from ..models.dit import WanDiT
 from ..models.gguf_linear import GGUFLinear
 from ..models.quant_linear import QuantLinear
-from ..weights.lora import LoraDelta, LoraReport, MatchedLora, match_lora
+from ..weights.lora import LoraReport, MatchedLora, match_lora, require_finite
+from ..weights.lora_delta import Difference, Kronecker, Pair
 from ..weights.model_weights import ModelWeights
 from ..weights.module_loader import TensorStream
+from .lora_experts import lora_files
 
 AnyLinear = nn.Linear | QuantLinear | GGUFLinear
 SIXTEEN_BITS = (torch.bfloat16, torch.float16)
@@ -50,49 +51,25 @@ def match_loras(
 ) -> list[MatchedLora]:
     """Find and match the LoRAs in `specs` that are for this expert. LoraError where one does not fit."""
     matched = []
-    for spec, path in lora_files(specs, expert, config):
-        lora = match_lora(path, weights.plain_shapes, strength=spec.strength, allow_partial=config.lora_allow_partial)
-        named_expert, named_task, file = expert_of(path), task_of(path), short_path(path)
-        warnings = []
-        if lora.report.unmatched:
-            warnings.append(f"{file} fits in part: {lora.report.applied} of {lora.report.total} layers were applied.")
-        if named_expert not in (None, expert):  # lora_allow_partial lets it pass, see lora_files
-            warnings.append(f"{file} is used for the {expert}-noise expert, its name says {named_expert} noise.")
+    for chosen in lora_files(specs, expert, config):
+        lora = match_lora(
+            chosen.path,
+            weights.plain_shapes,
+            strength=chosen.strength,
+            allow_partial=config.lora_allow_partial,
+            expert=expert,
+        )
+        report, file, named_task = lora.report, short_path(chosen.path), task_of(chosen.path)
+        warnings = list(chosen.warnings)
+        if report.unmatched:
+            warnings.insert(0, f"{file} fits in part: {report.applied} of {report.total} layers were applied.")
+        if not chosen.strength:
+            warnings.append(f"{file} has strength 0 and changes nothing.")
         if named_task and (named_task == "t2v") != (config.task == "t2v"):  # may be intended
             warnings.append(f"{file} is used for {config.task}, its name says {named_task}.")
-        if spec.expert == "auto" and named_expert == expert and partner_of(path) is None:
-            warnings.append(f"{file} is for one expert, and its other half is not beside it.")
-        matched.append(replace(lora, report=replace(lora.report, warnings=tuple(warnings))))
+        notes = (f"Used for the {expert}-noise expert: {chosen.reason}.", *report.notes)
+        matched.append(replace(lora, report=replace(report, notes=notes, warnings=tuple(warnings))))
     return matched
-
-
-def lora_files(specs: Iterable[LoraSpec], expert: Expert, config: EngineConfig) -> list[tuple[LoraSpec, Path]]:
-    """The files that `specs` put on this expert. LoraError where a file's name says that it is for the other one.
-
-    For a file that is for the other expert, the other half beside it is used, unless `specs` names that too.
-    """
-    named = [(spec, find_lora(spec.path, config)) for spec in specs if spec.expert in (expert, "auto")]
-    resolved = {path.resolve() for _, path in named}
-    files = []
-    for spec, path in named:
-        named_expert = expert_of(path)
-        if named_expert in (None, expert) or (spec.expert == expert and config.lora_allow_partial):
-            files.append((spec, path))
-        elif spec.expert == "auto":
-            partner = partner_of(path)
-            files += [(spec, partner)] if partner is not None and partner.resolve() not in resolved else []
-        else:
-            raise LoraError(
-                f"{short_path(path)} is given for the {expert}-noise expert; by its name it is for the "
-                f"{named_expert}-noise one. Exchange the two files. If the name is wrong, rename it, or set "
-                "lora_allow_partial to true."
-            )
-    return files
-
-
-def partner_of(path: Path) -> Path | None:
-    """The LoRA for the other expert that belongs to `path` by its name, if there is one."""
-    return next((Path(name) for name in partner_names(path.as_posix()) if Path(name).is_file()), None)
 
 
 class ExpertLoras:
@@ -127,7 +104,8 @@ class ExpertLoras:
         self.applied: tuple[AppliedLora, ...] = ()
         self.specs: tuple[LoraSpec, ...] | None = ()
         if self.dynamic(weights, config, from_disk):
-            self._attach(loras)
+            with torch.inference_mode(False), torch.no_grad():
+                self._put_on(loras)
         else:
             self._merged, self._dirty = list(loras), _names(loras)
             self.disk_weights = weights.with_loras(loras)
@@ -159,7 +137,7 @@ class ExpertLoras:
 
     def _exchange(self, loras: list[MatchedLora]) -> None:
         if self.dynamic(self._weights, self._config, self._from_disk):
-            self._attach(loras)
+            self._put_on(loras)
         elif self._from_disk:
             raise LoraError(
                 "The LoRAs are part of the prebuilt weights, and these stay on disk: they cannot be exchanged. "
@@ -173,7 +151,23 @@ class ExpertLoras:
 
     def _record(self, loras: Sequence[MatchedLora], specs: Iterable[LoraSpec]) -> None:
         self.specs = self._own(specs)
-        self.applied = tuple(AppliedLora(expert=self._expert, report=lora.report) for lora in loras)
+        self.applied = tuple(AppliedLora(expert=self._expert, report=_final(lora)) for lora in loras)
+
+    def _put_on(self, loras: Sequence[MatchedLora]) -> None:
+        """Merge what cannot run beside the weights, and attach the rest."""
+        before = self._merged
+        merged = [{name for name in lora.patches if self._must_merge(name, lora)} for lora in loras]
+        self._merge([lora.only(names) for lora, names in zip(loras, merged, strict=True) if names])
+        try:
+            beside = [lora.only(lora.patches.keys() - names) for lora, names in zip(loras, merged, strict=True)]
+            self._attach(beside)
+        except LoraError:
+            self._merge(before)
+            raise
+
+    def _must_merge(self, name: str, lora: MatchedLora) -> bool:
+        layer = self._linear(name)
+        return layer is not None and not isinstance(layer, GGUFLinear) and not lora.patches[name].runs_beside
 
     def _merge(self, loras: list[MatchedLora]) -> None:
         self._dirty |= _names(loras)
@@ -188,12 +182,14 @@ class ExpertLoras:
         # Sums and roundings run on the same device as at load, the one that computes, wherever the weight is now.
         for name, tensor in self._transform(weights.tensors(self._dirty, device=self._device or "cpu")):
             parameter = self._dit.get_parameter(name)
-            parameter.copy_(tensor.to(parameter.dtype))
+            if not parameter.is_meta:
+                parameter.copy_(tensor.to(parameter.dtype))
 
     def _attach(self, loras: Sequence[MatchedLora]) -> None:
         """Read the new side branches and small tensors first, then exchange everything."""
         small = {name for name in _names(loras) if self._linear(name) is None}
         weights = self._weights.with_loras([lora.only(small) for lora in loras])
+        on_disk = self._weights.with_loras([*self._merged, *weights.loras])
         branches: dict[str, dict[str, Tensor]] = {}
         changed: dict[str, Tensor] = {}
         for key, tensor in self._transform(self._additions(loras, weights, small)):
@@ -203,7 +199,7 @@ class ExpertLoras:
             else:
                 changed[name] = tensor
         self._detach()
-        self.disk_weights = weights
+        self.disk_weights = on_disk
         for name, total in changed.items():
             parameter = self._dit.get_parameter(name)
             if not parameter.is_meta:
@@ -211,18 +207,18 @@ class ExpertLoras:
                 parameter.copy_(total)
         for name, parts in branches.items():
             layer = self._dit.get_submodule(name.rpartition(".")[0])
-            if isinstance(layer, GGUFLinear) and not self._config.lora_dynamic_apply:
-                scales = [lora.patches[name].scale for lora in loras if name in lora.patches]
+            if isinstance(layer, GGUFLinear):
                 layer.merged = [
-                    LoraDelta(parts[f"up{index}"], parts.get(f"down{index}"), scale)
-                    for index, scale in enumerate(scales)
+                    lora.build(name, kinds)
+                    for index, lora in enumerate(loras)
+                    if (kinds := _of(parts, f"merged{index}."))
                 ]
-            else:
-                self._hooks.append(layer.register_forward_hook(_side_branch(**parts)))
+            if any(not part.startswith("merged") for part in parts):
+                self._hooks.append(layer.register_forward_hook(_side_branch(parts)))
 
     def _additions(self, loras: Sequence[MatchedLora], weights: ModelWeights, small: set[str]) -> TensorStream:
-        """For a linear layer's weight "name|down" and "name|up" or "name|delta", in blocks "name|down0" and so on; for
-        other tensors the new value.
+        """For a linear layer's weight "name|down" and "name|up" or "name|delta", in blocks "name|merged0.down" and
+        so on; for other tensors the new value.
 
         Reads that value even if it stays on disk, so that an error in it shows now.
         """
@@ -231,11 +227,12 @@ class ExpertLoras:
             for name in lora.patches:
                 by_weight.setdefault(name, []).append(lora)
         for name, group in by_weight.items():
-            layer = self._linear(name)
-            if isinstance(layer, GGUFLinear) and not self._config.lora_dynamic_apply:
-                yield from self._deltas(name, group, layer)
-            elif layer is not None:
-                yield from self._branch(name, group, layer)
+            if (layer := self._linear(name)) is not None:
+                for index, lora in enumerate(loras):
+                    if name in lora.patches and self._inside(name, lora):
+                        yield from self._parts(name, index, lora, layer)
+                if beside := [lora for lora in group if not self._inside(name, lora)]:
+                    yield from self._branch(name, beside, layer)
         yield from weights.tensors(small)
 
     def _linear(self, name: str) -> AnyLinear | None:
@@ -254,51 +251,83 @@ class ExpertLoras:
             self._dit.get_parameter(name).copy_(original)
         self._originals.clear()
 
-    def _deltas(self, name: str, loras: Sequence[MatchedLora], layer: GGUFLinear) -> TensorStream:
-        """The matrices of each LoRA as they are stored: those in 16 bits stay in 16 bits."""
-        device = self._device or layer.weight.device
-        for index, lora in enumerate(loras):
-            delta, patch = lora.delta(name, "cpu", torch.float32), lora.patches[name]
-            for part, tensor, key in (("up", delta.up, patch.up), ("down", delta.down, patch.down)):
-                if tensor is not None and key is not None:
-                    stored = lora.checkpoint.dtypes[key]
-                    dtype = stored if stored in SIXTEEN_BITS else torch.float32
-                    yield f"{name}|{part}{index}", tensor.to(device, dtype)
+    def _inside(self, name: str, lora: MatchedLora) -> bool:
+        """Whether a layer in GGUF blocks adds this LoRA to its weights, as it does with all that cannot run beside."""
+        return isinstance(self._linear(name), GGUFLinear) and not (
+            self._config.lora_dynamic_apply and lora.patches[name].runs_beside
+        )
+
+    def _parts(self, name: str, index: int, lora: MatchedLora, layer: AnyLinear) -> TensorStream:
+        """The tensors of a LoRA for a layer in blocks, as they are stored: those in 16 bits stay in 16 bits."""
+        patch = lora.patches[name]
+        for kind, tensor in lora.parts(name, "cpu").items():
+            stored = lora.checkpoint.dtypes[patch.keys[kind]]
+            keeps = stored in SIXTEEN_BITS and patch.form in ("pair", "difference") and not patch.is_dora
+            dtype = stored if keeps else torch.float32
+            yield f"{name}|merged{index}.{kind}", tensor.to(self._device or layer.weight.device, dtype)
 
     def _branch(self, name: str, loras: Sequence[MatchedLora], layer: AnyLinear) -> TensorStream:
-        """The matrices of Σ up · down: several LoRAs become one pair, plain differences one matrix."""
+        """The matrices of Σ up · down: several LoRAs become one pair, plain differences one matrix, a LoKr its two."""
         device = self._device or layer.weight.device
         dtype = layer.weight.dtype if isinstance(layer, nn.Linear) else self._dit.compute_dtype
         downs, ups, difference = [], [], None
-        for lora in loras:
+        parts: dict[str, Tensor] = {}
+        for index, lora in enumerate(loras):
             delta = lora.delta(name, "cpu", torch.float32)
-            if delta.down is None:
+            if isinstance(delta, Pair):
+                downs.append(delta.down_RI)
+                ups.append(delta.up_OR * delta.scale)
+            elif isinstance(delta, Kronecker):
+                parts |= {f"w1.{index}": delta.w1_AB * delta.scale, f"w2.{index}": delta.w2_CD}
+            else:
+                assert isinstance(delta, Difference), "LoHa and DoRA are merged"
                 difference = torch.zeros(layer.out_features, layer.in_features) if difference is None else difference
                 delta.add_to(difference)
-            else:
-                downs.append(delta.down)
-                ups.append(delta.up * delta.scale)
         if downs:
-            yield f"{name}|down", torch.cat(downs).to(device, dtype)
-            yield f"{name}|up", torch.cat(ups, dim=1).t().contiguous().to(device, dtype)
+            parts |= {"down": torch.cat(downs), "up": torch.cat(ups, dim=1).t().contiguous()}
         if difference is not None:
-            yield f"{name}|delta", difference.to(device, dtype)
+            parts["delta"] = difference
+        for part, tensor in parts.items():
+            moved = tensor.to(device, dtype)
+            files = ", ".join(lora.report.path for lora in loras)
+            require_finite(moved, f"{files}: the change of {name}, in {str(dtype)[6:]},", "Lower the strength.")
+            yield f"{name}|{part}", moved
 
 
 def _names(loras: Iterable[MatchedLora]) -> set[str]:
     return {name for lora in loras for name in lora.patches}
 
 
-def _side_branch(
-    down: Tensor | None = None, up: Tensor | None = None, delta: Tensor | None = None
-) -> Callable[..., Tensor]:
-    """A forward hook that adds x · (Σ up · down)^T to a layer's output."""
+def _of(parts: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
+    return {name.removeprefix(prefix): tensor for name, tensor in parts.items() if name.startswith(prefix)}
+
+
+def _final(lora: MatchedLora) -> LoraReport:
+    """The report, with what only the tensors' values show."""
+    report = lora.report
+    if lora.zero and lora.zero >= lora.patches.keys():
+        text = f"{report.path} changes nothing: all of its {len(lora.patches)} changes are zero."
+    elif lora.zero:
+        text = f"{report.path}: {len(lora.zero)} of its {len(lora.patches)} changes are zero."
+    else:
+        return report
+    return replace(report, warnings=(*report.warnings, text))
+
+
+def _side_branch(parts: dict[str, Tensor]) -> Callable[..., Tensor]:
+    """A forward hook that adds x · (Σ up · down)^T to a layer's output, and the products of LoKr."""
+    down, up, delta = (parts.get(name) for name in ("down", "up", "delta"))
+    factors = [(parts[f"w1.{name[3:]}"], w2) for name, w2 in parts.items() if name.startswith("w2.")]
 
     def add_branch(module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor:
         x = inputs[0]
         if down is not None and up is not None:
             rows_MR = F.linear(x.to(down.dtype), down).flatten(0, -2)
             output.view(-1, output.shape[-1]).addmm_(rows_MR, up)
+        for w1_AB, w2_CD in factors:
+            x_MBD = x.to(w2_CD.dtype).reshape(-1, w1_AB.shape[1], w2_CD.shape[1])
+            product_MAC = F.linear(F.linear(x_MBD, w2_CD).mT, w1_AB).mT
+            output.view(product_MAC.shape).add_(product_MAC)
         return output if delta is None else output.add_(F.linear(x.to(delta.dtype), delta))
 
     return add_branch

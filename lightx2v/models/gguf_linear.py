@@ -9,6 +9,7 @@ LoRAs.
 """
 
 import logging
+from collections import deque
 from collections.abc import Callable, Iterable, Mapping
 from functools import cache
 
@@ -18,7 +19,8 @@ from torch import Tensor, nn
 
 from ..weights import gguf_blocks
 from ..weights.gguf_blocks import BlockFormat
-from ..weights.lora import ROWS, LoraDelta
+from ..weights.lora import ROWS
+from ..weights.lora_delta import Delta, add_deltas
 
 log = logging.getLogger("lightx2v.quant")
 
@@ -38,7 +40,7 @@ class GGUFLinear(nn.Module):
         width = in_features // form.size * form.nbytes
         self.weight = nn.Parameter(torch.empty(out_features, width, dtype=torch.uint8), requires_grad=False)
         self.bias = nn.Parameter(torch.empty(out_features), requires_grad=False) if bias else None
-        self.merged: list[LoraDelta] = []
+        self.merged: list[Delta] = []
         self._values: Tensor | None = None
 
     def forward(self, x: Tensor) -> Tensor:
@@ -54,11 +56,8 @@ class GGUFLinear(nn.Module):
         deltas = [delta.to(torch.float32) for delta in self.merged]
         result = torch.empty(self.out_features, self.in_features, dtype=dtype, device=self.weight.device)
         rows = ROWS if self.weight.device.type == "cpu" else MANY_ROWS
-        for start in range(0, self.out_features, rows):
-            part = dequantise(self.weight[start : start + rows], self.form, torch.float32)
-            for delta in deltas:
-                delta.add_to(part, start)
-            result[start : start + rows] = part
+        blocks = lambda start: dequantise(self.weight[start : start + rows], self.form, torch.float32)  # noqa: E731
+        deque(add_deltas(deltas, blocks, result, rows), maxlen=0)
         return result
 
     def forget(self) -> None:

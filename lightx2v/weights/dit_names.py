@@ -1,4 +1,4 @@
-"""The DiT's tensor names: Wan's, which the project uses, with other programs' prefixes, and diffusers'.
+"""The DiT's tensor names: Wan's, which the project uses, and diffusers', in wrappers of any kind.
 
 The names in a file decide which of these it uses, never the file's name. All functions are pure: names in, names out.
 """
@@ -7,9 +7,7 @@ import re
 from collections.abc import Iterable
 
 from ..errors import CheckpointError
-
-PREFIXES = ("model.diffusion_model.", "diffusion_model.", "model.", "transformer.")
-"""Longest first, so that `model.diffusion_model.` is not taken for `model.`."""
+from .wrapper_prefixes import unwrap_dit
 
 _OUTSIDE = (  # Wan, diffusers; outside the blocks
     ("patch_embedding", "patch_embedding"),
@@ -45,14 +43,6 @@ _IN_BLOCK = re.compile(r"blocks\.(\d+)\.(.+)")
 _DIFFUSERS_ONLY = re.compile(r"condition_embedder\.|proj_out\.|scale_shift_table$|blocks\.\d+\.(attn[12]\.|ffn\.net\.)")
 
 
-def strip_prefix(name: str) -> str:
-    """`name` without the first of the known prefixes that it starts with."""
-    for prefix in PREFIXES:
-        if name.startswith(prefix):
-            return name.removeprefix(prefix)
-    return name
-
-
 def diffusers_to_wan(name: str) -> str:
     """Wan's name for a diffusers DiT name (no prefix); an unknown name is returned unchanged."""
     return _rename(name, *_TO_WAN)
@@ -70,7 +60,7 @@ def is_diffusers(names: Iterable[str]) -> bool:
 
 def wan_names(names: Iterable[str]) -> dict[str, str]:
     """Wan's name for every DiT tensor name of a file. CheckpointError where two names become one."""
-    stripped = {name: strip_prefix(name) for name in names}
+    stripped = {name: unwrap_dit(name) for name in names}
     if is_diffusers(stripped.values()):
         stripped = {name: diffusers_to_wan(bare) for name, bare in stripped.items()}
     seen: dict[str, str] = {}

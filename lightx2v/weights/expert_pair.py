@@ -7,7 +7,7 @@ given twice, or the two exchanged would all run without complaint and make bad v
 import torch
 
 from ..config.architecture import INPUT_CHANNELS, MODEL_KIND
-from ..config.lora_names import expert_in, expert_of
+from ..config.lora_names import expert_in, noise_of, pair_expert
 from ..errors import CheckpointError, short_path
 from .checkpoint import Checkpoint
 from .dit_names import wan_names
@@ -25,11 +25,13 @@ def check_expert_pair(high: Checkpoint, low: Checkpoint, task: str) -> tuple[str
             f"The high-noise and the low-noise expert are the same: {short_path(high.path)} and {short_path(low.path)} "
             "hold equal weights. Give each expert its own file."
         )
+    by_pair = pair_expert(high.path, low.path)
+    said = {"high": by_pair, "low": by_pair and {"high": "low", "low": "high"}[by_pair]}
     return tuple(
         f"The {expert}-noise expert is loaded from {short_path(checkpoint.path)}, which by its name is the "
         f"{other}-noise one. If the two are swapped, the video will be bad."
         for expert, other, checkpoint in (("high", "low", high), ("low", "high", low))
-        if (expert_of(checkpoint.path) or expert_in(" ".join(checkpoint.metadata.values()))) == other
+        if (expert_in(" ".join(checkpoint.metadata.values())) or noise_of(checkpoint.path) or said[expert]) == other
     )
 
 

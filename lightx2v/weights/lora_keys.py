@@ -1,49 +1,101 @@
-"""The dialects of LoRA files: which layer and which half a key names, and which tensor of the model that is.
+"""The dialects of LoRA files: which layer and which part a key names, and which tensor of the model that is.
 
-Names may be Wan's, diffusers' or kohya's, with any of the known prefixes. Besides low-rank pairs a file may hold plain
-differences: `.diff` (weights), `.diff_b` (biases), `.diff_m` (modulation).
+Names may be Wan's, diffusers' or kohya's, in any wrappers. Besides low-rank pairs a file may hold LoKr's and LoHa's
+factors, DoRA's magnitudes, and plain differences: `.diff` or `.w_norm` (weights), `.diff_b` or `.b_norm` (biases),
+`.diff_m` (modulation). One file may hold both experts' halves, as diffusers saves them: `transformer.` is the
+high-noise one, `transformer_2.` the low-noise one.
 """
 
 import re
 from collections.abc import Iterable
+from typing import Literal
 
 from .dit_names import diffusers_to_wan, wan_to_diffusers
+from .wrapper_prefixes import unwrap_dit
 
-_PREFIX = re.compile(r"(base_model\.model\.|model\.|diffusion_model\.|transformer(_2)?\.|unet\.|dit\.)")
-_KOHYA = re.compile(r"(lora_unet|lora_transformer|lora_dit|lora|lycoris)_+(?=\w)")
+_ADAPTER = r"(?:\.(?!weight$|bias$)\w+)?"
+"""PEFT's name for an adapter, as in `lora_A.default.weight`."""
 _PAIR = re.compile(
     r"(?P<stem>.+?)(?:"
     r"\.lora_(?P<a>up|down|mid)\.weight"
     r"|[._]lora(?:_linear_layer)?\.(?P<b>up|down)\.weight"
-    r"|\.lora_(?P<c>[AB])(?:\.(?!weight$|bias$)\w+)?(?:\.weight)?"
+    rf"|\.lora_(?P<c>[AB]){_ADAPTER}(?:\.weight)?"
+    rf"|\.lora_(?:B{_ADAPTER}|up)\.(?P<d>bias)"
     r")"
 )
-_PLAIN = re.compile(r"(?P<stem>.+)\.(?P<kind>alpha|diff|diff_b|diff_m)")
-_FOREIGN = re.compile(r"dora_scale|magnitude_vector|lokr_|hada_|oft_|boft_|lora_B\.bias")
+_FACTOR = re.compile(
+    rf"(?P<stem>.+)\.(?P<kind>lokr_w[12](?:_[ab])?|lokr_t2|hada_w[12]_[ab]|hada_t[12]){_ADAPTER}(?:\.weight)?"
+)
+_MAGNITUDE = re.compile(rf"(?P<stem>.+)\.(?P<kind>dora_scale|lora_magnitude_vector|magnitude){_ADAPTER}(?:\.weight)?")
+_PLAIN = re.compile(r"(?P<stem>.+)\.(?P<kind>alpha|diff|diff_b|diff_m|w_norm|b_norm)")
+_KINDS = {"w_norm": "diff", "b_norm": "diff_b", "lora_magnitude_vector": "magnitude"}
+
+_FOREIGN = {
+    "OFT or BOFT": r"oft_(?:r|blocks|diag)",
+    "GLoRA": r"[._][ab][12]\.weight$",
+    "IA3": r"on_input|ia3_",
+    "VeRA": r"vera_lambda",
+    "full weights of a trainer": r"modules_to_save|set_weight",
+}
+"""Kinds of adapters that are not supported, by what only their keys hold."""
 _HARMLESS = re.compile(
     r"(^|[._])(k_img|v_img|norm_k_img|img_emb|add_k_proj|add_v_proj|norm_added_[kq]|image_embedder)([._]|$)"
 )
+_FLAT_PREFIX = re.compile(
+    r"_*(lora_unet|lora_transformer|lora_dit|lora|lycoris|base_model|diffusion_model|model|orig_mod"
+    r"|transformer_2|transformer|unet|dit_?2|dit|pipe|module|net|(?:high|low)_noise(?:_model)?)_+(?=[a-z])"
+)
+_LOW = re.compile(r"transformer_2|dit_?2|low_noise(?:_model)?")
+_HIGH = re.compile(r"high_noise(?:_model)?")
+
+Expert = Literal["high", "low"]
 
 
 def parse_key(key: str) -> tuple[str, str] | None:
-    """(layer, kind) of a file's key; None for an unknown one. Kinds: up, down, mid, alpha, diff, diff_b, diff_m."""
+    """(layer, kind) of a file's key; None for an unknown one.
+
+    Kinds: up, down, mid, up_bias, alpha, diff, diff_b, diff_m, dora_scale, magnitude, and lokr_… and hada_… as in the
+    key.
+    """
     if match := _PAIR.fullmatch(key):
-        kind = match["a"] or match["b"] or {"A": "down", "B": "up"}[match["c"]]
-    elif match := _PLAIN.fullmatch(key):
-        kind = match["kind"]
+        kind = match["a"] or match["b"] or {"A": "down", "B": "up", None: "up_bias"}[match["c"]]
+    elif match := _FACTOR.fullmatch(key) or _MAGNITUDE.fullmatch(key) or _PLAIN.fullmatch(key):
+        kind = _KINDS.get(match["kind"], match["kind"])
     else:
         return None
     return match["stem"].replace(".processor.", "."), kind
 
 
-def is_foreign(key: str) -> bool:
-    """Whether the key belongs to DoRA, LoKr, LoHa or OFT."""
-    return bool(_FOREIGN.search(key))
+def foreign_kind(key: str) -> str | None:
+    """The name of the kind of adapter that the key belongs to, if it is one that is not supported."""
+    return next((name for name, pattern in _FOREIGN.items() if re.search(pattern, key)), None)
 
 
 def is_harmless(name: str) -> bool:
     """Whether this is a layer for a CLIP image. Wan2.1 has these, Wan2.2 has not; distilled LoRAs carry them along."""
     return bool(_HARMLESS.search(name))
+
+
+def experts_of(layers: Iterable[str]) -> dict[str, Expert]:
+    """{layer: the expert that its name says}. Where `transformer_2.` is the low-noise one, the others are the high one.
+
+    Empty where no name says any: `transformer.` alone is only a prefix.
+    """
+    prefixes = {layer: set(_flat(layer)[1]) for layer in layers}
+    low = {layer for layer, parts in prefixes.items() if any(map(_LOW.fullmatch, parts))}
+    high = {layer for layer, parts in prefixes.items() if any(map(_HIGH.fullmatch, parts))}
+    if low and not high:
+        high = prefixes.keys() - low
+    return dict.fromkeys(high, "high") | dict.fromkeys(low, "low")  # type: ignore[return-value]
+
+
+def _flat(layer: str) -> tuple[str, list[str]]:
+    """The layer's name with underscores for dots and without prefixes, and these prefixes."""
+    flat, prefixes = layer.replace(".", "_"), []
+    while match := _FLAT_PREFIX.match(flat):
+        prefixes.append(match[1])
+        flat = flat[match.end() :]
+    return flat, prefixes
 
 
 class LayerFinder:
@@ -59,12 +111,9 @@ class LayerFinder:
 
     def find(self, layer: str, part: str) -> str | None:
         """The name of that layer's `part`: "weight", "bias" or "modulation"."""
-        while (match := _PREFIX.match(layer)) and not self._direct(layer, part):
-            layer = layer[match.end() :]
-        found = self._direct(layer, part)
-        if found is None and (match := _KOHYA.match(layer)):
-            known = self._by_kohya.get(layer[match.end() :])
-            found = self._direct(known, part) if known else None
+        found = self._direct(unwrap_dit(layer), part)
+        if found is None and (known := self._by_kohya.get(_flat(layer)[0])) is not None:
+            found = self._direct(known, part)
         return found
 
     def _direct(self, layer: str, part: str) -> str | None:

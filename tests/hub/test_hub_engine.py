@@ -116,7 +116,9 @@ def test_a_lora_without_a_partner_on_the_hub_is_downloaded_alone(
     with LightX2VPipeline.from_config(config()) as pipe:
         pipe.switch_lora([{"path": f"someone/loras/{file.name}"}])
         report = pipe.run(Request(prompt="a cat", **SMALL)).report()
-    assert len(report["loras"]) == 1 and "other half is not beside it" in report["warnings"][0]
+    assert [entry["expert"] for entry in report["loras"]] == ["high", "low"]
+    (warning,) = report["warnings"]
+    assert "is used for both experts: its name has a word for high or low, but no second file" in warning
 
 
 @pytest.mark.slow

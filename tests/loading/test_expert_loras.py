@@ -21,7 +21,8 @@ from lightx2v.config.engine_config import EngineConfig
 from lightx2v.config.presets import resolve
 from lightx2v.config.request import LoraSpec, Request
 from lightx2v.errors import ConfigError, LoraError
-from lightx2v.loading.expert_loras import ExpertLoras, match_loras, partner_of
+from lightx2v.loading.expert_loras import ExpertLoras, match_loras
+from lightx2v.loading.lora_experts import partner_of
 from lightx2v.loading.model_files import locate
 from lightx2v.loading.networks import Precision, expert_weights, load_expert
 from lightx2v.models.dit import WanDiT
@@ -152,6 +153,84 @@ def test_a_missing_file_says_where_it_was_looked_for(tiny: TinyModels) -> None:
         expert(tiny.t2v, LoraSpec(expert="high", path="none.safetensors"))
 
 
+# ---- LoKr, LoHa and DoRA beside the weights ------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def mixed(tiny: TinyModels, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A LoKr, a LoHa and two DoRAs, on one layer each, and a plain pair on a layer with one of the DoRAs in `files`."""
+    g = torch.Generator().manual_seed(9)
+    rnd = lambda *shape: 0.3 * torch.randn(*shape, generator=g)  # noqa: E731
+    one = {"lokr_w1": rnd(4, 4), "lokr_w2_a": rnd(12, 2), "lokr_w2_b": rnd(2, 6), "alpha": torch.tensor(3.0)}
+    two = {f"hada_w{i}_{s}": rnd(*shape) for i in (1, 2) for s, shape in (("a", (48, 3)), ("b", (3, 24)))}
+    pair = {"lora_up.weight": rnd(24, 4), "lora_down.weight": rnd(4, 24)}
+    layers = {
+        "blocks.0.ffn.0": one,
+        "blocks.1.ffn.0": two,
+        "blocks.0.self_attn.q": pair | {"dora_scale": rnd(1, 24).abs() + 1},
+        "blocks.1.cross_attn.o": pair | {"magnitude": rnd(24).abs() + 1},
+    }
+    path = tmp_path_factory.mktemp("mixed") / "mixed.safetensors"
+    save_file({f"{stem}.{key}": part.clone() for stem, parts in layers.items() for key, part in parts.items()}, path)
+    return path
+
+
+def test_lokr_runs_beside_the_weights_and_the_rest_is_merged(
+    tiny: TinyModels, files: tuple[Path, Path], mixed: Path
+) -> None:
+    loras = (spec(mixed, strength=0.7), spec(files[0], strength=0.5))
+    beside, state = expert(tiny.t2v, *loras, dynamic=True)
+    merged, _ = expert(tiny.t2v, *loras)
+    plain, _ = expert(tiny.t2v)
+    assert (
+        0 < error(output(beside), output(merged).double()) <= 1e-6 < 0.1 < error(output(plain), output(merged).double())
+    )
+    changed = {
+        name for name, tensor in beside.state_dict().items() if not torch.equal(tensor, plain.get_parameter(name))
+    }
+    assert changed == {f"blocks.{name}.weight" for name in ("1.ffn.0", "0.self_attn.q", "1.cross_attn.o")}
+    for turn in (loras[1:], loras, ()):
+        state.use(turn)
+        fresh, _ = expert(tiny.t2v, *turn, dynamic=True)
+        assert torch.equal(output(beside), output(fresh)) and equal(dict(beside.state_dict()), dict(fresh.state_dict()))
+
+
+def test_a_lora_that_fails_beside_merged_ones_leaves_all_as_it_was(
+    tiny: TinyModels, mixed: Path, files: tuple[Path, Path], tmp_path: Path
+) -> None:
+    dit, loras = expert(tiny.t2v, spec(mixed), dynamic=True)
+    before = output(dit)
+    pairs = random_pairs(base_weights(tiny.t2v).shapes, 3)
+    pairs["head.head"]["up"][0, 0] = float("inf")
+    bad = write(tmp_path / "bad.safetensors", pairs)
+    with pytest.raises(LoraError, match="infinity"):
+        loras.use([spec(bad)])
+    assert torch.equal(output(dit), before)
+    loras.use([])
+    assert torch.equal(output(dit), output(expert(tiny.t2v)[0]))
+
+
+def test_a_change_that_overflows_beside_the_weights_is_an_error(tiny: TinyModels, tmp_path: Path) -> None:
+    pairs = {"blocks.0.ffn.0": {"up": torch.full((48, 4), 1e38), "down": torch.full((4, 24), 1.0)}}
+    with pytest.raises(LoraError, match=r"the change of blocks\.0\.ffn\.0\.weight, in float32, holds NaN or infinity"):
+        expert(tiny.t2v, spec(write(tmp_path / "x.safetensors", pairs), strength=90.0), dynamic=True)
+
+
+@pytest.mark.parametrize("dynamic", [False, True])
+def test_what_changes_nothing_is_said(tiny: TinyModels, tmp_path: Path, dynamic: bool) -> None:
+    pairs = random_pairs(base_weights(tiny.t2v).shapes)
+    for pair in list(pairs.values())[:-1]:
+        pair["up"].zero_()
+    _, loras = expert(tiny.t2v, spec(write(tmp_path / "x.safetensors", pairs)), dynamic=dynamic)
+    assert "25 of its 26 changes are zero" in loras.applied[0].report.warnings[-1]
+    for pair in pairs.values():
+        pair["up"].zero_()
+    _, loras = expert(tiny.t2v, spec(write(tmp_path / "x.safetensors", pairs)), dynamic=dynamic)
+    assert "changes nothing: all of its 26 changes are zero" in loras.applied[0].report.warnings[-1]
+    _, loras = expert(tiny.t2v, spec(tmp_path / "x.safetensors", strength=0.0), dynamic=dynamic)
+    assert "has strength 0 and changes nothing" in loras.applied[0].report.warnings[-1]
+
+
 # ---- pairs ---------------------------------------------------------------------------------------------------------
 
 
@@ -223,15 +302,27 @@ def halves(tiny: TinyModels, tmp_path_factory: pytest.TempPathFactory) -> tuple[
     return write(high, random_pairs(shapes, 5)), write(low, random_pairs(shapes, 6))
 
 
-def test_halves_on_the_wrong_experts_are_refused(
-    loaded: tuple[LightX2VPipeline, Request], halves: tuple[Path, Path]
+def test_a_choice_is_never_overruled_and_a_doubt_is_said(
+    loaded: tuple[LightX2VPipeline, Request], halves: tuple[Path, Path], tmp_path: Path
 ) -> None:
     pipe, request = loaded
-    plain = latents(pipe, request)
-    for loras in ((spec(halves[1], "high"), spec(halves[0], "low")), (spec(halves[0], "low"),)):
-        with pytest.raises(LoraError, match=r"by its name it is for the (high|low)-noise one.*Exchange the two"):
-            pipe.run(replace(request, loras=loras))
-    assert torch.equal(latents(pipe, request), plain)
+    exchanged = (spec(halves[1], "high"), spec(halves[0], "low"))
+    result = pipe.run(replace(request, loras=exchanged), return_latents=True)
+    assert [(entry["expert"], entry["path"].rpartition("/")[2]) for entry in result.report()["loras"]] == [
+        ("high", halves[1].name),
+        ("low", halves[0].name),
+    ]
+    assert [text.partition(" ")[2] for text in result.warnings] == [
+        f"is used for the {one}-noise expert, as you chose; its name says {other} noise. "
+        "If that is a mistake, exchange the two files."
+        for one, other in (("high", "low"), ("low", "high"))
+    ]
+    plain = [tmp_path / name for name in ("a.safetensors", "b.safetensors")]
+    for path, half in zip(plain, halves[::-1], strict=True):
+        path.write_bytes(half.read_bytes())
+    wanted = pipe.run(replace(request, loras=(spec(plain[0], "high"), spec(plain[1], "low"))), return_latents=True)
+    assert result.latents is not None and wanted.latents is not None and wanted.warnings == ()
+    assert torch.equal(result.latents, wanted.latents)
 
 
 def test_one_half_brings_the_other(loaded: tuple[LightX2VPipeline, Request], halves: tuple[Path, Path]) -> None:

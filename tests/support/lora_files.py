@@ -70,6 +70,15 @@ DIALECTS = {
     "transformers": lambda s: (s, (".lora_linear_layer.up.weight", ".lora_linear_layer.down.weight")),
     "kohya": lambda s: (f"lora_unet_{s.replace('.', '_')}", STANDARD),
     "kohya-double": lambda s: (f"lora_unet__{s.replace('.', '_')}", STANDARD),
+    "kohya-dots": lambda s: (f"lora_unet_{s.replace('.', '_', 1)}", STANDARD),
+    "kohya-all-dots": lambda s: (f"lora_unet.{s}", STANDARD),
+    "kohya-wrapped": lambda s: (f"lora_unet__orig_mod_{s.replace('.', '_')}", STANDARD),
+    "lycoris": lambda s: (f"lycoris_{wan_to_diffusers(s).replace('.', '_')}", STANDARD),
+    "diffsynth": lambda s: (f"pipe.dit.{s}", (".lora_B.default.weight", ".lora_A.default.weight")),
+    "compiled": lambda s: (f"diffusion_model._orig_mod.{s}", PEFT),
+    "data-parallel": lambda s: (f"module.{s}", PEFT),
+    "sharded": lambda s: (f"_fsdp_wrapped_module.{s.replace('.', '._fsdp_wrapped_module.', 1)}", PEFT),
+    "second-transformer": lambda s: (f"transformer_2.{s}", PEFT),
     "kohya-diffusers": lambda s: (f"lora_transformer_{wan_to_diffusers(s).replace('.', '_')}", STANDARD),
 }
 

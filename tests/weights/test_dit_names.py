@@ -6,14 +6,7 @@ import pytest
 from tiny import DiTSizes, random_dit
 
 from lightx2v.errors import CheckpointError
-from lightx2v.weights.dit_names import (
-    PREFIXES,
-    diffusers_to_wan,
-    is_diffusers,
-    strip_prefix,
-    wan_names,
-    wan_to_diffusers,
-)
+from lightx2v.weights.dit_names import diffusers_to_wan, is_diffusers, wan_names, wan_to_diffusers
 
 NAMES = tuple(random_dit(DiTSizes(num_layers=3), 16, 32, seed=0))
 
@@ -37,7 +30,14 @@ def test_every_name_survives_the_way_there_and_back() -> None:
     assert [diffusers_to_wan(wan_to_diffusers(name)) for name in NAMES] == list(NAMES)
 
 
-@pytest.mark.parametrize("prefix", ["", *PREFIXES])
+PREFIXES = (
+    *("", "model.diffusion_model.", "diffusion_model.", "model.", "transformer.", "_orig_mod.", "module.", "net."),
+    *("dit.", "pipe.dit.", "_fsdp_wrapped_module.", "module._orig_mod.", "pipe.dit._orig_mod.", "transformer_2."),
+    "module._fsdp_wrapped_module.model.diffusion_model._orig_mod.",
+)
+
+
+@pytest.mark.parametrize("prefix", PREFIXES)
 @pytest.mark.parametrize("theirs", [False, True])
 def test_a_file_of_any_dialect_gets_wans_names(prefix: str, theirs: bool) -> None:
     written = {prefix + (wan_to_diffusers(name) if theirs else name): name for name in NAMES}
@@ -63,10 +63,10 @@ def test_both_meanings_of_norm2_are_kept_apart() -> None:
     assert not is_diffusers(NAMES)
 
 
-def test_the_longest_prefix_goes_and_only_once() -> None:
-    assert strip_prefix("model.diffusion_model.head.head.weight") == "head.head.weight"
-    assert strip_prefix("model.model.x") == "model.x"
-    assert strip_prefix("modelling.x") == "modelling.x"
+def test_wrappers_between_a_names_parts_are_looked_through() -> None:
+    inside = "model._fsdp_wrapped_module.blocks.3._checkpoint_wrapped_module.self_attn._orig_mod.q.weight"
+    assert wan_names([inside]) == {inside: "blocks.3.self_attn.q.weight"}
+    assert wan_names(["modelling.x", "networks.y"]) == {"modelling.x": "modelling.x", "networks.y": "networks.y"}
 
 
 def test_two_names_for_one_tensor_are_refused() -> None:

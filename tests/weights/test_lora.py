@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from conftest import TinyModels
@@ -13,7 +15,8 @@ from safetensors.torch import save_file
 from lightx2v.config.request import LoraSpec
 from lightx2v.errors import BadRequest, LoraError
 from lightx2v.weights.checkpoint import open_checkpoint
-from lightx2v.weights.lora import match_lora
+from lightx2v.weights.dit_names import wan_to_diffusers
+from lightx2v.weights.lora import add_loras, match_lora
 from lightx2v.weights.model_weights import ModelWeights
 
 
@@ -181,7 +184,10 @@ def test_layers_for_a_clip_image_are_harmless(weights: ModelWeights, tmp_path: P
     [
         ({"blocks.0.ffn.0.lora_up.weight": torch.ones(48, 2)}, "only its up half"),
         ({"blocks.0.ffn.0.dora_scale": torch.ones(48)}, "DoRA"),
-        ({"blocks.0.ffn.0.lokr_w1": torch.ones(4, 4)}, "LoKr"),
+        ({"blocks.0.ffn.0.lokr_w1": torch.ones(4, 4)}, "LoKr with lokr_w1 only"),
+        ({"blocks.0.ffn.0.oft_blocks": torch.ones(4, 4)}, "belongs to OFT"),
+        ({"blocks.0.ffn.0.a1.weight": torch.ones(4, 4)}, "belongs to GLoRA"),
+        ({"blocks.0.ffn.0.reshape_weight": torch.ones(2)}, "reshape_weight, whose meaning is not known"),
         ({"blocks.0.ffn.0.diff_b": torch.ones(48), "model.blocks.0.ffn.0.diff_b": torch.ones(48)}, "twice"),
     ],
 )
@@ -197,3 +203,252 @@ def test_nan_in_a_lora_is_refused(weights: ModelWeights, tmp_path: Path) -> None
     lora = match_lora(write(tmp_path / "x.safetensors", pairs), weights.shapes)
     with pytest.raises(LoraError, match="NaN"):
         merged(weights, lora)
+
+
+# ---- LoKr, LoHa, DoRA and the other forms --------------------------------------------------------------------------
+
+NAME = "blocks.1.ffn.0.weight"  # [48, 24]
+STEM = NAME.removesuffix(".weight")
+
+
+def values(*shape: int, seed: int = 0) -> torch.Tensor:
+    return 0.3 * torch.randn(*shape, generator=torch.Generator().manual_seed(seed + sum(shape)))
+
+
+def float64(tensor: torch.Tensor) -> np.ndarray:
+    return tensor.numpy().astype(np.float64)
+
+
+def lokr(w: np.ndarray) -> tuple[Tensors, np.ndarray]:
+    parts = {"lokr_w1": values(4, 4), "lokr_w2": values(12, 6)}
+    return parts | {"alpha": torch.tensor(9.0)}, np.kron(float64(parts["lokr_w1"]), float64(parts["lokr_w2"]))
+
+
+def lokr_low_rank(w: np.ndarray) -> tuple[Tensors, np.ndarray]:
+    parts = {
+        "lokr_w1_a": values(4, 2),
+        "lokr_w1_b": values(2, 4),
+        "lokr_w2_a": values(12, 2),
+        "lokr_w2_b": values(2, 6),
+    }
+    a, b, c, d = map(float64, parts.values())
+    return parts | {"alpha": torch.tensor(3.0)}, 3 / 2 * np.kron(a @ b, c @ d)
+
+
+def loha(w: np.ndarray) -> tuple[Tensors, np.ndarray]:
+    parts = {f"hada_w{i}_{s}": values(*shape, seed=i) for i in (1, 2) for s, shape in (("a", (48, 3)), ("b", (3, 24)))}
+    a, b, c, d = map(float64, parts.values())
+    return parts | {"alpha": torch.tensor(6.0)}, 6 / 3 * (a @ b) * (c @ d)
+
+
+def pair(alpha: float = 8.0) -> tuple[Tensors, np.ndarray]:
+    parts = {"lora_up.weight": values(48, 4), "lora_down.weight": values(4, 24)}
+    return parts | {"alpha": torch.tensor(alpha)}, alpha / 4 * float64(parts["lora_up.weight"]) @ float64(
+        parts["lora_down.weight"]
+    )
+
+
+def dora(key: str, shape: tuple[int, ...], axis: int) -> Callable[[np.ndarray], tuple[Tensors, np.ndarray]]:
+    def make(w: np.ndarray) -> tuple[Tensors, np.ndarray]:
+        parts, delta = pair()
+        magnitude = values(*shape).abs() + 0.5
+        total = w + delta
+        size = np.linalg.norm(total, axis=axis, keepdims=True)
+        wanted = float64(magnitude).reshape(size.shape) * total / size
+        return parts | {key: magnitude}, wanted - w
+
+    return make
+
+
+def dora_on_lokr(w: np.ndarray) -> tuple[Tensors, np.ndarray]:
+    parts, delta = lokr(w)
+    magnitude = values(48, 1).abs() + 0.5
+    total = w + delta
+    return parts | {"dora_scale": magnitude}, float64(magnitude) * total / np.linalg.norm(
+        total, axis=1, keepdims=True
+    ) - w
+
+
+FORMS = {
+    "LoKr": lokr,
+    "LoKr of low rank": lokr_low_rank,
+    "LoHa": loha,
+    "DoRA of LyCORIS, per input": dora("dora_scale", (1, 24), 0),
+    "DoRA of LyCORIS, per output": dora("dora_scale", (48, 1), 1),
+    "DoRA of PEFT": dora("lora_magnitude_vector", (48,), 1),
+    "DoRA of PEFT, an older key": dora("lora_magnitude_vector.weight", (48,), 1),
+    "DoRA of a named adapter": dora("lora_magnitude_vector.default.weight", (48,), 1),
+    "DoRA of ai-toolkit": dora("magnitude", (48,), 1),
+    "DoRA on LoKr": dora_on_lokr,
+}
+
+
+@pytest.mark.parametrize("strength", [1.0, -0.6])
+@pytest.mark.parametrize("prefix", [f"diffusion_model.{STEM}", f"lycoris_{wan_to_diffusers(STEM).replace('.', '_')}"])
+@pytest.mark.parametrize("form", FORMS)
+def test_every_form_is_its_formula_in_float64(
+    weights: ModelWeights, tmp_path: Path, form: str, prefix: str, strength: float
+) -> None:
+    base = merged(weights)[NAME]
+    parts, delta = FORMS[form](float64(base))
+    save_file({f"{prefix}.{key}": part for key, part in parts.items()}, tmp_path / "x.safetensors")
+    lora = match_lora(tmp_path / "x.safetensors", weights.plain_shapes, strength=strength)
+    got = float64(merged(weights, lora)[NAME])
+    assert np.abs(got - (float64(base) + strength * delta)).max() < 2e-6 < 0.1 < np.abs(delta).max()
+
+
+def test_rows_of_every_form_may_be_added_in_parts(weights: ModelWeights, tmp_path: Path) -> None:
+    """A CPU adds 256 rows at a time."""
+    wide = values(600, 24)
+    for form in (lokr_low_rank, loha, dora("dora_scale", (1, 24), 0), dora("magnitude", (48,), 1)):
+        parts, _ = form(float64(wide[:48]))
+        rows = {48: 600, 12: 150}
+        parts = {
+            k: values(rows.get(len(p), len(p)), *p.shape[1:]) if p.dim() and "scale" not in k else p
+            for k, p in parts.items()
+        }
+        save_file({f"{STEM}.{key}": part for key, part in parts.items()}, tmp_path / "x.safetensors")
+        lora = match_lora(tmp_path / "x.safetensors", {NAME: (600, 24)})
+        whole = add_loras(wide.double(), NAME, [lora], torch.float64)
+        delta = lora.delta(NAME, "cpu", torch.float64)
+        delta.measure(lambda start: wide.double(), (600, 24), 600)
+        at_once = wide.double().clone()
+        delta.add_to(at_once, 0, wide.double())
+        assert torch.allclose(whole, at_once, atol=1e-12)
+
+
+def test_the_weights_of_a_convolution_take_every_form(weights: ModelWeights, tmp_path: Path) -> None:
+    name, base = "patch_embedding.weight", merged(weights)["patch_embedding.weight"]
+    assert base.shape == (24, 16, 1, 2, 2)
+    parts = {
+        "lokr_w1": values(4, 4),
+        "lokr_w2_a": values(2, 6),
+        "lokr_w2_b": values(2, 4),
+        "lokr_t2": values(2, 2, 1, 2, 2),
+    }
+    core = np.einsum("ijxyz,jr,ip->prxyz", *(float64(parts[key]) for key in ("lokr_t2", "lokr_w2_b", "lokr_w2_a")))
+    want = 0.5 * np.kron(float64(parts["lokr_w1"])[:, :, None, None, None], core)
+    save_file(
+        {f"patch_embedding.{k}": p for k, p in parts.items()} | {"patch_embedding.alpha": torch.tensor(1.0)},
+        tmp_path / "k.safetensors",
+    )
+    got = merged(weights, match_lora(tmp_path / "k.safetensors", weights.plain_shapes))[name]
+    assert np.abs(float64(got) - float64(base) - want).max() < 1e-6
+    sides = {f"hada_w{i}_{s}": values(2, n, seed=i) for i in (1, 2) for s, n in (("a", 24), ("b", 16))}
+    sides |= {f"hada_t{i}": values(2, 2, 1, 2, 2, seed=i) for i in (1, 2)}
+    one, two = (
+        np.einsum("ijxyz,jr,ip->prxyz", *(float64(sides[f"hada_{key}"]) for key in (f"t{i}", f"w{i}_b", f"w{i}_a")))
+        for i in (1, 2)
+    )
+    save_file({f"patch_embedding.{key}": part for key, part in sides.items()}, tmp_path / "h.safetensors")
+    got = merged(weights, match_lora(tmp_path / "h.safetensors", weights.plain_shapes))[name]
+    assert np.abs(float64(got) - float64(base) - one * two).max() < 1e-6
+
+
+def test_a_bias_of_lora_b_has_the_pairs_scale_and_norms_are_differences(weights: ModelWeights, tmp_path: Path) -> None:
+    tensors = {
+        f"{STEM}.lora_A.weight": values(4, 24),
+        f"{STEM}.lora_B.weight": values(48, 4),
+        f"{STEM}.lora_B.bias": values(48),
+        f"{STEM}.alpha": torch.tensor(8.0),
+        "lycoris_blocks_1_norm2.w_norm": values(24),
+        "lycoris_blocks_1_norm2.b_norm": values(24, seed=1),
+    }
+    save_file(tensors, tmp_path / "x.safetensors")
+    base = merged(weights)
+    got = merged(weights, match_lora(tmp_path / "x.safetensors", weights.plain_shapes, strength=0.5))
+    for name, delta in (
+        (f"{STEM}.bias", 0.5 * 2 * values(48)),
+        ("blocks.1.norm3.weight", 0.5 * values(24)),
+        ("blocks.1.norm3.bias", 0.5 * values(24, seed=1)),
+    ):
+        assert torch.allclose(got[name], base[name] + delta, atol=1e-6), name
+
+
+@pytest.mark.parametrize("form", ["pair", "flat pair", "difference"])
+def test_a_patch_embedding_for_text_to_video_leaves_the_images_channels(
+    tiny: TinyModels, tmp_path: Path, form: str
+) -> None:
+    weights = base_weights(tiny.i2v)
+    up, down = values(24, 2, 1, 1, 1), values(2, 16, 1, 2, 2)
+    delta = torch.einsum("or,r...->o...", up.flatten(1), down)
+    keys = {"lora_up.weight": up, "lora_down.weight": down if form == "pair" else down.flatten(1)}
+    keys = {"diff": delta} if form == "difference" else keys
+    save_file({f"patch_embedding.{key}": part for key, part in keys.items()}, tmp_path / "x.safetensors")
+    lora = match_lora(tmp_path / "x.safetensors", weights.plain_shapes)
+    assert any("is for 16 input channels" in note for note in lora.report.notes)
+    base, got = merged(weights)["patch_embedding.weight"], merged(weights, lora)["patch_embedding.weight"]
+    assert got.shape == (24, 36, 1, 2, 2) and torch.equal(got[:, 16:], base[:, 16:])
+    assert torch.allclose(got[:, :16], base[:, :16] + delta, atol=1e-6)
+
+
+def test_a_patch_embedding_that_does_not_fit_may_be_left_out(tiny: TinyModels, tmp_path: Path) -> None:
+    weights = base_weights(tiny.t2v)
+    tensors = {"patch_embedding.diff": values(24, 36, 1, 2, 2), "blocks.0.ffn.0.diff_b": values(48)}
+    save_file(tensors, tmp_path / "x.safetensors")
+    with pytest.raises(LoraError, match="other sizes"):
+        match_lora(tmp_path / "x.safetensors", weights.plain_shapes)
+    report = match_lora(tmp_path / "x.safetensors", weights.plain_shapes, allow_partial=True).report
+    assert (report.applied, report.unmatched) == (1, ("patch_embedding.diff",))
+
+
+@pytest.mark.parametrize("alpha", [None, 8.0])
+def test_a_rank_of_zero_is_refused(weights: ModelWeights, tmp_path: Path, alpha: float | None) -> None:
+    pairs = {STEM: {"up": torch.ones(48, 0), "down": torch.ones(0, 24)}}
+    with pytest.raises(LoraError, match=r"has rank 0"):
+        match_lora(write(tmp_path / "x.safetensors", pairs, alpha=alpha), weights.plain_shapes)
+
+
+@pytest.mark.parametrize(
+    "parts",
+    [
+        {"lokr_w1": values(5, 4), "lokr_w2": values(12, 6)},
+        {"lokr_w1": values(4, 4), "lokr_w2_a": values(12, 2), "lokr_w2_b": values(3, 6)},
+        {
+            "hada_w1_a": values(48, 3),
+            "hada_w1_b": values(3, 24),
+            "hada_w2_a": values(48, 3),
+            "hada_w2_b": values(3, 23),
+        },
+        {"lora_up.weight": values(48, 4), "lora_down.weight": values(4, 24), "dora_scale": values(23)},
+        {"lora_up.weight": values(48, 4), "lora_down.weight": values(4, 24), "magnitude": values(1, 24)},
+    ],
+)
+def test_factors_that_do_not_fit_are_refused_with_their_shapes(
+    weights: ModelWeights, tmp_path: Path, parts: Tensors
+) -> None:
+    save_file({f"{STEM}.{key}": part for key, part in parts.items()}, tmp_path / "x.safetensors")
+    with pytest.raises(LoraError, match=r"1 of its layers have other sizes.*blocks\.1\.ffn\.0\.weight has .*the model"):
+        match_lora(tmp_path / "x.safetensors", weights.plain_shapes)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_a_sum_that_overflows_is_an_error(weights: ModelWeights, tmp_path: Path, dtype: torch.dtype) -> None:
+    huge = 1e30 if dtype is torch.float32 else 1e3
+    pairs = {STEM: {"up": torch.full((48, 4), huge), "down": torch.full((4, 24), huge)}}
+    lora = match_lora(write(tmp_path / "x.safetensors", pairs), weights.plain_shapes)
+    with pytest.raises(LoraError, match=r"blocks\.1\.ffn\.0\.weight becomes NaN or infinite with .*Lower the strength"):
+        dict(weights.with_loras([lora]).tensors(dtype_of=lambda _: dtype))
+
+
+HALVES = [("transformer", "transformer_2"), ("pipe.dit", "pipe.dit2"), ("high_noise_model", "low_noise_model")]
+
+
+@pytest.mark.parametrize("prefixes", HALVES)
+def test_a_file_with_both_halves_gives_each_expert_its_own(
+    weights: ModelWeights, tmp_path: Path, prefixes: tuple[str, str]
+) -> None:
+    halves = [random_pairs(weights.shapes, seed) for seed in (1, 2)]
+    tensors = {
+        f"{prefix}.{stem}.lora_{key}.weight": half[stem][part]
+        for prefix, half in zip(prefixes, halves, strict=True)
+        for stem in half
+        for key, part in (("A", "down"), ("B", "up"))
+    }
+    save_file(tensors, tmp_path / "x.safetensors")
+    for expert, half in (("high", halves[0]), ("low", halves[1])):
+        lora = match_lora(tmp_path / "x.safetensors", weights.plain_shapes, expert=expert)  # type: ignore[arg-type]
+        alone = match_lora(write(tmp_path / f"{expert}.safetensors", half), weights.plain_shapes)
+        assert equal(merged(weights, lora), merged(weights, alone))
+    with pytest.raises(LoraError, match="a half for each expert"):
+        match_lora(tmp_path / "x.safetensors", weights.plain_shapes)
