@@ -5,11 +5,14 @@
         --config_json presets/t2v_base.json --prompt "A cat surfs." --save_result_path cat.mp4
     python -m lightx2v.infer --from cat.mp4 --seed 7
 
+After Ctrl+C or a crash the same command with --resume goes on at the saved step, which lies beside the video.
+
 Exit codes: 0 done, 1 failed, 2 bad usage, 130 interrupted (Ctrl-C), 143 terminated.
 """
 
 import argparse
 import json
+import logging
 import os
 import sys
 import time
@@ -21,7 +24,7 @@ from types import TracebackType
 from typing import Any
 
 from .catalog.choose import FileChoice, add_file_flags, named_preset
-from .cli.parser import ArgumentParser
+from .cli.parser import ArgumentParser, add_save_every
 from .cli.runner import CommandContext, run_command
 from .config.engine_config import MODEL_CLASSES, EngineConfig, hub_name
 from .config.environment import Environment
@@ -32,11 +35,14 @@ from .config.request import IMAGES, TASKS, Request, draw_seed
 from .config.request_settings import SETTINGS, SHOWN, Guidance, Setting
 from .cost.machine import MachineReader
 from .cost.memory_forecast import forecast_for_gpu, forecast_for_machine
-from .errors import BadRequest, ConfigError, one_line, quoted, short_path
+from .errors import BadRequest, CheckpointError, ConfigError, LightX2VError, OutputError, one_line, quoted, short_path
 from .hub import find_all
 from .jobs.engine_slot import Engine, OpenEngine
 from .loading import preload
 from .progress import CancelToken, OnProgress, log_duration
+from .step_file import StepFile
+
+log = logging.getLogger("lightx2v.infer")
 
 
 def main(argv: Sequence[str] | None = None, *, open_engine: OpenEngine | None = None) -> int:
@@ -65,10 +71,10 @@ def _run(options: argparse.Namespace, context: CommandContext, *, open_engine: O
         raise BadRequest('There is no prompt. Describe the video: --prompt "a cat surfs".')
     resolved.engine.check_world(environment.world_size or 1, enable_cfg=resolved.request["enable_cfg"])
     request = Request.from_json(resolved.request | shown)
-    if request.seed == -1:
-        request = replace(request, seed=draw_seed())
     _check_pictures(request)
-    path = _output_path(options, resolved, request, environment) if is_rank0 else None
+    steps = None
+    if is_rank0:
+        request, steps = _output(options, resolved, request, environment)
     with log_duration("Total Cost"):
         # A signal during loading ends the process at once, so the token for it is never set.
         engine = open_engine(
@@ -78,15 +84,22 @@ def _run(options: argparse.Namespace, context: CommandContext, *, open_engine: O
             with context.interrupts.cancelling() as token:
                 result = engine.run(
                     request,
-                    save_result_path=path,
+                    save_result_path=steps and steps.video,
                     on_progress=on_progress,
                     cancel=token,
                     metadata=not options.no_metadata,
                     force=options.force,
+                    steps=steps,
                 )
+        except LightX2VError:
+            if steps is not None and steps.exists():
+                log.info("A step is saved. The same command with --resume goes on from there.")
+            raise
         finally:
             engine.close()
     context.progress.clear()
+    if steps is not None:
+        steps.remove()
     if is_rank0:
         report = result.report()
         print(report["path"])
@@ -181,16 +194,46 @@ def _check_pictures(request: Request) -> None:
                 load_image(path)
 
 
-def _output_path(options: argparse.Namespace, resolved: Resolved, request: Request, environment: Environment) -> Path:
-    """The path of the video, checked before the model loads. Creates its folder."""
-    from .media.video_writer import check_output_path
-
+def _output(
+    options: argparse.Namespace, resolved: Resolved, request: Request, environment: Environment
+) -> tuple[Request, StepFile]:
+    """The request with its seed, and the file of its steps, which knows the path of the video."""
+    folder, path = Path(environment.output_dir or "outputs"), None
     if options.save_result_path:
         path = Path(options.save_result_path)
-    else:
+    elif options.resume:
+        path = _interrupted(folder, resolved, request)
+    if request.seed == -1 and not (options.resume and path):  # the saved step has the seed
+        request = replace(request, seed=draw_seed())
+    if path is None:
         stamp = time.strftime("%Y%m%d-%H%M%S")
-        name = f"{Path(resolved.preset.name).name or resolved.preset.task}_{request.seed}_{stamp}.mp4"
-        path = Path(environment.output_dir or "outputs") / name
+        path = folder / f"{Path(resolved.preset.name).name or resolved.preset.task}_{request.seed}_{stamp}.mp4"
+    steps = StepFile(_checked_path(path, options), options.save_every, resume=options.resume)
+    if options.resume and not steps.exists():
+        log.warning("There is no saved step of this video to go on from; it begins at the first step.")
+    elif steps.exists() and not options.resume:
+        log.warning("An earlier run of this video has saved a step. With --resume, this command goes on from there.")
+    return request, steps
+
+
+def _interrupted(folder: Path, resolved: Resolved, request: Request) -> Path | None:
+    """The video of the newest saved step in the folder that is of this request."""
+    from .engine.saved_step import SavedStep, fits
+
+    for steps in StepFile.all_in(folder):
+        try:
+            data = steps.read()
+            if data is not None and fits(SavedStep.from_bytes(data), resolved.engine, request):
+                return steps.video
+        except (CheckpointError, OutputError) as error:
+            log.warning("%s is not used: %s", steps.path.name, error)
+    return None
+
+
+def _checked_path(path: Path, options: argparse.Namespace) -> Path:
+    """Check the path of the video before the model loads. Creates its folder."""
+    from .media.video_writer import check_output_path
+
     if os.path.exists(path) and not options.force:  # unlike Path.exists, False for an impossible name
         raise BadRequest(f"{path} exists. Choose another --save_result_path, or add --force to replace it.")
     try:
@@ -334,6 +377,8 @@ def _add_engine_flags(add: Add) -> None:
 def _add_output_flags(add: Add) -> None:
     add("--save_result_path", metavar="FILE", help="default: outputs/<preset>_<seed>_<time>.mp4")
     add("--force", action="store_true", help="replace the file if it exists")
+    add("--resume", action="store_true", help="go on from the step that this command saved before it was stopped")
+    add_save_every(add)
     add("--no_metadata", action="store_true", help="do not write the prompt and the settings into the file")
     add(
         "--dry_run",

@@ -6,7 +6,7 @@ as well go to another process as bytes.
 
 import os
 from pathlib import Path
-from typing import Protocol
+from typing import Protocol, Self
 
 from .errors import OutputError, short_path
 
@@ -32,10 +32,21 @@ class StepFile:
     """The saved step of one video: `<video>.step.safetensors` beside it. `resume` False reads none."""
 
     def __init__(self, video: Path, every: float = SAVE_EVERY, *, resume: bool = True) -> None:
+        self.video = video
         self.path = video.with_name(video.name + SUFFIX)
         self.every = every
         self._resume = resume
         self._part = self.path.with_name(self.path.name + ".part")
+
+    @classmethod
+    def all_in(cls, folder: Path) -> list[Self]:
+        """The saved steps in a folder, the newest first."""
+        paths = [path for path in folder.glob(f"*{SUFFIX}") if path.is_file()]
+        paths.sort(key=lambda path: path.stat().st_mtime_ns, reverse=True)
+        return [cls(path.with_name(path.name.removesuffix(SUFFIX))) for path in paths]
+
+    def exists(self) -> bool:
+        return self.path.is_file()
 
     def read(self) -> bytes | None:
         try:

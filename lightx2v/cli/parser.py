@@ -3,10 +3,11 @@
 import argparse
 import difflib
 import re
-from collections.abc import Sequence
-from typing import NoReturn
+from collections.abc import Callable, Sequence
+from typing import Any, NoReturn
 
 from ..errors import MAX_SHOWN, quoted
+from ..step_file import SAVE_EVERY
 
 
 class ArgumentParser(argparse.ArgumentParser):
@@ -26,3 +27,21 @@ class ArgumentParser(argparse.ArgumentParser):
         """End the program. argparse repeats in its messages whole arguments, which may be long."""
         message = re.sub(rf"\S{{{MAX_SHOWN},}}", lambda word: word[0][: MAX_SHOWN - 1] + "…", message)
         self.exit(2, f"error: {message}{'' if message.endswith(('.', '?')) else '.'} --help lists every flag.\n")
+
+
+def amount(text: str) -> float:
+    """The type of a flag that takes a number from 0 on."""
+    value = float(text)
+    if not 0 <= value <= 1e9:
+        raise argparse.ArgumentTypeError("expected a number from 0 to 1e9")
+    return value
+
+
+def add_save_every(add: Callable[..., Any]) -> None:
+    add(
+        "--save_every",
+        type=amount,
+        default=SAVE_EVERY,
+        metavar="SECONDS",
+        help="save the step of a run this often, for a restart (default: %(default)g; 0: never)",
+    )

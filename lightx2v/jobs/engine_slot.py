@@ -19,6 +19,7 @@ from ..config.engine_config import EngineConfig
 from ..config.request import Request
 from ..errors import Cancelled, GroupFailed, LightX2VError, OutOfMemory, OutputError
 from ..progress import CancelToken, OnProgress, Progress, free_memory
+from ..step_file import StepStore
 from .store import Job
 
 log = logging.getLogger("lightx2v.jobs")
@@ -32,7 +33,7 @@ class RunResult(Protocol):
 
 class Engine(Protocol):
     """A loaded model that runs requests; LightX2VPipeline is one. `metadata` writes the settings into the video, and
-    `force` replaces an existing file."""
+    `force` replaces an existing file. The run goes on from the step in `steps`, and saves its own there."""
 
     def run(
         self,
@@ -43,6 +44,7 @@ class Engine(Protocol):
         cancel: CancelToken,
         metadata: bool = True,
         force: bool = False,
+        steps: StepStore | None = None,
     ) -> RunResult: ...
 
     def close(self) -> None: ...

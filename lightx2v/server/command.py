@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from ..catalog.choose import FileChoice, add_file_flags, named_preset
-from ..cli.parser import ArgumentParser
+from ..cli.parser import ArgumentParser, amount
 from ..cli.runner import CommandContext, run_command
 from ..config.engine_config import EngineConfig
 from ..config.environment import Environment
@@ -218,10 +218,10 @@ def _parser() -> ArgumentParser:
     add = parser.add_argument_group("jobs and results").add_argument
     add("--output_dir", metavar="FOLDER", help="jobs and videos (default: LIGHTX2V_OUTPUT_DIR, or outputs)")
     add("--max_queue_size", type=_count, default=10, metavar="N", help="jobs that may wait; further ones get 429")
-    add("--result_ttl_hours", type=_amount, default=168.0, metavar="H", help="delete results after H hours; 0: never")
+    add("--result_ttl_hours", type=amount, default=168.0, metavar="H", help="delete results after H hours; 0: never")
     add(
         "--result_cap_gb",
-        type=_amount,
+        type=amount,
         default=50.0,
         metavar="GB",
         help="delete the oldest results beyond it; 0: no limit",
@@ -233,11 +233,4 @@ def _count(text: str) -> int:
     value = int(text)
     if not 1 <= value <= 10_000:
         raise argparse.ArgumentTypeError("expected a number from 1 to 10000")
-    return value
-
-
-def _amount(text: str) -> float:
-    value = float(text)
-    if not 0 <= value <= 1e9:
-        raise argparse.ArgumentTypeError("expected a number from 0 to 1e9")
     return value

@@ -27,6 +27,7 @@ from lightx2v.engine.result import Result
 from lightx2v.errors import Cancelled, CheckpointError, OutOfMemory
 from lightx2v.infer import main
 from lightx2v.progress import CancelToken, OnProgress, Peak, Progress, StepTime, Timings
+from lightx2v.step_file import StepStore
 
 TUTORIAL = PROJECT / "tests" / "data" / "tutorial"
 TIMINGS = Timings(
@@ -63,6 +64,7 @@ class Stage:
         cancel: CancelToken | None = None,
         metadata: bool = True,
         force: bool = False,
+        steps: StepStore | None = None,
     ) -> Result:
         assert self.config is not None and on_progress is not None and cancel is not None
         self.request = request
@@ -516,7 +518,7 @@ from pathlib import Path
 from lightx2v.infer import main
 
 class Engine:
-    def run(self, request, *, save_result_path, on_progress, cancel, metadata, force):
+    def run(self, request, *, save_result_path, on_progress, cancel, metadata, force, steps):
         temporary = Path(str(save_result_path) + ".part")
         temporary.touch()
         try:

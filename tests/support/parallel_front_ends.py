@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import runpy
 import sys
 from pathlib import Path
@@ -14,6 +15,12 @@ def infer(*arguments: str) -> int:
     from lightx2v.infer import main
 
     return main([*arguments, "--prompt", PROMPT, "--frames", "5"])
+
+
+def infer_into(folder: str, *arguments: str) -> int:
+    """Without a name for the video, but with a folder."""
+    os.environ["LIGHTX2V_OUTPUT_DIR"] = folder
+    return infer(*arguments)
 
 
 def server(port: int, folder: str) -> int:
