@@ -17,6 +17,8 @@ A message says what is wrong, the given value, the expected one and what to do n
 or in an HTTP response: it never holds a traceback, and names files by their last parts only (`short_path`).
 """
 
+import errno
+import re
 from pathlib import PurePath
 from typing import Any
 
@@ -76,6 +78,19 @@ class Busy(LightX2VError):
 class Cancelled(LightX2VError):
     exit_code = 130
     status = 409
+
+
+_NO_MEMORY = re.compile(r"out of memory|not enough memory|can(no|')t allocate|_ALLOC_FAILED", re.IGNORECASE)
+"""What errors without a type of their own say: torch's on a CPU and on Apple's GPUs, and those of CUDA's libraries."""
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether the host or the device ran out of memory. Knows torch's errors without importing torch."""
+    if isinstance(error, (MemoryError, OutOfMemory)) or type(error).__name__ == "OutOfMemoryError":
+        return True
+    if isinstance(error, OSError):
+        return error.errno == errno.ENOMEM
+    return isinstance(error, RuntimeError) and _NO_MEMORY.search(str(error)) is not None
 
 
 def short_path(path: str | PurePath, parts: int = 2) -> str:

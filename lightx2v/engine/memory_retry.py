@@ -1,12 +1,9 @@
 """Out-of-memory errors: with advice, and with another try that keeps less on the device."""
 
-import re
 from collections.abc import Callable
 from typing import TypeVar
 
-import torch
-
-from ..errors import OutOfMemory
+from ..errors import OutOfMemory, is_out_of_memory
 from ..progress import free_memory
 
 T = TypeVar("T")
@@ -39,10 +36,8 @@ def within_memory(call: Callable[[], T], when: str) -> T:
     """
     try:
         return call()
-    except (torch.OutOfMemoryError, MemoryError) as error:
-        failure = str(error)
-    except RuntimeError as error:  # the CPU allocator has no type of its own
-        if not re.search(r"DefaultCPUAllocator|not enough memory|cannot allocate", str(error), re.IGNORECASE):
+    except (MemoryError, RuntimeError, OSError) as error:
+        if not is_out_of_memory(error):
             raise
         failure = str(error)
     free_memory()

@@ -7,7 +7,6 @@ what to do. The traceback goes to the log, and no reference to the tensors of th
 import errno
 import json
 import logging
-import sys
 import time
 import traceback
 from collections.abc import Callable
@@ -17,7 +16,7 @@ from typing import Any, Protocol
 
 from ..config.engine_config import EngineConfig
 from ..config.request import Request
-from ..errors import Cancelled, GroupFailed, LightX2VError, OutOfMemory, OutputError
+from ..errors import Cancelled, GroupFailed, LightX2VError, OutOfMemory, OutputError, is_out_of_memory
 from ..progress import CancelToken, OnProgress, Progress, free_memory
 from ..step_file import StepStore
 from .store import Job
@@ -190,13 +189,6 @@ def public_error(error: BaseException, id: str) -> dict[str, str]:
         kind = "DeviceError"
         message = "The GPU reported an error that only a restart clears. Restart the program; see its log."
     return {"type": kind, "message": message}
-
-
-def is_out_of_memory(error: BaseException) -> bool:
-    """True for host and device memory, whether or not the error already has our own type."""
-    torch = sys.modules.get("torch")
-    kinds = (MemoryError, OutOfMemory) if torch is None else (MemoryError, OutOfMemory, torch.OutOfMemoryError)
-    return isinstance(error, kinds) or (isinstance(error, RuntimeError) and "out of memory" in str(error).lower())
 
 
 def device_is_lost(error: BaseException) -> bool:

@@ -68,10 +68,11 @@ def out_of_memory_errors() -> list[BaseException]:
         OutOfMemory("Out of memory at 1280x720. Make the video smaller."),
         torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 9 GiB"),
         RuntimeError("CUDA error: out of memory"),
+        RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"),
     ]
 
 
-@pytest.mark.parametrize("index", range(4))
+@pytest.mark.parametrize("index", range(5))
 @pytest.mark.parametrize("stage", ["text", "denoise", "decode"])
 def test_out_of_memory_gives_advice_frees_the_step_and_the_next_job_runs(
     stage: str, index: int, manager: JobManager, garage: Garage
