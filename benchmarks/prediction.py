@@ -16,7 +16,7 @@ from PIL import Image
 
 from lightx2v.config.presets import resolve
 from lightx2v.config.request import Request
-from lightx2v.cost.memory_forecast import shape_of
+from lightx2v.cost.model_size import shape_of
 from lightx2v.cost.run_time import Rates, RunCost, estimate_cost
 from lightx2v.pipeline import LightX2VPipeline
 

@@ -161,10 +161,11 @@ class LightX2VPipeline:
         quant_scheme: str = "fp8-sgl",
         text_encoder_quant_scheme: str | None = None,
     ) -> None:
-        """Load 8-bit experts or an 8-bit text encoder, from these files (paths or Hub names).
+        """Load quantised experts or a quantised text encoder, from these files (paths or Hub names).
 
         `quant_scheme` is one of LightX2V's names: "fp8…" (e4m3) or "int8…", with a scale per row or tensor, as in the
-        files. The part after the dash names a kernel of LightX2V; this engine takes the best kernel that runs.
+        files, or "gguf-…". The part after the dash names a kernel of LightX2V; this engine takes the best kernel that
+        runs. For GGUF it names a mix of formats; the file decides.
         """
         self._before_loading("enable_quantize")
         self._overrides |= {

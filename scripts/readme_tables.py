@@ -17,9 +17,10 @@ from lightx2v.config.request import Request  # noqa: E402
 from lightx2v.cost.memory_forecast import Forecast, forecast_for_gpu  # noqa: E402
 from lightx2v.cost.memory_plan import GIB  # noqa: E402
 
-SIZES = (12, 16, 24, 80)
+SIZES = (8, 12, 16, 24, 80)
 """GPUs of the memory table, in GB."""
 CHOICES = (
+    (8, "t2v_distill_gguf_q4", "i2v_distill_gguf_q4"),
     (12, "t2v_distill_fp8", "i2v_distill_fp8"),
     (24, "t2v_distill_fp8", "i2v_distill_fp8"),
     (48, "t2v_distill_fp8", "i2v_distill_fp8"),

@@ -22,7 +22,8 @@ from lightx2v.config.model_paths import PROJECT
 from lightx2v.config.presets import VARIANTS, PresetInfo, Resolved, list_presets, resolve
 from lightx2v.config.request import Request
 from lightx2v.cost.machine import MachineReader
-from lightx2v.cost.memory_forecast import forecast, shape_of
+from lightx2v.cost.memory_forecast import forecast
+from lightx2v.cost.model_size import shape_of
 from lightx2v.cost.run_time import Prediction, Rates, estimate_cost
 from lightx2v.errors import BadRequest, ConfigError, LightX2VError
 from lightx2v.jobs.engine_slot import LoadedModel, OpenEngine, Outcome
@@ -93,7 +94,8 @@ class Studio:
         offered = self.for_task(task)
         if wanted is None or not offered:
             return self.default_preset
-        return max(offered, key=lambda info: (info.demo == wanted.demo, info.variant == wanted.variant)).name
+        demo, variant, name = wanted.demo, wanted.variant, wanted.name[3:]
+        return max(offered, key=lambda it: (it.demo == demo, it.variant == variant, it.name[3:] == name)).name
 
     def _choose_default(self) -> str:
         """On a machine with a GPU the first real preset whose files are here; else the four-step demo."""

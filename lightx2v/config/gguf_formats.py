@@ -46,6 +46,11 @@ VALUES, SECOND = 0.149, 0.201
 _IN_NAME = re.compile(rf"(?<![A-Z0-9])({'|'.join(sorted(MIXES, key=len, reverse=True))})(?![A-Z0-9])", re.IGNORECASE)
 
 
+def is_gguf(name: str | None, scheme: str | None) -> bool:
+    """Whether the configuration says that a part of the model is a GGUF file."""
+    return (name or "").lower().endswith(".gguf") or (scheme or "").startswith("gguf-")
+
+
 def mix_of(name: str | PurePath) -> str | None:
     """The mix that a file's name or a scheme such as "gguf-Q4_K_M" says; None if it says none."""
     found = _IN_NAME.findall(PurePath(name).name)

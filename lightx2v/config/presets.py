@@ -17,6 +17,7 @@ from ..errors import BadRequest, ConfigError, LightX2VError, quoted, short_path
 from .checks import Checks, did_you_mean
 from .engine_config import EngineConfig, ParallelConfig
 from .environment import Environment
+from .gguf_formats import is_gguf
 from .lightx2v_keys import PER_VIDEO, Keys, sort_keys
 from .model_paths import PROJECT
 from .request import IMAGES, TASKS, Request
@@ -26,7 +27,7 @@ log = logging.getLogger("lightx2v.config")
 
 PRESETS = PROJECT / "presets"
 MAX_JSON_BYTES = 1 << 20
-VARIANTS = ("base", "distill_lora", "distill_merged", "distill_fp8")
+VARIANTS = ("base", "distill_lora", "distill_merged", "distill_gguf", "distill_fp8")
 """From slow to fast."""
 
 
@@ -200,7 +201,11 @@ def _open(preset: str | Path | Mapping[str, Any]) -> tuple[str, dict[str, Any], 
         return same.stem, read_json(same), (warning,)
     names = sorted(shipped_names() | user_presets().keys())
     hint = did_you_mean(path.stem, names)
-    raise ConfigError(f"There is no preset and no file {short_path(path)}. {hint} Presets: {', '.join(names)}.")
+    shown = ", ".join(name for name in names if not name.endswith(("_offload", "_cfg_ulysses")))
+    raise ConfigError(
+        f"There is no preset and no file {short_path(path)}. {hint} Presets: {shown}, and some of these with "
+        "_offload or _cfg_ulysses."
+    )
 
 
 def _same_as(path: Path) -> Path | None:
@@ -305,6 +310,8 @@ _ABOUT = ("title", "summary", "task", "variant", "lightx2v")
 def _variant(engine: EngineConfig, request: Request) -> str:
     if not request.distilled:
         return "base"
+    if is_gguf(engine.high_noise_quantized_ckpt or engine.high_noise_original_ckpt, engine.dit_quant_scheme):
+        return "distill_gguf"
     if engine.dit_quantized:
         return "distill_fp8"
     return "distill_lora" if engine.lora_configs and not engine.build else "distill_merged"

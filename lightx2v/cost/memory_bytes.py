@@ -76,6 +76,13 @@ def decode_bytes(model: ModelSize, workload: Workload, *, tiling: bool = False) 
     return height * width * DECODE_ELEMENTS * model.vae_element
 
 
+def lora_bytes(model: ModelSize, plan: MemoryPlan) -> int:
+    """Device memory of LoRAs that are not merged into the weights."""
+    if model.dequantised and not model.loras_beside:
+        return model.loras if plan.mode == "resident" else 0
+    return model.loras if model.loras_beside or plan.reads_disk else 0
+
+
 def stage_bytes(plan: MemoryPlan, model: ModelSize, workload: Workload) -> dict[str, int]:
     """The device memory of each stage, in the order of a run."""
     per_block = block_bytes(model)
@@ -85,7 +92,7 @@ def stage_bytes(plan: MemoryPlan, model: ModelSize, workload: Workload) -> dict[
         streamed = model.dit.num_layers - plan.resident_blocks
         experts = outside_bytes(model) + per_block * (plan.resident_blocks + min(plan.prefetch_slots, streamed))
     staying = (model.text if plan.text == "resident" else 0) + (model.vae if plan.vae == "resident" else 0)
-    staying += model.loras if model.loras_beside or plan.reads_disk else 0
+    staying += lora_bytes(model, plan)
     beside = staying + (experts if plan.keep_experts else 0)
     text = {"resident": 0, "move": model.text, "stream": model.text * PREFETCH_SLOTS // TEXT_BLOCKS}[plan.text]
     vae = model.vae if plan.vae != "resident" else 0
@@ -99,7 +106,8 @@ def stage_bytes(plan: MemoryPlan, model: ModelSize, workload: Workload) -> dict[
 
 
 def host_bytes(plan: MemoryPlan, model: ModelSize) -> int:
-    """The weights that wait in host memory; those that runs read from disk do not."""
+    """The weights that wait in host memory, and LoRAs beside them; those that runs read from disk do not."""
     experts = 0 if plan.mode == "resident" or plan.from_disk else 2 * expert_bytes(model)
+    experts += model.loras - lora_bytes(model, plan) if model.dequantised else 0
     text = 0 if plan.text == "resident" else model.text
     return int(experts + text + (0 if plan.vae == "resident" else model.vae))

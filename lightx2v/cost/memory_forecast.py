@@ -1,24 +1,20 @@
 """How much memory a run will take: the engine's own choice of a plan, made before anything is loaded."""
 
 from dataclasses import dataclass
-from functools import lru_cache
-from pathlib import Path
 from typing import Any
 
-from ..config.architecture import DiTConfig
 from ..config.engine_config import EngineConfig
 from ..config.request import Request
-from ..hub import model_folder
 from .machine import Machine
 from .memory_bytes import host_bytes, stage_bytes
 from .memory_ladder import RESERVE, MemoryPlanner
-from .memory_plan import GIB, TEXT_WEIGHTS, VAE_WEIGHTS, MemoryPlan, ModelSize, OffloadOptions, Workload, plan_from_disk
+from .memory_plan import GIB, MemoryPlan, OffloadOptions, Workload, plan_from_disk
+from .model_size import model_size
 
 DRIVER_BYTES = GIB
 """What the driver and the CUDA context take from a GPU's nominal size."""
 ENOUGH = 2**62
 """Host memory that always suffices, for a forecast of how much host memory a GPU needs beside its own."""
-SIZES = {"bf16": 2, "fp16": 2, "fp32": 4}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -54,7 +50,7 @@ def forecast_for_machine(config: EngineConfig, request: Request, machine: Machin
     ram = machine.ram_free // (config.parallel.world_size if config.parallel else 1)
     if machine.vram_free is not None and config.device != "cpu":
         return forecast(config, request, vram=machine.vram_free, ram=ram)
-    model = _model_size(config, 4)  # products are computed in float32
+    model = model_size(config, 4)  # products are computed in float32
     plan = MemoryPlan(mode="resident", resident_blocks=model.dit.num_layers, reason="All of it is in host memory.")
     if config.lazy_load:
         plan = plan_from_disk(config)
@@ -64,36 +60,11 @@ def forecast_for_machine(config: EngineConfig, request: Request, machine: Machin
 
 def forecast(config: EngineConfig, request: Request, *, vram: int, ram: int) -> Forecast:
     """The forecast for these free bytes, under the plan that the engine will choose for them."""
-    model = _model_size(config, 2)
+    model = model_size(config, 2)
     planner = MemoryPlanner(vram=vram, ram=ram, model=model, options=OffloadOptions.of(config))
     plan = planner.plan(_workload(request))
     fits = max(plan.bytes.values()) + RESERVE <= vram
     return Forecast(plan=plan, host=host_bytes(plan, model), free=vram, fits=fits)
-
-
-@lru_cache(maxsize=64)
-def shape_of(config: EngineConfig) -> DiTConfig:
-    """The architecture from the model's folder; A14B's if the folder is not on this machine."""
-    return DiTConfig.from_folder(model_folder(config))
-
-
-@lru_cache(maxsize=64)
-def _model_size(config: EngineConfig, default: int) -> ModelSize:
-    """`default`: bytes per value where the configuration leaves the dtype to the device."""
-    compute, vae_element = (SIZES.get(dtype, default) for dtype in (config.dtype, config.vae_dtype))
-    text_element = 1 if config.t5_quantized else compute
-    text, vae = TEXT_WEIGHTS * text_element, VAE_WEIGHTS * vae_element
-    if (folder := model_folder(config)) is not None:  # files of a small model, in 16 bits, show the size of its parts
-        text = min(text, _file_bytes(folder, "models_t5*.pth") * text_element // 2 or text)
-        vae = min(vae, _file_bytes(folder, "*VAE*.pth") * vae_element // 2 or vae)
-    return ModelSize(
-        dit=shape_of(config), weight=1 if config.dit_quantized else compute, compute=compute, vae_element=vae_element,
-        text=text, vae=vae,
-    )  # fmt: skip
-
-
-def _file_bytes(folder: Path, pattern: str) -> int:
-    return sum(file.stat().st_size for file in folder.glob(pattern))
 
 
 def _workload(request: Request) -> Workload:

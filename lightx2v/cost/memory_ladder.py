@@ -100,7 +100,8 @@ class MemoryPlanner:
         room = self.vram - RESERVE
         fitting = ((rung, needed) for rung, needed in counted if max(needed.values()) <= room)
         plan, needed = next(fitting, None) or min(counted, key=lambda each: max(each[1].values()))
-        loras = ", the LoRAs run beside the weights" if plan.reads_disk and self.model.loras else ""
+        beside = plan.reads_disk and self.model.loras and not self.model.dequantised
+        loras = ", the LoRAs run beside the weights" if beside else ""
         reason = f"{self.vram / GIB:.0f} GiB of device memory are free: {plan.summary}{loras}."
         if max(needed.values()) > room:
             reason += " It may not be enough."

@@ -23,6 +23,7 @@ VAE_WEIGHTS = 126_900_000
 TEXT_BLOCKS = 24
 TEXT_WEIGHTS = 4_631_000_000
 """UMT5-XXL without its token table, which stays in the file."""
+TABLE_WEIGHTS = 256_384 * 4096
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -32,7 +33,8 @@ class ModelSize:
     `weight` counts for the blocks' matrices on the device (1 for FP8), `compute` for the products. `dequantised`: the
     matrices are in GGUF blocks, and a block that runs also has them in the dtype of products. `loras` is the size
     of both experts' LoRAs in low-rank form. They take device memory if they run beside the weights. They do so always
-    with `loras_beside`, otherwise only if the weights stay on disk.
+    with `loras_beside`, otherwise only if the weights stay on disk. Those that are added to dequantised weights wait
+    where the weights do.
     """
 
     dit: DiTConfig = field(default_factory=DiTConfig)

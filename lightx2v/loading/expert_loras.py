@@ -258,13 +258,19 @@ class ExpertLoras:
         )
 
     def _parts(self, name: str, index: int, lora: MatchedLora, layer: AnyLinear) -> TensorStream:
-        """The tensors of a LoRA for a layer in blocks, as they are stored: those in 16 bits stay in 16 bits."""
-        patch = lora.patches[name]
+        """The tensors of a LoRA for a layer in blocks, as they are stored: those in 16 bits stay in 16 bits.
+
+        They wait where the weights do: beside weights in host memory they are pinned there, and the layer copies them.
+        """
+        patch, device = lora.patches[name], layer.weight.device
+        waits = device.type != "cuda"
+        pin = waits and self._device is not None and self._device.type == "cuda"
         for kind, tensor in lora.parts(name, "cpu").items():
             stored = lora.checkpoint.dtypes[patch.keys[kind]]
             keeps = stored in SIXTEEN_BITS and patch.form in ("pair", "difference") and not patch.is_dora
             dtype = stored if keeps else torch.float32
-            yield f"{name}|merged{index}.{kind}", tensor.to(self._device or layer.weight.device, dtype)
+            moved = tensor.to("cpu" if waits else device, dtype)
+            yield f"{name}|merged{index}.{kind}", moved.pin_memory() if pin else moved
 
     def _branch(self, name: str, loras: Sequence[MatchedLora], layer: AnyLinear) -> TensorStream:
         """The matrices of Σ up · down: several LoRAs become one pair, plain differences one matrix, a LoKr its two."""

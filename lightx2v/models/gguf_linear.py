@@ -5,7 +5,7 @@ A block of the network dequantises each of its matrices once, into memory that i
 function on this device.
 
 LoRAs in `merged` are added to the dequantised weights in float32; the sum is rounded once, as in a model with merged
-LoRAs.
+LoRAs. They may wait in host memory.
 """
 
 import logging
@@ -53,7 +53,7 @@ class GGUFLinear(nn.Module):
         dequantise = dequantise_on(self.weight.device, self.form)
         if not self.merged:
             return dequantise(self.weight, self.form, dtype)
-        deltas = [delta.to(torch.float32) for delta in self.merged]
+        deltas = [delta.to(self.weight.device, torch.float32) for delta in self.merged]
         result = torch.empty(self.out_features, self.in_features, dtype=dtype, device=self.weight.device)
         rows = ROWS if self.weight.device.type == "cpu" else MANY_ROWS
         blocks = lambda start: dequantise(self.weight[start : start + rows], self.form, torch.float32)  # noqa: E731

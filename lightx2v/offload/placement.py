@@ -78,10 +78,10 @@ def model_sizes(files: ModelFiles, config: EngineConfig, precision: Precision) -
         text=sum(text_sizes[:-1]),  # the largest tensor is the token table, which stays in the file
         vae=sum(map(math.prod, vae.shapes.values())) * precision.vae.itemsize,
         loras=sum(
-            lora.elements * precision.compute.itemsize
+            lora.checkpoint.nbytes if weights.blocks else lora.elements * precision.compute.itemsize
             for which in ("high", "low")
             for lora in match_loras(config.lora_configs, which, weights, config)
             if not config.build
         ),
-        loras_beside=ExpertLoras.dynamic(weights, config),
+        loras_beside=config.lora_dynamic_apply if weights.blocks else ExpertLoras.dynamic(weights, config),
     )

@@ -31,10 +31,15 @@ class Delta:
 
     scale: float
 
-    def to(self, dtype: torch.dtype) -> Self:
-        """The same with its tensors in `dtype`."""
+    def to(self, device: torch.device, dtype: torch.dtype) -> Self:
+        """The same with its tensors on `device` in `dtype`."""
         parts = {field.name: getattr(self, field.name) for field in fields(self)}  # type: ignore[arg-type]
-        return type(self)(**{k: v.to(dtype) if isinstance(v, Tensor | Delta) else v for k, v in parts.items()})
+        for name, part in parts.items():
+            if isinstance(part, Delta):
+                parts[name] = part.to(device, dtype)
+            elif isinstance(part, Tensor):
+                parts[name] = part.to(device, non_blocking=True).to(dtype)
+        return type(self)(**parts)
 
     def measure(self, rows_from: Rows, shape: Sequence[int], rows: int) -> None:
         """Look at the unchanged tensor, `rows` at a time."""
