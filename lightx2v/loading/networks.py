@@ -96,7 +96,7 @@ def expert_weights(files: ModelFiles, which: Expert, config: EngineConfig) -> Mo
     checkpoint = open_checkpoint(files.high if which == "high" else files.low)
     quantise = scheme_format(config.dit_quant_scheme) if config.build == "fp8" else None
     weights = ModelWeights.of_expert(checkpoint, quantise=quantise)
-    if config.dit_quantized and not weights.quantised:
+    if config.dit_quantized and not weights.quantised and not weights.layout.scales:
         raise CheckpointError(
             f"dit_quantized is true, but {short_path(checkpoint.path)} holds no quantised weights. "
             f'Name a quantised file in {which}_noise_quantized_ckpt, set build to "fp8" to make one, '
@@ -121,7 +121,7 @@ def build_expert(
     with torch.device("meta"):
         dit = WanDiT(dit_config, self_attention=self_attention.fn, cross_attention=cross_attention.fn)
     dit.cast(precision.compute)
-    swap_linears(dit, weights.formats)
+    swap_linears(dit, weights.formats, exact=weights.layout.full_precision)
     swap_for_blocks(dit, weights.blocks, dit.blocks)
     check_fit(dit, weights.shapes, weights.dtypes, source_name=weights.source)
     return dit.eval()

@@ -8,7 +8,7 @@ Legend: M rows, I input and O output features.
 """
 
 import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Container, Mapping
 from functools import cache
 
 import torch
@@ -46,17 +46,23 @@ class QuantLinear(nn.Module):
         return f"{self.in_features}, {self.out_features}, {str(self.weight.dtype).removeprefix('torch.')}"
 
 
-def swap_linears(module: nn.Module, formats: Mapping[str, torch.dtype], *, fast: bool = True) -> None:
+def swap_linears(
+    module: nn.Module, formats: Mapping[str, torch.dtype], *, fast: bool = True, exact: Container[str] = ()
+) -> None:
     """Replace linear layers whose weights are in `formats` (weight name -> dtype) by QuantLinears on the meta device.
 
-    `fast` allows kernels that quantise activations too.
+    `fast` allows kernels that quantise activations too, but not for the weights in `exact`.
     """
     for name, dtype in formats.items():
         parent, _, leaf = name.removesuffix(".weight").rpartition(".")
         owner = module.get_submodule(parent)
         linear = getattr(owner, leaf)
         with torch.device("meta"):
-            quant = QuantLinear(linear.in_features, linear.out_features, dtype, bias=linear.bias is not None, fast=fast)
+            quant = QuantLinear(
+                *(linear.in_features, linear.out_features, dtype),
+                bias=linear.bias is not None,
+                fast=fast and name not in exact,
+            )
         setattr(owner, leaf, quant)
 
 

@@ -89,13 +89,14 @@ class TextEncoder(nn.Module):
         *,
         text_len: int,
         table_form: BlockFormat | None = None,
+        table_scale_V1: torch.Tensor | None = None,
     ) -> None:
-        """`table_form`: the rows of `embedding_VD` are bytes of blocks in this format."""
+        """Rows of `embedding_VD` are bytes of blocks in the format `table_form`, or 8-bit with `table_scale_V1`."""
         super().__init__()
         self.stack = stack
         self.tokenizer = tokenizer
         self.text_len = text_len
-        self.table_form = table_form
+        self.table_form, self.table_scale_V1 = table_form, table_scale_V1
         self.embedding_VD = embedding_VD  # a plain attribute: `.to(device)` must not move 2 GB for 512 rows
 
     @classmethod
@@ -144,6 +145,7 @@ class TextEncoder(nn.Module):
             load_tokenizer(tokenizer),
             text_len=text_len,
             table_form=checkpoint.blocks[table].form if table in checkpoint.blocks else None,
+            table_scale_V1=weights.scale(TABLE) if TABLE in weights.layout.scales else None,
         )
         if (size := encoder.tokenizer.get_vocab_size()) > sizes.vocab:  # some ids would have no row in the table
             raise CheckpointError(
@@ -160,9 +162,12 @@ class TextEncoder(nn.Module):
         if tokens > self.text_len:
             ids = [*ids[: self.text_len - 1], ids[-1]]  # the last one ends the text
         weight = self.stack.final_layer_norm.weight
-        rows_LD = self.embedding_VD[torch.tensor(ids, dtype=torch.long)]
+        index_L = torch.tensor(ids, dtype=torch.long)
+        rows_LD = self.embedding_VD[index_L]
         if self.table_form is not None:
             rows_LD = dequantise(rows_LD, self.table_form)
+        if self.table_scale_V1 is not None:
+            rows_LD = rows_LD.float() * self.table_scale_V1[index_L]
         rows_LD = rows_LD.to(weight.device).to(weight.dtype)
         states_BLD = self.stack(inputs_embeds=rows_LD[None]).last_hidden_state
         return TextEmbedding(states_BLD[0], tokens, tokens > self.text_len)

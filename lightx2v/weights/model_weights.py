@@ -12,7 +12,8 @@ the wanted dtype; a quantised weight is dequantised for that and quantised again
 
 from __future__ import annotations
 
-from collections.abc import Callable, Container, Iterator, Mapping, Sequence
+from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
+from typing import Self
 
 import torch
 from torch import Tensor
@@ -25,12 +26,15 @@ from .gguf_blocks import BlockFormat, BlockWeights
 from .gguf_blocks import dequantise as dequantise_blocks
 from .gguf_reader import check_architecture
 from .lora import MatchedLora, add_loras
-from .quant_layout import SCALE, check_scale, is_expert_matrix, is_text_matrix, read_layout
+from .quant_layout import SCALE, QuantLayout, check_scale, is_expert_matrix, is_text_matrix, plain_names, read_layout
+from .quant_notes import read_notes, unrotated
 from .quantization import cosine, dequantise, quantise
 from .tensor_file import FLOATS
 from .umt5_names import text_encoder_names
 
 IsMatrix = Callable[[str, tuple[int, ...]], bool]
+Rename = Callable[[Iterable[str]], Mapping[str, str]]
+"""The model's name for each of a file's."""
 
 
 class ModelWeights:
@@ -46,17 +50,14 @@ class ModelWeights:
         names: Mapping[str, str],
         *,
         is_matrix: IsMatrix,
+        layout: QuantLayout,
         loras: Sequence[MatchedLora] = (),
         quantise: torch.dtype | None = None,
     ) -> None:
         self.checkpoint = checkpoint
         self.source = short_path(checkpoint.path)
         self.file_names = {wan: name for name, wan in names.items()}
-        self.layout = read_layout(
-            {wan: checkpoint.shapes[name] for name, wan in names.items()},
-            {wan: checkpoint.dtypes[name] for name, wan in names.items()},
-            self.source,
-        )
+        self.layout = layout
         self.loras = tuple(loras)
         self._is_matrix, self._quantise = is_matrix, quantise
         self.fidelity: dict[str, float] | None = None
@@ -72,7 +73,8 @@ class ModelWeights:
         """The weights that stay in GGUF blocks."""
         for name, shape in self.plain_shapes.items():
             stored = checkpoint.dtypes[self.file_names[name]]
-            wanted = stored if name in self.layout.scales else quantise if stored in FLOATS else None
+            as_stored = name in layout.scales and name not in layout.rotations
+            wanted = stored if as_stored else quantise if stored in FLOATS or name in layout.scales else None
             blocks = self._blocks(name)
             self.shapes[name] = shape
             if blocks is not None and is_matrix(name, shape) and not self._loras(name):
@@ -89,18 +91,35 @@ class ModelWeights:
     def of_expert(cls, checkpoint: Checkpoint, *, quantise: torch.dtype | None = None) -> ModelWeights:
         """The weights of a DiT checkpoint in any layout."""
         check_architecture(checkpoint.metadata, ("wan",), short_path(checkpoint.path))
-        return cls(checkpoint, wan_names(checkpoint.shapes), is_matrix=is_expert_matrix, quantise=quantise)
+        return cls._of(checkpoint, wan_names, is_expert_matrix, quantise)
 
     @classmethod
     def of_text_encoder(cls, checkpoint: Checkpoint, *, quantise: torch.dtype | None = None) -> ModelWeights:
         """The weights of a UMT5 checkpoint, Wan's, transformers' or llama.cpp's."""
         check_architecture(checkpoint.metadata, ("t5encoder", "t5"), short_path(checkpoint.path))
-        return cls(checkpoint, text_encoder_names(checkpoint.shapes), is_matrix=is_text_matrix, quantise=quantise)
+        return cls._of(checkpoint, text_encoder_names, is_text_matrix, quantise)
+
+    @classmethod
+    def _of(cls, checkpoint: Checkpoint, rename: Rename, is_matrix: IsMatrix, quantise: torch.dtype | None) -> Self:
+        names, source = plain_names(rename(checkpoint.shapes)), short_path(checkpoint.path)
+        layout = read_layout(
+            {wan: checkpoint.shapes[name] for name, wan in names.items()},
+            {wan: checkpoint.dtypes[name] for name, wan in names.items()},
+            source,
+            read_notes(checkpoint, names, rename, source),
+        )
+        return cls(checkpoint, names, is_matrix=is_matrix, layout=layout, quantise=quantise)
 
     def with_loras(self, loras: Sequence[MatchedLora]) -> ModelWeights:
         """The same weights with these LoRAs merged instead of the present ones."""
         names = {name: wan for wan, name in self.file_names.items()}
-        return ModelWeights(self.checkpoint, names, is_matrix=self._is_matrix, loras=loras, quantise=self._quantise)
+        return ModelWeights(
+            *(self.checkpoint, names),
+            is_matrix=self._is_matrix,
+            layout=self.layout,
+            loras=loras,
+            quantise=self._quantise,
+        )
 
     @property
     def quantised(self) -> bool:
@@ -180,18 +199,24 @@ class ModelWeights:
         else:
             yield from ((name, chunk) for chunk in self.checkpoint.chunks(file_name, dtype_of(name)))
 
+    def scale(self, name: str) -> Tensor:
+        """The scale of a weight that is stored quantised, float32 [rows, 1]."""
+        scale, rows = self.layout.scales[name], self.plain_shapes[name][0]
+        stored = self.checkpoint.tensor(self.file_names[scale]) if scale else torch.ones(())
+        return check_scale(stored, rows, scale, self.source)
+
     def _modified(self, name: str, tensor: Tensor, dtype: torch.dtype) -> list[tuple[str, Tensor]]:
         """The weight in `dtype`, or quantised and followed by its scale."""
         loras = self._loras(name)
         if (blocks := self._blocks(name)) is not None:
             tensor = dequantise_blocks(tensor, blocks.form).view(blocks.shape)
         if name in self.layout.scales:
-            scale = self.layout.scales[name]
-            stored = self.checkpoint.tensor(self.file_names[scale])
-            scale_O1 = check_scale(stored, tensor.shape[0], scale, self.source).to(tensor.device)
-            if name in self.formats and not loras:
+            scale_O1 = self.scale(name).to(tensor.device)
+            if self.formats.get(name) == tensor.dtype and not loras and name not in self.layout.rotations:
                 return [(name, tensor), (scale_name(name), scale_O1)]
             tensor = dequantise(tensor, scale_O1)
+            if rotation := self.layout.rotations.get(name):
+                tensor = unrotated(tensor, rotation)
         if name not in self.formats:
             return [(name, add_loras(tensor, name, loras, dtype))]
         if loras:

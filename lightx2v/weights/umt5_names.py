@@ -6,11 +6,20 @@ All functions are pure: names in, names out.
 import re
 from collections.abc import Iterable
 
+from ..errors import CheckpointError
+from .wrapper_prefixes import unwrap_text_encoder
+
 EMBEDDING, TABLE = "shared.weight", "token_embedding.weight"
 """The token table's name in transformers and in Wan's file."""
 
-_SCALE = re.compile(r"(.+)\.(weight_scale|scale_weight|scale_input|input_scale)")
+_SCALE = re.compile(
+    r"(.+)\.(weight_scale(?:_\w+)?|scale_weight|scale_input|input_scale|output_scale|comfy_quant|weight\._data|weight\._scale)"
+)
 """Tensors that belong to a quantised weight carry its name."""
+
+_COPY = "encoder.embed_tokens."
+"""transformers' second name for the token table."""
+_DECODER = re.compile(r"decoder\.|lm_head\.")
 
 _OUTSIDE = (  # Wan, transformers
     ("token_embedding.weight", EMBEDDING),
@@ -48,23 +57,43 @@ def hf_name(name: str) -> str:
 
 
 def wan_name(name: str) -> str:
-    """Wan's name for one of transformers' or llama.cpp's; an unknown name is returned unchanged."""
+    """Wan's name for one of transformers' or llama.cpp's, in any wrappers; an unknown name is returned unchanged."""
+    name = unwrap_text_encoder(name)
     if match := _SCALE.fullmatch(name):
         return wan_name(f"{match[1]}.weight").removesuffix("weight") + match[2]
-    if match := re.fullmatch(r"encoder\.block\.(\d+)\.layer\.(.+)", name):
+    if match := re.fullmatch(r"(?:encoder\.)?block\.(\d+)\.layer\.(.+)", name):
         stem = {theirs: ours for ours, theirs in _BLOCK}.get(match[2])
         return f"blocks.{match[1]}.{stem}" if stem else name
     if match := re.fullmatch(r"enc\.blk\.(\d+)\.(\w+)\.weight", name):
         return f"blocks.{match[1]}.{_LLAMA_BLOCK[match[2]]}.weight" if match[2] in _LLAMA_BLOCK else name
+    if name in ("final_layer_norm.weight", "embed_tokens.weight"):
+        name = f"encoder.{name}"
     return ({theirs: ours for ours, theirs in _OUTSIDE} | _LLAMA_OUTSIDE).get(name, name)
 
 
 def text_encoder_names(names: Iterable[str]) -> dict[str, str]:
-    """Wan's name for every tensor name of a file, without transformers' second copy of the token table."""
+    """Wan's name for every tensor name of a file, without the decoder of a whole model and transformers' second copy of
+    the token table. CheckpointError where two names become one."""
     wan = {name: wan_name(name) for name in names}
-    return {name: ours for name, ours in wan.items() if ours != "encoder.embed_tokens.weight"}
+    copy = _COPY if TABLE in wan.values() else ""
+    kept = {
+        name: _tables(ours)
+        for name, ours in wan.items()
+        if not (copy and ours.startswith(copy)) and not _DECODER.match(ours)
+    }
+    seen: dict[str, str] = {}
+    for name, ours in kept.items():
+        if ours in seen:
+            raise CheckpointError(f"The file holds {ours} twice, as {seen[ours]} and as {name}. Keep one of them.")
+        seen[ours] = name
+    return kept
+
+
+def _tables(name: str) -> str:
+    """The copy's name becomes the table's, where only the copy is there."""
+    return TABLE.removesuffix("weight") + name.removeprefix(_COPY) if name.startswith(_COPY) else name
 
 
 def is_text_encoder(names: Iterable[str]) -> bool:
     """Whether these are the names of a text encoder."""
-    return any(wan_name(name) == TABLE for name in names)
+    return any(wan_name(name) in (TABLE, f"{_COPY}weight") for name in names)
