@@ -22,7 +22,7 @@ from ..config.engine_config import EngineConfig
 from ..config.recorded_settings import PICTURES, content_hash
 from ..config.request import LoraSpec, Request
 from ..errors import CheckpointError, OutputError, quoted
-from ..loading.expert_loras import lora_files
+from ..loading.lora_experts import lora_files
 from ..sampling import SolverState
 from ..step_file import StepStore
 from ..weights.content_digest import content_digest
@@ -149,7 +149,7 @@ def made_by(engine: LoadedEngine, request: Request, loras: Sequence[LoraSpec]) -
     """Everything that decides the bits of a video: the computation, the weights, the settings."""
     mesh, device = engine.mesh, engine.precision.device
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else torch.backends.cpu.get_cpu_capability()
-    files = [path for expert in ("high", "low") for _, path in lora_files(loras, expert, engine.config)]
+    files = [file.path for expert in ("high", "low") for file in lora_files(loras, expert, engine.config)]
     return {
         "numerics": NUMERICS,
         "torch": torch.__version__,
