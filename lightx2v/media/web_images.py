@@ -26,11 +26,13 @@ IPAddress = ipaddress.IPv4Address | ipaddress.IPv6Address
 MAX_URL = 2048
 REDIRECTS = 3
 CHUNK = 1 << 16
-EMBEDDING = [
-    ipaddress.IPv6Network(net)
-    for net in ("::/96", "64:ff9b::/96", "64:ff9b:1::/48", "2001::/32", "2002::/16", "fec0::/10")
+SPECIAL = [
+    *map(ipaddress.IPv4Network, ("192.0.0.0/24", "192.88.99.0/24")),
+    *map(ipaddress.IPv6Network, ("2001::/32", "2002::/16", "3fff::/20")),
 ]
-"""IPv6 ranges that embed an IPv4 address, except mapped ones, which are unwrapped; and the site-local range."""
+"""Ranges with a special purpose that not every Python's `is_global` knows, and ranges that embed an IPv4 address."""
+GLOBAL_UNICAST = ipaddress.IPv6Network("2000::/3")
+"""All public IPv6 addresses are in it. Outside are, among others, the other ranges that embed an IPv4 address."""
 
 
 def is_public(address: IPAddress) -> bool:
@@ -38,9 +40,10 @@ def is_public(address: IPAddress) -> bool:
     if isinstance(address, ipaddress.IPv6Address):
         if address.ipv4_mapped is not None:
             return is_public(address.ipv4_mapped)
-        if any(address in network for network in EMBEDDING):
+        if address not in GLOBAL_UNICAST:
             return False
-    return address.is_global and not address.is_multicast and not address.is_reserved
+    special = any(address in network for network in SPECIAL)
+    return not special and address.is_global and not address.is_multicast and not address.is_reserved
 
 
 def resolve_host(host: str, port: int) -> list[str]:
