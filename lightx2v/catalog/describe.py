@@ -26,6 +26,7 @@ from ..weights.lora_forms import RANKS
 from ..weights.lora_keys import LayerFinder, parse_key
 from ..weights.model_weights import ModelWeights
 from ..weights.umt5_names import TABLE, is_text_encoder, wan_name
+from ..weights.vae_names import vae_names
 from .found_file import FoundFile
 from .lora_notes import lora_notes
 
@@ -99,7 +100,8 @@ def _text_encoder(checkpoint: Checkpoint, path: Path, size: int) -> FoundFile | 
 
 def _vae(checkpoint: Checkpoint, path: Path, size: int) -> FoundFile | None:
     try:
-        width = VAEConfig.from_shapes(checkpoint.shapes).dim
+        names = vae_names(checkpoint.shapes)
+        width = VAEConfig.from_shapes({wan: checkpoint.shapes[name] for name, wan in names.items()}).dim
     except (CheckpointError, LookupError, ZeroDivisionError):
         return None
     return FoundFile(path=path, kind="VAE", size=size, quantisation=_quantisation(checkpoint, path), width=width)

@@ -12,6 +12,8 @@ PROJECT = _PACKAGE / "_data" if (_PACKAGE / "_data").is_dir() else _PACKAGE.pare
 """The folder with presets/ and assets/: the checkout, or the data inside an installed package."""
 
 VAE_FILE = "Wan2.1_VAE.pth"
+DIFFUSERS_FOLDERS = ("transformer", "transformer_2", "text_encoder", "tokenizer", "vae")
+"""Of a whole repository in diffusers' layout; the names of these end in "-Diffusers"."""
 SHARED_FOLDERS = ("distill_int8/", "distill_fp8/", "distill_models/", "int8/", "fp8/", "original/", "")
 """Where below the model folder LightX2V looks for the text encoder and the VAE, in its order."""
 EXPERT_FOLDERS = {"high": ("high_noise_model/", "transformer/"), "low": ("low_noise_model/", "transformer_2/")}
@@ -32,8 +34,8 @@ class ModelPart:
     """One part of a model, such as its VAE.
 
     `path` is the value of the configuration key `key`. Without one, the part is the first of `candidates` that exists
-    in the model folder; a folder ends in "/". `name` is the path, or the part in the official layout: what a download
-    fetches. `file` is the file to take where `path` names a folder.
+    in the model folder; a folder ends in "/". `name` is the path, or the part in the layout of the model's repository:
+    what a download fetches. `file` is the file to take where `path` names a folder.
     """
 
     title: str
@@ -54,7 +56,7 @@ def parts(engine: EngineConfig) -> list[ModelPart]:
     if all(expert.path for expert in experts):
         places = [f"{folder}config.json" for folder in ARCHITECTURE_FOLDERS]
         experts.append(_part(engine, "architecture", "", places, official="high_noise_model/config.json"))
-    vae = [f"{folder}{VAE_FILE}" for folder in SHARED_FOLDERS]
+    vae = [*(f"{folder}{VAE_FILE}" for folder in SHARED_FOLDERS), "vae/"]
     return [
         *experts,
         _text_encoder(engine),
@@ -100,5 +102,8 @@ def _part(
     engine: EngineConfig, title: str, key: str, candidates: Sequence[str], *, official: str = "", file: str = ""
 ) -> ModelPart:
     path = (getattr(engine, key) if key else None) or None
+    theirs = [place for place in candidates if place.partition("/")[0] in DIFFUSERS_FOLDERS]
+    if theirs and engine.model_path.rstrip("/").lower().endswith("-diffusers"):
+        official = theirs[0]
     name = path or f"{engine.model_path}/{official or candidates[0]}"
     return ModelPart(title=title, name=name, key=key, path=path, candidates=tuple(candidates), file=file)

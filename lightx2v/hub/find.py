@@ -18,7 +18,7 @@ def find_part(part: ModelPart, config: EngineConfig) -> Path | None:
     """The file or folder of one part of the model."""
     if part.path:
         place = find(part.path, config)
-        if place is not None and part.file and place.is_dir():
+        if place is not None and part.file and place.is_dir() and not any(place.glob("*.safetensors")):
             place /= part.file
         return place if place is not None and place.exists() else None
     model = local_model_folder(config)

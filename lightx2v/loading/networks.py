@@ -30,6 +30,7 @@ from ..weights.model_weights import ModelWeights
 from ..weights.module_loader import check_fit, load_into, stream_into
 from ..weights.quant_layout import SCALE
 from ..weights.quantization import scheme_format
+from ..weights.vae_names import vae_names
 from .model_files import ModelFiles
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
@@ -157,10 +158,16 @@ def expert_dtypes(precision: Precision) -> Callable[[str], torch.dtype]:
 
 def load_vae(files: ModelFiles, precision: Precision, group: Group = ALONE) -> WanVAE:
     checkpoint = open_checkpoint(files.vae)
+    names = vae_names(checkpoint.shapes)
     with torch.device("meta"):
-        vae = WanVAE(VAEConfig.from_shapes(checkpoint.shapes))
+        vae = WanVAE(VAEConfig.from_shapes({names[name]: shape for name, shape in checkpoint.shapes.items()}))
     load_into(
-        vae, checkpoint, dtype_of=lambda _: precision.vae, device=precision.device, transform=group.broadcast_stream
+        vae,
+        checkpoint,
+        dtype_of=lambda _: precision.vae,
+        device=precision.device,
+        names=names,
+        transform=group.broadcast_stream,
     )
     return vae.eval()
 

@@ -27,17 +27,24 @@ def load_into(
     *,
     dtype_of: DtypeOf,
     device: torch.device | str,
+    names: Mapping[str, str] | None = None,
     transform: Callable[[TensorStream], TensorStream] = iter,
     cancel: CancelToken | None = None,
     on_bytes: Callable[[int], None] | None = None,
 ) -> None:
     """Load an unmodified checkpoint into `module` (on the meta device): compare the headers, then read.
 
-    `transform` maps the stream, e.g. broadcasts it to other processes.
+    `names` maps the file's names to the module's where they differ; `transform` maps the stream, e.g. broadcasts it to
+    other processes.
     """
-    source = short_path(checkpoint.path)
-    check_fit(module, checkpoint.shapes, checkpoint.dtypes, source_name=source)
-    tensors = checkpoint.tensors(dtype_of=dtype_of, device=device, cancel=cancel, on_bytes=on_bytes)
+    source, names = short_path(checkpoint.path), names or {name: name for name in checkpoint.shapes}
+    shapes = {name: checkpoint.shapes[theirs] for theirs, name in names.items()}
+    dtypes = {name: checkpoint.dtypes[theirs] for theirs, name in names.items()}
+    check_fit(module, shapes, dtypes, source_name=source)
+    read = checkpoint.tensors(
+        names, dtype_of=lambda theirs: dtype_of(names[theirs]), device=device, cancel=cancel, on_bytes=on_bytes
+    )
+    tensors = ((names[theirs], tensor) for theirs, tensor in read)
     stream_into(module, transform(tensors), dtype_of=dtype_of, device=device, source_name=source)
 
 

@@ -12,10 +12,12 @@ import torch
 from conftest import TinyModels
 from dit_reference import expert_in_diffusers, relative
 from safetensors.torch import load_file, save_file
+from vae_in_diffusers import vae_in_diffusers
 
 from lightx2v.config.presets import resolve
 from lightx2v.config.request import Request
 from lightx2v.pipeline import LightX2VPipeline
+from lightx2v.weights.umt5_names import hf_name
 
 EXPERTS = ("high_noise_model", "low_noise_model")
 SIZE = {"height": 32, "width": 32, "frames": 5, "steps": 4}
@@ -90,8 +92,31 @@ def as_diffusers_saves_it(model: Path) -> dict[str, object]:
     return {}
 
 
+def a_whole_repository_of_diffusers(model: Path) -> dict[str, object]:
+    as_diffusers_saves_it(model)
+    (model / "google/umt5-xxl").rename(model / "tokenizer")
+    text = torch.load(model / "models_t5_umt5-xxl-enc-bf16.pth", weights_only=True)
+    (model / "text_encoder").mkdir()
+    save_file({hf_name(name): tensor for name, tensor in text.items()}, model / "text_encoder/model.safetensors")
+    vae_in_diffusers(torch.load(model / "Wan2.1_VAE.pth", weights_only=True)).save_pretrained(model / "vae")
+    for file in ("models_t5_umt5-xxl-enc-bf16.pth", "Wan2.1_VAE.pth"):
+        (model / file).unlink()
+    return {}
+
+
+def a_vae_with_a_prefix(model: Path) -> dict[str, object]:
+    vae = torch.load(model / "Wan2.1_VAE.pth", weights_only=True)
+    (model / "Wan2.1_VAE.pth").unlink()
+    save_file({f"model.{name}": tensor.contiguous() for name, tensor in vae.items()}, model / "vae.safetensors")
+    return {"vae_path": str(model / "vae.safetensors")}
+
+
+LAYOUTS = [without_an_index, one_file_each, named_files, torch_files, as_diffusers_saves_it]
+LAYOUTS += [a_whole_repository_of_diffusers, a_vae_with_a_prefix]
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("layout", [without_an_index, one_file_each, named_files, torch_files, as_diffusers_saves_it])
+@pytest.mark.parametrize("layout", LAYOUTS)
 def test_every_layout_gives_the_same_latents(
     layout: Callable[[Path], dict[str, object]], model: Path, expected: torch.Tensor
 ) -> None:

@@ -52,6 +52,23 @@ def test_the_folders_of_diffusers_are_known_for_the_experts(model: Path) -> None
     assert not download_missing(config(model)), "the files that load are the files that count as here"
 
 
+def test_a_whole_repository_of_diffusers_is_found_by_its_name(model: Path) -> None:
+    settings = config("Wan-AI/Wan2.2-T2V-A14B-Diffusers")
+    assert download_missing(settings) == [
+        f"Wan-AI/Wan2.2-T2V-A14B-Diffusers/{part}/"
+        for part in ("transformer", "transformer_2", "text_encoder", "tokenizer", "vae")
+    ]
+    theirs = model.parent / "Wan2.2-T2V-A14B-Diffusers"
+    for part in ("transformer", "transformer_2", "text_encoder", "tokenizer", "vae"):
+        (theirs / part).mkdir(parents=True)
+        (theirs / part / "diffusion_pytorch_model.safetensors").touch()
+    files = locate(config(theirs))
+    assert (files.high.name, files.low.name, files.t5.name, files.vae.name) == (
+        *("transformer", "transformer_2", "text_encoder", "vae"),
+    )
+    assert locate(config(model, vae_path=str(theirs / "vae"))).vae == theirs / "vae"
+
+
 @pytest.mark.parametrize("absolute", [True, False])
 def test_original_files_go_before_the_folders(model: Path, absolute: bool) -> None:
     distilled = model.parents[1] / "lightx2v" / "high.safetensors"
