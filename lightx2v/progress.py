@@ -22,6 +22,9 @@ log = logging.getLogger("lightx2v.progress")
 STAGES = ("download", "load", "text", "image", "denoise", "decode", "write")
 """The stages of a run in their order."""
 
+BYTES = ("download", "load")
+"""The stages whose steps are bytes; their events have a message with gigabytes."""
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Progress:
@@ -71,6 +74,23 @@ class CancelToken:
         """Raise Cancelled once `cancel` was called."""
         if self._event.is_set():
             raise Cancelled("The run was cancelled.")
+
+
+@dataclass(frozen=True, slots=True)
+class LoadWatch:
+    """What loading asks and tells while it reads: whether to stop, the bytes of each tensor that has arrived, and first
+    the bytes of all."""
+
+    cancel: CancelToken | None = None
+    on_bytes: Callable[[int], None] = lambda _: None
+    on_total: Callable[[int], None] = lambda _: None
+
+    def check(self) -> None:
+        if self.cancel is not None:
+            self.cancel.check()
+
+
+UNWATCHED = LoadWatch()
 
 
 def peak_rss() -> int:
@@ -266,7 +286,7 @@ class Meter:
         first_step, first_now = self._pace.get(stage, (step, now))
         if step <= first_step:  # the stage's first step, or the stage began again
             self._pace[stage] = (step, now)
-            if stage == "download":  # the first bytes of a small file say nothing about gigabytes
+            if stage in BYTES:  # the first bytes of a small file say nothing about gigabytes
                 return None
             pace = now / step
         else:

@@ -30,7 +30,7 @@ from lightx2v.models.quant_linear import swap_linears
 from lightx2v.models.vae import WanVAE
 from lightx2v.models.vae_config import VAEConfig
 from lightx2v.offload.device_copies import CudaCopies, Slot
-from lightx2v.offload.packed_weights import host_buffer
+from lightx2v.offload.host_slabs import HostSlabs
 from lightx2v.offload.placement import load_offloaded
 from lightx2v.offload.resident import LoadInputs
 from lightx2v.offload.weight_streamer import StreamedModule, WeightStreamer
@@ -132,8 +132,10 @@ def test_the_vae_in_bf16_is_close_to_float32_and_the_condition_is_the_whole_clip
 # ---- offload --------------------------------------------------------------------------------------------------------
 
 
-def test_host_buffers_are_pinned() -> None:
-    buffer = host_buffer(3 << 20, pin=True)
+def test_host_slabs_are_pinned() -> None:
+    slabs = HostSlabs(pin=True)
+    [buffer] = slabs.take([3 << 20])
+    slabs.wait()
     assert buffer.data_ptr() % 4096 == 0
     # torch asks about the beginning of the storage, and the buffer begins later, on a page of its own.
     assert torch.from_numpy(buffer.numpy()).is_pinned()

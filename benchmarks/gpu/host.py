@@ -1,6 +1,6 @@
 """The speed of copies from each kind of host memory, and whether the host waits for them.
 
-Offloading uses `registered` memory (`offload.packed_weights.host_buffer`). A call that does not wait for its copy
+Offloading uses `registered` memory (`offload.host_slabs.HostSlabs`). A call that does not wait for its copy
 returns in microseconds.
 """
 
@@ -11,7 +11,7 @@ import time
 import torch
 from torch import Tensor
 
-from lightx2v.offload.packed_weights import host_buffer
+from lightx2v.offload.host_slabs import HostSlabs
 
 from .bench import Bench
 
@@ -27,7 +27,10 @@ def run(bench: Bench) -> None:
         code = torch.cuda.cudart().cudaHostRegister(room.data_ptr(), size, 0)
         bench.write("cudaHostRegister", code=str(code), is_pinned=room.is_pinned())
         torch.cuda.cudart().cudaHostUnregister(room.data_ptr())
-    kinds = {"pageable": host_buffer(size, pin=False), "registered": host_buffer(size, pin=True)}
+    pools = {"pageable": HostSlabs(pin=False), "registered": HostSlabs(pin=True)}
+    kinds = {name: slabs.take([size])[0] for name, slabs in pools.items()}
+    for slabs in pools.values():
+        slabs.wait()
     if bench.cuda:
         kinds["torch's pinned memory"] = torch.empty(size, dtype=torch.uint8, pin_memory=True)
     target = torch.empty(size, dtype=torch.uint8, device=bench.device)

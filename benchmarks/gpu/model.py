@@ -23,7 +23,7 @@ from lightx2v.models.preview import Preview
 from lightx2v.models.quant_linear import QuantLinear, swap_linears
 from lightx2v.models.umt5 import TextEncoder, build_stack, load_tokenizer
 from lightx2v.models.vae import WanVAE
-from lightx2v.offload.packed_weights import Reader
+from lightx2v.offload.packed_weights import PackedModule, Reader
 from lightx2v.parallel.mesh import Mesh
 from lightx2v.parallel.single_process import ALONE
 from lightx2v.weights.quant_layout import is_expert_matrix
@@ -112,6 +112,7 @@ class Model:
     plan: dict[str, Any] | None = None
     has_text = True
     readers: dict[Expert, Reader] = {}
+    packed: dict[str, PackedModule] = {}
     loras: tuple[AppliedLora, ...] = ()
 
     def __init__(self, bench: Bench, task: str, *, fp8: bool = False) -> None:

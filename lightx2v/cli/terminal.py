@@ -12,7 +12,7 @@ from contextlib import contextmanager
 from typing import TextIO
 
 from ..errors import one_line
-from ..progress import Progress
+from ..progress import BYTES, Progress
 
 BAR = 24
 PLAIN_EVERY = 5.0
@@ -65,8 +65,8 @@ def progress_text(event: Progress) -> str:
     parts = [f"{name:<13}"]
     if event.total:
         filled = BAR * event.step // event.total
-        # A download counts bytes: show a percentage here, since its message has the byte counts.
-        count = f"{100 * event.step // event.total} %" if event.stage == "download" else f"{event.step}/{event.total}"
+        # Of a stage that counts bytes show a percentage: its message has the byte counts.
+        count = f"{100 * event.step // event.total} %" if event.stage in BYTES else f"{event.step}/{event.total}"
         parts.append(f"[{'#' * filled}{'.' * (BAR - filled)}] {count}")
     parts.append(clock_time(event.seconds))
     if event.eta is not None and round(event.eta) > 0:

@@ -29,6 +29,7 @@ from ..progress import CancelToken, Meter, OnProgress
 from ..weights.checkpoint import open_checkpoint
 from ..weights.content_digest import content_digest
 from ..weights.expert_pair import check_expert_pair
+from .load_progress import LoadProgress
 from .memory_retry import retry_with_offload, within_memory
 from .prompt_cache import PromptCache
 
@@ -101,8 +102,10 @@ def load_here(
         files, warnings = with_prebuilt(locate(config), config, precision, meter, cancel, group)
         read = files.prebuilt or files
         warnings += check_expert_pair(open_checkpoint(read.high), open_checkpoint(read.low), config.task)
-        inputs = LoadInputs(files, config, precision, *choose_attention(config, files, precision), cancel, group)
-        placement = load_placement(inputs, warnings)
+        progress = LoadProgress(meter, cancel)
+        attention = choose_attention(config, files, precision)
+        placement = load_placement(LoadInputs(files, config, precision, *attention, progress.watch, group), warnings)
+        progress.log_total()
         for warning in warnings:
             log.warning("%s", warning)
         with torch.inference_mode(), placement.vae() as vae:
@@ -113,8 +116,8 @@ def load_here(
         mesh=mesh,
         precision=precision,
         placement=placement,
-        self_attention=inputs.self_attention,
-        cross_attention=inputs.cross_attention,
+        self_attention=attention[0],
+        cross_attention=attention[1],
         preview=preview,
         load_seconds=time.perf_counter() - started,
         weights=weights,

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -24,10 +24,10 @@ from ..models.vae import WanVAE
 from ..models.vae_config import VAEConfig
 from ..parallel.process_group import Group
 from ..parallel.single_process import ALONE
-from ..progress import CancelToken
+from ..progress import UNWATCHED, LoadWatch
 from ..weights.checkpoint import open_checkpoint
 from ..weights.model_weights import ModelWeights
-from ..weights.module_loader import check_fit, load_into, stream_into
+from ..weights.module_loader import InHost, check_fit, load_into, slots_of, stream_into
 from ..weights.quant_layout import SCALE
 from ..weights.quantization import scheme_format
 from ..weights.vae_names import vae_names
@@ -76,7 +76,11 @@ def pick_device(name: str) -> torch.device:
 
 
 def load_text_encoder(
-    files: ModelFiles, config: EngineConfig, precision: Precision, cancel: CancelToken | None = None
+    files: ModelFiles,
+    config: EngineConfig,
+    precision: Precision,
+    watch: LoadWatch = UNWATCHED,
+    in_host: InHost | None = None,
 ) -> TextEncoder:
     """The text encoder, quantised while it is read if the configuration wants that and has no prebuilt file."""
     prebuilt = files.prebuilt.t5 if files.prebuilt else None
@@ -88,7 +92,8 @@ def load_text_encoder(
         device=precision.device,
         text_len=config.text_len,
         quantise=scheme_format(config.t5_quant_scheme) if quantise else None,
-        cancel=cancel,
+        watch=watch,
+        in_host=in_host,
     )
 
 
@@ -134,11 +139,13 @@ def load_expert(
     precision: Precision,
     self_attention: Choice,
     cross_attention: Choice,
-    cancel: CancelToken | None = None,
+    watch: LoadWatch = UNWATCHED,
     group: Group = ALONE,
     compute_device: torch.device | None = None,
+    in_host: InHost | None = None,
 ) -> WanDiT:
-    """One expert with these weights. Of several processes, rank 0 reads for all.
+    """One expert with these weights, on the device of `precision`, or in the memory that `in_host` gives it. Of several
+    processes, rank 0 reads for all.
 
     Adds LoRAs and quantises on `compute_device`, the device that will compute with the weights, even if they go to
     host memory: there it takes seconds, and minutes on a CPU.
@@ -146,8 +153,17 @@ def load_expert(
     dit = build_expert(files, weights, precision, self_attention, cross_attention)
     dtype_of = expert_dtypes(precision)
     device = compute_device if compute_device is not None and weights.computes else precision.device
-    tensors = group.broadcast_stream(weights.tensors(dtype_of=dtype_of, device=device, cancel=cancel), cancel)
-    stream_into(dit, tensors, dtype_of=dtype_of, device=precision.device, source_name=weights.source)
+    ready = in_host(dit, dit.blocks, dtype_of) if in_host is not None else lambda _: None
+    slots = slots_of(dit) if in_host is not None and group.size == 1 else {}
+    tensors = weights.tensors(dtype_of=dtype_of, device=device, into=slots.get, watch=watch)
+    stream_into(
+        dit,
+        group.broadcast_stream(tensors, watch.cancel),
+        dtype_of=dtype_of,
+        device=precision.device,
+        source_name=weights.source,
+        before_copy=ready,
+    )
     return dit
 
 
@@ -156,7 +172,7 @@ def expert_dtypes(precision: Precision) -> Callable[[str], torch.dtype]:
     return lambda name: torch.float32 if name.endswith(SCALE) else parameter_dtype(name, precision.compute)
 
 
-def load_vae(files: ModelFiles, precision: Precision, group: Group = ALONE) -> WanVAE:
+def load_vae(files: ModelFiles, precision: Precision, group: Group = ALONE, watch: LoadWatch = UNWATCHED) -> WanVAE:
     checkpoint = open_checkpoint(files.vae)
     names = vae_names(checkpoint.shapes)
     with torch.device("meta"):
@@ -168,6 +184,7 @@ def load_vae(files: ModelFiles, precision: Precision, group: Group = ALONE) -> W
         device=precision.device,
         names=names,
         transform=group.broadcast_stream,
+        watch=replace(watch, cancel=group.local_cancel(watch.cancel)),
     )
     return vae.eval()
 

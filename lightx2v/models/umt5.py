@@ -15,7 +15,7 @@ from __future__ import annotations
 import json
 import re
 import threading
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -25,11 +25,11 @@ from torch import nn
 
 from ..config.prompt_cleaning import clean_prompt
 from ..errors import CheckpointError, short_path
-from ..progress import CancelToken
+from ..progress import UNWATCHED, LoadWatch
 from ..weights.checkpoint import Checkpoint, open_checkpoint
 from ..weights.gguf_blocks import BlockFormat, dequantise
 from ..weights.model_weights import ModelWeights
-from ..weights.module_loader import check_fit, stream_into
+from ..weights.module_loader import DtypeOf, InHost, check_fit, slots_of, stream_into
 from ..weights.umt5_names import EMBEDDING, TABLE, hf_name
 from .gguf_linear import swap_for_blocks
 from .quant_linear import swap_linears
@@ -109,9 +109,13 @@ class TextEncoder(nn.Module):
         device: torch.device | str = "cpu",
         text_len: int = 512,
         quantise: torch.dtype | None = None,
-        cancel: CancelToken | None = None,
+        watch: LoadWatch = UNWATCHED,
+        in_host: InHost | None = None,
     ) -> TextEncoder:
-        """Load Wan's T5 file (or transformers' folder) and the tokenizer's folder; `quantise` is an 8-bit dtype."""
+        """Load Wan's T5 file (or transformers' folder) and the tokenizer's folder; `quantise` is an 8-bit dtype.
+
+        `in_host` gives the weights their memory, if they are to be in the host's.
+        """
         preload()
         if dtype is torch.float16:  # UMT5's activations exceed its range
             dtype = torch.bfloat16
@@ -133,11 +137,9 @@ class TextEncoder(nn.Module):
         shapes = {hf_name(name): shape for name, shape in weights.shapes.items() if name != TABLE}
         dtypes = {hf_name(name): kind for name, kind in weights.dtypes.items() if name != TABLE}
         check_fit(holder, shapes, dtypes, source_name=source)
-        tensors = weights.tensors(
-            weights.plain_shapes.keys() - {TABLE}, dtype_of=dtype_of, device=device, cancel=cancel
-        )
-        renamed = ((hf_name(name), tensor) for name, tensor in tensors)
-        stream_into(holder, renamed, dtype_of=dtype_of, device=device, source_name=source, cancel=cancel)
+        ready = in_host(stack, stack.block, dtype_of) if in_host is not None else lambda _: None
+        tensors = _without_table(weights, slots_of(holder) if in_host is not None else {}, dtype_of, device, watch)
+        stream_into(holder, tensors, dtype_of=dtype_of, device=device, source_name=source, before_copy=ready)
         table = weights.file_names[TABLE]
         encoder = cls(
             stack,
@@ -171,6 +173,24 @@ class TextEncoder(nn.Module):
         rows_LD = rows_LD.to(weight.device).to(weight.dtype)
         states_BLD = self.stack(inputs_embeds=rows_LD[None]).last_hidden_state
         return TextEmbedding(states_BLD[0], tokens, tokens > self.text_len)
+
+
+def _without_table(
+    weights: ModelWeights,
+    slots: Mapping[str, torch.Tensor],
+    dtype_of: DtypeOf,
+    device: torch.device | str,
+    watch: LoadWatch,
+) -> Iterator[tuple[str, torch.Tensor]]:
+    """(transformers' name, tensor) of all weights but the token table, into `slots` where they fit."""
+    tensors = weights.tensors(
+        weights.plain_shapes.keys() - {TABLE},
+        dtype_of=dtype_of,
+        device=device,
+        into=lambda name: slots.get(hf_name(name)),
+        watch=watch,
+    )
+    return ((hf_name(name), tensor) for name, tensor in tensors)
 
 
 class FeedForward(nn.Module):

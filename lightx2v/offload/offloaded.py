@@ -22,6 +22,7 @@ from ..models.tiling import Tiling
 from ..models.umt5 import TextEncoder
 from ..models.vae import WanVAE
 from .device_copies import Copies
+from .host_slabs import HostSlabs
 from .resident import Resident
 from .weight_streamer import StreamedModule, WeightStreamer
 
@@ -44,7 +45,10 @@ class Offloaded:
         copies: Copies,
         dtype_of: Callable[[str], torch.dtype] | None = None,
         read_ahead: bool = True,
+        slabs: HostSlabs | None = None,
     ) -> None:
+        """`slabs` is the host memory in which `loaded` has parts already; others go there."""
+        self._slabs = slabs or HostSlabs(pin=device.type == "cuda")
         self._loaded = loaded
         self._text: TextEncoder | None = None
         if loaded.has_text:
@@ -137,13 +141,18 @@ class Offloaded:
         if plan.mode != "resident":
             experts = {
                 which: StreamedModule(
-                    module=dit, blocks=list(dit.blocks), reader=self._loaded.readers.get(which), dtype_of=self._dtype_of
+                    module=dit,
+                    blocks=list(dit.blocks),
+                    reader=self._loaded.readers.get(which),
+                    dtype_of=self._dtype_of,
+                    packed=self._loaded.packed.get(which),
                 )
                 for which, dit in self._experts.items()
             }
             self._stream("experts", experts, plan.resident_blocks)
         if plan.text != "resident" and self._text is not None:
-            text = StreamedModule(module=self._text, blocks=list(self._text.stack.block))
+            blocks = list(self._text.stack.block)
+            text = StreamedModule(module=self._text, blocks=blocks, packed=self._loaded.packed.get("text"))
             self._stream("text", {"text": text}, len(text.blocks) if plan.text == "move" else 0)
         if plan.vae != "resident" and self._vae is not None:
             self._stream("vae", {"vae": StreamedModule(module=self._vae)}, 0)
@@ -160,6 +169,7 @@ class Offloaded:
                 resident=resident,
                 prefetch_slots=slots,
                 read_ahead=self._read_ahead,
+                slabs=self._slabs,
             )
 
     def close(self) -> None:
@@ -169,3 +179,4 @@ class Offloaded:
         self._experts.clear()
         self._loaded.close()
         self._text = self._vae = None
+        self._slabs.trim()

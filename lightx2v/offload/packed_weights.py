@@ -1,33 +1,32 @@
 """The tensors of a module in one flat buffer, so that one copy moves them all.
 
 weights = PackedWeights(block)   find the tensors' places; the module may be on the meta device
-weights.pack()                   move their values to a flat buffer in host memory, pinned for CUDA
+weights.place(buffer)            give a module on the meta device its memory, in a flat buffer on the host
+weights.pack(buffer)             move the values of one with memory there
 weights.bind(buffer)             make the module's tensors views of a device buffer
 weights.unbind()                 put them on the meta device: using them is then an error, not a wrong result
 """
 
-import ctypes
-import logging
-import mmap
-import weakref
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any, cast
+from typing import cast
 
 import torch
 from torch import Tensor, nn
 
-log = logging.getLogger("lightx2v.placement")
+from .host_slabs import HostSlabs
 
 ALIGN = 256
-PAGE = 4096
-HUGE_PAGE = 2 << 20
+
+OUTSIDE = -1
+"""The index of everything outside of the blocks."""
 
 Holder = dict[str, Tensor | None]
 """A module's parameters or buffers."""
 
-Reader = Callable[[frozenset[str]], Iterable[tuple[str, Tensor]]]
-"""Reads the named tensors, in any dtypes that can be cast to the module's."""
+Reader = Callable[[frozenset[str], Callable[[str], Tensor | None]], Iterable[tuple[str, Tensor]]]
+"""Reads the named tensors, in any dtypes that can be cast to the module's; into the memory that the second argument
+names for a tensor, if it likes."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,9 +85,13 @@ class PackedWeights:
                     self.places.append(place)
                     self.nbytes += -(-tensor.numel() * dtype.itemsize // ALIGN) * ALIGN
 
-    def pack(self, *, pin: bool) -> None:
-        """Move the values to the host buffer; the module releases its own memory."""
-        host = host_buffer(self.nbytes, pin=pin)
+    def place(self, host: Tensor) -> None:
+        """Make the module's tensors views of `host`, whatever its content."""
+        self.host = host
+        self.bind(host)
+
+    def pack(self, host: Tensor) -> None:
+        """Move the values to `host`; the module releases its own memory."""
         for place in self.places:
             tensor = place.holder[place.leaf]
             assert tensor is not None
@@ -98,10 +101,13 @@ class PackedWeights:
 
     def read(self, reader: Reader, buffer: Tensor) -> None:
         """Fill a host buffer from disk."""
-        places = {place.name: place for place in self.places}
-        for name, tensor in reader(frozenset(places)):
-            places.pop(name).view(buffer).copy_(tensor)
-        assert not places, f"not read: {list(places)[:3]}"
+        views = {place.name: place.view(buffer) for place in self.places}
+        missing = set(views)
+        for name, tensor in reader(frozenset(views), lambda name: views[name] if views[name].is_contiguous() else None):
+            missing.remove(name)
+            if tensor.data_ptr() != views[name].data_ptr():
+                views[name].copy_(tensor)
+        assert not missing, f"not read: {list(missing)[:3]}"
 
     def bind(self, buffer: Tensor | None) -> None:
         assert buffer is not None
@@ -126,31 +132,46 @@ class PackedWeights:
         self._views.clear()
 
 
-def host_buffer(nbytes: int, *, pin: bool) -> Tensor:
-    """Allocate flat host memory on its own pages, pinned if `pin` is set and CUDA allows it.
+class PackedModule:
+    """A module with blocks: `parts` has the packed weights of each block, and of everything outside of them."""
 
-    It registers existing memory with CUDA: torch's own pinned allocator rounds up to powers of two, which would waste
-    up to half of a model's blocks. A large buffer asks for huge pages: allocating and registering them takes a fraction
-    of the time.
-    """
-    page = HUGE_PAGE if nbytes >= HUGE_PAGE else PAGE
-    size = -(-max(nbytes, 1) // PAGE) * PAGE
-    with torch.inference_mode(False):  # LoRAs are merged into it later, outside of inference mode
-        room = torch.empty(size + page, dtype=torch.uint8, device="cpu")
-    start = -room.data_ptr() % page
-    buffer = room[start : start + size]
-    if page == HUGE_PAGE and hasattr(mmap, "MADV_HUGEPAGE"):  # Linux; the system may ignore the advice
-        ctypes.CDLL(None).madvise(ctypes.c_void_p(buffer.data_ptr()), ctypes.c_size_t(size), mmap.MADV_HUGEPAGE)
-    if pin and torch.cuda.is_available():
-        runtime: Any = torch.cuda.cudart()
-        if int(runtime.cudaHostRegister(buffer.data_ptr(), size, 0)) == 0:
-            weakref.finalize(buffer, _unregister, buffer.data_ptr(), room).atexit = False
-        else:
-            log.warning("Could not pin %d MB of host memory; copies from it will be slower.", size >> 20)
-    return buffer
+    def __init__(
+        self,
+        module: nn.Module,
+        blocks: Sequence[nn.Module] = (),
+        *,
+        dtype_of: Callable[[str], torch.dtype] | None = None,
+    ) -> None:
+        self.module, self.blocks = module, blocks
+        names = {id(part): path for path, part in module.named_modules()}
+        self.parts = {OUTSIDE: PackedWeights(module, without=blocks, dtype_of=dtype_of)}
+        for index, block in enumerate(blocks):
+            self.parts[index] = PackedWeights(block, prefix=names[id(block)], dtype_of=dtype_of)
 
+    @property
+    def in_host_memory(self) -> bool:
+        return self.parts[OUTSIDE].host is not None
 
-def _unregister(pointer: int, room: Tensor) -> None:
-    """Unregister the memory. The argument `room` keeps it alive until then."""
-    runtime: Any = torch.cuda.cudart()
-    runtime.cudaHostUnregister(pointer)
+    def place(self, slabs: HostSlabs) -> None:
+        """Give a module on the meta device memory of the slabs, to be filled."""
+        for part, buffer in zip(self.parts.values(), self._take(slabs), strict=True):
+            part.place(buffer)
+
+    def pack(self, slabs: HostSlabs) -> None:
+        """Move the values of a module with memory to the slabs."""
+        for part, buffer in zip(self.parts.values(), self._take(slabs), strict=True):
+            part.pack(buffer)
+
+    def unbind(self) -> None:
+        for part in self.parts.values():
+            part.forget()
+
+    def give_back(self, slabs: HostSlabs) -> None:
+        """The module is on the meta device afterwards."""
+        self.unbind()
+        slabs.give_back(part.host for part in self.parts.values() if part.host is not None)
+        for part in self.parts.values():
+            part.host = None
+
+    def _take(self, slabs: HostSlabs) -> list[Tensor]:
+        return slabs.take([part.nbytes for part in self.parts.values()])

@@ -21,6 +21,7 @@ from ..parallel.process_group import Group
 from ..parallel.single_process import ALONE
 from ..weights.checkpoint import open_checkpoint
 from .device_copies import Copies, copies_for
+from .host_slabs import HostSlabs
 from .offloaded import Offloaded
 from .resident import LoadInputs, Resident
 
@@ -49,14 +50,20 @@ def load_offloaded(inputs: LoadInputs, ladder: MemoryLadder, *, copies: Copies |
     """Load the model for the ladder's plan: parts that will not stay on the device go to host memory at once."""
     log.info("Placement: %s", ladder.plan)
     device = inputs.precision.device
-    return Offloaded(
-        Resident(inputs, ladder.plan),
-        ladder=ladder,
-        device=device,
-        copies=copies or copies_for(device),
-        dtype_of=expert_dtypes(inputs.precision),
-        read_ahead=inputs.group.size == 1,  # several processes read together, between their other exchanges
-    )
+    slabs = HostSlabs(pin=device.type == "cuda")
+    try:
+        return Offloaded(
+            Resident(inputs, ladder.plan, slabs),
+            ladder=ladder,
+            device=device,
+            copies=copies or copies_for(device),
+            dtype_of=expert_dtypes(inputs.precision),
+            read_ahead=inputs.group.size == 1,  # several processes read together, between their other exchanges
+            slabs=slabs,
+        )
+    except BaseException:
+        slabs.close()
+        raise
 
 
 def model_sizes(files: ModelFiles, config: EngineConfig, precision: Precision) -> ModelSize:

@@ -1,11 +1,12 @@
 """A model whose parts stay where they were loaded."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
 
 import torch
+from torch import nn
 
 from ..attention import Choice
 from ..config.engine_config import EngineConfig
@@ -13,7 +14,7 @@ from ..config.request import Expert, LoraSpec
 from ..cost.memory_plan import MemoryPlan, Stage, Workload
 from ..errors import CheckpointError, LoraError
 from ..loading.expert_loras import AppliedLora, ExpertLoras, match_loras
-from ..loading.model_files import ModelFiles
+from ..loading.model_files import ModelFiles, bytes_to_read
 from ..loading.networks import (
     Precision,
     build_expert,
@@ -31,9 +32,11 @@ from ..models.umt5 import TextEncoder
 from ..models.vae import WanVAE
 from ..parallel.process_group import Group
 from ..parallel.single_process import ALONE
-from ..progress import CancelToken
+from ..progress import UNWATCHED, LoadWatch
 from ..weights.model_weights import ModelWeights
-from .packed_weights import Reader
+from ..weights.module_loader import DtypeOf, InHost
+from .host_slabs import HostSlabs
+from .packed_weights import PackedModule, Reader
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,7 +48,7 @@ class LoadInputs:
     precision: Precision
     self_attention: Choice
     cross_attention: Choice
-    cancel: CancelToken | None = None
+    watch: LoadWatch = UNWATCHED
     group: Group = ALONE
 
 
@@ -59,14 +62,17 @@ class Resident:
 
     plan = None
 
-    def __init__(self, inputs: LoadInputs, plan: MemoryPlan | None = None) -> None:
+    def __init__(self, inputs: LoadInputs, plan: MemoryPlan | None = None, slabs: HostSlabs | None = None) -> None:
+        """Parts in host memory are loaded to `slabs`, if there are any: `packed` has them."""
         files, config, precision, group = inputs.files, inputs.config, inputs.precision, inputs.group
         self.tiling = Tiling() if config.use_tiling_vae is True else None
         self.readers: dict[Expert, Reader] = {}
+        self.packed: dict[str, PackedModule] = {}
         in_host_memory = replace(precision, device=torch.device("cpu"))
         text_precision = precision if plan is None or plan.text == "resident" else in_host_memory
         expert_precision = precision if plan is None or plan.mode == "resident" else in_host_memory
         from_disk = plan is not None and plan.reads_disk
+        inputs.watch.on_total(bytes_to_read(files, experts=not from_disk, text=group.is_rank0))
         self._experts: dict[Expert, WanDiT] = {}
         self._loras: dict[Expert, ExpertLoras] = {}
         for which in ("high", "low"):
@@ -74,7 +80,10 @@ class Resident:
             loras = match_loras(config.lora_configs, which, weights, config)
             prebuilt = prebuilt_weights(files, which)
             merged = weights if ExpertLoras.dynamic(weights, config, from_disk) else weights.with_loras(loras)
-            read = partial(load_expert, cancel=inputs.cancel, group=group, compute_device=precision.device)
+            in_host = self._in_host(which, slabs) if expert_precision is in_host_memory else None
+            read = partial(
+                load_expert, watch=inputs.watch, group=group, compute_device=precision.device, in_host=in_host
+            )
             load = build_expert if from_disk else read
             attention = inputs.self_attention, inputs.cross_attention
             dit = load(files, prebuilt or merged, expert_precision, *attention)
@@ -87,11 +96,25 @@ class Resident:
             raise CheckpointError(
                 "The two experts have different architectures. Use the high-noise and low-noise files of one model."
             )
-        self._vae: WanVAE | None = load_vae(files, precision, group)
+        self._vae: WanVAE | None = load_vae(files, precision, group, inputs.watch)
         # Last, since its imports take seconds: another thread imports while the experts are read.
         self._text: TextEncoder | None = None
         if group.is_rank0:  # the others receive what it encodes
-            self._text = load_text_encoder(files, config, text_precision, group.local_cancel(inputs.cancel))
+            in_host = self._in_host("text", slabs) if text_precision is in_host_memory else None
+            watch = replace(inputs.watch, cancel=group.local_cancel(inputs.watch.cancel))
+            self._text = load_text_encoder(files, config, text_precision, watch, in_host)
+
+    def _in_host(self, name: str, slabs: HostSlabs | None) -> InHost | None:
+        """How the part `name` gets memory of the slabs."""
+        if slabs is None:
+            return None
+
+        def place(module: nn.Module, blocks: Sequence[nn.Module], dtype_of: DtypeOf) -> Callable[[torch.Tensor], None]:
+            self.packed[name] = PackedModule(module, blocks, dtype_of=dtype_of)
+            self.packed[name].place(slabs)
+            return lambda slot: slabs.wait([slot])
+
+        return place
 
     @contextmanager
     def text(self) -> Iterator[TextEncoder]:
@@ -145,4 +168,6 @@ class Resident:
 def _reader(prebuilt: ModelWeights | None, loras: ExpertLoras, precision: Precision, group: Group) -> Reader:
     """Reads an expert's tensors from the prebuilt file, or else with the LoRAs of the moment."""
     dtype_of = expert_dtypes(precision)
-    return lambda names: group.broadcast_stream((prebuilt or loras.disk_weights).tensors(names, dtype_of=dtype_of))
+    return lambda names, into: group.broadcast_stream(
+        (prebuilt or loras.disk_weights).tensors(names, dtype_of=dtype_of, into=into)
+    )

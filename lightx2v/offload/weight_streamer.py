@@ -23,10 +23,8 @@ import torch
 from torch import Tensor, nn
 
 from .device_copies import Copies, Slot
-from .packed_weights import PackedWeights, Reader, host_buffer
-
-OUTSIDE = -1
-"""The index of everything outside of the blocks."""
+from .host_slabs import HostSlabs
+from .packed_weights import OUTSIDE, PackedModule, PackedWeights, Reader
 
 Item = tuple[str, int]
 """(module, block index)."""
@@ -34,12 +32,16 @@ Item = tuple[str, int]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StreamedModule:
-    """One module and its blocks; `reader` reads weights that stay on disk, in the dtypes of `dtype_of`."""
+    """One module and its blocks; `reader` reads weights that stay on disk, in the dtypes of `dtype_of`.
+
+    `packed` has the weights of a module that was loaded to host memory.
+    """
 
     module: nn.Module
     blocks: Sequence[nn.Module] = ()
     reader: Reader | None = None
     dtype_of: Any = None
+    packed: PackedModule | None = None
 
 
 class WeightStreamer:
@@ -52,8 +54,9 @@ class WeightStreamer:
         resident: int,
         prefetch_slots: int = 3,
         read_ahead: bool = True,
+        slabs: HostSlabs | None = None,
     ) -> None:
-        """Pack the weights of modules without a reader into host memory; afterwards they are there only.
+        """Move the weights of modules without a reader to host memory, `slabs`; afterwards they are there only.
 
         Without `read_ahead` the caller's thread reads weights from disk when they are needed.
         """
@@ -72,21 +75,23 @@ class WeightStreamer:
             self._thread = ThreadPoolExecutor(1, "lightx2v-read")
         self._current: str | None = None
         self._next: str | None = None
-        pin = device.type == "cuda"
+        self._slabs = slabs or HostSlabs(pin=device.type == "cuda")
+        self._in_host: list[PackedModule] = []
         for name, each in streamed.items():
             assert len(each.blocks) == self.blocks, "the modules of a streamer need the same number of blocks"
-            outside = PackedWeights(each.module, without=each.blocks, dtype_of=each.dtype_of)
-            self.packed[name, OUTSIDE] = outside
-            names = {id(part): path for path, part in each.module.named_modules()}
+            packed = each.packed or PackedModule(each.module, each.blocks, dtype_of=each.dtype_of)
+            self.packed |= {(name, index): part for index, part in packed.parts.items()}
             for index, block in enumerate(each.blocks):
-                self.packed[name, index] = PackedWeights(block, prefix=names[id(block)], dtype_of=each.dtype_of)
                 self._hooks += [
                     block.register_forward_pre_hook(lambda *_, at=(name, index): self.before(*at)),
                     block.register_forward_hook(lambda *_, at=(name, index): self.after(*at)),
                 ]
             if each.reader is None:
-                for index in range(OUTSIDE, self.blocks):
-                    self.packed[name, index].pack(pin=pin)
+                if not packed.in_host_memory:
+                    packed.pack(self._slabs)
+                packed.unbind()
+                self._in_host.append(packed)
+        self._slabs.wait()
         self.resize(resident, prefetch_slots)
 
     # ---- device memory ------------------------------------------------------------------------------------------
@@ -228,8 +233,9 @@ class WeightStreamer:
         self._staging.append(staging)
         if staging.event is not None:
             self.copies.synchronize(staging.event)
-        if staging.buffer is None or len(staging.buffer) < weights.nbytes:
-            staging.buffer = host_buffer(max(self._sizes()), pin=self.device.type == "cuda")
+        if staging.buffer is None:
+            [staging.buffer] = self._slabs.take([max(self._sizes())])
+            self._slabs.wait([staging.buffer])
         weights.read(reader, staging.buffer)
         staging.event = self.copies.load(slot, staging.buffer[: weights.nbytes])
 
@@ -269,6 +275,10 @@ class WeightStreamer:
             self._thread.shutdown()
         for hook in self._hooks:
             hook.remove()
+        for packed in self._in_host:
+            packed.give_back(self._slabs)
+        self._slabs.give_back(staging.buffer for staging in self._staging if staging.buffer is not None)
+        self._staging.clear()
         self.packed.clear()
         self.modules.clear()
 

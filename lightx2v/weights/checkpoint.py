@@ -19,7 +19,7 @@ import torch
 
 from ..config.model_paths import shard_names
 from ..errors import CheckpointError, short_path
-from ..progress import CancelToken
+from ..progress import UNWATCHED, LoadWatch
 from .gguf_reader import GGUFReader, open_parts
 from .parallel_reader import TensorPlace, read_tensors
 from .pth_reader import PthReader
@@ -109,8 +109,7 @@ class Checkpoint:
         dtype_of: Callable[[str], torch.dtype] | None = None,
         device: torch.device | str = "cpu",
         into: Callable[[str], torch.Tensor | None] | None = None,
-        cancel: CancelToken | None = None,
-        on_bytes: Callable[[int], None] | None = None,
+        watch: LoadWatch = UNWATCHED,
     ) -> Iterator[tuple[str, torch.Tensor]]:
         """(name, tensor on `device`) of all tensors, or of those in `names`, in the order they lie on disk.
 
@@ -118,29 +117,28 @@ class Checkpoint:
         on disk. Without it tensors come as stored, e.g. to merge a LoRA before rounding.
 
         `into` may name the tensor to read into: contiguous, of the final dtype, in host memory or on `device`. The next
-        tensors are read meanwhile; see `read_tensors` for `on_bytes`.
+        tensors are read meanwhile.
         """
         chosen = [
             (file, name, dtype_of(name) if dtype_of else None)
             for file, name in self.disk_order()
             if names is None or name in names
         ]
-        yield from _read(chosen, device, into or (lambda _: None), cancel, on_bytes)
+        yield from _read(chosen, device, into or (lambda _: None), watch)
 
 
 def _read(
     chosen: Sequence[tuple[TensorFile, str, torch.dtype | None]],
     device: torch.device | str = "cpu",
     into: Callable[[str], torch.Tensor | None] = lambda _: None,
-    cancel: CancelToken | None = None,
-    on_bytes: Callable[[int], None] | None = None,
+    watch: LoadWatch = UNWATCHED,
 ) -> Iterator[tuple[str, torch.Tensor]]:
     places = [
         replace(_place(file, name, dtype), into=into(name))
         for file, name, dtype in chosen
         if file.entries[name].start >= 0
     ]
-    with closing(read_tensors(places, device, cancel=cancel, on_bytes=on_bytes)) as reading:
+    with closing(read_tensors(places, device, watch=watch)) as reading:
         for file, name, dtype in chosen:
             entry, target = file.entries[name], into(name)
             if entry.start >= 0:
@@ -149,8 +147,7 @@ def _read(
             if target is None:
                 target = torch.empty(entry.shape, dtype=cast_target(entry.dtype, dtype), device=device)
             yield name, target.copy_(file.memory_map(name))
-            if on_bytes is not None:
-                on_bytes(entry.nbytes)
+            watch.on_bytes(entry.nbytes)
 
 
 def _place(file: TensorFile, name: str, dtype: torch.dtype | None) -> TensorPlace:

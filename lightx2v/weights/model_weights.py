@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from ..errors import CheckpointError, short_path
-from ..progress import CancelToken
+from ..progress import UNWATCHED, LoadWatch
 from .checkpoint import Checkpoint
 from .dit_names import wan_names
 from .gguf_blocks import BlockFormat, BlockWeights
@@ -149,14 +149,13 @@ class ModelWeights:
         dtype_of: Callable[[str], torch.dtype] | None = None,
         device: torch.device | str = "cpu",
         into: Callable[[str], Tensor | None] = lambda _: None,
-        cancel: CancelToken | None = None,
-        on_bytes: Callable[[int], None] | None = None,
+        watch: LoadWatch = UNWATCHED,
     ) -> Iterator[tuple[str, Tensor]]:
         """(name, tensor) of all weights, or of those in `names`, on `device`, in the order they lie on disk.
 
         `dtype_of` casts all but quantised weights, unmodified ones while they are read; without it sums come in
-        float32. Merging and quantising run on `device`. An unmodified weight for which `into` names a tensor is read
-        into that; see `Checkpoint.tensors`.
+        float32. Merging and quantising run on `device`. A weight that stays as stored, for which `into` names a
+        tensor, is read into that; see `Checkpoint.tensors`.
         """
 
         def cast(file_name: str) -> torch.dtype:
@@ -166,12 +165,11 @@ class ModelWeights:
 
         def target(file_name: str) -> Tensor | None:
             name = wan_of[file_name]
-            return None if self.is_modified(name) else into(name)
+            kept = name in self.formats and name in self.layout.scales and not self._loras(name)
+            return into(name) if kept or not self.is_modified(name) else None
 
         wan_of = {self.file_names[name]: name for name in self.plain_shapes if names is None or name in names}
-        reading = self.checkpoint.tensors(
-            wan_of, dtype_of=cast, device=device, into=target, cancel=cancel, on_bytes=on_bytes
-        )
+        reading = self.checkpoint.tensors(wan_of, dtype_of=cast, device=device, into=target, watch=watch)
         for file_name, tensor in reading:
             name = wan_of[file_name]
             if not self.is_modified(name):

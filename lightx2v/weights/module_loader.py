@@ -2,23 +2,26 @@
 
 The module is built on the meta device and needs no memory. Each tensor is cast and moved as it comes; the parameters
 are assigned only after the last one fitted, so a module is never half loaded. Memory holds the finished part and the
-few tensors that are read ahead.
+few tensors that are read ahead. A module that got its memory before is filled in place.
 
 A stream is any iterable of (name, tensor), so reading, renaming, merging a LoRA and quantising are chained generators.
 """
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 
 import torch
 from torch import nn
 
 from ..errors import CheckpointError, short_path
-from ..progress import CancelToken
+from ..progress import UNWATCHED, LoadWatch
 from .checkpoint import Checkpoint
 from .tensor_file import FLOATS
 
 TensorStream = Iterable[tuple[str, torch.Tensor]]
 DtypeOf = Callable[[str], torch.dtype]
+InHost = Callable[[nn.Module, Sequence[nn.Module], DtypeOf], Callable[[torch.Tensor], None]]
+"""Gives a module on the meta device, with these blocks and dtypes, memory on the host. The result waits until a slot's
+memory is ready for copies from a device; reading into it may begin at once."""
 
 
 def load_into(
@@ -29,8 +32,7 @@ def load_into(
     device: torch.device | str,
     names: Mapping[str, str] | None = None,
     transform: Callable[[TensorStream], TensorStream] = iter,
-    cancel: CancelToken | None = None,
-    on_bytes: Callable[[int], None] | None = None,
+    watch: LoadWatch = UNWATCHED,
 ) -> None:
     """Load an unmodified checkpoint into `module` (on the meta device): compare the headers, then read.
 
@@ -42,7 +44,7 @@ def load_into(
     dtypes = {name: checkpoint.dtypes[theirs] for theirs, name in names.items()}
     check_fit(module, shapes, dtypes, source_name=source)
     read = checkpoint.tensors(
-        names, dtype_of=lambda theirs: dtype_of(names[theirs]), device=device, cancel=cancel, on_bytes=on_bytes
+        names, dtype_of=lambda theirs: dtype_of(names[theirs]), device=device, watch=watch
     )
     tensors = ((names[theirs], tensor) for theirs, tensor in read)
     stream_into(module, transform(tensors), dtype_of=dtype_of, device=device, source_name=source)
@@ -55,26 +57,30 @@ def stream_into(
     dtype_of: DtypeOf,
     device: torch.device | str,
     source_name: str,
-    cancel: CancelToken | None = None,
+    before_copy: Callable[[torch.Tensor], None] = lambda _: None,
 ) -> None:
-    """Fill `module` (on the meta device) from `tensors`. One CheckpointError names all tensors that do not fit.
+    """Fill `module` from `tensors`. One CheckpointError names all tensors that do not fit.
 
-    Ordinary floats become `dtype_of(name)`; float8 and integer tensors keep their dtype and need a slot of that dtype.
+    A module on the meta device gets its memory on `device`: ordinary floats become `dtype_of(name)`; float8 and integer
+    tensors keep their dtype and need a slot of that dtype. A module that has memory keeps it, and what was not read
+    into its slots is copied there, each after a call of `before_copy`; after an error it is of no use.
     """
-    slots = _slots(module)
+    slots = slots_of(module)
     shapes: dict[str, tuple[int, ...]] = {}
     dtypes: dict[str, torch.dtype] = {}
     placed: dict[str, torch.Tensor] = {}
     fits = True
     for name, tensor in tensors:
-        if cancel is not None:
-            cancel.check()
         if name in shapes:
             raise CheckpointError(f"{source_name}: tensor {name} came twice.")
         shapes[name], dtypes[name] = tuple(tensor.shape), tensor.dtype
         fits = fits and name in slots and not _misfit(slots[name], shapes[name], tensor.dtype)
-        if fits:
+        if fits and slots[name].is_meta:
             placed[name] = _place(tensor, slots[name], dtype_of(name), device)
+        elif fits:
+            if tensor.data_ptr() != slots[name].data_ptr():
+                before_copy(slots[name])
+                slots[name].detach().copy_(tensor)
         else:
             placed.clear()  # the remaining tensors only complete the message
         del tensor  # before the next one is read
@@ -90,7 +96,7 @@ def check_fit(
     module: nn.Module, shapes: Mapping[str, tuple[int, ...]], dtypes: Mapping[str, torch.dtype], *, source_name: str
 ) -> None:
     """Compare a checkpoint's headers with `module`: refuses a wrong model before its gigabytes are read."""
-    slots = _slots(module)
+    slots = slots_of(module)
     missing = [name for name in slots if name not in shapes]
     unexpected = [name for name in shapes if name not in slots]
     misfits = [
@@ -110,7 +116,7 @@ def check_fit(
         )
 
 
-def _slots(module: nn.Module) -> dict[str, torch.Tensor]:
+def slots_of(module: nn.Module) -> dict[str, torch.Tensor]:
     """Parameters and persistent buffers, as in a state dict."""
     return module.state_dict(keep_vars=True)
 

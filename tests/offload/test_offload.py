@@ -19,6 +19,7 @@ from lightx2v.cost.memory_ladder import MemoryLadder
 from lightx2v.cost.memory_plan import MemoryPlan
 from lightx2v.errors import Cancelled, OutOfMemory
 from lightx2v.offload.device_copies import HostCopies, Slot
+from lightx2v.offload.host_slabs import HostSlabs
 from lightx2v.offload.offloaded import Offloaded
 from lightx2v.offload.packed_weights import PackedWeights
 from lightx2v.offload.resident import Resident
@@ -168,7 +169,7 @@ def test_packed_weights_keep_values_dtypes_and_memory_order() -> None:
     before = {name: tensor.clone() for name, tensor in module.state_dict().items()}
     strides = {name: tensor.stride() for name, tensor in module.state_dict().items()}
     weights = PackedWeights(module)
-    weights.pack(pin=False)
+    weights.pack(HostSlabs(pin=False).take([weights.nbytes])[0])
     assert all(tensor.is_meta for tensor in module.state_dict().values())
     assert weights.host is not None and weights.host.data_ptr() % 4096 == 0
     weights.bind(weights.host)
@@ -218,7 +219,7 @@ def test_weights_on_disk_give_the_same_result() -> None:
     for name, streamed in toy("hl", 4).items():
         state = {key: value.double() for key, value in streamed.module.state_dict().items()}
 
-        def read(names: frozenset[str], state: dict[str, torch.Tensor] = state) -> Any:
+        def read(names: frozenset[str], into: Any, state: dict[str, torch.Tensor] = state) -> Any:
             return [(key, state[key]) for key in names]
 
         streamed.module.to("meta")

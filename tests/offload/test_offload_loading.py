@@ -210,7 +210,7 @@ def test_loras_are_added_on_the_device_that_computes_also_to_weights_in_host_mem
     merged = weights.with_loras(match_loras(loras, "high", weights, config))
     real, asked = ModelWeights.tensors, []
 
-    def tensors(self: ModelWeights, names: Any = None, *, dtype_of: Any = None, device: Any = "cpu") -> Any:
+    def tensors(self: ModelWeights, names: Any = None, *, dtype_of: Any = None, device: Any = "cpu", **_: Any) -> Any:
         asked.append(torch.device(device).type)
         return real(self, names, dtype_of=dtype_of)
 

@@ -26,7 +26,7 @@ def on_disk(before: Callable[[str, frozenset[str]], None], **more: Any) -> Weigh
     for name, each in toy("hl", BLOCKS).items():
         state = {key: value.clone() for key, value in each.module.state_dict().items()}
 
-        def read(names: frozenset[str], name: str = name, state: dict[str, torch.Tensor] = state) -> Any:
+        def read(names: frozenset[str], into: Any, name: str = name, state: dict[str, torch.Tensor] = state) -> Any:
             before(name, names)
             return [(key, state[key]) for key in names]
 

@@ -15,9 +15,9 @@ import pytest
 import torch
 
 from lightx2v.errors import Cancelled, CheckpointError
-from lightx2v.progress import CancelToken
+from lightx2v.progress import CancelToken, LoadWatch
 from lightx2v.weights import parallel_reader
-from lightx2v.weights.parallel_reader import BUFFER, PIECE, SECTOR, TensorPlace, read_tensors
+from lightx2v.weights.parallel_reader import PIECE, TensorPlace, read_tensors
 
 Places = list[TensorPlace]
 
@@ -30,13 +30,6 @@ def bytes_(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
-@pytest.fixture
-def direct(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Every file is too large for the page cache, which has nothing of it."""
-    monkeypatch.setattr(parallel_reader, "PARTS", 10**9)
-    monkeypatch.setattr(parallel_reader._OpenFile, "_read_cached", lambda *_: 0)
-
-
 def place(path: Path, start: int, count: int, stored: torch.dtype, wanted: torch.dtype | None = None) -> TensorPlace:
     return TensorPlace(f"at {start}", path, start, stored, (count,), wanted or stored)
 
@@ -46,15 +39,10 @@ def expected(path: Path, start: int, count: int, stored: torch.dtype) -> torch.T
     return torch.frombuffer(bytearray(data), dtype=stored) if count else torch.empty(0, dtype=stored)
 
 
-@pytest.mark.parametrize("way", ["cached", "direct"])
 @pytest.mark.parametrize("stored", [torch.uint8, torch.bfloat16, torch.float32, torch.float64, torch.float8_e4m3fn])
 @pytest.mark.parametrize("start", [0, 8, 4095, 12_345])
-def test_every_byte_arrives_at_its_place(
-    bytes_: Path, way: str, stored: torch.dtype, start: int, request: pytest.FixtureRequest
-) -> None:
+def test_every_byte_arrives_at_its_place(bytes_: Path, stored: torch.dtype, start: int) -> None:
     """Tensors of none, one and several pieces, at starts that are aligned to nothing."""
-    if way == "direct":
-        request.getfixturevalue("direct")
     counts = [0, 1, 100, PIECE // stored.itemsize, (2 * PIECE + 1000) // stored.itemsize]
     places = [place(bytes_, start, count, stored) for count in counts]
     for count, (name, tensor) in zip(counts, read_tensors(places), strict=True):
@@ -63,13 +51,8 @@ def test_every_byte_arrives_at_its_place(
         assert torch.equal(tensor.view(torch.uint8), right.view(torch.uint8))
 
 
-@pytest.mark.parametrize("way", ["cached", "direct"])
 @pytest.mark.parametrize("start", [0, 4095, 12_345])
-def test_casting_on_the_way_is_casting_afterwards(
-    tmp_path: Path, way: str, start: int, request: pytest.FixtureRequest
-) -> None:
-    if way == "direct":
-        request.getfixturevalue("direct")
+def test_casting_on_the_way_is_casting_afterwards(tmp_path: Path, start: int) -> None:
     values = torch.randn(PIECE // 4 + 70_001)
     path = tmp_path / "floats.bin"
     path.write_bytes(bytes(start) + values.numpy().tobytes())
@@ -98,7 +81,7 @@ def test_a_tensor_read_in_inference_mode_can_be_changed_outside_of_it(bytes_: Pa
 def test_the_bytes_that_have_arrived_are_counted(bytes_: Path) -> None:
     seen: list[int] = []
     places = [place(bytes_, 0, 10, torch.float32), place(bytes_, 0, 2 * PIECE, torch.uint8)]
-    for _ in read_tensors(places, on_bytes=seen.append):
+    for _ in read_tensors(places, watch=LoadWatch(on_bytes=seen.append)):
         pass
     assert seen == [40, 2 * PIECE]
 
@@ -116,7 +99,7 @@ def test_what_waits_to_be_used_is_bounded(bytes_: Path, monkeypatch: pytest.Monk
     next(reading)
     assert len(made) <= 4
     reading.close()
-    assert BUFFER == PIECE + 2 * SECTOR and parallel_reader.MAX_STAGING <= 512 << 20
+    assert parallel_reader.MAX_STAGING <= 512 << 20
 
 
 def reading_threads() -> set[threading.Thread]:
@@ -149,12 +132,7 @@ def test_a_disk_that_returns_little_at_a_time_is_read_to_the_end(bytes_: Path, m
 
 
 @pytest.mark.parametrize("size", [100, PIECE * 3 // 2])
-@pytest.mark.parametrize("way", ["cached", "direct"])
-def test_a_file_that_became_shorter_is_named(
-    tmp_path: Path, size: int, way: str, request: pytest.FixtureRequest
-) -> None:
-    if way == "direct":
-        request.getfixturevalue("direct")
+def test_a_file_that_became_shorter_is_named(tmp_path: Path, size: int) -> None:
     path = tmp_path / "short.bin"
     path.write_bytes(bytes(size - 1))
     with pytest.raises(CheckpointError, match=r"short\.bin became shorter while at 0 was read.*download it again"):
@@ -171,19 +149,30 @@ def test_a_failing_disk_is_reported_with_the_tensor(bytes_: Path, count: int, mo
         list(read_tensors([place(bytes_, 3, count, torch.uint8)]))
 
 
-def test_where_reading_past_the_cache_fails_the_cache_is_used(
-    bytes_: Path, direct: None, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("large", [False, True])
+def test_a_model_too_large_for_the_page_cache_leaves_it_as_it_is(
+    tmp_path: Path, large: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    tried: list[int] = []
+    """What was cached before stays; the rest is cached afterwards only if all of the model can be."""
+    path = tmp_path / "half.bin"
+    path.write_bytes(np.random.default_rng(1).bytes(2 * PIECE))
+    file = os.open(path, os.O_RDONLY)
+    os.fsync(file)
+    os.posix_fadvise(file, PIECE, PIECE, os.POSIX_FADV_DONTNEED)
+    if cached(file, PIECE):
+        pytest.skip("this file system keeps its files in memory")
+    monkeypatch.setattr(parallel_reader, "PARTS", 10**9 if large else 0)
+    [(_, tensor)] = read_tensors([place(path, 0, 2 * PIECE, torch.uint8)])
+    assert cached(file, 0) and cached(file, PIECE) != large
+    os.close(file)
+    assert torch.equal(tensor, expected(path, 0, 2 * PIECE, torch.uint8))
 
-    def refuse(self: Any, *_: Any) -> bool:
-        tried.append(self.direct)
+
+def cached(file: int, at: int) -> bool:
+    try:
+        return os.preadv(file, [bytearray(4096)], at + PIECE // 2, os.RWF_NOWAIT) == 4096
+    except BlockingIOError:
         return False
-
-    monkeypatch.setattr(parallel_reader._OpenFile, "_fill_direct", refuse)
-    [(_, tensor)] = read_tensors([place(bytes_, 5, 2 * PIECE, torch.uint8)])
-    assert torch.equal(tensor, expected(bytes_, 5, 2 * PIECE, torch.uint8))
-    assert len(tried) in (0, 2), "a file system without O_DIRECT, or one refusal for each piece"
 
 
 def test_a_missing_file_is_named(tmp_path: Path) -> None:
@@ -204,7 +193,7 @@ def test_cancelling_ends_a_slow_read_at_once(bytes_: Path, monkeypatch: pytest.M
     timer.start()
     started = time.perf_counter()
     with pytest.raises(Cancelled):
-        list(read_tensors([place(bytes_, 0, 3 * PIECE, torch.uint8)] * 4, cancel=cancel))
+        list(read_tensors([place(bytes_, 0, 3 * PIECE, torch.uint8)] * 4, watch=LoadWatch(cancel)))
     assert time.perf_counter() - started < 0.8
     timer.join()
     assert not reading_threads()

@@ -1,0 +1,41 @@
+"""LoadProgress: the bytes of a model that are in place, as events of the stage "load"."""
+
+import logging
+import time
+
+from ..errors import byte_size
+from ..progress import CancelToken, LoadWatch, Meter
+
+log = logging.getLogger("lightx2v.engine")
+
+EVERY = 0.2
+"""Seconds between two events at least."""
+
+
+class LoadProgress:
+    """`watch` is for the readers. Loading that begins again, with less on the device, counts from zero."""
+
+    def __init__(self, meter: Meter, cancel: CancelToken | None) -> None:
+        self.watch = LoadWatch(cancel, self._arrived, self._begin)
+        self._meter = meter
+        self._done = self._total = 0
+        self._started = self._told = 0.0
+
+    def _begin(self, total: int) -> None:
+        self._done, self._total = 0, total
+        self._started = self._told = time.perf_counter()
+
+    def _arrived(self, nbytes: int) -> None:
+        now = time.perf_counter()
+        self._done = min(self._done + nbytes, self._total)
+        if now - self._told >= EVERY or self._done == self._total:
+            self._told = now
+            rate = self._done / max(now - self._started, 1e-6)
+            message = f"{self._done / 1e9:.2f} of {self._total / 1e9:.2f} GB, {rate / 1e9:.1f} GB/s"
+            self._meter.emit("load", self._done, self._total, message=message)
+
+    def log_total(self) -> None:
+        seconds = self._told - self._started
+        if self._done and seconds:
+            rate = self._done / seconds / 1e9
+            log.info("Read %s in %.1f s (%.1f GB/s).", byte_size(self._done), seconds, rate)
