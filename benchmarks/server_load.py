@@ -129,6 +129,9 @@ def submit(http: httpx.Client, number: int, prompt: str) -> httpx.Response:
 class Stub:
     """An engine that takes twenty milliseconds and writes its request's prompt."""
 
+    def exchange(self, config: Any, **_: Any) -> bool:
+        return False
+
     def run(self, request: Any, *, save_result_path: Path, on_progress: Callable[[Any], None], cancel: Any) -> Stub:
         from lightx2v.progress import Progress
 

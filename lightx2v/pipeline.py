@@ -28,7 +28,7 @@ from .config.environment import Environment
 from .config.presets import resolve
 from .config.request import LoraSpec, Request, check, draw_seed
 from .config.request_settings import SETTINGS, Guidance, RequestSettings
-from .engine.engine import LoadedEngine, load_engine
+from .engine.engine import LoadedEngine, load_engine, with_other_loras
 from .engine.memory_retry import within_memory
 from .engine.result import Result
 from .engine.run import Run
@@ -346,6 +346,21 @@ class LightX2VPipeline:
             with group.collective():
                 within_memory(lambda: engine.placement.use_loras(loras), "while exchanging LoRAs")
             self._loras = loras
+
+    def exchange(
+        self,
+        config: EngineConfig,
+        *,
+        preset: str = "",
+        on_progress: OnProgress | None = None,
+        cancel: CancelToken | None = None,
+    ) -> bool:
+        """Become a pipeline of `config` if only its LoRAs differ; False, with nothing changed, if more does."""
+        with self._exclusive("Wait for it before you exchange its model."):
+            engine = with_other_loras(self._loaded(), config, preset, on_progress, cancel)
+            if engine is not None:
+                self._engine, self._loras = engine, None
+        return engine is not None
 
     @classmethod
     def follow(cls) -> bool:

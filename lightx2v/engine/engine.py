@@ -13,7 +13,7 @@ from ..config.engine_config import EngineConfig, ParallelConfig
 from ..config.environment import Environment
 from ..cost.memory_ladder import USUAL, MemoryLadder
 from ..cost.memory_plan import plan_from_disk
-from ..errors import OutputError
+from ..errors import OutOfMemory, OutputError
 from ..loading import preload
 from ..loading.model_files import ModelFiles, locate
 from ..loading.networks import DTYPES, Precision, expert_weights
@@ -84,6 +84,28 @@ def load_engine(
         layout = config.parallel or ParallelConfig.for_world(group.size, enable_cfg=True)
         mesh = Mesh(group, layout.cfg_p_size, layout.seq_p_size)
         return load_here(config, mesh, preset, on_progress, cancel)
+
+
+def with_other_loras(
+    engine: LoadedEngine, config: EngineConfig, preset: str, on_progress: OnProgress | None, cancel: CancelToken | None
+) -> LoadedEngine | None:
+    """`engine` for `config`, if that differs in its LoRAs only; None where the model has to be loaded.
+
+    The base model stays: what the LoRAs change is read again, and gives the bits of a fresh load. After a LoraError or
+    a DownloadError the engine is what it was.
+    """
+    same = replace(engine.config, lora_configs=config.lora_configs, model_cls=config.model_cls) == config
+    if not same or config.build is not None or engine.mesh.group.size > 1:
+        return None
+    hub.ensure(config, meter=Meter(on_progress=on_progress), cancel=cancel)
+    meter = Meter(engine.precision.device, on_progress)
+    try:
+        with meter.stage("load"):
+            meter.emit("load", message="Exchanging the LoRAs.")
+            within_memory(lambda: engine.placement.use_loras(config.lora_configs), "while exchanging LoRAs")
+    except OutOfMemory:
+        return None  # loading plans the memory anew
+    return replace(engine, config=config, preset=preset)
 
 
 def load_here(

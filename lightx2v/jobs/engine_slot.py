@@ -46,6 +46,10 @@ class Engine(Protocol):
         steps: StepStore | None = None,
     ) -> RunResult: ...
 
+    def exchange(self, config: EngineConfig, *, preset: str, on_progress: OnProgress, cancel: CancelToken) -> bool:
+        """Become an engine of `config` if that is little work; False, with nothing changed, if it means loading."""
+        ...
+
     def close(self) -> None: ...
 
 
@@ -80,7 +84,8 @@ class LoadedModel:
 
 
 class EngineSlot:
-    """At most one engine. It stays while the EngineConfig stays equal and is closed before another one opens.
+    """At most one engine. It stays while the EngineConfig stays equal, or becomes one that it can turn into; else it is
+    closed before another one opens.
 
     `loaded` may be read from any thread.
     """
@@ -149,7 +154,6 @@ class EngineSlot:
     def _engine_for(self, config: EngineConfig, preset: str, on_progress: OnProgress, cancel: CancelToken) -> Engine:
         if self._engine is not None and self.loaded is not None and self.loaded.config == config:
             return self._engine
-        self.close()
         started = time.perf_counter()
 
         def watch(event: Progress) -> None:
@@ -158,9 +162,15 @@ class EngineSlot:
                 started = time.perf_counter()
             on_progress(event)
 
-        self._engine = self._open_engine(config, preset=preset, on_progress=watch, cancel=cancel)
+        engine = self._engine
+        if engine is None or not engine.exchange(config, preset=preset, on_progress=watch, cancel=cancel):
+            del engine
+            self.close()
+            started = time.perf_counter()
+            self._engine = self._open_engine(config, preset=preset, on_progress=watch, cancel=cancel)
         self.loaded = LoadedModel(config, preset)
         self._load_seconds = time.perf_counter() - started
+        assert self._engine is not None
         return self._engine
 
     def _with_load_time(self, report: dict[str, Any]) -> dict[str, Any]:

@@ -43,9 +43,7 @@ def load_into(
     shapes = {name: checkpoint.shapes[theirs] for theirs, name in names.items()}
     dtypes = {name: checkpoint.dtypes[theirs] for theirs, name in names.items()}
     check_fit(module, shapes, dtypes, source_name=source)
-    read = checkpoint.tensors(
-        names, dtype_of=lambda theirs: dtype_of(names[theirs]), device=device, watch=watch
-    )
+    read = checkpoint.tensors(names, dtype_of=lambda theirs: dtype_of(names[theirs]), device=device, watch=watch)
     tensors = ((names[theirs], tensor) for theirs, tensor in read)
     stream_into(module, transform(tensors), dtype_of=dtype_of, device=device, source_name=source)
 

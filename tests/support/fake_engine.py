@@ -156,6 +156,9 @@ class FakeEngine:
         if script.error is not None:
             raise script.error
 
+    def exchange(self, config: EngineConfig, **_: object) -> bool:
+        return False
+
     def close(self) -> None:
         assert not self.closed, "closed twice"
         self.closed = True

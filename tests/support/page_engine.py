@@ -134,6 +134,9 @@ class PaintingEngine:
             file_bytes=path.stat().st_size if path else None,
         )  # fmt: skip
 
+    def exchange(self, config: EngineConfig, **_: object) -> bool:
+        return False
+
     def close(self) -> None:
         self.painter.note("close", preset=self.preset)
 
