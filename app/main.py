@@ -11,6 +11,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from lightx2v.catalog.choose import add_folder_flag
+from lightx2v.catalog.live_catalog import LiveCatalog
 from lightx2v.cli.parser import ArgumentParser
 from lightx2v.cli.runner import CommandContext, run_command
 from lightx2v.errors import ConfigError, OutputError, short_path
@@ -36,6 +38,11 @@ def _parser() -> ArgumentParser:
     preset, output = (os.environ.get(f"LIGHTX2V_{name}", "") for name in ("PRESET", "OUTPUT_DIR"))
     parser.add_argument("--preset", default=preset, help="preset to start with; the only one on ZeroGPU")
     parser.add_argument("--output_dir", default=output or "outputs", help="folder for videos and the job list")
+    add_folder_flag(parser.add_argument)
+    offer = (
+        "let others use the found models and LoRAs, and saved presets, of this name; may be repeated, * stands for any"
+    )
+    parser.add_argument("--offer", action="append", default=[], metavar="NAME", help=offer)
     parser.add_argument("--open", action="store_true", help="open the page in the browser")
     parser.add_argument("--mcp", action="store_true", help="also serve the tools over MCP (needs gradio[mcp])")
     return parser
@@ -53,7 +60,8 @@ def _run(args: argparse.Namespace, context: CommandContext) -> int:
     if not exposure.hosted:  # gradio would retry for ever or print a traceback
         check_port(args.host, args.port or 0)
     prepare_environment(Path(args.output_dir))
-    studio = open_studio(Path(args.output_dir), exposure, args.preset)
+    catalog = LiveCatalog(args.model_dirs, args.offer if exposure.open_to_others else None)
+    studio = open_studio(Path(args.output_dir), exposure, args.preset, catalog)
     try:
         demo = launch(studio, open_browser=args.open, mcp=args.mcp)
         announce(demo, exposure)
@@ -69,10 +77,10 @@ def _exit_code(context: CommandContext) -> int:
     return context.interrupts.exit_code if context.interrupts.token.cancelled else 0
 
 
-def open_studio(output: Path, exposure: Exposure, preset: str) -> Studio:
+def open_studio(output: Path, exposure: Exposure, preset: str, catalog: LiveCatalog | None = None) -> Studio:
     """Opens the page's Studio. On ZeroGPU this loads its one model, before any visitor gets a GPU."""
     if not exposure.zerogpu:
-        return Studio(open_engine, output, exposure, default_preset=preset)
+        return Studio(open_engine, output, exposure, default_preset=preset, catalog=catalog)
     import spaces  # has to come before torch  # pyright: ignore[reportMissingImports]
 
     only = [preset] if preset else None

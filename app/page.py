@@ -10,7 +10,8 @@ import gradio as gr
 from lightx2v.config.recorded_settings import PICTURES
 from lightx2v.errors import OutputError, short_path
 
-from .backend.studio import Studio, settings_of
+from .backend.offer import FILE_FIELDS
+from .backend.studio import Studio
 from .backend.zerogpu import ZeroGpuJobs
 from .events import clicks, handlers
 from .events.page_controller import BUSY_SECONDS, PageController, refreshed
@@ -31,7 +32,7 @@ PRIVATE: dict[str, Any] = {"queue": False, "show_progress": "hidden", "api_visib
 def build_page(studio: Studio) -> gr.Blocks:
     """Builds the whole page; `main.launch` serves it."""
     words = Words("en")
-    resolved = settings_of(studio.default_preset)
+    resolved = studio.settings(studio.default_preset)
     parts: dict[str, gr.HTML] = {}
 
     def part(name: str, js: str = JS_ACT, elem_id: str = "") -> None:
@@ -76,10 +77,10 @@ def _wire(page: gr.Blocks, controller: PageController) -> None:
     pictures = {inputs.fields[name] for name in PICTURES}
     column = {
         *fields, inputs.preset, inputs.examples, inputs.generate, inputs.cost, inputs.crop, inputs.i2v_only,
-        inputs.base_only, inputs.distilled_only, inputs.advanced, inputs.add_lora, *inputs.lora_rows,
-        *inputs.remove_lora,
+        inputs.base_only, inputs.distilled_only, inputs.add_lora, *inputs.lora_rows,
+        *inputs.remove_lora, inputs.shelf, *inputs.boxes,
     }  # fmt: skip
-    column |= {inputs.files, inputs.files_box} - {None}
+    column |= {inputs.files, inputs.mine, inputs.add_folder, inputs.save_preset} - {None}
     everything = [*column, *rendered, controller.stored, controller.timer, restore, *controller.tabs]
     read = {controller.versions, controller.stored, controller.state, controller.timer, inputs.generate}
     read |= fields - pictures
@@ -96,7 +97,7 @@ def _wire(page: gr.Blocks, controller: PageController) -> None:
     page.load(on(handlers.opened), **default)
     controller.timer.tick(on(refreshed), **{**default, "trigger_mode": "once"})
     inputs.generate.click(on_submit(handlers.generate), **{**default, "inputs": read | pictures, **submitting})
-    for component in (inputs.examples, inputs.files, *rendered):
+    for component in (inputs.examples, inputs.files, inputs.mine, inputs.shelf, *rendered):
         if component is not None:
             component.act(on_submit(clicks.act), **{**every, **submitting})
     restore.upload(on(handlers.restored), **{**every, "inputs": read | {restore}})
@@ -109,11 +110,15 @@ def _wire(page: gr.Blocks, controller: PageController) -> None:
     gr.on([named["height"].input, named["width"].input], on(handlers.size_typed), **last)
     costly = [name for name in CONTROLS if name not in ("height", "width")]
     costly += ["videos", "guidance_high", "guidance_low", "per_line", "offload", "attention", "negative_prompt"]
+    costly += [*FILE_FIELDS, "lora_search"] if inputs.mine is not None else ["lora_search"]
     changes = [*(named[name].input for name in costly), named["prompt"].blur]  # a prompt may make a video per line
     changes += [named[f"lora_{row}_low"].blur for row in range(LORA_ROWS)]
     gr.on(changes, on(refreshed), **last)
     gr.on([picture.change for picture in pictures], on(handlers.pictured), **{**last, "inputs": read | pictures})
     gr.on([named[f"lora_{row}_high"].blur for row in range(LORA_ROWS)], on(handlers.paired), **last)
+    if inputs.mine is not None:
+        inputs.add_folder.click(on(handlers.folder_added), **last)
+        inputs.save_preset.click(on(handlers.preset_saved), **last)
     inputs.add_lora.click(on(handlers.lora_added), **last)
     for row, remove in enumerate(inputs.remove_lora):
         remove.click(on(partial(handlers.lora_removed, row=row)), **last)

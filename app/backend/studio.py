@@ -17,9 +17,10 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
+from lightx2v.catalog.live_catalog import LiveCatalog
 from lightx2v.config.engine_config import EngineConfig
 from lightx2v.config.model_paths import PROJECT
-from lightx2v.config.presets import VARIANTS, PresetInfo, Resolved, list_presets, resolve
+from lightx2v.config.presets import VARIANTS, PresetInfo, Resolved
 from lightx2v.config.request import Request
 from lightx2v.cost.machine import MachineReader
 from lightx2v.cost.memory_forecast import forecast
@@ -29,16 +30,19 @@ from lightx2v.errors import BadRequest, ConfigError, LightX2VError
 from lightx2v.jobs.engine_slot import LoadedModel, OpenEngine, Outcome
 from lightx2v.jobs.queue import JobManager
 from lightx2v.jobs.store import Job, UnknownJob
+from lightx2v.media.images import DECODE_LOCK, jpeg, load_image
 from lightx2v.media.video_stills import still
 from lightx2v.progress import CancelToken
 
 from ..exposure import ADDRESS, Exposure
 from .model_files import HubFiles
+from .offer import Offer
 from .zerogpu import LendGpu, ZeroGpuJobs
 
 log = logging.getLogger("lightx2v.page")
 
 SAMPLE = PROJECT / "assets" / "samples" / "idle.mp4"
+THUMBNAIL_SIDE = 128
 HISTORY = 60
 JOB_ID = re.compile(r"[A-Za-z0-9_-]{16,64}")
 
@@ -59,6 +63,7 @@ class Studio:
         default_preset: str = "",
         only: Container[str] | None = None,
         lend_gpu: LendGpu | None = None,
+        catalog: LiveCatalog | None = None,
     ) -> None:
         self.exposure = exposure
         self.address = ADDRESS
@@ -70,10 +75,11 @@ class Studio:
         self._rates = Rates(self.folder / "rates.json")
         self._uploads: OrderedDict[str, Path] = OrderedDict()
         self._predicted: OrderedDict[str, Prediction] = OrderedDict()
-        shipped = [info for info in list_presets() if info.gpus == 1 and not info.offload]
-        self.presets = [info for info in shipped if only is None or info.name in only]
+        self.offer = Offer(catalog, only=only, private=exposure.shows_paths)
+        if default_preset and default_preset not in self.tasks and only is None:
+            self.offer.catalog.wait()  # it may be the name of a found model
         if not self.presets or default_preset and default_preset not in self.tasks:
-            names = ", ".join(info.name for info in shipped)
+            names = ", ".join(info.name for info in self.offer.shipped)
             raise ConfigError(f"There is no preset {default_preset!r} for the page. Presets: {names}.")
         self.default_preset = default_preset or self._choose_default()
         self.jobs = self._open_jobs(open_engine, lend_gpu)
@@ -81,9 +87,21 @@ class Studio:
     # ---- presets ------------------------------------------------------------------------------------------------
 
     @property
+    def presets(self) -> list[PresetInfo]:
+        return self.offer.presets
+
+    @property
     def tasks(self) -> dict[str, str]:
         """{preset: task} of the presets on offer."""
-        return {info.name: info.task for info in self.presets}
+        return self.offer.tasks
+
+    def settings(self, preset: str) -> Resolved:
+        """The settings of an offered preset."""
+        return self.offer.settings(preset)
+
+    def width_of(self, preset: str) -> int:
+        """The channels of an offered preset's model."""
+        return shape_of(self.settings(preset).engine).dim
 
     def for_task(self, task: str) -> list[PresetInfo]:
         return [info for info in self.presets if info.task == task]
@@ -101,7 +119,7 @@ class Studio:
         """On a machine with a GPU the first real preset whose files are here; else the four-step demo."""
         if self.machine().gpu:
             for info in sorted(self.presets, key=lambda info: -VARIANTS.index(info.variant)):
-                if not info.demo and self.files.status(settings_of(info.name).engine).ready:
+                if not info.demo and self.files.status(self.settings(info.name).engine).ready:
                     return info.name
         demos = [info.name for info in self.presets if info.demo and info.task == "t2v"]
         return next((name for name in demos if "distill_lora" in name), demos[0] if demos else self.presets[0].name)
@@ -164,7 +182,7 @@ class Studio:
             size = self.exposure.limits.queue
             return JobManager(open_engine, self.folder, max_queue=size, predict=self._seconds, on_finished=done)
         preset = self.default_preset
-        config = settings_of(preset).engine
+        config = self.settings(preset).engine
         engine = open_engine(config, preset=preset, on_progress=lambda event: None, cancel=CancelToken())
         model = LoadedModel(config, preset)
         return ZeroGpuJobs(lend_gpu, engine, model, self.folder, predict=self.predict, on_finished=done)
@@ -261,6 +279,12 @@ class Studio:
             log.warning("Could not create a poster for %s: %s", job_id, error)
             return None
 
+    def thumbnail_of(self, lora: str) -> bytes | None:
+        """A small picture of a LoRA on offer, from the file beside it."""
+        found = self.offer.catalog.loras.get(lora)
+        path = next((file.thumbnail for file in found.files if file.thumbnail), None) if found else None
+        return _thumbnail(path, path.stat().st_mtime_ns) if path is not None and path.is_file() else None
+
     def keep_upload(self, path: Path) -> str:
         """Returns a token under which the page serves an uploaded video."""
         token = secrets.token_urlsafe(24)
@@ -275,16 +299,20 @@ class Studio:
         self.jobs.close()
 
 
-@lru_cache(maxsize=128)
-def settings_of(preset: str) -> Resolved:
-    """The settings of a shipped preset, which do not change while the app runs."""
-    return resolve(preset)
-
-
 def engine_key(config: EngineConfig) -> str:
     """A short name for everything that the speed of an engine depends on."""
     text = json.dumps(config.to_json(), sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+@lru_cache(maxsize=256)
+def _thumbnail(path: Path, changed: int) -> bytes | None:
+    """`changed` makes a new picture of the same name another one."""
+    try:
+        with DECODE_LOCK:
+            return jpeg(load_image(str(path)), max_side=THUMBNAIL_SIDE)
+    except LightX2VError:
+        return None
 
 
 def _remember(table: OrderedDict[str, Any], key: str, value: Any) -> None:

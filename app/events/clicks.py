@@ -2,21 +2,26 @@
 
 from dataclasses import replace
 
-from lightx2v.errors import BadRequest
+import gradio as gr
+
+from lightx2v.catalog.folders import forget_folder, told_folders
+from lightx2v.errors import BadRequest, short_path
 from lightx2v.jobs.store import Job
 from lightx2v.media.video_writer import read_frame
 
-from ..backend.studio import settings_of
-from ..form.editor import picture_of, preset_values
+from ..form.editor import lora_texts, picture_of
 from ..form.examples import picture
-from ..form.fields import new_seed
+from ..form.fields import LORA_ROWS, new_seed
 from ..form.inputs import text_of
 from ..strings import LANGUAGES
 from ..views.report import seed_of
 from ..views.retries import retry_options
 from .page_controller import PageEvent
 
-ON_PAGE = ("language", "example", "download", "cancel_download", "swap", "clear")
+ON_PAGE = (
+    *("language", "example", "download", "cancel_download", "swap", "clear"),
+    *("look_again", "forget_folder", "lora_add", "trigger"),
+)
 """Buttons that are about the page; all others are about one run, whose id they send."""
 
 
@@ -44,12 +49,54 @@ def act_on_page(event: PageEvent, name: str) -> None:
         if (path := picture(str(sent.get("picture", "")))) is not None:
             event.updates[inputs.fields["image_path"]] = picture_of(str(path))
     elif name in ("download", "cancel_download") and inputs.files is not None:
-        config = settings_of(event.preset).engine
+        config = studio.settings(event.preset).engine
         studio.files.download(config) if name == "download" else studio.files.cancel()
+    elif name in OF_OWN_FILES:
+        OF_OWN_FILES[name](event)
     elif name == "swap":
         event.change(compared=event.session.compared[::-1])
     elif name == "clear":
         event.change(compared=())
+
+
+def look_again(event: PageEvent) -> None:
+    """Look through the folders with models again."""
+    if event.inputs.mine is not None:
+        event.studio.offer.reread()
+
+
+def forget(event: PageEvent) -> None:
+    """Forget a folder that was told, by the name under which the page shows it."""
+    if event.inputs.mine is not None:
+        for folder in told_folders():
+            if short_path(folder.resolve()) == event.sent.get("folder"):
+                forget_folder(folder)
+        event.studio.offer.reread()
+
+
+def add_lora(event: PageEvent) -> None:
+    """Put a LoRA of the shelf into the first empty row, with a strength of 1 for each expert."""
+    lora = event.studio.offer.catalog.loras.get(str(event.sent.get("lora", "")))
+    if lora is None or all(file.name in lora_texts(event.values) for file in lora.files):
+        return
+    empty = [row for row in range(LORA_ROWS) if not any(event.values[f"lora_{row}_{p}"] for p in ("high", "low"))]
+    if not empty:
+        raise BadRequest(event.words("lora_full", n=LORA_ROWS))
+    for part, file in (("high", lora.high), ("low", lora.low)):
+        values = {f"lora_{empty[0]}_{part}": file.name if file else "", f"lora_{empty[0]}_strength_{part}": 1.0}
+        event.set_fields(**values)
+    event.updates[event.inputs.lora_rows[empty[0]]] = gr.Row(visible=True)
+
+
+def add_trigger(event: PageEvent) -> None:
+    """Put a LoRA's trigger word behind the prompt, unless the prompt has it."""
+    word, prompt = str(event.sent.get("text", "")), str(event.values["prompt"] or "")
+    known = any(word in lora.triggers for lora in event.studio.offer.catalog.loras.values())
+    if known and word.lower() not in prompt.lower():
+        event.set_fields(prompt=f"{prompt.rstrip().rstrip(',')}, {word}" if prompt.strip() else word)
+
+
+OF_OWN_FILES = {"look_again": look_again, "forget_folder": forget, "lora_add": add_lora, "trigger": add_trigger}
 
 
 def act_on_job(event: PageEvent, name: str, job: Job) -> None:
@@ -93,7 +140,7 @@ def _continue(event: PageEvent, job: Job) -> None:
     path = event.studio.video_of(job.id)
     if path is None:
         raise BadRequest(event.words("not_yours"))
-    values = preset_values(event.studio.default_for("i2v", job.preset))
+    values = event.page.editor.preset_values(event.studio.default_for("i2v", job.preset))
     values |= {key: getattr(job.request, key) for key in ("prompt", "height", "width", "frames", "fps")}
     event.fill({**values, "match_image": True, "last_frame_path": None}, task="i2v")
     event.updates[event.inputs.fields["image_path"]] = read_frame(path, -1)

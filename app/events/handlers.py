@@ -11,8 +11,9 @@ from typing import Any
 
 import gradio as gr
 
+from lightx2v.catalog.folders import tell_folder
 from lightx2v.config.engine_config import EngineConfig
-from lightx2v.config.presets import resolve
+from lightx2v.config.presets import preset_content
 from lightx2v.config.recorded_settings import PICTURES
 from lightx2v.config.request import Request
 from lightx2v.errors import BadRequest, LightX2VError
@@ -20,7 +21,7 @@ from lightx2v.jobs.store import Job
 from lightx2v.media.mp4 import read_settings
 
 from ..backend.session import Session
-from ..form.editor import form_of, preset_values
+from ..form.editor import form_of, unfilled
 from ..form.fields import LORA_ROWS, SubmitPlan, low_noise_partner, submit_plan
 from .page_controller import PageEvent
 
@@ -40,7 +41,7 @@ def opened(event: PageEvent) -> None:
         event.fill(values, task=values["task"])
     # Built open and closed here: gradio mounts a closed accordion's fields when it is first opened, and then
     # overwrites what was typed meanwhile with the values of the last answer.
-    for box in filter(None, (event.inputs.advanced, event.inputs.files_box)):
+    for box in event.inputs.boxes:
         event.updates[box] = gr.update(open=False)
     if event.session.language != "en":
         event.relabel()
@@ -52,7 +53,7 @@ def opened(event: PageEvent) -> None:
 def generate(event: PageEvent) -> None:
     """On Generate: queue one job or several, or save new settings for the job that the visitor edits."""
     event.state.problem = None
-    planned = submit_plan(form_of(event.values), event.studio.tasks, event.studio.exposure)
+    planned = submit_plan(form_of(event.values), event.studio.offer, event.studio.exposure)
     if event.session.editing:
         _save_edit(event, planned)
         event.change(editing="")
@@ -94,13 +95,13 @@ def picked(event: PageEvent) -> None:
     """On picking a preset: fill in its settings; prompt, pictures, seed and LoRAs stay."""
     name, task = str(event.sent.get("name", "")), event.values["task"]
     if event.studio.tasks.get(name) == task:
-        event.fill(preset_values(name), task=task)
+        event.fill(event.page.editor.preset_values(name), task=task)
 
 
 def task_changed(event: PageEvent) -> None:
     """On choosing text or image to video: select the corresponding preset."""
     name = event.studio.default_for(event.values["task"], event.values["preset"])
-    event.fill(preset_values(name), task=event.studio.tasks[name])
+    event.fill(event.page.editor.preset_values(name), task=event.studio.tasks[name])
     del event.updates[event.inputs.fields["task"]]  # it may have changed again by now
 
 
@@ -151,6 +152,29 @@ def lora_removed(event: PageEvent, row: int) -> None:
     event.set_fields(**{f"lora_{row}_{part}": value for part, value in empty.items()})
 
 
+def folder_added(event: PageEvent) -> None:
+    """On naming another folder with models: remember it and look there."""
+    if event.inputs.mine is not None and (folder := str(event.values["folder"] or "").strip()):
+        tell_folder(folder)
+        event.studio.offer.reread()
+        event.set_fields(folder="")
+
+
+def preset_saved(event: PageEvent) -> None:
+    """On "Save as my preset": write a file with the model and the settings, and choose it."""
+    if event.inputs.mine is None:
+        return
+    name = str(event.values["new_name"] or "").strip()
+    plan = submit_plan(unfilled(form_of(event.values)), event.studio.offer, event.studio.exposure)
+    event.studio.offer.save(name, preset_content(name, plan.config, plan.requests[0]))
+    event.fill(event.page.editor.preset_values(name), task=event.values["task"])
+    empty = {"high": "", "low": "", "strength_high": 1.0, "strength_low": 1.0}  # they are the preset's own now
+    event.set_fields(
+        new_name="", **{f"lora_{row}_{part}": value for row in range(LORA_ROWS) for part, value in empty.items()}
+    )
+    event.updates |= dict.fromkeys(event.inputs.lora_rows, gr.Row(visible=False))
+
+
 def restored(event: PageEvent) -> None:
     """On dropping or choosing a video made here: show it and fill in its settings."""
     file = event.data[event.page.restore]
@@ -170,4 +194,8 @@ def _settings_from(event: PageEvent, settings: Mapping[str, Any]) -> tuple[str, 
     if event.studio.tasks.get(preset) != task:
         preset = event.studio.default_for(task)
     request = Request.from_json(dict(data))
-    return preset, resolve(preset).engine, replace(request, loras=None)
+    if request.loras is not None:  # a path from a video is not trusted, the name of a found file is
+        named = [replace(lora, path=Path(lora.path).name) for lora in request.loras]
+        known = [lora for lora in named if lora.path in event.studio.offer.lora_files]
+        request = replace(request, loras=tuple(known))
+    return preset, event.studio.settings(preset).engine, request

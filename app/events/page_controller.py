@@ -19,9 +19,9 @@ from lightx2v.errors import LightX2VError
 from lightx2v.jobs.store import Job
 
 from ..backend.session import Session
-from ..backend.studio import Studio, existing, settings_of
+from ..backend.studio import Studio, existing
 from ..backend.zerogpu import ZeroGpuJobs
-from ..form.editor import Editor, Updates, form_of, preset_values
+from ..form.editor import Editor, Updates, form_of
 from ..form.fields import Unfilled, fields_of
 from ..form.inputs import MATCH, Inputs
 from ..gradio_compat import forget_copies, merge_updates, newest_component, payload
@@ -112,7 +112,7 @@ class PageController:
         kept = {name: value for name, value in kept.items() if name in self.typed and value is not None}
         kept = {name: self.inputs.fields[name].preprocess(value) for name, value in kept.items()}
         kept = {name: value for name, value in kept.items() if value is not None}  # drops values of a wrong type
-        values = {**preset_values(kept["preset"]), **kept}
+        values = {**self.editor.preset_values(kept["preset"]), **kept}
         try:
             form_of({**values, "prompt": "…"})
             self.editor.whole({**values, "match_image": False}, task=kept["task"])
@@ -186,7 +186,7 @@ class PageEvent:
         """Fill in the settings of a run. Show the stored pictures of our own jobs again; ignore other paths."""
         if preset not in self.studio.tasks:
             preset = self.studio.default_for("t2v" if request.task == "t2v" else "i2v")
-        values = fields_of(preset, config, request)
+        values = fields_of(preset, config, request, self.studio.offer)
         for name in PICTURES:
             path = self.studio.folder / (values[name] or "")  # a video names its picture relative to itself
             values[name] = str(path) if existing(path, self.studio.folder) else None
@@ -222,6 +222,7 @@ class PageEvent:
         left = page.editor.parts(words, self.values, self._problem())
         parts |= {getattr(inputs, name): (name, html) for name, html in left.items()}
         versions = data[page.versions] if isinstance(data[page.versions], dict) else {}
+        self._offer_found_files()
         updates = dict(self.updates)
         for component, (name, html) in parts.items():
             version = hashlib.sha256(html.encode()).hexdigest()[:16] if html else ""
@@ -232,7 +233,7 @@ class PageEvent:
                 updates[component] = tag("div", html, class_="part", **attributes) if html else ""
         data[page.versions] = versions  # for the next answer to the same event
         if inputs.files in updates:
-            status = self.studio.files.status(settings_of(self.preset).engine)
+            status = self.studio.files.status(self.studio.settings(self.preset).engine)
             title = gr.update(label=panels.files_title(words, status))
             updates[inputs.files_box] = merge_updates(title, updates.get(inputs.files_box, gr.update()))
         label = self._button(words)
@@ -245,6 +246,21 @@ class PageEvent:
         if stored != data[page.stored]:
             updates[page.stored] = stored
         return updates or gr.skip()
+
+    def _offer_found_files(self) -> None:
+        """After files were found or went away: the choices of the fields that name them."""
+        catalog, inputs = self.studio.offer.catalog, self.inputs
+        if self.state.catalog == catalog.version:
+            return
+        self.state.catalog = catalog.version
+        for name, options in self.page.editor.file_choices(self.words, self.values["task"]).items():
+            component = inputs.fields[name]
+            known = component in self.updates
+            choices = gr.update(choices=options)
+            self.updates[component] = merge_updates(choices, self.updates[component]) if known else choices
+        if inputs.mine is None:  # a page for others has LoRAs only where the operator allows some
+            box = gr.update(visible=bool(catalog.loras))
+            self.updates[inputs.lora_box] = {**self.updates.get(inputs.lora_box, {}), **box}
 
     @property
     def _typed(self) -> dict[str, Any]:

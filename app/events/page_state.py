@@ -28,6 +28,8 @@ class PageState:
         """Paths of the chosen pictures, by field: too large to send with every event."""
         self.problem: tuple[str, dict[str, Any]] | None = None
         """An error message and the field values it belongs to: shown until the fields change."""
+        self.catalog = 0
+        """The version of the catalogue whose files the page offers."""
         self.untouched: dict[str, Any] | None = None
         """The field values when the page opened."""
 

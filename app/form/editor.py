@@ -9,6 +9,7 @@ import gradio as gr
 from gradio.components import Component
 from PIL import Image
 
+from lightx2v.catalog.folders import told_folders
 from lightx2v.config.prompt_cleaning import is_blank
 from lightx2v.config.recorded_settings import PICTURES
 from lightx2v.config.request import IMAGES, MAX_SIDE, Request
@@ -16,13 +17,14 @@ from lightx2v.errors import LightX2VError
 from lightx2v.media.framing import framing_of
 from lightx2v.media.images import DECODE_LOCK, load_image
 
-from ..backend.studio import Studio, settings_of
+from ..backend.offer import FILE_FIELDS
+from ..backend.studio import Studio
 from ..backend.zerogpu import reserved_seconds
 from ..strings import Words
-from ..views import panels
+from ..views import own_files, panels
 from .demo_words import unknown_words
 from .examples import examples
-from .fields import EXACT, Form, setting_fields, size_of, submit_plan
+from .fields import EXACT, LORA_ROWS, Form, setting_fields, size_of, submit_plan
 from .inputs import (
     MATCH,
     SHAPES,
@@ -38,6 +40,9 @@ from .inputs import (
 
 Updates = dict[Component, Any]
 
+MAX_FOUND = 30
+"""Found models in the list of presets; each costs time at every refresh. The fields of My files name the others."""
+
 
 class Editor:
     """Turns values into component updates. It holds no state of any session."""
@@ -49,7 +54,7 @@ class Editor:
 
     def whole(self, values: Mapping[str, Any], *, task: str) -> dict[str, Any]:
         """`values` (of `preset_values` or `fields_of`) with the choices of size, shape and length that match them."""
-        own = settings_of(values["preset"]).request
+        own = self._studio.settings(values["preset"]).request
         asked = {**own, **{k: values[k] for k in ("height", "width", "frames", "fps")}}
         asked["resize_mode"] = None if values.get("match_image", True) else EXACT
         tier, tiers = tier_of(asked), {tier for _, tier in size_choices(own)}
@@ -62,15 +67,24 @@ class Editor:
             "length": asked["frames"] if asked["frames"] in lengths else None,
         }
 
+    def preset_values(self, name: str) -> dict[str, Any]:
+        """The values of every field that a preset decides."""
+        files = dict.fromkeys(FILE_FIELDS, "")
+        return {"preset": name, **files, **setting_fields(self._studio.settings(name).request)}
+
     def fill(self, words: Words, values: Mapping[str, Any]) -> Updates:
         """Updates of the fields in `values` (of `whole`), and of the choices and rows that depend on the preset."""
         fields, inputs, task = self._inputs.fields, self._inputs, values["task"]
-        request = settings_of(values["preset"]).request
+        request = self._studio.settings(values["preset"]).request
         updates: Updates = {fields[name]: value for name, value in values.items() if name in fields}
         updates |= {fields[name]: picture_of(values[name]) for name in PICTURES if name in values}
         choices = {"task": task_choices(words), "size": size_choices(request), "shape": shape_choices(words, task)}
         for name, options in {**choices, "length": length_choices(request)}.items():
             updates[fields[name]] = gr.update(choices=options, value=values[name])
+        for name, options in self.file_choices(words, task).items():
+            if name in values:
+                known = values[name] in (choice for _, choice in options)
+                updates[fields[name]] = gr.update(choices=options, value=values[name] if known else "")
         distilled = request["denoising_step_list"] is not None
         updates[inputs.i2v_only] = gr.Group(visible=task == "i2v")
         updates[inputs.base_only] = gr.Row(visible=not distilled)
@@ -87,33 +101,77 @@ class Editor:
         name = values["preset"] if values["preset"] in self._studio.tasks else self._studio.default_preset
         parts = {
             "preset": self.preset_list(words, name),
-            "examples": examples(words, settings_of(name).preset),
+            "examples": examples(words, self._studio.settings(name).preset),
             "crop": self.crop(words, values),
         }
         if problem:
             parts["cost"] = panels.problem(problem)
         elif self._studio.tasks.get(values["preset"]) == values["task"]:  # not while a run's fields are filled in
             parts["cost"] = self.cost(words, values)
+        parts["shelf"] = self.shelf(words, values, name)
+        if self._inputs.mine is not None:
+            parts["mine"] = self.folders(words, values, name)
         if self._inputs.files is not None:
-            parts["files"] = panels.file_list(words, self._studio.files.status(settings_of(name).engine))
+            parts["files"] = panels.file_list(words, self._studio.files.status(self._studio.settings(name).engine))
         return parts
 
     def preset_list(self, words: Words, name: str) -> str:
-        studio = self._studio
-        options = []
-        for info in studio.for_task(settings_of(name).preset.task):
-            engine, request = settings_of(info.name).engine, stand_in(settings_of(info.name).request)
+        studio, options, found = self._studio, [], 0
+        for info in studio.for_task(self._studio.settings(name).preset.task):
+            settings = studio.settings(info.name)
+            engine, request = settings.engine, stand_in(settings.request)
+            group = studio.offer.group(info.name)
+            if group == "found" and (found := found + 1) > MAX_FOUND and info.name != name:
+                continue
+            title, about = words.preset(info.name), words("about_" + info.variant)
+            if group == "found":
+                title, about = own_files.model_words(words, studio.offer.catalog.models[info.name], request.steps)
             option = panels.PresetOption(
-                name=info.name, title=words.preset(info.name), about=words("about_" + info.variant),
+                name=info.name, title=title, about=about,
                 prediction=studio.predict(engine, request), need=studio.memory_need(engine, request),
                 files=studio.files.status(engine),
+                group=group,
             )  # fmt: skip
             options.append(option)
+        options.sort(key=lambda option: ("found", "own", "").index(option.group))
         return panels.preset_list(words, options, name, studio.room)
+
+    def shelf(self, words: Words, values: Mapping[str, Any], name: str) -> str:
+        """The LoRAs on offer that fit the preset's model."""
+        offer = self._studio.offer
+        width = self._studio.width_of(name)
+        loras = [lora for lora in offer.catalog.loras.values() if lora.first.width in (0, width)]
+        task = offer.settings(name).preset.task
+        return own_files.shelf(words, loras, str(values.get("lora_search") or ""), task, lora_texts(values))
+
+    def folders(self, words: Words, values: Mapping[str, Any], name: str) -> str:
+        """The folders with models, and remarks about the files that are chosen."""
+        offer = self._studio.offer
+        files = {field: str(values.get(field) or "") for field in FILE_FIELDS}
+        told = [str(folder.resolve()) for folder in told_folders()]
+        try:
+            model = offer.model(name, files)
+        except LightX2VError:  # the cost line says why
+            model = None
+        return own_files.used_files(words, model) + own_files.folder_list(words, offer.catalog, told)
+
+    def file_choices(self, words: Words, task: str) -> dict[str, list[tuple[str, str]]]:
+        """The choices of the fields that name single files; {} where the page has none."""
+        if self._inputs.mine is None:
+            return {}
+        choices = {}
+        for field in FILE_FIELDS:
+            other = {"file_high": "low", "file_low": "high"}.get(field)
+            files = self._studio.offer.choices(field, task)
+            named = [
+                (words("other_half", name=f.name) if f.expert == other and other else f.name, f.name) for f in files
+            ]
+            choices[field] = [(words("automatic"), ""), *named]
+        return choices
 
     def size(self, preset: str, values: Mapping[str, Any]) -> tuple[int, int]:
         """(height, width) from the two rows of choices."""
-        own = tier_of(settings_of(preset).request)
+        own = tier_of(self._studio.settings(preset).request)
         tier = values["size"] if values["size"] is not None and 0 < values["size"] <= MAX_SIDE else own
         shape = values["shape"] if values["shape"] in SHAPES else None
         return size_of(tier, shape or ("16:9" if tier in (632, 960) else "1:1"))
@@ -122,10 +180,8 @@ class Editor:
         """The line below the button. A field that is still empty is no error here."""
         studio = self._studio
         try:
-            form = form_of(values)
-            prompt, image = "…" if is_blank(form.prompt) else form.prompt, form.image_path or "picture.png"
-            form = replace(form, prompt=prompt, image_path=image if form.task == "i2v" else None)
-            plan = submit_plan(form, studio.tasks, studio.exposure)
+            form = unfilled(form_of(values))
+            plan = submit_plan(form, studio.offer, studio.exposure)
         except LightX2VError as error:
             return panels.problem(str(error))
         config, request = plan.config, plan.requests[0]
@@ -135,7 +191,7 @@ class Editor:
             len(plan.requests), unknown=studio.not_predicted(config, request, prediction) if prediction else (),
             reserve=reserved_seconds(prediction) if studio.exposure.zerogpu else None,
         )  # fmt: skip
-        demo = settings_of(form.preset).preset.demo
+        demo = self._studio.settings(form.preset).preset.demo
         return cost + (panels.demo_note(words, unknown_words(form.prompt)) if demo else "")
 
     def crop(self, words: Words, values: Mapping[str, Any]) -> str:
@@ -153,9 +209,16 @@ class Editor:
             c: {part: words(key) for part, key in keys.items()} for c, keys in self._inputs.texts.items()
         }
         choices = {"task": task_choices(words), "shape": shape_choices(words, task), "offload": offload_choices(words)}
+        choices |= self.file_choices(words, task)
         for name, options in choices.items():
             texts[self._inputs.fields[name]]["choices"] = options
         return {component: gr.update(**parts) for component, parts in texts.items()}
+
+
+def lora_texts(values: Mapping[str, Any]) -> list[str]:
+    """What the rows of LoRAs name."""
+    rows = (values.get(f"lora_{row}_{part}") for row in range(LORA_ROWS) for part in ("high", "low"))
+    return [str(text) for text in rows if text]
 
 
 @lru_cache(maxsize=32)
@@ -173,14 +236,15 @@ def _crop(language: str, path: str | None, height: Any, width: Any, mode: str | 
         return panels.crop_preview(words, picture, framing)
 
 
-def preset_values(name: str) -> dict[str, Any]:
-    """The values of every field that a preset decides."""
-    return {"preset": name, **setting_fields(settings_of(name).request)}
-
-
 def form_of(values: Mapping[str, Any]) -> Form:
     """The Form of the components' values."""
     return Form.of({**values, "match_image": values.get("shape", MATCH) == MATCH})
+
+
+def unfilled(form: Form) -> Form:
+    """The form with a placeholder for an empty prompt and a missing picture."""
+    prompt, image = "…" if is_blank(form.prompt) else form.prompt, form.image_path or "picture.png"
+    return replace(form, prompt=prompt, image_path=image if form.task == "i2v" else None)
 
 
 def stand_in(request: Mapping[str, Any]) -> Request:

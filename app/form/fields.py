@@ -7,13 +7,13 @@ A `Form` holds the values of the fields, in gradio's types. `submit_plan` checks
 import re
 import secrets
 from collections.abc import Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields, replace
 from itertools import product
 from typing import Any, Self
 
 from lightx2v.config.engine_config import EngineConfig
 from lightx2v.config.lora_names import expert_of, partner_names
-from lightx2v.config.presets import resolve
+from lightx2v.config.presets import Resolved, resolve
 from lightx2v.config.prompt_cleaning import is_blank
 from lightx2v.config.recorded_settings import PICTURES
 from lightx2v.config.request import LoraSpec, Request
@@ -21,7 +21,7 @@ from lightx2v.config.request_settings import SETTINGS, Setting, StepList
 from lightx2v.errors import BadRequest
 from lightx2v.hub import find_lora
 
-from ..backend.studio import settings_of
+from ..backend.offer import FILE_FIELDS, Offer
 from ..exposure import Exposure
 from ..strings import Words
 
@@ -83,7 +83,9 @@ class Form:
     offload: str = "auto"
     attention: str = "auto"
     loras: tuple[Mapping[str, Any], ...] = ()
-    """Arguments of one LoraSpec each."""
+    """Arguments of one LoraSpec each; a path may be the name of a found LoRA's file."""
+    files: Mapping[str, str] = field(default_factory=dict)
+    """The names of single files, by the fields of FILE_FIELDS."""
 
     @classmethod
     def of(cls, values: Mapping[str, Any]) -> Self:
@@ -97,7 +99,9 @@ class Form:
             if path := str(values.get(f"lora_{row}_{expert}") or "").strip():
                 strength = values.get(f"lora_{row}_strength_{expert}")
                 loras.append({"expert": expert, "path": path, "strength": 1.0 if strength is None else float(strength)})
-        return cls(**data, loras=tuple(loras), settings={name: values.get(name) for name in CONTROLS})
+        files = {name: str(text) for name in FILE_FIELDS if (text := values.get(name))}
+        settings = {name: values.get(name) for name in CONTROLS}
+        return cls(**data, loras=tuple(loras), settings=settings, files=files)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -109,13 +113,16 @@ class SubmitPlan:
     requests: tuple[Request, ...]
 
 
-def submit_plan(form: Form, presets: Mapping[str, str], exposure: Exposure) -> SubmitPlan:
-    """The requests of a form. `presets` maps the offered names to their task. Raises errors that a user can fix."""
-    if form.preset not in presets or presets[form.preset] != form.task:
+def submit_plan(form: Form, offer: Offer, exposure: Exposure) -> SubmitPlan:
+    """The requests of a form. Raises errors that a user can fix."""
+    if offer.tasks.get(form.preset) != form.task:
         raise BadRequest(f"There is no preset {form.preset[:60]!r} for {form.task}. Choose one from the list.")
     if form.task == "i2v" and not form.image_path:
         raise Unfilled("image_missing")
-    resolved = resolve(form.preset, _overrides(form, exposure))
+    content = offer.content(form.preset, form.files if exposure.shows_paths else None)
+    resolved = resolve(content, _overrides(form, exposure, resolve(content)))
+    if loras := _loras(form, offer, exposure, resolved.engine):
+        resolved.request["loras"] = loras
     pictures = {name: getattr(form, name) for name in PICTURES} if form.task == "i2v" else {}
     requests = []
     for number, prompt in enumerate(_prompts(form, exposure.limits.batch)):
@@ -128,11 +135,12 @@ def submit_plan(form: Form, presets: Mapping[str, str], exposure: Exposure) -> S
     return SubmitPlan(preset=form.preset, config=resolved.engine, requests=tuple(requests))
 
 
-def fields_of(preset: str, config: EngineConfig, request: Request) -> dict[str, Any]:
+def fields_of(preset: str, config: EngineConfig, request: Request, offer: Offer) -> dict[str, Any]:
     """The field values with which Generate repeats this run. The preset's own LoRAs stay out of the LoRA rows."""
     shown = ("prompt", "negative_prompt", "image_path", "last_frame_path", "seed")
     loras = config.lora_configs if request.loras is None else request.loras
-    added = [lora for lora in loras if lora not in settings_of(preset).engine.lora_configs]
+    added = [lora for lora in loras if lora not in offer.settings(preset).engine.lora_configs]
+    added = [replace(lora, path=offer.lora_name(lora.path)) for lora in added]
     return {
         **setting_fields(request.to_json()),
         **{name: getattr(request, name) for name in shown},
@@ -142,6 +150,7 @@ def fields_of(preset: str, config: EngineConfig, request: Request) -> dict[str, 
         "attention": config.self_attn_1_type,
         "videos": 1,
         "per_line": False,
+        **offer.files_of(preset, config),
         **_lora_rows(added),
     }
 
@@ -170,8 +179,7 @@ def frames_for(seconds: float, fps: float) -> int:
     return max(1, round((seconds * fps - 1) / 4) * 4 + 1)
 
 
-def _overrides(form: Form, exposure: Exposure) -> dict[str, Any]:
-    preset = settings_of(form.preset)
+def _overrides(form: Form, exposure: Exposure, preset: Resolved) -> dict[str, Any]:
     schedule = "shift" if preset.request["denoising_step_list"] is None else "list"
     used = {name: row for name, row in CONTROLS.items() if row.schedule in ("", schedule)}
     values: dict[str, Any] = {name: from_field(row, form.settings[name]) for name, row in used.items()}
@@ -186,13 +194,20 @@ def _overrides(form: Form, exposure: Exposure) -> dict[str, Any]:
     values["cpu_offload"] = OFFLOAD[form.offload]
     if form.attention != "auto":
         values |= {"self_attn_1_type": form.attention, "cross_attn_1_type": form.attention}
-    if specs := [
-        LoraSpec(**lora) for lora in form.loras
-    ]:  # added to the preset's own; changing them loads nothing again
-        for lora in specs:
-            find_lora(lora.path, preset.engine)  # raises now, and not when the job starts
-        values["loras"] = [*preset.engine.lora_configs, *specs]
     return values
+
+
+def _loras(form: Form, offer: Offer, exposure: Exposure, engine: EngineConfig) -> tuple[LoraSpec, ...]:
+    """The preset's own LoRAs and those of the form; none if the form has none. Changing them loads nothing again.
+
+    Others can name only what the page offers them; what else their form holds is no field of theirs.
+    """
+    files = offer.lora_files
+    named = [lora for lora in form.loras if exposure.shows_paths or lora["path"] in files]
+    specs = [LoraSpec(**{**lora, "path": str(files.get(lora["path"], lora["path"]))}) for lora in named]
+    for lora in specs:
+        find_lora(lora.path, engine)  # raises now, and not when the job starts
+    return (*engine.lora_configs, *specs) if specs else ()
 
 
 def _lora_rows(loras: list[LoraSpec]) -> dict[str, Any]:

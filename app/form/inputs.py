@@ -90,8 +90,19 @@ class Inputs:
     remove_lora: list[Any] = field(default_factory=list)
     add_lora: Any = None
     advanced: Any = None
+    lora_box: Any = None
+    shelf: Any = None
+    mine_box: Any = None
+    mine: Any = None
+    add_folder: Any = None
+    save_preset: Any = None
     files_box: Any = None
     files: Any = None
+
+    @property
+    def boxes(self) -> list[Any]:
+        """The accordions, from top to bottom."""
+        return [box for box in (self.advanced, self.lora_box, self.mine_box, self.files_box) if box is not None]
 
     def add(self, kind: Any, name: str, key: str = "", *, texts: Mapping[str, str] | None = None, **more: Any) -> None:
         """Add a field. `key` is that of its label, unless it is the name; `texts` has the keys of its other texts."""
@@ -127,9 +138,14 @@ def build_inputs(words: Words, resolved: Resolved, exposure: Exposure, *, tasks:
     inputs.cost = gr.HTML(apply_default_css=False, elem_id="cost")
     with gr.Accordion(words("advanced"), open=True, elem_id="advanced") as inputs.advanced:
         _advanced(inputs, resolved.request, exposure)
-        _lora_fields(inputs, visible=paths)
     inputs.texts[inputs.advanced] = {"label": "advanced"}
+    with gr.Accordion(words("loras"), open=True, visible=paths, elem_id="loras") as inputs.lora_box:
+        inputs.add(Textbox, "lora_search", texts={"placeholder": "lora_search_hint"}, max_lines=1)
+        inputs.shelf = gr.HTML(apply_default_css=False, elem_id="shelf", js_on_load=JS_ACT)
+        _lora_fields(inputs, visible=paths)
+    inputs.texts[inputs.lora_box] = {"label": "loras"}
     if paths:
+        _my_files(inputs)
         with gr.Accordion(words("files"), open=True, elem_id="files") as inputs.files_box:
             inputs.files = gr.HTML(apply_default_css=False, js_on_load=JS_ACT)
     return inputs
@@ -228,6 +244,28 @@ def _lora_fields(inputs: Inputs, *, visible: bool) -> None:
     inputs.add_lora = gr.Button(words("add_lora"), size="sm", visible=visible, elem_id="add_lora")
     for button, key in ((inputs.add_lora, "add_lora"), *((remove, "remove_lora") for remove in inputs.remove_lora)):
         inputs.texts[button] = {"value": key}
+
+
+def _my_files(inputs: Inputs) -> None:
+    """Single files in place of the preset's, the folders with models, and saving a preset."""
+    words = inputs.words
+    with gr.Accordion(words("my_files"), open=True, elem_id="my_files") as inputs.mine_box:
+        keys = {"file_high": "part_high", "file_low": "part_low", "file_t5": "part_text", "file_vae": "part_vae"}
+        for pair in (("file_high", "file_low"), ("file_t5", "file_vae")):
+            with gr.Row(elem_classes="plain"):
+                for name in pair:
+                    choices = [(words("automatic"), "")]
+                    inputs.add(Dropdown, name, keys[name], choices=choices, value="", min_width=180)
+        inputs.mine = gr.HTML(apply_default_css=False, elem_id="mine", js_on_load=JS_ACT)
+        for name, info, key in (
+            ("folder", "folder_info", "add_folder"), ("new_name", "new_name_info", "save_preset"),
+        ):  # fmt: skip
+            with gr.Row(elem_classes="plain beside"):
+                inputs.add(Textbox, name, texts={"info": info}, max_lines=1, scale=3, min_width=160)
+                button = gr.Button(words(key), size="sm", scale=1, min_width=120, elem_id=key)
+            inputs.texts[button] = {"value": key}
+            setattr(inputs, key, button)
+    inputs.texts[inputs.mine_box] = {"label": "my_files"}
 
 
 def task_choices(words: Words) -> list[tuple[str, str]]:

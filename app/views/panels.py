@@ -3,6 +3,7 @@
 import base64
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import groupby
 
 from PIL import Image
 
@@ -34,6 +35,8 @@ class PresetOption:
     prediction: Prediction | None
     need: int | None
     files: FilesStatus
+    group: str = ""
+    """ "found" files, the user's "own" presets, or "" for those that come with the program."""
 
 
 def header(words: Words, machine: Machine, loaded: str, exposure: Exposure, *, alive: bool) -> str:
@@ -68,7 +71,12 @@ def preset_list(words: Words, presets: Sequence[PresetOption], chosen: str, room
     `room` is the VRAM in bytes that a run may use, None without a GPU.
     """
     current = next((option for option in presets if option.name == chosen), presets[0])
-    options = "".join(_option(words, option, room, chosen=option is current) for option in presets)
+    options = ""
+    for group, members in groupby(presets, key=lambda option: option.group):
+        if presets[0].group:  # a heading for each, unless there are only those of the program
+            key = {"found": "my_files", "own": "own_presets"}.get(group, "shipped_presets")
+            options += tag("li", esc(words(key)), role="presentation", class_="group")
+        options += "".join(_option(words, option, room, chosen=option is current) for option in members)
     label = tag("span", esc(words("preset")), class_="label", id="preset-label")
     face = tag("span", esc(current.title), class_="name") + tag("span", "", class_="caret", aria_hidden="true")
     combo = tag(
@@ -192,7 +200,10 @@ def _option(words: Words, option: PresetOption, room: int | None, *, chosen: boo
     name = tag("span", esc(option.title), class_="name") + tag("span", esc(option.about), class_="about")
     cells = name + tag("span", esc(time), class_="time") + need + disk
     selected = "true" if chosen else "false"
-    return tag("li", cells, role="option", id=f"option-{option.name}", data_name=option.name, aria_selected=selected)
+    return tag(
+        "li", cells, role="option", id=f"option-{option.name}", data_name=option.name, aria_selected=selected,
+        class_=option.group or None, title=option.name if option.group else None,
+    )  # fmt: skip
 
 
 def _level(need: int, free: int) -> tuple[str, str]:

@@ -6,16 +6,35 @@ to a visitor's own request only.
 """
 
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 
 from starlette.routing import BaseRoute
 
+from lightx2v.config.presets import Resolved
 from lightx2v.jobs.queue import JobManager
 from lightx2v.server.application import ApiMount, create_app
 from lightx2v.server.metrics import Metrics
 from lightx2v.server.service import Service
 
-from ..backend.studio import Studio, settings_of
+from ..backend.studio import Studio
+
+
+class OfferedPresets(Mapping[str, Resolved]):
+    """The presets on offer now, the default first. Found models and saved presets come and go."""
+
+    def __init__(self, studio: Studio) -> None:
+        self._studio = studio
+
+    def __getitem__(self, name: str) -> Resolved:
+        if name not in self._studio.tasks:
+            raise KeyError(name)
+        return self._studio.settings(name)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(sorted(self._studio.tasks, key=lambda name: name != self._studio.default_preset))
+
+    def __len__(self) -> int:
+        return len(self._studio.tasks)
 
 
 def api_routes(studio: Studio, variables: Mapping[str, str] = os.environ) -> list[BaseRoute]:
@@ -25,6 +44,5 @@ def api_routes(studio: Studio, variables: Mapping[str, str] = os.environ) -> lis
     keys = [key for key in keys if key]
     if not isinstance(studio.jobs, JobManager) or exposure.open_to_others and not keys:
         return []
-    names = sorted((info.name for info in studio.presets), key=lambda name: name != studio.default_preset)
-    service = Service(studio.jobs, {name: settings_of(name) for name in names}, check=exposure.limits.check)
+    service = Service(studio.jobs, OfferedPresets(studio), check=exposure.limits.check)
     return [ApiMount(create_app(service, Metrics(), keys=keys, limits=False))]

@@ -18,7 +18,7 @@ from lightx2v.config.request_settings import SETTINGS
 from lightx2v.errors import BadRequest, LightX2VError
 from lightx2v.jobs.store import Job
 
-from ..backend.studio import Studio, existing, settings_of
+from ..backend.studio import Studio, existing
 from ..form.fields import new_seed
 
 KEYS = tuple(name for name in SETTINGS if name != "seed")
@@ -72,7 +72,7 @@ class Endpoints:
             changed = dict(settings or {})
             if unknown := sorted(changed.keys() - KEYS):
                 raise BadRequest(f"settings has no {str(unknown[0])[:60]!r}. It has: {', '.join(KEYS)}.")
-            resolved = resolve(name, changed)
+            resolved = resolve(studio.offer.content(name), changed)
             own = {"prompt": prompt, "negative_prompt": negative_prompt, "image_path": _uploaded(image)}
             request = Request(**{**resolved.request, **own, "seed": new_seed() if seed == -1 else seed})
             studio.exposure.limits.check(request)
@@ -103,7 +103,7 @@ class Endpoints:
             {
                 **{key: getattr(info, key) for key in ("name", "task", "title", "summary")},
                 "default": info.name == self._studio.default_preset,
-                "settings": {key: settings_of(info.name).request[key] for key in KEYS},
+                "settings": {key: self._studio.settings(info.name).request[key] for key in KEYS},
             }
             for info in self._studio.presets
         ]

@@ -47,8 +47,13 @@ def media_routes(studio: Studio) -> list[BaseRoute]:
         # A run that has just ended has no preview any more, which is no error.
         return Response(data, media_type="image/jpeg", headers=headers) if data else Response(status_code=204)
 
+    def thumbnail(request: Request) -> Response:
+        data = studio.thumbnail_of(request.path_params["name"])
+        return Response(data, media_type="image/jpeg", headers=FOREVER) if data else not_found()
+
     return [
         route("examples/{name}.png", lambda request: file(picture(request.path_params["name"]), "image/png")),
+        route("loras/{name:path}.jpg", thumbnail),
         route("sample.mp4", lambda request: file(studio.sample, "video/mp4")),
         route("{id}/video.mp4", video),
         route("{id}/poster.jpg", lambda request: file(studio.poster_of(_job_id(request)), "image/jpeg")),

@@ -82,7 +82,7 @@ def add_folder_flag(add: Callable[..., Any]) -> None:
 
 @dataclass(frozen=True)
 class FileChoice:
-    """Empty texts stand for parts that were not named."""
+    """Empty texts stand for parts that were not named. With a `catalog` the names are those in it, and no paths."""
 
     high: str = ""
     low: str = ""
@@ -90,6 +90,7 @@ class FileChoice:
     vae: str = ""
     lora: Sequence[str] = ()
     model_dirs: Sequence[str] = ()
+    catalog: Catalog | None = None
 
     @classmethod
     def of(cls, options: argparse.Namespace) -> FileChoice:
@@ -120,10 +121,10 @@ class FileChoice:
         keys: dict[str, Any] = {}
         if not self.names_experts:
             if (encoder := self._file("--t5", self.t5, "text encoder")) is not None:
-                eight_bits = encoder.quantised and not encoder.gguf
-                keys |= {"t5_quantized": eight_bits, "t5_quant_scheme": scheme(encoder) if eight_bits else None}
+                quantised = encoder.quantised
+                keys |= {"t5_quantized": quantised, "t5_quant_scheme": scheme(encoder) if quantised else None}
                 keys |= {"t5_quantized_ckpt": None, "t5_original_ckpt": None}
-                keys["t5_quantized_ckpt" if eight_bits else "t5_original_ckpt"] = str(encoder.path)
+                keys["t5_quantized_ckpt" if quantised else "t5_original_ckpt"] = str(encoder.path)
             if (vae := self._file("--vae", self.vae, "VAE")) is not None:
                 keys["vae_path"] = str(vae.path)
         if self.lora:
@@ -154,8 +155,8 @@ class FileChoice:
         if not text:
             return None
         path = Path(os.path.expanduser(text))
-        if "\0" in text or not os.path.exists(path):
-            if path.suffix and path.name != text:
+        if self.catalog is not None or "\0" in text or not os.path.exists(path):
+            if self.catalog is None and path.suffix and path.name != text:
                 raise ConfigError(f"{flag}: there is no file {short_path(path)}. Check the path.")
             return self._catalog.find(text, kind)
         found = _described(path)
@@ -167,6 +168,8 @@ class FileChoice:
     @cached_property
     def _catalog(self) -> Catalog:
         """The found files, and those beside the named ones that belong to them."""
+        if self.catalog is not None:
+            return self.catalog
         named = [Path(os.path.expanduser(text)) for text in (self.high, self.low) if text]
         here = [path.absolute() for path in named if os.path.exists(path)]
         around = [path.parents[1] for path in here if path.parent.name in KIND_FOLDERS]

@@ -16,6 +16,7 @@ from typing import Any
 import torch
 
 from ..config.architecture import INPUT_CHANNELS
+from ..config.gguf_formats import mix_of
 from ..config.lora_names import expert_in, expert_of, task_of
 from ..config.request import Expert, Task
 from ..errors import CheckpointError
@@ -44,7 +45,6 @@ MAX_BLOCKS = 60
 """Blocks for whose layers a LoRA is looked through; A14B has 40."""
 DISTILLED = re.compile(r"lightx2v|distill|lightning|\d[ _-]?steps?(?![a-z])|rapid|turbo|dmd|lcm|causvid", re.IGNORECASE)
 """Words in the names of distilled models and of the LoRAs that distil one."""
-_QUANT_NAME = re.compile(r"(?<![A-Za-z0-9])((?:IQ|Q)\d(?:_[A-Z0-9]+)*)(?![A-Za-z0-9])", re.IGNORECASE)
 
 
 def describe(path: Path, size: int) -> FoundFile | None:
@@ -170,12 +170,12 @@ def _says_distilled(checkpoint: Checkpoint, path: Path) -> bool:
 
 
 def _quantisation(checkpoint: Checkpoint, path: Path) -> str:
-    """How most bytes are stored: a name of DTYPES, or the format in a GGUF file's name."""
-    if path.suffix.lower() == ".gguf" and (named := _QUANT_NAME.search(path.stem)):
-        return named[1].upper()
+    """How most bytes are stored: a name of DTYPES; of a GGUF file the mix in its name, or else a format of blocks."""
+    if checkpoint.blocks and (mix := mix_of(path)):
+        return mix
     sizes = Counter[str]()
     for _, entry in checkpoint.entries():
-        sizes[DTYPES.get(entry.dtype, "")] += entry.nbytes
+        sizes[entry.blocks.form.name if entry.blocks else DTYPES.get(entry.dtype, "")] += entry.nbytes
     return sizes.most_common(1)[0][0] if sizes else ""
 
 

@@ -7,6 +7,7 @@ from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any, Literal, Self
 
+from ..config.gguf_formats import MIXES
 from ..config.request import Expert, Task
 
 Kind = Literal["expert", "text encoder", "VAE", "LoRA", "tokenizer"]
@@ -50,7 +51,8 @@ class FoundFile:
 
     @property
     def gguf(self) -> bool:
-        return self.path.suffix.lower() == ".gguf"
+        """Whether its weights are in GGUF's blocks."""
+        return self.quantisation in MIXES
 
     def named(self, name: str) -> Self:
         return replace(self, name=name)

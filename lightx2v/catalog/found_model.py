@@ -16,7 +16,7 @@ from ..config.engine_config import FILE_KEYS
 from ..config.presets import PRESETS, Resolved, read_json, resolve
 from ..config.request import Expert, Task
 from ..errors import CheckpointError, byte_size
-from .found_file import FoundFile
+from .found_file import QUANTISED, FoundFile
 
 SMALL_MODEL = 1024
 """A model of fewer channels is a small one, such as the demo's, and starts from the demo's settings."""
@@ -101,7 +101,7 @@ class FoundModel:
         }
         if self.loras:
             settings["lora_configs"] = [lora.to_json() for lora in self.loras]
-            settings["lora_dynamic_apply"] = self._quantisation != ""
+            settings["lora_dynamic_apply"] = self._quantisation in QUANTISED
         return settings
 
     def resolved(self) -> Resolved:
@@ -125,7 +125,7 @@ class FoundModel:
 
     def _other_parts(self) -> dict[str, Any]:
         settings: dict[str, Any] = {}
-        if (encoder := self.text_encoder) is not None and encoder.quantised and not encoder.gguf:
+        if (encoder := self.text_encoder) is not None and encoder.quantised:
             settings |= {
                 "t5_quantized": True,
                 "t5_quant_scheme": scheme(encoder),

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from ..config.environment import Environment
+from ..config.model_paths import shard_names
 from ..errors import short_path
 from .found_file import FoundFile
 from .lora_notes import BESIDE, PICTURES
@@ -28,6 +29,8 @@ Describe = Callable[[Path, int], FoundFile | None]
 
 ENDINGS = (".safetensors", ".gguf", ".pth", ".pt")
 SHARD = re.compile(r".*-\d{5}-of-\d{5}\.safetensors")
+GGUF_FIRST = re.compile(r".*-00001-of-\d{5}\.gguf")
+"""The name of the first part of a split GGUF file, by which the whole is opened."""
 MAX_ITEMS = 200_000
 """Files in all folders together, beyond which the rest is left out: a disk's root was told by mistake."""
 VERSION = 1
@@ -123,13 +126,21 @@ def _grouped(folder: Path, files: Sequence[Item]) -> Iterator[Item]:
     """The files of one folder, its shards as one item, and a tokenizer as its folder."""
     shards = [item for item in files if SHARD.fullmatch(item.path.name)]
     if shards:
-        yield Item(folder, sum(item.size for item in shards), max(item.changed for item in shards))
+        yield _sum(folder, shards)
+    for first in [item for item in files if GGUF_FIRST.fullmatch(item.path.name)]:
+        parts = [item for item in files if item.path.name in shard_names(first.path.name)]
+        yield _sum(first.path, parts)
+        shards += parts
     for item in files:
         if item.path.name == "tokenizer.json":
             if _may_be_umt5(folder):
                 yield Item(folder, item.size, item.changed)
         elif item not in shards:
             yield item
+
+
+def _sum(path: Path, parts: Sequence[Item]) -> Item:
+    return Item(path, sum(item.size for item in parts), max(item.changed for item in parts))
 
 
 def _may_be_umt5(folder: Path) -> bool:

@@ -131,6 +131,19 @@ def list_presets() -> list[PresetInfo]:
     return sorted(found, key=lambda info: (order(info), info.name))
 
 
+def preset_content(title: str, engine: EngineConfig, request: Request) -> dict[str, Any]:
+    """The content of a preset file with which `resolve` gives this engine and these settings; defaults stay out."""
+    variant = _variant(engine, request)
+    content: dict[str, Any] = {"preset": {"title": title, "task": engine.task, "variant": variant}}
+    content |= {"model_cls": engine.model_cls, "task": engine.task}
+    standard = EngineConfig(task=engine.task).to_json()
+    content |= {key: value for key, value in engine.to_json().items() if value != standard[key] and key not in content}
+    usual = Request(task=engine.task, prompt="prompt", **dict.fromkeys(IMAGES[engine.task], "picture.png")).to_json()
+    left_out = {*PER_VIDEO, *content, "seed"}
+    content |= {key: value for key, value in request.to_json().items() if value != usual[key] and key not in left_out}
+    return content
+
+
 def is_preset(name: str | Path) -> bool:
     """Whether `resolve` finds a preset under this name or path."""
     try:

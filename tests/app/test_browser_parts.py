@@ -70,6 +70,7 @@ def test_a_moved_run_keeps_the_keyboard_focus(visitor: Person) -> None:
 def test_a_high_noise_lora_fills_in_its_low_noise_partner(visitor: Person) -> None:
     tab = visitor.tab
     tab.click("#advanced button")
+    tab.click("#loras button")
     tab.click("#add_lora")
     tab.fill("#lora_0_high input, #lora_0_high textarea", "someone/loras/style_high_noise.safetensors")
     tab.focus("#seed input")

@@ -11,25 +11,26 @@ from typing import Any
 import pytest
 from PIL import Image
 
-from app.backend.studio import settings_of
+from app.backend.offer import Offer, settings_of
 from app.exposure import PUBLIC_LIMITS, Exposure, Limits
 from app.form import editor as editing
 from app.form.demo_words import unknown_words
-from app.form.editor import form_of, preset_values
+from app.form.editor import form_of
 from app.form.examples import COUNT, PICTURES_SHOWN
-from app.form.fields import Form, fields_of, frames_for, low_noise_partner, size_of, submit_plan
+from app.form.fields import Form, fields_of, frames_for, low_noise_partner, setting_fields, size_of, submit_plan
 from app.strings import TABLES
 from lightx2v.config.request import LoraSpec
 from lightx2v.errors import BadRequest, LightX2VError, LoraError
 
 PRESETS = {"demo_t2v_distill_lora": "t2v", "t2v_base": "t2v", "i2v_distill_fp8": "i2v", "demo_i2v_base": "i2v"}
 HERE = Exposure()
+OFFER = Offer()
 
 
 def values(name: str = "demo_t2v_distill_lora", /, **changes: Any) -> dict[str, Any]:
     """Values as gradio's components give them, including floats and None."""
     base = {"task": PRESETS[name], "prompt": "a red ball", "seed": -1.0, "shape": "1:1", "videos": 1.0}
-    return {**preset_values(name), **base, **changes}
+    return {**setting_fields(settings_of(name).request), "preset": name, **base, **changes}
 
 
 def form(name: str = "demo_t2v_distill_lora", /, **changes: Any) -> Form:
@@ -38,7 +39,7 @@ def form(name: str = "demo_t2v_distill_lora", /, **changes: Any) -> Form:
 
 @pytest.mark.parametrize("preset", [name for name, task in PRESETS.items() if task == "t2v"])
 def test_an_untouched_form_is_exactly_its_preset(preset: str) -> None:
-    made = submit_plan(form(preset, seed=7.0), PRESETS, HERE)
+    made = submit_plan(form(preset, seed=7.0), OFFER, HERE)
     resolved = settings_of(preset)
     expected = {**resolved.request, "prompt": "a red ball", "seed": 7}
     assert {name: getattr(made.requests[0], name) for name in expected} == expected
@@ -51,7 +52,7 @@ def test_every_field_reaches_the_request() -> None:
         "guidance_high": 2.0, "guidance_low": 1.5, "denoising_step_list": "[900, 600，300]", "boundary_step_index": 1.0,
         "negative_prompt": "blur", "seed": 5.0, "sampler": "lcm",
     }  # fmt: skip
-    request = submit_plan(form(**changes), PRESETS, HERE).requests[0]
+    request = submit_plan(form(**changes), OFFER, HERE).requests[0]
     assert (request.width, request.height, request.frames, request.fps) == (128, 64, 9, 8.0)
     assert (request.shift, request.enable_cfg, request.guidance) == (3.0, True, (2.0, 1.5))
     assert (request.denoising_step_list, request.boundary_step_index) == ((900, 600, 300), 1)
@@ -59,24 +60,24 @@ def test_every_field_reaches_the_request() -> None:
 
 
 def test_a_run_comes_back_into_the_fields_and_out_again() -> None:
-    first = submit_plan(form("t2v_base", steps=12.0, guidance_low=2.5, seed=99.0, offload="on"), PRESETS, HERE)
-    back = fields_of("t2v_base", first.config, first.requests[0])
-    again = submit_plan(form_of({**values("t2v_base"), **back, "shape": "16:9"}), PRESETS, HERE)
+    first = submit_plan(form("t2v_base", steps=12.0, guidance_low=2.5, seed=99.0, offload="on"), OFFER, HERE)
+    back = fields_of("t2v_base", first.config, first.requests[0], OFFER)
+    again = submit_plan(form_of({**values("t2v_base"), **back, "shape": "16:9"}), OFFER, HERE)
     assert again.config == first.config and again.requests == first.requests
 
 
 def test_seeds_are_drawn_when_queued_and_counted_up_from_a_fixed_one() -> None:
-    drawn = [request.seed for request in submit_plan(form(videos=3.0), PRESETS, HERE).requests]
+    drawn = [request.seed for request in submit_plan(form(videos=3.0), OFFER, HERE).requests]
     assert len(set(drawn)) == 3 and -1 not in drawn
-    assert [r.seed for r in submit_plan(form(videos=3.0, seed=40.0), PRESETS, HERE).requests] == [40, 41, 42]
+    assert [r.seed for r in submit_plan(form(videos=3.0, seed=40.0), OFFER, HERE).requests] == [40, 41, 42]
 
 
 def test_lines_and_videos_multiply_up_to_the_limit() -> None:
-    made = submit_plan(form(prompt="one\n\n two \nthree", per_line=True, videos=2.0), PRESETS, HERE)
+    made = submit_plan(form(prompt="one\n\n two \nthree", per_line=True, videos=2.0), OFFER, HERE)
     assert [request.prompt for request in made.requests] == ["one", "one", "two", "two", "three", "three"]
     few = replace(HERE, limits=Limits(batch=4))
     with pytest.raises(BadRequest, match="6 videos; one click can queue 4"):
-        submit_plan(form(prompt="one\ntwo\nthree", per_line=True, videos=2.0), PRESETS, few)
+        submit_plan(form(prompt="one\ntwo\nthree", per_line=True, videos=2.0), OFFER, few)
 
 
 @pytest.mark.parametrize(
@@ -97,16 +98,16 @@ def test_lines_and_videos_multiply_up_to_the_limit() -> None:
 )
 def test_an_invalid_field_is_named(changes: dict[str, Any], named: str) -> None:
     with pytest.raises(LightX2VError, match=named):
-        submit_plan(form(**changes), PRESETS, HERE)
+        submit_plan(form(**changes), OFFER, HERE)
 
 
 def test_an_image_preset_asks_for_its_image() -> None:
     with pytest.raises(BadRequest, match="first frame"):
-        submit_plan(form("i2v_distill_fp8"), PRESETS, HERE)
-    made = submit_plan(form("i2v_distill_fp8", image_path="a.png", shape="match"), PRESETS, HERE).requests[0]
+        submit_plan(form("i2v_distill_fp8"), OFFER, HERE)
+    made = submit_plan(form("i2v_distill_fp8", image_path="a.png", shape="match"), OFFER, HERE).requests[0]
     assert (made.task, made.resize_mode, made.image_path) == ("i2v", None, "a.png")
     forced = form("demo_i2v_base", image_path="a.png", last_frame_path="b.png", shape="1:1")
-    made = submit_plan(forced, PRESETS, HERE).requests[0]
+    made = submit_plan(forced, OFFER, HERE).requests[0]
     assert (made.task, made.resize_mode) == ("flf2v", "fixed_shape")
 
 
@@ -117,7 +118,7 @@ def test_loras_come_on_top_of_the_presets_own_without_a_new_engine(
     (tmp_path / "me" / "style" / "high.safetensors").touch()
     monkeypatch.chdir(tmp_path)
     rows = {"lora_0_high": "me/style/high.safetensors", "lora_0_low": "", "lora_0_strength_high": 0.5}
-    plain, styled = (submit_plan(form(**extra), PRESETS, HERE) for extra in ({}, rows))
+    plain, styled = (submit_plan(form(**extra), OFFER, HERE) for extra in ({}, rows))
     assert plain.config == styled.config
     own = settings_of("demo_t2v_distill_lora").engine.lora_configs
     added = LoraSpec(expert="high", path="me/style/high.safetensors", strength=0.5)
@@ -137,7 +138,7 @@ def test_loras_come_on_top_of_the_presets_own_without_a_new_engine(
 def test_a_missing_lora_is_reported_before_anything_is_queued(path: str, advice: str) -> None:
     for part in ("high", "low"):
         with pytest.raises(LoraError, match="There is no LoRA") as caught:
-            submit_plan(form(**{f"lora_1_{part}": path}), PRESETS, HERE)
+            submit_plan(form(**{f"lora_1_{part}": path}), OFFER, HERE)
         assert advice in str(caught.value)
 
 
@@ -145,17 +146,17 @@ def test_an_empty_prompt_has_one_message() -> None:
     blank = ({"prompt": ""}, {"prompt": " \n "}, {"prompt": "&nbsp;\u200b"})
     for changes in (*blank, {"prompt": "\n\u200b\n&nbsp;", "per_line": True}):
         with pytest.raises(BadRequest, match="The prompt is empty. Describe the scene"):
-            submit_plan(form(**changes), PRESETS, HERE)
+            submit_plan(form(**changes), OFFER, HERE)
 
 
 def test_a_page_for_others_takes_no_paths_and_no_offload() -> None:
     public = Exposure(open_to_others=True, limits=PUBLIC_LIMITS)
     sent = form(offload="on", attention="sage_attn2", lora_0_high="/etc/shadow")
-    made = submit_plan(sent, PRESETS, public)
+    made = submit_plan(sent, OFFER, public)
     assert made.requests[0].loras is None
     assert made.config == settings_of("demo_t2v_distill_lora").engine
     with pytest.raises(BadRequest, match="frames"):
-        submit_plan(form(frames=121.0), PRESETS, public)
+        submit_plan(form(frames=121.0), OFFER, public)
 
 
 @pytest.mark.parametrize(

@@ -17,7 +17,7 @@ import pytest
 from starlette.requests import Request as HttpRequest
 
 from app.backend.model_files import Download, FilesStatus, FileState
-from app.backend.studio import settings_of
+from app.backend.offer import settings_of
 from app.form.fields import CONTROLS
 from app.strings import TABLES, Words, preferred
 from app.views import cards, compare, numbers, panels, report, stage

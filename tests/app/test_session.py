@@ -14,8 +14,9 @@ import pytest
 from page_engine import Painter
 from patience import PATIENCE, eventually
 
+from app.backend.offer import settings_of
 from app.backend.session import Session
-from app.backend.studio import Studio, settings_of
+from app.backend.studio import Studio
 from app.events.clicks import act_on_job
 from app.exposure import Exposure
 from app.page import _storage_secret

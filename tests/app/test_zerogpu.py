@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 from page_engine import Painter
 
-from app.backend.studio import settings_of
+from app.backend.offer import settings_of
 from app.backend.zerogpu import MAX_SECONDS, MIN_SECONDS, UNKNOWN_SECONDS, ZeroGpuJobs, reserved_seconds
 from lightx2v.config.request import Request
 from lightx2v.cost.run_time import Prediction

@@ -1,0 +1,171 @@
+"""Files of one's own on the page: found models are presets, single files replace parts, LoRAs stand on a shelf."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from model_tree import comfy_tree, style_lora
+from page_engine import Painter
+
+from app.backend.offer import Offer
+from app.backend.studio import Studio
+from app.exposure import PUBLIC_LIMITS, Exposure
+from app.form.editor import form_of
+from app.form.fields import fields_of, setting_fields, submit_plan
+from app.strings import Words
+from app.views import own_files
+from app.web.api_routes import OfferedPresets
+from lightx2v.catalog.live_catalog import LiveCatalog
+from lightx2v.config.presets import preset_content, resolve
+from lightx2v.errors import CheckpointError, ConfigError
+
+HERE, OTHERS = Exposure(), Exposure(open_to_others=True, limits=PUBLIC_LIMITS)
+T2V, FAST = "wan2.2_t2v_demo", "wan2.2_t2v_demo+wan2.2_t2v_demo_lightx2v_lora_4step"
+WORDS = Words("en")
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = comfy_tree(tmp_path_factory.mktemp("page"))
+    style_lora(folder)
+    return folder
+
+
+@pytest.fixture(autouse=True)
+def user(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("LIGHTX2V_USER_DIR", str(tmp_path / "user"))
+
+
+def offered(models: Path, *allowed: str, private: bool = True) -> Offer:
+    offer = Offer(LiveCatalog([models], None if private else allowed), private=private)
+    offer.catalog.wait()
+    return offer
+
+
+@pytest.fixture(scope="module")
+def offer(models: Path) -> Offer:
+    return offered(models)
+
+
+def form(offer: Offer, preset: str, **changes: Any) -> Any:
+    settings = offer.settings(preset)
+    values = {**setting_fields(settings.request), "preset": preset, "task": settings.preset.task, "prompt": "a ball"}
+    return form_of({**values, "seed": 3.0, "videos": 1.0, "shape": "1:1", **changes})
+
+
+def test_a_found_model_is_a_preset_that_comes_back_from_its_run(offer: Offer, models: Path) -> None:
+    assert (offer.tasks[FAST], offer.group(FAST), offer.group("demo_t2v_base")) == ("t2v", "found", "")
+    rows = {"lora_0_high": "watercolour.safetensors", "lora_0_strength_high": 0.5, "lora_0_strength_low": 1.0}
+    plan = submit_plan(form(offer, FAST, **rows), offer, HERE)
+    assert plan.config.high_noise_original_ckpt == str(
+        models / "diffusion_models/wan2.2_t2v_high_noise_demo.safetensors"
+    )
+    loras = plan.requests[0].loras
+    assert loras is not None and len(loras) == 3
+    assert (loras[2].path, loras[2].strength) == (str(models / "loras/watercolour.safetensors"), 0.5)
+    back = fields_of(FAST, plan.config, plan.requests[0], offer)
+    assert (back["lora_0_high"], back["lora_0_strength_high"], back["lora_0_low"]) == (
+        "watercolour.safetensors",
+        0.5,
+        "",
+    )
+    assert {back[key] for key in ("file_high", "file_low", "file_t5", "file_vae")} == {""}
+
+
+def test_single_files_replace_parts_and_come_back(offer: Offer, models: Path) -> None:
+    files = {"file_vae": "wan_2.1_vae.pth", "file_low": "wan2.2_t2v_low_noise_demo.safetensors"}
+    plan = submit_plan(form(offer, "demo_t2v_base", **files), offer, HERE)
+    assert plan.config.vae_path == str(models / "vae/wan_2.1_vae.pth")
+    assert plan.config.high_noise_original_ckpt == str(
+        models / "diffusion_models/wan2.2_t2v_high_noise_demo.safetensors"
+    )
+    back = fields_of("demo_t2v_base", plan.config, plan.requests[0], offer)
+    assert {key: back[key] for key in files} == files
+    only_vae = submit_plan(form(offer, "demo_t2v_base", file_vae="wan_2.1_vae.pth"), offer, HERE)
+    assert only_vae.config.high_noise_original_ckpt is None and only_vae.config.vae_path
+
+
+@pytest.mark.parametrize(
+    ("files", "why"),
+    [
+        ({"file_low": "wan2.2_i2v_low_noise_demo.safetensors"}, "Choose two experts for the same task"),
+        ({"file_low": "wan2.2_t2v_high_noise_demo.safetensors"}, "is given for both experts"),
+        ({"file_vae": "gone.pth"}, "no VAE called 'gone.pth'"),
+    ],
+)
+def test_what_does_not_fit_says_why(offer: Offer, files: dict[str, str], why: str) -> None:
+    with pytest.raises((CheckpointError, ConfigError), match=why):
+        submit_plan(form(offer, T2V, **files), offer, HERE)
+
+
+def test_exchanged_halves_run_with_a_remark(offer: Offer) -> None:
+    files = {"file_high": "wan2.2_t2v_low_noise_demo.safetensors", "file_low": "wan2.2_t2v_high_noise_demo.safetensors"}
+    submit_plan(form(offer, T2V, **files), offer, HERE)
+    assert "is by its name the low-noise expert" in own_files.used_files(WORDS, offer.model(T2V, files))
+
+
+def test_others_get_what_the_operator_allows_and_no_path(models: Path) -> None:
+    closed = offered(models, private=False)
+    assert not {T2V, FAST} & closed.tasks.keys() and not closed.lora_files
+    some = offered(models, "wan2.2_t2v*", private=False)
+    assert {T2V, FAST} <= some.tasks.keys() and "wan2.2_i2v_demo" not in some.tasks
+    assert sorted(some.lora_files) == [
+        f"wan2.2_t2v_demo_{half}_noise_lightx2v_lora_4step.safetensors" for half in ("high", "low")
+    ]
+    sent = form(some, T2V, file_vae="wan_2.1_vae.pth", lora_0_high="watercolour.safetensors", lora_1_high="/etc/shadow")
+    made = submit_plan(sent, some, OTHERS)
+    assert made.requests[0].loras is None and made.config == some.settings(T2V).engine
+    with pytest.raises(Exception, match="There is no preset"):
+        submit_plan(form(offered(models), "wan2.2_i2v_demo"), some, OTHERS)
+
+
+def test_the_shelf_is_searched_and_fits_the_task(offer: Offer) -> None:
+    loras = list(offer.catalog.loras.values())
+    whole = own_files.shelf(WORDS, loras, "", "t2v", [])
+    assert whole.count("<li") == 3 and whole.index("watercolour") < whole.index("wan2.2_i2v")
+    assert 'src="studio/loras/watercolour.jpg"' in whole and "wtrclr style" in whole and "rank 16" in whole
+    found = own_files.shelf(WORDS, loras, "WTRCLR wash", "t2v", ["watercolour.safetensors"])
+    assert found.count("<li") == 1 and "Added" in found
+    assert "No LoRA matches" in own_files.shelf(WORDS, loras, "nothing", "t2v", [])
+    many = own_files.shelf(WORDS, loras * 20, "", "t2v", [])
+    assert many.count("<li") == own_files.SHOWN and "36 more" in many
+
+
+def test_a_saved_preset_makes_the_same_video_everywhere(models: Path) -> None:
+    own = offered(models)
+    rows = {"lora_0_high": "watercolour.safetensors", "lora_0_strength_high": 0.5, "lora_0_strength_low": 1.0}
+    plan = submit_plan(form(own, FAST, frames=9.0, **rows), own, HERE)
+    own.save("mine", preset_content("mine", plan.config, plan.requests[0]))
+    assert own.group("mine") == "own" and own.tasks["mine"] == "t2v"
+    resolved = resolve("mine")
+    assert resolved.engine == plan.config
+    assert {**resolved.request, "seed": 3} == {k: getattr(plan.requests[0], k) for k in resolved.request}
+    with pytest.raises(ConfigError, match="already"):
+        own.save("mine", preset_content("mine", plan.config, plan.requests[0]))
+    with pytest.raises(ConfigError, match="already"):
+        own.save(T2V, preset_content(T2V, plan.config, plan.requests[0]))
+
+
+@pytest.fixture
+def studio(tmp_path: Path, models: Path) -> Iterator[Studio]:
+    opened = Studio(Painter(), tmp_path / "outputs", HERE, catalog=LiveCatalog([models]), default_preset=FAST)
+    yield opened
+    opened.close()
+
+
+def test_the_api_lists_found_models_by_name(studio: Studio) -> None:
+    presets = OfferedPresets(studio)
+    assert next(iter(presets)) == FAST, "the default comes first"
+    assert T2V in presets and presets[T2V].preset.title == T2V and len(presets) == len(list(presets))
+    with pytest.raises(KeyError):
+        presets["absent"]
+
+
+def test_only_pictures_of_offered_loras_are_served(studio: Studio) -> None:
+    picture = studio.thumbnail_of("watercolour")
+    assert picture is not None and picture.startswith(b"\xff\xd8")
+    for name in ("wan2.2_t2v_demo_lightx2v_lora_4step", "absent", "../../etc/passwd"):
+        assert studio.thumbnail_of(name) is None
