@@ -6,6 +6,7 @@ by name, and single files never.
 
 from __future__ import annotations
 
+import contextlib
 import os
 from collections.abc import Container, Mapping
 from dataclasses import dataclass, replace
@@ -40,11 +41,11 @@ Files = Mapping[str, str]
 
 
 @dataclass(frozen=True, slots=True)
-class _Found:
-    """The models of one state of the catalogue, as presets."""
+class FoundPreset:
+    """A model of found files, as a preset."""
 
-    version: int
-    models: dict[str, Resolved]
+    model: FoundModel
+    settings: Resolved
 
 
 class Offer:
@@ -59,7 +60,10 @@ class Offer:
         self._shown = [info for info in self.shipped if only is None or info.name in only]
         self._names = shipped_names()
         self._own: list[PresetInfo] = []
-        self._found = _Found(-1, {})
+        self._version = -1
+        self._found: dict[str, FoundPreset] = {}
+        self._known: dict[str, FoundPreset] = {}
+        """Those of earlier versions of the catalogue too: an event may be about one that has just gone."""
         self.reread()
 
     def reread(self) -> None:
@@ -75,7 +79,7 @@ class Offer:
     def presets(self) -> list[PresetInfo]:
         """Those with the program, the user's own ones, and the found models."""
         taken = {info.name for info in (*self._shown, *self._own)}
-        found = [resolved.preset for name, resolved in self._models().items() if name not in taken]
+        found = [found.settings.preset for name, found in self.found.items() if name not in taken]
         return [*self._shown, *self._own, *found]
 
     @property
@@ -87,13 +91,13 @@ class Offer:
         """Where a preset comes from: "" is with the program, "own" saved by the user, "found" made of found files."""
         if any(info.name == name for info in self._own):
             return "own"
-        return "found" if name not in self._names and name in self._models() else ""
+        return "found" if name not in self._names and (name in self.found or name in self._known) else ""
 
     def settings(self, name: str, files: Files | None = None) -> Resolved:
         """The settings of an offered preset, with single files in place of its own. Never fails without `files`."""
         if files and any(files.values()):
             return _named(resolve(self.content(name, files)), name)
-        return self._models()[name] if self.group(name) == "found" else settings_of(name)
+        return self._known[name].settings if self.group(name) == "found" else settings_of(name)
 
     def content(self, name: str, files: Files | None = None) -> str | dict[str, Any]:
         """What `resolve` takes for a preset: its name, or the content that single files give. CheckpointError or
@@ -111,7 +115,7 @@ class Offer:
     def model(self, name: str, files: Files) -> FoundModel | None:
         """The found files of a preset with these single files in place of its own; None for a preset without any."""
         chosen = {key: text for key, text in files.items() if text}
-        model = self.catalog.catalog.models.get(name) if self.group(name) == "found" else None
+        model = self._known[name].model if self.group(name) == "found" else None
         if model is None:
             choice = self._choice(chosen)
             return choice.model if choice.names_experts else None
@@ -131,18 +135,17 @@ class Offer:
         names = {key.removeprefix("file_"): text for key, text in files.items()}
         return FileChoice(**names, catalog=self.catalog.catalog)
 
-    def _models(self) -> dict[str, Resolved]:
-        if self._only is not None:
-            return {}
-        if self._found.version != (version := self.catalog.version):
-            models: dict[str, Resolved] = {}
+    @property
+    def found(self) -> dict[str, FoundPreset]:
+        """The models that are found now, by name."""
+        if self._only is None and self._version != (version := self.catalog.version):
+            found: dict[str, FoundPreset] = {}
             for name, model in self.catalog.models.items():
-                try:
-                    models[name] = _named(model.resolved(), name)
-                except LightX2VError:
-                    continue  # choosing its files says why
-            self._found = _Found(version, models)
-        return self._found.models
+                with contextlib.suppress(LightX2VError):  # choosing its files says why
+                    found[name] = FoundPreset(model, _named(model.resolved(), name))
+            self._known |= found
+            self._found, self._version = found, version
+        return self._found
 
     # ---- files ---------------------------------------------------------------------------------------------------
 

@@ -125,7 +125,7 @@ class Editor:
                 continue
             title, about = words.preset(info.name), words("about_" + info.variant)
             if group == "found":
-                title, about = own_files.model_words(words, studio.offer.catalog.models[info.name], request.steps)
+                title, about = own_files.model_words(words, info, request.steps)
             option = panels.PresetOption(
                 name=info.name, title=title, about=about,
                 prediction=studio.predict(engine, request), need=studio.memory_need(engine, request),

@@ -5,6 +5,7 @@ from collections.abc import Collection, Sequence
 from lightx2v.catalog.catalog import FoundLora
 from lightx2v.catalog.found_model import FoundModel, doubts
 from lightx2v.catalog.live_catalog import LiveCatalog
+from lightx2v.config.presets import PresetInfo
 from lightx2v.errors import short_path
 
 from ..strings import Words
@@ -14,7 +15,7 @@ SHOWN = 24
 """LoRAs on the shelf at one time; the others are found by searching."""
 
 
-def model_words(words: Words, model: FoundModel, steps: int) -> tuple[str, str]:
+def model_words(words: Words, model: PresetInfo, steps: int) -> tuple[str, str]:
     """Title and description of a found model in the list of presets."""
     title = words("found_title", name=model.name.partition("+")[0], n=steps)
     lora = model.name.partition("+")[2]
