@@ -61,7 +61,9 @@ def test_two_clicks_and_a_prompt_make_a_video_with_a_lora(owner: Person, models:
     tab.click("#shelf [data-act=trigger] >> nth=0")
     owner.settle("() => document.querySelector('#prompt textarea').value === 'a red ball rolls left, wtrclr style'")
     tab.click("#shelf [data-act=lora_add]")
-    owner.settle("() => document.querySelector('#lora_0_low :is(input, textarea)')?.value === 'watercolour.safetensors'")
+    owner.settle(
+        "() => document.querySelector('#lora_0_low :is(input, textarea)')?.value === 'watercolour.safetensors'"
+    )
     tab.fill(".lora input[type=number] >> nth=0", "0.5")
     tab.focus("#preset-button")
     owner.settle("() => document.querySelector('#cost .cost') && !document.querySelector('#cost .problem')")
