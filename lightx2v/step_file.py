@@ -4,7 +4,9 @@ A killed run goes on from that step (engine/saved_step.py). The engine knows onl
 as well go to another process as bytes.
 """
 
+import hashlib
 import os
+from contextlib import suppress
 from pathlib import Path
 from typing import Protocol, Self
 
@@ -13,7 +15,9 @@ from .errors import OutputError, short_path
 SAVE_EVERY = 20.0
 """Seconds of work that a run may lose: it saves its step at most this often. 0 turns saving off."""
 
-SUFFIX = ".step.safetensors"
+SUFFIX, PART = ".step.safetensors", ".part"
+LONGEST_NAME = 255
+"""Bytes of a file's name on the usual file systems."""
 
 
 class StepStore(Protocol):
@@ -33,10 +37,10 @@ class StepFile:
 
     def __init__(self, video: Path, every: float = SAVE_EVERY, *, resume: bool = True) -> None:
         self.video = video
-        self.path = video.with_name(video.name + SUFFIX)
+        self.path = video.with_name(_fitting(video.name) + SUFFIX)
         self.every = every
         self._resume = resume
-        self._part = self.path.with_name(self.path.name + ".part")
+        self._part = self.path.with_name(self.path.name + PART)
 
     @classmethod
     def all_in(cls, folder: Path) -> list[Self]:
@@ -64,10 +68,19 @@ class StepFile:
                 os.fsync(file.fileno())
             self._part.replace(self.path)
         except OSError as error:
-            self._part.unlink(missing_ok=True)
+            with suppress(OSError):
+                self._part.unlink(missing_ok=True)
             raise OutputError(f"{short_path(self.path)} could not be written: {error.strerror or error}.") from None
 
     def remove(self) -> None:
-        """Remove the step, and what a killed process has left of the next one."""
+        """Remove the step, and what a killed process has left of the next one. What cannot be removed stays."""
         for path in (self.path, self._part):
-            path.unlink(missing_ok=True)
+            with suppress(OSError):
+                path.unlink(missing_ok=True)
+
+
+def _fitting(name: str) -> str:
+    """A video's name, or a short one made of it where no file could have the name of its step."""
+    if len(os.fsencode(name + SUFFIX + PART)) <= LONGEST_NAME:
+        return name
+    return f"{name[:50]}-{hashlib.sha256(os.fsencode(name)).hexdigest()[:16]}"

@@ -423,3 +423,14 @@ def test_the_file_is_whole_or_the_one_before(tmp_path: Path, monkeypatch: pytest
     file.remove()
     assert not list(tmp_path.iterdir())
     file.remove()
+
+
+@pytest.mark.parametrize("name", ["x" * 220 + ".mp4", "x" * 251 + ".mp4", "é" * 125 + ".mp4"])
+def test_a_video_with_a_long_name_has_a_step_of_its_own(tmp_path: Path, name: str) -> None:
+    file, other = StepFile(tmp_path / name), StepFile(tmp_path / f"y{name[1:]}")
+    assert not file.exists() and file.read() is None
+    file.write(b"step")
+    assert file.exists() and file.read() == b"step" and not other.exists()
+    assert not StepFile(tmp_path / f"{name[:-5]}y.mp4").exists()
+    file.remove()
+    assert not list(tmp_path.iterdir())
