@@ -23,7 +23,8 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-from .catalog.choose import FileChoice, add_file_flags, named_preset
+from .catalog.choose import FileChoice, add_file_flags, named_preset, open_catalog
+from .catalog.used_files import find_again
 from .cli.parser import ArgumentParser, add_save_every
 from .cli.runner import CommandContext, run_command
 from .config.engine_config import MODEL_CLASSES, EngineConfig, hub_name
@@ -124,7 +125,8 @@ def _settings(options: argparse.Namespace, environment: Environment) -> tuple[Re
     files = FileChoice.of(options)
     preset: str | dict[str, Any]
     if options.from_video is not None:
-        preset, shown = _recorded(options.from_video, [key for key in PICTURES if getattr(options, key) is not None])
+        given_pictures = [key for key in PICTURES if getattr(options, key) is not None]
+        preset, shown = _recorded(options.from_video, given_pictures, files)
     elif options.preset or options.config_json:
         preset = named_preset(options.preset or options.config_json, files.model_dirs)
     elif options.model_path or files.names_experts:
@@ -158,9 +160,9 @@ def _settings(options: argparse.Namespace, environment: Environment) -> tuple[Re
     return resolved, shown
 
 
-def _recorded(video: str, given: Sequence[str]) -> tuple[dict[str, Any], dict[str, Any]]:
+def _recorded(video: str, given: Sequence[str], files: FileChoice) -> tuple[dict[str, Any], dict[str, Any]]:
     """The settings inside a video: those of a preset, and those of PER_VIDEO together with the preset's name. Finds the
-    pictures except the `given` ones."""
+    pictures except the `given` ones, and the model's files except those that `files` names."""
     from .media.mp4 import read_settings
 
     settings = read_settings(video)
@@ -181,7 +183,11 @@ def _recorded(video: str, given: Sequence[str]) -> tuple[dict[str, Any], dict[st
     # number of processes belongs to this run and does not change the video.
     engine = {key: value for key, value in engine.items() if key not in ("model_cls", "parallel")}
     values = {key: value for key, value in request.items() if key not in PER_VIDEO}
-    return engine | values, shown | {"preset": str(settings.get("preset") or "")}
+    named = {part for part in ("t5", "vae") if getattr(files, part)} | (
+        {"high", "low"} if files.names_experts else set()
+    )
+    places = find_again(engine | values, settings.get("files"), lambda: open_catalog(files.model_dirs), named)
+    return places, shown | {"preset": str(settings.get("preset") or "")}
 
 
 def _check_pictures(request: Request) -> None:

@@ -160,7 +160,7 @@ class ZeroGpuJobs:
     def _finish(self, job: Job, frames: Any, report: dict[str, Any]) -> dict[str, Any]:
         """Writes the video, and adds its path, size and writing time to the report."""
         path = self.folder / f"{job.id}.mp4"
-        settings = recorded_settings(job.preset, job.config, job.request, path)
+        settings = recorded_settings(job.preset, job.config, job.request, path, report.get("files", ()))
         started = time.perf_counter()
         height, width = frames.shape[1:3]
         try:

@@ -157,6 +157,7 @@ def _details(words: Words, job: Job) -> str:
         (words("peak_ram"), numbers.memory(timings["peak_rss"])),
         (words("prompt_tokens"), ", ".join(f"{words(k)} {v}" for k, v in (result.get("text_tokens") or {}).items())),
         ("LoRA", _lora_line(words, result)),
+        (words("files"), _file_lines(result)),
         (words("memory"), str((result.get("plan") or {}).get("reason", ""))),
         (words("shift"), f"{job.request.shift:g}"),
         (words("guidance"), guidance if any(job.request.guided) else words("off")),
@@ -181,6 +182,14 @@ def _lora_line(words: Words, result: Mapping[str, Any]) -> str:
     return "; ".join(
         words("lora_match", name=lora["path"].rsplit("/", 1)[-1], matched=lora["applied"], total=lora["total"])
         for lora in result.get("loras", ())
+    )
+
+
+def _file_lines(result: Mapping[str, Any]) -> str:
+    """Name, size and the beginning of the hash of each file."""
+    return "; ".join(
+        " ".join([file["name"], numbers.size(file["size"]), (file["sha256"] or "")[:12]]).rstrip()
+        for file in result.get("files", ())
     )
 
 

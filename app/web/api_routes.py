@@ -44,5 +44,7 @@ def api_routes(studio: Studio, variables: Mapping[str, str] = os.environ) -> lis
     keys = [key for key in keys if key]
     if not isinstance(studio.jobs, JobManager) or exposure.open_to_others and not keys:
         return []
-    service = Service(studio.jobs, OfferedPresets(studio), check=exposure.limits.check)
+    service = Service(
+        studio.jobs, OfferedPresets(studio), check=exposure.limits.check, loras=lambda: studio.offer.catalog.loras
+    )
     return [ApiMount(create_app(service, Metrics(), keys=keys, limits=False))]

@@ -2,7 +2,7 @@
 
 import hashlib
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,10 +12,12 @@ from .request import Request
 PICTURES = ("image_path", "last_frame_path")
 
 
-def recorded_settings(preset: str, config: EngineConfig, request: Request, video: str | Path | None) -> dict[str, Any]:
+def recorded_settings(
+    preset: str, config: EngineConfig, request: Request, video: str | Path | None, files: Sequence[Any] = ()
+) -> dict[str, Any]:
     """The settings to store in the file `video`. A relative picture path stays as it is. An absolute one becomes
     relative to the folder of the video or to the working folder, or else a bare name. A hash of its content identifies
-    the picture."""
+    the picture. `files` describe the model's files."""
     request_json = request.to_json()
     pictures = {name: request_json[name] for name in PICTURES if request_json[name]}
     request_json |= {name: _portable(Path(path), video) for name, path in pictures.items()}
@@ -25,6 +27,7 @@ def recorded_settings(preset: str, config: EngineConfig, request: Request, video
         "engine": _abbreviate_home(config.to_json()),
         "request": _abbreviate_home(request_json),
         "pictures": hashes,
+        "files": list(files),
     }
 
 

@@ -8,6 +8,7 @@ import torch
 
 from .. import hub
 from ..attention import Choice, resolve_attention
+from ..catalog.used_files import UsedFiles
 from ..config.architecture import DiTConfig
 from ..config.engine_config import EngineConfig, ParallelConfig
 from ..config.environment import Environment
@@ -55,6 +56,7 @@ class LoadedEngine:
     weights: str = ""
     preset: str = ""
     warnings: tuple[str, ...] = ()
+    files: UsedFiles = field(default_factory=lambda: UsedFiles({}))
     prompts: PromptCache = field(default_factory=PromptCache)
 
 
@@ -133,6 +135,9 @@ def load_here(
         with torch.inference_mode(), placement.vae() as vae:
             preview = Preview.for_vae(vae, files.vae)
         weights = weights_digest(files) if group.is_rank0 else ""
+    used = UsedFiles({"high-noise expert": files.high, "low-noise expert": files.low, "T5": files.t5, "VAE": files.vae})
+    if group.is_rank0:
+        used.hash_in_background()
     return LoadedEngine(
         config=config,
         mesh=mesh,
@@ -145,6 +150,7 @@ def load_here(
         weights=weights,
         preset=preset,
         warnings=tuple(warnings),
+        files=used,
     )
 
 

@@ -20,8 +20,9 @@ class Result:
 
     `request` is the one that ran, with the seed that was drawn. `height` and `width` are those of the video, which an
     input image may have decided. `attention` tells which backend ran and why, `loras` what each LoRA file changed,
-    `plan` where the weights lived (None where there was nothing to plan), `processes` what each of several took. An
-    earlier process did the first `resumed_after` denoising steps: `timings` has only what this one did.
+    `files` the model's files, `plan` where the weights lived (None where there was nothing to plan), `processes` what
+    each of several took. An earlier process did the first `resumed_after` denoising steps: `timings` has only what
+    this one did.
     """
 
     path: str | None
@@ -38,6 +39,7 @@ class Result:
     preset: str = ""
     file_bytes: int | None = None
     loras: tuple[dict[str, Any], ...] = ()
+    files: tuple[dict[str, Any], ...] = ()
     plan: dict[str, Any] | None = None
     warnings: tuple[str, ...] = ()
     processes: tuple[dict[str, Any], ...] = ()
@@ -75,6 +77,7 @@ class Result:
             "processes": list(self.processes),
             "resumed_after": self.resumed_after,
             "loras": list(self.loras),
+            "files": list(self.files),
             "plan": self.plan,
             "warnings": list(self.warnings),
             "request": self.request.to_json(),

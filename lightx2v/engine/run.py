@@ -20,6 +20,7 @@ from ..config.recorded_settings import recorded_settings
 from ..config.request import LoraSpec, Request
 from ..cost.memory_plan import Stage, Workload
 from ..errors import Cancelled
+from ..hub import find
 from ..media.images import load_image
 from ..media.video_writer import VideoWriter
 from ..models.vae import WanVAE
@@ -123,6 +124,7 @@ class Run:
                 *(text for lora in self.placement.loras for text in lora.report.warnings),
             ),
             loras=tuple(lora.to_json() for lora in self.placement.loras),
+            files=tuple(self.files),
         )
 
     def retry_with_offload(self, stage: Stage, call: Callable[[], T], when: str = "") -> T:
@@ -287,11 +289,22 @@ class Run:
         return sink.frames
 
     def open_writer(self, sink: FrameSink, path: str | Path, latents_CTHW: Tensor, metadata: bool, force: bool) -> None:
-        engine, (height, width) = self.engine, latents_CTHW.shape[-2:]
-        settings = recorded_settings(engine.preset, engine.config, self.request, path) if metadata else None
+        height, width = latents_CTHW.shape[-2:]
+        settings = self.settings(path) if metadata else None
         sink.writer = VideoWriter(
             path, width * 8, height * 8, self.request.fps, settings, force=force, cancel=self.token
         )
+
+    def settings(self, path: str | Path) -> dict[str, Any]:
+        engine = self.engine
+        return recorded_settings(engine.preset, engine.config, self.request, path, self.files)
+
+    @property
+    def files(self) -> list[dict[str, Any]]:
+        """The model's files and the LoRAs of this run."""
+        config, own = self.engine.config, self.request.loras
+        specs = config.lora_configs if own is None else own
+        return self.engine.files.to_json(filter(None, (find(spec.path, config) for spec in specs)))
 
     def close_writer(self, sink: FrameSink) -> None:
         with self.meter.stage("write"):

@@ -8,6 +8,7 @@ from typing import Any, Literal, Self
 from pydantic import BaseModel, ConfigDict, Field
 from starlette.responses import FileResponse, JSONResponse
 
+from ..catalog.catalog import FoundLora
 from ..jobs.store import Job, State
 from .file_names import FileNames
 
@@ -135,6 +136,35 @@ class Model(BaseModel):
     object: Literal["model"] = "model"
     task: str
     title: str
+
+
+class Lora(BaseModel):
+    id: str
+    object: Literal["lora"] = "lora"
+    task: str | None = None
+    files: list[str] = Field(description="The files' names: a pair, or one file for one expert or both.")
+    experts: list[str] = Field(description='"high" and "low", as far as it has a file for them.')
+    rank: int
+    trigger_words: list[str] = []
+    trained_for: str = ""
+
+    @classmethod
+    def of(cls, lora: FoundLora) -> Self:
+        experts = [name for name, file in (("high", lora.high), ("low", lora.low)) if file is not None]
+        return cls(
+            id=lora.name,
+            task=lora.first.task,
+            files=[file.name for file in lora.files],
+            experts=experts,
+            rank=lora.first.rank,
+            trigger_words=list(lora.triggers),
+            trained_for=lora.first.trained_for,
+        )
+
+
+class LoraList(BaseModel):
+    object: Literal["list"] = "list"
+    data: list[Lora]
 
 
 class ModelList(BaseModel):

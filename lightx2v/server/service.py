@@ -13,6 +13,8 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+from ..catalog.catalog import Catalog, FoundLora
+from ..catalog.scan import memory_file, scan
 from ..config.engine_config import EngineConfig
 from ..config.presets import Resolved, resolve
 from ..config.request import LoraSpec, Request
@@ -55,13 +57,14 @@ class Service:
         *,
         images: InputImages | None = None,
         lora_dir: Path | None = None,
+        loras: Callable[[], Mapping[str, FoundLora]] = dict,
         check: Callable[[Request], None] | None = None,
     ) -> None:
         self.jobs, self.presets = jobs, presets
         self.default = next(iter(presets))
         self.file_names = FileNames(jobs.folder)
         self._images = images or InputImages()
-        self._lora_dir = lora_dir
+        self._lora_dir, self._offered_loras = lora_dir, loras
         self._check = check
 
     def submit(self, owner: str, video: VideoRequest) -> Job:
@@ -162,12 +165,28 @@ class Service:
                 paths[key] = str(file)
         return Request.from_json(request.to_json() | paths) if paths else request
 
+    def loras(self) -> dict[str, FoundLora]:
+        """The LoRAs that requests may name: those in the server's folder, and those that are offered by name."""
+        folder = [self._lora_dir] if self._lora_dir is not None and self._lora_dir.is_dir() else []
+        return {**self._offered_loras(), **Catalog(scan(folder, memory_file())).loras}
+
     def _loras(self, loras: Sequence[Mapping[str, Any]]) -> list[LoraSpec]:
-        if self._lora_dir is None:
+        offered = self.loras()
+        if self._lora_dir is None and not offered:
             raise BadRequest("LoRAs are disabled. Start the server with --lora_dir FOLDER to enable them.")
-        folder, specs = self._lora_dir.resolve(), []
+        files = {file.name: file.path for found in offered.values() for file in found.files}
+        folder, specs = self._lora_dir.resolve() if self._lora_dir else None, []
         for lora in loras:
             name = lora["path"]
+            if name in offered and "name" not in lora:
+                strength = lora.get("strength", 1.0)
+                specs += [LoraSpec.from_json(p.to_json()) for p in offered[name].placed(strength, strength)]
+                continue
+            if name in files and (folder is None or not (folder / name).is_file()):
+                specs.append(LoraSpec.from_json({**lora, "path": str(files[name])}))
+                continue
+            if folder is None:
+                raise BadRequest(f"There is no LoRA {name[:80]!r} on this server. GET /v1/loras lists them.")
             is_name = Path(name).name == name and "\0" not in name
             path = (folder / name).resolve() if is_name else folder
             if not path.is_relative_to(folder) or not path.is_file():

@@ -18,7 +18,7 @@ from .auth import owner_of
 from .event_stream import EventStreams
 from .openapi import SUBMISSION, error_responses, request_body, serves_file
 from .request_bodies import RemixBody, VideoBody
-from .responses import VIDEO_STATUS, Deleted, Model, ModelList, Video, VideoList, download
+from .responses import VIDEO_STATUS, Deleted, Lora, LoraList, Model, ModelList, Video, VideoList, download
 from .service import Service
 from .submit import Submitter
 
@@ -50,6 +50,11 @@ def video_routes(service: Service, submitter: Submitter) -> APIRouter:
         """List the values of `model`: this server's presets, the default first."""
         presets = service.presets.items()
         return ModelList(data=[Model(id=name, task=p.engine.task, title=p.preset.title) for name, p in presets])
+
+    @router.get("/loras")
+    def list_loras() -> LoraList:
+        """List the LoRAs that a request may name in `loras[].path`, by id or by a file's name."""
+        return LoraList(data=[Lora.of(lora) for lora in service.loras().values()])
 
     _add_queries(router, service)
     _add_actions(router, service)

@@ -52,8 +52,10 @@ def test_mistakes_are_sentences(tmp_path: Path, capsys: pytest.CaptureFixture[st
 
 
 @pytest.mark.slow
-def test_a_high_noise_file_is_enough_for_a_video(models: Path, tmp_path: Path) -> None:
-    """The same video as that of the preset with the same weights."""
+def test_a_high_noise_file_is_enough_for_a_video_that_can_be_made_again(
+    models: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The same video as that of the preset with the same weights; its file is found again where it has moved."""
     file = str(models / "diffusion_models/wan2.2_t2v_high_noise_demo.safetensors")
     shared = ["--prompt", "a red ball rolls left", "--steps", "2", "--frames", "5", "--seed", "3"]
     assert infer([*shared, "--high", file, "--save_result_path", str(tmp_path / "mine.mp4")]) == 0
@@ -62,6 +64,17 @@ def test_a_high_noise_file_is_enough_for_a_video(models: Path, tmp_path: Path) -
     assert mine["preset"] == "wan2.2_t2v_demo"
     assert mine["engine"]["high_noise_original_ckpt"].endswith("wan2.2_t2v_high_noise_demo.safetensors")
     assert mine["request"] == shipped["request"]
+    assert [file["role"] for file in mine["files"]] == ["high-noise expert", "low-noise expert", "T5", "VAE"]
+    assert mine["files"][0]["size"] == Path(file).stat().st_size
+    again = ["--from", str(tmp_path / "mine.mp4"), "--dry_run"]
+    assert infer(again) == 0
+    Path(file).rename(models / "diffusion_models/moved_high_noise.safetensors")
+    capsys.readouterr()
+    assert infer(again) == 2
+    assert "wan2.2_t2v_high_noise_demo.safetensors (4.3 MB) of this video is neither" in capsys.readouterr().err
+    assert infer([*again, "--model_dirs", str(models)]) == 0
+    assert "moved_high_noise.safetensors" in capsys.readouterr().out
+    (models / "diffusion_models/moved_high_noise.safetensors").rename(file)
 
 
 @pytest.mark.slow
