@@ -25,6 +25,7 @@ SECTIONS = (
     "offload_fp8",
     "streaming",
     "streaming_720p",
+    "gguf",
     "versus",
     "presets",
     "demo",

@@ -221,6 +221,32 @@ def streaming(lines: list[Line]) -> str:
     )
 
 
+def gguf(lines: list[Line]) -> str:
+    rows = [
+        [
+            line["clip"],
+            line["way"],
+            line["attention"],
+            number(line["seconds"]),
+            f"{line['ratio'] - 1:+.2%}",
+            f"{line['least'] - 1:+.2%} to {line['most'] - 1:+.2%}",
+        ]
+        for line in last(lines, "gguf", "way")
+    ]
+    head = ["video", "weights", "attention", "s", "over bf16", "from round to round"]
+    text = heading("GGUF weights: one forward, 40 blocks", head, rows)
+    kernels = [
+        [line["form"], number(line["expert_seconds"] * 1e3), "yes" if line["same"] else "no"]
+        for line in last(lines, "gguf", "form")
+    ]
+    return text and text + (
+        "\n\nAll ways ran in turns in one process (`python -m benchmarks.gpu --sections gguf`). Streamed: no block is "
+        "kept on the GPU. The LoRA has rank 64, in float32, on every matrix; it is added to the dequantised weights."
+        "\n\nDequantising the 14 billion weights of an expert to bf16:\n\n"
+        + table(["format", "ms", "the bits of the plain function"], kernels)
+    )
+
+
 def host(lines: list[Line]) -> str:
     sections = ("host", "offload", "offload_fp8")
     rows = [
@@ -380,6 +406,7 @@ PARTS: tuple[Callable[[list[Line]], str], ...] = (
     coders,
     offload,
     streaming,
+    gguf,
     host,
     demo,
     parallel,

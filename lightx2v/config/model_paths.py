@@ -79,6 +79,11 @@ def shard_names(name: str) -> set[str]:
     return {f"{match[1]}-{index:05}-of-{match[2]}{match[3]}" for index in range(1, int(match[2]) + 1)}
 
 
+def part_names(name: str) -> set[str]:
+    """All file names of the model that the file `name` belongs to: several for a split GGUF file, which opens whole."""
+    return (shard_names(name) if name.lower().endswith(".gguf") else set()) or {name}
+
+
 def _expert(engine: EngineConfig, which: str) -> ModelPart:
     """The quantized checkpoint where the configuration asks for one, else the original, else the model's folder."""
     quantized = engine.dit_quantized and getattr(engine, f"{which}_noise_quantized_ckpt")

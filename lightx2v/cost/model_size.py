@@ -7,7 +7,7 @@ from pathlib import Path
 from ..config.architecture import DiTConfig
 from ..config.engine_config import EngineConfig
 from ..config.gguf_formats import bytes_per_weight, is_gguf, mix_of
-from ..config.model_paths import shard_names
+from ..config.model_paths import part_names
 from ..hub import find, model_folder
 from .memory_bytes import block_weights, outside_weights
 from .memory_plan import TABLE_WEIGHTS, TEXT_WEIGHTS, VAE_WEIGHTS, ModelSize
@@ -84,7 +84,7 @@ def _named_bytes(name: str | None, config: EngineConfig) -> int:
     place = find(name, config) if name else None
     if place is None:
         return 0
-    files = [place.parent / part for part in shard_names(place.name) or (place.name,)]
+    files = [place.parent / part for part in part_names(place.name)]
     return sum(file.stat().st_size for file in files if file.is_file())
 
 

@@ -15,7 +15,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-from ..config.model_paths import shard_names
+from ..config.model_paths import part_names, shard_names
 
 ABANDONED = 24 * 3600.0
 """Age in seconds at which a partial file with a name of its own is deleted: no program continues it."""
@@ -61,7 +61,8 @@ class CachedRepo:
         if snapshot is None or path is None:
             return snapshot
         place = snapshot / path
-        return place if place.is_file() or is_complete(place) else None
+        whole = place.is_file() and all((place.parent / part).is_file() for part in part_names(place.name))
+        return place if whole or is_complete(place) else None
 
     def link(self, commit: str, path: str, etag: str) -> None:
         """Make a blob visible as the file `path` of `commit`."""

@@ -7,6 +7,7 @@ from pathlib import Path
 
 from ..config.engine_config import EngineConfig, hub_name
 from ..config.lora_names import partners
+from ..config.model_paths import part_names
 from ..errors import ConfigError, DownloadError, byte_size, short_path
 from .cache import CachedRepo
 from .find import find, find_all, find_cached, local_model_folder
@@ -127,8 +128,10 @@ def make_plan(
 
 
 def files_below(listing: Iterable[HubFile], path: str) -> list[HubFile]:
-    """The file at `path` in a repository, or all files in it if it is a folder."""
-    return [file for file in listing if file.path == path or file.path.startswith(path.rstrip("/") + "/")]
+    """The file at `path` in a repository, with the other parts if it is a split GGUF file; or all files of a folder."""
+    folder, slash, name = path.rpartition("/")
+    names, inside = {folder + slash + part for part in part_names(name)}, path.rstrip("/") + "/"
+    return [file for file in listing if file.path in names or file.path.startswith(inside)]
 
 
 def _required(listing: list[HubFile], path: str, repo: str) -> list[HubFile]:

@@ -50,6 +50,14 @@ REPOS = {
         for which in ("high", "low")
         for date in (1022, 1217)
     },
+    **{
+        f"QuantStack/Wan2.2-{task}-A14B-GGUF": {
+            f"{which}Noise/Wan2.2-{task}-A14B-{which}Noise-{mix}.gguf": size
+            for which in ("High", "Low")
+            for mix, size in (("Q4_K_M", 9_650_000_000), ("Q5_K_M", 10_800_000_000), ("Q8_0", 15_400_000_000))
+        }
+        for task in ("T2V", "I2V")
+    },
     "lightx2v/Encoders": {f"models_t5_umt5-xxl-enc-{kind}.pth": 6_700_000_000 for kind in ("fp8", "int8")},
 }
 SIZE = {"base": 114 * GB, "loras": 117 * GB, "merged": 57 * GB, "fp8": 29 * GB}
@@ -76,7 +84,9 @@ def server(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[HubServe
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("preset", [info.name for info in list_presets() if not info.name.startswith("demo_")])
+@pytest.mark.parametrize(
+    "preset", [info.name for info in list_presets() if not info.demo and info.variant != "distill_gguf"]
+)
 def test_a_preset_downloads_what_it_needs_and_nothing_else(preset: str, server: HubServer) -> None:
     engine = resolve(preset).engine
     plan = make_plan(engine, hub=quick(server), free=lambda path: 10**15)
@@ -102,3 +112,27 @@ def test_a_preset_downloads_what_it_needs_and_nothing_else(preset: str, server: 
     assert all(engine.task in path and ("fp8" in path) == (kind == "fp8") for path in experts)
     assert SIZE[kind] * 0.99 < sum(sizes[path] for path in large) < SIZE[kind] * 1.01
     assert plan.left == sum(sizes.values())
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("mix", "size"), [("Q4_K_M", 9_650_000_000), ("Q5_K_M", 10_800_000_000)])
+@pytest.mark.parametrize("task", ["t2v", "i2v"])
+def test_a_gguf_preset_downloads_two_files_of_its_mix_and_their_loras(
+    task: str, mix: str, size: int, server: HubServer
+) -> None:
+    plan = make_plan(resolve(f"{task}_distill_gguf_{mix[:2].lower()}").engine, hub=quick(server), free=lambda _: 10**15)
+    large = {file.file.path: file.file.size for file in plan.files if file.file.size > GB}
+    experts = {f"{which}Noise/Wan2.2-{task.upper()}-A14B-{which}Noise-{mix}.gguf": size for which in ("High", "Low")}
+    loras = {path: count for path, count in large.items() if "lora" in path}
+    assert len(loras) == 2 and {task in path for path in loras} == {True}
+    assert large == experts | loras | {"models_t5_umt5-xxl-enc-fp8.pth": 6_700_000_000}
+    assert not plan.unavailable and sum(large.values()) / GB == pytest.approx({"Q4_K_M": 28.4, "Q5_K_M": 30.7}[mix])
+
+
+def test_all_parts_of_a_split_gguf_file_are_downloaded(server: HubServer, monkeypatch: pytest.MonkeyPatch) -> None:
+    parts = {f"wan-{index:05}-of-00003.gguf": GB for index in (1, 2, 3)}
+    monkeypatch.setitem(REPOS, "QuantStack/Wan2.2-T2V-A14B-GGUF", parts | {"wan-00001-of-00002.gguf": GB})
+    one = "QuantStack/Wan2.2-T2V-A14B-GGUF/wan-00001-of-00003.gguf"
+    engine = resolve("t2v_base", {"high_noise_original_ckpt": one, "low_noise_original_ckpt": one}).engine
+    plan = make_plan(engine, hub=quick(server), free=lambda _: 10**15)
+    assert {file.file.path for file in plan.files if file.file.path.endswith(".gguf")} == set(parts)
