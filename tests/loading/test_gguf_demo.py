@@ -6,7 +6,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from gguf_files import EXPERTS, expert, quantised, write_gguf
+from gguf_files import EXPERTS, expert, stored, write_gguf
+from safetensors.torch import save_file
 
 from lightx2v.config.presets import resolve
 from lightx2v.config.request import Request
@@ -30,22 +31,29 @@ def psnr(a: np.ndarray, b: np.ndarray) -> float:
 
 
 @pytest.fixture(scope="module")
-def q8_0(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+def files(tmp_path_factory: pytest.TempPathFactory) -> tuple[dict[str, str], dict[str, str]]:
+    """Settings that name the GGUF experts, and settings that name float files of the same weights."""
     folder = tmp_path_factory.mktemp("demo")
-    named = {}
+    named, floats = {}, {}
     for which in EXPERTS:
-        tensors = {
-            name: quantised(tensor, "Q8_0") if tensor.dim() == 2 and tensor.shape[1] % 32 == 0 else tensor.float()
-            for name, tensor in expert(DEMO, which).items()
-        }
-        path = write_gguf(folder / f"wan2.2_t2v_{which}_noise_demo_Q8_0.gguf", tensors)
+        written, plain = stored(expert(DEMO, which), "Q8_0")
+        path = write_gguf(folder / f"wan2.2_t2v_{which}_noise_demo_Q8_0.gguf", written)
         named[f"{which}_noise_original_ckpt"] = str(path)
-    return named
+        save_file(plain, path.with_suffix(".safetensors"))
+        floats[f"{which}_noise_original_ckpt"] = str(path.with_suffix(".safetensors"))
+    return named, floats
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("preset", "least"), [("demo_t2v_base", 99.0), ("demo_t2v_distill_lora", 99.0)])
-def test_the_video_is_close_to_that_of_bf16(q8_0: dict[str, str], preset: str, least: float) -> None:
-    """With the distilled LoRAs added to the dequantised weights, too. Measured: X and Y dB."""
-    found = psnr(frames(preset, **q8_0), frames(preset))
-    assert least < found < 90, found
+def test_the_video_is_close_to_that_of_bf16(files: tuple[dict[str, str], dict[str, str]]) -> None:
+    """Measured: 31.4 dB. The original's own step from float32 to bf16 gives 39 dB in the four-step demo."""
+    found = psnr(frames("demo_t2v_base", **files[0]), frames("demo_t2v_base"))
+    assert 28 < found < 60, found
+
+
+@pytest.mark.slow
+def test_with_the_distilled_loras_it_is_the_video_of_the_dequantised_weights(
+    files: tuple[dict[str, str], dict[str, str]],
+) -> None:
+    gguf, floats = (frames("demo_t2v_distill_lora", **named) for named in files)
+    assert np.array_equal(gguf, floats)
