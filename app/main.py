@@ -7,6 +7,7 @@ reach, it generates a password for this start and prints it; only --public opens
 import argparse
 import importlib.util
 import os
+import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,9 @@ from typing import Any
 from lightx2v.catalog.choose import add_folder_flag
 from lightx2v.catalog.live_catalog import LiveCatalog
 from lightx2v.cli.parser import ArgumentParser
-from lightx2v.cli.runner import CommandContext, run_command
+from lightx2v.cli.runner import CommandContext, leave_at_exit, run_command
+from lightx2v.config.folders import output_folder, use_temporary
+from lightx2v.config.proxies import use_proxies
 from lightx2v.errors import ConfigError, OutputError, short_path
 from lightx2v.loading import preload
 from lightx2v.server.command import check_port
@@ -37,7 +40,7 @@ def _parser() -> ArgumentParser:
     add_flags(parser)
     preset, output = (os.environ.get(f"LIGHTX2V_{name}", "") for name in ("PRESET", "OUTPUT_DIR"))
     parser.add_argument("--preset", default=preset, help="preset to start with; the only one on ZeroGPU")
-    parser.add_argument("--output_dir", default=output or "outputs", help="folder for videos and the job list")
+    parser.add_argument("--output_dir", default=output, help="folder for videos and the job list (default: outputs)")
     add_folder_flag(parser.add_argument)
     offer = (
         "let others use the found models and LoRAs, and saved presets, of this name; may be repeated, * stands for any"
@@ -59,21 +62,33 @@ def _run(args: argparse.Namespace, context: CommandContext) -> int:
             return _exit_code(context)
     if not exposure.hosted:  # gradio would retry for ever or print a traceback
         check_port(args.host, args.port or 0)
-    prepare_environment(Path(args.output_dir))
+    folder = output_folder(args.output_dir)
+    prepare_environment(folder)
     catalog = LiveCatalog(args.model_dirs, args.offer if exposure.open_to_others else None)
-    studio = open_studio(Path(args.output_dir), exposure, args.preset, catalog)
+    studio = open_studio(folder, exposure, args.preset, catalog)
     try:
         demo = launch(studio, open_browser=args.open, mcp=args.mcp)
         announce(demo, exposure)
         preload.start()  # while the visitor writes the first prompt
-        demo.block_thread()
+        serve_until_signal(demo, studio)
     finally:
-        studio.close()
+        if not studio.close():
+            leave_at_exit(context.interrupts.exit_code)
     return _exit_code(context)
 
 
+def serve_until_signal(demo: Any, studio: Studio) -> None:
+    """Waits for a signal, which raises here. Then the job stops while gradio closes the connections."""
+    try:
+        while demo.is_running:
+            time.sleep(0.1)
+    finally:
+        studio.jobs.interrupt()
+        demo.close(verbose=False)
+
+
 def _exit_code(context: CommandContext) -> int:
-    """gradio handles the signal that ends the page. Without a signal this process followed rank 0 to its end."""
+    """Without a signal this process followed rank 0 to its end."""
     return context.interrupts.exit_code if context.interrupts.token.cancelled else 0
 
 
@@ -104,11 +119,13 @@ def prepare_environment(output: Path) -> None:
             f"Could not create the folder {short_path(uploads)}: {error.strerror}. Choose a writable folder with "
             "--output_dir."
         ) from None
+    use_temporary(uploads)
     os.environ["GRADIO_TEMP_DIR"] = str(uploads)
     os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"
     # Threads that spin while they wait compete with the browser for the cores: with two cores and one other busy
     # program a run of the demo would take two to three times as long.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    use_proxies(os.environ)  # gradio makes clients on import
     # gradio checks at start that it reaches itself over loopback; a proxy would swallow that request.
     for name in ("NO_PROXY", "no_proxy"):
         known = [host for host in os.environ.get(name, "").split(",") if host]
@@ -117,6 +134,8 @@ def prepare_environment(output: Path) -> None:
 
 def launch(studio: Studio, *, open_browser: bool = False, mcp: bool = False) -> Any:
     """Serves the page in the background; returns gradio's Blocks with `local_url` and `share_url`."""
+    from lightx2v.server.http_server import bound_connections, room_for_connections
+
     from .page import build_page
     from .theme import head, theme
     from .web.api_routes import api_routes
@@ -138,6 +157,9 @@ def launch(studio: Studio, *, open_browser: bool = False, mcp: bool = False) -> 
         run_history=False, enable_monitoring=False, ssr_mode=False, mcp_server=mcp, theme=theme(), head=head(),
         app_kwargs=app_kwargs,
     )  # fmt: skip
+    if demo.server is not None:
+        bound_connections(demo.server.config, room_for_connections())
+        demo.server.config.timeout_graceful_shutdown = 1  # of the open pages' event streams
     studio.address = (demo.share_url or demo.local_url or studio.address).rstrip("/")
     if demo.share_url:
         origins.add(demo.share_url.partition("://")[2].strip("/").lower())

@@ -22,6 +22,7 @@ from typing import TYPE_CHECKING
 from .cli.parser import ArgumentParser
 from .cli.runner import CommandContext, run_command
 from .config.environment import Environment
+from .config.folders import use_temporary
 from .config.lora_names import noise_of
 from .config.presets import resolve
 from .errors import BadRequest, short_path
@@ -40,6 +41,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _run(options: argparse.Namespace, context: CommandContext) -> int:
+    use_temporary(options.output.parent if options.output else Path())
     if options.list_built or options.tidy_built:
         print_prebuilt(context.environment, prune=options.tidy_built)
         return 0

@@ -27,8 +27,10 @@ from .catalog.choose import FileChoice, add_file_flags, named_preset, open_catal
 from .catalog.used_files import find_again
 from .cli.parser import ArgumentParser, add_save_every
 from .cli.runner import CommandContext, run_command
+from .cli.terminal import PATIENCE, takes_lines
 from .config.engine_config import MODEL_CLASSES, EngineConfig, hub_name
 from .config.environment import Environment
+from .config.folders import output_folder, use_temporary
 from .config.lightx2v_keys import PER_VIDEO
 from .config.presets import Resolved, list_presets, list_user_presets, resolve
 from .config.recorded_settings import PICTURES, find_picture
@@ -73,9 +75,12 @@ def _run(options: argparse.Namespace, context: CommandContext, *, open_engine: O
     resolved.engine.check_world(environment.world_size or 1, enable_cfg=resolved.request["enable_cfg"])
     request = Request.from_json(resolved.request | shown)
     _check_pictures(request)
+    named = options.save_result_path
+    folder = Path(named).parent if named else output_folder(environment.output_dir)
+    use_temporary(folder)
     steps = None
     if is_rank0:
-        request, steps = _output(options, resolved, request, environment)
+        request, steps = _output(options, resolved, request, folder)
     with log_duration("Total Cost"):
         # A signal during loading ends the process at once, so the token for it is never set.
         engine = open_engine(
@@ -101,7 +106,7 @@ def _run(options: argparse.Namespace, context: CommandContext, *, open_engine: O
     context.progress.clear()
     if steps is not None:
         steps.remove()
-    if is_rank0:
+    if is_rank0 and takes_lines(sys.stdout, PATIENCE):  # the video is there, whether or not anybody reads this
         report = result.report()
         print(report["path"])
         print(_summary(report))
@@ -201,10 +206,10 @@ def _check_pictures(request: Request) -> None:
 
 
 def _output(
-    options: argparse.Namespace, resolved: Resolved, request: Request, environment: Environment
+    options: argparse.Namespace, resolved: Resolved, request: Request, folder: Path
 ) -> tuple[Request, StepFile]:
     """The request with its seed, and the file of its steps, which knows the path of the video."""
-    folder, path = Path(environment.output_dir or "outputs"), None
+    path = None
     if options.save_result_path:
         path = Path(options.save_result_path)
     elif options.resume:
@@ -245,7 +250,10 @@ def _checked_path(path: Path, options: argparse.Namespace) -> Path:
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise BadRequest(f"The folder {path.parent} cannot be created: {error.strerror}. Choose another one.") from None
+        raise BadRequest(
+            f"The folder {path.parent} cannot be created: {error.strerror}. Choose another with "
+            "--save_result_path or LIGHTX2V_OUTPUT_DIR."
+        ) from None
     return check_output_path(path, force=options.force)
 
 

@@ -295,8 +295,9 @@ class Studio:
         path = self._uploads.get(token)
         return path if path is not None and path.is_file() else None
 
-    def close(self) -> None:
-        self.jobs.close()
+    def close(self) -> bool:
+        """Interrupts the running job. False if its engine does not stop."""
+        return self.jobs.close()
 
 
 def engine_key(config: EngineConfig) -> str:

@@ -123,8 +123,12 @@ class ZeroGpuJobs:
     def edit(self, id: str, request: Request, *, config: EngineConfig, preset: str) -> Job:
         raise BadRequest(f"This job is {self.get(id).state}; only a queued job can be changed.")
 
-    def close(self) -> None:
+    def interrupt(self) -> None:
         """Does nothing: every run ends with the event that it belongs to."""
+
+    def close(self) -> bool:
+        """Does nothing, for the same reason."""
+        return True
 
     # ---- running inside an event --------------------------------------------------------------------------------
 

@@ -8,6 +8,7 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from ..config.environment import Environment
+from ..config.folders import expand
 from ..errors import ConfigError, OutputError, quoted, short_path
 from ..hub.cache import standard_cache
 
@@ -23,11 +24,7 @@ def model_folders(told: Iterable[str | Path] = (), environment: Environment | No
     named = [Path(os.path.expanduser(folder)) for folder in (*told, *environment.model_dirs)]
     for folder in named:
         check_folder(folder)
-    folders = [
-        *named,
-        *told_folders(),
-        *(Path(environment.models_dir).expanduser() for _ in [0] if environment.models_dir),
-    ]
+    folders = [*named, *told_folders(), *(expand(environment.models_dir) for _ in [0] if environment.models_dir)]
     resolved = [folder.resolve() for folder in [*folders, *usual_folders()] if os.path.isdir(folder)]
     # A folder inside another one is scanned with it.
     return [

@@ -7,6 +7,9 @@ The second argument is the command's body. It gets the parsed flags and a Comman
 """
 
 import argparse
+import atexit
+import contextlib
+import gc
 import io
 import logging
 import os
@@ -15,6 +18,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from ..config.environment import Environment
+from ..config.folders import use_home
 from ..errors import Cancelled, ConfigError, LightX2VError
 from .parser import ArgumentParser
 from .signals import ECHO, Interrupts
@@ -41,6 +45,8 @@ def run_command(parser: ArgumentParser, body: Body, argv: Sequence[str] | None =
     `stopped` is the message after a signal. A flag `--verbose` turns the debug log on. Of the processes that torchrun
     starts, only rank 0 prints the error that ends all of them, and a signal that torchrun repeats counts once.
     """
+    # At the end of a program the interpreter searches all objects for garbage: with torch 2 to 4 seconds.
+    atexit.register(gc.freeze)
     try:
         options = parser.parse(argv)
     except SystemExit as stop:  # argparse has printed the error or the help
@@ -60,10 +66,24 @@ def run_command(parser: ArgumentParser, body: Body, argv: Sequence[str] | None =
         return _exit_code(lambda: body(options, context), context, stopped)
 
 
+def leave_at_exit(code: int) -> None:
+    """Let the process end with `code` although a thread is inside torch. The interpreter's own end would abort."""
+    atexit.register(_leave, code)
+
+
+def _leave(code: int) -> None:
+    logging.shutdown()
+    for stream in (sys.stdout, sys.stderr):
+        with contextlib.suppress(OSError, ValueError):
+            stream.flush()
+    os._exit(code)
+
+
 def _exit_code(call: Callable[[], int], context: CommandContext, stopped: str) -> int:
     if isinstance(sys.stdout, io.TextIOWrapper):  # a terminal without … or 球 must not fail after the last step
         sys.stdout.reconfigure(errors="backslashreplace")
     try:
+        use_home()
         return call()
     except (Cancelled, KeyboardInterrupt):
         code, message = context.interrupts.exit_code, stopped

@@ -3,8 +3,12 @@
 Standard output is for results.
 """
 
+import array
 import logging
+import os
+import select
 import shutil
+import stat
 import sys
 import time
 from collections.abc import Iterator
@@ -17,6 +21,11 @@ from ..progress import BYTES, Progress
 BAR = 24
 PLAIN_EVERY = 5.0
 """Seconds between two plain lines within one stage, so that steps do not fill a log file."""
+
+
+PATIENCE = 5.0
+"""Seconds that a result or an error waits for somebody to read it."""
+HALF_PIPE = 32 * 1024
 
 
 class ProgressLine:
@@ -51,12 +60,40 @@ class ProgressLine:
     def finish(self, text: str) -> None:
         """Erase the line and write `text` in its place, if there is any."""
         self.clear()
-        if text:
-            self._write(text + "\n")
+        if text and takes_lines(self._stream, PATIENCE):
+            self._stream.write(text + "\n")
+            self._stream.flush()
 
     def _write(self, text: str) -> None:
-        self._stream.write(text)
-        self._stream.flush()
+        """Progress never waits for a reader, and leaves half of a pipe's room to what matters more."""
+        if takes_lines(self._stream) and _unread(self._stream) < HALF_PIPE:
+            self._stream.write(text)
+            self._stream.flush()
+
+
+def takes_lines(stream: TextIO, seconds: float = 0.0) -> bool:
+    """Whether `stream` takes some lines within `seconds`. A write to a full pipe that nobody reads never returns."""
+    try:
+        ready = select.poll()
+        ready.register(stream.fileno(), select.POLLOUT)
+    except (OSError, ValueError, AttributeError):  # no file, or a closed one; Windows has no poll
+        return True
+    return bool(ready.poll(1000 * seconds))
+
+
+def _unread(stream: TextIO) -> int:
+    """The bytes that wait in a pipe; 0 for anything else."""
+    try:
+        if not stat.S_ISFIFO(os.fstat(stream.fileno()).st_mode):
+            return 0
+        import fcntl
+        import termios
+
+        count = array.array("i", [0])
+        fcntl.ioctl(stream.fileno(), termios.FIONREAD, count)
+        return count[0]
+    except (OSError, ValueError, ImportError):
+        return 0
 
 
 def progress_text(event: Progress) -> str:
@@ -117,11 +154,16 @@ class _Handler(logging.StreamHandler[TextIO]):
     def __init__(self, stream: TextIO, line: ProgressLine, prefix: str) -> None:
         super().__init__(stream)
         self._line = line
+        self._patience = 1.0
         self.setFormatter(_Formatter(f"%(asctime)s %(levelname)-7s {prefix}%(message)s", "%H:%M:%S"))
 
     def emit(self, record: logging.LogRecord) -> None:
-        self._line.clear()
-        super().emit(record)
+        if takes_lines(self.stream, self._patience):
+            self._patience = 1.0
+            self._line.clear()
+            super().emit(record)
+        else:  # nobody reads: wait once, not for every record
+            self._patience = 0.0
 
 
 class _Formatter(logging.Formatter):

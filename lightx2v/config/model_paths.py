@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from .engine_config import EngineConfig
+from .folders import expand
 
 _PACKAGE = Path(__file__).resolve().parents[1]
 PROJECT = _PACKAGE / "_data" if (_PACKAGE / "_data").is_dir() else _PACKAGE.parent
@@ -67,7 +68,7 @@ def parts(engine: EngineConfig) -> list[ModelPart]:
 
 def search_roots(engine: EngineConfig) -> list[Path]:
     """The folders in which a relative path of a configuration is looked for, in this order."""
-    roots = [Path(engine.models_dir).expanduser()] if engine.models_dir else []
+    roots = [expand(engine.models_dir)] if engine.models_dir else []
     return [*roots, Path.cwd(), PROJECT]  # the demo presets name `assets/demo/…`, whatever the working folder is
 
 

@@ -17,6 +17,7 @@ from ..errors import BadRequest, ConfigError, LightX2VError, quoted, short_path
 from .checks import Checks, did_you_mean
 from .engine_config import EngineConfig, ParallelConfig
 from .environment import Environment
+from .folders import expand
 from .gguf_formats import is_gguf
 from .lightx2v_keys import PER_VIDEO, Keys, sort_keys
 from .model_paths import PROJECT
@@ -198,7 +199,7 @@ def _open(preset: str | Path | Mapping[str, Any]) -> tuple[str, dict[str, Any], 
         return "", dict(preset), ()
     if not isinstance(preset, (str, Path)) or not str(preset).strip() or "\0" in str(preset):
         raise ConfigError(f"preset is {quoted(preset)}; expected a name, a JSON file or an object.")
-    path = Path(os.path.expanduser(preset))
+    path = expand(preset)
     shipped = PRESETS / f"{preset}.json"
     # os.path.isfile is False where the name is impossible; Path.is_file raises.
     if isinstance(preset, str) and path.name == preset and os.path.isfile(shipped):

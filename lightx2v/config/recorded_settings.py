@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from .engine_config import EngineConfig
+from .folders import expand
 from .request import Request
 
 PICTURES = ("image_path", "last_frame_path")
@@ -36,13 +37,13 @@ def find_picture(settings: Mapping[str, Any], name: str, video: str | Path) -> P
     in neither, or if a file of that name has other content."""
     hashes = settings.get("pictures")
     known = hashes.get(name) if isinstance(hashes, Mapping) else None
-    path = Path(os.path.expanduser(str(settings["request"][name])))
+    path = expand(str(settings["request"][name]))
     places = (place for place in (path, Path(video).parent / path) if os.path.isfile(place))
     return next((place for place in places if known is None or known == content_hash(place)), None)
 
 
 def _portable(path: Path, video: str | Path | None) -> str:
-    whole = Path(os.path.expanduser(path))
+    whole = expand(path)
     if not whole.is_absolute():
         return str(path)
     whole = whole.parent.resolve() / whole.name  # a link keeps its own name
@@ -66,5 +67,5 @@ def _abbreviate_home(value: Any) -> Any:
         return {key: _abbreviate_home(item) for key, item in value.items()}
     if isinstance(value, list):
         return [_abbreviate_home(item) for item in value]
-    home = str(Path.home()).rstrip(os.sep) + os.sep
+    home = os.path.expanduser("~").rstrip(os.sep) + os.sep
     return f"~/{value.removeprefix(home)}" if isinstance(value, str) and value.startswith(home) else value

@@ -6,6 +6,7 @@ thread waits, sends the progress events and watches the cancel token.
 
 import asyncio
 import logging
+import os
 import threading
 import time
 from collections import deque
@@ -15,6 +16,7 @@ from functools import partial
 from typing import TypeVar
 
 from ..config.engine_config import EngineConfig
+from ..config.proxies import use_proxies
 from ..errors import byte_size
 from ..progress import CancelToken, Meter
 from .listing import Hub
@@ -53,6 +55,7 @@ def fetch(plan: DownloadPlan, *, meter: Meter, cancel: CancelToken | None = None
     Progress counts the bytes to download. DownloadError and Cancelled keep what has arrived for the next time.
     """
     plan.check_space()
+    use_proxies(os.environ)
     hub = hub or Hub()
     repos = {planned.file.repo: hub.repo(planned.file.repo) for planned in plan.files}
     for repo in repos.values():

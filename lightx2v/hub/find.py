@@ -4,6 +4,7 @@ import os
 from pathlib import Path
 
 from ..config.engine_config import EngineConfig, hub_name
+from ..config.folders import expand
 from ..config.model_paths import ModelPart, parts, search_roots
 from ..errors import LoraError, short_path
 from .cache import CachedRepo, standard_cache
@@ -62,13 +63,13 @@ def model_folder(config: EngineConfig) -> Path | None:
 
 
 def local_model_folder(config: EngineConfig) -> Path | None:
-    path = Path(config.model_path).expanduser()
+    path = expand(config.model_path)
     return next((root / path for root in search_roots(config) if (root / path).is_dir()), None)
 
 
 def local_places(path: str, config: EngineConfig) -> list[Path]:
     """Where a path of the configuration may be, in order: below a search root, or in or beside the model."""
-    relative = Path(path).expanduser()
+    relative = expand(path)
     if relative.is_absolute():
         return [relative]
     model = model_folder(config)

@@ -1,9 +1,12 @@
 """Ask the Hub which files a repository has, with their sizes and hashes, and explain why it refuses."""
 
+import os
 import re
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 
+from ..config.proxies import proxies_in_use, use_proxies
 from ..errors import DownloadError
 from .cache import CachedRepo, standard_cache
 
@@ -54,6 +57,7 @@ def list_files(hub: Hub, repo: str) -> list[HubFile]:
     """All files of a repository's newest commit. DownloadError says what to do where the Hub refuses."""
     from huggingface_hub import HfApi
 
+    use_proxies(os.environ)
     try:
         info = HfApi(endpoint=hub.endpoint).model_info(repo, files_metadata=True, timeout=ANSWER)
     except request_errors() as error:
@@ -83,11 +87,12 @@ def list_files(hub: Hub, repo: str) -> list[HubFile]:
 
 def request_errors() -> tuple[type[Exception], ...]:
     """What a request may raise. The first is the base class of httpx's errors, or of httpx2's: huggingface_hub 1 uses
-    the one, 2 the other."""
+    the one, 2 the other. Both let the errors pass that socksio raises where a proxy does not speak SOCKS."""
     from huggingface_hub.errors import HfHubHTTPError
 
     root = next(kind for kind in HfHubHTTPError.__mro__ if kind.__name__ == "HTTPError")
-    return (root, OSError)
+    socks = sys.modules.get("socksio")
+    return (root, OSError) if socks is None else (root, OSError, socks.SOCKSError)
 
 
 def explain(error: Exception, hub: Hub, repo: str) -> DownloadError:
@@ -115,8 +120,9 @@ def explain(error: Exception, hub: Hub, repo: str) -> DownloadError:
         status = error.response.status_code
         later = f"{place} answered {status} for {repo}. Try again later, or set HF_ENDPOINT to a mirror."
         text = by_status.get(status, later)
+    proxies = f"the proxy in {' and '.join(used)}" if (used := proxies_in_use(os.environ)) else "the network"
     return DownloadError(
         text
-        or f"{place} cannot be reached ({str(error) or type(error).__name__:.120}). Check the network, or set "
+        or f"{place} cannot be reached ({str(error) or type(error).__name__:.120}). Check {proxies}, or set "
         "HF_ENDPOINT to a mirror. If all files are on this machine, set HF_HUB_OFFLINE=1."
     )

@@ -3,16 +3,19 @@
 import contextlib
 import filecmp
 import logging
+import re
 import secrets
-import shutil
+from collections.abc import Set
 from dataclasses import replace
 from pathlib import Path
 
 from ..config.request import IMAGES, Request
 from ..media.images import store_image
-from ..media.video_writer import WORK_PREFIX
+from ..media.work_folder import sweep
 
 log = logging.getLogger("lightx2v.jobs")
+
+_ID = re.compile("[0-9a-f]{32}")
 
 
 class JobFiles:
@@ -62,7 +65,16 @@ class JobFiles:
                     sizes[id] = sizes.get(id, 0) + file.stat().st_size
         return sizes
 
-    def remove_leftovers(self) -> None:
-        """Remove the unfinished videos of a process that was killed."""
-        for folder in self.folder.glob(f"{WORK_PREFIX}*"):
-            shutil.rmtree(folder, ignore_errors=True)
+    def strays(self, known: Set[str]) -> list[Path]:
+        """Videos of jobs that are not `known`, the oldest first."""
+        found = [path for path in self.folder.glob("*.mp4") if _ID.fullmatch(path.stem) and path.stem not in known]
+        return sorted(found, key=lambda path: path.stat().st_mtime)
+
+    def remove_leftovers(self, known: Set[str]) -> None:
+        """Remove what a killed process left: unfinished videos, and pictures of jobs that are not `known`. A video
+        stays, and its pictures with it."""
+        sweep(self.folder)
+        for file in self.folder.iterdir():
+            id = file.name.partition(".")[0]
+            if _ID.fullmatch(id) and id not in known and file.is_file() and not self.video(id).exists():
+                self.remove(id)

@@ -14,6 +14,7 @@ After a restart the queued jobs run; the one that was running is `interrupted` a
 
 from __future__ import annotations
 
+import logging
 import re
 import secrets
 import sqlite3
@@ -27,13 +28,19 @@ from typing import Self
 
 from ..config.engine_config import EngineConfig
 from ..config.request import Request, draw_seed
-from ..errors import BadRequest, Busy, OutputError
+from ..errors import BadRequest, Busy, ConfigError, LightX2VError, OutputError
 from ..progress import CancelToken, OnProgress
 from .engine_slot import Engine, EngineSlot, LoadedModel, OnFinished, OpenEngine
 from .files import JobFiles
+from .recovery import recover_jobs
 from .store import STATES, Job, JobEvent, JobStore, State, StepLog, UnknownJob
 from .worker import JobWorker
 
+log = logging.getLogger("lightx2v.jobs")
+
+FOLDER_SECONDS = 0.5
+"""Seconds between two looks whether the folder is still there."""
+TAKEN = "The output folder was removed, and another program uses it now. Stop that one, then start this one again."
 CLOSING = "The server is shutting down. Retry once it has restarted."
 
 
@@ -81,17 +88,19 @@ class JobManager:
         self._files = JobFiles(self.folder)
         self._steps = StepLog()
         self._store = JobStore(self.folder / "jobs.sqlite")
-        self._closed = False
+        self._closed, self._closing = False, threading.Event()
         self._slot = EngineSlot(open_engine, on_finished)
         self._worker = JobWorker(
             self._slot, self._store, self._files, self._steps, self._changed, clock=clock, purge=self.purge
         )
         try:
             self._store.recover(clock())
-            self._files.remove_leftovers()
+            recover_jobs(self._store, self._files)
+            self._files.remove_leftovers(self._store.ids())
         except BaseException:
             self._store.close()
             raise
+        threading.Thread(target=self._keep_folder, daemon=True, name="lightx2v-folder").start()
         if start:
             self.start()
 
@@ -302,8 +311,13 @@ class JobManager:
             self._changed.notify_all()
         return expired
 
+    def interrupt(self) -> None:
+        """Begin to close: the running job stops within a block, and no other job is accepted or started."""
+        self._worker.interrupt()
+
     def close(self, timeout: float = 5.0) -> bool:
         """Interrupt the running job; queued ones wait for the next start. False if the engine does not stop."""
+        self._closing.set()
         stopped = self._worker.stop(timeout)
         with self._lock:
             self._closed = self._worker.abandoned = True
@@ -316,6 +330,24 @@ class JobManager:
 
     def __exit__(self, *_: object) -> None:
         self.close()
+
+    def _keep_folder(self) -> None:
+        """A thread: put the store back where its folder was removed, before another process takes the folder."""
+        while not self._closing.wait(FOLDER_SECONDS):
+            with self._lock:
+                if self._closed or self._store.in_place:
+                    continue
+                try:
+                    self._store.put_back()
+                except ConfigError:
+                    self._worker.broken = TAKEN
+                    self._changed.notify_all()
+                    log.critical(TAKEN)
+                    return
+                except (OSError, sqlite3.Error, LightX2VError) as error:  # a full disk: try again
+                    log.error("the list of jobs was removed and cannot be written again yet: %s", error)
+                else:
+                    log.warning("The list of jobs was removed while this program used it. It is back.")
 
     @contextmanager
     def _session(self) -> Iterator[JobStore]:

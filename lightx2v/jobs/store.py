@@ -1,24 +1,25 @@
 """JobStore: the jobs on disk, in one SQLite file that survives reloads, restarts and crashes.
 
 It holds jobs and their changes of state, and knows no threads and no engines; JobManager holds a lock around every
-call. The file stays locked while it is open, so a second process on the same folder gets an error instead of running
-the jobs twice.
+call. The file stays locked while it is open (database.py), so a second process on the same folder gets an error instead
+of running the jobs twice.
 """
 
 import json
 import logging
 import sqlite3
 from collections import OrderedDict, deque
-from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
 from ..config.engine_config import EngineConfig
 from ..config.request import Request
-from ..errors import BadRequest, ConfigError, LightX2VError, OutputError, short_path
+from ..errors import BadRequest, ConfigError, LightX2VError, short_path
 from ..progress import Progress
+from .database import Database
 
 log = logging.getLogger("lightx2v.jobs")
 
@@ -131,68 +132,23 @@ class JobStore:
     """The jobs of one folder. Every method is one transaction; sqlite3.Error passes to the caller."""
 
     def __init__(self, file: Path) -> None:
-        self._file = file
-        try:
-            file.parent.mkdir(parents=True, exist_ok=True)
-            self._db = sqlite3.connect(file, timeout=1.0, isolation_level=None, check_same_thread=False)
-        except (OSError, sqlite3.Error) as error:
-            raise OutputError(
-                f"{short_path(file)} cannot be opened: {error}. Check the folder's permissions."
-            ) from None
-        try:
-            self._open()
-        except sqlite3.Error as error:
-            self._db.close()
-            if "locked" in str(error):
-                raise ConfigError(
-                    f"Another process is already using the jobs in {short_path(file.parent)}. "
-                    "Stop it first, or give this one another folder with --output_dir."
-                ) from None
-            raise OutputError(
-                f"{short_path(file)} cannot be used: {error}. Free some disk space, make the folder writable, or move "
-                "the file away to start with an empty history; the videos stay."
-            ) from None
-        except BaseException:
-            self._db.close()
-            raise
+        self._database = Database(file, partial(_make_tables, file))
+        self.transaction = self._database.transaction
 
-    def _open(self) -> None:
-        self._db.row_factory = sqlite3.Row
-        for pragma in ("locking_mode=EXCLUSIVE", "journal_mode=WAL", "synchronous=NORMAL", "foreign_keys=ON"):
-            self._db.execute(f"PRAGMA {pragma}").fetchall()
-        with self.transaction():  # takes the lock, and keeps it
-            (version,) = self._db.execute("PRAGMA user_version").fetchone()
-            if version > _VERSION:
-                raise ConfigError(
-                    f"{short_path(self._file)} was written by a newer version. Update this one, or move the file away."
-                )
-            if version == 0:
-                for statement in _SCHEMA.split(";\n"):
-                    self._db.execute(statement)
-            columns = {row["name"] for row in self._db.execute("PRAGMA table_info(jobs)")}
-            for name, kind in {"ending": "INTEGER", "source": "TEXT"}.items():  # since versions 2 and 3
-                if name not in columns:
-                    self._db.execute(f"ALTER TABLE jobs ADD COLUMN {name} {kind}")
-            if version < _VERSION:
-                self._db.execute(f"PRAGMA user_version={_VERSION}")
+    @property
+    def _db(self) -> sqlite3.Connection:
+        return self._database.connection
 
-    @contextmanager
-    def transaction(self) -> Iterator[None]:
-        """Commit everything inside, or nothing. Inside another transaction this one is part of it."""
-        if self._db.in_transaction:
-            yield
-            return
-        self._db.execute("BEGIN IMMEDIATE")
-        try:
-            yield
-            self._db.execute("COMMIT")
-        except BaseException:
-            if self._db.in_transaction:  # SQLite has already rolled back on a full disk
-                self._db.execute("ROLLBACK")
-            raise
+    @property
+    def in_place(self) -> bool:
+        """False once the file was removed or replaced: `put_back` writes it again."""
+        return self._database.in_place
+
+    def put_back(self) -> None:
+        self._database.put_back()
 
     def close(self) -> None:
-        self._db.close()
+        self._database.close()
 
     def add(
         self,
@@ -302,6 +258,9 @@ class JobStore:
         values = (_dump(config.to_json()), _dump(request.to_json()), preset, id)
         self._db.execute("UPDATE jobs SET config = ?, request = ?, preset = ? WHERE id = ?", values)
 
+    def ids(self) -> set[str]:
+        return {id for (id,) in self._db.execute("SELECT id FROM jobs")}
+
     def remove(self, id: str) -> None:
         self._db.execute("DELETE FROM jobs WHERE id = ?", (id,))
 
@@ -355,6 +314,25 @@ class StepLog:
 
     def remove(self, job: str) -> None:
         self._events.pop(job, None)
+
+
+def _make_tables(file: Path, db: sqlite3.Connection) -> None:
+    """Bring a database, also an empty one, to this version. ConfigError for that of a newer one."""
+    (version,) = db.execute("PRAGMA user_version").fetchone()
+    if version > _VERSION:
+        raise ConfigError(f"{short_path(file)} was written by a newer version. Update this one, or move the file away.")
+    tables = {name for (name,) in db.execute("SELECT name FROM sqlite_master WHERE type = 'table'")}
+    if version and not {"jobs", "events"} <= tables:
+        raise sqlite3.DatabaseError("its tables are missing")
+    if version == 0:
+        for statement in _SCHEMA.split(";\n"):
+            db.execute(statement)
+    columns = {row["name"] for row in db.execute("PRAGMA table_info(jobs)")}
+    for name, kind in {"ending": "INTEGER", "source": "TEXT"}.items():  # since versions 2 and 3
+        if name not in columns:
+            db.execute(f"ALTER TABLE jobs ADD COLUMN {name} {kind}")
+    if version < _VERSION:
+        db.execute(f"PRAGMA user_version={_VERSION}")
 
 
 def _job(row: sqlite3.Row) -> Job:

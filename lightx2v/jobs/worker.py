@@ -78,13 +78,17 @@ class JobWorker:
     def alive(self) -> bool:
         return self._thread.is_alive() and not self.broken and not self.closing
 
-    def stop(self, timeout: float) -> bool:
-        """Cancel the running job and end the thread. False if the engine does not stop within `timeout` seconds."""
+    def interrupt(self) -> None:
+        """Cancel the running job, and start no other."""
         with self._changed:
             self.closing = True
             if self.running is not None:
                 self.running.cancel.cancel()
             self._changed.notify_all()
+
+    def stop(self, timeout: float) -> bool:
+        """Interrupt, and wait for the thread to end. False if the engine does not stop within `timeout` seconds."""
+        self.interrupt()
         if self._thread.ident is None:  # never started
             self._slot.close()
             return True
@@ -114,7 +118,7 @@ class JobWorker:
     def _take(self) -> tuple[Job, Running] | None:
         """Wait for the next job and mark it as running. None when the manager closes."""
         with self._changed:
-            while not self.closing:
+            while not self.closing and not self.broken:
                 try:
                     if time.monotonic() >= self._next_purge:
                         self._next_purge = time.monotonic() + PURGE_SECONDS

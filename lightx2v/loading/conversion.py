@@ -32,6 +32,7 @@ from ..weights.umt5_names import is_text_encoder
 from .lora_experts import lora_files
 from .model_files import ModelFiles
 from .networks import DTYPES
+from .writer_lock import writer_lock
 
 log = logging.getLogger("lightx2v.convert")
 
@@ -75,11 +76,36 @@ def convert(
     checkpoint = open_checkpoint(job.source)
     weights, dtype_of = _converted(checkpoint, job)
     metadata = {"format": "pt", **(metadata or {}), FINGERPRINT: fingerprint(checkpoint, job)}
-    if job.output.exists() and not force:
-        if has_fingerprint(job.output, metadata[FINGERPRINT]):
+    before = _made(job.output)
+    with writer_lock(job.output.with_name(f".{job.output.name}.lock"), job.output, cancel):
+        after = _made(job.output)
+        wanted = not force or after != before  # with force, too, if another process has made it meanwhile
+        if after and wanted and has_fingerprint(job.output, metadata[FINGERPRINT]):
             log.info("%s exists already.", short_path(job.output))
             return False
-        raise OutputError(f"{short_path(job.output)} exists and was made of something else. Use --force to replace it.")
+        if after and not force:
+            raise OutputError(
+                f"{short_path(job.output)} exists and was made of something else. Use --force to replace it."
+            )
+        _write(job, weights, dtype_of, metadata=metadata, device=device, on_progress=on_progress, cancel=cancel)
+    return True
+
+
+def _made(path: Path) -> tuple[int, int] | None:
+    """What tells one file of this name from another one; None where there is none."""
+    return (path.stat().st_ino, path.stat().st_mtime_ns) if path.exists() else None
+
+
+def _write(
+    job: Conversion,
+    weights: ModelWeights,
+    dtype_of: Callable[[str], torch.dtype],
+    *,
+    metadata: Mapping[str, str],
+    device: torch.device | str,
+    on_progress: OnProgress | None,
+    cancel: CancelToken | None,
+) -> None:
     started = time.monotonic()
 
     def report(done: int, total: int) -> None:
@@ -96,7 +122,6 @@ def convert(
     source = lambda name: weights.chunks(name, dtype_of, device=device)  # noqa: E731
     write_safetensors(job.output, groups, source, metadata=metadata, on_bytes=report, cancel=cancel)
     _log_fidelity(job, weights.fidelity or {})
-    return True
 
 
 def fidelity(job: Conversion) -> dict[str, float]:

@@ -15,23 +15,23 @@ import hashlib
 import json
 import logging
 import re
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
 import torch
-from filelock import FileLock, Timeout
 
 from ..config.engine_config import EngineConfig
 from ..config.environment import Environment
-from ..errors import OutputError, short_path
+from ..config.folders import can_write, expand, own_folder
 from ..progress import CancelToken, OnProgress
 from ..weights.checkpoint import open_checkpoint
 from ..weights.safetensors_reader import header_text
 from .conversion import FINGERPRINT, VERSION, Conversion, convert, fingerprint, has_fingerprint, prebuilt_conversions
 from .model_files import ModelFiles, PrebuiltFiles
+from .writer_lock import writer_lock
 
 log = logging.getLogger("lightx2v.prebuilt")
 
@@ -46,10 +46,11 @@ def prebuilt_folder(models_dir: str | None, environment: Environment | None = No
     """The cache's folder: beside the models if they have a folder, since that disk has space for them."""
     environment = environment or Environment.read()
     if models_dir := models_dir or environment.models_dir:
-        return Path(models_dir).expanduser() / ".built"
+        return expand(models_dir) / ".built"
     if environment.cache_dir:
-        return Path(environment.cache_dir).expanduser() / "built"
-    return Path.home() / ".cache" / "lightx2v" / "built"
+        return expand(environment.cache_dir) / "built"
+    usual = expand("~/.cache/lightx2v/built")
+    return usual if usual.is_dir() or can_write(usual) else own_folder("built")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -129,28 +130,9 @@ class PrebuiltCache:
             file.path.unlink(missing_ok=True)
         return stale
 
-    @contextmanager
-    def _locked(self, cancel: CancelToken | None) -> Iterator[None]:
-        """Only one process at a time writes here. The system releases the lock of a process that dies."""
-        try:
-            self.folder.mkdir(parents=True, exist_ok=True)
-            lock, waited = FileLock(self.folder / ".lock"), False
-            while True:
-                try:
-                    lock.acquire(timeout=0.3, poll_interval=0.05)
-                    break
-                except Timeout:
-                    if not waited:
-                        log.info("Another process is building in %s; waiting for it.", short_path(self.folder))
-                    waited = True
-                    if cancel is not None:
-                        cancel.check()
-        except OSError as error:
-            raise OutputError(f"{short_path(self.folder)} cannot be written to: {error.strerror or error}.") from None
-        try:
-            yield
-        finally:
-            lock.release()
+    def _locked(self, cancel: CancelToken | None) -> AbstractContextManager[None]:
+        """Only one process at a time writes here."""
+        return writer_lock(self.folder / ".lock", self.folder, cancel)
 
 
 def _state(path: Path) -> SourceState:

@@ -19,7 +19,6 @@ import select
 import shutil
 import signal
 import subprocess
-import tempfile
 import threading
 import time
 from collections import deque
@@ -35,9 +34,8 @@ from PIL import Image
 from ..errors import BadRequest, OutputError, short_path
 from ..progress import CancelToken
 from .mp4 import SETTINGS_KEY, VideoInfo, probe
+from .work_folder import WorkFolder, sweep
 
-WORK_PREFIX = ".lightx2v-"
-"""Prefix of a writer's working folder. A folder that stays behind is from a killed process."""
 STALL_SECONDS = 120.0
 """ffmpeg takes a frame in milliseconds. If it takes none for this long, it hangs."""
 
@@ -60,12 +58,13 @@ ENCODER = (
 def check_output_path(path: str | Path, *, force: bool = False) -> Path:
     """The absolute path for a new video. Raises before any work is done where the video could not be written.
 
-    This includes a folder that is not writable and a missing ffmpeg.
+    This includes a folder that is not writable and a missing ffmpeg. Removes what killed writers left there.
     """
     target = _free_name(path, force=force)
     ffmpeg()
     try:
-        os.rmdir(tempfile.mkdtemp(prefix=WORK_PREFIX, dir=target.parent))
+        sweep(target.parent)
+        WorkFolder(target.parent).close()
     except OSError as error:
         raise _not_written(target, error.strerror or str(error)) from None
     return target
@@ -130,10 +129,10 @@ class VideoWriter:
         self._stderr: deque[str] = deque(maxlen=20)
         self._drain: threading.Thread | None = None
         self._process: subprocess.Popen[bytes] | None = None
-        self._folder: Path | None = None
+        self._work: WorkFolder | None = None
         try:
-            self._folder = Path(tempfile.mkdtemp(prefix=WORK_PREFIX, dir=self.path.parent))
-            self._process = self._start(self._folder)
+            self._work = WorkFolder(self.path.parent)
+            self._process = self._start(self._work.path)
         except OSError as error:
             self.abort()
             raise self._failed(error.strerror or str(error)) from None
@@ -179,9 +178,9 @@ class VideoWriter:
                     with contextlib.suppress(OSError):
                         pipe.close()
             self._process = None
-        if self._folder is not None:
-            shutil.rmtree(self._folder, ignore_errors=True)
-            self._folder = None
+        if self._work is not None:
+            self._work.close()
+            self._work = None
 
     def _start(self, folder: Path) -> subprocess.Popen[bytes]:
         command = [ffmpeg(), "-hide_banner", "-loglevel", "error", "-nostats", "-y"]
@@ -225,8 +224,8 @@ class VideoWriter:
             deadline = time.monotonic() + STALL_SECONDS
 
     def _finish(self) -> None:
-        process, folder = self._process, self._folder
-        if process is None or folder is None:
+        process, work = self._process, self._work
+        if process is None or work is None:
             raise ValueError("the writer is closed")
         _pipe(process.stdin).close()
         deadline = time.monotonic() + STALL_SECONDS
@@ -237,11 +236,11 @@ class VideoWriter:
             time.sleep(0.005)
         if process.returncode:
             raise self._failed(self._why_ended())
-        self._verify(folder / "video.mp4")
+        self._verify(work.path / "video.mp4")
         self._cancel.check()
         _free_name(self.path, force=self._force)
         try:
-            os.replace(folder / "video.mp4", self.path)
+            os.replace(work.path / "video.mp4", self.path)
         except OSError as error:
             raise self._failed(error.strerror or str(error)) from None
 
@@ -280,7 +279,8 @@ class VideoWriter:
         if self._drain is not None:
             self._drain.join(timeout=1)
         how = f"was stopped by {signal.Signals(-code).name}" if code < 0 else f"ended with code {code}"
-        output = "; ".join(line.replace(str(self._folder), "…") for line in list(self._stderr)[-3:] if line)
+        folder = str(self._work and self._work.path)
+        output = "; ".join(line.replace(folder, "…") for line in list(self._stderr)[-3:] if line)
         return f"ffmpeg {how}" + (f" ({output})" if output else "")
 
     def _failed(self, reason: str) -> OutputError:

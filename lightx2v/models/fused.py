@@ -17,6 +17,7 @@ from typing import Any, Concatenate, ParamSpec, TypeVar
 import torch
 from torch import Tensor
 
+from ..config.folders import use_kernel_cache
 from . import pointwise
 
 log = logging.getLogger("lightx2v.fused")
@@ -61,6 +62,7 @@ def kernels_for(device: torch.device) -> ModuleType | None:
     """The kernels if they are correct on this device, else None. Logs the reason once."""
     name = torch.cuda.get_device_name(device)
     try:
+        use_kernel_cache()
         from . import triton_kernels
 
         why = why_not(triton_kernels, device)

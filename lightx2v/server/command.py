@@ -20,9 +20,10 @@ from typing import Any
 
 from ..catalog.choose import FileChoice, add_file_flags, named_preset
 from ..cli.parser import ArgumentParser, amount
-from ..cli.runner import CommandContext, run_command
+from ..cli.runner import CommandContext, leave_at_exit, run_command
 from ..config.engine_config import EngineConfig
 from ..config.environment import Environment
+from ..config.folders import output_folder, use_temporary
 from ..config.presets import Resolved, resolve
 from ..config.request import Request
 from ..errors import ConfigError
@@ -55,17 +56,19 @@ def _run(options: argparse.Namespace, context: CommandContext, *, open_engine: O
         if LightX2VPipeline.follow():  # a process of torchrun beside rank 0: it has taken part in the runs to their end
             return 0
     check_port(options.host, options.port)
+    folder = output_folder(options.output_dir or environment.output_dir)
+    use_temporary(folder)
     metrics = Metrics()
     jobs = JobManager(
         open_engine or load,
-        Path(options.output_dir or environment.output_dir or "outputs"),
+        folder,
         max_queue=options.max_queue_size,
         ttl=options.result_ttl_hours * 3600 or None,
         size_cap=int(options.result_cap_gb * 1e9) or None,
         on_finished=metrics.observe_run,
         start=False,
     )
-    with jobs:
+    try:
         with context.interrupts.cancelling() as token:
             name = resolved.preset.name
             engine = jobs.load(resolved.engine, preset=name, on_progress=context.progress, cancel=token)
@@ -74,6 +77,9 @@ def _run(options: argparse.Namespace, context: CommandContext, *, open_engine: O
         context.progress.clear()
         jobs.start()
         return _serve(options, jobs, metrics, resolved, keys)
+    finally:
+        if not jobs.close():
+            leave_at_exit(context.interrupts.exit_code)
 
 
 def load(config: EngineConfig, *, preset: str, on_progress: OnProgress, cancel: CancelToken) -> Engine:
@@ -87,6 +93,7 @@ def _serve(options: argparse.Namespace, jobs: JobManager, metrics: Metrics, reso
     import uvicorn
 
     from .application import create_app
+    from .http_server import HttpServer
     from .input_images import InputImages
     from .service import Service
 
@@ -100,14 +107,13 @@ def _serve(options: argparse.Namespace, jobs: JobManager, metrics: Metrics, reso
         log_config=None,
         access_log=False,
         server_header=False,
-        timeout_graceful_shutdown=3,
         http="h11",  # httptools, used by default if it is installed, accepts endless headers
         limit_concurrency=MAX_CONNECTIONS,
     )
     logging.getLogger("uvicorn.error").setLevel(logging.WARNING)
     log.info("Serving %s on http://%s:%d, documentation on /docs", name, options.host, options.port)
     try:
-        uvicorn.Server(config).run()  # raises KeyboardInterrupt after the signal that stopped it
+        HttpServer(config, on_signal=jobs.interrupt).run()  # raises KeyboardInterrupt after the signal that stopped it
     except SystemExit:  # the port is in use; uvicorn has logged it
         return 1
     return 0

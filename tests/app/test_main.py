@@ -64,7 +64,9 @@ def test_a_missing_share_link_is_reported(capsys: pytest.CaptureFixture[str]) ->
 def test_abandoned_pages_do_not_fill_the_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Each takes half a megabyte, any request can open one, and by default gradio keeps 10 000."""
     asked: dict[str, Any] = {}
-    demo = SimpleNamespace(launch=lambda **flags: asked.update(flags), local_url="http://127.0.0.1:7860/", share_url="")
+    demo = SimpleNamespace(
+        launch=lambda **flags: asked.update(flags), local_url="http://127.0.0.1:7860/", share_url="", server=None
+    )
     monkeypatch.setattr(page, "build_page", lambda studio: demo)
     studio = Studio(Painter(), tmp_path, Exposure())
     try:

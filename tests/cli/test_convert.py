@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import resource
+import threading
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
 import torch
 from conftest import TinyModels
 from lora_files import random_pairs, write
+from patience import PATIENCE, eventually
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from tiny import build_tiny
@@ -16,6 +19,7 @@ from tiny import build_tiny
 from lightx2v.convert import main
 from lightx2v.errors import BadRequest, Cancelled, OutputError
 from lightx2v.loading.conversion import Conversion, convert
+from lightx2v.loading.writer_lock import writer_lock
 from lightx2v.models.umt5 import TextEncoder
 from lightx2v.progress import CancelToken, Progress
 from lightx2v.weights.checkpoint import open_checkpoint
@@ -230,3 +234,34 @@ def test_bad_usage_says_what_to_do(tmp_path: Path, capsys: pytest.CaptureFixture
     assert "either --source" in capsys.readouterr().err
     assert main(["--source", "nowhere", "--output", str(tmp_path / "x")]) == 1
     assert "does not exist" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("force", [False, True])
+def test_two_at_once_make_one_file_and_both_succeed(
+    force: bool, tiny: TinyModels, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level("INFO")
+    job = Conversion(source=tiny.t2v / "high_noise_model", output=tmp_path / "a.safetensors", format="fp8")
+    halfway, go_on = threading.Event(), threading.Event()
+
+    def hold(event: Progress) -> None:
+        halfway.set()
+        assert go_on.wait(PATIENCE)
+
+    with ThreadPoolExecutor(2) as pool:
+        first = pool.submit(convert, job, on_progress=hold)
+        assert halfway.wait(PATIENCE)
+        second = pool.submit(convert, job, force=force)
+        eventually(lambda: "Another process is writing to" in caplog.text)
+        go_on.set()
+        assert (first.result(PATIENCE), second.result(PATIENCE)) == (True, False)
+    assert [path.name for path in tmp_path.iterdir()] == ["a.safetensors"]
+    assert convert(job, force=True), "alone it is made again"
+
+
+def test_who_waits_for_another_conversion_can_be_cancelled(tiny: TinyModels, tmp_path: Path) -> None:
+    job = Conversion(source=tiny.t2v / "high_noise_model", output=tmp_path / "a.safetensors", format="fp8")
+    token = CancelToken()
+    token.cancel()
+    with writer_lock(tmp_path / ".a.safetensors.lock", job.output), pytest.raises(Cancelled):
+        convert(job, cancel=token)

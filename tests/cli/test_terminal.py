@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import contextlib
 import io
 import logging
 import os
@@ -141,3 +142,45 @@ def test_the_exit_code_is_the_signals_even_inside_a_module_that_runs_python_from
     environment = {**os.environ, "PYTHONPATH": f"{PROJECT}{os.pathsep}{tmp_path}"}
     done = subprocess.run([sys.executable, "-m", "stopped"], capture_output=True, env=environment, check=False)
     assert done.returncode == 143, done
+
+
+PIPED = """
+import argparse, logging, os, sys
+from lightx2v.cli.parser import ArgumentParser
+from lightx2v.cli.runner import run_command
+from lightx2v.cli.terminal import takes_lines
+from lightx2v.progress import Progress
+log = logging.getLogger("lightx2v.test")
+def body(options, context):
+    for step in range(3000):
+        context.progress(Progress(stage=f"stage {step}", step=step, total=3000, seconds=0.0))
+        log.info("x" * 100)
+    os.write(int(sys.argv[1]), b"worked")
+    if takes_lines(sys.stdout, 0.5):
+        print("result")
+    return 0
+sys.exit(run_command(ArgumentParser(), body, []))
+"""
+
+
+@pytest.mark.parametrize("filled", [False, True])
+def test_a_pipe_that_nobody_reads_does_not_stop_the_work(filled: bool) -> None:
+    unread, pipe = os.pipe()
+    told, tell = os.pipe()
+    if filled:
+        os.set_blocking(pipe, False)
+        with contextlib.suppress(BlockingIOError):
+            while os.write(pipe, bytes(4096)):
+                pass
+        os.set_blocking(pipe, True)
+    done = subprocess.Popen(
+        [sys.executable, "-c", PIPED, str(tell)], stdout=pipe, stderr=pipe, pass_fds=[tell], bufsize=0
+    )
+    assert done.wait(60) == 0
+    assert os.read(told, 6) == b"worked"
+    os.close(pipe)
+    with open(unread, "rb") as reader:
+        said = reader.read()
+    assert filled or b"stage 1 " in said and len(said) <= 2**16
+    os.close(told)
+    os.close(tell)

@@ -129,7 +129,7 @@ def test_jobs_of_another_version_are_dropped_and_the_others_kept(
 
 
 def test_a_database_that_cannot_be_used_is_named(tmp_path: Path, garage: Garage) -> None:
-    (tmp_path / "jobs.sqlite").write_bytes(b"this is not a database, it is a text" * 100)
+    (tmp_path / "jobs.sqlite").mkdir()
     with pytest.raises(OutputError, match="jobs.sqlite"):
         JobManager(garage, tmp_path)
     with pytest.raises(OutputError):

@@ -81,7 +81,7 @@ def test_foreign_comments_are_not_taken_for_settings(tmp_path: Path) -> None:
     ):
         copy = tmp_path / f"{number}.mp4"
         with VideoWriter(copy, 48, 32, 16, settings={}) as writer:
-            assert writer._folder is not None
+            assert writer._work is not None
             writer.write(clip())
         command = [
             ffmpeg(),
