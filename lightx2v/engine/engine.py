@@ -121,7 +121,7 @@ def load_here(
     precision = Precision.of(config)
     started = time.perf_counter()
     meter = Meter(precision.device, on_progress)
-    with meter.stage("load"):
+    with meter.stage("load"), preload.in_turns():
         meter.emit("load")
         files, warnings = with_prebuilt(locate(config), config, precision, meter, cancel, group)
         read = files.prebuilt or files

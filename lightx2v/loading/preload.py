@@ -4,7 +4,13 @@ torch and transformers take about six seconds to import on a small machine. A pr
 `start` at its own start; loading then waits only for the rest.
 """
 
+import sys
 import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+SWITCH = 0.0005
+"""Seconds after which a thread that computes lets another one of this program go on, while a model loads."""
 
 
 def start() -> threading.Thread:
@@ -21,3 +27,15 @@ def _import() -> None:
         preload()
     except ImportError:
         pass  # loading a model imports the same and names the missing package
+
+
+@contextmanager
+def in_turns() -> Iterator[None]:
+    """Inside, threads take shorter turns: an import computes all the time, and at Python's usual 5 ms each piece that
+    another thread reads would wait for it several times, longer than the reading takes."""
+    before = sys.getswitchinterval()
+    sys.setswitchinterval(SWITCH)
+    try:
+        yield
+    finally:
+        sys.setswitchinterval(before)

@@ -16,7 +16,8 @@ import logging
 import mmap
 import os
 import threading
-from collections.abc import Iterable, Sequence
+import weakref
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Any
@@ -28,12 +29,12 @@ from ..weights.host_memory import HUGE_PAGE, use_huge_pages
 
 log = logging.getLogger("lightx2v.placement")
 
-SLAB = 1 << 30
+SLAB = 256 << 20
 PAGE = 4096
 ALIGN = 256
 POPULATE_WRITE = 23
 """madvise's MADV_POPULATE_WRITE, of Linux 5.14: touches pages and leaves their content. Python has no name for it."""
-THREADS = 8
+THREADS = 16
 
 
 @dataclass(eq=False)
@@ -42,8 +43,8 @@ class _Slab:
 
     memory: Tensor
     users: int = 0
-    registered: bool = False
     ready: list[Future[None]] = field(default_factory=list)
+    unregister: Callable[[], Any] = lambda: None
 
 
 class HostSlabs:
@@ -88,8 +89,7 @@ class HostSlabs:
         for address, slab in [*self._slabs.items()]:
             if not slab.users:
                 self.wait([slab.memory])
-                if slab.registered:
-                    torch.cuda.cudart().cudaHostUnregister(slab.memory.data_ptr())
+                slab.unregister()
                 del self._slabs[address]
 
     def _of(self, buffer: Tensor) -> _Slab:
@@ -127,7 +127,11 @@ class HostSlabs:
         if self._pin:
             runtime: Any = torch.cuda.cudart()
             if int(runtime.cudaHostRegister(slab.memory.data_ptr(), len(slab.memory), 0)) == 0:
-                slab.registered = True
+                # Also where nobody closes this: CUDA refuses the address as long as it is registered.
+                slab.unregister = weakref.finalize(
+                    slab.memory, _unregister, slab.memory.data_ptr(), slab.memory.untyped_storage()
+                )
+                slab.unregister.atexit = False
             else:
                 log.warning(
                     "Could not pin %d MB of host memory; copies from it will be slower.", len(slab.memory) >> 20
@@ -139,6 +143,12 @@ class HostSlabs:
             slab.users = 0
         self.trim()
         self._threads.shutdown()
+
+
+def _unregister(address: int, storage: torch.UntypedStorage) -> None:
+    """Unregister the memory. The argument `storage` keeps it alive until then."""
+    runtime: Any = torch.cuda.cudart()
+    runtime.cudaHostUnregister(address)
 
 
 def _touch(memory: Tensor) -> None:

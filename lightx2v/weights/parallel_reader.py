@@ -47,6 +47,8 @@ STEP = 1 << 20
 """Bytes asked of a disk at once. Between two steps a thread looks whether it should stop."""
 PARTS = 3
 """The page cache is of use if it can hold this many times what is read: a model has two experts and a text encoder."""
+LARGE = 64 << 20
+"""Bytes from which on the page cache matters."""
 
 NO_WAIT = getattr(os, "RWF_NOWAIT", None)
 
@@ -143,7 +145,7 @@ class _Reading:
         cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
         count = min(GPU_THREADS if self.cuda else THREADS, max(2, cores), max(1, -(-total // PIECE)))
         self._pool = ThreadPoolExecutor(count, "lightx2v-read") if count > 1 or self.cuda is not None else None
-        self._let_go = PARTS * total > psutil.virtual_memory().available
+        self._let_go = total > LARGE and PARTS * total > psutil.virtual_memory().available
         self._files: dict[Path, _OpenFile] = {}
         self._lock = threading.Lock()
         self._stop = threading.Event()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import re
 import struct
+import sys
 import threading
 from pathlib import Path
 
@@ -68,3 +69,11 @@ def test_loading_is_cancelled_between_two_tensors(tiny: TinyModels, monkeypatch:
     with pytest.raises(Cancelled):
         LightX2VPipeline.from_config(config, on_progress=stop, cancel=cancel)
     assert not [thread for thread in threading.enumerate() if thread.name.startswith("lightx2v-read")]
+
+
+def test_threads_take_short_turns_while_a_model_loads(tiny: TinyModels, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(load_progress, "EVERY", 0.0)
+    usual, seen = sys.getswitchinterval(), set()
+    config = resolve({"model_path": str(tiny.t2v), "device": "cpu"}, {}).engine
+    LightX2VPipeline.from_config(config, on_progress=lambda _: seen.add(sys.getswitchinterval())).close()
+    assert max(seen) < usual / 5 and sys.getswitchinterval() == usual
