@@ -5,10 +5,11 @@ Nothing is read but headers, with the readers that also load the files. Only thi
 
 from __future__ import annotations
 
+import json
 import math
 import re
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -26,6 +27,7 @@ from ..weights.dit_names import wan_names
 from ..weights.lora_forms import RANKS
 from ..weights.lora_keys import LayerFinder, parse_key
 from ..weights.model_weights import ModelWeights
+from ..weights.safetensors_reader import header_text
 from ..weights.umt5_names import TABLE, is_text_encoder, wan_name
 from ..weights.vae_names import vae_names
 from .found_file import FoundFile
@@ -41,6 +43,8 @@ DTYPES = {
     torch.float16: "fp16",
     torch.float32: "fp32",
 }
+ENOUGH_LAYERS = 24
+"""Layers of a LoRA that tell its rank and width."""
 MAX_BLOCKS = 60
 """Blocks for whose layers a LoRA is looked through; A14B has 40."""
 DISTILLED = re.compile(r"lightx2v|distill|lightning|\d[ _-]?steps?(?![a-z])|rapid|turbo|dmd|lcm|causvid", re.IGNORECASE)
@@ -50,13 +54,29 @@ DISTILLED = re.compile(r"lightx2v|distill|lightning|\d[ _-]?steps?(?![a-z])|rapi
 def describe(path: Path, size: int) -> FoundFile | None:
     """What the file or the folder of shards at `path` is; None for something that has no place in a model here."""
     try:
+        if (lora := _lora(path, size)) is not None:
+            return lora
         checkpoint = open_checkpoint(path)
     except (CheckpointError, OSError):
         return None
-    for recognise in (_lora, _expert, _text_encoder, _vae):
+    for recognise in (_expert, _text_encoder, _vae):
         if (found := recognise(checkpoint, path, size)) is not None:
             return found
     return None
+
+
+def _header(path: Path) -> tuple[Mapping[str, tuple[int, ...]], Mapping[str, Any]]:
+    """Shapes and metadata. Of a safetensors file without the checks of loading: of thousands of LoRAs only the few that
+    are used have to be whole."""
+    if path.suffix.lower() != ".safetensors" or not path.is_file():
+        checkpoint = open_checkpoint(path)
+        return checkpoint.shapes, checkpoint.metadata
+    try:
+        header = json.loads(header_text(path)[0])
+        metadata = header.pop("__metadata__", {})
+        return {name: tuple(entry["shape"]) for name, entry in header.items()}, dict(metadata)
+    except (ValueError, TypeError, LookupError, AttributeError, RecursionError):
+        return {}, {}
 
 
 def _expert(checkpoint: Checkpoint, path: Path, size: int) -> FoundFile | None:
@@ -72,7 +92,7 @@ def _expert(checkpoint: Checkpoint, path: Path, size: int) -> FoundFile | None:
         kind="expert",
         size=size,
         task=TASKS[patch[1]],
-        expert=_expert_of(checkpoint, path),
+        expert=_expert_of(checkpoint.metadata, path),
         quantisation=_quantisation(checkpoint, path),
         distilled=_says_distilled(checkpoint, path),
         width=patch[0],
@@ -107,10 +127,13 @@ def _vae(checkpoint: Checkpoint, path: Path, size: int) -> FoundFile | None:
     return FoundFile(path=path, kind="VAE", size=size, quantisation=_quantisation(checkpoint, path), width=width)
 
 
-def _lora(checkpoint: Checkpoint, path: Path, size: int) -> FoundFile | None:
+def _lora(path: Path, size: int) -> FoundFile | None:
+    shapes, metadata = _header(path)
     finder, ranks, widths = _layers(), Counter[int](), Counter[int]()
     found = False
-    for key, shape in checkpoint.shapes.items():
+    for key, shape in shapes.items():
+        if ranks.total() >= ENOUGH_LAYERS:
+            break
         layer, kind = parse_key(key) or ("", "")
         if (
             kind not in ("down", "diff", "diff_b", *RANKS["hadamard"], *RANKS["kronecker"], "lokr_w2")
@@ -124,14 +147,14 @@ def _lora(checkpoint: Checkpoint, path: Path, size: int) -> FoundFile | None:
             widths[math.prod(shape[1:])] += 1
     if not found:
         return None
-    notes = lora_notes(path, checkpoint.metadata)
-    text = " ".join([path.name, *map(str, checkpoint.metadata.values())])
+    notes = lora_notes(path, metadata)
+    text = " ".join([path.name, *map(str, metadata.values())])
     return FoundFile(
         path=path,
         kind="LoRA",
         size=size,
         task=_task_of(path, notes.trained_for),
-        expert=_expert_of(checkpoint, path),
+        expert=_expert_of(metadata, path),
         distilled=bool(DISTILLED.search(text[:2000])),
         width=widths.most_common(1)[0][0] if widths else 0,
         rank=ranks.most_common(1)[0][0] if ranks else 0,
@@ -150,12 +173,12 @@ def _layers() -> LayerFinder:
     return LayerFinder([f"blocks.{block}.{leaf}.weight" for block in range(MAX_BLOCKS) for leaf in leaves])
 
 
-def _expert_of(checkpoint: Checkpoint, path: Path) -> Expert | None:
+def _expert_of(metadata: Mapping[str, Any], path: Path) -> Expert | None:
     """By the name of the file or its folder, or by its metadata. In diffusers transformer_2 is the low-noise one."""
     if path.is_dir() and path.name in ("transformer", "transformer_2"):
         both = (path.parent / "transformer").is_dir() and (path.parent / "transformer_2").is_dir()
         return ("high" if path.name == "transformer" else "low") if both else None
-    named: Any = expert_of(path) or expert_in(" ".join(map(str, checkpoint.metadata.values())))
+    named: Any = expert_of(path) or expert_in(" ".join(map(str, metadata.values())))
     return named
 
 
