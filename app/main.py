@@ -21,6 +21,7 @@ from lightx2v.config.proxies import use_proxies
 from lightx2v.errors import ConfigError, OutputError, short_path
 from lightx2v.loading import preload
 from lightx2v.server.command import check_port
+from lightx2v.server.guess_limit import GuessLimit
 
 from .backend.studio import Studio
 from .exposure import Exposure, add_flags, decide
@@ -122,6 +123,7 @@ def prepare_environment(output: Path) -> None:
     use_temporary(uploads)
     os.environ["GRADIO_TEMP_DIR"] = str(uploads)
     os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"
+    os.environ.setdefault("FORWARDED_ALLOW_IPS", "")  # uvicorn would believe the X-Forwarded-For of all on loopback
     # Threads that spin while they wait compete with the browser for the cores: with two cores and one other busy
     # program a run of the demo would take two to three times as long.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
@@ -139,16 +141,17 @@ def launch(studio: Studio, *, open_browser: bool = False, mcp: bool = False) -> 
     from .page import build_page
     from .theme import head, theme
     from .web.api_routes import api_routes
-    from .web.limits import page_limits
+    from .web.limits import page_limits, sign_in_limit
     from .web.media_routes import media_routes
 
     exposure = studio.exposure
     origins: set[str] = set()
+    guesses = GuessLimit()
     demo = build_page(studio)
     app_kwargs = {
         "openapi_url": None,  # gradio has its own, behind the password
-        "routes": [*api_routes(studio), *media_routes(studio)],
-        "middleware": [page_limits(exposure, origins)],
+        "routes": [*api_routes(studio, guesses=guesses), *media_routes(studio)],
+        "middleware": [page_limits(exposure, origins), sign_in_limit(guesses)],
     }
     demo.launch(
         server_name=exposure.host, server_port=exposure.port, share=exposure.share, inbrowser=open_browser,

@@ -13,6 +13,7 @@ from starlette.routing import BaseRoute
 from lightx2v.config.presets import Resolved
 from lightx2v.jobs.queue import JobManager
 from lightx2v.server.application import ApiMount, create_app
+from lightx2v.server.guess_limit import GuessLimit
 from lightx2v.server.metrics import Metrics
 from lightx2v.server.service import Service
 
@@ -37,8 +38,10 @@ class OfferedPresets(Mapping[str, Resolved]):
         return len(self._studio.tasks)
 
 
-def api_routes(studio: Studio, variables: Mapping[str, str] = os.environ) -> list[BaseRoute]:
-    """The routes, to mount before gradio's own; [] if this page has no API."""
+def api_routes(
+    studio: Studio, variables: Mapping[str, str] = os.environ, *, guesses: GuessLimit | None = None
+) -> list[BaseRoute]:
+    """The routes, to mount before gradio's own; [] if this page has no API. `guesses` counts wrong keys."""
     exposure = studio.exposure
     keys = [exposure.password, *(key.strip() for key in variables.get("LIGHTX2V_API_KEY", "").split(","))]
     keys = [key for key in keys if key]
@@ -47,4 +50,4 @@ def api_routes(studio: Studio, variables: Mapping[str, str] = os.environ) -> lis
     service = Service(
         studio.jobs, OfferedPresets(studio), check=exposure.limits.check, loras=lambda: studio.offer.catalog.loras
     )
-    return [ApiMount(create_app(service, Metrics(), keys=keys, limits=False))]
+    return [ApiMount(create_app(service, Metrics(), keys=keys, limits=False, guesses=guesses))]

@@ -19,7 +19,6 @@ from lightx2v.errors import BadRequest, LightX2VError
 from lightx2v.jobs.store import Job
 
 from ..backend.studio import Studio, existing
-from ..form.fields import new_seed
 
 KEYS = tuple(name for name in SETTINGS if name != "seed")
 """Keys of the argument `settings`: the seed is an argument of its own."""
@@ -74,7 +73,7 @@ class Endpoints:
                 raise BadRequest(f"settings has no {str(unknown[0])[:60]!r}. It has: {', '.join(KEYS)}.")
             resolved = resolve(studio.offer.content(name), changed)
             own = {"prompt": prompt, "negative_prompt": negative_prompt, "image_path": _uploaded(image)}
-            request = Request(**{**resolved.request, **own, "seed": new_seed() if seed == -1 else seed})
+            request = Request(**{**resolved.request, **own, "seed": seed})
             studio.exposure.limits.check(request)
             job = studio.submit(resolved.engine, request, owner=f"api-{secrets.token_hex(16)}", preset=name)
             return _answer(studio, job)

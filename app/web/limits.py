@@ -1,4 +1,4 @@
-"""The limits of every HTTP request to the page: host name, origin, body size and rate.
+"""The limits of every HTTP request to the page: host name, origin, body size and rate; and of wrong passwords.
 
 gradio accepts any Host header on loopback, which would let a web page elsewhere talk to a server on this machine (DNS
 rebinding), and it limits no size but that of uploaded files.
@@ -9,8 +9,9 @@ from collections.abc import Mapping
 from starlette.datastructures import Headers
 from starlette.middleware import Middleware
 from starlette.responses import PlainTextResponse
-from starlette.types import Scope
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from lightx2v.server.guess_limit import TOO_MANY, WAIT_SECONDS, GuessLimit
 from lightx2v.server.limits import MAX_BODY, RequestLimits, address
 
 from ..exposure import Exposure
@@ -42,6 +43,35 @@ def page_limits(exposure: Exposure, origins: set[str]) -> Middleware:
         client_of=client_of,
         respond=_respond,
     )
+
+
+def sign_in_limit(guesses: GuessLimit) -> Middleware:
+    """Limits how often a password is tried on the page's form, together with the keys of the API."""
+    return Middleware(SignInLimit, guesses=guesses)
+
+
+class SignInLimit:
+    """ASGI middleware: 429 for a POST to gradio's /login after too many wrong passwords."""
+
+    def __init__(self, app: ASGIApp, guesses: GuessLimit) -> None:
+        self._app, self._guesses = app, guesses
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http" or scope["method"] != "POST" or scope["path"].rstrip("/") != "/login":
+            await self._app(scope, receive, send)
+            return
+        peer = address(scope)
+        if not self._guesses.take(peer):
+            headers = {"Retry-After": str(WAIT_SECONDS)}
+            await _respond(429, "Busy", TOO_MANY, headers)(scope, receive, send)
+            return
+
+        async def send_and_note(message: Message) -> None:
+            if message["type"] == "http.response.start" and message["status"] < 400:
+                self._guesses.give_back(peer)
+            await send(message)
+
+        await self._app(scope, receive, send_and_note)
 
 
 def _respond(status: int, kind: str, message: str, headers: Mapping[str, str] | None) -> PlainTextResponse:

@@ -21,6 +21,7 @@ from starlette.types import Receive, Scope, Send
 from .. import __version__
 from ..errors import Busy, LightX2VError
 from .auth import ApiKeyAuth
+from .guess_limit import GuessLimit
 from .limits import RequestLimits, RequestRefused, disk_full
 from .metrics import Metrics, MetricsMiddleware
 from .openapi import complete_schema, error_responses
@@ -39,10 +40,17 @@ PATHS = ("/v1/", "/health", "/ready", "/metrics", "/docs", "/openapi.json")
 
 
 def create_app(
-    service: Service, metrics: Metrics, *, keys: Sequence[str] = (), hosts: Set[str] | None = None, limits: bool = True
+    service: Service,
+    metrics: Metrics,
+    *,
+    keys: Sequence[str] = (),
+    hosts: Set[str] | None = None,
+    limits: bool = True,
+    guesses: GuessLimit | None = None,
 ) -> FastAPI:
     """`keys` are the accepted API keys; without any, every client is accepted. `hosts` are the accepted host names,
-    None for any. Without `limits` the caller checks host, origin, size and rate."""
+    None for any. Without `limits` the caller checks host, origin, size and rate. `guesses` counts wrong keys together
+    with those at other doors of the program."""
     app = FastAPI(
         title="LightX2V",
         version=__version__,
@@ -50,7 +58,7 @@ def create_app(
         redoc_url=None,
         swagger_ui_oauth2_redirect_url=None,
     )
-    app.add_middleware(ApiKeyAuth, keys=keys)
+    app.add_middleware(ApiKeyAuth, keys=keys, guesses=guesses)
     if limits:
         app.add_middleware(RequestLimits, hosts=hosts)
     app.add_middleware(MetricsMiddleware, metrics=metrics)

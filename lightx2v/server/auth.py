@@ -8,12 +8,14 @@ import base64
 import binascii
 import hashlib
 import hmac
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from starlette.datastructures import Headers
 from starlette.requests import Request
 from starlette.types import ASGIApp, Receive, Scope, Send
 
+from .guess_limit import TOO_MANY, WAIT_SECONDS, GuessLimit, is_strong
+from .limits import RequestRefused, address
 from .responses import error_response
 
 OWNER = "lightx2v.owner"
@@ -23,11 +25,15 @@ ANONYMOUS = "api"
 
 
 class ApiKeyAuth:
-    """ASGI middleware: 401 on every route for requests without a valid key. Without `keys` it accepts all requests."""
+    """ASGI middleware: 401 on every route for requests without a valid key. Without `keys` it accepts all requests.
 
-    def __init__(self, app: ASGIApp, keys: Sequence[str] = ()) -> None:
-        self._app = app
-        self._owners = {_digest(key): f"api-{_digest(key).hex()[:16]}" for key in keys}
+    `guesses` limits how often keys are tried that can be guessed; beyond it the response is 429."""
+
+    def __init__(self, app: ASGIApp, keys: Sequence[str] = (), guesses: GuessLimit | None = None) -> None:
+        self._app, self._guesses = app, guesses or GuessLimit()
+        owners = {key: (_digest(key), f"api-{_digest(key).hex()[:16]}") for key in keys}
+        self._strong = dict(owner for key, owner in owners.items() if is_strong(key))
+        self._weak = dict(owner for key, owner in owners.items() if not is_strong(key))
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -36,27 +42,40 @@ class ApiKeyAuth:
             else:  # there are no websocket routes
                 await send({"type": "websocket.close", "code": 1008})
             return
-        owner = self._owner(Headers(scope=scope)) if self._owners else ANONYMOUS
+        try:
+            scope[OWNER] = self._owner(scope) if self._strong or self._weak else ANONYMOUS
+        except RequestRefused as refused:
+            await error_response(*refused.response)(scope, receive, send)
+            return
+        await self._app(scope, receive, send)
+
+    def _owner(self, scope: Scope) -> str:
+        key, peer = _key(Headers(scope=scope)), address(scope)
+        owner = _match(key, self._strong)
+        if owner is None and key and self._weak:
+            if not self._guesses.take(peer):
+                raise RequestRefused(429, "Busy", TOO_MANY, {"Retry-After": str(WAIT_SECONDS)})
+            if (owner := _match(key, self._weak)) is not None:
+                self._guesses.give_back(peer)
         if owner is None:
             message = "This server needs an API key. Send the header Authorization: Bearer KEY."
             headers = {"WWW-Authenticate": 'Basic realm="LightX2V", charset="UTF-8"'}
-            await error_response(401, "Unauthorized", message, headers)(scope, receive, send)
-            return
-        scope[OWNER] = owner
-        await self._app(scope, receive, send)
-
-    def _owner(self, headers: Headers) -> str | None:
-        received = _digest(_key(headers))
-        owner = None
-        for digest, name in self._owners.items():  # compares all, so that the duration reveals nothing
-            if hmac.compare_digest(received, digest):
-                owner = name
+            raise RequestRefused(401, "Unauthorized", message, headers)
         return owner
 
 
 def owner_of(request: Request) -> str:
     """The owner that the request's key stands for."""
     return request.scope[OWNER]
+
+
+def _match(key: str, owners: Mapping[bytes, str]) -> str | None:
+    """The owner of this key. Compares all, so that the duration reveals nothing."""
+    received, owner = _digest(key), None
+    for digest, name in owners.items():
+        if hmac.compare_digest(received, digest):
+            owner = name
+    return owner
 
 
 def _key(headers: Headers) -> str:

@@ -10,6 +10,7 @@ server only with --host and a key (--api_key, or LIGHTX2V_API_KEY, which `ps` do
 import argparse
 import ipaddress
 import logging
+import os
 import socket
 import tempfile
 from collections.abc import Sequence
@@ -109,6 +110,7 @@ def _serve(options: argparse.Namespace, jobs: JobManager, metrics: Metrics, reso
         server_header=False,
         http="h11",  # httptools, used by default if it is installed, accepts endless headers
         limit_concurrency=MAX_CONNECTIONS,
+        forwarded_allow_ips=os.environ.get("FORWARDED_ALLOW_IPS", ""),  # uvicorn would trust whoever is on loopback
     )
     logging.getLogger("uvicorn.error").setLevel(logging.WARNING)
     log.info("Serving %s on http://%s:%d, documentation on /docs", name, options.host, options.port)

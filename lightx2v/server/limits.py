@@ -50,6 +50,13 @@ class RateLimit:
                 self._left.popitem(last=False)
         return allowed
 
+    def give_back(self, client: str) -> None:
+        """Count the client's last request as not sent."""
+        with self._lock:
+            if client in self._left:
+                left, since = self._left[client]
+                self._left[client] = (min(float(self._burst), left + 1), since)
+
 
 class RequestRefused(Exception):
     """A request that breaks a limit. The arguments are those of `Respond`; the message is for the client.
@@ -65,7 +72,8 @@ class RequestRefused(Exception):
 class RequestLimits:
     """ASGI middleware. `hosts` are the accepted Host headers, None for any; `origins` are hosts besides the request's
     own whose pages may send requests, None for any. `body_limit` gives the bytes that a path accepts, `client_of` the
-    name by which clients share the rate limit, and `respond` the form of the error responses."""
+    name by which clients share the rate limit, and `respond` the form of the error responses. A client may have made
+    up the name, so all clients of one address together have ten times the rate."""
 
     def __init__(
         self,
@@ -80,7 +88,7 @@ class RequestLimits:
     ) -> None:
         self._app, self._hosts, self._origins, self._body_seconds = app, hosts, origins, body_seconds
         self._body_limit, self._client_of, self._respond = body_limit, client_of, respond
-        self._rate = RateLimit(20, 100)
+        self._rate, self._address_rate = RateLimit(20, 100), RateLimit(200, 1000)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -114,7 +122,7 @@ class RequestLimits:
         length = headers.get("content-length", "0")
         if not length.isdecimal() or len(length) > 15 or int(length) > limit:
             raise _too_large(limit)
-        if not self._rate.take(self._client_of(scope, headers)):
+        if not (self._rate.take(self._client_of(scope, headers)) and self._address_rate.take(address(scope))):
             message = "Too many requests. Wait a few seconds."
             raise RequestRefused(429, "Busy", message, {"Retry-After": "5"})
 

@@ -20,7 +20,7 @@ DESCRIPTIONS = {
     413: "The body is too large.",
     415: "The body is neither JSON nor a form.",
     422: "Invalid request; the message explains how to fix it.",
-    429: "The queue is full, or there are too many requests.",
+    429: "The queue is full, or there are too many requests or wrong keys.",
     503: "Not available now.",
     507: "The disk is full.",
 }
@@ -30,7 +30,7 @@ _REFERENCE = "#/components/schemas/{model}"
 def error_responses(*statuses: int) -> dict[int | str, dict[str, Any]]:
     """`responses` of a route: these errors, and those that every route has."""
     content = {"application/json": {"schema": {"$ref": _REFERENCE.format(model="ErrorResponse")}}}
-    return {status: {"content": content, "description": DESCRIPTIONS[status]} for status in (401, 403, *statuses)}
+    return {status: {"content": content, "description": DESCRIPTIONS[status]} for status in (401, 403, 429, *statuses)}
 
 
 _VIDEO = {

@@ -108,3 +108,31 @@ def test_a_flood_of_requests_gets_429(locked: Page) -> None:
             answer = eventually(lambda: next((a for a in pool.map(post, range(80)) if a.status_code == 429), None))
         assert "Wait" in answer.text and answer.headers["retry-after"]
         assert eventually(lambda: locked.ask("status", session=session, id=job)["video"]), "the run continues"
+
+
+def test_wrong_passwords_are_counted_at_all_doors_together_and_no_header_helps(locked: Page) -> None:
+    """The last test of this page: for a minute after it nobody can sign in."""
+
+    def tried(number: int) -> int:
+        made_up = {"X-Forwarded-For": f"10.0.0.{number}", "X-Real-IP": f"10.0.1.{number}", "Forwarded": "for=10.0.2.1"}
+        ways: list[dict] = [
+            {"method": "POST", "url": "/login", "data": {"username": "studio", "password": f"wrong {number}"}},
+            {"method": "POST", "url": "/login/", "data": {"username": "studio", "password": f"wrong {number}"}},
+            {"method": "GET", "url": "/v1/videos", "auth": ("studio", f"wrong {number}")},
+            {"method": "GET", "url": "/docs", "headers": {"X-API-Key": f"wrong {number}"}},
+            {"method": "GET", "url": "/metrics", "headers": {"Authorization": f"Bearer wrong {number}"}},
+        ]
+        way = ways[number % len(ways)]
+        return locked.http.request(**{**way, "headers": {**made_up, **way.get("headers", {})}}).status_code
+
+    with ThreadPoolExecutor(8) as pool:
+        codes = list(pool.map(tried, range(60)))
+    refused = [code for code in codes if code in (400, 401)]
+    assert len(refused) <= 12 and set(codes) <= {400, 401, 429}, "ten, and those of the seconds that this took"
+    right = {"username": "studio", "password": password(locked)}
+    # The limit on requests of all kinds, which says to wait a few seconds, may hold as well.
+    answer = eventually(lambda: "Wait a minute" in (a := locked.http.post("/login", data=right)).text and a)
+    assert answer.status_code == 429 and answer.headers["retry-after"] == "60"
+    answer = locked.http.get("/v1/videos", auth=("studio", password(locked)))
+    assert answer.status_code == 429 and answer.json()["error"]["type"] == "Busy"
+    assert locked.http.get("/").status_code == 200 and locked.http.get("/v1/videos").status_code == 401

@@ -24,7 +24,7 @@ from schemathesis.specs.openapi.checks import (
 )
 from served import I2V, T2V, serve
 
-KEY = "a-key-of-some-length"
+KEY = "8f14e45fceea167a5a36dedd4bea2543"
 KNOWN = "known"
 """The client's own id of a job that is there."""
 
