@@ -30,6 +30,8 @@ class Limits:
     batch: int = 20
     """Jobs that one click may queue."""
     upload: int = 200 * MEGABYTE
+    kept: int = 1000 * MEGABYTE
+    """Bytes of one visitor's uploads that stay on the disk."""
 
     def check(self, request: Request) -> None:
         """Raises BadRequest, naming the limit, for a request that exceeds one."""
@@ -46,7 +48,9 @@ class Limits:
             )
 
 
-PUBLIC_LIMITS = Limits(prompt=2000, area=1280 * 720, frames=81, steps=50, queue=10, batch=4, upload=32 * MEGABYTE)
+PUBLIC_LIMITS = Limits(
+    prompt=2000, area=1280 * 720, frames=81, steps=50, queue=10, batch=4, upload=32 * MEGABYTE, kept=128 * MEGABYTE
+)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -3,14 +3,24 @@
 Before the page moves to another version of gradio, run that test, and then name the version in it.
 """
 
+import logging
+import traceback
 from abc import ABCMeta
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import gradio as gr
+from gradio import route_utils
 from gradio.components import Component
 from gradio.context import Context, LocalContext
+from gradio.state_holder import SessionState
+from starlette.formparsers import MultiPartException
 from starlette.requests import Request
+
+from lightx2v.errors import one_line
+
+log = logging.getLogger("lightx2v.page")
 
 
 def tolerant(kind: type[Component], preprocess: Callable[[Any, Any], Any]) -> Any:
@@ -46,6 +56,68 @@ def merge_updates(label: Any, value: Any) -> Any:
     if not (isinstance(value, dict) and value.get("__type__") == "update"):
         value = {"value": value}
     return {**label, **value}
+
+
+REFUSED = "lightx2v.refused"
+"""The key in an ASGI scope of a list that is filled once gradio has failed on the request's event by itself."""
+_HANDLERS = ("app.backend.", "app.events.", "app.form.", "app.views.", "app.web.gradio_api", "lightx2v.")
+"""Modules that handle events. Those of lightx2v.server are middleware around them."""
+
+
+def fails_by_itself(error: BaseException) -> bool:
+    """Whether an exception came from gradio before any handler of ours was called: then the request is at fault, and
+    one line in the log says how."""
+    for frame, _ in traceback.walk_tb(error.__traceback__):
+        name = str(frame.f_globals.get("__name__"))
+        if name.startswith(_HANDLERS) and not name.startswith("lightx2v.server."):
+            return False
+    log.warning("a request was refused: %s", one_line(f"{type(error).__name__}: {error}"[:200]))
+    return True
+
+
+def refuse_forged_events() -> None:
+    """Make gradio refuse an event whose values it fails on, in one line. It would print a traceback."""
+    process = route_utils.call_process_api
+
+    async def process_or_refuse(app: Any, body: Any, *more: Any, **options: Any) -> Any:
+        try:
+            return await process(app, body, *more, **options)
+        except gr.Error:
+            raise
+        except Exception as error:
+            if not fails_by_itself(error):
+                raise
+            if body.request is not None:
+                body.request.scope.get(REFUSED, []).append(error)
+            raise gr.Error("The request does not fit this page. Reload it.", print_exception=False) from None
+
+    route_utils.call_process_api = process_or_refuse
+
+
+def keep_no_sent_values() -> None:
+    """Forget the values that an event has sent. gradio keeps a copy of every component and of its last value in each
+    session, half a megabyte and more, for links to a page in its present state, which this page does not have."""
+    SessionState._update_value_in_config = lambda self, key, value: self.config_values.clear()
+
+
+def clean_up_failed_uploads() -> None:
+    """Make gradio refuse uploads that are no files in the field `files`, and remove the parts of every one that fails.
+    It would answer 500 or nothing to some, and leave the parts on the disk."""
+    parse = route_utils.GradioMultiPartParser.parse
+
+    async def parse_or_clean(self: Any) -> Any:
+        try:
+            form = await parse(self)
+            if not form or any(key != "files" or isinstance(value, str) for key, value in form.multi_items()):
+                raise MultiPartException("The upload has no file, or a field that is not files. Send files=@FILE.")
+            return form
+        except BaseException:
+            for file in self._files_to_close_on_error:
+                file.close()
+                Path(file.name).unlink(missing_ok=True)
+            raise
+
+    route_utils.GradioMultiPartParser.parse = parse_or_clean
 
 
 def signed_in(request: Request) -> bool:

@@ -136,22 +136,35 @@ def prepare_environment(output: Path) -> None:
 
 def launch(studio: Studio, *, open_browser: bool = False, mcp: bool = False) -> Any:
     """Serves the page in the background; returns gradio's Blocks with `local_url` and `share_url`."""
+    from starlette.middleware import Middleware
+
     from lightx2v.server.http_server import bound_connections, room_for_connections
 
+    from .gradio_compat import clean_up_failed_uploads, keep_no_sent_values, refuse_forged_events
     from .page import build_page
     from .theme import head, theme
     from .web.api_routes import api_routes
-    from .web.limits import page_limits, sign_in_limit
+    from .web.forged_events import ForgedEvents
+    from .web.limits import page_limits, sign_in_limit, upload_limit
     from .web.media_routes import media_routes
+    from .web.uploads import remove_leftovers
 
     exposure = studio.exposure
     origins: set[str] = set()
     guesses = GuessLimit()
+    for change in (refuse_forged_events, keep_no_sent_values, clean_up_failed_uploads):
+        change()
+    remove_leftovers(Path(os.environ["GRADIO_TEMP_DIR"]))
     demo = build_page(studio)
     app_kwargs = {
         "openapi_url": None,  # gradio has its own, behind the password
         "routes": [*api_routes(studio, guesses=guesses), *media_routes(studio)],
-        "middleware": [page_limits(exposure, origins), sign_in_limit(guesses)],
+        "middleware": [
+            page_limits(exposure, origins),
+            sign_in_limit(guesses),
+            upload_limit(exposure),
+            Middleware(ForgedEvents),
+        ],
     }
     demo.launch(
         server_name=exposure.host, server_port=exposure.port, share=exposure.share, inbrowser=open_browser,

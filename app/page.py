@@ -38,7 +38,7 @@ def build_page(studio: Studio) -> gr.Blocks:
     def part(name: str, js: str = JS_ACT, elem_id: str = "") -> None:
         parts[name] = gr.HTML(apply_default_css=False, elem_id=elem_id or name, js_on_load=js)
 
-    with gr.Blocks(title=words("title"), analytics_enabled=False, fill_width=True, delete_cache=(3600, 86400)) as page:
+    with gr.Blocks(title=words("title"), analytics_enabled=False, fill_width=True, delete_cache=(600, 3600)) as page:
         versions = gr.JSON({}, visible=False, elem_id="versions")  # first, to be the first value of every event
         stored = gr.BrowserState({}, storage_key=STORAGE, secret=_storage_secret(studio.folder))
         state = gr.State(PageState())

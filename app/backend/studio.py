@@ -4,6 +4,7 @@ One Studio serves all visitors. To list, see or change a visitor's runs the call
 their browser keeps.
 """
 
+import contextlib
 import hashlib
 import json
 import logging
@@ -290,6 +291,12 @@ class Studio:
         token = secrets.token_urlsafe(24)
         _remember(self._uploads, token, path)
         return token
+
+    def keep_alive(self, *paths: str | Path | None) -> None:
+        """Touch uploads that a page shows, so that they do not count as unused."""
+        for path in filter(None, paths):
+            with contextlib.suppress(OSError, ValueError):
+                os.utime(path)
 
     def uploaded_video(self, token: str) -> Path | None:
         path = self._uploads.get(token)

@@ -165,7 +165,7 @@ class PageEvent:
     def refuse(self, error: LightX2VError) -> None:
         """Show the error in place of the cost until the fields change."""
         message = self.words(error.key) if isinstance(error, Unfilled) else str(error)
-        self.state.problem = message, self._typed
+        self.state.problem = message, _digest(self._typed)
 
     def submit(self, preset: str, config: EngineConfig, request: Request) -> Job:
         """Queue a run of this session."""
@@ -215,6 +215,7 @@ class PageEvent:
         """The fields that the handler filled in, the parts that are out of date on the page, what the browser stores,
         and the interval of the timer."""
         data, page = self.data, self.page
+        self.studio.keep_alive(*self.state.pictures.values(), self.studio.uploaded_video(self.session.uploaded))
         view = build_view(self.studio, self.session)
         self.session = self.state.session = view.session
         words, inputs = self.words, self.inputs
@@ -267,18 +268,19 @@ class PageEvent:
         return {name: value for name, value in self.values.items() if name in self.page.typed}
 
     def _problem(self) -> str:
-        if self.state.problem is not None and self.state.problem[1] != self._typed:
+        if self.state.problem is not None and self.state.problem[1] != _digest(self._typed):
             self.state.problem = None
         return self.state.problem[0] if self.state.problem is not None else ""
 
     def _stored(self) -> dict[str, Any]:
         """For the browser: the session, and the fields once the visitor has changed them; pictures stay here."""
         form = self._typed
+        digest = _digest(form)
         if self.state.untouched is None:
-            self.state.untouched = form
+            self.state.untouched = digest
         before = self.data[self.page.stored]
         known = isinstance(before, dict) and "form" in before
-        return self.session.to_json() | ({"form": form} if known or form != self.state.untouched else {})
+        return self.session.to_json() | ({"form": form} if known or digest != self.state.untouched else {})
 
     def _button(self, words: Words) -> str:
         if self.session.editing:
@@ -289,6 +291,10 @@ class PageEvent:
         videos = values["videos"] if isinstance(values["videos"], (int, float)) else 1
         count = max(1, lines) * max(1, int(videos))
         return words("generate") if count == 1 else words("generate_n", n=count)
+
+
+def _digest(values: Mapping[str, Any]) -> str:
+    return hashlib.sha256(repr(sorted(values.items())).encode("utf-8", "surrogatepass")).hexdigest()
 
 
 def refreshed(event: PageEvent) -> None:

@@ -12,7 +12,7 @@ Events of a page cross: one that left the browser early may be answered late, an
 """
 
 import threading
-from typing import Any, Self
+from typing import Self
 
 from ..backend.session import Session
 
@@ -26,12 +26,12 @@ class PageState:
         self.session: Session | None = None
         self.pictures: dict[str, str | None] = {}
         """Paths of the chosen pictures, by field: too large to send with every event."""
-        self.problem: tuple[str, dict[str, Any]] | None = None
-        """An error message and the field values it belongs to: shown until the fields change."""
+        self.problem: tuple[str, str] | None = None
+        """An error message and the digest of the field values it belongs to: shown until the fields change."""
         self.catalog = 0
         """The version of the catalogue whose files the page offers."""
-        self.untouched: dict[str, Any] | None = None
-        """The field values when the page opened."""
+        self.untouched: str | None = None
+        """The digest of the field values when the page opened. The values of a forged event may be large."""
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Self:
         return type(self)()

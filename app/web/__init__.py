@@ -1,1 +1,1 @@
-"""The page's HTTP: its API, media files and limits."""
+"""The page's HTTP: its API, media files, uploads and limits."""

@@ -8,6 +8,7 @@ import secrets
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
+from types import UnionType
 from typing import Any
 
 import gradio as gr
@@ -15,7 +16,7 @@ import gradio as gr
 from lightx2v.config.presets import resolve
 from lightx2v.config.request import Request
 from lightx2v.config.request_settings import SETTINGS
-from lightx2v.errors import BadRequest, LightX2VError
+from lightx2v.errors import BadRequest, LightX2VError, quoted
 from lightx2v.jobs.store import Job
 
 from ..backend.studio import Studio, existing
@@ -61,6 +62,8 @@ class Endpoints:
         """
         studio = self._studio
         with _public_errors():
+            _check_types(prompt=(prompt, str), preset=(preset, str), negative_prompt=(negative_prompt, str))
+            _check_types(settings=(settings, dict | None), image=(image, dict | None))
             name = preset or studio.default_preset
             if name not in studio.tasks:
                 raise BadRequest(f"There is no preset {name[:60]!r}. Ask `presets` for their names.")
@@ -85,6 +88,7 @@ class Endpoints:
             id: The id that `generate` returned.
         """
         with _public_errors():
+            _check_types(id=(id, str))
             return _answer(self._studio, self._studio.jobs.get(id))
 
     def cancel(self, id: str) -> dict:
@@ -94,6 +98,7 @@ class Endpoints:
             id: The id that `generate` returned.
         """
         with _public_errors():
+            _check_types(id=(id, str))
             return _answer(self._studio, self._studio.jobs.cancel(id))
 
     def presets(self) -> list[dict]:
@@ -115,6 +120,13 @@ def _public_errors() -> Iterator[None]:
         yield
     except LightX2VError as error:
         raise gr.Error(str(error), print_exception=False) from None
+
+
+def _check_types(**values: tuple[Any, type | UnionType]) -> None:
+    """gradio passes on whatever JSON a caller has sent."""
+    for name, (value, kind) in values.items():
+        if not isinstance(value, kind):
+            raise BadRequest(f"{name} is {quoted(value)}; expected {'a text' if kind is str else 'an object'}.")
 
 
 def _answer(studio: Studio, job: Job) -> dict[str, Any]:

@@ -4,17 +4,18 @@ gradio accepts any Host header on loopback, which would let a web page elsewhere
 rebinding), and it limits no size but that of uploaded files.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable
 
 from starlette.datastructures import Headers
 from starlette.middleware import Middleware
-from starlette.responses import PlainTextResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from lightx2v.server.guess_limit import TOO_MANY, WAIT_SECONDS, GuessLimit
 from lightx2v.server.limits import MAX_BODY, RequestLimits, address
 
 from ..exposure import Exposure
+from .forged_events import respond
+from .uploads import UploadLimit, Uploads
 
 MAX_JSON = 1_000_000
 
@@ -30,19 +31,32 @@ def page_limits(exposure: Exposure, origins: set[str]) -> Middleware:
             return MAX_BODY
         return exposure.limits.upload + MAX_JSON if path.rstrip("/").endswith("/upload") else MAX_JSON
 
-    def client_of(scope: Scope, headers: Headers) -> str:
-        """Behind Spaces or a share link all requests come from one proxy, which names the client's address."""
-        forwarded = headers.get("x-forwarded-for", "") if exposure.hosted or exposure.share else ""
-        return forwarded.partition(",")[0].strip()[:64] or address(scope)
-
     return Middleware(
         RequestLimits,
         hosts=exposure.hosts,
         origins=None if exposure.hosted else origins,
         body_limit=body_limit,
-        client_of=client_of,
-        respond=_respond,
+        client_of=visitor_of(exposure),
+        respond=respond,
     )
+
+
+def visitor_of(exposure: Exposure) -> Callable[[Scope, Headers], str]:
+    """A function that names who sends a request. Behind Spaces or a share link all requests come from one proxy, which
+    names the visitor's address; a visitor may forge it, so no secret depends on it."""
+
+    def visitor(scope: Scope, headers: Headers) -> str:
+        forwarded = headers.get("x-forwarded-for", "") if exposure.hosted or exposure.share else ""
+        return forwarded.partition(",")[0].strip()[:64] or address(scope)
+
+    return visitor
+
+
+def upload_limit(exposure: Exposure) -> Middleware:
+    """Bounds the bytes of each visitor's uploads."""
+    limits = exposure.limits
+    largest = limits.upload + MAX_JSON
+    return Middleware(UploadLimit, uploads=Uploads(limits.kept), visitor_of=visitor_of(exposure), largest=largest)
 
 
 def sign_in_limit(guesses: GuessLimit) -> Middleware:
@@ -63,7 +77,7 @@ class SignInLimit:
         peer = address(scope)
         if not self._guesses.take(peer):
             headers = {"Retry-After": str(WAIT_SECONDS)}
-            await _respond(429, "Busy", TOO_MANY, headers)(scope, receive, send)
+            await respond(429, "Busy", TOO_MANY, headers)(scope, receive, send)
             return
 
         async def send_and_note(message: Message) -> None:
@@ -72,7 +86,3 @@ class SignInLimit:
             await send(message)
 
         await self._app(scope, receive, send_and_note)
-
-
-def _respond(status: int, kind: str, message: str, headers: Mapping[str, str] | None) -> PlainTextResponse:
-    return PlainTextResponse(message, status_code=status, headers=headers)

@@ -14,6 +14,7 @@ from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from starlette.datastructures import URLPath
 from starlette.exceptions import HTTPException
+from starlette.requests import ClientDisconnect
 from starlette.responses import PlainTextResponse, RedirectResponse, Response
 from starlette.routing import BaseRoute, Match, NoMatchFound
 from starlette.types import Receive, Scope, Send
@@ -134,6 +135,11 @@ def _add_error_handlers(app: FastAPI, service: Service) -> None:
     def full_disk(request: Request, error: OSError) -> Response:
         """Images pass through the folder for temporary files, which may be on another disk than the videos."""
         return error_response(*disk_full(error).response)
+
+    @app.exception_handler(ClientDisconnect)
+    def gone(request: Request, error: ClientDisconnect) -> Response:
+        """Nobody hears the answer to a request whose client has left in the middle of it."""
+        return Response(status_code=400)
 
     @app.exception_handler(Exception)
     def unknown_error(request: Request, error: Exception) -> Response:

@@ -13,6 +13,7 @@ from collections import OrderedDict
 from collections.abc import Callable, Mapping, Set
 
 from starlette.datastructures import Headers
+from starlette.requests import ClientDisconnect
 from starlette.responses import Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
@@ -105,6 +106,8 @@ class RequestLimits:
             limit = self._body_limit(scope["path"])
             self._check(scope, Headers(scope=scope), limit)
             await self._app(scope, bounded(receive, limit, self._body_seconds), send_and_note)
+        except ClientDisconnect:  # nobody to answer
+            return
         except (RequestRefused, OSError) as error:
             if started and isinstance(error, OSError):
                 raise

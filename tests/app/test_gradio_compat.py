@@ -17,6 +17,7 @@ from typing import Any
 
 import gradio as gr
 import pytest
+from gradio import blocks, queueing, route_utils, routes
 from gradio.context import LocalContext
 from gradio.routes import App
 from gradio.state_holder import SessionState
@@ -102,7 +103,17 @@ def test_the_session_cookie_is_gradios(prefix: str) -> None:
     assert signed_in(request("secret")) and not signed_in(request("guessed"))
 
 
-PRIVATE = {"_data", "cookie_id", "tokens", "_id", "Context", "LocalContext", "ABCMeta"}
+def test_gradio_calls_what_is_replaced_under_the_name_that_is_replaced() -> None:
+    """What the replacements do is tested on a launched page, in test_app_forged.py and test_app_uploads.py."""
+    for module in (routes, queueing):
+        assert "route_utils.call_process_api(" in inspect.getsource(module)
+    assert "state._update_value_in_config(" in inspect.getsource(blocks)
+    assert "self._files_to_close_on_error.append(" in inspect.getsource(route_utils.GradioMultiPartParser)
+    assert 'form.getlist("files")' in inspect.getsource(route_utils.upload_fn)
+
+
+PRIVATE = {"call_process_api", "_update_value_in_config", "GradioMultiPartParser", "_files_to_close_on_error"}
+PRIVATE |= {"_data", "cookie_id", "tokens", "_id", "Context", "LocalContext", "ABCMeta"}
 
 
 def test_no_other_file_touches_gradios_private_parts() -> None:

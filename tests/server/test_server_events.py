@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import shutil
+import socket
 import threading
 import time
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
 import pytest
 from fake_engine import Garage, Script
-from patience import PATIENCE
+from patience import PATIENCE, eventually
 from served import listening, serve
 
 from lightx2v.server import event_stream as events
@@ -115,6 +118,33 @@ def test_after_a_restart_states_are_known_and_ids_continue_beyond_the_lost_steps
         headers = {"Last-Event-ID": str(before[-1].id)}
         resumed = parsed(served.client.get(f"/v1/videos/{id}/events", headers=headers).text)
         assert [kind for _, kind, _ in resumed] == ["state", "video"], "the client hears of the interruption"
+
+
+def test_of_three_hundred_streams_at_once_exactly_the_allowed_number_is_let_in(tmp_path: Path) -> None:
+    """And all of their places are free again, also those of clients that left before the first line."""
+    hold = threading.Event()
+    garage = Garage(script={"hold": Script(hold=hold)})
+    with serve(tmp_path, garage) as served, listening(served) as client:
+        id = served.submit("hold")
+        assert garage.started.wait(PATIENCE)
+        address = (client.base_url.host, client.base_url.port)
+        request = f"GET /v1/videos/{id}/events HTTP/1.1\r\nHost: 127.0.0.1\r\n\r\n".encode()
+
+        def statuses(count: int) -> list[bytes]:
+            """Of streams that are asked for at the same moment and left open until all have an answer."""
+            with contextlib.ExitStack() as stack:
+                opened = [stack.enter_context(socket.create_connection(address, PATIENCE)) for _ in range(count)]
+                for connection in opened:
+                    connection.sendall(request)
+                return [connection.recv(12)[9:] for connection in opened]
+
+        assert Counter(statuses(300)) == {b"200": events.MAX_STREAMS, b"429": 300 - events.MAX_STREAMS}
+        for _ in range(3):
+            for _ in range(50):
+                with socket.create_connection(address, PATIENCE) as connection:
+                    connection.sendall(request)
+        assert eventually(lambda: statuses(events.MAX_STREAMS).count(b"200") == events.MAX_STREAMS)
+        hold.set()
 
 
 def test_too_many_streams_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,0 +1,130 @@
+"""Requests to gradio's own API as no browser sends them: refused in one line each, and nothing of them is kept."""
+
+from __future__ import annotations
+
+import json
+import secrets
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+from page_events import Keyboard
+from patience import eventually
+from studio_app import LEAKS, Page
+
+pytestmark = pytest.mark.multi
+
+FILE = {"_type": "gradio.FileData"}
+PATHS: list[Any] = [
+    *(
+        {"path": path, "meta": FILE}
+        for path in ("/etc/passwd", "../jobs.sqlite", "/proc/self/mem", "http://127.0.0.1:1/a.png", "a\0b", "\ud83d")
+    ),
+    {"path": "x" * 5000, "meta": FILE},
+    {"path": "data:image/png;base64,AAAA", "meta": FILE},
+    {"url": "http://127.0.0.1:1/a.png", "meta": FILE},
+    [{"path": "/etc/passwd", "meta": FILE}],
+    {"x": {"y": [{"path": "/etc/passwd", "meta": FILE}]}},
+    {"__type__": "update", "value": {"path": "/etc/passwd", "meta": FILE}},
+]
+
+
+def post(page: Page, path: str, body: Any) -> httpx.Response:
+    text = body if isinstance(body, bytes) else json.dumps(body).encode()
+    headers = {"Content-Type": "application/json"}
+    return eventually(
+        lambda: (r := page.http.post(f"/gradio_api/{path}", content=text, headers=headers)).status_code != 429 and r
+    )
+
+
+def said_by(page: Page, answer: Any) -> list[str]:
+    """Warnings and tracebacks in the log since `answer` was asked for."""
+    before = len(page.said)
+    answer()
+    return [
+        line for line in page.said[before:].splitlines() if "WARNING" in line or line.startswith(("Traceback", "ERROR"))
+    ]
+
+
+@pytest.mark.parametrize("value", PATHS, ids=lambda value: str(value)[:40].encode("ascii", "replace").decode())
+def test_a_path_in_place_of_any_value_is_refused_in_one_line(page: Page, keyboard: Keyboard, value: Any) -> None:
+    event = keyboard.event("generate", "click")
+    wrong = []
+    for place in range(0, len(event["inputs"]), 7):
+        data = [keyboard.components()[id]["props"].get("value") for id in event["inputs"]]
+        data[place] = value
+        body = {"data": data, "fn_index": event["id"], "session_hash": secrets.token_hex(6), "event_data": value}
+        answers: list[httpx.Response] = []
+        lines = said_by(page, lambda body=body, answers=answers: answers.append(post(page, "run/predict", body)))
+        answer = answers[0]
+        refused = answer.status_code == 422 and len(lines) == 1 and "a request was refused: " in lines[0]
+        if not (refused or answer.status_code == 200 and not lines) or len("".join(lines)) > 400:
+            wrong.append((place, answer.status_code, lines))
+        assert not LEAKS.search(answer.text)
+    assert not wrong
+
+
+@pytest.mark.parametrize(
+    ("path", "body"),
+    [
+        ("run/predict", {"data": [], "fn_index": 2}),
+        ("run/predict", {"data": [], "fn_index": 10**9}),
+        ("run/predict", {"data": "x", "fn_index": 2}),
+        ("queue/join", {"data": [], "fn_index": 10**9, "session_hash": "s"}),
+        ("call/nothing", {"data": []}),
+        ("call/v2/nothing", {}),
+        ("call/v2/generate", {}),
+        ("call/v2/generate", {"prompt": "x", "meta": FILE}),
+        ("api/nothing", {"data": []}),
+        ("cancel", b'{"data":[1e999]}'),
+        ("reset", b'{"data":[1e999]}'),
+        ("component_server", {"component_id": 10**9, "fn_name": "x", "data": [], "session_hash": "s"}),
+    ],
+    ids=str,
+)
+def test_events_that_do_not_exist_or_do_not_fit_are_refused(page: Page, path: str, body: Any) -> None:
+    answers: list[httpx.Response] = []
+    lines = said_by(page, lambda: answers.append(post(page, path, body)))
+    assert 400 <= answers[0].status_code < 500, answers[0].text[:300]
+    assert len(lines) <= 1 and "Traceback" not in str(lines) and not LEAKS.search(answers[0].text)
+
+
+@pytest.mark.parametrize(
+    "wrong", [[], {}, 7, True, [["x"]], {"path": 7}, "x" * 5000], ids=lambda wrong: str(wrong)[:20]
+)
+def test_the_four_endpoints_refuse_values_of_a_wrong_type_by_name(page: Page, wrong: Any) -> None:
+    calls: list[tuple[str, dict[str, Any]]] = [("status", {"id": wrong}), ("cancel", {"id": wrong})]
+    calls += [("generate", {"prompt": "x", name: wrong}) for name in ("preset", "image", "settings", "negative_prompt")]
+    before = page.said.count("Traceback")
+    for endpoint, values in calls:
+        if values.get("settings") == {}:
+            continue  # which is none
+        event = post(page, f"call/v2/{endpoint}", values).json().get("event_id")
+        answer = page.http.get(f"/gradio_api/call/{endpoint}/{event}").text
+        assert "event: error" in answer or values.get("image") == {} or values.get("negative_prompt"), (
+            endpoint,
+            values,
+        )
+        assert not LEAKS.search(answer) and len(answer) < 6000
+    assert page.said.count("Traceback") == before
+
+
+def resident(page: Page) -> int:
+    status = Path(f"/proc/{page.process.pid}/status").read_text()
+    return int(status.split("VmRSS:")[1].split()[0]) // 1024
+
+
+@pytest.mark.slow
+def test_nothing_of_what_was_sent_stays_in_memory(page: Page, keyboard: Keyboard) -> None:
+    """A megabyte from each of sixty pages: kept as text, they would take sixty, and as lists several times that."""
+
+    def send(count: int) -> None:
+        for _ in range(count):
+            keyboard.answer("generate", "click", prompt="x" * 400_000, negative_prompt="y" * 400_000)
+            keyboard.answer("timer", "tick", prompt=[[[number]] for number in range(60_000)])
+
+    send(5)  # what one of them takes while it is handled
+    before = resident(page)
+    send(30)
+    assert resident(page) - before < 30, "MB: a quarter of one for every page that was opened, and no more"
