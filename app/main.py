@@ -154,7 +154,7 @@ def launch(studio: Studio, *, open_browser: bool = False, mcp: bool = False) -> 
     guesses = GuessLimit()
     for change in (refuse_forged_events, keep_no_sent_values, clean_up_failed_uploads):
         change()
-    remove_leftovers(Path(os.environ["GRADIO_TEMP_DIR"]))
+    remove_leftovers(studio.folder / "uploads")
     demo = build_page(studio)
     app_kwargs = {
         "openapi_url": None,  # gradio has its own, behind the password
