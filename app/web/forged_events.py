@@ -13,7 +13,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from lightx2v.server.limits import RequestRefused
 
-from ..gradio_compat import REFUSED, fails_by_itself
+from ..gradio_compat import FAILURES, REFUSED, fails_by_itself
 
 MESSAGE = "The request does not fit this page. Reload the page, or call the endpoints that /gradio_api/info lists."
 
@@ -43,7 +43,7 @@ class ForgedEvents:
             raise
         except ClientDisconnect:
             return
-        except Exception as error:
+        except FAILURES as error:
             if started or not fails_by_itself(error):
                 raise
             await respond(422, "BadRequest", MESSAGE)(scope, receive, send)

@@ -1,10 +1,9 @@
-"""Requests to gradio's own API as no browser sends them: refused in one line each, and nothing of them is kept."""
+"""Requests to gradio's own API as no browser sends them: refused in one line each."""
 
 from __future__ import annotations
 
 import json
 import secrets
-from pathlib import Path
 from typing import Any
 
 import httpx
@@ -108,23 +107,3 @@ def test_the_four_endpoints_refuse_values_of_a_wrong_type_by_name(page: Page, wr
         )
         assert not LEAKS.search(answer) and len(answer) < 6000
     assert page.said.count("Traceback") == before
-
-
-def resident(page: Page) -> int:
-    status = Path(f"/proc/{page.process.pid}/status").read_text()
-    return int(status.split("VmRSS:")[1].split()[0]) // 1024
-
-
-@pytest.mark.slow
-def test_nothing_of_what_was_sent_stays_in_memory(page: Page, keyboard: Keyboard) -> None:
-    """A megabyte from each of sixty pages: kept as text, they would take sixty, and as lists several times that."""
-
-    def send(count: int) -> None:
-        for _ in range(count):
-            keyboard.answer("generate", "click", prompt="x" * 400_000, negative_prompt="y" * 400_000)
-            keyboard.answer("timer", "tick", prompt=[[[number]] for number in range(60_000)])
-
-    send(5)  # what one of them takes while it is handled
-    before = resident(page)
-    send(30)
-    assert resident(page) - before < 30, "MB: a quarter of one for every page that was opened, and no more"

@@ -23,7 +23,15 @@ from gradio.routes import App
 from gradio.state_holder import SessionState
 from starlette.requests import Request
 
-from app.gradio_compat import forget_copies, merge_updates, newest_component, payload, signed_in, tolerant
+from app.gradio_compat import (
+    forget_copies,
+    keep_no_sent_values,
+    merge_updates,
+    newest_component,
+    payload,
+    signed_in,
+    tolerant,
+)
 
 ROOT = Path(__file__).parents[2]
 TESTED = "6.31"
@@ -101,6 +109,17 @@ def test_the_session_cookie_is_gradios(prefix: str) -> None:
     assert signed_in(request("anything")), "without a password everyone is in"
     app.auth = SimpleNamespace()
     assert signed_in(request("secret")) and not signed_in(request("guessed"))
+
+
+def test_a_session_forgets_what_an_event_has_sent(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A megabyte in each of five hundred sessions took as much memory as all else."""
+    monkeypatch.setattr(SessionState, "_update_value_in_config", SessionState._update_value_in_config)
+    session: Any = SimpleNamespace(config_values={5: {"props": {}}})
+    SessionState._update_value_in_config(session, 5, "what was sent")
+    assert session.config_values == {5: {"props": {"value": "what was sent"}}}
+    keep_no_sent_values()
+    SessionState._update_value_in_config(session, 5, "what was sent")
+    assert not session.config_values
 
 
 def test_gradio_calls_what_is_replaced_under_the_name_that_is_replaced() -> None:
