@@ -12,7 +12,7 @@ Events of a page cross: one that left the browser early may be answered late, an
 """
 
 import threading
-from typing import Self
+from typing import Any, Self
 
 from ..backend.session import Session
 
