@@ -8,11 +8,14 @@ from pathlib import Path
 
 import pytest
 import torch
+from gguf_files import quantised, write_gguf
 from model_tree import DEMO, I2V, LORA, T2V, put, style_lora
 from safetensors.torch import load_file, save_file
 
+from lightx2v.catalog.catalog import Catalog
 from lightx2v.catalog.describe import describe
 from lightx2v.catalog.found_file import FoundFile
+from lightx2v.catalog.scan import scan
 
 EXPERT = "diffusion_pytorch_model.safetensors"
 
@@ -143,3 +146,19 @@ def test_diffusers_folders_are_the_two_experts(tmp_path: Path) -> None:
     for folder, expert in (("transformer", "high"), ("transformer_2", "low")):
         shutil.copytree(T2V / f"{expert}_noise_model", tmp_path / folder)
     assert [described(tmp_path / name).expert for name in ("transformer", "transformer_2")] == ["high", "low"]
+
+
+def test_a_gguf_pair_makes_a_model_of_its_mix(tmp_path: Path) -> None:
+    for half in ("high", "low"):
+        tensors = load_file(T2V / f"{half}_noise_model" / EXPERT)
+        blocks = {
+            name: quantised(tensor, "Q8_0") if name.startswith("blocks.") and tensor.dim() == 2 else tensor.float()
+            for name, tensor in tensors.items()
+        }
+        write_gguf(tmp_path / f"Wan2.2-T2V-{half.title()}Noise-Q8_0.gguf", blocks)
+    found = Catalog(scan([tmp_path]))
+    model = found.models["Wan2.2-T2V-Q8_0"]
+    assert (model.high.quantisation, model.high.gguf, model.high.problem) == ("Q8_0", True, "")
+    engine = model.resolved().engine
+    assert (engine.dit_quantized, engine.dit_quant_scheme) == (True, "gguf-Q8_0")
+    assert engine.high_noise_quantized_ckpt == str(tmp_path / "Wan2.2-T2V-HighNoise-Q8_0.gguf")
