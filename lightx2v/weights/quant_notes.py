@@ -67,7 +67,8 @@ def read_notes(
     for name, ours in names.items():
         if ours.endswith(NOTE):
             weight = ours.removesuffix(NOTE) + ".weight"
-            if checkpoint.dtypes[name] is not torch.uint8 or not (0,) < checkpoint.shapes[name] < (MAX_NOTE,):
+            shape = checkpoint.shapes[name]
+            if checkpoint.dtypes[name] is not torch.uint8 or len(shape) != 1 or not 0 < shape[0] < MAX_NOTE:
                 raise CheckpointError(f"{source}: {name:.80} must be a text in bytes. Download the file again.")
             notes[weight] = _note(bytes(checkpoint.tensor(name).tolist()), f"{source}: {name:.80}")
     header = checkpoint.metadata.get(HEADER)

@@ -193,6 +193,16 @@ def test_what_is_not_understood_is_refused_by_its_name(
 
 
 @pytest.mark.parametrize(
+    "note", [torch.zeros(2, 3, dtype=torch.uint8), torch.tensor(1, dtype=torch.uint8), torch.zeros(5)]
+)
+def test_a_note_that_is_no_text_is_refused(tiny: TinyModels, tmp_path: Path, note: torch.Tensor) -> None:
+    tensors = comfy(plain(tiny), {"format": "float8_e4m3fn"})
+    save_file(tensors | {f"{PREFIX}{LAYER}.comfy_quant": note}, tmp_path / "x.safetensors")
+    with pytest.raises(CheckpointError, match="must be a text in bytes"):
+        read(tmp_path / "x.safetensors")
+
+
+@pytest.mark.parametrize(
     ("header", "says"),
     [
         ("{", "is no JSON object"),
