@@ -18,7 +18,7 @@ from pathlib import Path, PurePath
 import torch
 
 from ..config.model_paths import shard_names
-from ..errors import CheckpointError, short_path
+from ..errors import CheckpointError, quoted, short_path
 from ..progress import UNWATCHED, LoadWatch
 from .gguf_reader import GGUFReader, open_parts
 from .parallel_reader import TensorPlace, read_tensors
@@ -38,6 +38,11 @@ class Checkpoint:
         self._file_of: dict[str, TensorFile] = {}
         for file in files:
             for name in file.entries:
+                if not name.isprintable():  # messages repeat names: one could forge a line or control the terminal
+                    raise CheckpointError(
+                        f"{short_path(file.path)} holds a tensor called {quoted(name)}; expected printable characters. "
+                        "Do not trust this file: get the model from its publisher."
+                    )
                 if name in self._file_of:
                     first = self._file_of[name].path.name
                     raise CheckpointError(
@@ -253,7 +258,10 @@ def _read_index(index: Path) -> dict[str, str]:
         weight_map = json.loads(index.read_text("utf-8"))["weight_map"]
     except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise CheckpointError(f"{name} is damaged ({type(error).__name__}: {error!s:.100}). {DOWNLOAD_AGAIN}") from None
-    if not isinstance(weight_map, dict) or not weight_map or not all(isinstance(v, str) for v in weight_map.values()):
+    good = isinstance(weight_map, dict) and all(
+        isinstance(file, str) and f"{tensor}{file}".isprintable() for tensor, file in weight_map.items()
+    )
+    if not weight_map or not good:
         raise CheckpointError(f"{name} is damaged: weight_map must map tensor names to file names. {DOWNLOAD_AGAIN}")
     outside = [
         file for file in weight_map.values() if file != PurePath(file).name or "\\" in file or file in ("", "..")

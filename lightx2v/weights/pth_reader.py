@@ -17,7 +17,7 @@ from typing import BinaryIO
 
 import torch
 
-from ..errors import CheckpointError, short_path
+from ..errors import CheckpointError, one_line, short_path
 from .tensor_file import DOWNLOAD_AGAIN, TensorEntry, map_tensor
 
 MIN_TORCH = (2, 10)
@@ -150,8 +150,8 @@ def _entry(path: Path, name: object, tensor: object) -> TensorEntry:
             f"{short_path(path)} holds {name!r:.80}: {type(tensor).__name__}, expected only names with tensors."
         )
     if tensor.layout != torch.strided or tensor.is_quantized or tensor.is_meta:
-        raise CheckpointError(f"{short_path(path)}: {name:.80} is not a dense tensor.")
+        raise CheckpointError(f"{short_path(path)}: {one_line(name):.80} is not a dense tensor.")
     nbytes = tensor.numel() * tensor.element_size()
     if nbytes > tensor.untyped_storage().nbytes():
-        raise CheckpointError(f"{short_path(path)}: {name:.80} claims {nbytes} bytes, more than are stored.")
+        raise CheckpointError(f"{short_path(path)}: {one_line(name):.80} claims {nbytes} bytes, more than are stored.")
     return TensorEntry(tensor.dtype, tuple(tensor.shape), -1, nbytes)

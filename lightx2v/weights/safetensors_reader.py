@@ -18,7 +18,7 @@ from pathlib import Path
 import torch
 from safetensors import SafetensorError, safe_open
 
-from ..errors import CheckpointError, short_path
+from ..errors import CheckpointError, one_line, short_path
 from .tensor_file import DOWNLOAD_AGAIN, TensorEntry, map_tensor
 
 DTYPES = {
@@ -72,7 +72,7 @@ def read_header(path: Path) -> tuple[dict[str, TensorEntry], dict[str, str]]:
         sizes = f"; got {size} bytes, its header says {claimed}" if claimed != size else ""
         raise CheckpointError(
             f"{short_path(path)} is {'incomplete' if size < claimed else 'damaged'}: "
-            f"{str(error).removeprefix('Error while deserializing header: '):.300}{sizes}. {DOWNLOAD_AGAIN}"
+            f"{one_line(str(error)).removeprefix('Error while deserializing header: '):.300}{sizes}. {DOWNLOAD_AGAIN}"
         ) from None
 
 
@@ -94,20 +94,22 @@ def _claimed_size(text: bytes, start: int, size: int) -> int:
 def _unique(pairs: list[tuple[str, object]]) -> dict[str, object]:
     """Refuses a name that occurs twice, of which the library would silently take the last."""
     if len(result := dict(pairs)) != len(pairs):
-        raise ValueError(f"the key {Counter(key for key, _ in pairs).most_common(1)[0][0]:.80} occurs twice")
+        twice = Counter(key for key, _ in pairs).most_common(1)[0][0]
+        raise ValueError(f"the key {one_line(twice):.80} occurs twice")
     return result
 
 
 def _entry(path: Path, key: str, value: object, data_start: int) -> TensorEntry:
     """One tensor of a header that the library has validated; refused where the library allows more than torch."""
+    named = f"tensor {one_line(key):.80}"
     if not isinstance(value, dict) or value.keys() != {"dtype", "shape", "data_offsets"}:
-        raise ValueError(f"tensor {key:.80} must have exactly dtype, shape and data_offsets")
+        raise ValueError(f"{named} must have exactly dtype, shape and data_offsets")
     dtype, shape, (start, end) = str(value["dtype"]), value["shape"], value["data_offsets"]
     if dtype not in DTYPES:
         raise CheckpointError(
-            f"{short_path(path)}: tensor {key:.80} has dtype {dtype:.80}; supported are {', '.join(DTYPES)}. "
+            f"{short_path(path)}: {named} has dtype {one_line(dtype):.80}; supported are {', '.join(DTYPES)}. "
             "Use a file with one of these."
         )
     if len(shape) > MAX_DIMS or math.prod(side or 1 for side in shape) >= MAX_STRIDE:
-        raise ValueError(f"tensor {key:.80} has the shape {shape!s:.80}")
+        raise ValueError(f"{named} has the shape {shape!s:.80}")
     return TensorEntry(DTYPES[dtype], tuple(shape), data_start + start, end - start)

@@ -293,6 +293,47 @@ def test_a_damaged_index(sharded: Path, text: str) -> None:
     refused(sharded, "index.json", "damaged")
 
 
+FORGED = "evil\n\x1b[31mERROR forged"
+
+
+def forged_header(count: int = 1, **more: object) -> bytes:
+    """A safetensors file of one tensor, listed `count` times, whose name would add a line to a message."""
+    entry = json.dumps({"dtype": "F32", "shape": [1], "data_offsets": [0, 4]} | more)
+    header = f"{{{', '.join([f'{json.dumps(FORGED)}: {entry}'] * count)}}}".encode()
+    return struct.pack("<Q", len(header)) + header + bytes(4)
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        forged_header(),
+        forged_header(2),
+        forged_header(dtype="F7"),
+        forged_header(dtype=FORGED),
+        forged_header(data_offsets=[4, 8]),
+        forged_header(shape=[1] * 20),
+        forged_header(more=1),
+        {FORGED: torch.ones(2)},
+        {FORGED: torch.ones(2).to_sparse()},
+        {FORGED: 7},
+    ],
+)
+def test_a_tensors_name_cannot_forge_lines_of_a_message(tmp_path: Path, content: bytes | Tensors) -> None:
+    path = tmp_path / "x.pth"
+    if isinstance(content, bytes):
+        path.write_bytes(content)
+    else:
+        torch.save(content, path)
+    assert refused(path, "x.pth").isprintable()
+
+
+@pytest.mark.parametrize("name, file", [(FORGED, "a.safetensors"), ("w", f"{FORGED}.safetensors")])
+def test_an_index_cannot_forge_lines_of_a_message(sharded: Path, name: str, file: str) -> None:
+    index = sharded / "diffusion_pytorch_model.safetensors.index.json"
+    index.write_text(json.dumps({"weight_map": {name: file}}))
+    assert refused(sharded, "index.json").isprintable()
+
+
 @pytest.mark.parametrize("name", ["../secret.safetensors", "/etc/passwd", "a/b.safetensors", "..", "", "a\\b"])
 def test_an_index_cannot_point_outside_its_folder(sharded: Path, name: str) -> None:
     index = sharded / "diffusion_pytorch_model.safetensors.index.json"
