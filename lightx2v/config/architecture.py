@@ -9,7 +9,7 @@ from math import ceil
 from pathlib import Path
 from typing import Any
 
-from ..errors import CheckpointError
+from ..errors import CheckpointError, quoted, short_path
 
 PATCH = 2
 """Height and width of a patch; in time a patch is one latent frame."""
@@ -70,7 +70,7 @@ class DiTConfig:
                 f"These are not the weights of a Wan video model: no usable tensor {missing}. Expected tensors such as "
                 "patch_embedding.weight and blocks.0.ffn.0.weight; check that the path points at an expert's weights."
             ) from None
-        written = _wan_names(config_json or {})
+        written = _wan_names(_checked(config_json or {}))
         for key, value in sizes.items():
             if key in written and written[key] != value:
                 raise CheckpointError(
@@ -92,10 +92,42 @@ class DiTConfig:
         for place in ("high_noise_model", "low_noise_model", "."):
             file = folder / place / "config.json" if folder else None
             if file and file.is_file():
-                written = _wan_names(json.loads(file.read_text(encoding="utf-8")))
+                written = _wan_names(read_config(file))
                 sizes = [name for name in cls.__dataclass_fields__ if isinstance(written.get(name), int)]
                 return cls(**{name: written[name] for name in sizes})
         return cls()
+
+
+def read_config(path: Path) -> dict[str, Any]:
+    """The content of a config.json. CheckpointError where it cannot be read or its sizes are no numbers."""
+    try:
+        content = json.loads(path.read_text("utf-8"))
+    except (ValueError, OSError, RecursionError) as error:
+        raise CheckpointError(f"{short_path(path)} is not valid JSON ({error!s:.100}). Download it again.") from None
+    if not isinstance(content, dict):
+        raise CheckpointError(f"{short_path(path)} holds no JSON object. Download it again.")
+    return _checked(content, short_path(path))
+
+
+def _checked(config: Mapping[str, Any], source: str = "config.json") -> dict[str, Any]:
+    """The same if every size in it is a whole number above zero, and eps a small number."""
+    for key, value in config.items():
+        if value is None or key not in _SIZES and key != "eps":
+            continue
+        whole = isinstance(value, int) and not isinstance(value, bool) and 0 < value < 2**31
+        small = isinstance(value, (int, float)) and not isinstance(value, bool) and 0 < value < 1
+        if not (small if key == "eps" else whole):
+            expected = "a number between 0 and 1" if key == "eps" else "a whole number above zero"
+            raise CheckpointError(
+                f"{source} says {key} is {quoted(value)}, expected {expected}. Download it again, or correct it."
+            )
+    return dict(config)
+
+
+_SIZES = frozenset(
+    "in_dim dim ffn_dim freq_dim text_dim text_len out_dim num_heads num_layers in_channels out_channels "
+    "num_attention_heads attention_head_dim".split()
+)
 
 
 def _wan_names(config: Mapping[str, Any]) -> dict[str, Any]:

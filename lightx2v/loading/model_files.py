@@ -4,11 +4,12 @@ A folder in the official layout needs only its name; a configuration may also na
 lists where each part may be, `hub.find_part` looks there and in the shared cache. Nothing is downloaded here.
 """
 
-import json
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
+from ..config.architecture import read_config
 from ..config.engine_config import EngineConfig
 from ..config.model_paths import ARCHITECTURE_FOLDERS, ModelPart, parts
 from ..errors import CheckpointError, short_path
@@ -93,20 +94,17 @@ def _absence(part: ModelPart, config: EngineConfig) -> str:
 
 
 def _architecture(model: Path | None, high: Path, low: Path) -> dict[str, Any] | None:
-    """The first config.json that describes a DiT: beside the experts, then where LightX2V looks."""
-    folders = [path for path in (low, high) if path.is_dir()]
-    if model is not None:
-        folders += [model / folder for folder in ARCHITECTURE_FOLDERS]
-    for folder in folders:
-        path = folder / "config.json"
-        if not path.is_file():
-            continue
-        try:
-            content = json.loads(path.read_text("utf-8"))
-        except (ValueError, OSError, RecursionError) as error:
-            raise CheckpointError(
-                f"{short_path(path)} is not valid JSON ({error!s:.100}). Download it again."
-            ) from None
-        if isinstance(content, dict) and ("num_layers" in content or "dim" in content):
-            return content
-    return None
+    """The first config.json that describes a DiT: beside the experts, then where LightX2V looks.
+
+    One beside an expert that cannot be read is an error, even if another would do: its weights may be damaged, too.
+    """
+    beside = [read_config(path) for path in _configs([low, high])]
+    elsewhere = (
+        read_config(path) for path in _configs([model / folder for folder in ARCHITECTURE_FOLDERS] if model else [])
+    )
+    found = (content for content in chain(beside, elsewhere) if "num_layers" in content or "dim" in content)
+    return next(found, None)
+
+
+def _configs(folders: list[Path]) -> list[Path]:
+    return [path for folder in folders if (path := folder / "config.json").is_file()]

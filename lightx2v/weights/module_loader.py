@@ -16,6 +16,7 @@ from ..errors import CheckpointError, short_path
 from ..progress import UNWATCHED, LoadWatch
 from .checkpoint import Checkpoint
 from .tensor_file import FLOATS
+from .value_check import ValueCheck
 
 TensorStream = Iterable[tuple[str, torch.Tensor]]
 DtypeOf = Callable[[str], torch.dtype]
@@ -67,12 +68,14 @@ def stream_into(
     shapes: dict[str, tuple[int, ...]] = {}
     dtypes: dict[str, torch.dtype] = {}
     placed: dict[str, torch.Tensor] = {}
-    fits = True
+    fits, check = True, ValueCheck(source_name)
     for name, tensor in tensors:
         if name in shapes:
             raise CheckpointError(f"{source_name}: tensor {name} came twice.")
         shapes[name], dtypes[name] = tuple(tensor.shape), tensor.dtype
         fits = fits and name in slots and not _misfit(slots[name], shapes[name], tensor.dtype)
+        if fits:
+            check.see(name, tensor)
         if fits and slots[name].is_meta:
             placed[name] = _place(tensor, slots[name], dtype_of(name), device)
         elif fits:
@@ -83,6 +86,7 @@ def stream_into(
             placed.clear()  # the remaining tensors only complete the message
         del tensor  # before the next one is read
     check_fit(module, shapes, dtypes, source_name=source_name)
+    check.finish()
     for name, tensor in placed.items():
         _assign(module, name, tensor)
     stranded = [name for name, slot in (*module.named_parameters(), *module.named_buffers()) if slot.is_meta]

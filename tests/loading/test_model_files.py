@@ -181,3 +181,12 @@ def test_config_json_is_found_where_lightx2v_finds_it_and_may_be_absent(model: P
 def test_a_broken_config_json_is_named(model: Path) -> None:
     (model / "low_noise_model" / "config.json").write_text("{")
     missing(config(model), "low_noise_model/config.json is not valid JSON")
+
+
+@pytest.mark.parametrize("expert", ["high_noise_model", "low_noise_model"])
+@pytest.mark.parametrize(
+    "content", ["{", "[]", '{"num_layers": "x"}', '{"dim": 24, "eps": "x"}', '{"eps": true, "dim": 24}']
+)
+def test_a_damaged_config_beside_either_expert_is_an_error(model: Path, expert: str, content: str) -> None:
+    (model / expert / "config.json").write_text(content)
+    missing(config(model), f"{expert}/config.json")
