@@ -28,6 +28,7 @@ from ..progress import UNWATCHED, LoadWatch
 from ..weights.checkpoint import open_checkpoint
 from ..weights.model_weights import ModelWeights
 from ..weights.module_loader import InHost, check_fit, load_into, slots_of, stream_into
+from ..weights.pth_reader import PthReader
 from ..weights.quant_layout import SCALE
 from ..weights.quantization import scheme_format
 from ..weights.vae_names import vae_names
@@ -175,6 +176,9 @@ def expert_dtypes(precision: Precision) -> Callable[[str], torch.dtype]:
 def load_vae(files: ModelFiles, precision: Precision, group: Group = ALONE, watch: LoadWatch = UNWATCHED) -> WanVAE:
     checkpoint = open_checkpoint(files.vae)
     names = vae_names(checkpoint.shapes)
+    for file in checkpoint.files:
+        if isinstance(file, PthReader):
+            file.verify()  # half a gigabyte; nothing else would notice changed bytes
     with torch.device("meta"):
         vae = WanVAE(VAEConfig.from_shapes({names[name]: shape for name, shape in checkpoint.shapes.items()}))
     load_into(

@@ -264,8 +264,10 @@ def _read_index(index: Path) -> dict[str, str]:
     if not weight_map or not good:
         raise CheckpointError(f"{name} is damaged: weight_map must map tensor names to file names. {DOWNLOAD_AGAIN}")
     outside = [
-        file for file in weight_map.values() if file != PurePath(file).name or "\\" in file or file in ("", "..")
+        file
+        for file in weight_map.values()
+        if len(file) > 200 or file != PurePath(file).name or "\\" in file or file in ("", "..")
     ]
     if outside:
-        raise CheckpointError(f"{name} names a file outside its folder: {outside[0]:.80}.")
+        raise CheckpointError(f"{name} names a file outside its folder, or with too long a name: {outside[0]:.80}.")
     return weight_map

@@ -532,3 +532,42 @@ def test_an_old_torch_reads_safetensors_and_no_pickles(
     monkeypatch.setattr(torch, "__version__", version)
     refused(tmp_path / "m.pth", version, "2.10", "pip install --upgrade torch")
     assert_same(open_checkpoint(tmp_path / "m.safetensors"), weights)
+
+
+def test_changed_bytes_in_a_pytorch_file_are_an_error(tmp_path: Path) -> None:
+    """Of records up to a megabyte, and so of the table of contents, on opening; of larger ones by `verify`."""
+    torch.save({"a": torch.ones(40, 40), "b": torch.ones(3)}, tmp_path / "x.pth")
+    original = (tmp_path / "x.pth").read_bytes()
+    for place in range(0, len(original), 61):
+        changed = bytearray(original)
+        changed[place] ^= 0xFF
+        (tmp_path / "x.pth").write_bytes(changed)
+        try:
+            checkpoint = open_checkpoint(tmp_path / "x.pth")
+        except CheckpointError:
+            continue
+        assert torch.equal(checkpoint.tensor("a"), torch.ones(40, 40)), place  # padding between the records
+        assert torch.equal(checkpoint.tensor("b"), torch.ones(3)), place
+    torch.save({"a": torch.ones(600, 600)}, tmp_path / "large.pth")
+    changed = bytearray((tmp_path / "large.pth").read_bytes())
+    changed[len(changed) // 2] ^= 0xFF
+    (tmp_path / "large.pth").write_bytes(changed)
+    (file,) = open_checkpoint(tmp_path / "large.pth").files
+    with pytest.raises(CheckpointError, match=r"large\.pth is damaged: Bad CRC-32"):
+        file.verify()  # type: ignore[attr-defined]
+
+
+def test_a_pytorch_file_in_the_old_format_that_is_cut_anywhere_is_an_error(tmp_path: Path) -> None:
+    torch.save({"a": torch.ones(8, 8)}, tmp_path / "whole.pth", _use_new_zipfile_serialization=False)
+    whole = (tmp_path / "whole.pth").read_bytes()
+    for length in range(1, len(whole), 5):
+        (tmp_path / "x.pth").write_bytes(whole[:length])
+        with pytest.raises(CheckpointError):
+            open_checkpoint(tmp_path / "x.pth")
+
+
+def test_an_index_with_an_endless_name_is_an_error(tmp_path: Path) -> None:
+    index = {"weight_map": {"a": "x" * 300 + ".safetensors"}}
+    (tmp_path / "model.safetensors.index.json").write_text(json.dumps(index))
+    with pytest.raises(CheckpointError, match="too long a name"):
+        open_checkpoint(tmp_path)
