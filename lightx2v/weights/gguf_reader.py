@@ -1,14 +1,17 @@
 """GGUFReader: one GGUF file, its tensors read as they lie on disk: float tensors, or the bytes of their blocks."""
 
+import math
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from ..config.architecture import PATCH
 from ..config.model_paths import shard_names
 from ..errors import CheckpointError, quoted, short_path
 from .gguf_header import read_gguf_header
-from .tensor_file import map_tensor
+from .tensor_file import TensorEntry, map_tensor
 
 UNKNOWN = (None, "pig", "cow")
 """Values of general.architecture that say nothing about the model, which some converters leave."""
@@ -20,11 +23,26 @@ class GGUFReader:
     def __init__(self, path: Path) -> None:
         self.path = path
         self.header = read_gguf_header(path)
-        self.entries = self.header.tensors
+        self.entries = {
+            name: _unflattened(name, entry, self.header.tensors) for name, entry in self.header.tensors.items()
+        }
         self.metadata = {key: str(value) for key, value in self.header.metadata.items()}
 
     def memory_map(self, name: str) -> torch.Tensor:
         return map_tensor(self.path, self.entries[name])
+
+
+def _unflattened(name: str, entry: TensorEntry, tensors: dict[str, TensorEntry]) -> TensorEntry:
+    """The patch embedding with its five dimensions: llama.cpp has four at most, and some converters flatten it."""
+    bias = tensors.get(name.removesuffix("weight") + "bias")
+    shape = entry.blocks.shape if entry.blocks else entry.shape
+    if not name.endswith("patch_embedding.weight") or bias is None or len(bias.shape) != 1 or len(shape) >= 5:
+        return entry
+    dim, (channels, rest) = bias.shape[0], divmod(math.prod(shape), bias.shape[0] * PATCH**2)
+    if rest:
+        return entry
+    whole = (dim, channels, 1, PATCH, PATCH)
+    return replace(entry, blocks=replace(entry.blocks, shape=whole)) if entry.blocks else replace(entry, shape=whole)
 
 
 def open_parts(file: GGUFReader) -> list[GGUFReader]:

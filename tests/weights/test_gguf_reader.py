@@ -167,6 +167,21 @@ def test_a_hostile_header_is_refused_at_no_cost(tmp_path: Path, name: str) -> No
     assert peak < 1 << 20
 
 
+@pytest.mark.parametrize("shape", [(32, 64), (512, 1, 2, 2), (32, 16, 2, 2), (32, 16, 1, 2, 2)])
+@pytest.mark.parametrize("form", ["F32", "Q8_0"])
+def test_a_patch_embedding_that_was_flattened_without_a_word_gets_its_shape_back(
+    tmp_path: Path, shape: tuple[int, ...], form: str
+) -> None:
+    weight = torch.arange(2048.0).view(shape)
+    stored = quantised(weight.view(32, 64), "Q8_0") if form == "Q8_0" else weight
+    name = "model.diffusion_model.patch_embedding"
+    path = write_gguf(tmp_path / "a.gguf", {f"{name}.weight": stored, f"{name}.bias": torch.ones(32)})
+    checkpoint = open_checkpoint(path)
+    assert checkpoint.shapes[f"{name}.weight"] == (32, 16, 1, 2, 2)
+    if form == "F32":
+        assert torch.equal(checkpoint.tensor(f"{name}.weight").flatten(), weight.flatten())
+
+
 @pytest.mark.parametrize("shape", [[4, 8, 2, 31], [4, -8, -2, 32], [0], ["x"]])
 def test_an_original_shape_of_other_data_is_refused(tmp_path: Path, shape: list[object]) -> None:
     tensors = {"flat.weight": quantised(torch.ones(32, 64), "Q8_0")}
