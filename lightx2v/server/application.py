@@ -79,6 +79,7 @@ def _add_health(app: FastAPI, service: Service, metrics: Metrics) -> None:
     def root() -> Response:
         return RedirectResponse("docs")
 
+    @app.head("/health", include_in_schema=False)  # health checks may send HEAD
     @app.get("/health", tags=["state"], responses=error_responses(503))
     def health() -> Health:
         """Check that the worker is alive; after 503 only a restart helps."""
@@ -86,6 +87,7 @@ def _add_health(app: FastAPI, service: Service, metrics: Metrics) -> None:
             raise HTTPException(503, "The worker has stopped. See the program's log, then restart it.")
         return Health(status="ok")
 
+    @app.head("/ready", include_in_schema=False)
     @app.get("/ready", tags=["state"], responses=error_responses(503))
     def ready() -> Health:
         """Check that the server would accept a job now; 503 while the queue or the disk is full."""

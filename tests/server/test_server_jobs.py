@@ -113,10 +113,12 @@ def test_a_dead_worker_turns_health_red_and_old_ids_still_answer(tmp_path: Path)
     with serve(tmp_path, Garage(script={"die": Script(error=SystemExit(1))})) as served:
         done = served.submit("done")
         served.end_of(done)
+        for path in ("/health", "/ready"):
+            assert served.client.head(path).status_code == 200 and not served.client.head(path).content
         id = served.submit("die")
         assert served.end_of(id)["status"] == "interrupted"
         for path in ("/health", "/ready"):
-            assert served.client.get(path).status_code == 503
+            assert served.client.get(path).status_code == served.client.head(path).status_code == 503
         assert served.client.get(f"/v1/videos/{done}/content").status_code == 200
         assert served.client.get(f"/v1/videos/{'0' * 32}").status_code == 404
         assert served.client.post("/v1/videos", json={"prompt": "more", **SIZE}).status_code == 429
