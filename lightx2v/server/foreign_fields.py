@@ -53,7 +53,7 @@ def with_foreign_fields(body: type[Body]) -> type[Body]:
 def ignored(body: BaseModel) -> list[str]:
     """A warning that names the fields of `body` that have no effect; [] without any."""
     names = [name for name in (*IGNORED, *IGNORED_TASK) if getattr(body, name, None) is not None]
-    return [f"This server has no use for {', '.join(names)}, so they are ignored."] if names else []
+    return [f"Fields that this server has no use for and ignores: {', '.join(names)}."] if names else []
 
 
 def _only(allowed: Any) -> Callable[[Any], Any]:

@@ -54,6 +54,11 @@ _FORM_NAME = re.compile(r"([^\[\]]*)((?:\[[^\[\]]*\]){0,3})")
 MAX_COMMAS = 3 * MAX_PROMPT
 """Commas in a JSON body: enough for two prompts. Parsing sixty megabytes of commas would block the server for
 seconds."""
+EXPECTED = {
+    "model_type": 'expected a JSON object, such as {"prompt": "A cat surfs."}',
+    "string_pattern_mismatch": "expected WIDTHxHEIGHT, such as 832x480",  # only a size has a pattern
+}
+"""Messages for errors that pydantic names in its own words."""
 FILES = ("input_reference", "last_frame_reference", "image_file", "last_frame_file")
 
 
@@ -323,4 +328,5 @@ def _validated(kind: type[Body], data: Any, *, form: bool = False) -> Body:
             known = [name for name in kind.model_fields if name not in (*IGNORED, *UNCHANGED)]
             hint = f" {did_you_mean(where, known)}" if len(first["loc"]) == 1 else ""
             raise BadRequest(f"{where}: this server has no such field.{hint} Leave it out, or see /docs.") from None
-        raise BadRequest(f"{where}: {first['msg'].removeprefix('Value error, ')[:200]}.") from None
+        message = EXPECTED.get(first["type"]) or first["msg"].removeprefix("Value error, ")[:200]
+        raise BadRequest(f"{where}: {message}.") from None

@@ -43,7 +43,7 @@ def post(served: Served, body: dict[str, Any], path: str = "/v1/videos") -> dict
     return answer.json()
 
 
-def refusal(served: Served, body: dict[str, Any], path: str = "/v1/videos") -> str:
+def refusal(served: Served, body: Any, path: str = "/v1/videos") -> str:
     answer = served.client.post(path, json=body)
     assert answer.status_code == 422, answer.text
     return answer.json()["error"]["message"]
@@ -109,6 +109,16 @@ def test_what_would_change_the_video_and_cannot_be_done_is_refused_by_name(
         message = refusal(served, {"prompt": "a cat", name: value}, path)
         assert message.startswith(name) and len(message) < 300
     assert not served.jobs.list()
+
+
+@pytest.mark.parametrize("size", ["auto", "1280*720", "720p", "16:9", "1280X720", "x720", "1280x720\n", "12800x72000"])
+def test_a_size_in_other_words_is_refused_with_an_example(served: Served, size: str) -> None:
+    assert refusal(served, {"prompt": "a cat", "size": size}) == "size: expected WIDTHxHEIGHT, such as 832x480."
+
+
+@pytest.mark.parametrize("body", [[], "a cat", 7, [GOOD]])
+def test_a_body_that_is_no_object_is_refused_with_an_example(served: Served, body: Any) -> None:
+    assert refusal(served, body) == 'the body: expected a JSON object, such as {"prompt": "A cat surfs."}.'
 
 
 def test_an_unknown_field_is_refused_with_the_nearest_known_one(served: Served) -> None:
