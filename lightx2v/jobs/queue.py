@@ -163,7 +163,7 @@ class JobManager:
         oldest_first: bool = False,
     ) -> list[Job]:
         """The jobs of one owner, or of all for None, the newest first unless `oldest_first`; those that follow the job
-        `after` in this order, none if it does not exist."""
+        `after` in this order, also if it was removed; UnknownJob if it is not known."""
         limit = min(max(limit, 0), 10_000)
         with self._session() as store:
             queue = self._queue()

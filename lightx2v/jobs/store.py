@@ -10,6 +10,7 @@ import logging
 import sqlite3
 from collections import OrderedDict, deque
 from collections.abc import Iterable, Sequence
+from contextlib import closing
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -17,7 +18,7 @@ from typing import Any, Literal
 
 from ..config.engine_config import EngineConfig
 from ..config.request import Request
-from ..errors import BadRequest, ConfigError, LightX2VError, short_path
+from ..errors import BadRequest, ConfigError, LightX2VError, quoted, short_path
 from ..progress import Progress
 from .database import Database
 
@@ -32,16 +33,18 @@ INTERRUPTED = {"type": "Interrupted", "message": "The program stopped while this
 
 LOST_EVENTS = 1_000_000
 """More event ids than a run takes. After a restart its ids continue beyond those that clients have seen."""
+REMOVED_JOBS = 10_000
+"""Removed jobs whose places in the lists are remembered, for clients that go through a list and remove what it has."""
 LOGGED_JOBS = 20
 LOGGED_EVENTS = 1000
 """Per job; of a longer run the first ones go. One takes about 600 bytes."""
 
 _NEWEST_FIRST = """
 SELECT * FROM jobs WHERE (? IS NULL OR owner = ?) AND instr(?, state)
-    AND (? IS NULL OR number < (SELECT number FROM jobs WHERE id = ?)) ORDER BY number DESC LIMIT ?"""
+    AND (? IS NULL OR number < ?) ORDER BY number DESC LIMIT ?"""
 _OLDEST_FIRST = """
 SELECT * FROM jobs WHERE (? IS NULL OR owner = ?) AND instr(?, state)
-    AND (? IS NULL OR number > (SELECT number FROM jobs WHERE id = ?)) ORDER BY number LIMIT ?"""
+    AND (? IS NULL OR number > ?) ORDER BY number LIMIT ?"""
 _PLAIN = ("id", "state", "owner", "preset", "client_id", "created", "started", "finished", "source")
 """The columns that Job has as they are."""
 _VERSION = 3
@@ -134,6 +137,7 @@ class JobStore:
     def __init__(self, file: Path) -> None:
         self._database = Database(file, partial(_make_tables, file))
         self.transaction = self._database.transaction
+        self._removed: OrderedDict[str, int] = OrderedDict()
 
     @property
     def _db(self) -> sqlite3.Connection:
@@ -193,9 +197,18 @@ class JobStore:
         oldest_first: bool = False,
     ) -> list[Job]:
         """The jobs in these states, the newest first unless `oldest_first`; of all owners for None. With `after` those
-        that follow this job in the order, none if it is not there."""
+        that follow this job in the order, also if it was removed since the program started; else UnknownJob."""
         sql = _OLDEST_FIRST if oldest_first else _NEWEST_FIRST
-        return [_job(row) for row in self._db.execute(sql, (owner, owner, " ".join(states), after, after, limit))]
+        number = None if after is None else self._number(after)
+        return [_job(row) for row in self._db.execute(sql, (owner, owner, " ".join(states), number, number, limit))]
+
+    def _number(self, id: str) -> int:
+        """The place of a job, or of a removed one, in the order of submission."""
+        row = self._db.execute("SELECT number FROM jobs WHERE id = ?", (id,)).fetchone()
+        number = self._removed.get(id) if row is None else row["number"]
+        if number is None:
+            raise UnknownJob(f"There is no job {quoted(id)} to list the others after. List them from the start again.")
+        return number
 
     def queued(self) -> list[str]:
         """Ids in the order in which they will run."""
@@ -262,7 +275,10 @@ class JobStore:
         return {id for (id,) in self._db.execute("SELECT id FROM jobs")}
 
     def remove(self, id: str) -> None:
-        self._db.execute("DELETE FROM jobs WHERE id = ?", (id,))
+        for (number,) in self._db.execute("DELETE FROM jobs WHERE id = ? RETURNING number", (id,)).fetchall():
+            self._removed[id] = number
+        if len(self._removed) > REMOVED_JOBS:
+            self._removed.popitem(last=False)
 
     def _add_event(self, id: str, time: float, state: State, error: dict[str, str] | None = None, skip: int = 0) -> int:
         data = {"state": state, "error": error} if error else {"state": state}
@@ -321,18 +337,24 @@ def _make_tables(file: Path, db: sqlite3.Connection) -> None:
     (version,) = db.execute("PRAGMA user_version").fetchone()
     if version > _VERSION:
         raise ConfigError(f"{short_path(file)} was written by a newer version. Update this one, or move the file away.")
-    tables = {name for (name,) in db.execute("SELECT name FROM sqlite_master WHERE type = 'table'")}
-    if version and not {"jobs", "events"} <= tables:
-        raise sqlite3.DatabaseError("its tables are missing")
     if version == 0:
         for statement in _SCHEMA.split(";\n"):
             db.execute(statement)
-    columns = {row["name"] for row in db.execute("PRAGMA table_info(jobs)")}
+    columns = _columns(db)
     for name, kind in {"ending": "INTEGER", "source": "TEXT"}.items():  # since versions 2 and 3
-        if name not in columns:
+        if ("jobs", name) not in columns and ("jobs", "id") in columns:
             db.execute(f"ALTER TABLE jobs ADD COLUMN {name} {kind}")
+    with closing(sqlite3.connect(":memory:")) as empty:
+        empty.executescript(_SCHEMA)
+        if missing := _columns(empty) - _columns(db):
+            raise sqlite3.DatabaseError(f"it has no column {'.'.join(min(missing))}")
     if version < _VERSION:
         db.execute(f"PRAGMA user_version={_VERSION}")
+
+
+def _columns(db: sqlite3.Connection) -> set[tuple[str, str]]:
+    """(table, column) of everything in the tables of the jobs."""
+    return {(table, row[1]) for table in ("jobs", "events") for row in db.execute(f"PRAGMA table_info({table})")}
 
 
 def _job(row: sqlite3.Row) -> Job:

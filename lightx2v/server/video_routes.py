@@ -65,7 +65,7 @@ def _add_queries(router: APIRouter, service: Service) -> None:
     names, streams = service.file_names, EventStreams(service)
     stills = CapacityLimiter(1)  # others wait without holding a thread that the other routes need
 
-    @router.get("/videos", responses=error_responses(422))
+    @router.get("/videos", responses=error_responses(404, 422))
     def list_videos(
         request: Request,
         limit: Annotated[int, Query(ge=1, le=100)] = 20,
@@ -73,7 +73,7 @@ def _add_queries(router: APIRouter, service: Service) -> None:
         order: Annotated[Literal["asc", "desc"], Query(description="desc: the newest first.")] = "desc",
     ) -> VideoList:
         """List your jobs, page by page: `after` is the `last_id` of the page before."""
-        jobs = service.jobs.list(owner_of(request), limit=limit + 1, after=after, oldest_first=order == "asc")
+        jobs = service.jobs.list(owner_of(request), limit=limit + 1, after=after or None, oldest_first=order == "asc")
         data = [Video.from_job(job, names) for job in jobs[:limit]]
         first, last = (data[0].id, data[-1].id) if data else (None, None)
         return VideoList(data=data, first_id=first, last_id=last, has_more=len(jobs) > limit)

@@ -117,7 +117,7 @@ def test_a_folder_that_another_program_took_meanwhile_stops_the_queue_but_not_th
     other.communicate("")
 
 
-@pytest.mark.parametrize("damage", ["gone", "text", "cut", "overwritten", "empty", "no tables"])
+@pytest.mark.parametrize("damage", ["gone", "text", "cut", "overwritten", "empty", "no tables", "no place", "no data"])
 def test_a_lost_or_damaged_list_of_jobs_comes_back_from_the_videos(damage: str, place: Path, garage: Garage) -> None:
     place.mkdir()
     picture = place / "cat.png"
@@ -140,6 +140,11 @@ def test_a_lost_or_damaged_list_of_jobs_comes_back_from_the_videos(damage: str, 
         file.unlink()
         with sqlite3.connect(file) as db:
             db.execute("PRAGMA user_version = 3")
+        db.close()
+    elif damage in ("no place", "no data"):
+        with sqlite3.connect(file) as db:
+            db.execute("DROP INDEX jobs_by_state")
+            db.execute(f"ALTER TABLE {'jobs' if damage == 'no place' else 'events'} DROP COLUMN {damage[3:]}")
         db.close()
     else:
         file.write_bytes(

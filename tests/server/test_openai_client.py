@@ -8,6 +8,7 @@ import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import openai
 import pytest
@@ -82,6 +83,20 @@ def test_lists_in_both_orders_go_through_all_pages(served: Served, client: opena
     assert [video.id for video in last.data] == ids[2::-1] and last.has_more is False
     with client_of(served, KEY) as same:
         assert same.videos.list(limit=1).data[0].id == ids[-1]
+
+
+@pytest.mark.parametrize("order", ["asc", "desc"])
+def test_a_list_goes_on_after_jobs_that_were_removed_meanwhile(
+    order: Any, served: Served, client: openai.OpenAI
+) -> None:
+    ids = [client.videos.create(prompt=f"number {number}", **QUICK).id for number in range(7)]
+    for id in ids:
+        served.jobs.wait(id, PATIENCE)
+    found = []
+    for video in client.videos.list(limit=2, order=order):
+        found.append(video.id)
+        assert client.videos.delete(video.id).deleted
+    assert found == (ids if order == "asc" else ids[::-1])
 
 
 def test_a_picture_as_a_file_as_an_object_and_by_its_data_url(served: Served, client: openai.OpenAI) -> None:

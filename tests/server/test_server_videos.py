@@ -239,7 +239,9 @@ def test_lists_are_in_pages_the_newest_first(served: Served) -> None:
     assert [video["id"] for video in first["data"]] == ids[:2:-1] and first["has_more"]
     rest = served.client.get(f"/v1/videos?limit=10&after={first['last_id']}").json()
     assert [video["id"] for video in rest["data"]] == ids[2::-1] and not rest["has_more"]
-    assert served.client.get("/v1/videos?after=nothing").json()["data"] == []
+    assert served.client.get("/v1/videos?after=").json()["data"][0]["id"] == ids[-1]
+    unknown = served.client.get("/v1/videos?after=nothing")
+    assert unknown.status_code == 404 and "no job 'nothing'" in unknown.json()["error"]["message"]
 
 
 @pytest.mark.slow
