@@ -127,7 +127,7 @@ def prepare_environment(output: Path) -> None:
     # Threads that spin while they wait compete with the browser for the cores: with two cores and one other busy
     # program a run of the demo would take two to three times as long.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
-    use_proxies(os.environ)  # gradio makes clients on import
+    use_proxies()  # gradio makes clients on import
     # gradio checks at start that it reaches itself over loopback; a proxy would swallow that request.
     for name in ("NO_PROXY", "no_proxy"):
         known = [host for host in os.environ.get(name, "").split(",") if host]

@@ -38,6 +38,9 @@ class Environment:
     by_torchrun: bool = False
     port: int = 29500
     """The port of their rendezvous where another launcher than torchrun started them."""
+    trusted_proxies: str = ""
+    """Addresses of the proxies whose X-Forwarded-For counts, with commas between them. uvicorn's own variable; uvicorn
+    would trust whoever is on loopback without it."""
     profiling: int = 0
     """LightX2V's switch for the log of a Python script: 1 or 2 shows the duration of each stage."""
     visible_gpus: str | None = None
@@ -60,6 +63,7 @@ class Environment:
             "restart_count": "TORCHELASTIC_RESTART_COUNT",
             "by_torchrun": "TORCHELASTIC_USE_AGENT_STORE",
             "port": "MASTER_PORT",
+            "trusted_proxies": "FORWARDED_ALLOW_IPS",
             "profiling": "PROFILING_DEBUG_LEVEL",
         }
         values: dict[str, Any] = {key: variables[name] for key, name in names.items() if variables.get(name)}

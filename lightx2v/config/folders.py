@@ -52,7 +52,8 @@ def use_home() -> None:
         return
     try:
         os.environ["HOME"] = str(own_folder("home"))
-    except OutputError:  # what needs a cache says so
+    except OutputError:  # below this nothing can be made: a cache is left out, and what needs one says so
+        os.environ["HOME"] = os.devnull
         return
     log.warning(
         "There is no home folder, so caches are in %s, which may not last. Set HOME to a folder that stays.",

@@ -9,6 +9,7 @@ import contextlib
 import importlib
 import ipaddress
 import logging
+import os
 import re
 from collections.abc import Mapping, MutableMapping
 from urllib.parse import urlsplit
@@ -23,7 +24,7 @@ ADDRESS = r"(?:[a-z0-9_-]+\.)*[a-z0-9_-]+\.?|\[[0-9a-f:.]+\]"
 PORT = r"(?::[0-9]{0,5})?"
 
 
-def use_proxies(variables: MutableMapping[str, str]) -> None:
+def use_proxies(variables: MutableMapping[str, str] = os.environ) -> None:
     """Take out of `variables` what would stop every HTTP client, and log what to do. Requests then go without it.
 
     `socks://`, which GNOME writes, becomes `socks5://`.
@@ -43,7 +44,7 @@ def use_proxies(variables: MutableMapping[str, str]) -> None:
             variables[name] = ",".join(filter(None, entries.values()))
 
 
-def proxies_in_use(variables: Mapping[str, str]) -> list[str]:
+def proxies_in_use(variables: Mapping[str, str] = os.environ) -> list[str]:
     """The names of the variables that name a proxy, for a message about a network that does not answer."""
     return [name for name in PROXIES if variables.get(name)]
 

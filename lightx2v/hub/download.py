@@ -6,7 +6,6 @@ thread waits, sends the progress events and watches the cancel token.
 
 import asyncio
 import logging
-import os
 import threading
 import time
 from collections import deque
@@ -55,7 +54,7 @@ def fetch(plan: DownloadPlan, *, meter: Meter, cancel: CancelToken | None = None
     Progress counts the bytes to download. DownloadError and Cancelled keep what has arrived for the next time.
     """
     plan.check_space()
-    use_proxies(os.environ)
+    use_proxies()
     hub = hub or Hub()
     repos = {planned.file.repo: hub.repo(planned.file.repo) for planned in plan.files}
     for repo in repos.values():

@@ -1,6 +1,5 @@
 """Ask the Hub which files a repository has, with their sizes and hashes, and explain why it refuses."""
 
-import os
 import re
 import sys
 from dataclasses import dataclass
@@ -57,7 +56,7 @@ def list_files(hub: Hub, repo: str) -> list[HubFile]:
     """All files of a repository's newest commit. DownloadError says what to do where the Hub refuses."""
     from huggingface_hub import HfApi
 
-    use_proxies(os.environ)
+    use_proxies()
     try:
         info = HfApi(endpoint=hub.endpoint).model_info(repo, files_metadata=True, timeout=ANSWER)
     except request_errors() as error:
@@ -120,7 +119,7 @@ def explain(error: Exception, hub: Hub, repo: str) -> DownloadError:
         status = error.response.status_code
         later = f"{place} answered {status} for {repo}. Try again later, or set HF_ENDPOINT to a mirror."
         text = by_status.get(status, later)
-    proxies = f"the proxy in {' and '.join(used)}" if (used := proxies_in_use(os.environ)) else "the network"
+    proxies = f"the proxy in {' and '.join(used)}" if (used := proxies_in_use()) else "the network"
     return DownloadError(
         text
         or f"{place} cannot be reached ({str(error) or type(error).__name__:.120}). Check {proxies}, or set "

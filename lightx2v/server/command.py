@@ -10,7 +10,6 @@ server only with --host and a key (--api_key, or LIGHTX2V_API_KEY, which `ps` do
 import argparse
 import ipaddress
 import logging
-import os
 import socket
 import tempfile
 from collections.abc import Sequence
@@ -77,7 +76,7 @@ def _run(options: argparse.Namespace, context: CommandContext, *, open_engine: O
                 _warm_up(engine, resolved, context.progress, token)
         context.progress.clear()
         jobs.start()
-        return _serve(options, jobs, metrics, resolved, keys)
+        return _serve(options, jobs, metrics, resolved, keys, environment.trusted_proxies)
     finally:
         if not jobs.close():
             leave_at_exit(context.interrupts.exit_code)
@@ -90,7 +89,14 @@ def load(config: EngineConfig, *, preset: str, on_progress: OnProgress, cancel: 
     return LightX2VPipeline.from_config(config, preset=preset, on_progress=on_progress, cancel=cancel)
 
 
-def _serve(options: argparse.Namespace, jobs: JobManager, metrics: Metrics, resolved: Resolved, keys: list[str]) -> int:
+def _serve(
+    options: argparse.Namespace,
+    jobs: JobManager,
+    metrics: Metrics,
+    resolved: Resolved,
+    keys: list[str],
+    trusted_proxies: str,
+) -> int:
     import uvicorn
 
     from .application import create_app
@@ -110,7 +116,7 @@ def _serve(options: argparse.Namespace, jobs: JobManager, metrics: Metrics, reso
         server_header=False,
         http="h11",  # httptools, used by default if it is installed, accepts endless headers
         limit_concurrency=MAX_CONNECTIONS,
-        forwarded_allow_ips=os.environ.get("FORWARDED_ALLOW_IPS", ""),  # uvicorn would trust whoever is on loopback
+        forwarded_allow_ips=trusted_proxies,  # uvicorn would trust whoever is on loopback
     )
     logging.getLogger("uvicorn.error").setLevel(logging.WARNING)
     log.info("Serving %s on http://%s:%d, documentation on /docs", name, options.host, options.port)

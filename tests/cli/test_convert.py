@@ -220,13 +220,13 @@ def test_what_stays_float32_in_use_loses_nothing(tmp_path: Path, stored: torch.d
     assert made["text_embedding.0.weight"].dtype == torch.bfloat16
 
 
-def test_a_lora_of_the_other_expert_is_refused(
+def test_a_lora_named_for_the_other_expert_is_merged_with_a_warning(
     tiny: TinyModels, lora: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     output = tmp_path / "x.safetensors"
     source = str(tiny.t2v / "low_noise_model")
-    assert main(["--source", source, "--lora", f"{lora}:0.5", "--output", str(output)]) == 1
-    assert "Use the low-noise LoRA" in capsys.readouterr().err and not output.exists()
+    assert main(["--source", source, "--lora", f"{lora}:0.5", "--output", str(output)]) == 0
+    assert "for the other expert" in capsys.readouterr().err and output.exists()
 
 
 def test_bad_usage_says_what_to_do(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

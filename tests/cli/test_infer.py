@@ -30,6 +30,7 @@ from lightx2v.progress import CancelToken, OnProgress, Peak, Progress, StepTime,
 from lightx2v.step_file import StepStore
 
 TUTORIAL = PROJECT / "tests" / "data" / "tutorial"
+NOTES = ["Alpha from the header."]
 TIMINGS = Timings(
     seconds={"text": 0.5, "denoise": 2.0},
     steps=(StepTime(expert="high", seconds=2.0),),
@@ -85,7 +86,16 @@ class Stage:
             attention={"self": "torch_sdpa", "cross": "torch_sdpa", "reason": "a test"},
             timings=TIMINGS,
             text_tokens={"prompt": 3},
-            loras=({"expert": "high", "path": "a.safetensors", "strength": 0.5, "applied": 49, "total": 50},),
+            loras=(
+                {
+                    "expert": "high",
+                    "path": "a.safetensors",
+                    "strength": 0.5,
+                    "applied": 49,
+                    "total": 50,
+                    "notes": NOTES,
+                },
+            ),
             warnings=("the prompt is\nlong",),
         )
 
@@ -140,7 +150,7 @@ def test_it_prints_the_path_first_and_then_what_it_took(infer: Infer, tmp_path: 
         "96x96, 17 frames, 16 fps, seed 42, CPU",
         "2.75 s: text 0.50, denoise 2.00",
         "peak 3.00 GiB of GPU memory (4.00 GiB reserved), 1.00 GiB of RAM",
-        "LoRA a.safetensors: 49 of 50 layers on the high-noise expert, strength 0.5",
+        "LoRA a.safetensors: 49 of 50 layers on the high-noise expert, strength 0.5. Alpha from the header.",
         "warning: the prompt is\\nlong",
     ]
     assert re.search(r"INFO +Total Cost cost \d+\.\d{6} seconds", ended.err)
