@@ -14,7 +14,7 @@ from typing import Any
 
 from lightx2v.catalog.choose import add_folder_flag
 from lightx2v.catalog.live_catalog import LiveCatalog
-from lightx2v.cli.parser import ArgumentParser
+from lightx2v.cli.parser import ArgumentParser, add_save_every
 from lightx2v.cli.runner import CommandContext, leave_at_exit, run_command
 from lightx2v.config.folders import output_folder, use_temporary
 from lightx2v.config.proxies import use_proxies
@@ -22,6 +22,7 @@ from lightx2v.errors import ConfigError, OutputError, short_path
 from lightx2v.loading import preload
 from lightx2v.server.command import check_port
 from lightx2v.server.guess_limit import GuessLimit
+from lightx2v.step_file import SAVE_EVERY
 
 from .backend.studio import Studio
 from .exposure import Exposure, add_flags, decide
@@ -47,6 +48,7 @@ def _parser() -> ArgumentParser:
         "let others use the found models and LoRAs, and saved presets, of this name; may be repeated, * stands for any"
     )
     parser.add_argument("--offer", action="append", default=[], metavar="NAME", help=offer)
+    add_save_every(parser.add_argument)
     parser.add_argument("--open", action="store_true", help="open the page in the browser")
     parser.add_argument("--mcp", action="store_true", help="also serve the tools over MCP (needs gradio[mcp])")
     return parser
@@ -66,7 +68,7 @@ def _run(args: argparse.Namespace, context: CommandContext) -> int:
     folder = output_folder(args.output_dir)
     prepare_environment(folder)
     catalog = LiveCatalog(args.model_dirs, args.offer if exposure.open_to_others else None)
-    studio = open_studio(folder, exposure, args.preset, catalog)
+    studio = open_studio(folder, exposure, args.preset, catalog, args.save_every)
     try:
         demo = launch(studio, open_browser=args.open, mcp=args.mcp)
         announce(demo, exposure)
@@ -93,10 +95,12 @@ def _exit_code(context: CommandContext) -> int:
     return context.interrupts.exit_code if context.interrupts.token.cancelled else 0
 
 
-def open_studio(output: Path, exposure: Exposure, preset: str, catalog: LiveCatalog | None = None) -> Studio:
+def open_studio(
+    output: Path, exposure: Exposure, preset: str, catalog: LiveCatalog | None = None, save_every: float = SAVE_EVERY
+) -> Studio:
     """Opens the page's Studio. On ZeroGPU this loads its one model, before any visitor gets a GPU."""
     if not exposure.zerogpu:
-        return Studio(open_engine, output, exposure, default_preset=preset, catalog=catalog)
+        return Studio(open_engine, output, exposure, default_preset=preset, catalog=catalog, save_every=save_every)
     import spaces  # has to come before torch  # pyright: ignore[reportMissingImports]
 
     only = [preset] if preset else None

@@ -132,7 +132,9 @@ class Stub:
     def exchange(self, config: Any, **_: Any) -> bool:
         return False
 
-    def run(self, request: Any, *, save_result_path: Path, on_progress: Callable[[Any], None], cancel: Any) -> Stub:
+    def run(
+        self, request: Any, *, save_result_path: Path, on_progress: Callable[[Any], None], cancel: Any, steps: Any
+    ) -> Stub:
         from lightx2v.progress import Progress
 
         for step in range(1, 5):

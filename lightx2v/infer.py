@@ -42,7 +42,7 @@ from .errors import BadRequest, CheckpointError, ConfigError, LightX2VError, Out
 from .hub import find_all
 from .jobs.engine_slot import Engine, OpenEngine
 from .loading import preload
-from .progress import CancelToken, OnProgress, log_duration
+from .progress import CancelToken, OnProgress, log_duration, went_on
 from .step_file import StepFile
 
 log = logging.getLogger("lightx2v.infer")
@@ -315,6 +315,8 @@ def _summary(report: dict[str, Any]) -> str:
         f"{timings['total']:.2f} s: {stages}",
         f"peak {memory}",
     ]
+    if after := report["resumed_after"]:
+        lines.append(went_on(after, report["request"]["steps"]))
     lines += [
         f"LoRA {one_line(lora['path'])}: {lora['applied']} of {lora['total']} layers on the {lora['expert']}-noise "
         f"expert, strength {lora['strength']:g}. {one_line(' '.join(lora['notes']))}"

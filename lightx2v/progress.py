@@ -51,6 +51,12 @@ class Progress:
 OnProgress = Callable[[Progress], None]
 
 
+def went_on(after: int, total: int) -> str:
+    """What a run says that an earlier process has begun: `after` of the `total` denoising steps were done."""
+    where = f"step {after + 1} of {total}" if after < total else "decoding"
+    return f"went on at {where} after a restart"
+
+
 class CancelToken:
     """A flag that another thread may set. The engine calls `check` between steps, blocks and VAE chunks."""
 

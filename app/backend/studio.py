@@ -34,6 +34,7 @@ from lightx2v.jobs.store import Job, UnknownJob
 from lightx2v.media.images import DECODE_LOCK, jpeg, load_image
 from lightx2v.media.video_stills import still
 from lightx2v.progress import CancelToken
+from lightx2v.step_file import SAVE_EVERY
 
 from ..exposure import ADDRESS, Exposure
 from .model_files import HubFiles
@@ -51,7 +52,8 @@ JOB_ID = re.compile(r"[A-Za-z0-9_-]{16,64}")
 class Studio:
     """Everything that the page's events work with. `only`, if given, limits the presets on offer.
 
-    `lend_gpu` is `spaces.GPU` on ZeroGPU, where the default preset's engine is loaded at once and no other later.
+    Runs save their step at most once in `save_every` seconds. `lend_gpu` is `spaces.GPU` on ZeroGPU, where the default
+    preset's engine is loaded at once and no other later.
     """
 
     def __init__(
@@ -65,6 +67,7 @@ class Studio:
         only: Container[str] | None = None,
         lend_gpu: LendGpu | None = None,
         catalog: LiveCatalog | None = None,
+        save_every: float = SAVE_EVERY,
     ) -> None:
         self.exposure = exposure
         self.address = ADDRESS
@@ -83,7 +86,7 @@ class Studio:
             names = ", ".join(info.name for info in self.offer.shipped)
             raise ConfigError(f"There is no preset {default_preset!r} for the page. Presets: {names}.")
         self.default_preset = default_preset or self._choose_default()
-        self.jobs = self._open_jobs(open_engine, lend_gpu)
+        self.jobs = self._open_jobs(open_engine, lend_gpu, save_every)
 
     # ---- presets ------------------------------------------------------------------------------------------------
 
@@ -177,11 +180,15 @@ class Studio:
 
     # ---- engines ------------------------------------------------------------------------------------------------
 
-    def _open_jobs(self, open_engine: OpenEngine, lend_gpu: LendGpu | None) -> JobManager | ZeroGpuJobs:
+    def _open_jobs(
+        self, open_engine: OpenEngine, lend_gpu: LendGpu | None, save_every: float
+    ) -> JobManager | ZeroGpuJobs:
         done = self._on_finished
         if lend_gpu is None:
-            size = self.exposure.limits.queue
-            return JobManager(open_engine, self.folder, max_queue=size, predict=self._seconds, on_finished=done)
+            return JobManager(
+                open_engine, self.folder, max_queue=self.exposure.limits.queue, predict=self._seconds,
+                on_finished=done, save_every=save_every,
+            )  # fmt: skip
         preset = self.default_preset
         config = self.settings(preset).engine
         engine = open_engine(config, preset=preset, on_progress=lambda event: None, cancel=CancelToken())
@@ -192,7 +199,10 @@ class Studio:
         if (report := outcome.report) is not None:
             # An input image may have changed the size of the video: count the work that was done.
             done = replace(request, height=report["height"], width=report["width"])
-            self.learn(config, done, report["timings"]["seconds"])
+            seconds = dict(report["timings"]["seconds"])
+            if report.get("resumed_after"):  # it did a part of the steps
+                del seconds["denoise"]
+            self.learn(config, done, seconds)
 
     def learn(self, config: EngineConfig, request: Request, seconds: dict[str, float]) -> None:
         """Records the seconds that each stage of a finished run took."""

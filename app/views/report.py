@@ -11,6 +11,7 @@ from ..strings import Words
 from . import numbers
 from .html import button, esc, table, tag
 from .snippets import snippets
+from .stage import went_on
 
 BAR = ("load", "text", "image", "high", "low", "decode", "write")
 
@@ -161,6 +162,7 @@ def _details(words: Words, job: Job) -> str:
         (words("memory"), str((result.get("plan") or {}).get("reason", ""))),
         (words("shift"), f"{job.request.shift:g}"),
         (words("guidance"), guidance if any(job.request.guided) else words("off")),
+        (words("restart"), went_on(words, result.get("resumed_after", 0), job.request.steps)),
         (words("run"), job.id),
     ]
     items = (tag("dt", esc(name)) + tag("dd", esc(value)) for name, value in facts if value)

@@ -62,10 +62,21 @@ def status(
         for act, label in (retry_options or {}).items():
             actions += button(label, act, id=job.id, kind="" if actions else "primary")
         title = words("state_" + job.state).capitalize()
+        note = ""
         if job.state == "succeeded":  # the report's total: it counts loading, but not waiting for a download
-            title = words("finished_in", time=numbers.seconds((job.result or {})["timings"]["total"]))
-        line = tag("div", tag("strong", esc(title)), class_="doing") + tag("div", actions, class_="clock")
+            result = job.result or {}
+            title = words("finished_in", time=numbers.seconds(result["timings"]["total"]))
+            note = went_on(words, result.get("resumed_after", 0), job.request.steps)
+        said = tag("strong", esc(title)) + (tag("span", esc(note), class_="quiet") if note else "")
+        line = tag("div", said, class_="doing") + tag("div", actions, class_="clock")
     return tag("div", _bar(words, job) + tag("div", line, class_="line"), class_="status")
+
+
+def went_on(words: Words, after: int, total: int) -> str:
+    """That a restart has interrupted the run after some of its denoising steps; "" if none has."""
+    if not after:
+        return ""
+    return words("went_on", step=after + 1, total=total) if after < total else words("went_on_decoding")
 
 
 def phases_of(request: Request, event: Progress | None) -> list[str]:
@@ -148,7 +159,8 @@ def _now(words: Words, job: Job, event: Progress | None, ahead: int) -> str:
         number = min(event.step + 1, event.total)
         expert = words("expert_high" if number <= schedule_of(job.request).high_noise_steps else "expert_low")
         pace = _pace(event)
-        rest = " · ".join(filter(None, [expert, words("a_step", time=numbers.seconds(pace)) if pace else ""]))
+        went = went_on(words, event.resumed_after, event.total)
+        rest = " · ".join(filter(None, [expert, words("a_step", time=numbers.seconds(pace)) if pace else "", went]))
         title = tag("strong", esc(words("step_of", step=number, total=event.total)))
         return title + tag("span", esc(rest), class_="quiet")
     note = event.message or (words("part_of", step=event.step, total=event.total) if event.total > 1 else "")
@@ -164,7 +176,7 @@ def _plain_now(words: Words, job: Job, event: Progress | None) -> str:
 
 def _pace(event: Progress) -> float | None:
     """Seconds per step, from the time left in the engine's event. None until a step is done."""
-    if not event.step or event.eta is None or event.step >= event.total:
+    if event.step <= event.resumed_after or event.eta is None or event.step >= event.total:
         return None
     return event.eta / (event.total - event.step)
 

@@ -26,7 +26,7 @@ from ..media.video_writer import VideoWriter
 from ..models.vae import WanVAE
 from ..parallel.shared_cancel import SharedCancel
 from ..parallel.spatial_shards import SpatialShards
-from ..progress import CancelToken, Meter, OnProgress, Timings
+from ..progress import CancelToken, Meter, OnProgress, Timings, went_on
 from ..sampling.checks import is_finite, not_finite
 from ..step_file import StepStore
 from .conditioning import encode_condition, prepare_images
@@ -259,10 +259,11 @@ class Run:
             )
             if saved is not None:
                 denoising.go_on_from(saved.step, saved.latents, saved.solver_state)
-                log.info("Going on after step %d of %d, which an earlier process saved", saved.step, saved.steps)
+                log.info("The run %s", went_on(saved.step, saved.steps))
             begin, steps, experts = denoising.step, denoising.schedule.steps, denoising.schedule.experts
             self.meter.resumed_after = begin
-            self.meter.emit("denoise", begin, steps, experts[min(begin, steps - 1)])
+            message = went_on(begin, steps) if saved is not None else ""
+            self.meter.emit("denoise", begin, steps, experts[min(begin, steps - 1)], message=message)
             return self.retry_with_offload("denoise", denoising.finish)
 
     def decode(

@@ -63,12 +63,16 @@ class OpenEngine(Protocol):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Outcome:
-    """The end of a job: `report` if it succeeded, else `error` (type, message). After `fatal` no job can run."""
+    """The end of a job: `report` if it succeeded, else `error` (type, message). After `fatal` no job can run.
+
+    `died`: the program's other processes ended, which is not the job's end.
+    """
 
     report: dict[str, Any] | None = None
     error: dict[str, str] | None = None
     cancelled: bool = False
     fatal: bool = False
+    died: bool = False
 
 
 OnFinished = Callable[[EngineConfig, Request, Outcome], None]
@@ -96,13 +100,13 @@ class EngineSlot:
         self._engine: Engine | None = None
         self._load_seconds = 0.0
 
-    def run(self, job: Job, path: Path, *, on_progress: OnProgress, cancel: CancelToken) -> Outcome:
+    def run(self, job: Job, path: Path, *, on_progress: OnProgress, cancel: CancelToken, steps: StepStore) -> Outcome:
         """Make the job's video `path`, after loading the engine if necessary."""
         try:
             cancel.check()
             engine = self._engine_for(job.config, job.preset, on_progress, cancel)
             cancel.check()
-            result = engine.run(job.request, save_result_path=path, on_progress=on_progress, cancel=cancel)
+            result = engine.run(job.request, save_result_path=path, on_progress=on_progress, cancel=cancel, steps=steps)
             if not path.is_file() or not path.stat().st_size:
                 raise OutputError("The engine finished without writing the video. See the program's log.")
             # The name only: the folder is private to the server.
@@ -142,8 +146,8 @@ class EngineSlot:
             return Outcome(error=public_error(failure, id), cancelled=True)
         # Text, not exc_info: a stored log record would hold the traceback, and through it the tensors of the step.
         log.error("job %s failed\n%s", id, "".join(traceback.format_exception(failure)))
-        fatal = device_is_lost(failure) or isinstance(failure, GroupFailed)
-        outcome = Outcome(error=public_error(failure, id), fatal=fatal)
+        died = isinstance(failure, GroupFailed)
+        outcome = Outcome(error=public_error(failure, id), fatal=died or device_is_lost(failure), died=died)
         release_frames(failure)
         if is_out_of_memory(failure):
             free_memory()

@@ -12,6 +12,7 @@ from pathlib import Path
 from ..config.request import IMAGES, Request
 from ..media.images import store_image
 from ..media.work_folder import sweep
+from ..step_file import SAVE_EVERY, SUFFIX, StepFile
 
 log = logging.getLogger("lightx2v.jobs")
 
@@ -19,7 +20,10 @@ _ID = re.compile("[0-9a-f]{32}")
 
 
 class JobFiles:
-    """`<id>.mp4` and the input images `<id>.image-….png`; any other file `<id>.…` is removed with the job too."""
+    """`<id>.mp4`, the saved step of its run and the input images `<id>.image-….png`.
+
+    Any other file `<id>.…` is removed with the job too.
+    """
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
@@ -30,6 +34,14 @@ class JobFiles:
 
     def video(self, id: str) -> Path:
         return self.folder / f"{id}.mp4"
+
+    def steps(self, id: str, save_every: float = SAVE_EVERY) -> StepFile:
+        """The saved step of the job's run."""
+        return StepFile(self.video(id), save_every)
+
+    def with_steps(self) -> set[str]:
+        """The ids of the jobs that have a saved step, or a part of one."""
+        return {file.name.partition(".")[0] for file in self.folder.glob(f"*{SUFFIX}*")}
 
     def with_own_images(self, id: str, request: Request) -> Request:
         """The request with its images copied to the job's own files: uploads do not survive a restart."""

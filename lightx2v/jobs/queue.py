@@ -9,7 +9,7 @@ opens another: there are never two models in memory. An error in a job ends only
 in `Job.error` and the traceback in the log, and the next job runs. A cancelled job never becomes succeeded.
 
 Everything is in one folder: jobs.sqlite, and for each job the files named after its id (`<id>.mp4`, input images).
-After a restart the queued jobs run; the one that was running is `interrupted` and can be requeued.
+After a restart the job that was running goes on at its last saved step; after two in a row it is `interrupted`.
 """
 
 from __future__ import annotations
@@ -30,9 +30,10 @@ from ..config.engine_config import EngineConfig
 from ..config.request import Request, draw_seed
 from ..errors import BadRequest, Busy, ConfigError, LightX2VError, OutputError
 from ..progress import CancelToken, OnProgress
+from ..step_file import SAVE_EVERY
 from .engine_slot import Engine, EngineSlot, LoadedModel, OnFinished, OpenEngine
 from .files import JobFiles
-from .recovery import recover_jobs
+from .recovery import recover_jobs, remove_useless_steps
 from .store import STATES, Job, JobEvent, JobStore, State, StepLog, UnknownJob
 from .worker import JobWorker
 
@@ -62,8 +63,8 @@ class JobManager:
 
     `max_queue` jobs may wait besides the running one. `ttl` (seconds) and `size_cap` (bytes) limit what finished jobs
     leave in the folder: the oldest go first; queued and running jobs and the newest result always stay. `predict`
-    estimates the seconds that a job takes, for `Job.starts_in`. `on_finished` is called after every run. With
-    `start=False` no job runs before `start()`.
+    estimates the seconds that a job takes, for `Job.starts_in`. `on_finished` is called after every run. A run
+    saves its step at most once in `save_every` seconds. With `start=False` no job runs before `start()`.
     """
 
     def __init__(
@@ -77,6 +78,7 @@ class JobManager:
         predict: Callable[[EngineConfig, Request], float | None] | None = None,
         on_finished: OnFinished | None = None,
         clock: Callable[[], float] = time.time,
+        save_every: float = SAVE_EVERY,
         start: bool = True,
     ) -> None:
         self.folder = Path(folder).absolute()
@@ -90,13 +92,13 @@ class JobManager:
         self._store = JobStore(self.folder / "jobs.sqlite")
         self._closed, self._closing = False, threading.Event()
         self._slot = EngineSlot(open_engine, on_finished)
-        self._worker = JobWorker(
-            self._slot, self._store, self._files, self._steps, self._changed, clock=clock, purge=self.purge
-        )
+        shared = self._slot, self._store, self._files, self._steps, self._changed
+        self._worker = JobWorker(*shared, clock=clock, purge=self.purge, save_every=save_every)
         try:
             self._store.recover(clock())
             recover_jobs(self._store, self._files)
             self._files.remove_leftovers(self._store.ids())
+            remove_useless_steps(self._store, self._files)
         except BaseException:
             self._store.close()
             raise
@@ -239,7 +241,9 @@ class JobManager:
             state = self._row(id).state
             if state == "queued":
                 store.finish(id, "cancelled", self._clock())
+                self._files.steps(id).remove()
             elif self._worker.running is not None and self._worker.running.id == id:
+                store.request_cancel(id)
                 self._worker.running.cancel_requested = True
                 self._worker.running.cancel.cancel()
             self._changed.notify_all()
@@ -277,6 +281,8 @@ class JobManager:
         own = self._files.with_own_images(id, request)
         with self._session() as store:
             self._queued(id, "changed")
+            if (config, own) != (job.config, job.request):
+                self._files.steps(id).remove()  # that of a run before a restart
             store.change(id, config=config, request=own, preset=preset)
             self._changed.notify_all()
             return self.get(id)
@@ -316,7 +322,7 @@ class JobManager:
         self._worker.interrupt()
 
     def close(self, timeout: float = 5.0) -> bool:
-        """Interrupt the running job; queued ones wait for the next start. False if the engine does not stop."""
+        """Suspend the running job, which goes on at the next start. False if the engine does not stop."""
         self._closing.set()
         stopped = self._worker.stop(timeout)
         with self._lock:

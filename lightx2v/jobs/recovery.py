@@ -1,4 +1,5 @@
-"""Recovery of jobs from the videos in the folder, which carry their settings, where the list of jobs was lost."""
+"""Recovery of jobs from the videos in the folder, which carry their settings, where the list of jobs was lost; and the
+removal of saved steps that no job needs."""
 
 import logging
 from dataclasses import dataclass, replace
@@ -11,7 +12,7 @@ from ..config.request import Request
 from ..errors import BadRequest, LightX2VError, short_path
 from ..media.mp4 import probe, read_settings
 from .files import JobFiles
-from .store import JobStore
+from .store import JobStore, UnknownJob
 
 log = logging.getLogger("lightx2v.jobs")
 
@@ -70,6 +71,17 @@ def recover(video: Path) -> RecoveredJob:
         "config": config.to_json(),
     }
     return RecoveredJob(id=video.stem, config=config, request=request, preset=preset, time=stat.st_mtime, report=report)
+
+
+def remove_useless_steps(store: JobStore, files: JobFiles) -> None:
+    """Remove the saved steps of jobs that had ended when the program was killed."""
+    for id in files.with_steps():
+        try:
+            useless = store.job(id).state in ("succeeded", "cancelled")
+        except UnknownJob:
+            useless = True
+        if useless:
+            files.steps(id).remove()
 
 
 def _picture(settings: dict[str, Any], name: str, video: Path) -> Path | None:

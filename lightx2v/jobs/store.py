@@ -29,7 +29,13 @@ STATES: tuple[State, ...] = ("queued", "running", "succeeded", "failed", "cancel
 OVER: frozenset[State] = frozenset(("succeeded", "failed", "cancelled", "interrupted"))
 """The states that a job leaves only through a requeue."""
 
-INTERRUPTED = {"type": "Interrupted", "message": "The program stopped while this job was running. Run it again."}
+MAX_DEATHS = 2
+"""So many ends of the program in a row while a job runs may be the job's fault: it then waits for a person."""
+INTERRUPTED = {
+    "type": "Interrupted",
+    "message": "The program ended twice while this job was running. Run it again: it goes on at its last saved step.",
+}
+GOES_ON = "The program ended while this job was running. The job goes on at its last saved step, if there is one."
 
 LOST_EVENTS = 1_000_000
 """More event ids than a run takes. After a restart its ids continue beyond those that clients have seen."""
@@ -47,7 +53,14 @@ SELECT * FROM jobs WHERE (? IS NULL OR owner = ?) AND instr(?, state)
     AND (? IS NULL OR number > ?) ORDER BY number LIMIT ?"""
 _PLAIN = ("id", "state", "owner", "preset", "client_id", "created", "started", "finished", "source")
 """The columns that Job has as they are."""
-_VERSION = 3
+_VERSION = 4
+_ADDED = {
+    "ending": "INTEGER",
+    "source": "TEXT",
+    "deaths": "INTEGER NOT NULL DEFAULT 0",
+    "cancelling": "INTEGER NOT NULL DEFAULT 0",
+}
+"""Columns that older versions lack."""
 _SCHEMA = """
 CREATE TABLE jobs (
     number INTEGER PRIMARY KEY AUTOINCREMENT,
@@ -63,6 +76,8 @@ CREATE TABLE jobs (
     started REAL,
     finished REAL,
     ending INTEGER,         -- 1, 2, 3 ... in the order in which jobs ended, even if the clock was put back
+    deaths INTEGER NOT NULL DEFAULT 0,      -- ends of the program in a row while the job ran
+    cancelling INTEGER NOT NULL DEFAULT 0,  -- 1 if a person has stopped the run
     result TEXT,
     error TEXT,
     source TEXT,            -- id of the job whose settings this one has taken; it may have been removed
@@ -89,7 +104,7 @@ class UnknownJob(BadRequest):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class JobEvent:
-    """One event of a job. `kind` is "state" (data: state, error) or "progress" (data: the fields of Progress)."""
+    """One event of a job. `kind` is "state" (data: state, error, note) or "progress" (data: the fields of Progress)."""
 
     id: int
     time: float
@@ -229,7 +244,9 @@ class JobStore:
     def start(self, id: str, time: float) -> int:
         """Mark the job as running; returns the id of that event."""
         with self.transaction():
-            self._db.execute("UPDATE jobs SET state = 'running', place = NULL, started = ? WHERE id = ?", (time, id))
+            self._db.execute(
+                "UPDATE jobs SET state = 'running', place = NULL, started = ?, cancelling = 0 WHERE id = ?", (time, id)
+            )
             return self._add_event(id, time, "running")
 
     def finish(
@@ -252,12 +269,34 @@ class JobStore:
             )
             self._add_event(id, time, state, error, skip)
 
+    def request_cancel(self, id: str) -> None:
+        """Remember that a running job is to stop, also if the program ends before it does."""
+        self._db.execute("UPDATE jobs SET cancelling = 1 WHERE id = ?", (id,))
+
+    def resume_later(self, id: str, time: float, *, died: bool, skip: int = 0) -> None:
+        """The program ends while this job runs: the job becomes the next one. `died`: the program did not end it.
+
+        After MAX_DEATHS in a row it is interrupted.
+        """
+        with self.transaction():
+            self._db.execute("UPDATE jobs SET deaths = (deaths + 1) * ? WHERE id = ?", (died, id))
+            (deaths,) = self._db.execute("SELECT deaths FROM jobs WHERE id = ?", (id,)).fetchone()
+            if deaths >= MAX_DEATHS:
+                self.finish(id, "interrupted", time, error=INTERRUPTED, skip=skip)
+                return
+            self._db.execute(
+                "UPDATE jobs SET state = 'queued', started = NULL,"
+                " place = (SELECT coalesce(min(place), 1) - 1 FROM jobs) WHERE id = ?",
+                (id,),
+            )
+            self._add_event(id, time, "queued", skip=skip, note=GOES_ON)
+
     def requeue(self, id: str, time: float) -> None:
         """Put the job back at the end of the queue, without its result."""
         with self.transaction():
             self._db.execute(
                 "UPDATE jobs SET state = 'queued', started = NULL, finished = NULL, result = NULL, error = NULL,"
-                " place = (SELECT coalesce(max(place), 0) + 1 FROM jobs) WHERE id = ?",
+                " deaths = 0, place = (SELECT coalesce(max(place), 0) + 1 FROM jobs) WHERE id = ?",
                 (id,),
             )
             self._add_event(id, time, "queued")
@@ -280,8 +319,10 @@ class JobStore:
         if len(self._removed) > REMOVED_JOBS:
             self._removed.popitem(last=False)
 
-    def _add_event(self, id: str, time: float, state: State, error: dict[str, str] | None = None, skip: int = 0) -> int:
-        data = {"state": state, "error": error} if error else {"state": state}
+    def _add_event(
+        self, id: str, time: float, state: State, error: dict[str, str] | None = None, skip: int = 0, note: str = ""
+    ) -> int:
+        data = {"state": state} | ({"error": error} if error else {}) | ({"note": note} if note else {})
         (last,) = self._db.execute("SELECT coalesce(max(id), 0) FROM events WHERE job = ?", (id,)).fetchone()
         event = last + skip + 1
         self._db.execute(
@@ -298,7 +339,7 @@ class JobStore:
         ]
 
     def recover(self, time: float) -> None:
-        """After a restart: mark the running job as interrupted, and drop jobs that this version cannot read."""
+        """After a restart: put the running job back into the queue, and drop jobs that this version cannot read."""
         with self.transaction():
             for row in self._db.execute("SELECT * FROM jobs").fetchall():
                 try:
@@ -307,8 +348,12 @@ class JobStore:
                     log.warning("dropping job %s, which another version wrote: %s", row["id"], error)
                     self.remove(row["id"])
                     continue
-                if row["state"] == "running":
-                    self.finish(row["id"], "interrupted", time, error=INTERRUPTED, skip=LOST_EVENTS)
+                if row["state"] != "running":
+                    continue
+                if row["cancelling"]:
+                    self.finish(row["id"], "cancelled", time, skip=LOST_EVENTS)
+                else:
+                    self.resume_later(row["id"], time, died=True, skip=LOST_EVENTS)
 
 
 class StepLog:
@@ -341,7 +386,7 @@ def _make_tables(file: Path, db: sqlite3.Connection) -> None:
         for statement in _SCHEMA.split(";\n"):
             db.execute(statement)
     columns = _columns(db)
-    for name, kind in {"ending": "INTEGER", "source": "TEXT"}.items():  # since versions 2 and 3
+    for name, kind in _ADDED.items():
         if ("jobs", name) not in columns and ("jobs", "id") in columns:
             db.execute(f"ALTER TABLE jobs ADD COLUMN {name} {kind}")
     with closing(sqlite3.connect(":memory:")) as empty:

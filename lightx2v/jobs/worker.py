@@ -62,12 +62,13 @@ class JobWorker:
         *,
         clock: Callable[[], float],
         purge: Callable[[], object],
+        save_every: float,
     ) -> None:
         self.running: Running | None = None
         self.closing = self.abandoned = False
         self.broken = ""
         self._slot, self._store, self._files, self._steps = slot, store, files, steps
-        self._changed, self._clock, self._purge = changed, clock, purge
+        self._changed, self._clock, self._purge, self._save_every = changed, clock, purge, save_every
         self._next_purge = 0.0
         self._thread = threading.Thread(target=self._work, daemon=True, name="lightx2v-jobs")
 
@@ -79,11 +80,11 @@ class JobWorker:
         return self._thread.is_alive() and not self.broken and not self.closing
 
     def interrupt(self) -> None:
-        """Cancel the running job, and start no other."""
+        """Suspend the running job, and start no other."""
         with self._changed:
             self.closing = True
             if self.running is not None:
-                self.running.cancel.cancel()
+                self.running.cancel.suspend()
             self._changed.notify_all()
 
     def stop(self, timeout: float) -> bool:
@@ -101,8 +102,8 @@ class JobWorker:
             while (next_job := self._take()) is not None:
                 job, running = next_job
                 on_progress = partial(self._on_progress, running)
-                path = self._files.video(job.id)
-                outcome = self._slot.run(job, path, on_progress=on_progress, cancel=running.cancel)
+                path, steps = self._files.video(job.id), self._files.steps(job.id, self._save_every)
+                outcome = self._slot.run(job, path, on_progress=on_progress, cancel=running.cancel, steps=steps)
                 self._finish(running, outcome)
                 if outcome.fatal:
                     self.broken = "The GPU needs a restart of the program."
@@ -174,10 +175,16 @@ class JobWorker:
             while not self.abandoned:
                 state, error = self._end_of(running, outcome)
                 result = outcome.report if state == "succeeded" else None
+                id, now, skip = running.id, self._clock(), running.steps
                 try:
                     if state != "succeeded":
-                        self._files.video(running.id).unlink(missing_ok=True)
-                    self._store.finish(running.id, state, self._clock(), result=result, error=error, skip=running.steps)
+                        self._files.video(id).unlink(missing_ok=True)
+                    if state == "queued":
+                        self._store.resume_later(id, now, died=outcome.died, skip=skip)
+                    else:
+                        self._store.finish(id, state, now, result=result, error=error, skip=skip)
+                    if state in ("succeeded", "cancelled"):
+                        self._files.steps(id).remove()
                     break
                 except (sqlite3.Error, OSError) as problem:  # without a record the job would stay running for ever
                     log.error("the end of job %s cannot be recorded yet: %s", running.id, problem)
@@ -189,13 +196,15 @@ class JobWorker:
             self._changed.notify_all()
 
     def _end_of(self, running: Running, outcome: Outcome) -> tuple[State, dict[str, str] | None]:
-        """The final state and the error."""
+        """The final state and the error; "queued" if the job is to go on after a restart of the program."""
         if running.cancel_requested:
             return "cancelled", None
         if outcome.report is not None:
             return "succeeded", None
+        if outcome.died or (outcome.cancelled and self.closing):
+            return "queued", None
         if outcome.cancelled:
-            return ("interrupted", INTERRUPTED) if self.closing else ("cancelled", None)
+            return "cancelled", None
         if outcome.error is not None and outcome.error["type"] == INTERRUPTED["type"]:
             return "interrupted", outcome.error
         return "failed", outcome.error

@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from ..catalog.choose import FileChoice, add_file_flags, named_preset
-from ..cli.parser import ArgumentParser, amount
+from ..cli.parser import ArgumentParser, add_save_every, amount
 from ..cli.runner import CommandContext, leave_at_exit, run_command
 from ..config.engine_config import EngineConfig
 from ..config.environment import Environment
@@ -66,6 +66,7 @@ def _run(options: argparse.Namespace, context: CommandContext, *, open_engine: O
         ttl=options.result_ttl_hours * 3600 or None,
         size_cap=int(options.result_cap_gb * 1e9) or None,
         on_finished=metrics.observe_run,
+        save_every=options.save_every,
         start=False,
     )
     try:
@@ -240,6 +241,7 @@ def _parser() -> ArgumentParser:
         metavar="GB",
         help="delete the oldest results beyond it; 0: no limit",
     )
+    add_save_every(add)
     return parser
 
 

@@ -1,7 +1,7 @@
 """EventStreams: the progress of jobs as server-sent events.
 
     event: progress    {"stage": "denoise", "step": 3, "total": 40, …}
-    event: state       {"status": "in_progress"}
+    event: state       {"status": "in_progress"}; after a restart {"status": "queued", "note": "The program ended …"}
     event: video       the whole job, once it is over; the stream ends
 
 Event ids increase within a job, so a client that lost its connection continues with Last-Event-ID.
@@ -94,7 +94,8 @@ class _CountedStream(StreamingResponse):
 
 def _content(event: JobEvent) -> dict[str, Any]:
     if event.kind == "state":
-        return {"status": VIDEO_STATUS[event.data["state"]], "error": event.data.get("error")}
+        optional = {name: event.data[name] for name in ("note",) if name in event.data}
+        return {"status": VIDEO_STATUS[event.data["state"]], "error": event.data.get("error"), **optional}
     return Step.model_validate(event.data).model_dump()
 
 

@@ -51,6 +51,7 @@ class Step(BaseModel):
     expert: str | None = None
     seconds: float = Field(description="Seconds since the run began.")
     eta: float | None = Field(None, description="Estimated seconds left.")
+    resumed_after: int = Field(0, description="Denoising steps that were done before a restart; 0 without one.")
 
 
 class Video(BaseModel):

@@ -191,6 +191,25 @@ def test_a_running_step_is_named_with_its_expert_and_time_left() -> None:
     assert "9.0" in html and "left" in html and 'role="progressbar"' in html and 'data-act="stop"' in html
 
 
+@pytest.mark.parametrize(
+    ("language", "after", "said"),
+    [
+        ("en", 2, "went on at step 3 of 4 after a restart"),
+        ("en", 4, "went on at decoding after a restart"),
+        ("zh", 2, "重启后从第 3/4 步继续"),
+        ("zh", 4, "重启后从解码继续"),
+    ],
+)
+def test_a_run_that_went_on_after_a_restart_says_where(language: str, after: int, said: str) -> None:
+    words, done = Words(language), job("succeeded", result=result(resumed_after=after))
+    assert said in stage.status(words, done) and said in report.report(words, done)
+    event = Progress(stage="denoise", step=after, total=4, expert="low", eta=None, resumed_after=after)
+    html = stage.status(words, job(progress=event))
+    assert said in html and words("a_step", time="") not in html, "no step of this process is done yet"
+    for whole in (job("succeeded"), job(progress=Progress(stage="denoise", step=2, total=4))):
+        assert words("went_on", step="", total="")[:4] not in stage.status(words, whole)
+
+
 def test_a_report_holds_every_number() -> None:
     html = report.report(Words("en"), job("succeeded"), predicted=5.5)
     for shown in ("6.0", "0.83", "14.0", "15.0", "5.5", "8.1", "torch_sdpa (fastest here)", "96 × 96", "17 frames"):

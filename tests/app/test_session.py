@@ -23,6 +23,7 @@ from app.page import _storage_secret
 from app.views.view_state import build_view
 from lightx2v.config.request import Request
 from lightx2v.errors import BadRequest
+from lightx2v.jobs.engine_slot import Outcome
 from lightx2v.jobs.store import Job
 
 PRESET = "demo_t2v_distill_lora"
@@ -123,6 +124,17 @@ def test_a_finished_run_improves_later_predictions(studio: Studio) -> None:
     job = submit(studio, "o" * 40, "x")
     assert studio.prediction_of(job.id) == prediction
     assert set(prediction.stages) >= {"text", "denoise", "decode"} and "load" not in prediction.stages
+
+
+def test_the_steps_that_a_restart_has_left_teach_nothing_about_whole_runs(studio: Studio) -> None:
+    first = studio.jobs.wait(submit(studio, "o" * 40, "x").id, PATIENCE)
+    before = studio.predict(first.config, first.request)
+    assert first.result is not None and before is not None
+    took = {"denoise": before.stages["denoise"] / 20, "decode": before.stages["decode"]}
+    part = first.result | {"resumed_after": 3, "timings": first.result["timings"] | {"seconds": took}}
+    studio._on_finished(first.config, first.request, Outcome(report=part))
+    after = studio.predict(first.config, first.request)
+    assert after is not None and after.stages["denoise"] == before.stages["denoise"]
 
 
 def test_an_edited_run_gets_a_new_prediction(studio: Studio) -> None:

@@ -9,79 +9,198 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from fake_engine import Garage
+from fake_engine import Garage, Script
 from job_runs import CONFIG, ask, done, start_held
 from patience import PATIENCE, eventually
 
-from lightx2v.errors import BadRequest, Busy, ConfigError, OutputError
+from lightx2v.errors import BadRequest, Busy, ConfigError, GroupFailed, OutputError
 from lightx2v.jobs import worker as job_worker
 from lightx2v.jobs.queue import JobManager
+from lightx2v.jobs.store import Job
 
 SUPPORT = Path(__file__).parents[1] / "support"
 
 
 @pytest.mark.slow
-def test_queued_jobs_run_after_a_restart_and_the_running_one_is_interrupted(
+def test_after_a_restart_the_running_job_goes_on_first_and_then_the_queued_ones_run(
     open_manager: Callable[..., JobManager], garage: Garage
 ) -> None:
     manager = open_manager()
     finished = done(manager, manager.submit(CONFIG, ask("finished"), owner="me"))
-    held, _ = start_held(manager, garage)
+    held, _ = start_held(manager, garage, saves=b"half of it")
     waiting = [manager.submit(CONFIG, ask(f"waiting {n}", seed=n), owner="me") for n in range(2)]
+    last = manager.events(held.id)[-1].id
     assert manager.close()
     assert garage.alive == 0 and garage.ran == ["finished", "held"]
     with pytest.raises(Busy):
         manager.get(held.id)
 
+    garage.script.clear()
     again = open_manager()
     assert [done(again, job).state for job in waiting] == ["succeeded", "succeeded"]
-    assert garage.ran[2:] == ["waiting 0", "waiting 1"]
+    assert garage.ran[2:] == ["held", "waiting 0", "waiting 1"]
+    assert garage.went_on_from == [None, None, b"half of it", None, None]
     assert again.get(finished.id) == finished
     job = again.get(held.id)
-    assert job.state == "interrupted" and job.error is not None and "Run it again" in job.error["message"]
-    last = again.events(held.id)[-1].id
-    garage.script.clear()
-    assert again.requeue(held.id).state in ("queued", "running")
-    job = done(again, held)
     assert job.state == "succeeded" and job.error is None and job.path is not None
-    assert [event.id for event in again.events(held.id, last)][0] == last + 1
+    first, *_ = again.events(held.id, last)
+    assert first.id == last + 1 and first.data["state"] == "queued" and "goes on at its last" in first.data["note"]
     assert again.get(waiting[1].id).request.seed == 1
+    assert not list(again.folder.glob("*.step.*")), "the step goes with the video"
 
 
-@pytest.mark.slow
-def test_a_process_that_is_killed_loses_nothing_but_the_run(tmp_path: Path, garage: Garage) -> None:
-    code = f"""
-import sys, time
-sys.path.insert(0, {str(SUPPORT)!r})
-import threading
+KILLED = """
+import sys, threading, time
+sys.path.insert(0, sys.argv[2])
 from fake_engine import Garage, Script
 from job_runs import CONFIG, ask
 from lightx2v.jobs.queue import JobManager
+from lightx2v.jobs.store import Job
 garage = Garage()
-garage.script["held"] = Script(hold=threading.Event())
-manager = JobManager(garage, {str(tmp_path)!r})
-ids = [manager.submit(CONFIG, ask(prompt)).id for prompt in ("first", "held", "third")]
-manager.wait(ids[0]); garage.started.wait()
-print(*ids, flush=True)
+garage.script["held"] = Script(hold=threading.Event(), saves=b"half of it")
+manager = JobManager(garage, sys.argv[1])
+if not manager.list():
+    ids = [manager.submit(CONFIG, ask(prompt)).id for prompt in ("first", "held", "third")]
+    manager.wait(ids[0])
+garage.started.wait()
+print(*(job.id for job in reversed(manager.list())), flush=True)
+for line in sys.stdin:
+    manager.cancel(line.strip())
+    print("asked", flush=True)
 time.sleep(60)
 """
-    process = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, cwd=SUPPORT.parents[1])
-    assert process.stdout is not None
-    with process.stdout:
-        ids = process.stdout.readline().decode().split()
+
+
+@contextmanager
+def program(folder: Path, code: str = KILLED) -> Iterator[subprocess.Popen[str]]:
+    """A program with three jobs, whose second one is running. It is killed at the end of the block."""
+    command = [sys.executable, "-c", code, str(folder), str(SUPPORT)]
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
+    with subprocess.Popen(command, **pipes, text=True, cwd=SUPPORT.parents[1]) as process:  # type: ignore[call-overload]
+        try:
+            yield process
+        finally:
+            process.kill()
+
+
+@pytest.mark.slow
+def test_a_killed_job_goes_on_by_itself_once_and_is_interrupted_the_second_time(tmp_path: Path, garage: Garage) -> None:
+    with program(tmp_path) as process:
+        assert process.stdout is not None
+        ids = process.stdout.readline().split()
         with pytest.raises(ConfigError, match="Another process"):
             JobManager(garage, tmp_path)
         (tmp_path / ".lightx2v-abc").mkdir()
         (tmp_path / ".lightx2v-abc" / "video.mp4").write_bytes(b"half")
-        process.kill()
-        process.wait()
+    with program(tmp_path) as process:
+        assert process.stdout is not None and process.stdout.readline().split() == ids
+        assert not (tmp_path / ".lightx2v-abc").exists()
     with JobManager(garage, tmp_path) as manager:
         assert manager.wait(ids[2], PATIENCE).state == "succeeded"
         assert [manager.get(id).state for id in ids] == ["succeeded", "interrupted", "succeeded"]
-        assert not (tmp_path / ".lightx2v-abc").exists()
+        error = manager.get(ids[1]).error
+        assert error is not None and "ended twice" in error["message"] and "Run it again" in error["message"]
+        states = [event.data["state"] for event in manager.events(ids[1]) if event.kind == "state"]
+        assert states == ["queued", "running", "queued", "running", "interrupted"]
+        manager.requeue(ids[1])
+        assert manager.wait(ids[1], PATIENCE).state == "succeeded" and garage.went_on_from[-1] == b"half of it"
+
+
+@pytest.mark.slow
+def test_a_job_that_was_asked_to_stop_is_cancelled_even_if_the_program_is_killed_first(
+    tmp_path: Path, garage: Garage
+) -> None:
+    with program(tmp_path, KILLED.replace("Script(hold", "Script(ignore_cancel=True, hold")) as process:
+        assert process.stdout is not None and process.stdin is not None
+        ids = process.stdout.readline().split()
+        process.stdin.write(f"{ids[1]}\n")
+        process.stdin.flush()
+        assert process.stdout.readline() == "asked\n"
+    with JobManager(garage, tmp_path) as manager:
+        assert manager.get(ids[1]).state == "cancelled" and "held" not in garage.ran
+        assert not list(tmp_path.glob("*.step.*"))
+
+
+def test_a_program_that_is_stopped_again_and_again_interrupts_no_job(
+    open_manager: Callable[..., JobManager], garage: Garage
+) -> None:
+    manager = open_manager()
+    job, event = start_held(manager, garage)
+    for _ in range(3):
+        garage.started.clear()
+        manager.close()
+        manager = open_manager()
+        assert garage.started.wait(PATIENCE) and manager.get(job.id).state == "running"
+    event.set()
+    assert done(manager, job).state == "succeeded"
+
+
+def test_a_saved_step_goes_with_its_job_and_with_its_settings(
+    open_manager: Callable[..., JobManager], garage: Garage, tmp_path: Path
+) -> None:
+    manager = open_manager(save_every=7.0)
+    job, _ = start_held(manager, garage, saves=b"half of it")
+    step = tmp_path / f"{job.id}.mp4.step.safetensors"
+    assert garage.save_every == [7.0] and step.read_bytes() == b"half of it"
+    manager.cancel(job.id)
+    assert done(manager, job).state == "cancelled" and not step.exists()
+
+    def stopped() -> tuple[JobManager, Job, Path]:
+        """A job in the queue that a restart has put back."""
+        manager = open_manager()
+        job, _ = start_held(manager, garage, saves=b"half of it")
+        manager.close()
+        return open_manager(start=False), job, tmp_path / f"{job.id}.mp4.step.safetensors"
+
+    manager.close()
+    for change in ("edit", "cancel", "delete"):
+        manager, job, step = stopped()
+        assert step.exists() and manager.get(job.id).state == "queued"
+        if change == "edit":
+            manager.edit(job.id, job.request)
+            assert step.exists(), "nothing was changed"
+            manager.edit(job.id, replace(job.request, seed=5))
+        else:
+            getattr(manager, change)(job.id)
+        assert not step.exists(), change
+        if change == "edit":
+            manager.delete(job.id)
+        manager.close()
+
+
+def test_a_failed_job_keeps_its_step_and_useless_steps_are_swept(
+    open_manager: Callable[..., JobManager], garage: Garage, tmp_path: Path
+) -> None:
+    garage.script["full"] = Script(error=OutputError("The disk is full."), at=("write", 1), saves=b"all but the file")
+    manager = open_manager()
+    job = done(manager, manager.submit(CONFIG, ask("full")))
+    assert job.state == "failed"
+    garage.script.clear()
+    fine = done(manager, manager.submit(CONFIG, ask("fine")))
+    manager.close()
+    for id, part in ((fine.id, ""), (fine.id, ".part"), ("0" * 32, ""), ("1" * 32, ".part")):
+        (tmp_path / f"{id}.mp4.step.safetensors{part}").write_bytes(b"left by a killed program")
+    manager = open_manager()
+    assert [path.name for path in tmp_path.glob("*.step.*")] == [f"{job.id}.mp4.step.safetensors"]
+    manager.requeue(job.id)
+    assert done(manager, job).state == "succeeded" and garage.went_on_from[-1] == b"all but the file"
+
+
+def test_the_end_of_another_process_of_the_group_ends_no_job(
+    open_manager: Callable[..., JobManager], garage: Garage
+) -> None:
+    garage.script["held"] = Script(error=GroupFailed("Process 1 ended without a message."))
+    manager = open_manager()
+    job = manager.submit(CONFIG, ask("held"))
+    eventually(lambda: not manager.alive)
+    assert manager.get(job.id).state == "queued"
+    manager.close()
+    manager = open_manager()
+    assert done(manager, job).state == "interrupted", "the second time it may be the job's fault"
 
 
 @pytest.mark.slow
@@ -101,7 +220,8 @@ def test_an_engine_that_hangs_does_not_keep_the_program_from_ending(
     assert time.monotonic() - started < 2
     event.set()
     assert manager.close()
-    assert open_manager().get(job.id).state == "interrupted"
+    garage.script.clear()
+    assert done(open_manager(), job).state == "succeeded"
 
 
 def test_requeueing_what_succeeded_waits_or_runs_changes_nothing(manager: JobManager, garage: Garage) -> None:

@@ -102,6 +102,5 @@ def describe(case: tuple[str, str, int, list[Ended]]) -> str:
 def test_torchrun_starts_the_group_again_and_the_queue_goes_on(root: Path) -> None:
     (end,) = Running(1, under_torchrun, parallel_troubles.queue, str(root)).ended()
     assert end.code == 0, end.output[-3000:]
-    first, second, third = (root / "queue.txt").read_text().split()
-    assert first == third == "succeeded"
-    assert second in ("failed", "interrupted")
+    ends = (root / "queue.txt").read_text().split()
+    assert ends == ["succeeded"] * 3, "the job in which a process was killed starts over by itself"

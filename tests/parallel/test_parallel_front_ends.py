@@ -100,7 +100,7 @@ def test_the_server_and_the_page_make_videos_with_all_processes(
     assert [end.code for end in ends] == [143, 0], ends
     assert all(re.search(rf"\[rank {rank}\] (INFO +)?Run DiT cost", end.output) for rank, end in enumerate(ends)), ends
     with closing(sqlite3.connect(tmp_path / "jobs.sqlite")) as jobs:
-        assert jobs.execute("SELECT state FROM jobs ORDER BY number").fetchall() == [("succeeded",), ("interrupted",)]
+        assert jobs.execute("SELECT state FROM jobs ORDER BY number").fetchall() == [("succeeded",), ("queued",)]
 
 
 def answers(client: httpx.Client, path: str) -> dict[str, Any]:

@@ -144,7 +144,9 @@ def test_the_tutorials_command_serves_the_model_that_was_loaded_once(
 
 
 @pytest.mark.slow
-def test_a_signal_ends_it_and_the_running_job_is_interrupted(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_a_signal_ends_it_and_the_running_job_goes_on_at_the_next_start(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
     garage = Garage(script={"long": Script(hold=threading.Event())})
 
     def visit(http: httpx.Client) -> str:
@@ -154,11 +156,11 @@ def test_a_signal_ends_it_and_the_running_job_is_interrupted(monkeypatch: pytest
         return id
 
     run = Stopped(monkeypatch, visit)
-    flags = ["--preset", T2V, "--port", str(free_port()), "--output_dir", str(tmp_path)]
+    flags = ["--preset", T2V, "--port", str(free_port()), "--output_dir", str(tmp_path), "--save_every", "3"]
     assert command.main(flags, open_engine=garage) == 128 + signal.SIGTERM
+    assert garage.alive == 0 and garage.save_every == [3.0]
     with JobManager(Garage(), tmp_path) as jobs:
-        assert jobs.get(run.seen[0]).state == "interrupted"
-    assert garage.alive == 0
+        assert jobs.wait(run.seen[0], PATIENCE).state == "succeeded"
 
 
 @pytest.mark.slow

@@ -26,6 +26,7 @@ from lightx2v.config.request import Request
 from lightx2v.errors import NumericsError
 from lightx2v.media.video_writer import VideoWriter
 from lightx2v.progress import CancelToken, Meter, OnProgress, Timings
+from lightx2v.step_file import StepStore
 
 STAGES = ("text", "denoise", "decode", "write")
 
@@ -42,6 +43,8 @@ class Script:
     hold: threading.Event | None = None
     ignore_cancel: bool = False
     preview: Any = None
+    saves: bytes | None = None
+    """The step that the run has saved when it comes to `at`."""
     output: bytes | None = None
     """The bytes to write instead of a video; b"" leaves no file."""
 
@@ -74,6 +77,8 @@ class Garage:
     open_seconds: float = 0.0
     opened: list[EngineConfig] = field(default_factory=list)
     ran: list[str] = field(default_factory=list)
+    went_on_from: list[bytes | None] = field(default_factory=list)
+    save_every: list[float] = field(default_factory=list)
     running: int = 0
     most_running: int = 0
     alive: int = 0
@@ -114,18 +119,24 @@ class FakeEngine:
         cancel: CancelToken,
         metadata: bool = True,
         force: bool = False,
+        steps: StepStore | None = None,
     ) -> FakeResult:
         assert save_result_path is not None
         garage, script = self.garage, self.garage.script.get(request.prompt, Script())
         garage.ran.append(request.prompt)
+        if steps is not None:
+            garage.went_on_from.append(steps.read())
+            garage.save_every.append(steps.every)
         garage.running += 1
         garage.most_running = max(garage.most_running, garage.running)
         try:
-            return self._run(request, script, save_result_path, Meter("cpu", on_progress), cancel)
+            return self._run(request, script, save_result_path, Meter("cpu", on_progress), cancel, steps)
         finally:
             garage.running -= 1
 
-    def _run(self, request: Request, script: Script, path: Path, meter: Meter, cancel: CancelToken) -> FakeResult:
+    def _run(
+        self, request: Request, script: Script, path: Path, meter: Meter, cancel: CancelToken, steps: StepStore | None
+    ) -> FakeResult:
         for stage in STAGES:
             with meter.stage(stage):
                 for step in range(1, script.steps + 1):
@@ -136,6 +147,8 @@ class FakeEngine:
                     if script.seconds:
                         time.sleep(script.seconds)
                     if (stage, step) == script.at:
+                        if steps is not None and script.saves is not None:
+                            steps.write(script.saves)
                         self._incident(script, cancel)
                     expert = ("high" if step <= script.steps // 2 else "low") if stage == "denoise" else None
                     meter.emit(stage, step, script.steps, expert, preview=script.preview)

@@ -23,6 +23,7 @@ from lightx2v.engine.result import Result
 from lightx2v.errors import OutOfMemory
 from lightx2v.media.video_writer import VideoWriter
 from lightx2v.progress import CancelToken, Meter, OnProgress, Progress, Timings
+from lightx2v.step_file import StepStore
 
 
 @dataclass
@@ -71,6 +72,7 @@ class PaintingEngine:
         cancel: CancelToken,
         metadata: bool = True,
         force: bool = False,
+        steps: StepStore | None = None,
         return_frames: bool = False,
     ) -> Result:
         self.painter.note("begin", prompt=request.prompt, request=request.to_json())

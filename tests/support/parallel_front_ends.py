@@ -23,10 +23,10 @@ def infer_into(folder: str, *arguments: str) -> int:
     return infer(*arguments)
 
 
-def server(port: int, folder: str) -> int:
+def server(port: int, folder: str, *arguments: str) -> int:
     from lightx2v.server.command import main
 
-    return main(["--preset", PRESET, "--port", str(port), "--output_dir", folder])
+    return main(["--preset", PRESET, "--port", str(port), "--output_dir", folder, *arguments])
 
 
 def page(port: int, folder: str) -> None:
