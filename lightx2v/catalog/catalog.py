@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import itertools
 import re
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Container, Iterable, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -14,7 +15,7 @@ from ..config.checks import did_you_mean
 from ..errors import ConfigError, quoted
 from .found_file import FoundFile, Kind
 from .found_model import FoundModel, PlacedLora, fits
-from .pairs import partner, without_expert
+from .pairs import lora_pairs, partner, without_expert
 
 MAX_NAME = 120
 PREFERRED = ("bf16", "fp16", "fp8", "int8", "fp32")
@@ -82,24 +83,25 @@ class Catalog:
                 continue
             for model in self._variants(high, low):
                 if not model.problems:
-                    models.setdefault(model.name, model)
+                    name = _free_name(model.name, models)
+                    models[name] = replace(model, name=name)
         return models
 
     @cached_property
     def loras(self) -> dict[str, FoundLora]:
         """Every LoRA, pairs as one, by name."""
         files, seen, loras = self.of_kind("LoRA"), set[Path](), dict[str, FoundLora]()
+        pairs = lora_pairs(files)
         for file in files:
             if file.path in seen:
                 continue
-            other = partner(file, files)
+            other = pairs.get(file.path)
             halves = {file.expert: file, **({other.expert: other} if other else {})}
-            seen |= {each.path for each in halves.values() if each}
-            lora = FoundLora(
-                name="", high=halves.get("high", halves.get(None)), low=halves.get("low", halves.get(None))
-            )
+            seen |= {each.path for each in halves.values()}
             name = without_expert(file.name) if other else without_ending(file.name)
-            loras.setdefault(name, FoundLora(name=name, high=lora.high, low=lora.low))
+            name = file.name if name in loras else name
+            high, low = (halves.get(expert, halves.get(None)) for expert in ("high", "low"))
+            loras[name] = FoundLora(name=name, high=high, low=low)
         return loras
 
     def complete(
@@ -141,8 +143,7 @@ class Catalog:
             first = lora.first
             if first.distilled and first.task == high.task and first.width == high.width and lora.high and lora.low:
                 name = f"{plain.name}+{_slug(lora.name)}"[:MAX_NAME]
-                made = self.complete(high, low, loras=lora.placed())
-                yield replace(made, name=name)
+                yield replace(plain, name=name, loras=tuple(lora.placed()))
 
     def _nearest(self, kind: Kind, beside: FoundFile) -> FoundFile | None:
         """The file of this kind that shares most folders with `beside`, the best preserved one among several there."""
@@ -174,6 +175,12 @@ def summary(catalog: Catalog) -> dict[str, Any]:
 def _slug(name: str) -> str:
     """A name that can stand in an address, a file's name and a command line."""
     return re.sub(r"[^\w.+-]+", "-", name).strip("-.")[:MAX_NAME] or "model"
+
+
+def _free_name(name: str, taken: Container[str]) -> str:
+    """`name`, or else with a number behind it."""
+    others = (f"{name[: MAX_NAME - len(mark)]}{mark}" for mark in map("-{}".format, itertools.count(2)))
+    return next(each for each in itertools.chain([name], others) if each not in taken)
 
 
 def _names(paths: Sequence[Path]) -> list[str]:

@@ -9,7 +9,7 @@ import json
 import math
 import re
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -43,10 +43,16 @@ DTYPES = {
     torch.float16: "fp16",
     torch.float32: "fp32",
 }
-ENOUGH_LAYERS = 24
-"""Layers of a LoRA that tell its rank and width."""
+ENOUGH_LAYERS, ENOUGH_STRANGERS = 12, 400
+"""Layers of a LoRA that tell its rank and width, and layers without one of ours that tell that it is for another model."""
 MAX_BLOCKS = 60
 """Blocks for whose layers a LoRA is looked through; A14B has 40."""
+MAX_SIDE = 1 << 31
+"""Longer sides of a tensor are nonsense."""
+KINDS = frozenset(("down", "diff", "diff_b", "lokr_w2", *RANKS["hadamard"], *RANKS["kronecker"]))
+"""Of parse_key's kinds one for each layer of a LoRA, whose shape tells the rank where there is one."""
+METADATA = '"__metadata__"'
+_BEFORE_NAME, _BEFORE_VALUE = re.compile(r"[\s{,]*"), re.compile(r"[\s:]*")
 DISTILLED = re.compile(r"lightx2v|distill|lightning|\d[ _-]?steps?(?![a-z])|rapid|turbo|dmd|lcm|causvid", re.IGNORECASE)
 """Words in the names of distilled models and of the LoRAs that distil one."""
 
@@ -65,18 +71,40 @@ def describe(path: Path, size: int) -> FoundFile | None:
     return None
 
 
-def _header(path: Path) -> tuple[Mapping[str, tuple[int, ...]], Mapping[str, Any]]:
-    """Shapes and metadata. Of a safetensors file without the checks of loading: of thousands of LoRAs only the few that
-    are used have to be whole."""
+def _header(path: Path) -> tuple[Iterator[tuple[str, tuple[int, ...]]], Mapping[str, Any]]:
+    """Names with shapes, and metadata. Of a safetensors file only as far as it is looked at, and without the checks of
+    loading: of thousands of LoRAs only the few that are used have to be whole."""
     if path.suffix.lower() != ".safetensors" or not path.is_file():
         checkpoint = open_checkpoint(path)
-        return checkpoint.shapes, checkpoint.metadata
+        return iter(checkpoint.shapes.items()), checkpoint.metadata
+    text = header_text(path)[0].decode("utf-8", "replace")
+    place = text.find(METADATA)
+    _, metadata = next(_members(text, place), ("", None)) if place >= 0 else ("", None)
+    return _shapes(text), metadata if isinstance(metadata, dict) else {}
+
+
+def _shapes(text: str) -> Iterator[tuple[str, tuple[int, ...]]]:
+    for name, entry in _members(text, 0):
+        shape = entry.get("shape") if isinstance(entry, dict) else None
+        if isinstance(shape, list) and all(type(side) is int and 0 <= side < MAX_SIDE for side in shape):
+            yield name, tuple(shape)
+
+
+def _members(text: str, place: int) -> Iterator[tuple[str, Any]]:
+    """The members of the JSON object that `text` is, from the one at `place`, as far as they can be read."""
+    decode = json.JSONDecoder().raw_decode
     try:
-        header = json.loads(header_text(path)[0])
-        metadata = header.pop("__metadata__", {})
-        return {name: tuple(entry["shape"]) for name, entry in header.items()}, dict(metadata)
-    except (ValueError, TypeError, LookupError, AttributeError, RecursionError):
-        return {}, {}
+        while text.startswith('"', place := _after(_BEFORE_NAME, text, place)):
+            name, place = decode(text, place)
+            value, place = decode(text, _after(_BEFORE_VALUE, text, place))
+            yield name, value
+    except (ValueError, RecursionError):
+        return
+
+
+def _after(pattern: re.Pattern[str], text: str, place: int) -> int:
+    match = pattern.match(text, place)
+    return match.end() if match else place
 
 
 def _expert(checkpoint: Checkpoint, path: Path, size: int) -> FoundFile | None:
@@ -130,21 +158,23 @@ def _vae(checkpoint: Checkpoint, path: Path, size: int) -> FoundFile | None:
 def _lora(path: Path, size: int) -> FoundFile | None:
     shapes, metadata = _header(path)
     finder, ranks, widths = _layers(), Counter[int](), Counter[int]()
-    found = False
-    for key, shape in shapes.items():
-        if ranks.total() >= ENOUGH_LAYERS:
-            break
+    found, strangers = False, 0
+    for key, shape in shapes:
         layer, kind = parse_key(key) or ("", "")
-        if (
-            kind not in ("down", "diff", "diff_b", *RANKS["hadamard"], *RANKS["kronecker"], "lokr_w2")
-            or finder.find(layer, "weight") is None
-        ):
+        if kind not in KINDS:
+            continue
+        if finder.find(layer, "weight") is None:
+            strangers += 1
+            if strangers >= ENOUGH_STRANGERS and not found:
+                break
             continue
         found = True
         if any(kind in kinds for kinds in RANKS.values()) and len(shape) >= 2:
             ranks[shape[0]] += 1
         if kind == "down" and len(shape) >= 2:
             widths[math.prod(shape[1:])] += 1
+        if ranks.total() >= ENOUGH_LAYERS:
+            break
     if not found:
         return None
     notes = lora_notes(path, metadata)

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import re
+from collections import defaultdict
 from collections.abc import Sequence
 from difflib import SequenceMatcher
 from pathlib import Path
 
-from ..config.lora_names import partner_names
+from ..config.lora_names import partner_names, partners
 from .found_file import FoundFile
 
 ALIKE = 0.86
@@ -16,26 +17,51 @@ are still alike, two models are not."""
 _EXPERT_WORDS = re.compile(r"(?<![a-z])(?:high|low)(?:[ _.-]?noise)?(?:[ _.-]?model)?(?![a-z])", re.IGNORECASE)
 
 
-def partner(file: FoundFile, files: Sequence[FoundFile]) -> FoundFile | None:
-    """The file for the other expert that belongs to `file`; None where there is none, or `file` names no expert."""
-    if file.expert is None:
-        return None
-    other = "low" if file.expert == "high" else "high"
-    fitting = [
-        each
-        for each in files
-        if (each.kind, each.expert) == (file.kind, other)
-        and (each.width, each.distilled) == (file.width, file.distilled)
-        and (file.kind == "LoRA" or each.task == file.task)
-    ]
+def partner(expert: FoundFile, files: Sequence[FoundFile]) -> FoundFile | None:
+    """The other expert that belongs to `expert`; None where there is none, or its name says neither high nor low."""
+    fitting = [each for each in files if _fit(expert, each) and each.task == expert.task]
     by_path = {each.path: each for each in fitting}
-    for name in partner_names(file.path.as_posix()):
+    for name in partner_names(expert.path.as_posix()) if expert.expert else ():
         if (found := by_path.get(Path(name))) is not None:
             return found
-    wanted = without_expert(file.name)
+    wanted = without_expert(expert.name)
     likeness = lambda each: SequenceMatcher(None, wanted, without_expert(each.name)).ratio()  # noqa: E731
-    best = max(fitting, key=lambda each: (likeness(each), each.quantisation == file.quantisation), default=None)
+    best = max(fitting, key=lambda each: (likeness(each), each.quantisation == expert.quantisation), default=None)
     return best if best is not None and likeness(best) >= ALIKE else None
+
+
+def lora_pairs(loras: Sequence[FoundFile]) -> dict[Path, FoundFile]:
+    """{path of a LoRA: the other half of it}. Names of halves differ in the words for the expert, and in numbers at
+    most where that leaves no choice: `style_high-e8`, `style_low-e10`. Two styles with names alike are no pair."""
+    by_path = {each.path: each for each in loras}
+    pairs: dict[Path, FoundFile] = {}
+    for one in loras:
+        names = (Path(each.path) for each in partners(one.path.as_posix()) if each.expert == one.expert)
+        _join(one, next((by_path[name] for name in names if name in by_path), one), pairs)
+    for pattern in ("", r"\d+"):  # the same name, then the same but for numbers
+        groups: dict[str, list[FoundFile]] = defaultdict(list)
+        for one in loras:
+            if one.expert and one.path not in pairs:
+                name = without_expert(one.path.name)
+                groups[re.sub(pattern, "0", name) if pattern else name].append(one)
+        for group in groups.values():
+            if len(group) == 2:
+                _join(group[0], group[1], pairs)
+    return pairs
+
+
+def _join(one: FoundFile, other: FoundFile, pairs: dict[Path, FoundFile]) -> None:
+    if _fit(one, other) and not {one.path, other.path} & pairs.keys():
+        pairs.update({one.path: other, other.path: one})
+
+
+def _fit(one: FoundFile, other: FoundFile) -> bool:
+    """Whether these are for the two experts of one model, as far as their headers say."""
+    return (
+        {one.expert, other.expert} == {"high", "low"}
+        and (one.kind, one.width, one.distilled) == (other.kind, other.width, other.distilled)
+        and (one.task == other.task or None in (one.task, other.task))
+    )
 
 
 def without_expert(name: str) -> str:

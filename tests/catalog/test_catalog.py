@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from dataclasses import replace
 from pathlib import Path
 
@@ -180,3 +181,56 @@ def test_the_parts_nearest_to_the_expert_are_taken(tmp_path: Path, models: Path)
     found = Catalog([*scan([tmp_path / "elsewhere"]), *scan([models])])
     vae = found.models["wan2.2_t2v_demo"].vae
     assert vae is not None and vae.path == models / "vae/wan_2.1_vae.pth"
+
+
+def lora(name: str, half: str | None = None, **more: object) -> FoundFile:
+    values = {"width": 5120, "rank": 16, "size": 1, "expert": half}
+    return FoundFile(path=Path("/m") / name, kind="LoRA", **{**values, **more})  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("high", "low", "paired"),
+    [
+        ("style_high_noise.safetensors", "style_low_noise.safetensors", True),
+        ("H/style-H.safetensors", "L/style-L.safetensors", True),
+        ("style_high-e8.safetensors", "style_low-e10.safetensors", True),
+        ("a/style_HIGH.safetensors", "b/style_low.safetensors", True),
+        ("dancing_girl_high.safetensors", "dancing_girls_low.safetensors", False),
+        ("style_a_high.safetensors", "style_b_low.safetensors", False),
+        ("watercolour_style_high.safetensors", "watercolour_styles_low.safetensors", False),
+    ],
+)
+def test_two_styles_with_names_alike_are_no_pair(high: str, low: str, paired: bool) -> None:
+    found = Catalog([lora(high, "high"), lora(low, "low")]).loras
+    assert [(each.high is not None, each.low is not None) for each in found.values()] == (
+        [(True, True)] if paired else [(True, False), (False, True)]
+    )
+
+
+def test_a_lora_is_half_of_one_pair_at_most(tmp_path: Path) -> None:
+    names = ["s1_low", "s1_high", "s2_low", "s3_high", "s4_high"]
+    found = Catalog([lora(f"{name}.safetensors", name[3:]) for name in names]).loras
+    assert {name: [file.path.stem for file in each.files] for name, each in found.items()} == {
+        "s1": ["s1_high", "s1_low"], "s2_low": ["s2_low"], "s3_high": ["s3_high"], "s4_high": ["s4_high"],
+    }  # fmt: skip
+
+
+def test_no_lora_and_no_model_hides_another_of_its_name() -> None:
+    files = [lora("style_high.safetensors", "high"), lora("style_low.safetensors", "low"), lora("style.safetensors")]
+    found = Catalog(files).loras
+    assert sorted(file.path.name for each in found.values() for file in each.files) == sorted(
+        file.path.name for file in files
+    )
+    names = [f"{'x' * 130}{end} {half}_noise.safetensors" for end in "ab" for half in ("high", "low")]
+    experts = [expert(name, "high" if "high" in name else "low") for name in names]
+    distils = [lora(f"fast{n}_{half}.safetensors", half, distilled=True, task="t2v")
+               for n in range(2) for half in ("high", "low")]  # fmt: skip
+    models = Catalog([*experts, *distils]).models
+    assert len(models) == 6 and all(name == model.name and len(name) <= 120 for name, model in models.items())
+
+
+def test_thousands_of_loras_with_names_alike_are_paired_at_once() -> None:
+    files = [lora(f"style_{n:05}_{half}.safetensors", half) for n in range(2000) for half in ("high", "low")]
+    start = time.process_time()
+    assert len(Catalog(files).loras) == 2000
+    assert time.process_time() - start < 5

@@ -162,3 +162,36 @@ def test_a_gguf_pair_makes_a_model_of_its_mix(tmp_path: Path) -> None:
     engine = model.resolved().engine
     assert (engine.dit_quantized, engine.dit_quant_scheme) == (True, "gguf-Q8_0")
     assert engine.high_noise_quantized_ckpt == str(tmp_path / "Wan2.2-T2V-HighNoise-Q8_0.gguf")
+
+
+def raw(path: Path, header: str) -> FoundFile | None:
+    content = header.encode()
+    path.write_bytes(len(content).to_bytes(8, "little") + content)
+    return describe(path, path.stat().st_size)
+
+
+@pytest.mark.parametrize("shape", ['["a", "b"]', "[{}, []]", "[1e999, 2]", "[-1, 4]", f"[{10**400}]", "7", "null", "[true, 1]"])
+@pytest.mark.parametrize("whole", [True, False])
+def test_hostile_shapes_stop_no_scan(tmp_path: Path, shape: str, whole: bool) -> None:
+    layer = "diffusion_model.blocks.0.self_attn.q"
+    entry = '"%s.lora_%s.weight": {"dtype": "F16", "shape": %s, "data_offsets": [0, 0]}'
+    header = "{" + ", ".join(entry % (layer, part, shape) for part in ("down", "up")) + ("}" if whole else "")
+    found = raw(tmp_path / "x.safetensors", header)
+    assert found is None or (found.rank, found.width) == (0, 0)
+
+
+def test_metadata_counts_wherever_it_stands(tmp_path: Path) -> None:
+    entry = '"blocks.0.self_attn.q.lora_%s.weight" :\n{"dtype":"F16","shape":[4,8],"data_offsets":[0,64]}'
+    tensors = ",".join(entry % part for part in ("down", "up"))
+    metadata = '"__metadata__": {"trigger_word": "say \\"__metadata__\\": {", "note": "\\ud800"}'
+    for number, header in enumerate((f" {{{metadata},{tensors}}}", f"{{{tensors} , {metadata}}}")):
+        found = raw(tmp_path / f"{number}.safetensors", header)
+        assert found is not None and (found.rank, found.width) == (4, 8)
+        assert found.triggers == ('say "__metadata__": {',)
+
+
+def test_of_a_lora_no_more_is_parsed_than_tells_what_it_is(tmp_path: Path) -> None:
+    """Thousands of LoRAs are looked through in seconds: what follows the first layers is not even valid here."""
+    entry = '"blocks.%d.ffn.0.lora_down.weight":{"dtype":"F16","shape":[4,8],"data_offsets":[0,64]},'
+    found = raw(tmp_path / "x.safetensors", "{" + "".join(entry % block for block in range(12)) + "#" * 100)
+    assert found is not None and (found.kind, found.rank) == ("LoRA", 4)
