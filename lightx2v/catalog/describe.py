@@ -44,7 +44,7 @@ DTYPES = {
     torch.float32: "fp32",
 }
 ENOUGH_LAYERS, ENOUGH_STRANGERS = 12, 400
-"""Layers of a LoRA that tell its rank and width, and layers without one of ours that tell that it is for another model."""
+"""Layers that tell a LoRA's rank and width, and layers without one of ours that tell that it is for another model."""
 MAX_BLOCKS = 60
 """Blocks for whose layers a LoRA is looked through; A14B has 40."""
 MAX_SIDE = 1 << 31

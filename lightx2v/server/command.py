@@ -12,13 +12,15 @@ import ipaddress
 import logging
 import socket
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
+from ..catalog.catalog import FoundLora
 from ..catalog.choose import FileChoice, add_file_flags, named_preset
+from ..catalog.live_catalog import LiveCatalog
 from ..cli.parser import ArgumentParser, add_save_every, amount
 from ..cli.runner import CommandContext, leave_at_exit, run_command
 from ..config.engine_config import EngineConfig
@@ -107,7 +109,8 @@ def _serve(
 
     name = resolved.preset.name or resolved.engine.task
     images = InputImages(folder=options.input_dir)
-    service = Service(jobs, {name: resolved}, images=images, lora_dir=options.lora_dir)
+    loras = _offered_loras(options)
+    service = Service(jobs, {name: resolved}, images=images, lora_dir=options.lora_dir, loras=loras)
     config = uvicorn.Config(
         create_app(service, metrics, keys=keys, hosts=_hosts(options)),
         host=options.host,
@@ -126,6 +129,18 @@ def _serve(
     except SystemExit:  # the port is in use; uvicorn has logged it
         return 1
     return 0
+
+
+def _offered_loras(options: argparse.Namespace) -> Callable[[], Mapping[str, FoundLora]]:
+    """What gives the found LoRAs that --offer allows. Each call looks for new files, which the next one knows."""
+    catalog = LiveCatalog(options.model_dirs, options.offer)
+    catalog.refresh()
+
+    def loras() -> Mapping[str, FoundLora]:
+        catalog.refresh()
+        return catalog.loras
+
+    return loras
 
 
 def _warm_up(engine: Engine, resolved: Resolved, on_progress: OnProgress, cancel: CancelToken) -> None:
@@ -220,6 +235,8 @@ def _parser() -> ArgumentParser:
     add("--model_path", metavar="PATH", help="a folder, or a Hub name such as Wan-AI/Wan2.2-T2V-A14B")
     add("--models_dir", metavar="FOLDER", help="where relative paths are looked for first")
     add("--lora_dir", type=Path, metavar="FOLDER", help="LoRA files that requests may add")
+    offer = "let requests add the found LoRAs of this name; may be repeated, * stands for any"
+    add("--offer", action="append", default=[], metavar="NAME", help=offer)
     add_file_flags(parser.add_argument_group("files of your own").add_argument)
     add("--input_dir", type=Path, metavar="FOLDER", help="images that requests may name")
     add("--warmup", action="store_true", help="make one very short video before the port opens")

@@ -170,7 +170,9 @@ def raw(path: Path, header: str) -> FoundFile | None:
     return describe(path, path.stat().st_size)
 
 
-@pytest.mark.parametrize("shape", ['["a", "b"]', "[{}, []]", "[1e999, 2]", "[-1, 4]", f"[{10**400}]", "7", "null", "[true, 1]"])
+@pytest.mark.parametrize(
+    "shape", ['["a", "b"]', "[{}, []]", "[1e999, 2]", "[-1, 4]", f"[{10**400}]", "7", "null", "[true, 1]"]
+)
 @pytest.mark.parametrize("whole", [True, False])
 def test_hostile_shapes_stop_no_scan(tmp_path: Path, shape: str, whole: bool) -> None:
     layer = "diffusion_model.blocks.0.self_attn.q"
