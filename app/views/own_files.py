@@ -1,6 +1,7 @@
 """What a person has: the folders with models, the files that a choice uses, and the shelf of LoRAs."""
 
 from collections.abc import Collection, Sequence
+from urllib.parse import quote
 
 from lightx2v.catalog.catalog import FoundLora
 from lightx2v.catalog.found_model import FoundModel, doubts
@@ -74,7 +75,7 @@ def _text(lora: FoundLora) -> str:
 def _card(words: Words, lora: FoundLora, added: Collection[str]) -> str:
     picture = tag("span", "", class_="nopicture")
     if any(file.thumbnail for file in lora.files):
-        picture = tag("img", src=f"studio/loras/{lora.name}.jpg", alt="", loading="lazy")
+        picture = tag("img", src=f"studio/loras/{quote(lora.name)}.jpg", alt="", loading="lazy")
     first = lora.first
     facts = [words(_place(lora)), first.task or "", words("lora_rank", n=first.rank) if first.rank else ""]
     facts.append(words("lora_for", name=first.trained_for) if first.trained_for else "")

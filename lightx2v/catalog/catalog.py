@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import os
 import re
 from collections import Counter
 from collections.abc import Container, Iterable, Sequence
@@ -198,7 +199,8 @@ def _names(paths: Sequence[Path]) -> list[str]:
 
 def _readable_parts(path: Path) -> list[str]:
     """The parts of a path; those of the Hub's cache as OWNER, REPO and what is inside."""
-    parts = [part for part in path.parts if not re.fullmatch(r"snapshots|[0-9a-f]{40}", part)]
+    text = os.fsencode(path).decode("utf-8", "replace")  # bytes that are no text cannot be sent to a page
+    parts = [part for part in Path(text).parts if not re.fullmatch(r"snapshots|[0-9a-f]{40}", part)]
     return [
         piece
         for part in parts

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
+from urllib.parse import unquote
 
 import pytest
 from model_tree import comfy_tree, style_lora
@@ -18,6 +20,8 @@ from app.form.fields import fields_of, setting_fields, submit_plan
 from app.strings import Words
 from app.views import own_files
 from app.web.api_routes import OfferedPresets
+from lightx2v.catalog.catalog import FoundLora
+from lightx2v.catalog.found_file import FoundFile
 from lightx2v.catalog.live_catalog import LiveCatalog
 from lightx2v.config.presets import preset_content, resolve
 from lightx2v.errors import CheckpointError, ConfigError
@@ -169,3 +173,15 @@ def test_only_pictures_of_offered_loras_are_served(studio: Studio) -> None:
     assert picture is not None and picture.startswith(b"\xff\xd8")
     for name in ("wan2.2_t2v_demo_lightx2v_lora_4step", "absent", "../../etc/passwd"):
         assert studio.thumbnail_of(name) is None
+
+
+def test_what_files_say_of_themselves_is_text_on_the_shelf() -> None:
+    """Names, trigger words and base models are strangers'."""
+    evil = '"><script>alert(1)</script>'
+    file = FoundFile(path=Path("/m/x.safetensors"), kind="LoRA", size=1, name=f"{evil}?#%20 é",
+                     triggers=(evil,), trained_for=evil, thumbnail=Path("/m/x.png"))  # fmt: skip
+    lora = FoundLora(name=file.name, high=file, low=file)
+    html = own_files.shelf(WORDS, [lora], "", "t2v", [])
+    assert "<script" not in html and "&lt;script&gt;" in html
+    (source,) = re.findall(r'src="studio/loras/([^"]*)\.jpg"', html)
+    assert unquote(source) == file.name and re.fullmatch(r"[\w.%/-]+", source, re.ASCII)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import os
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -234,3 +236,11 @@ def test_thousands_of_loras_with_names_alike_are_paired_at_once() -> None:
     start = time.process_time()
     assert len(Catalog(files).loras) == 2000
     assert time.process_time() - start < 5
+
+
+def test_names_can_be_sent_to_a_page_whatever_bytes_they_have() -> None:
+    strange = os.fsdecode(b"caf\xe9.safetensors")
+    found = Catalog([lora(strange), lora("a\nb.safetensors")])
+    json.dumps(summary(found), ensure_ascii=False).encode()
+    assert [file.name for file in found.files] == ["caf\ufffd.safetensors", "a\nb.safetensors"]
+    assert found.find("caf\ufffd").path == Path("/m") / strange

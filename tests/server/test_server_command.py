@@ -18,6 +18,7 @@ import httpx
 import pytest
 import uvicorn
 from fake_engine import FakeEngine, Garage, Script
+from model_tree import comfy_tree, style_lora
 from patience import PATIENCE, eventually, free_port
 from served import T2V
 
@@ -141,6 +142,28 @@ def test_the_tutorials_command_serves_the_model_that_was_loaded_once(
     assert len(garage.opened) == 1 and garage.alive == 0, "opened once, before the port, and closed at the end"
     assert garage.opened[0].model_path == "somewhere" and garage.opened[0].task == "t2v"
     assert len(list((tmp_path / "out").glob("*.mp4"))) == 2
+
+
+@pytest.mark.slow
+def test_found_loras_are_used_by_the_names_that_the_operator_offers(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    models = comfy_tree(tmp_path)
+    style_lora(models)
+    style_lora(models, "style_new.safetensors")
+
+    def visit(http: httpx.Client) -> tuple[str, list[int]]:
+        listed = eventually(lambda: (found := http.get("/v1/loras")).json()["data"] and found.text)
+        names = ("watercolour", "style_new", "style_new.safetensors", str(models / "loras/watercolour.safetensors"))
+        bodies = [{"prompt": "a cat", "loras": [{"path": name}]} for name in names]
+        return listed, [http.post("/v1/videos", json=body).status_code for body in bodies]
+
+    run = Stopped(monkeypatch, visit)
+    flags = ["--preset", T2V, "--port", str(free_port()), "--output_dir", str(tmp_path / "out"), "--offer", "water*"]
+    assert command.main([*flags, "--model_dirs", str(models)], open_engine=Garage()) == 0 and not run.failure
+    listed, codes = run.seen[0]
+    assert "watercolour" in listed and "style_new" not in listed and str(tmp_path) not in listed
+    assert codes == [200, 422, 422, 422]
 
 
 @pytest.mark.slow
