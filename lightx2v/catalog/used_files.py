@@ -25,6 +25,11 @@ from .scan import memory_file
 log = logging.getLogger("lightx2v.catalog")
 
 FLAGS = {"high": "--high", "low": "--low", "t5": "--t5", "vae": "--vae"}
+ROLES = {"high": "high-noise expert", "low": "low-noise expert", "t5": "T5", "vae": "VAE", "lora": "LoRA", "loras": "LoRA"}
+"""The role in a video's records of the file that a key names, by the key's first word."""
+HASHED_AT_ONCE = 2 << 30
+"""Bytes of a file at its place whose content is compared whatever it takes: two seconds at most. An expert's hash is
+compared where it is known."""
 
 
 class UsedFiles:
@@ -94,12 +99,12 @@ def _place(value: Any, records: list[Mapping[str, Any]], catalog: Callable[[], C
     if not isinstance(value, str) or not value.startswith(("/", "~", "\\")) and not re.match(r"[A-Za-z]:", value):
         return value
     path = Path(os.path.expanduser(value))
-    record = next((each for each in records if each.get("name") == path.name), None)
-    if os.path.isdir(path) or record is None:
+    role = ROLES.get(key.partition("_")[0])
+    named = [each for each in records if each.get("name") == path.name]
+    recorded = [each for each in named if each.get("role") == role] or named
+    if os.path.isdir(path) or not recorded or any(_is_still(path, each) for each in recorded):
         return value
-    size, digest = record.get("size"), record.get("sha256")
-    if os.path.isfile(path) and path.stat().st_size == size:
-        return value
+    size, digest = recorded[0].get("size"), recorded[0].get("sha256")
     for file in catalog().files:
         if file.size == size and file.path.is_file() and (digest is None or content_hash(file.path) == digest):
             return str(file.path)
@@ -109,6 +114,18 @@ def _place(value: Any, records: list[Mapping[str, Any]], catalog: Callable[[], C
         f"The file {short_path(path)}{told} of this video is neither at its place nor, with the same content, in the "
         f"folders of models. Give it with {flag}, or name its folder with --model_dirs."
     )
+
+
+def _is_still(path: Path, record: Mapping[str, Any]) -> bool:
+    """Whether the file at `path` is the recorded one. Where only its size can be compared, a line in the log says so."""
+    if not os.path.isfile(path) or (size := path.stat().st_size) != record.get("size"):
+        return False
+    recorded = record.get("sha256")
+    digest = content_hash(path) if recorded and size <= HASHED_AT_ONCE else known_hash(path)
+    if not recorded or digest is None:
+        log.warning("Of %s only the size is compared with the video's file, because no hash is known.", short_path(path))
+        return True
+    return digest == recorded
 
 
 def _files(path: Path) -> list[Path]:

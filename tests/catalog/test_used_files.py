@@ -82,3 +82,42 @@ def test_a_moved_file_is_found_by_its_content(tmp_path: Path) -> None:
 def test_records_from_outside_are_read_with_care(tmp_path: Path, records: object) -> None:
     file = put(T2V / "Wan2.1_VAE.pth", tmp_path / "other.pth")
     assert find_again({"vae_path": str(file)}, records, Catalog) == {"vae_path": str(file)}
+
+
+def test_a_file_at_its_place_with_other_content_is_not_taken(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    file = put(T2V / "Wan2.1_VAE.pth", tmp_path / "vae.pth")
+    unhashed = UsedFiles({"VAE": file}).to_json()
+    content_hash(file)
+    records, settings = UsedFiles({"VAE": file}).to_json(), {"vae_path": str(file)}
+    assert find_again(settings, records, Catalog) == settings and not caplog.records
+    assert find_again(settings, unhashed, Catalog) == settings and "only the size is compared" in caplog.text
+    caplog.clear()
+    file.write_bytes(file.read_bytes()[:-1] + b"x")
+    with pytest.raises(ConfigError, match=r"neither at its place nor, with the same content"):
+        find_again(settings, records, Catalog)
+    # An expert is too large to be read for this; its hash counts once it is known.
+    monkeypatch.setattr(used_files, "HASHED_AT_ONCE", 0)
+    file.write_bytes(file.read_bytes()[:-1] + b"y")
+    assert find_again(settings, records, Catalog) == settings and "only the size is compared" in caplog.text
+    content_hash(file)
+    with pytest.raises(ConfigError, match=r"neither at its place"):
+        find_again(settings, records, Catalog)
+
+
+def test_two_experts_of_one_name_are_told_apart(tmp_path: Path) -> None:
+    """The official layout calls both diffusion_pytorch_model.safetensors, and they have the same size."""
+    name = "diffusion_pytorch_model.safetensors"
+    files = {half: put(T2V / f"{half}_noise_model" / name, tmp_path / half / name) for half in ("high", "low")}
+    for file in files.values():
+        content_hash(file)
+    records = UsedFiles({f"{half}-noise expert": file for half, file in files.items()}).to_json()
+    settings = {f"{half}_noise_original_ckpt": str(file) for half, file in files.items()}
+    assert find_again(settings, records, Catalog) == settings
+    for half, file in files.items():
+        moved = tmp_path / "new" / f"{half}_noise.safetensors"
+        moved.parent.mkdir(exist_ok=True)
+        file.rename(moved)
+    found = find_again(settings, records, lambda: Catalog(scan([tmp_path / "new"])))
+    assert found == {key: str(tmp_path / "new" / f"{key.partition('_')[0]}_noise.safetensors") for key in settings}
