@@ -25,7 +25,14 @@ from .scan import memory_file
 log = logging.getLogger("lightx2v.catalog")
 
 FLAGS = {"high": "--high", "low": "--low", "t5": "--t5", "vae": "--vae"}
-ROLES = {"high": "high-noise expert", "low": "low-noise expert", "t5": "T5", "vae": "VAE", "lora": "LoRA", "loras": "LoRA"}
+ROLES = {
+    "high": "high-noise expert",
+    "low": "low-noise expert",
+    "t5": "T5",
+    "vae": "VAE",
+    "lora": "LoRA",
+    "loras": "LoRA",
+}
 """The role in a video's records of the file that a key names, by the key's first word."""
 HASHED_AT_ONCE = 2 << 30
 """Bytes of a file at its place whose content is compared whatever it takes: two seconds at most. An expert's hash is
@@ -117,13 +124,15 @@ def _place(value: Any, records: list[Mapping[str, Any]], catalog: Callable[[], C
 
 
 def _is_still(path: Path, record: Mapping[str, Any]) -> bool:
-    """Whether the file at `path` is the recorded one. Where only its size can be compared, a line in the log says so."""
+    """Whether the file at `path` is the recorded one. Where only its size can be compared, the log says so."""
     if not os.path.isfile(path) or (size := path.stat().st_size) != record.get("size"):
         return False
     recorded = record.get("sha256")
     digest = content_hash(path) if recorded and size <= HASHED_AT_ONCE else known_hash(path)
     if not recorded or digest is None:
-        log.warning("Of %s only the size is compared with the video's file, because no hash is known.", short_path(path))
+        log.warning(
+            "Of %s only the size is compared with the video's file, because no hash is known.", short_path(path)
+        )
         return True
     return digest == recorded
 

@@ -173,7 +173,9 @@ class Service:
     def _loras(self, loras: Sequence[Mapping[str, Any]]) -> list[LoraSpec]:
         offered = self.loras()
         if self._lora_dir is None and not offered:
-            raise BadRequest("LoRAs are disabled. Start the server with --lora_dir FOLDER or --offer NAME to enable them.")
+            raise BadRequest(
+                "LoRAs are disabled. Start the server with --lora_dir FOLDER or --offer NAME to enable them."
+            )
         files = {file.name: file.path for found in offered.values() for file in found.files}
         folder, specs = self._lora_dir.resolve() if self._lora_dir else None, []
         for lora in loras:
