@@ -128,7 +128,7 @@ def _settings(options: argparse.Namespace, environment: Environment) -> tuple[Re
     """The resolved preset, and the fields of Request that no preset has (PER_VIDEO)."""
     shown: dict[str, Any] = {}
     files = FileChoice.of(options)
-    preset: str | dict[str, Any]
+    preset: str | Path | dict[str, Any]
     if options.from_video is not None:
         given_pictures = [key for key in PICTURES if getattr(options, key) is not None]
         preset, shown = _recorded(options.from_video, given_pictures, files)

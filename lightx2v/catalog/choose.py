@@ -94,8 +94,8 @@ class FileChoice:
 
     @classmethod
     def of(cls, options: argparse.Namespace) -> FileChoice:
-        texts = {name: getattr(options, name) or "" for name in ("high", "low", "t5", "vae")}
-        return cls(**texts, lora=tuple(options.lora), model_dirs=tuple(options.model_dirs))
+        high, low, t5, vae = (getattr(options, name) or "" for name in ("high", "low", "t5", "vae"))
+        return cls(high, low, t5, vae, lora=tuple(options.lora), model_dirs=tuple(options.model_dirs))
 
     @property
     def names_experts(self) -> bool:

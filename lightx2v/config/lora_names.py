@@ -63,7 +63,8 @@ def noise_of(path: str | PurePath) -> Expert | None:
 
 def expert_in(text: str) -> Expert | None:
     """ "high" or "low" if a text, such as a file's metadata, says "high noise" or "low noise" and not both."""
-    return _only({_expert(word) for word in _PHRASE.findall(text)})
+    experts: set[Expert] = {_expert(word) for word in _PHRASE.findall(text)}
+    return _only(experts)
 
 
 def partner_names(path: str) -> list[str]:

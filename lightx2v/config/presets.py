@@ -139,7 +139,8 @@ def preset_content(title: str, engine: EngineConfig, request: Request) -> dict[s
     content |= {"model_cls": engine.model_cls, "task": engine.task}
     standard = EngineConfig(task=engine.task).to_json()
     content |= {key: value for key, value in engine.to_json().items() if value != standard[key] and key not in content}
-    usual = Request(task=engine.task, prompt="prompt", **dict.fromkeys(IMAGES[engine.task], "picture.png")).to_json()
+    pictures: dict[str, Any] = dict.fromkeys(IMAGES[engine.task], "picture.png")
+    usual = Request(task=engine.task, prompt="prompt", **pictures).to_json()
     left_out = {*PER_VIDEO, *content, "seed"}
     content |= {key: value for key, value in request.to_json().items() if value != usual[key] and key not in left_out}
     return content

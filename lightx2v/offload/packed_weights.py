@@ -138,7 +138,7 @@ class PackedModule:
     def __init__(
         self,
         module: nn.Module,
-        blocks: Sequence[nn.Module] = (),
+        blocks: Sequence[nn.Module] | nn.ModuleList = (),
         *,
         dtype_of: Callable[[str], torch.dtype] | None = None,
     ) -> None:

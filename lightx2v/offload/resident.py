@@ -109,7 +109,7 @@ class Resident:
         if slabs is None:
             return None
 
-        def place(module: nn.Module, blocks: Sequence[nn.Module], dtype_of: DtypeOf) -> Callable[[torch.Tensor], None]:
+        def place(module: nn.Module, blocks: nn.ModuleList, dtype_of: DtypeOf) -> Callable[[torch.Tensor], None]:
             self.packed[name] = PackedModule(module, blocks, dtype_of=dtype_of)
             self.packed[name].place(slabs)
             return lambda slot: slabs.wait([slot])

@@ -36,6 +36,7 @@ class Solver(Protocol):
 
     def state(self) -> SolverState:
         """The history that the next step needs besides the latents. It stays valid while the solver continues."""
+        ...
 
     def restore(self, state: SolverState, step: int) -> None:
         """Continue at `step` from the `state` before it, which may come from another solver of the same schedule and

@@ -44,7 +44,7 @@ def with_foreign_fields(body: type[Body]) -> type[Body]:
     """A class decorator that adds the fields above which `body` has no field of its own for."""
     fields: Any = {name: (Any, Field(None, description="Of other servers; without effect.")) for name in IGNORED}
     for name, value in UNCHANGED.items():
-        only = Annotated[type(value), AfterValidator(_only(value)), Field(json_schema_extra={"const": value})]
+        only: Any = Annotated[type(value), AfterValidator(_only(value)), Field(json_schema_extra={"const": value})]
         fields[name] = (only | None, Field(None, description="Of other servers; only as it is here."))
     own = {name: field for name, field in fields.items() if name not in body.model_fields}
     return create_model(body.__name__, __base__=body, __doc__=body.__doc__, __module__=body.__module__, **own)

@@ -108,7 +108,7 @@ class Video(BaseModel):
             num_frames=request.frames,
             client_id=job.client_id,
             file_name=names.of(job.id),
-            error=None if job.error is None else ErrorDetail(code=job.error["type"], **job.error),
+            error=None if job.error is None else ErrorDetail(**job.error, code=job.error["type"], position=None),
             timings=result.get("timings"),
             warnings=[*warnings, *result.get("warnings", [])],
         )

@@ -153,7 +153,8 @@ def _delta(patch: LoraPatch, parts: Mapping[str, Tensor], shape: tuple[int, ...]
     whole = [contracted(t, *side) for t, side in zip(cores, sides, strict=True) if t is not None]
     if whole:
         return Difference(whole[0] * whole[1], patch.scale), whole
-    return Hadamard(*sides[0], *sides[1], patch.scale), [*sides[0], *sides[1]]
+    (w1_a, w1_b), (w2_a, w2_b) = sides
+    return Hadamard(w1_a, w1_b, w2_a, w2_b, patch.scale), [w1_a, w1_b, w2_a, w2_b]
 
 
 def _factor(parts: Mapping[str, Tensor], name: str, core: Tensor | None) -> Tensor:

@@ -28,7 +28,7 @@ FACTORS: dict[Form, tuple[tuple[str, ...], ...]] = {
 }
 """The kinds of keys that a form needs, with those that may stand instead."""
 CORES = ("lokr_t2", "hada_t1", "hada_t2")
-NAMES = {"kronecker": "LoKr", "hadamard": "LoHa"}
+NAMES: dict[Form, str] = {"pair": "LoRA", "kronecker": "LoKr", "hadamard": "LoHa"}
 RANKS: dict[Form, tuple[str, ...]] = {
     "pair": ("down",),
     "kronecker": ("lokr_w1_b", "lokr_w2_b"),
@@ -39,7 +39,9 @@ RANKS: dict[Form, tuple[str, ...]] = {
 
 def changes(keys: Keys, layer: str, source: str) -> Iterator[tuple[str, Form, Keys]]:
     """The changes of one layer: ("weight" | "bias" | "modulation", form, keys)."""
-    forms = [form for form, needs in FACTORS.items() if any(kind in keys for kinds in needs for kind in kinds)]
+    forms: list[Form] = [
+        form for form, needs in FACTORS.items() if any(kind in keys for kinds in needs for kind in kinds)
+    ]
     if len(forms) + ("diff" in keys) > 1:
         raise LoraError(f"{source}: {layer:.100} changes in two ways ({', '.join(keys)}). It is mixed up.")
     for form in forms:
@@ -68,7 +70,7 @@ def misfit(shapes: Mapping[str, tuple[int, ...]], form: Form, expected: tuple[in
 
     And the input channels that they are for, where these are fewer than those of a patch embedding.
     """
-    flat = (expected[0], math.prod(expected[1:])) if expected else (1, 1)
+    flat = (math.prod(expected[:1]), math.prod(expected[1:]))
     if form == "difference":
         (shape,) = shapes.values()
         got = (shape[0] if shape else 1, math.prod(shape[1:]))
@@ -84,10 +86,10 @@ def misfit(shapes: Mapping[str, tuple[int, ...]], form: Form, expected: tuple[in
         else:
             listed = ", ".join(f"{kind} {list(shape)}" for kind, shape in shapes.items())
             said = f"has {listed}, the model {list(expected)}"
-    magnitude = next((shapes[kind] for kind in MAGNITUDES if kind in shapes), None)
+    magnitude: tuple[int, ...] | None = next((shapes[kind] for kind in MAGNITUDES if kind in shapes), None)
     if fits and magnitude is not None:
-        rows = math.prod(magnitude) == expected[0] and ("magnitude" in shapes or magnitude[0] == expected[0])
-        columns = "dora_scale" in shapes and magnitude[:2] == (1, expected[1]) == (1, math.prod(magnitude))
+        rows = math.prod(magnitude) == flat[0] and ("magnitude" in shapes or magnitude[0] == flat[0])
+        columns = "dora_scale" in shapes and magnitude[:2] == (1, *expected[1:2]) == (1, math.prod(magnitude))
         return ("" if rows or columns else f"has magnitudes {list(magnitude)}, the model {list(expected)}"), 0
     if fits:
         return "", 0

@@ -7,7 +7,7 @@ few tensors that are read ahead. A module that got its memory before is filled i
 A stream is any iterable of (name, tensor), so reading, renaming, merging a LoRA and quantising are chained generators.
 """
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping
 
 import torch
 from torch import nn
@@ -20,7 +20,7 @@ from .value_check import ValueCheck
 
 TensorStream = Iterable[tuple[str, torch.Tensor]]
 DtypeOf = Callable[[str], torch.dtype]
-InHost = Callable[[nn.Module, Sequence[nn.Module], DtypeOf], Callable[[torch.Tensor], None]]
+InHost = Callable[[nn.Module, nn.ModuleList, DtypeOf], Callable[[torch.Tensor], None]]
 """Gives a module on the meta device, with these blocks and dtypes, memory on the host. The result waits until a slot's
 memory is ready for copies from a device; reading into it may begin at once."""
 

@@ -17,7 +17,7 @@ import math
 import os
 import threading
 from collections import deque
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Generator, Iterable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -76,7 +76,7 @@ class TensorPlace:
 
 def read_tensors(
     places: Iterable[TensorPlace], device: torch.device | str = "cpu", *, watch: LoadWatch = UNWATCHED
-) -> Iterator[tuple[str, Tensor]]:
+) -> Generator[tuple[str, Tensor]]:
     """(name, tensor on `device` or in the place's `into`) of all `places`, in their order.
 
     CheckpointError where a file ends early or cannot be read, Cancelled soon after `watch` says so.
