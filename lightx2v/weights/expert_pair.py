@@ -11,6 +11,7 @@ from ..config.lora_names import expert_in, noise_of, pair_expert
 from ..errors import CheckpointError, short_path
 from .checkpoint import Checkpoint
 from .dit_names import wan_names
+from .tensor_file import FLOATS
 
 SMALL = 64 << 10
 SAMPLES = 12
@@ -50,15 +51,30 @@ def _check_task(checkpoint: Checkpoint, expert: str, task: str) -> None:
 
 
 def _equal(high: Checkpoint, low: Checkpoint) -> bool:
-    """Whether a dozen small tensors, spread over the model, are equal. Two trained experts differ in every one."""
+    """Whether a dozen small tensors, spread over the model, are equal, under any names and in any dtypes of floats. Two
+    trained experts differ in every one."""
     if high.path.resolve() == low.path.resolve():
         return True
-    if high.shapes != low.shapes or high.dtypes != low.dtypes:
-        return False
-    small = sorted(name for name, entry in high.entries() if 0 < entry.nbytes <= SMALL)
+    ours, theirs = _small_floats(high), _small_floats(low)
+    small = sorted(ours.keys() & theirs.keys())
     sample = small[:: max(1, len(small) // SAMPLES)]
-    return bool(sample) and all(_bytes_equal(high.tensor(name), low.tensor(name)) for name in sample)
+    return bool(sample) and all(_values_equal(high.tensor(ours[wan]), low.tensor(theirs[wan])) for wan in sample)
 
 
-def _bytes_equal(a: torch.Tensor, b: torch.Tensor) -> bool:
-    return torch.equal(a.reshape(-1).view(torch.uint8), b.reshape(-1).view(torch.uint8))
+def _small_floats(checkpoint: Checkpoint) -> dict[str, str]:
+    """{Wan's name: the file's name}"""
+    wan_of, entries = wan_names(checkpoint.shapes), dict(checkpoint.entries())
+    return {
+        wan: name
+        for name, wan in wan_of.items()
+        if 0 < entries[name].nbytes <= SMALL and checkpoint.dtypes[name] in FLOATS
+    }
+
+
+def _values_equal(a: torch.Tensor, b: torch.Tensor) -> bool:
+    if a.shape != b.shape:
+        return False
+    if {a.dtype, b.dtype} == {torch.float16, torch.bfloat16}:  # both were rounded, each in its way
+        return torch.allclose(a.float(), b.float(), rtol=2**-7, atol=2**-24)
+    smaller = min(a.dtype, b.dtype, key=lambda dtype: dtype.itemsize)
+    return torch.equal(a.to(smaller), b.to(smaller))

@@ -6,6 +6,7 @@ import shutil
 from pathlib import Path
 
 import pytest
+import torch
 from conftest import TinyModels
 from safetensors.torch import load_file, save_file
 
@@ -54,6 +55,30 @@ def test_one_expert_given_twice_is_refused(tiny: TinyModels, tmp_path: Path) -> 
     for low in (high, tmp_path / "low_noise_model"):
         with pytest.raises(CheckpointError, match="are the same"):
             check(high, low, "t2v")
+
+
+@pytest.mark.parametrize("dtypes", ["float32 float16", "float32 bfloat16", "bfloat16 float16", "float16 float16"])
+@pytest.mark.parametrize("renamed", [False, True])
+def test_one_expert_given_twice_is_refused_in_any_dtypes_and_names(
+    tiny: TinyModels, tmp_path: Path, dtypes: str, renamed: bool
+) -> None:
+    shards = sorted((tiny.t2v / "high_noise_model").glob("*.safetensors"))
+    tensors = {name: tensor.float() for shard in shards for name, tensor in load_file(shard).items()}
+    paths = tmp_path / "a.safetensors", tmp_path / "b.safetensors"
+    for path, dtype in zip(paths, dtypes.split(), strict=True):
+        new = wan_to_diffusers if renamed and path == paths[1] else str
+        save_file({new(name): tensor.to(getattr(torch, dtype)) for name, tensor in tensors.items()}, path)
+    for high, low in (paths, paths[::-1]):
+        with pytest.raises(CheckpointError, match="are the same"):
+            check(high, low, "t2v")
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_two_experts_in_different_dtypes_are_a_pair(tiny: TinyModels, tmp_path: Path, dtype: torch.dtype) -> None:
+    for half, wanted in (("high", torch.float16), ("low", dtype)):
+        tensors = load_file(merged(tiny.t2v / f"{half}_noise_model", tmp_path / "whole.safetensors"))
+        save_file({name: tensor.to(wanted) for name, tensor in tensors.items()}, tmp_path / f"{half}.safetensors")
+    assert check(tmp_path / "high.safetensors", tmp_path / "low.safetensors", "t2v") == ()
 
 
 def test_names_of_swapped_experts_cause_a_warning(tiny: TinyModels, tmp_path: Path) -> None:
