@@ -12,6 +12,7 @@ and restores their originals later.
 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -25,7 +26,7 @@ from ..errors import LoraError, short_path
 from ..models.dit import WanDiT
 from ..models.gguf_linear import GGUFLinear
 from ..models.quant_linear import QuantLinear
-from ..weights.lora import LoraReport, MatchedLora, match_lora, require_finite
+from ..weights.lora import LoraReport, MatchedLora, match_lora, require_finite, require_finite_sum
 from ..weights.lora_delta import Difference, Kronecker, Pair
 from ..weights.model_weights import ModelWeights
 from ..weights.module_loader import TensorStream
@@ -213,6 +214,8 @@ class ExpertLoras:
                     for index, lora in enumerate(loras)
                     if (kinds := _of(parts, f"merged{index}."))
                 ]
+                inside = [lora for lora in loras if name in lora.patches]
+                layer.check_sum = partial(require_finite_sum, name=name, loras=inside) if layer.merged else None
             if any(not part.startswith("merged") for part in parts):
                 self._hooks.append(layer.register_forward_hook(_side_branch(parts)))
 
@@ -243,7 +246,7 @@ class ExpertLoras:
     def _detach(self) -> None:
         for layer in self._dit.modules():
             if isinstance(layer, GGUFLinear):
-                layer.merged = []
+                layer.merged, layer.check_sum = [], None
         for hook in self._hooks:
             hook.remove()
         self._hooks = []

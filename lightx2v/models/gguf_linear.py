@@ -9,7 +9,6 @@ LoRAs. They may wait in host memory.
 """
 
 import logging
-from collections import deque
 from collections.abc import Callable, Iterable, Mapping
 from functools import cache
 
@@ -41,6 +40,7 @@ class GGUFLinear(nn.Module):
         self.weight = nn.Parameter(torch.empty(out_features, width, dtype=torch.uint8), requires_grad=False)
         self.bias = nn.Parameter(torch.empty(out_features), requires_grad=False) if bias else None
         self.merged: list[Delta] = []
+        self.check_sum: Callable[[Tensor], None] | None = None
         self._values: Tensor | None = None
 
     def forward(self, x: Tensor) -> Tensor:
@@ -49,7 +49,7 @@ class GGUFLinear(nn.Module):
         return F.linear(x, self._values, self.bias)
 
     def values(self, dtype: torch.dtype) -> Tensor:
-        """The weights [out, in] with the merged LoRAs."""
+        """The weights [out, in] with the merged LoRAs. The first time after an exchange, `check_sum` sees them."""
         dequantise = dequantise_on(self.weight.device, self.form)
         if not self.merged:
             return dequantise(self.weight, self.form, dtype)
@@ -57,7 +57,10 @@ class GGUFLinear(nn.Module):
         result = torch.empty(self.out_features, self.in_features, dtype=dtype, device=self.weight.device)
         rows = ROWS if self.weight.device.type == "cpu" else MANY_ROWS
         blocks = lambda start: dequantise(self.weight[start : start + rows], self.form, torch.float32)  # noqa: E731
-        deque(add_deltas(deltas, blocks, result, rows), maxlen=0)
+        for part in add_deltas(deltas, blocks, result, rows):
+            if self.check_sum is not None:
+                self.check_sum(part)
+        self.check_sum = None
         return result
 
     def forget(self) -> None:

@@ -35,6 +35,7 @@ from ..parallel.single_process import ALONE
 from ..progress import UNWATCHED, LoadWatch
 from ..weights.model_weights import ModelWeights
 from ..weights.module_loader import DtypeOf, InHost
+from ..weights.value_check import ValueCheck
 from .host_slabs import HostSlabs
 from .packed_weights import PackedModule, Reader
 
@@ -166,8 +167,18 @@ class Resident:
 
 
 def _reader(prebuilt: ModelWeights | None, loras: ExpertLoras, precision: Precision, group: Group) -> Reader:
-    """Reads an expert's tensors from the prebuilt file, or else with the LoRAs of the moment."""
-    dtype_of = expert_dtypes(precision)
-    return lambda names, into: group.broadcast_stream(
-        (prebuilt or loras.disk_weights).tensors(names, dtype_of=dtype_of, into=into)
-    )
+    """Reads an expert's tensors from the prebuilt file, or else with the LoRAs of the moment. The first time it reads a
+    tensor, it checks the values."""
+    dtype_of, checked = expert_dtypes(precision), set[str]()
+
+    def read(names: frozenset[str], into: Callable[[str], torch.Tensor | None]) -> Iterator[tuple[str, torch.Tensor]]:
+        weights = prebuilt or loras.disk_weights
+        check = ValueCheck(weights.source)
+        for name, tensor in group.broadcast_stream(weights.tensors(names, dtype_of=dtype_of, into=into)):
+            if name not in checked:
+                check.see(name, tensor)
+                check.finish()
+                checked.add(name)
+            yield name, tensor
+
+    return read

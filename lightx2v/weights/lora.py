@@ -11,7 +11,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Container, Mapping, Sequence
+from collections.abc import Container, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -185,14 +185,19 @@ def add_loras(tensor: Tensor, name: str, loras: Sequence[MatchedLora], dtype: to
     result = torch.empty_like(tensor, dtype=dtype)
     rows = max(1, ROWS if tensor.device.type == "cpu" else len(tensor))
     for part in add_deltas(deltas, lambda start: tensor[start : start + rows].to(wide), result, rows):
-        # The extremes are finite only if all values are, and a pass for them is far faster than isfinite.
-        if not bool(torch.isfinite(torch.stack(torch.aminmax(part))).all()):
-            files = ", ".join(lora.report.path for lora in loras)
-            raise LoraError(
-                f"{name} becomes NaN or infinite with {files}. Lower the strength; if that does not help, one of the "
-                "files is damaged: get it again."
-            )
+        require_finite_sum(part, name, loras)
     return result
+
+
+def require_finite_sum(part: Tensor, name: str, loras: Iterable[MatchedLora]) -> None:
+    """LoraError if these weights of the tensor `name`, with the changes of `loras`, are not finite."""
+    # The extremes are finite only if all values are, and a pass for them is far faster than isfinite.
+    if not bool(torch.isfinite(torch.stack(torch.aminmax(part))).all()):
+        files = ", ".join(lora.report.path for lora in loras)
+        raise LoraError(
+            f"{name} becomes NaN or infinite with {files}. Lower the strength; if that does not help, one of the "
+            "files is damaged: get it again."
+        )
 
 
 def match_lora(

@@ -12,6 +12,7 @@ from dit_reference import relative
 from gguf_files import (
     EXPERTS,
     T5_FILE,
+    Tensors,
     build_wide,
     expert,
     in_blocks,
@@ -26,10 +27,14 @@ from lora_files import random_pairs, spec, write
 from safetensors.torch import save_file
 from tiny_runs import latents
 
+from lightx2v.attention import resolve_attention
 from lightx2v.config.presets import resolve
-from lightx2v.config.request import Request
+from lightx2v.config.request import LoraSpec, Request
 from lightx2v.errors import BadRequest, CheckpointError, LoraError
 from lightx2v.loading.conversion import Conversion, convert
+from lightx2v.loading.expert_loras import ExpertLoras, match_loras
+from lightx2v.loading.model_files import locate
+from lightx2v.loading.networks import Precision, expert_weights, load_expert
 from lightx2v.models import gguf_linear
 from lightx2v.models.gguf_linear import GGUFLinear, dequantise_once, same_weights
 from lightx2v.models.umt5 import TextEncoder
@@ -178,6 +183,81 @@ def test_a_layer_with_loras_has_the_weights_of_a_merged_model(
             layer.weight.copy_(torch.from_numpy(blocks[0]))  # type: ignore[index]
         layer.merged = [lora.delta(name, "cpu", torch.float32) for lora in loras]
         assert torch.equal(layer.values(dtype), merged[name])
+
+
+def layer_with_loras(wide: Path, tensors: Tensors, folder: Path, loras: list[LoraSpec], dynamic: bool) -> GGUFLinear:
+    """`blocks.1.ffn.0` of the high-noise expert, stored as these tensors, with LoRAs on it."""
+    path = write_gguf(folder / "high.gguf", tensors)
+    settings = {"high_noise_original_ckpt": str(path), "lora_configs": loras, "lora_dynamic_apply": dynamic}
+    config = resolve({"model_path": str(wide), "device": "cpu"}, SMALL | settings).engine
+    files, precision = locate(config), Precision.of(config)
+    weights = expert_weights(files, "high", config)
+    choice = resolve_attention("torch_sdpa", precision.device, precision.compute)
+    dit = load_expert(files, weights, precision, choice, choice)
+    matched = match_loras(config.lora_configs, "high", weights, config)
+    ExpertLoras(dit, "high", weights, matched, config, precision.device)
+    layer = dit.get_submodule("blocks.1.ffn.0")
+    assert isinstance(layer, GGUFLinear)
+    return layer
+
+
+def other_forms(form: str, rows: int, columns: int) -> dict[str, torch.Tensor]:
+    """The tensors of a change that is no plain pair, by their kinds."""
+    generator = torch.Generator().manual_seed(7)
+
+    def random(*shape: int) -> torch.Tensor:
+        return 0.3 * torch.randn(*shape, generator=generator)
+
+    if form == "lokr":
+        return {"lokr_w1": random(4, 8), "lokr_w2": random(rows // 4, columns // 8)}
+    if form == "loha":
+        return {f"hada_w{i}_{side}": random(*shape) for i in (1, 2) for side, shape in
+                (("a", (rows, 3)), ("b", (3, columns)))}  # fmt: skip
+    pair = {"lora_up.weight": random(rows, 4), "lora_down.weight": random(4, columns)}
+    shape = (rows, 1) if form == "dora by outputs" else (1, columns)
+    return pair | {"dora_scale": random(*shape).abs() + 1}
+
+
+def change(form: str, parts: dict[str, torch.Tensor], base: torch.Tensor) -> torch.Tensor:
+    """What it adds at strength 1 to `base`, in float64, by the formulas of LyCORIS and DoRA."""
+    if form == "lokr":
+        return torch.kron(parts["lokr_w1"], parts["lokr_w2"])
+    if form == "loha":
+        return (parts["hada_w1_a"] @ parts["hada_w1_b"]) * (parts["hada_w2_a"] @ parts["hada_w2_b"])
+    total = base + parts["lora_up.weight"] @ parts["lora_down.weight"]
+    lengths = total.norm(dim=1, keepdim=True) if form == "dora by outputs" else total.norm(dim=0, keepdim=True)
+    return parts["dora_scale"] * total / lengths - base
+
+
+@pytest.mark.parametrize("dynamic", [False, True])
+@pytest.mark.parametrize("form", ["lokr", "loha", "dora by outputs", "dora by inputs"])
+def test_every_form_of_lora_goes_on_a_layer_in_blocks(wide: Path, tmp_path: Path, form: str, dynamic: bool) -> None:
+    name = "blocks.1.ffn.0.weight"
+    file, floats = stored(expert(wide, "high"), "Q4_K")
+    rows, columns = floats[name].shape
+    parts = other_forms(form, rows, columns)
+    save_file({f"blocks.1.ffn.0.{kind}": part for kind, part in parts.items()}, tmp_path / "lora.safetensors")
+    layer = layer_with_loras(wide, file, tmp_path, [spec(tmp_path / "lora.safetensors", strength=0.7)], dynamic)
+    base = floats[name].double()
+    exact = base + 0.7 * change(form, {kind: part.double() for kind, part in parts.items()}, base)
+    x = torch.randn(5, columns, generator=torch.Generator().manual_seed(1))
+    assert layer.bias is not None
+    with torch.inference_mode():
+        got = layer(x) - layer.bias
+    assert (
+        relative(got.double(), x.double() @ exact.T) < 1e-5 < 0.05 < relative(x.double() @ base.T, x.double() @ exact.T)
+    )
+
+
+def test_a_sum_inside_blocks_that_is_not_finite_is_an_error_at_its_first_use(wide: Path, tmp_path: Path) -> None:
+    file, floats = stored(expert(wide, "high"), "Q4_K")
+    rows, columns = floats["blocks.1.ffn.0.weight"].shape
+    pair = {"up": torch.full((rows, 4), 1e38), "down": torch.ones(4, columns)}
+    path = write(tmp_path / "lora.safetensors", {"blocks.1.ffn.0": pair})
+    layer = layer_with_loras(wide, file, tmp_path, [spec(path, strength=90.0)], dynamic=False)
+    for _ in range(2):
+        with pytest.raises(LoraError, match=r"blocks\.1\.ffn\.0\.weight becomes NaN or infinite with .*lora"):
+            layer(torch.ones(1, columns))
 
 
 @pytest.mark.slow

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
@@ -15,7 +16,7 @@ from gguf_files import build_wide, make, q4_k_m
 from lora_files import random_pairs, spec, write
 from offload_toys import Exhausted
 from PIL import Image
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from tiny_runs import latents
 
 import lightx2v.offload.placement
@@ -26,7 +27,7 @@ from lightx2v.config.request import LoraSpec, Request
 from lightx2v.cost.memory_bytes import block_bytes, expert_bytes
 from lightx2v.cost.memory_ladder import MemoryLadder, MemoryPlanner
 from lightx2v.cost.memory_plan import GIB, MemoryPlan, OffloadOptions, Workload
-from lightx2v.errors import LoraError, OutOfMemory
+from lightx2v.errors import CheckpointError, LoraError, OutOfMemory
 from lightx2v.loading.expert_loras import ExpertLoras, match_loras
 from lightx2v.loading.model_files import ModelFiles, locate
 from lightx2v.loading.networks import Precision, expert_weights, load_expert
@@ -314,6 +315,25 @@ def test_lazy_load_reads_from_disk_on_a_cpu_too(
         plan = result.report()["plan"]
         assert plan["lazy"] and plan["tiling"] is (tiling is True) and "stay on disk" in plan["reason"]
         assert torch.equal(latents(pipe, request), expected)
+
+
+@pytest.mark.parametrize("value", [0.0, float("nan"), float("inf")])
+def test_damaged_weights_that_stay_on_disk_are_found_when_they_are_first_read(
+    tiny: TinyModels, tmp_path: Path, value: float
+) -> None:
+    shutil.copytree(tiny.t2v, tmp_path / "model")
+    damaged = "blocks.1.ffn.0.weight"
+    (shard,) = (
+        path for path in (tmp_path / "model" / "low_noise_model").glob("*.safetensors") if damaged in load_file(path)
+    )
+    tensors = load_file(shard)
+    tensors[damaged] = torch.full_like(tensors[damaged], value)
+    save_file(tensors, shard)
+    config, request = configured(tmp_path / "model")
+    with LightX2VPipeline.from_config(replace(config, lazy_load=True)) as pipe:
+        for _ in range(2):
+            with pytest.raises(CheckpointError, match=rf"low_noise_model.*{damaged}.*damaged: download it again"):
+                pipe.run(request)
 
 
 def test_image_encoding_continues_after_out_of_memory_with_less_on_the_device(tiny: TinyModels, tmp_path: Path) -> None:
