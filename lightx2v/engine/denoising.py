@@ -49,6 +49,18 @@ class Denoising:
         """Take the place of a run of the same request that has done `step` steps."""
         self.step, self.latents, self.solver_state = step, latents, solver_state
 
+    def expert_order_warning(self) -> str:
+        """Before the first step: a warning if the two experts seem to be exchanged, else ""."""
+        return self.engine.expert_order.warning(
+            self.engine.placement,
+            self.latents,
+            self.schedule.sigmas[0],
+            self.schedule.timesteps[0],
+            self.contexts[0],
+            self.condition,
+            self.cancel_within_step,
+        )
+
     def finish(self) -> Tensor:
         """The latents (16, T, h, w) after the last step."""
         self.text_states.clear()

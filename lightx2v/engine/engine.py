@@ -30,6 +30,7 @@ from ..progress import CancelToken, Meter, OnProgress
 from ..weights.checkpoint import open_checkpoint
 from ..weights.content_digest import content_digest
 from ..weights.expert_pair import check_expert_pair
+from .expert_order import ExpertOrder
 from .load_progress import LoadProgress
 from .memory_retry import retry_with_offload, within_memory
 from .prompt_cache import PromptCache
@@ -58,6 +59,7 @@ class LoadedEngine:
     warnings: tuple[str, ...] = ()
     files: UsedFiles = field(default_factory=lambda: UsedFiles({}))
     prompts: PromptCache = field(default_factory=PromptCache)
+    expert_order: ExpertOrder = field(default_factory=ExpertOrder)
 
 
 def load_engine(

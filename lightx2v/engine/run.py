@@ -260,6 +260,8 @@ class Run:
             if saved is not None:
                 denoising.go_on_from(saved.step, saved.latents, saved.solver_state)
                 log.info("The run %s", went_on(saved.step, saved.steps))
+            elif (warning := denoising.expert_order_warning()) and self.group.is_rank0:
+                self.warn(warning)
             begin, steps, experts = denoising.step, denoising.schedule.steps, denoising.schedule.experts
             self.meter.resumed_after = begin
             message = went_on(begin, steps) if saved is not None else ""
