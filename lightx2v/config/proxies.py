@@ -93,4 +93,8 @@ def _readable(entry: str) -> str:
         with contextlib.suppress(ValueError):
             return str(ipaddress.IPv6Address(entry.strip("[]")))
         return ""
+    try:
+        _ = urlsplit(f"//{entry.rpartition('://')[2]}").port
+    except ValueError:  # a port that is no number, brackets that do not match
+        return ""
     return entry if entry.isascii() else ""

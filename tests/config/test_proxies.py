@@ -112,6 +112,10 @@ def test_without_its_package_a_socks_proxy_is_left_out_and_the_package_named(
         ("localhost,fe80::/10", "localhost", "fe80::/10"),
         ("[::1]:8080,a.b", "a.b", "[::1]:8080"),
         ("::1],bücher.de", "::1", "bücher.de"),
+        ("a:80,a.b:http", "a:80", "a.b:http"),
+        ("http://a:80,http://[::1]:80,http://::1", "http://a:80,http://[::1]:80", "http://::1"),
+        ("a.b,a.b:99999", "a.b", "a.b:99999"),
+        ("http://a,http://[", "http://a", "http://["),
     ],
 )
 def test_exceptions_that_clients_cannot_read_are_left_out_of_the_list(
