@@ -57,7 +57,7 @@ class Database:
         """False once the file, or its log, was removed or another file has its name."""
         try:
             return self._is_own() and (not self._has_log or self._log.exists())
-        except FileNotFoundError:
+        except (FileNotFoundError, NotADirectoryError):
             return False
         except OSError:  # the disk does not answer: no reason to write there
             return True

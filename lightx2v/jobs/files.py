@@ -43,6 +43,11 @@ class JobFiles:
         """The ids of the jobs that have a saved step, or a part of one."""
         return {file.name.partition(".")[0] for file in self.folder.glob(f"*{SUFFIX}*")}
 
+    def remove_video(self, id: str) -> None:
+        """Remove the job's video if it is there. The folder itself may be gone, and a file may have its name."""
+        with contextlib.suppress(FileNotFoundError, NotADirectoryError):
+            self.video(id).unlink()
+
     def with_own_images(self, id: str, request: Request) -> Request:
         """The request with its images copied to the job's own files: uploads do not survive a restart."""
         copies: dict[str, str] = {}

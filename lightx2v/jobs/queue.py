@@ -339,6 +339,7 @@ class JobManager:
 
     def _keep_folder(self) -> None:
         """A thread: put the store back where its folder was removed, before another process takes the folder."""
+        problem = ""
         while not self._closing.wait(FOLDER_SECONDS):
             with self._lock:
                 if self._closed or self._store.in_place:
@@ -351,8 +352,11 @@ class JobManager:
                     log.critical(TAKEN)
                     return
                 except (OSError, sqlite3.Error, LightX2VError) as error:  # a full disk: try again
-                    log.error("the list of jobs was removed and cannot be written again yet: %s", error)
+                    if str(error) != problem:
+                        log.error("the list of jobs was removed and cannot be written again yet: %s", error)
+                    problem = str(error)
                 else:
+                    problem = ""
                     log.warning("The list of jobs was removed while this program used it. It is back.")
 
     @contextmanager

@@ -127,7 +127,7 @@ class JobWorker:
                     for id in self._store.queued()[:1]:
                         job = self._store.job(id)
                         self._files.ensure_folder()
-                        self._files.video(id).unlink(missing_ok=True)  # from a run that was interrupted
+                        self._files.remove_video(id)  # from a run that was interrupted
                         self.running = Running(id, event=self._store.start(id, self._clock()))
                         self._changed.notify_all()
                         return job, self.running
@@ -178,7 +178,7 @@ class JobWorker:
                 id, now, skip = running.id, self._clock(), running.steps
                 try:
                     if state != "succeeded":
-                        self._files.video(id).unlink(missing_ok=True)
+                        self._files.remove_video(id)
                     if state == "queued":
                         self._store.resume_later(id, now, died=outcome.died, skip=skip)
                     else:

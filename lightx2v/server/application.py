@@ -97,7 +97,7 @@ def _add_health(app: FastAPI, service: Service, metrics: Metrics) -> None:
         except Busy as full:
             raise HTTPException(503, str(full)) from None
         try:
-            disk = shutil.disk_usage(jobs.folder)
+            disk = shutil.disk_usage(f"{jobs.folder}/")  # fails where a file has the folder's name
         except OSError as error:
             raise HTTPException(503, f"Cannot read the output folder: {error.strerror}.") from None
         if disk.free < MIN_FREE_DISK <= disk.total:  # some file systems report 0 for both

@@ -94,6 +94,27 @@ def test_the_lock_and_the_jobs_outlive_their_files(
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("instead", ["file", "broken link"])
+def test_what_takes_the_folders_place_ends_the_job_and_is_said_once(
+    instead: str, manager: JobManager, garage: Garage, caplog: pytest.LogCaptureFixture
+) -> None:
+    held, event = start_held(manager, garage)
+    waiting = manager.submit(CONFIG, ask("waiting"))
+    shutil.rmtree(manager.folder)
+    if instead == "file":
+        manager.folder.write_text("mine")
+    else:
+        manager.folder.symlink_to(manager.folder.with_name("nowhere"))
+    event.set()
+    assert done(manager, held).state == "failed"
+    time.sleep(4 * queue.FOLDER_SECONDS)
+    assert caplog.text.count("cannot be written again yet") == 1 and manager.get(waiting.id).state == "queued"
+    manager.folder.unlink()
+    assert done(manager, waiting).state == "succeeded"
+    eventually(lambda: manager._store.in_place)
+
+
+@pytest.mark.slow
 def test_a_folder_that_another_program_took_meanwhile_stops_the_queue_but_not_the_job(
     open_manager: Callable[..., JobManager], garage: Garage, monkeypatch: pytest.MonkeyPatch
 ) -> None:

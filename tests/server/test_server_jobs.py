@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import threading
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
@@ -101,6 +102,17 @@ def test_jobs_names_and_results_survive_a_restart_and_the_running_one_goes_on(tm
         assert served.end_of(waiting)["status"] == "completed"
         assert served.garage.ran == ["hold", "waiting"] and served.end_of(running)["status"] == "completed"
         assert served.client.post(f"/v1/videos/{running}/requeue").status_code == 422
+
+
+@pytest.mark.slow
+def test_a_server_whose_output_folder_is_a_file_is_not_ready(tmp_path: Path) -> None:
+    with serve(tmp_path / "out") as served:
+        assert served.client.get("/ready").status_code == 200
+        shutil.rmtree(tmp_path / "out")
+        (tmp_path / "out").write_text("mine")
+        answer = served.client.get("/ready")
+        assert answer.status_code == 503 and "Not a directory" in answer.json()["error"]["message"]
+        (tmp_path / "out").unlink()
 
 
 @pytest.mark.slow
