@@ -87,8 +87,7 @@ class JobManager:
         self._predict, self._clock = predict, clock
         self._lock = threading.RLock()
         self._changed = Changes(self._lock)
-        self._files = JobFiles(self.folder)
-        self._steps = StepLog()
+        self._files, self._steps = JobFiles(self.folder), StepLog()
         self._store = JobStore(self.folder / "jobs.sqlite")
         self._closed, self._closing = False, threading.Event()
         self._slot = EngineSlot(open_engine, on_finished)
@@ -339,25 +338,22 @@ class JobManager:
 
     def _keep_folder(self) -> None:
         """A thread: put the store back where its folder was removed, before another process takes the folder."""
-        problem = ""
+        told = ""
         while not self._closing.wait(FOLDER_SECONDS):
             with self._lock:
                 if self._closed or self._store.in_place:
                     continue
                 try:
                     self._store.put_back()
+                    log.warning("The list of jobs was removed while this program used it. It is back.")
                 except ConfigError:
                     self._worker.broken = TAKEN
                     self._changed.notify_all()
                     log.critical(TAKEN)
                     return
                 except (OSError, sqlite3.Error, LightX2VError) as error:  # a full disk: try again
-                    if str(error) != problem:
+                    if told != (told := str(error)):
                         log.error("the list of jobs was removed and cannot be written again yet: %s", error)
-                    problem = str(error)
-                else:
-                    problem = ""
-                    log.warning("The list of jobs was removed while this program used it. It is back.")
 
     @contextmanager
     def _session(self) -> Iterator[JobStore]:
