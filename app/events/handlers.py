@@ -22,7 +22,7 @@ from lightx2v.media.mp4 import read_settings
 
 from ..backend.session import Session
 from ..form.editor import form_of, unfilled
-from ..form.fields import LORA_ROWS, SubmitPlan, low_noise_partner, submit_plan
+from ..form.fields import LORA_ROWS, SubmitPlan, loras_on_offer, low_noise_partner, submit_plan
 from .page_controller import PageEvent
 
 
@@ -194,8 +194,6 @@ def _settings_from(event: PageEvent, settings: Mapping[str, Any]) -> tuple[str, 
     if event.studio.tasks.get(preset) != task:
         preset = event.studio.default_for(task)
     request = Request.from_json(dict(data))
-    if request.loras is not None:  # a path from a video is not trusted, the name of a found file is
-        named = [replace(lora, path=Path(lora.path).name) for lora in request.loras]
-        known = [lora for lora in named if lora.path in event.studio.offer.lora_files]
-        request = replace(request, loras=tuple(known))
+    if request.loras is not None:
+        request = replace(request, loras=tuple(loras_on_offer(request.loras, event.studio.offer)))
     return preset, event.studio.settings(preset).engine, request

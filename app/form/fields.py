@@ -6,9 +6,10 @@ A `Form` holds the values of the fields, in gradio's types. `submit_plan` checks
 
 import re
 import secrets
-from collections.abc import Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, fields, replace
 from itertools import product
+from pathlib import PureWindowsPath
 from typing import Any, Self
 
 from lightx2v.config.engine_config import EngineConfig
@@ -153,6 +154,18 @@ def fields_of(preset: str, config: EngineConfig, request: Request, offer: Offer)
         **offer.files_of(preset, config),
         **_lora_rows(added),
     }
+
+
+def loras_on_offer(loras: Iterable[LoraSpec], offer: Offer) -> Iterator[LoraSpec]:
+    """Of the LoRAs of a video from outside those on offer, at their places here. A path in a video is not trusted, the
+    name of a found file is; where several files have it, the one at that path is meant."""
+    files = offer.lora_files
+    places = {path.name: path for path in files.values()} | files
+    own = {str(path): path for path in files.values()} if offer.private else {}
+    for lora in loras:
+        place = own.get(lora.path) or places.get(PureWindowsPath(lora.path).name)
+        if place is not None:
+            yield replace(lora, path=str(place))
 
 
 def low_noise_partner(path: str) -> str:

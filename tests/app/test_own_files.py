@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 from urllib.parse import unquote
@@ -16,7 +17,7 @@ from app.backend.offer import Offer
 from app.backend.studio import Studio
 from app.exposure import PUBLIC_LIMITS, Exposure
 from app.form.editor import form_of
-from app.form.fields import fields_of, setting_fields, submit_plan
+from app.form.fields import fields_of, loras_on_offer, setting_fields, submit_plan
 from app.strings import Words
 from app.views import own_files
 from app.web.api_routes import OfferedPresets
@@ -185,3 +186,21 @@ def test_what_files_say_of_themselves_is_text_on_the_shelf() -> None:
     assert "<script" not in html and "&lt;script&gt;" in html
     (source,) = re.findall(r'src="studio/loras/([^"]*)\.jpg"', html)
     assert unquote(source) == file.name and re.fullmatch(r"[\w.%/-]+", source, re.ASCII)
+
+
+def test_a_video_from_outside_brings_back_its_loras_by_name(offer: Offer, models: Path) -> None:
+    """Neither the preset's own ones a second time, nor what only a path in the video names."""
+    rows = {"lora_0_high": "watercolour.safetensors", "lora_0_strength_high": 0.5, "lora_0_strength_low": 1.0}
+    request = submit_plan(form(offer, FAST, **rows), offer, HERE).requests[0]
+    assert request.loras is not None
+    for folder in (str(models / "loras") + "/", "/another/disk/", "C:\\loras\\"):
+        recorded = [replace(lora, path=folder + Path(lora.path).name) for lora in request.loras]
+        evil = replace(recorded[0], path="/etc/shadow")
+        loras = tuple(loras_on_offer([*recorded, evil], offer))
+        assert loras == request.loras
+        back = fields_of(FAST, offer.settings(FAST).engine, replace(request, loras=loras), offer)
+        filled = {
+            key: value for key, value in back.items() if key.startswith("lora_") and "strength" not in key and value
+        }
+        assert (filled, back["lora_0_strength_high"]) == ({"lora_0_high": "watercolour.safetensors"}, 0.5)
+    assert not [*loras_on_offer(request.loras, offered(models, private=False))], "others get none that is not offered"
