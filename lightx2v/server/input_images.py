@@ -13,6 +13,8 @@ from ..media.web_images import ImageFetcher
 
 DATA_TYPES = ("", "application/octet-stream", "binary/octet-stream")
 """Media types of a data URL besides image/…: they claim nothing, and the content decides."""
+_DATA_URL = re.compile(r'data:((?:"[^"]*"|[^",]++)*+),(.*)', re.IGNORECASE | re.DOTALL)
+"""The head, in which a quoted value may hold a comma, and the content."""
 _BASE64 = re.compile(r"[A-Za-z0-9+/_\s-]{64,}={0,2}\s*")
 
 
@@ -58,10 +60,11 @@ class InputImages:
 
 def _from_data_url(url: str) -> bytes:
     """The content of data:[TYPE][;PARAMETER=VALUE …][;base64],CONTENT, as RFC 2397 defines it."""
-    head, comma, content = url[len("data:") :].partition(",")
-    if not comma:
+    match = _DATA_URL.fullmatch(url)
+    if match is None:
         raise BadRequest("The data URL has no comma, and so no content. Expected data:image/png;base64,…")
-    kind, *parameters = (part.strip().lower() for part in head.split(";"))
+    head, content = match.groups()
+    kind, *parameters = (unquote(part).strip().lower() for part in head.split(";"))
     if kind not in DATA_TYPES and not kind.startswith("image/"):
         raise BadRequest(f"The data URL holds {quoted(kind)}; expected an image, as in data:image/png;base64,…")
     if "base64" in parameters[-1:]:
