@@ -76,11 +76,11 @@ def _float16(blocks: Tensor, start: int) -> Tensor:
 def _fields(packed_nb: Tensor, run: int, bits: int) -> Tensor:
     """Codes of `bits` bits, uint8 [n, 8 / bits * b / run, run]: in each run first the lowest bits of all its bytes.
 
-    Four bytes are shifted at a time, as one int32.
+    Eight bytes are shifted and masked at a time, as one int64.
     """
-    lanes = packed_nb.contiguous().view(torch.int32).unflatten(1, (-1, 1, run // 4))
-    steps = torch.arange(0, 8, bits, dtype=torch.int32, device=packed_nb.device).view(-1, 1)
-    codes = (lanes >> steps).bitwise_and_(0x01010101 * (2**bits - 1))
+    lanes = packed_nb.clone(memory_format=torch.contiguous_format).view(torch.int64)  # aligned, also of one block
+    mask = 0x0101010101010101 * (2**bits - 1)
+    codes = torch.stack([((lanes >> step) & mask).unflatten(1, (-1, run // 8)) for step in range(0, 8, bits)], 2)
     return codes.view(torch.uint8).flatten(1, 2)
 
 
@@ -92,7 +92,7 @@ def _nibbles(packed_nb: Tensor, run: int) -> Tensor:
 def _fifth_bits(bits_n4: Tensor) -> Tensor:
     """Bit i of the 32-bit number in each row, as 0 or 16: uint8 [n, 2, 16]."""
     places = torch.arange(32, dtype=torch.int32, device=bits_n4.device)
-    bits = (bits_n4.contiguous().view(torch.int32) >> places).bitwise_and_(1).byte()
+    bits = (bits_n4.clone(memory_format=torch.contiguous_format).view(torch.int32) >> places).bitwise_and_(1).byte()
     return bits.bitwise_left_shift_(4).view(-1, 2, 16)
 
 

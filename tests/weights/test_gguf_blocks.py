@@ -22,6 +22,13 @@ def test_weights_equal_the_reference_bit_by_bit(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", sorted(FORMATS))
+def test_one_block_alone_equals_the_reference(name: str) -> None:
+    form = FORMATS[name]
+    block = random_blocks(form, 4, form.size)[3:]
+    assert np.array_equal(dequantise(block, form).numpy(), reference(block.numpy(), name))
+
+
+@pytest.mark.parametrize("name", sorted(FORMATS))
 def test_other_dtypes_are_the_float32_weights_rounded_once(name: str) -> None:
     blocks = random_blocks(FORMATS[name], 6, 512, seed=1)
     for dtype in (torch.bfloat16, torch.float16):
