@@ -9,7 +9,7 @@ import json
 import math
 import re
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -18,14 +18,14 @@ import torch
 
 from ..config.architecture import INPUT_CHANNELS
 from ..config.gguf_formats import mix_of
-from ..config.lora_names import expert_in, expert_of, task_of
+from ..config.lora_names import expert_by_metadata, expert_in, expert_of, task_of
 from ..config.request import Expert, Task
 from ..errors import CheckpointError
 from ..models.vae_config import VAEConfig
 from ..weights.checkpoint import Checkpoint, open_checkpoint
 from ..weights.dit_names import wan_names
 from ..weights.lora_forms import RANKS
-from ..weights.lora_keys import LayerFinder, parse_key
+from ..weights.lora_keys import LayerFinder, experts_of, parse_key
 from ..weights.model_weights import ModelWeights
 from ..weights.safetensors_reader import header_text
 from ..weights.umt5_names import TABLE, is_text_encoder, wan_name
@@ -53,6 +53,8 @@ KINDS = frozenset(("down", "diff", "diff_b", "lokr_w2", *RANKS["hadamard"], *RAN
 """Of parse_key's kinds one for each layer of a LoRA, whose shape tells the rank where there is one."""
 METADATA = '"__metadata__"'
 _BEFORE_NAME, _BEFORE_VALUE = re.compile(r"[\s{,]*"), re.compile(r"[\s:]*")
+HALVES = re.compile(r"transformer|dit|_noise")
+"""What the names of tensors hold in a LoRA that may be for one expert, or hold a half for each."""
 DISTILLED = re.compile(r"lightx2v|distill|lightning|\d[ _-]?steps?(?![a-z])|rapid|turbo|dmd|lcm|causvid", re.IGNORECASE)
 """Words in the names of distilled models and of the LoRAs that distil one."""
 
@@ -158,7 +160,7 @@ def _vae(checkpoint: Checkpoint, path: Path, size: int) -> FoundFile | None:
 def _lora(path: Path, size: int) -> FoundFile | None:
     shapes, metadata = _header(path)
     finder, ranks, widths = _layers(), Counter[int](), Counter[int]()
-    found, strangers = False, 0
+    found, strangers = list[str](), 0
     for key, shape in shapes:
         layer, kind = parse_key(key) or ("", "")
         if kind not in KINDS:
@@ -168,7 +170,7 @@ def _lora(path: Path, size: int) -> FoundFile | None:
             if strangers >= ENOUGH_STRANGERS and not found:
                 break
             continue
-        found = True
+        found.append(layer)
         if any(kind in kinds for kinds in RANKS.values()) and len(shape) >= 2:
             ranks[shape[0]] += 1
         if kind == "down" and len(shape) >= 2:
@@ -177,6 +179,8 @@ def _lora(path: Path, size: int) -> FoundFile | None:
             break
     if not found:
         return None
+    if HALVES.search(found[0]):
+        found += [parsed[0] for key, _ in shapes if (parsed := parse_key(key))]
     notes = lora_notes(path, metadata)
     text = " ".join([path.name, *map(str, metadata.values())])
     return FoundFile(
@@ -184,7 +188,7 @@ def _lora(path: Path, size: int) -> FoundFile | None:
         kind="LoRA",
         size=size,
         task=_task_of(path, notes.trained_for),
-        expert=_expert_of(metadata, path),
+        expert=_lora_expert(found, metadata, path),
         distilled=bool(DISTILLED.search(text[:2000])),
         width=widths.most_common(1)[0][0] if widths else 0,
         rank=ranks.most_common(1)[0][0] if ranks else 0,
@@ -210,6 +214,14 @@ def _expert_of(metadata: Mapping[str, Any], path: Path) -> Expert | None:
         return ("high" if path.name == "transformer" else "low") if both else None
     named: Any = expert_of(path) or expert_in(" ".join(map(str, metadata.values())))
     return named
+
+
+def _lora_expert(layers: Sequence[str], metadata: Mapping[str, Any], path: Path) -> Expert | None:
+    """As loading/lora_experts.py decides it: by the names of the tensors, by the metadata, by the file's own name."""
+    experts = set(experts_of(layers).values())
+    if experts:
+        return experts.pop() if len(experts) == 1 else None
+    return expert_by_metadata(metadata) or expert_of(path)
 
 
 def _task_of(path: Path, trained_for: str) -> Task | None:

@@ -7,7 +7,7 @@ where two files exist whose names differ in it and in nothing else.
 """
 
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from itertools import product
 from pathlib import PurePath
@@ -29,6 +29,11 @@ _TECHNICAL = frozenset("noise lora lokr loha dora rank scaled model expert epoch
 _TASK = re.compile(r"(?<![a-z0-9])(?:t2v|i2v|flf2v)(?![a-z])", re.IGNORECASE)
 _OPPOSITE = {"high": "low", "low": "high", "hn": "ln", "ln": "hn", "h": "l", "l": "h", "高": "低", "低": "高"}
 _OPPOSITE |= {"高噪": "低噪", "低噪": "高噪"}
+TITLES = ("title", "name", "model", "base", "expert", "noise")
+"""Parts of the names of metadata entries that say what a file is; others quote captions and folders."""
+HIGH_FROM, LOW_TO = 700, 950
+"""Timesteps: a training that begins above the first is the high-noise one, one that ends below the second the other.
+The experts change at 875 (text to video) or 900."""
 MOST_WORDS = 4
 """More words for high and low than this in a name are no mark of an expert."""
 
@@ -65,6 +70,24 @@ def expert_in(text: str) -> Expert | None:
     """ "high" or "low" if a text, such as a file's metadata, says "high noise" or "low noise" and not both."""
     experts: set[Expert] = {_expert(word) for word in _PHRASE.findall(text)}
     return _only(experts)
+
+
+def expert_by_metadata(metadata: Mapping[str, object]) -> Expert | None:
+    """ "high" or "low" if a LoRA's metadata say so: a title, a base model's name, or the training's timesteps."""
+    said = [str(value) for key, value in metadata.items() if any(part in key.lower() for part in TITLES)]
+    if (expert := expert_in(" ".join(said))) is not None:
+        return expert
+    first, last = (_number(metadata.get(f"ss_{end}_timestep")) for end in ("min", "max"))
+    if first is not None and HIGH_FROM <= first < 1000:
+        return "high"
+    return "low" if last is not None and 0 < last <= LOW_TO and not (first or 0) >= HIGH_FROM else None
+
+
+def _number(value: object) -> float | None:
+    try:
+        return float(str(value))
+    except ValueError:
+        return None
 
 
 def partner_names(path: str) -> list[str]:

@@ -12,23 +12,17 @@ Of a pair the other half is used for the other expert, if it lies beside the fil
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from ..config.engine_config import EngineConfig
-from ..config.lora_names import expert_in, noise_of, pair_expert, partners
+from ..config.lora_names import expert_by_metadata, noise_of, pair_expert, partners
 from ..config.request import Expert, LoraSpec
 from ..errors import short_path
 from ..hub import find_lora
-from ..weights.checkpoint import Checkpoint, open_checkpoint
+from ..weights.checkpoint import open_checkpoint
 from ..weights.lora_keys import experts_of, parse_key
-
-TITLES = ("title", "name", "model", "base", "expert", "noise")
-"""Parts of the names of metadata entries that say what a file is; others quote captions and folders."""
-HIGH_FROM, LOW_TO = 700, 950
-"""Timesteps: a training that begins above the first is the high-noise one, one that ends below the second the other.
-The experts change at 875 (text to video) or 900."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -111,7 +105,7 @@ def _evidence(path: Path, given: Sequence[Path]) -> _Evidence:
         return _Evidence(None, "it holds a half for each", halves=True)
     if experts:
         return _Evidence(experts[0], f"the names of its tensors say {experts[0]} noise")
-    if (by_metadata := _by_metadata(checkpoint)) is not None:
+    if (by_metadata := expert_by_metadata(checkpoint.metadata)) is not None:
         return _Evidence(by_metadata, f"its metadata says {by_metadata} noise")
     if (by_name := noise_of(path)) is not None:
         return _Evidence(by_name, f"its name says {by_name} noise")
@@ -122,21 +116,3 @@ def _evidence(path: Path, given: Sequence[Path]) -> _Evidence:
         if Path(name.path).is_file():
             return _Evidence(name.expert, f"its name differs from {Path(name.path).name:.80} in that word")
     return _Evidence(None, "nothing says that it is for one expert, so it is used for both")
-
-
-def _by_metadata(checkpoint: Checkpoint) -> Expert | None:
-    metadata: Mapping[str, object] = checkpoint.metadata
-    said = [str(value) for key, value in metadata.items() if any(part in key.lower() for part in TITLES)]
-    if (expert := expert_in(" ".join(said))) is not None:
-        return expert
-    first, last = (_number(metadata.get(f"ss_{end}_timestep")) for end in ("min", "max"))
-    if first is not None and HIGH_FROM <= first < 1000:
-        return "high"
-    return "low" if last is not None and 0 < last <= LOW_TO and not (first or 0) >= HIGH_FROM else None
-
-
-def _number(value: object) -> float | None:
-    try:
-        return float(str(value))
-    except ValueError:
-        return None

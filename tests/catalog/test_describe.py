@@ -16,6 +16,7 @@ from lightx2v.catalog.catalog import Catalog
 from lightx2v.catalog.describe import describe
 from lightx2v.catalog.found_file import FoundFile
 from lightx2v.catalog.scan import scan
+from lightx2v.loading.lora_experts import _evidence
 
 EXPERT = "diffusion_pytorch_model.safetensors"
 
@@ -114,6 +115,36 @@ def test_trigger_words_come_from_the_header(tmp_path: Path, metadata: dict[str, 
     path = style_lora(tmp_path, metadata=metadata)
     path.with_suffix(".civitai.info").unlink()
     assert described(path).triggers == words
+
+
+@pytest.mark.parametrize(
+    ("name", "prefixes", "metadata", "expert"),
+    [
+        ("plain", ("transformer_2.",), {}, "low"),
+        ("low_noise", ("high_noise_model.",), {}, "high"),
+        ("high_noise", ("transformer.", "transformer_2."), {}, None),
+        ("low_noise", ("diffusion_model.",), {"ss_base_model": "wan2.2 high noise"}, "high"),
+        ("plain", ("diffusion_model.",), {"ss_min_timestep": "875", "ss_max_timestep": "1000"}, "high"),
+        ("plain", ("diffusion_model.",), {"ss_min_timestep": "0", "ss_max_timestep": "875"}, "low"),
+        ("plain", ("diffusion_model.",), {"ss_caption": "a high noise level"}, None),
+        ("style_HIGH", ("diffusion_model.",), {}, "high"),
+    ],
+)
+def test_a_loras_expert_is_the_one_that_loading_takes(
+    tmp_path: Path, name: str, prefixes: tuple[str, ...], metadata: dict[str, str], expert: str | None
+) -> None:
+    """`style_HIGH` is found as one half of a pair; alone, loading uses it for both and says so."""
+    tensors = {
+        f"{prefix}blocks.{block}.self_attn.q.lora_{kind}.weight": torch.ones(shape)
+        for prefix in prefixes
+        for block in range(2)
+        for kind, shape in (("A", (4, 160)), ("B", (160, 4)))
+    }
+    path = tmp_path / f"{name}.safetensors"
+    save_file(tensors, path, metadata=metadata or None)
+    assert described(path).expert == expert
+    if name != "style_HIGH":
+        assert _evidence(path, [path]).expert == expert
 
 
 def test_kohyas_names_make_a_lora_too(tmp_path: Path) -> None:
