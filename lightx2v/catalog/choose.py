@@ -27,7 +27,7 @@ from .catalog import Catalog
 from .folders import model_folders
 from .found_file import FoundFile, Kind
 from .found_model import FoundModel, scheme
-from .scan import describe_late, memory_file, scan
+from .scan import Describe, describe_late, memory_file, recognise_late, scan
 
 KIND_FOLDERS = ("diffusion_models", "unet", "checkpoints", "loras", "text_encoders", "clip", "vae")
 """ComfyUI's folders: what belongs to a file in one of them is in the others."""
@@ -159,7 +159,10 @@ class FileChoice:
             if self.catalog is None and path.suffix and path.name != text:
                 raise ConfigError(f"{flag}: there is no file {short_path(path)}. Check the path.")
             return self._catalog.find(text, kind)
-        found = _described(path)
+        try:
+            found = _described(path, recognise_late)
+        except OSError as error:
+            raise CheckpointError(f"{flag}: {short_path(path)} cannot be read: {error.strerror}.") from None
         if found is None or found.kind != kind:
             what = "no model file that is known here" if found is None else f"of the kind {found.kind}"
             raise CheckpointError(f"{flag}: {short_path(path)} is {what}; expected {kind}. Choose another file.")
@@ -180,11 +183,11 @@ class FileChoice:
         return Catalog([*catalog.files, *filter(None, beside)])
 
 
-def _described(path: Path) -> FoundFile | None:
+def _described(path: Path, describe: Describe = describe_late) -> FoundFile | None:
     path = path.absolute()
     if path.is_dir():
         size = sum(file.stat().st_size for file in path.iterdir() if file.is_file())
     else:
         size = path.stat().st_size
-    found = describe_late(path, size)
+    found = describe(path, size)
     return found.named(path.name) if found is not None else None

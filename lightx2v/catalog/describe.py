@@ -62,13 +62,18 @@ DISTILLED = re.compile(r"lightx2v|distill|lightning|\d[ _-]?steps?(?![a-z])|rapi
 def describe(path: Path, size: int) -> FoundFile | None:
     """What the file or the folder of shards at `path` is; None for something that has no place in a model here."""
     try:
-        if (lora := _lora(path, size)) is not None:
-            return lora
-        checkpoint = open_checkpoint(path)
+        return recognise(path, size)
     except (CheckpointError, OSError):
         return None
-    for recognise in (_expert, _text_encoder, _vae):
-        if (found := recognise(checkpoint, path, size)) is not None:
+
+
+def recognise(path: Path, size: int) -> FoundFile | None:
+    """The same for a file that a person named: CheckpointError or OSError says why it cannot be read."""
+    if (lora := _lora(path, size)) is not None:
+        return lora
+    checkpoint = open_checkpoint(path)
+    for look in (_expert, _text_encoder, _vae):
+        if (found := look(checkpoint, path, size)) is not None:
             return found
     return None
 

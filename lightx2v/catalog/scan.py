@@ -58,6 +58,13 @@ def describe_late(path: Path, size: int) -> FoundFile | None:
     return describe(path, size)
 
 
+def recognise_late(path: Path, size: int) -> FoundFile | None:
+    """`describe.recognise`, imported as late."""
+    from .describe import recognise
+
+    return recognise(path, size)
+
+
 def scan(folders: Sequence[Path], memory: Path | None = None, *, describe: Describe = describe_late) -> list[FoundFile]:
     """All model files in `folders`, ordered by path. `memory` is the file that remembers descriptions."""
     known = _load(memory) if memory else {}

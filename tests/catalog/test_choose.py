@@ -98,6 +98,17 @@ def test_wrong_files_are_refused_by_name(models: Path) -> None:
         _ = choice(models, high="a\0b").model
 
 
+@pytest.mark.parametrize(
+    ("content", "why"), [(b"", "empty|incomplete|damaged"), (b"\x40\0\0\0\0\0\0\0{", "incomplete|damaged")]
+)
+def test_a_broken_file_that_a_person_named_says_what_is_wrong(tmp_path: Path, content: bytes, why: str) -> None:
+    """A download that ended early is a common one."""
+    file = tmp_path / "wan_high_noise.safetensors"
+    file.write_bytes(content)
+    with pytest.raises(CheckpointError, match=why):
+        _ = FileChoice(high=str(file)).model
+
+
 def test_a_found_models_name_is_a_presets_name(models: Path) -> None:
     content = named_preset("wan2.2_t2v_demo", [models])
     assert isinstance(content, dict) and resolve(content).engine.high_noise_original_ckpt
