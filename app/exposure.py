@@ -106,6 +106,11 @@ def decide(args: argparse.Namespace, variables: Mapping[str, str]) -> Exposure:
         user, colon, password = args.auth.partition(":")
         if not (user and colon and password):
             raise ConfigError("--auth needs USER:PASSWORD, both non-empty and with a colon between them.")
+        if not args.auth.isprintable():
+            raise ConfigError(
+                "--auth holds a control character, which nobody can type; expected printable ones. Leave it out, "
+                "and the page makes a password."
+            )
         exposure = replace(exposure, user=user, password=password)
     if here and not args.share:
         if args.public:

@@ -61,7 +61,7 @@ def merge_updates(label: Any, value: Any) -> Any:
 REFUSED = "lightx2v.refused"
 """The key in an ASGI scope of a list that is filled once gradio has failed on the request's event by itself."""
 FAILURES = (ArithmeticError, AssertionError, AttributeError, LookupError, OSError, RuntimeError, TypeError, ValueError)
-FAILURES += (route_utils.FnIndexInferError,)
+FAILURES += (route_utils.FnIndexInferError, route_utils.httpx.InvalidURL)
 """What gradio raises for values and events that it did not expect."""
 _HANDLERS = ("app.backend.", "app.events.", "app.form.", "app.views.", "app.web.gradio_api", "lightx2v.")
 """Modules that handle events. Those of lightx2v.server are middleware around them."""

@@ -115,6 +115,8 @@ def quoted(value: Any) -> str:
 
 def one_line(text: str) -> str:
     """`text` with its control characters escaped: no prompt can forge a second log line or control the terminal."""
+    if text.isprintable():
+        return text
     return "".join(char if char.isprintable() else char.encode("unicode_escape").decode() for char in text)
 
 

@@ -156,3 +156,22 @@ def test_nothing_of_one_machine_is_named() -> None:
     texts = [p for p in ROOT.rglob("*.py") if ".venv" not in p.parts] + sorted(ROOT.glob("*.md"))
     found = [p.relative_to(ROOT).as_posix() for p in texts if p != Path(__file__) and private.search(p.read_text())]
     assert not found, found
+
+
+def test_patterns_take_the_digits_of_ascii_only() -> None:
+    """A size of "６４x64" would reach the code that counts on digits. In a pattern of bytes \\d is ASCII's own."""
+    found = [
+        (p.name, node.value)
+        for p in SOURCES
+        for node in nodes(p)
+        if isinstance(node, ast.Constant) and isinstance(node.value, str) and "\\d" in node.value
+    ]
+    assert not found, found
+
+
+def test_the_working_folder_is_asked_for_in_one_place() -> None:
+    """Where it was deleted, that place says so; Path.cwd and os.getcwd raise FileNotFoundError."""
+    users = {
+        p.relative_to(ROOT).as_posix() for p in SOURCES for name, _ in calls(p) if name in ("Path.cwd", "os.getcwd")
+    }
+    assert users == {"lightx2v/config/folders.py"}

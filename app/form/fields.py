@@ -251,7 +251,7 @@ def new_seed() -> int:
 
 def _step_list(text: str) -> list[int]:
     parts = [part for part in re.split(r"[\s,;，]+", text.strip("[] \n")) if part]
-    if not all(part.isdecimal() and len(part) <= 4 for part in parts):
+    if not all(part.isascii() and part.isdecimal() and len(part) <= 4 for part in parts):
         raise BadRequest(f"denoising_step_list is {text[:60]!r}; expected timesteps such as 1000, 750, 500, 250.")
     return [int(part) for part in parts]
 

@@ -138,7 +138,7 @@ class FileChoice:
         if not equals or expert not in ("high", "low"):
             expert, rest = "auto", text
         name, strength = rest, 1.0
-        if (number := re.fullmatch(r"(.+):([+-]?\d*\.?\d+)", rest)) and not os.path.exists(rest):
+        if (number := re.fullmatch(r"(.+):([+-]?[0-9]*\.?[0-9]+)", rest)) and not os.path.exists(rest):
             name, strength = number[1], float(number[2])
         spec = {
             "name": {"high": "high_noise_model", "low": "low_noise_model"}.get(expert, "auto"),

@@ -55,7 +55,9 @@ METADATA = '"__metadata__"'
 _BEFORE_NAME, _BEFORE_VALUE = re.compile(r"[\s{,]*"), re.compile(r"[\s:]*")
 HALVES = re.compile(r"transformer|dit|_noise")
 """What the names of tensors hold in a LoRA that may be for one expert, or hold a half for each."""
-DISTILLED = re.compile(r"lightx2v|distill|lightning|\d[ _-]?steps?(?![a-z])|rapid|turbo|dmd|lcm|causvid", re.IGNORECASE)
+DISTILLED = re.compile(
+    r"lightx2v|distill|lightning|[0-9][ _-]?steps?(?![a-z])|rapid|turbo|dmd|lcm|causvid", re.IGNORECASE
+)
 """Words in the names of distilled models and of the LoRAs that distil one."""
 
 

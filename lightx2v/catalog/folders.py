@@ -8,7 +8,7 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from ..config.environment import Environment
-from ..config.folders import expand
+from ..config.folders import expand, working_folder
 from ..errors import ConfigError, OutputError, quoted, short_path
 from ..hub.cache import standard_cache
 
@@ -24,7 +24,9 @@ def model_folders(told: Iterable[str | Path] = (), environment: Environment | No
     named = [Path(os.path.expanduser(folder)) for folder in (*told, *environment.model_dirs)]
     for folder in named:
         check_folder(folder)
-    folders = [*named, *told_folders(), *(expand(environment.models_dir) for _ in [0] if environment.models_dir)]
+    folders = [*named, *told_folders()]
+    if environment.models_dir:
+        folders.append(expand(environment.models_dir))
     resolved = [folder.resolve() for folder in [*folders, *usual_folders()] if os.path.isdir(folder)]
     # A folder inside another one is scanned with it.
     return [
@@ -37,7 +39,8 @@ def model_folders(told: Iterable[str | Path] = (), environment: Environment | No
 def usual_folders() -> list[Path]:
     """Where ComfyUI, Wan2GP and huggingface_hub keep models, as far as these folders exist."""
     home = Path(os.path.expanduser("~"))
-    around = dict.fromkeys([home, home / "Documents", Path.cwd(), Path.cwd().parent])
+    here = working_folder()
+    around = dict.fromkeys([home, home / "Documents", here, here.parent])
     places = [*(place / name for place in around for name in USUAL), standard_cache()]
     return [place for place in places if os.path.isdir(place)]
 

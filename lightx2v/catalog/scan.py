@@ -28,8 +28,8 @@ Describe = Callable[[Path, int], FoundFile | None]
 """From a path and its size to what it is; None for something else than a model file."""
 
 ENDINGS = (".safetensors", ".gguf", ".pth", ".pt")
-SHARD = re.compile(r".*-\d{5}-of-\d{5}\.safetensors")
-GGUF_FIRST = re.compile(r".*-00001-of-\d{5}\.gguf")
+SHARD = re.compile(r".*-[0-9]{5}-of-[0-9]{5}\.safetensors")
+GGUF_FIRST = re.compile(r".*-00001-of-[0-9]{5}\.gguf")
 """The name of the first part of a split GGUF file, by which the whole is opened."""
 MAX_ITEMS = 200_000
 """Files in all folders together, beyond which the rest is left out: a disk's root was told by mistake."""

@@ -18,7 +18,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from ..config.environment import Environment
-from ..config.folders import use_home
+from ..config.folders import use_home, working_folder
 from ..errors import Cancelled, ConfigError, LightX2VError
 from .parser import ArgumentParser
 from .signals import ECHO, Interrupts
@@ -83,6 +83,7 @@ def _exit_code(call: Callable[[], int], context: CommandContext, stopped: str) -
     if isinstance(sys.stdout, io.TextIOWrapper):  # a terminal without … or 球 must not fail after the last step
         sys.stdout.reconfigure(errors="backslashreplace")
     try:
+        working_folder()  # in a deleted one every relative path would end in a traceback
         use_home()
         return call()
     except (Cancelled, KeyboardInterrupt):

@@ -150,7 +150,7 @@ class EngineConfig:
             if not isinstance(getattr(self, key), str):
                 check.bad(key, getattr(self, key), "the name of an attention backend")
             check_attention_name(getattr(self, key), key)
-        if not isinstance(self.device, str) or not re.fullmatch(r"auto|cpu|mps|cuda(:\d{1,3})?", self.device):
+        if not isinstance(self.device, str) or not re.fullmatch(r"auto|cpu|mps|cuda(:[0-9]{1,3})?", self.device):
             check.bad("device", self.device, '"auto", "cpu", "mps", "cuda" or "cuda:0"')
         for key, high in (("text_len", 4096), ("max_tokens", 2**31)):
             check.whole(key, getattr(self, key), 1, high)

@@ -12,6 +12,8 @@ from typing import Any
 from ..errors import ConfigError, quoted
 
 INTEGERS = ("rank", "local_rank", "world_size", "local_world_size", "restart_count", "port", "profiling")
+LEAST = {"WORLD_SIZE": 1, "LOCAL_WORLD_SIZE": 1, "MASTER_PORT": 1}
+MOST = {"MASTER_PORT": 65535}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -70,14 +72,16 @@ class Environment:
         values["model_dirs"] = tuple(filter(None, variables.get("LIGHTX2V_MODEL_DIRS", "").split(os.pathsep)))
         values["by_torchrun"] = values.get("by_torchrun") == "True"
         values["visible_gpus"] = variables.get("CUDA_VISIBLE_DEVICES")
-        for key in values.keys() & INTEGERS:
-            if not values[key].isdecimal() or len(values[key]) > 6:
-                raise ConfigError(
-                    f"The environment variable {names[key]} is {quoted(values[key])}; expected a whole number. "
-                    "Correct it, or unset it."
-                )
-            values[key] = int(values[key])
+        for key in INTEGERS:
+            if key in values:
+                values[key] = _whole_number(names[key], values[key])
         values.setdefault("local_rank", values.get("rank", 0))
+        for rank, size in (("rank", "world_size"), ("local_rank", "local_world_size")):
+            if size in values and values.get(rank, 0) >= values[size]:
+                raise ConfigError(
+                    f"The environment variable {names[rank]} is {values[rank]} with {names[size]}={values[size]}; "
+                    "expected a number below it, as processes are counted from 0. Start the processes with torchrun."
+                )
         return cls(**values)
 
     @property
@@ -101,3 +105,14 @@ class Environment:
         if sys.platform == "linux":
             for library in ("GLOO", "NCCL"):
                 os.environ[f"{library}_SOCKET_IFNAME"] = "lo"
+
+
+def _whole_number(name: str, text: str) -> int:
+    number = int(text) if text.isascii() and text.isdecimal() and len(text) <= 6 else -1
+    least, most = LEAST.get(name, 0), MOST.get(name, 999_999)
+    if not least <= number <= most:
+        raise ConfigError(
+            f"The environment variable {name} is {quoted(text)}; expected a whole number from {least} to {most}. "
+            "Correct it, or unset it."
+        )
+    return number

@@ -10,7 +10,7 @@ import os
 import tempfile
 from pathlib import Path
 
-from ..errors import OutputError
+from ..errors import ConfigError, OutputError
 from ..media.work_folder import WorkFolder
 
 log = logging.getLogger("lightx2v.folders")
@@ -19,6 +19,18 @@ log = logging.getLogger("lightx2v.folders")
 def expand(path: str | Path) -> Path:
     """The path with its `~` replaced, or as it is where nobody knows the home folder. Path.expanduser raises there."""
     return Path(os.path.expanduser(path))
+
+
+def working_folder() -> Path:
+    """The folder that this process works in. ConfigError where it was deleted, which Path.cwd answers with a
+    traceback."""
+    try:
+        return Path.cwd()
+    except OSError as error:
+        raise ConfigError(
+            f"The working folder cannot be used: {error.strerror}. It was deleted or closed to you meanwhile. Change "
+            "to another folder with cd, and start again."
+        ) from None
 
 
 def own_folder(name: str) -> Path:

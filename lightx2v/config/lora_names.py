@@ -119,7 +119,7 @@ def pair_expert(path: str | PurePath, other: str | PurePath) -> Expert | None:
 
 def _difference(one: str, two: str) -> Expert | None:
     pattern = _PHRASE if _PHRASE.search(one) and _PHRASE.search(two) else _TOKEN
-    texts = [[re.sub(r"\d+", "0", text) for text in pattern.split(name)] for name in (one, two)]
+    texts = [[re.sub(r"[0-9]+", "0", text) for text in pattern.split(name)] for name in (one, two)]
     words = [[_expert(word) for word in pattern.findall(name)] for name in (one, two)]
     if texts[0] != texts[1]:
         return None

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from .engine_config import EngineConfig
-from .folders import expand
+from .folders import expand, working_folder
 
 _PACKAGE = Path(__file__).resolve().parents[1]
 PROJECT = _PACKAGE / "_data" if (_PACKAGE / "_data").is_dir() else _PACKAGE.parent
@@ -69,12 +69,12 @@ def parts(engine: EngineConfig) -> list[ModelPart]:
 def search_roots(engine: EngineConfig) -> list[Path]:
     """The folders in which a relative path of a configuration is looked for, in this order."""
     roots = [expand(engine.models_dir)] if engine.models_dir else []
-    return [*roots, Path.cwd(), PROJECT]  # the demo presets name `assets/demo/…`, whatever the working folder is
+    return [*roots, working_folder(), PROJECT]  # the demo presets name `assets/demo/…`, whatever the working folder is
 
 
 def shard_names(name: str) -> set[str]:
     """All file names of the set that `model-00002-of-00006.safetensors` belongs to; none for any other name."""
-    match = re.fullmatch(r"(.*)-\d{5}-of-(\d{5})(\.\w+)", name)
+    match = re.fullmatch(r"(.*)-[0-9]{5}-of-([0-9]{5})(\.\w+)", name)
     if match is None or int(match[2]) > 10_000:
         return set()
     return {f"{match[1]}-{index:05}-of-{match[2]}{match[3]}" for index in range(1, int(match[2]) + 1)}

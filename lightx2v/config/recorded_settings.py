@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from .engine_config import EngineConfig
-from .folders import expand
+from .folders import expand, working_folder
 from .request import Request
 
 PICTURES = ("image_path", "last_frame_path")
@@ -48,7 +48,7 @@ def _portable(path: Path, video: str | Path | None) -> str:
         return str(path)
     whole = whole.parent.resolve() / whole.name  # a link keeps its own name
     folders = [Path(video).parent.resolve()] if video else []
-    folder = next((each for each in (*folders, Path.cwd()) if whole.is_relative_to(each)), whole.parent)
+    folder = next((each for each in (*folders, working_folder()) if whole.is_relative_to(each)), whole.parent)
     return str(whole.relative_to(folder))
 
 

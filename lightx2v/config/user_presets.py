@@ -11,6 +11,8 @@ from ..errors import ConfigError, OutputError, quoted, short_path
 from .environment import Environment
 
 NAME = re.compile(r"[^\W_][\w.+-]{0,119}")
+MAX_BYTES = 240
+"""File systems take names of 255 bytes with the ending."""
 
 
 def user_presets() -> dict[str, Path]:
@@ -27,9 +29,10 @@ def user_preset(name: str) -> Path | None:
 def check_name(name: str, taken: Mapping[str, Any] | set[str]) -> str:
     """`name` without blanks around it, if a preset may be saved under it. `taken` are the names of other presets."""
     name = name.strip()
-    if not NAME.fullmatch(name):
+    if not NAME.fullmatch(name) or len(name.encode()) > MAX_BYTES:
         raise ConfigError(
-            f"{quoted(name)} cannot be a preset's name. Use letters, digits and . _ + - without spaces, at most 120."
+            f"{quoted(name)} cannot be a preset's name. Use letters, digits and . _ + - without spaces, at most 120 "
+            "(80 Chinese ones)."
         )
     if name in taken or user_preset(name) is not None:
         raise ConfigError(f"There is a preset {quoted(name)} already, which stays as it is. Choose another name.")

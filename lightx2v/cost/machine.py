@@ -85,7 +85,7 @@ def _cpu_name() -> str:
     except OSError:
         match = None
     name = match[1] if match else platform.processor() or platform.machine() or "CPU"
-    name = re.sub(r"\((R|TM)\)|CPU|Processor|\d+-Core|@.*", "", name)
+    name = re.sub(r"\((R|TM)\)|CPU|Processor|[0-9]+-Core|@.*", "", name)
     return " ".join(name.split())[:32]
 
 

@@ -68,7 +68,7 @@ def _text_bytes(config: EngineConfig, folder: Path | None, compute: int) -> int:
 
 def _lora_bytes(name: str, config: EngineConfig, shape: DiTConfig) -> int:
     """The size of a LoRA's file. Before it is here: in float32, with the rank in its name."""
-    rank = int(match[1]) if (match := re.search(r"rank_?(\d{1,4})", name)) else USUAL_RANK
+    rank = int(match[1]) if (match := re.search(r"rank_?([0-9]{1,4})", name)) else USUAL_RANK
     pairs = 8 * 2 * shape.dim + 2 * (shape.dim + shape.ffn_dim)
     return _named_bytes(name, config) or 4 * rank * pairs * shape.num_layers
 

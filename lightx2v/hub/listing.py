@@ -6,11 +6,14 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ..config.proxies import proxies_in_use, use_proxies
-from ..errors import DownloadError
+from ..errors import DownloadError, quoted
 from .cache import CachedRepo, standard_cache
 
 ANSWER = 15.0
 """Seconds to wait for the list of files of a repository."""
+
+MAX_PATH = 1000
+_CONTROL = re.compile(r"[\x00-\x1f\x7f]")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -73,15 +76,26 @@ def list_files(hub: Hub, repo: str) -> list[HubFile]:
         # Commit, hash and path become names in the file system, so each is checked.
         if not re.fullmatch(r"[0-9a-f]{40}", info.sha or "") or not re.fullmatch(r"[0-9a-f]{40}([0-9a-f]{24})?", etag):
             raise DownloadError(
-                f"{hub.endpoint} gives no hash for {repo}/{sibling.rfilename:.100}. Try another mirror."
+                f"{hub.endpoint} gives no hash for {quoted(sibling.rfilename)} of {repo}. Try another mirror."
             )
-        if size is None or size < 0 or any(part in ("", ".", "..") for part in re.split(r"[/\\]", sibling.rfilename)):
+        if size is None or size < 0 or not _is_path(sibling.rfilename):
             raise DownloadError(
-                f"{hub.endpoint} lists {repo}/{sibling.rfilename:.100} without a size or a valid name. "
+                f"{hub.endpoint} lists {quoted(sibling.rfilename)} of {repo} without a size or a valid name. "
                 "Try another mirror."
             )
         files.append(HubFile(repo=repo, commit=str(info.sha), path=sibling.rfilename, size=size, etag=etag))
     return files
+
+
+def _is_path(name: str) -> bool:
+    """Whether every system can store a file of this name below a folder."""
+    try:
+        parts = [part.encode() for part in re.split(r"[/\\]", name)]
+    except UnicodeEncodeError:  # half a surrogate
+        return False
+    if len(name) > MAX_PATH or _CONTROL.search(name):
+        return False
+    return all(0 < len(part) <= 255 and part not in (b".", b"..") for part in parts)
 
 
 def request_errors() -> tuple[type[Exception], ...]:

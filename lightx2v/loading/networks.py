@@ -175,7 +175,7 @@ def expert_dtypes(precision: Precision) -> Callable[[str], torch.dtype]:
 
 def load_vae(files: ModelFiles, precision: Precision, group: Group = ALONE, watch: LoadWatch = UNWATCHED) -> WanVAE:
     checkpoint = open_checkpoint(files.vae)
-    names = vae_names(checkpoint.shapes)
+    names = vae_names(checkpoint.shapes, short_path(checkpoint.path))
     for file in checkpoint.files:
         if isinstance(file, PthReader):
             file.verify()  # half a gigabyte; nothing else would notice changed bytes

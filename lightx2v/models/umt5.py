@@ -66,7 +66,7 @@ class UMT5Sizes:
         layer = "encoder.block.0.layer"
         vocab, width = shapes[EMBEDDING]
         buckets, heads = shapes[f"{layer}.0.SelfAttention.relative_attention_bias.weight"]
-        numbers = {int(match[1]) for name in shapes if (match := re.match(r"encoder\.block\.(\d+)\.", name))}
+        numbers = {int(match[1]) for name in shapes if (match := re.match(r"encoder\.block\.([0-9]+)\.", name))}
         return cls(
             vocab=vocab,
             width=width,

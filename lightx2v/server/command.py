@@ -8,10 +8,10 @@ server only with --host and a key (--api_key, or LIGHTX2V_API_KEY, which `ps` do
 """
 
 import argparse
+import contextlib
 import ipaddress
 import logging
 import socket
-import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
@@ -31,6 +31,7 @@ from ..config.request import Request
 from ..errors import ConfigError
 from ..jobs.engine_slot import Engine, OpenEngine
 from ..jobs.queue import JobManager
+from ..media.work_folder import WorkFolder
 from ..progress import CancelToken, OnProgress
 from .metrics import Metrics
 
@@ -76,7 +77,7 @@ def _run(options: argparse.Namespace, context: CommandContext, *, open_engine: O
             name = resolved.preset.name
             engine = jobs.load(resolved.engine, preset=name, on_progress=context.progress, cancel=token)
             if options.warmup:
-                _warm_up(engine, resolved, context.progress, token)
+                _warm_up(engine, resolved, jobs.folder, context.progress, token)
         context.progress.clear()
         jobs.start()
         return _serve(options, jobs, metrics, resolved, keys, environment.trusted_proxies)
@@ -143,22 +144,22 @@ def _offered_loras(options: argparse.Namespace) -> Callable[[], Mapping[str, Fou
     return loras
 
 
-def _warm_up(engine: Engine, resolved: Resolved, on_progress: OnProgress, cancel: CancelToken) -> None:
+def _warm_up(engine: Engine, resolved: Resolved, output: Path, on_progress: OnProgress, cancel: CancelToken) -> None:
     """Run five frames in the preset's size, with both experts, so that no client waits while the engine compiles
     kernels and tries algorithms."""
     from PIL import Image
 
-    with tempfile.TemporaryDirectory(prefix="lightx2v-") as folder:
+    with contextlib.closing(WorkFolder(output)) as work:
         settings = {**resolved.request, "frames": 5, "steps": 2, "seed": 0}
         if (steps := settings["denoising_step_list"]) is not None and len(steps) > 1:
             settings |= {"denoising_step_list": (steps[0], steps[-1]), "boundary_step_index": 1}
         if resolved.engine.task != "t2v":
-            image = Path(folder) / "grey.png"
+            image = work.path / "grey.png"
             Image.new("RGB", (settings["width"], settings["height"]), "grey").save(image)
             settings |= {"task": "i2v", "image_path": str(image)}
         request = Request(prompt="warm-up", **settings)
         log.info("Warming up")
-        engine.run(request, save_result_path=Path(folder) / "warm.mp4", on_progress=on_progress, cancel=cancel)
+        engine.run(request, save_result_path=work.path / "warm.mp4", on_progress=on_progress, cancel=cancel)
 
 
 def check_port(host: str, port: int) -> None:
@@ -201,9 +202,16 @@ def _keys(options: argparse.Namespace, environment: Environment) -> list[str]:
             f"Other machines can reach a server on --host {options.host}, so it needs a key. Set LIGHTX2V_API_KEY, or "
             "give --api_key KEY. Clients send the header Authorization: Bearer KEY."
         )
-    if any(len(key.strip()) < MIN_KEY for key in keys):
+    keys = [key.strip() for key in keys]
+    if any(len(key) < MIN_KEY for key in keys):
         raise ConfigError(f"An API key needs at least {MIN_KEY} characters. Make one with: openssl rand -hex 16")
-    return [key.strip() for key in keys]
+    for number, key in enumerate(keys, 1):
+        if wrong := [char for char in key if not (char.isascii() and char.isprintable())]:
+            raise ConfigError(
+                f"API key {number} holds the character {wrong[0]!a}, which no HTTP header can carry, so no client "
+                "could sign in; expected letters, digits and signs of ASCII. Make one with: openssl rand -hex 16"
+            )
+    return keys
 
 
 def _hosts(options: argparse.Namespace) -> frozenset[str] | None:

@@ -16,7 +16,7 @@ log = logging.getLogger("lightx2v.server")
 
 MAX_NAME = 120
 _PLAIN = re.compile(r"\w[\w .()+,=@-]*")
-_RESERVED = re.compile(r"(con|prn|aux|nul|com\d|lpt\d)(\..*)?", re.IGNORECASE)
+_RESERVED = re.compile(r"(con|prn|aux|nul|com[0-9]|lpt[0-9])(\..*)?", re.IGNORECASE)
 
 
 def file_name(requested: str) -> str:

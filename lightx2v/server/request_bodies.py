@@ -143,7 +143,7 @@ class VideoBody(BaseModel):
     image_reference: Picture | None = Field(None, description="vLLM-Omni's word for input_reference.")
     reference_url: Picture | None = Field(None, description="SGLang's word for input_reference.")
     last_frame_reference: Picture | None = Field(None, description="The last frame, in the same ways.")
-    size: Annotated[str, Field(pattern=r"^(\d{2,4}x\d{2,4})?$")] | None = Field(None, description="WIDTHxHEIGHT.")
+    size: Annotated[str, Field(pattern=r"^([0-9]{2,4}x[0-9]{2,4})?$")] | None = Field(None, description="WIDTHxHEIGHT.")
     seconds: Annotated[float, Field(gt=0, le=600, strict=False)] | None = Field(
         None, description="The length, as a number or (OpenAI's clients) as text; the nearest 4n + 1 frames are made."
     )

@@ -7,7 +7,6 @@ The settings of a request override those of its preset for this video only. Keys
 import contextlib
 import hmac
 import math
-import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -22,6 +21,7 @@ from ..errors import BadRequest
 from ..jobs.queue import JobManager
 from ..jobs.store import Job, UnknownJob
 from ..media.video_stills import Still, still
+from ..media.work_folder import WorkFolder
 from .file_names import FileNames, file_name
 from .input_images import InputImages
 
@@ -73,8 +73,9 @@ class Service:
         preset = self._preset(video)
         request, config = self._request(owner, preset, video)
         self.jobs.check_room(owner, video.client_id)  # before downloading images
-        with tempfile.TemporaryDirectory(prefix="lightx2v-") as folder:
-            request = self._with_images(request, video, Path(folder))
+        # In the jobs' folder, where the next start removes what a killed process leaves.
+        with contextlib.closing(WorkFolder(self.jobs.folder)) as work:
+            request = self._with_images(request, video, work.path)
             if self._check is not None:
                 self._check(request)
             job = self.jobs.submit(config, request, owner=owner, preset=preset, client_id=video.client_id)

@@ -191,8 +191,18 @@ def open_file(path: Path) -> TensorFile:
         raise CheckpointError(
             f"{name} is a git-lfs pointer, not the model. Run `git lfs pull` in its folder, or download the file again."
         )
-    if text.startswith((b"<!doctype", b"<html", b"<?xml", b"<head", b"<error")):
-        raise CheckpointError(f"{name} is a web page with an error message, not a model. {DOWNLOAD_AGAIN}")
+    if text.startswith(b"<"):
+        raise CheckpointError(f"{name} is a web page or a picture in XML, not a model. {DOWNLOAD_AGAIN}")
+    if text.startswith((b"{", b"[")):
+        raise CheckpointError(
+            f"{name} is a text in JSON, as servers answer with an error, not a model: {quoted(_shown(head))}. "
+            f"{DOWNLOAD_AGAIN}"
+        )
+    if head.startswith(b"\x1f\x8b"):
+        raise CheckpointError(
+            f"{name} is compressed with gzip: a model to unpack first, or a web page. Unpack it with gzip -d, or "
+            "delete the file and download it again."
+        )
     if head.startswith(b"GGUF"):
         return GGUFReader(path)
     if head.startswith((b"PK\x03\x04", b"\x80")):
@@ -200,6 +210,10 @@ def open_file(path: Path) -> TensorFile:
     raise CheckpointError(
         f"{name} is neither a safetensors, PyTorch nor GGUF file (first bytes {head[:8].hex(' ')}). {DOWNLOAD_AGAIN}"
     )
+
+
+def _shown(head: bytes) -> str:
+    return head.decode("utf-8", "replace").strip("\ufeff \t\r\n")[:60]
 
 
 def _open_folder(folder: Path) -> Checkpoint:
@@ -215,7 +229,10 @@ def _open_folder(folder: Path) -> Checkpoint:
         if paths := sorted(path for path in folder.iterdir() if path.suffix.lower() in suffixes):
             break
     else:
-        raise CheckpointError(f"{short_path(folder)} holds no model: expected *.safetensors, with or without an index.")
+        raise CheckpointError(
+            f"{short_path(folder)} holds no model: expected *.safetensors with or without an index, "
+            f"{', '.join(f'*{suffix}' for suffix in PICKLES)} or *.gguf. Give the folder with these files."
+        )
     names = {path.name for path in paths}
     _require_shards(folder, names, set().union(*map(shard_names, names)))
     return Checkpoint(folder, [open_file(path) for path in paths])

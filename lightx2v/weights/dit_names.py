@@ -6,8 +6,7 @@ The names in a file decide which of these it uses, never the file's name. All fu
 import re
 from collections.abc import Iterable
 
-from ..errors import CheckpointError
-from .wrapper_prefixes import unwrap_dit
+from .wrapper_prefixes import each_once, unwrap_dit
 
 _OUTSIDE = (  # Wan, diffusers; outside the blocks
     ("patch_embedding", "patch_embedding"),
@@ -39,8 +38,10 @@ _BLOCK = (  # Wan, diffusers; after "blocks.<i>."
 )
 _TO_WAN = ({diffusers: wan for wan, diffusers in _OUTSIDE}, {diffusers: wan for wan, diffusers in _BLOCK})
 _TO_DIFFUSERS = (dict(_OUTSIDE), dict(_BLOCK))
-_IN_BLOCK = re.compile(r"blocks\.(\d+)\.(.+)")
-_DIFFUSERS_ONLY = re.compile(r"condition_embedder\.|proj_out\.|scale_shift_table$|blocks\.\d+\.(attn[12]\.|ffn\.net\.)")
+_IN_BLOCK = re.compile(r"blocks\.([0-9]+)\.(.+)")
+_DIFFUSERS_ONLY = re.compile(
+    r"condition_embedder\.|proj_out\.|scale_shift_table$|blocks\.[0-9]+\.(attn[12]\.|ffn\.net\.)"
+)
 
 
 def diffusers_to_wan(name: str) -> str:
@@ -58,17 +59,12 @@ def is_diffusers(names: Iterable[str]) -> bool:
     return any(_DIFFUSERS_ONLY.match(name) for name in names)
 
 
-def wan_names(names: Iterable[str]) -> dict[str, str]:
-    """Wan's name for every DiT tensor name of a file. CheckpointError where two names become one."""
+def wan_names(names: Iterable[str], source: str = "The file") -> dict[str, str]:
+    """Wan's name for every DiT tensor name of the file `source`. CheckpointError where two names become one."""
     stripped = {name: unwrap_dit(name) for name in names}
     if is_diffusers(stripped.values()):
         stripped = {name: diffusers_to_wan(bare) for name, bare in stripped.items()}
-    seen: dict[str, str] = {}
-    for name, wan in stripped.items():
-        if wan in seen:
-            raise CheckpointError(f"The file holds {wan} twice, as {seen[wan]} and as {name}. Keep one of them.")
-        seen[wan] = name
-    return stripped
+    return each_once(stripped, source)
 
 
 def _rename(name: str, outside: dict[str, str], block: dict[str, str]) -> str:

@@ -37,7 +37,7 @@ def check_expert_pair(high: Checkpoint, low: Checkpoint, task: str) -> tuple[str
 
 
 def _check_task(checkpoint: Checkpoint, expert: str, task: str) -> None:
-    names = {wan: name for name, wan in wan_names(checkpoint.shapes).items()}
+    names = {wan: name for name, wan in wan_names(checkpoint.shapes, short_path(checkpoint.path)).items()}
     patch = names.get("patch_embedding.weight")
     if patch is None or len(checkpoint.shapes[patch]) != 5:
         return  # no Wan video model at all: DiTConfig.from_checkpoint tells what is missing

@@ -26,10 +26,16 @@ from .lora_alpha import LoraScales
 from .lora_delta import Delta, Difference, Dora, Hadamard, Kronecker, Pair, add_deltas, contracted
 from .lora_forms import MAGNITUDES, NAMES, Form, Keys, Shapes, changes, misfit, rank_of
 from .lora_keys import LayerFinder, experts_of, foreign_kind, is_harmless, parse_key
+from .quant_layout import PLAIN
+from .tensor_file import FLOATS
 from .wrapper_prefixes import unwrap_dit
 
 ROWS = 256
 """Rows of a weight that a CPU adds a LoRA to at once: 5 MB of float32 at full width."""
+
+LARGEST_CHANGE = 1e6
+"""No weight that a network has learnt is nearly as large. Beyond it the video would be noise or NaN, and the message
+would blame the expert."""
 
 PATCH = "patch_embedding.weight"
 
@@ -114,7 +120,17 @@ class MatchedLora:
         if magnitude is not None:
             per_input = "dora_scale" in parts and len(magnitude) != shape[0]
             return Dora(delta, magnitude.flatten(), per_input, patch.strength)
-        if not all(bool(part.any()) for part in changes):
+        sizes = [float(torch.stack(torch.aminmax(part)).abs().amax()) if part.numel() else 0.0 for part in changes]
+        size = abs(patch.scale) * math.prod(sizes)
+        if size > LARGEST_CHANGE:
+            what = (
+                "becomes NaN or infinite" if size > torch.finfo(torch.float32).max else f"changes by about {size:.3g}"
+            )
+            raise LoraError(
+                f"{name} {what} with {self.report.path}; weights stay far below {LARGEST_CHANGE:g}. Lower the strength; if "
+                "that does not help, its alpha or its values are damaged: get it again."
+            )
+        if not all(sizes):
             self.zero.add(name)
         return delta
 
@@ -231,6 +247,12 @@ def match_lora(
     _require_fit(source, checkpoint, shapes, found, understood, allow_partial=allow_partial)
     patches = {}
     for name, (layer, form, keys) in found.places.items():
+        for key in keys.values():
+            if (dtype := checkpoint.dtypes[key]) not in (*FLOATS, *PLAIN):
+                raise LoraError(
+                    f"{source}: {key:.100} is stored in {str(dtype).removeprefix('torch.')}, which without a scale is "
+                    "no weight; expected floats. Get the LoRA in bf16, fp16 or fp32."
+                )
         scale = _scale(checkpoint, layers[layer], layer, form, keys, scales, source)
         dora = not keys.keys().isdisjoint(MAGNITUDES)
         patches[name] = LoraPatch(form, keys, scale if dora else strength * scale, strength)
@@ -377,6 +399,8 @@ def _require_fit(
     samples = ", ".join(f"{name:.80}" for name in unmatched[:3])
     if not applied and any(diffusers_to_wan(unwrap_dit(name)) in shapes for name in unmatched):
         raise LoraError(f"{source} holds a whole model, not a LoRA ({samples}). Set it as the expert's checkpoint.")
+    if not len(checkpoint):
+        raise LoraError(f"{source} holds no tensors, so it changes nothing. It is incomplete: get it again.")
     if not applied:
         theirs = samples or ", ".join(f"{name:.80}" for name in list(checkpoint.shapes)[:3])
         raise LoraError(

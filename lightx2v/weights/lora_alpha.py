@@ -126,7 +126,7 @@ class LoraScales:
 
 def _header(metadata: Mapping[str, Any], source: str) -> Iterable[tuple[str, str, Any]]:
     """(component, word, value) of everything in a header that may be about alpha and rank."""
-    for key, value in metadata.items():
+    for key, value in sorted(metadata.items()):  # safetensors writes them in an order of its own
         component, _, word = key.rpartition(".")
         if word in JSON_WORDS:
             yield from _entries(_json(value, f"{source}: {key:.60} in its header"))

@@ -26,15 +26,24 @@ from .gguf_blocks import BlockFormat, BlockWeights
 from .gguf_blocks import dequantise as dequantise_blocks
 from .gguf_reader import check_architecture
 from .lora import MatchedLora, add_loras
-from .quant_layout import SCALE, QuantLayout, check_scale, is_expert_matrix, is_text_matrix, plain_names, read_layout
+from .quant_layout import (
+    SCALE,
+    QuantLayout,
+    check_scale,
+    is_expert_matrix,
+    is_text_matrix,
+    plain_names,
+    read_layout,
+    require_plain_cast,
+)
 from .quant_notes import read_notes, unrotated
 from .quantization import cosine, dequantise, quantise
 from .tensor_file import FLOATS
 from .umt5_names import text_encoder_names
 
 IsMatrix = Callable[[str, tuple[int, ...]], bool]
-Rename = Callable[[Iterable[str]], Mapping[str, str]]
-"""The model's name for each of a file's."""
+Rename = Callable[[Iterable[str], str], Mapping[str, str]]
+"""The model's name for each of a file's, which the second argument names."""
 
 
 class ModelWeights:
@@ -101,13 +110,20 @@ class ModelWeights:
 
     @classmethod
     def _of(cls, checkpoint: Checkpoint, rename: Rename, is_matrix: IsMatrix, quantise: torch.dtype | None) -> Self:
-        names, source = plain_names(rename(checkpoint.shapes)), short_path(checkpoint.path)
+        source = short_path(checkpoint.path)
+        names = plain_names(rename(checkpoint.shapes, source))
         layout = read_layout(
             {wan: checkpoint.shapes[name] for name, wan in names.items()},
             {wan: checkpoint.dtypes[name] for name, wan in names.items()},
             source,
-            read_notes(checkpoint, names, rename, source),
+            read_notes(checkpoint, names, lambda found: rename(found, source), source),
         )
+        plain = [
+            name
+            for name, wan in names.items()
+            if layout.scales.get(wan) == "" and is_matrix(wan, checkpoint.shapes[name])
+        ]
+        require_plain_cast(checkpoint, plain, source)
         return cls(checkpoint, names, is_matrix=is_matrix, layout=layout, quantise=quantise)
 
     def with_loras(self, loras: Sequence[MatchedLora]) -> ModelWeights:

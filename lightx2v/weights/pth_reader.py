@@ -89,7 +89,7 @@ class PthReader:
 
 
 def _require_safe_torch(path: Path) -> None:
-    version = tuple(int(part) for part in re.findall(r"\d+", str(torch.__version__))[:2])
+    version = tuple(int(part) for part in re.findall(r"[0-9]+", str(torch.__version__))[:2])
     if version < MIN_TORCH:
         raise CheckpointError(
             f"{short_path(path)} is a PyTorch pickle and torch {torch.__version__} cannot read it safely. This needs "

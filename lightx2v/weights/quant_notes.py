@@ -129,7 +129,7 @@ def _json(content: Any, what: str) -> dict[str, Any]:
 def _note(content: Any, what: str) -> QuantNote:
     words = dict(_json(content, what))
     name = words.pop("format", None)
-    if name not in FORMATS if isinstance(name, str) else True:
+    if not isinstance(name, str) or name not in FORMATS:
         known = next((text for part, text in OTHER_FORMATS.items() if part in str(name).lower()), "")
         said = f"says format {quoted(name)}{f', that is {known}' if known else ''}."
         raise CheckpointError(f"{what} {said} Supported are {', '.join(FORMATS)}. {_TAKE}")

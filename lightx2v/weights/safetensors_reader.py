@@ -43,6 +43,11 @@ DTYPES = {
 MAX_HEADER = 100_000_000
 """The library's own limit. The header of a 14-billion-parameter expert has 150 kB."""
 
+MAX_TENSORS = 50_000
+"""An expert has 1100 tensors and a LoRA at most some thousand. Looking at each takes time: 10 microseconds."""
+
+_KEYS = {"dtype", "shape", "data_offsets"}
+
 MAX_DIMS, MAX_STRIDE = 16, 1 << 63
 """Limits of torch's shapes, also where a side is zero. The library does not check these."""
 
@@ -61,6 +66,11 @@ class SafetensorsReader:
 def read_header(path: Path) -> tuple[dict[str, TensorEntry], dict[str, str]]:
     """Tensors and metadata of a safetensors file, or CheckpointError. Reads nothing but the header."""
     text, start = header_text(path)
+    if (count := text.count(b'"data_offsets"')) > MAX_TENSORS:
+        raise CheckpointError(
+            f"{short_path(path)} lists {count} tensors; at most {MAX_TENSORS} are read. It is no model of this kind: "
+            "get the model from its publisher."
+        )
     try:
         with safe_open(path, "np"):
             header = json.loads(text, object_pairs_hook=_unique)
@@ -101,15 +111,18 @@ def _unique(pairs: list[tuple[str, object]]) -> dict[str, object]:
 
 def _entry(path: Path, key: str, value: object, data_start: int) -> TensorEntry:
     """One tensor of a header that the library has validated; refused where the library allows more than torch."""
-    named = f"tensor {one_line(key):.80}"
-    if not isinstance(value, dict) or value.keys() != {"dtype", "shape", "data_offsets"}:
-        raise ValueError(f"{named} must have exactly dtype, shape and data_offsets")
+    if not isinstance(value, dict) or value.keys() != _KEYS:
+        raise ValueError(f"{_named(key)} must have exactly dtype, shape and data_offsets")
     dtype, shape, (start, end) = str(value["dtype"]), value["shape"], value["data_offsets"]
     if dtype not in DTYPES:
         raise CheckpointError(
-            f"{short_path(path)}: {named} has dtype {one_line(dtype):.80}; supported are {', '.join(DTYPES)}. "
+            f"{short_path(path)}: {_named(key)} has dtype {one_line(dtype):.80}; supported are {', '.join(DTYPES)}. "
             "Use a file with one of these."
         )
-    if len(shape) > MAX_DIMS or math.prod(side or 1 for side in shape) >= MAX_STRIDE:
-        raise ValueError(f"{named} has the shape {shape!s:.80}")
+    if len(shape) > MAX_DIMS or (math.prod(shape) or math.prod(side or 1 for side in shape)) >= MAX_STRIDE:
+        raise ValueError(f"{_named(key)} has the shape {shape!s:.80}")
     return TensorEntry(DTYPES[dtype], tuple(shape), data_start + start, end - start)
+
+
+def _named(key: str) -> str:
+    return f"tensor {one_line(key):.80}"

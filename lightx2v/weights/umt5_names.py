@@ -6,8 +6,7 @@ All functions are pure: names in, names out.
 import re
 from collections.abc import Iterable
 
-from ..errors import CheckpointError
-from .wrapper_prefixes import unwrap_text_encoder
+from .wrapper_prefixes import each_once, unwrap_text_encoder
 
 EMBEDDING, TABLE = "shared.weight", "token_embedding.weight"
 """The token table's name in transformers and in Wan's file."""
@@ -50,7 +49,7 @@ def hf_name(name: str) -> str:
     """transformers' name for one of Wan's T5 tensors; an unknown name is returned unchanged."""
     if match := _SCALE.fullmatch(name):
         return hf_name(f"{match[1]}.weight").removesuffix("weight") + match[2]
-    if match := re.fullmatch(r"blocks\.(\d+)\.(.+)", name):
+    if match := re.fullmatch(r"blocks\.([0-9]+)\.(.+)", name):
         stem = dict(_BLOCK).get(match[2])
         return f"encoder.block.{match[1]}.layer.{stem}" if stem else name
     return dict(_OUTSIDE).get(name, name)
@@ -61,19 +60,19 @@ def wan_name(name: str) -> str:
     name = unwrap_text_encoder(name)
     if match := _SCALE.fullmatch(name):
         return wan_name(f"{match[1]}.weight").removesuffix("weight") + match[2]
-    if match := re.fullmatch(r"(?:encoder\.)?block\.(\d+)\.layer\.(.+)", name):
+    if match := re.fullmatch(r"(?:encoder\.)?block\.([0-9]+)\.layer\.(.+)", name):
         stem = {theirs: ours for ours, theirs in _BLOCK}.get(match[2])
         return f"blocks.{match[1]}.{stem}" if stem else name
-    if match := re.fullmatch(r"enc\.blk\.(\d+)\.(\w+)\.weight", name):
+    if match := re.fullmatch(r"enc\.blk\.([0-9]+)\.(\w+)\.weight", name):
         return f"blocks.{match[1]}.{_LLAMA_BLOCK[match[2]]}.weight" if match[2] in _LLAMA_BLOCK else name
     if name in ("final_layer_norm.weight", "embed_tokens.weight"):
         name = f"encoder.{name}"
     return ({theirs: ours for ours, theirs in _OUTSIDE} | _LLAMA_OUTSIDE).get(name, name)
 
 
-def text_encoder_names(names: Iterable[str]) -> dict[str, str]:
-    """Wan's name for every tensor name of a file, without the decoder of a whole model and transformers' second copy of
-    the token table. CheckpointError where two names become one."""
+def text_encoder_names(names: Iterable[str], source: str = "The file") -> dict[str, str]:
+    """Wan's name for every tensor name of the file `source`, without the decoder of a whole model and transformers'
+    second copy of the token table. CheckpointError where two names become one."""
     wan = {name: wan_name(name) for name in names}
     copy = _COPY if TABLE in wan.values() else ""
     kept = {
@@ -81,12 +80,7 @@ def text_encoder_names(names: Iterable[str]) -> dict[str, str]:
         for name, ours in wan.items()
         if not (copy and ours.startswith(copy)) and not _DECODER.match(ours)
     }
-    seen: dict[str, str] = {}
-    for name, ours in kept.items():
-        if ours in seen:
-            raise CheckpointError(f"The file holds {ours} twice, as {seen[ours]} and as {name}. Keep one of them.")
-        seen[ours] = name
-    return kept
+    return each_once(kept, source)
 
 
 def _tables(name: str) -> str:

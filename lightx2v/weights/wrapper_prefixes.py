@@ -7,6 +7,8 @@ of their own. None of these is a part of a network, so all are looked through, a
 
 import re
 
+from ..errors import CheckpointError
+
 _WRAPPERS = re.compile(
     r"(?<![^.])_(?:orig_mod|fsdp_wrapped_module|fpw_module|checkpoint_wrapped_module|forward_module)\."
 )
@@ -36,3 +38,16 @@ def _unwrap(name: str, prefix: re.Pattern[str]) -> str:
     bare = _WRAPPERS.sub("", name)
     match = prefix.match(bare)
     return bare[match.end() :] if match else bare
+
+
+def each_once(names: dict[str, str], source: str) -> dict[str, str]:
+    """`names` ({the file's name: the network's}) as they are. CheckpointError of the file `source` where two become
+    one."""
+    seen: dict[str, str] = {}
+    for name, ours in names.items():
+        if ours in seen:
+            raise CheckpointError(
+                f"{source} holds {ours:.80} twice, as {seen[ours]:.80} and as {name:.80}. Keep one of them."
+            )
+        seen[ours] = name
+    return names

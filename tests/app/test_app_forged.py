@@ -75,6 +75,11 @@ def test_a_path_in_place_of_any_value_is_refused_in_one_line(page: Page, keyboar
         ("call/v2/nothing", {}),
         ("call/v2/generate", {}),
         ("call/v2/generate", {"prompt": "x", "meta": FILE}),
+        ("call/v2/generate", {"nothing": 1}),
+        ("call/v2/generate", {"prompt": "x", "steps": 5}),
+        ("call/v2/generate", {"prompt": "x", "loras": [{"path": "x"}]}),
+        ("call/v2/status", {}),
+        ("call/v2/presets", {"prompt": "x"}),
         ("api/nothing", {"data": []}),
         ("cancel", b'{"data":[1e999]}'),
         ("reset", b'{"data":[1e999]}'),
@@ -107,3 +112,21 @@ def test_the_four_endpoints_refuse_values_of_a_wrong_type_by_name(page: Page, wr
         )
         assert not LEAKS.search(answer) and len(answer) < 6000
     assert page.said.count("Traceback") == before
+
+
+@pytest.mark.parametrize(
+    "address",
+    [
+        *(
+            f"proxy={tail}"
+            for tail in ("/etc/passwd%00.mp4", "%00", "http://x:port/a", "https://%C3%A4%E2%80%8B.hf.space/a")
+        ),
+        *(f"{route}a%00" for route in ("file=", "stream/", "theme.css/", "upload_progress?upload_id=")),
+        "file=http://x%00/a.mp4",
+    ],
+)
+def test_an_address_that_no_file_has_is_refused_in_one_line(page: Page, address: str) -> None:
+    answers: list[httpx.Response] = []
+    lines = said_by(page, lambda: answers.append(page.http.get(f"/gradio_api/{address}")))
+    assert 400 <= answers[0].status_code < 500, answers[0].text[:300]
+    assert len(lines) <= 1 and "Traceback" not in str(lines) and not LEAKS.search(answers[0].text)

@@ -92,6 +92,7 @@ def test_lines_and_videos_multiply_up_to_the_limit() -> None:
         ({"frames": 16.5}, "frames"),
         ({"offload": "always"}, "offload"),
         ({"denoising_step_list": "1000; rm -rf"}, "denoising_step_list"),
+        ({"denoising_step_list": "１０００, ７５０"}, "denoising_step_list"),
         ({"boundary_step_index": 9.0}, "boundary_step_index"),
         ({"videos": 0.0}, "videos"),
     ],

@@ -158,3 +158,21 @@ def test_the_command_line_runs_with_nothing_but_a_path(temporary: str, tmp_path:
     )
     assert done.returncode == 0 and done.stdout.splitlines()[0] == str(video), done.stderr
     assert [path.name for path in tmp_path.rglob("*")] == ["out", "a.mp4"]
+
+
+def test_a_deleted_working_folder_is_one_clear_line(tmp_path: Path) -> None:
+    gone = tmp_path / "gone"
+    commands = {
+        "-m lightx2v.infer": ["--prompt", "x", "--preset", "demo_t2v_distill_lora"],
+        "-m lightx2v.find_models": [],
+        str(ROOT / "app.py"): [],
+    }
+    script = "import os, sys; os.rmdir(os.getcwd()); os.execv(sys.executable, [sys.executable, *sys.argv[1:]])"
+    for program, flags in commands.items():
+        gone.mkdir()
+        command = [sys.executable, "-c", script, *program.split(), *flags]
+        environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+        ended = subprocess.run(command, cwd=gone, env=environment, capture_output=True, text=True, timeout=PATIENCE)
+        said = ended.stderr.splitlines()
+        assert ended.returncode == 2 and len(said) == 1, ended.stderr
+        assert said[0].startswith("error: The working folder cannot be used") and "Change to another" in said[0]

@@ -254,10 +254,27 @@ def test_the_environment_is_read_in_one_place() -> None:
     assert Environment.read({}) == Environment(world_size=None)
 
 
-@pytest.mark.parametrize("value", ["eight", "-1", "1.5", "9" * 5000])
+@pytest.mark.parametrize("value", ["eight", "-1", "1.5", "9" * 5000, "０", "２", "²", "0"])
 def test_a_rank_that_is_no_number_is_refused(value: str) -> None:
     with pytest.raises(ConfigError, match="WORLD_SIZE is"):
         Environment.read({"WORLD_SIZE": value})
+
+
+@pytest.mark.parametrize(
+    ("variables", "says"),
+    [
+        ({"RANK": "5", "WORLD_SIZE": "2"}, "RANK is 5 with WORLD_SIZE=2; expected a number below it"),
+        ({"RANK": "2", "WORLD_SIZE": "2"}, "RANK is 2 with WORLD_SIZE=2"),
+        ({"LOCAL_RANK": "4", "LOCAL_WORLD_SIZE": "4"}, "LOCAL_RANK is 4 with LOCAL_WORLD_SIZE=4"),
+        ({"LOCAL_WORLD_SIZE": "0"}, "LOCAL_WORLD_SIZE is '0'; expected a whole number from 1"),
+        ({"MASTER_PORT": "99999"}, "MASTER_PORT is '99999'; expected a whole number from 1 to 65535"),
+        ({"MASTER_PORT": "0"}, "MASTER_PORT is '0'"),
+    ],
+)
+def test_ranks_and_ports_outside_their_range_are_refused(variables: dict[str, str], says: str) -> None:
+    with pytest.raises(ConfigError, match=re.escape(says)):
+        Environment.read(variables)
+    assert Environment.read({"RANK": "1", "WORLD_SIZE": "2", "MASTER_PORT": "65535"}).port == 65535
 
 
 def test_no_other_part_of_the_engine_reads_environment_variables() -> None:

@@ -44,7 +44,8 @@ def test_nothing_is_ever_overwritten(folder: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "name", ["", " ", "../evil", "a/b", "a\\b", ".hidden", "a b", "a\0b", "x" * 200, "-flag", "con:"]
+    "name",
+    ["", " ", "../evil", "a/b", "a\\b", ".hidden", "a b", "a\0b", "x" * 300, "球" * 100, "a\ud83d", "-flag", "con:"],
 )
 def test_a_name_that_is_no_file_name_is_refused(folder: Path, name: str) -> None:
     with pytest.raises(ConfigError, match="cannot be a preset's name"):

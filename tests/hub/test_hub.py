@@ -219,6 +219,18 @@ def test_a_listing_cannot_name_files_outside_of_the_cache(server: HubServer, nam
         make_plan(merged(), hub=quick(server))
 
 
+@pytest.mark.parametrize(
+    "name",
+    ["half\ud83d.json", "a\0b", "a\nb", "x" * 300, "球" * 100, "a/" * 600 + "b"],
+    ids=lambda name: ascii(name)[:20],
+)
+def test_a_listing_cannot_name_files_that_no_folder_can_hold(server: HubServer, name: str) -> None:
+    server.files[BASE][name] = b"x"
+    with pytest.raises(DownloadError, match="without a size or a valid name") as refused:
+        make_plan(merged(), hub=quick(server))
+    assert len(str(refused.value)) < 400 and str(refused.value).isprintable()
+
+
 def test_the_hub_gets_the_token_and_the_content_network_does_not(
     server: HubServer, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -14,6 +14,7 @@ from PIL import Image
 from served import I2V, SIZE, Served, serve
 
 from lightx2v.errors import BadRequest
+from lightx2v.media.work_folder import WORK_PREFIX
 from lightx2v.server.input_images import InputImages
 
 _FILE = io.BytesIO()
@@ -136,3 +137,19 @@ def test_the_first_frame_is_given_once(served: Served) -> None:
     body = {"prompt": "a cat", **SIZE, "input_reference": url, "image_reference": {"image_url": url}}
     message = served.client.post("/v1/videos", json=body).json()["error"]["message"]
     assert "input_reference and image_reference" in message and "Keep one" in message
+
+
+def test_pictures_wait_in_the_folder_of_the_jobs_where_leftovers_are_removed(
+    served: Served, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    places: list[Path] = []
+    submit = served.jobs.submit
+
+    def noted(config: Any, request: Any, **more: Any) -> Any:
+        places.append(Path(request.image_path))
+        return submit(config, request, **more)
+
+    monkeypatch.setattr(served.jobs, "submit", noted)
+    served.submit(input_reference=f"data:image/png;base64,{B64}")
+    assert places[0].parent.parent == served.jobs.folder and places[0].parent.name.startswith(WORK_PREFIX)
+    assert not [path for path in served.jobs.folder.iterdir() if path.name.startswith(WORK_PREFIX)]

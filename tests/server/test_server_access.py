@@ -198,6 +198,8 @@ def test_responses_may_take_longer_than_bodies(tmp_path: Path) -> None:
         b'{"prompt": "a", "num_frames": 5.5}',
         b'{"prompt": "\\ud800"}',
         b'{"prompt": "a", "size": "64x64", "height": 64}',
+        '{"prompt": "a", "size": "６４x64"}'.encode(),
+        '{"prompt": "a", "size": "64x٦٤"}'.encode(),
         b'{"prompt": "a", "input_reference": "data:image/png;base64,bm8="}',
     ],
 )

@@ -58,6 +58,13 @@ def test_other_machines_need_a_key(host: str, capsys: pytest.CaptureFixture[str]
         (["--preset", T2V, "--config_json", "x.json"], "Keep one of them"),
         (["--preset", "nothing"], "There is no preset"),
         (["--preset", T2V, "--api_key", "short"], "at least 12 characters"),
+        *(
+            (
+                ["--preset", T2V, "--api_key", KEY, "--api_key", f"{KEY}{char}b"],
+                f"API key 2 holds the character {char!a}",
+            )
+            for char in "\n\r\t\0\x1b\x7f\u00fc\u200b\ud83d"
+        ),
         (["--preset", T2V, "--port", "many"], "argument --port: invalid int value: 'many'"),
         (["--preset", T2V, "--max_queue_size", "0"], "from 1 to 10000"),
         (["--preset", T2V, "--result_ttl_hours", "-1"], "from 0 to 1e9"),

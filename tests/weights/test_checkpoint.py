@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import json
 import pickle
 import random
@@ -348,7 +349,7 @@ def test_two_models_in_one_folder(tmp_path: Path) -> None:
 
 
 def test_folders_without_a_model(tmp_path: Path) -> None:
-    refused(tmp_path, "holds no model")
+    refused(tmp_path, "holds no model", "*.safetensors", "*.pth", "*.gguf")
     refused(tmp_path / "absent", "does not exist")
 
 
@@ -362,8 +363,17 @@ def test_folders_without_a_model(tmp_path: Path) -> None:
         (b"<!DOCTYPE html><html><body>404</body></html>", "web page"),
         (b"\xef\xbb\xbf \n<HTML lang='en'>Not found</HTML>", "web page"),
         (b"<?xml version='1.0'?><Error><Code>AccessDenied</Code></Error>", "web page"),
+        *(
+            (text, "web page")
+            for text in (b"<!-- x --><html><body>", b"<br />\n<b>Warning</b>: fopen", b"<svg width='1'/> ")
+        ),
+        (
+            b'{"error":"Repository not found"}',
+            'a text in JSON, as servers answer with an error, not a model: \'{"error":"R',
+        ),
+        (b'\n["no such file", 404]   ', "a text in JSON"),
+        (gzip.compress(b"<html><body>404</body></html>"), "compressed with gzip"),
         (b"GGUF" + bytes(range(40)), "GGUF version"),
-        (b'{"error": "Repository not found"}', "neither"),
         (b"Entry not found and so on", "neither"),
     ],
 )
@@ -571,3 +581,10 @@ def test_an_index_with_an_endless_name_is_an_error(tmp_path: Path) -> None:
     (tmp_path / "model.safetensors.index.json").write_text(json.dumps(index))
     with pytest.raises(CheckpointError, match="too long a name"):
         open_checkpoint(tmp_path)
+
+
+def test_a_header_of_very_many_tensors_costs_nothing(tmp_path: Path) -> None:
+    path = write_raw(tmp_path / "m.safetensors", {f"blocks.{i}.weight": entry(0, 0, [0]) for i in range(200_000)})
+    start = time.thread_time()
+    refused(path, "m.safetensors lists 200000 tensors; at most 50000")
+    assert time.thread_time() - start < 1

@@ -205,6 +205,40 @@ def test_a_bad_scale_is_an_error_that_names_the_layer(
         list(weights_of(tmp_path / "x.safetensors").tensors())
 
 
+def without_scales(tensors: Tensors) -> Tensors:
+    return {
+        name: tensor for name, tensor in tensors.items() if not name.endswith(("scale", "scale_weight", "scaled_fp8"))
+    }
+
+
+@pytest.mark.parametrize("dialect", [dict, comfy])
+@pytest.mark.parametrize("dtype", [FP8, torch.float8_e5m2])
+def test_a_scaled_file_that_lost_all_scales_is_no_plain_cast(
+    tiny: TinyModels, tmp_path: Path, dialect: Callable[[Tensors], Tensors], dtype: torch.dtype
+) -> None:
+    stripped = without_scales(dialect(scaled(tiny)))
+    scaled_up = 1.0 if dtype == FP8 else 57344 / 448
+    save_file(
+        {n: (t.float() * scaled_up).to(dtype) if t.dtype == FP8 else t for n, t in stripped.items()},
+        tmp_path / "x.safetensors",
+    )
+    with pytest.raises(CheckpointError, match=r"x\.safetensors: its float8 weights .* The scales were lost"):
+        weights_of(tmp_path / "x.safetensors")
+
+
+@pytest.mark.parametrize("dtype", [FP8, torch.float8_e5m2])
+@pytest.mark.parametrize("size", [0.02, 0.3, 1.0])
+def test_a_plain_cast_of_weights_of_any_usual_size_loads(
+    tiny: TinyModels, tmp_path: Path, dtype: torch.dtype, size: float
+) -> None:
+    generator = torch.Generator().manual_seed(0)
+    original = dict(weights_of(tiny.t2v / "high_noise_model").tensors())
+    drawn = {n: torch.randn(t.shape, generator=generator) * size if t.dim() == 2 else t for n, t in original.items()}
+    save_file({n: t.to(dtype) for n, t in drawn.items()}, tmp_path / "x.safetensors")
+    made = dict(weights_of(tmp_path / "x.safetensors").tensors())
+    assert torch.equal(made["blocks.0.ffn.0.weight"].float(), drawn["blocks.0.ffn.0.weight"].to(dtype).float())
+
+
 # ---- the whole engine -----------------------------------------------------------------------------------------------
 
 

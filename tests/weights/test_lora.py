@@ -10,7 +10,7 @@ import pytest
 import torch
 from conftest import TinyModels
 from lora_files import DIALECTS, RANK, Tensors, base_weights, equal, random_pairs, write
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
 from lightx2v.config.request import LoraSpec
 from lightx2v.errors import BadRequest, LoraError
@@ -452,3 +452,40 @@ def test_a_file_with_both_halves_gives_each_expert_its_own(
         assert equal(merged(weights, lora), merged(weights, alone))
     with pytest.raises(LoraError, match="a half for each expert"):
         match_lora(tmp_path / "x.safetensors", weights.plain_shapes)
+
+
+def test_a_file_without_tensors_says_so(weights: ModelWeights, tmp_path: Path) -> None:
+    save_file({}, tmp_path / "empty.safetensors")
+    with pytest.raises(LoraError, match=r"empty\.safetensors holds no tensors.*get it again"):
+        match_lora(tmp_path / "empty.safetensors", weights.plain_shapes)
+
+
+@pytest.mark.parametrize("dtype", [torch.int8, torch.uint8, torch.int32])
+def test_whole_numbers_are_no_weights(weights: ModelWeights, tmp_path: Path, dtype: torch.dtype) -> None:
+    path = write(tmp_path / "a.safetensors", random_pairs(weights.shapes))
+    tensors = {name: (tensor * 100).to(dtype) for name, tensor in load_file(path).items()}
+    save_file(tensors, path)
+    name = str(dtype).removeprefix("torch.")
+    with pytest.raises(LoraError, match=rf"a\.safetensors: \S+ is stored in {name}.*expected floats"):
+        match_lora(path, weights.plain_shapes)
+
+
+@pytest.mark.parametrize("how", ["alpha", "values", "difference"])
+def test_a_change_beyond_all_weights_is_refused_by_the_loras_name(
+    weights: ModelWeights, tmp_path: Path, how: str
+) -> None:
+    pairs = random_pairs(weights.shapes)
+    path = tmp_path / "a.safetensors"
+    if how == "difference":
+        save_file(
+            {"diffusion_model.blocks.0.ffn.0.diff": torch.full(weights.shapes["blocks.0.ffn.0.weight"], 1e30)}, path
+        )
+    else:
+        write(path, pairs, alpha=3e38 if how == "alpha" else None)
+    if how == "values":
+        save_file({name: tensor * 1e30 for name, tensor in load_file(path).items()}, path)
+    lora = match_lora(path, weights.plain_shapes)
+    with pytest.raises(
+        LoraError, match=r"weight (changes by about|becomes NaN).* with .*/a\.safetensors; weights stay"
+    ):
+        merged(weights, lora)

@@ -296,3 +296,14 @@ def test_the_decoder_of_a_whole_model_is_left_out() -> None:
     assert text_encoder_names(names) == {"shared.weight": "token_embedding.weight"}
     with pytest.raises(CheckpointError, match=r"token_embedding\.weight twice"):
         text_encoder_names(["shared.weight", "text_encoder.shared.weight"])
+
+
+def test_a_file_that_holds_a_tensor_twice_is_named(tmp_path: Path) -> None:
+    cases = {
+        "t5": (ModelWeights.of_text_encoder, ["shared.weight", "text_encoder.shared.weight"]),
+        "dit": (ModelWeights.of_expert, ["head.head.weight", "model.head.head.weight"]),
+    }
+    for name, (read, names) in cases.items():
+        save_file({name: torch.ones(4, 2) for name in names}, tmp_path / f"{name}.safetensors")
+        with pytest.raises(CheckpointError, match=rf"/{name}\.safetensors holds \S+ twice, as"):
+            read(open_checkpoint(tmp_path / f"{name}.safetensors"))

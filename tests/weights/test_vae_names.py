@@ -36,3 +36,10 @@ def test_wrappers_are_looked_through(prefix: str) -> None:
 def test_two_names_for_one_tensor_are_refused() -> None:
     with pytest.raises(CheckpointError, match=r"conv1\.weight twice"):
         vae_names(["conv1.weight", "model.conv1.weight"])
+
+
+def test_diffusers_vae_without_some_parts_is_told_which() -> None:
+    with pytest.raises(CheckpointError) as refused:
+        vae_names(["encoder.conv_in.weight", "quant_conv.weight"], "v.safetensors")
+    assert "v.safetensors is no whole AutoencoderKLWan of diffusers: it lacks encoder.mid_block.*" in str(refused.value)
+    assert "post_quant_conv.*" in str(refused.value) and "encoder.conv1" not in str(refused.value)
