@@ -127,8 +127,8 @@ class MatchedLora:
                 "becomes NaN or infinite" if size > torch.finfo(torch.float32).max else f"changes by about {size:.3g}"
             )
             raise LoraError(
-                f"{name} {what} with {self.report.path}; weights stay far below {LARGEST_CHANGE:g}. Lower the strength; if "
-                "that does not help, its alpha or its values are damaged: get it again."
+                f"{name} {what} with {self.report.path}; weights stay below {LARGEST_CHANGE:g}. Lower the strength; "
+                "if that does not help, its alpha or its values are damaged: get it again."
             )
         if not all(sizes):
             self.zero.add(name)
