@@ -268,7 +268,10 @@ class ExpertLoras:
         patch, device = lora.patches[name], layer.weight.device
         waits = device.type != "cuda"
         pin = waits and self._device is not None and self._device.type == "cuda"
-        for kind, tensor in lora.parts(name, "cpu").items():
+        parts = lora.parts(name, "cpu")
+        lora.build(name, parts)
+        lora.require_possible(name)
+        for kind, tensor in parts.items():
             stored = lora.checkpoint.dtypes[patch.keys[kind]]
             keeps = stored in SIXTEEN_BITS and patch.form in ("pair", "difference") and not patch.is_dora
             dtype = stored if keeps else torch.float32
@@ -300,6 +303,8 @@ class ExpertLoras:
             moved = tensor.to(device, dtype)
             files = ", ".join(lora.report.path for lora in loras)
             require_finite(moved, f"{files}: the change of {name}, in {str(dtype)[6:]},", "Lower the strength.")
+            for lora in loras:
+                lora.require_possible(name)
             yield f"{name}|{part}", moved
 
 

@@ -91,6 +91,8 @@ class MatchedLora:
     patches: dict[str, LoraPatch]
     shapes: Shapes
     report: LoraReport
+    sizes: dict[str, float] = field(default_factory=dict)
+    """How large the changes read so far are: the product of the largest values of their factors."""
     zero: set[str] = field(default_factory=set)
     """The tensors among those read so far whose change is zero."""
 
@@ -121,18 +123,19 @@ class MatchedLora:
             per_input = "dora_scale" in parts and len(magnitude) != shape[0]
             return Dora(delta, magnitude.flatten(), per_input, patch.strength)
         sizes = [float(torch.stack(torch.aminmax(part)).abs().amax()) if part.numel() else 0.0 for part in changes]
-        size = abs(patch.scale) * math.prod(sizes)
-        if size > LARGEST_CHANGE:
-            what = (
-                "becomes NaN or infinite" if size > torch.finfo(torch.float32).max else f"changes by about {size:.3g}"
-            )
-            raise LoraError(
-                f"{name} {what} with {self.report.path}; weights stay below {LARGEST_CHANGE:g}. Lower the strength; "
-                "if that does not help, its alpha or its values are damaged: get it again."
-            )
+        self.sizes[name] = abs(patch.scale) * math.prod(sizes)
         if not all(sizes):
             self.zero.add(name)
         return delta
+
+    def require_possible(self, name: str) -> None:
+        """LoraError if the change of the tensor `name`, which was read, is larger than any that was trained."""
+        if self.sizes.get(name, 0.0) > LARGEST_CHANGE:
+            raise LoraError(
+                f"{self.report.path} changes {name} by about {self.sizes[name]:.3g}; expected less than "
+                f"{LARGEST_CHANGE:g}. Lower the strength; if that does not help, its alpha or values are damaged: "
+                "get it again."
+            )
 
     def _read(self, key: str, device: torch.device | str) -> Tensor:
         """Cast to float32 and check on `device`: a CPU with many cores is slow at so many small tensors."""
@@ -202,6 +205,8 @@ def add_loras(tensor: Tensor, name: str, loras: Sequence[MatchedLora], dtype: to
     rows = max(1, ROWS if tensor.device.type == "cpu" else len(tensor))
     for part in add_deltas(deltas, lambda start: tensor[start : start + rows].to(wide), result, rows):
         require_finite_sum(part, name, loras)
+    for lora in loras:
+        lora.require_possible(name)
     return result
 
 

@@ -216,6 +216,17 @@ def test_a_change_that_overflows_beside_the_weights_is_an_error(tiny: TinyModels
         expert(tiny.t2v, spec(write(tmp_path / "x.safetensors", pairs), strength=90.0), dynamic=True)
 
 
+@pytest.mark.parametrize("huge", [1e30, 1e10])
+def test_a_change_beyond_all_weights_beside_them_is_refused_by_the_loras_name(
+    tiny: TinyModels, tmp_path: Path, huge: float
+) -> None:
+    pairs = {"blocks.0.ffn.0": {"up": torch.full((48, 4), huge), "down": torch.full((4, 24), huge)}}
+    with pytest.raises(
+        LoraError, match=r"x\.safetensors changes blocks\.0\.ffn\.0\.weight by about .*Lower the strength"
+    ):
+        expert(tiny.t2v, spec(write(tmp_path / "x.safetensors", pairs)), dynamic=True)
+
+
 @pytest.mark.parametrize("dynamic", [False, True])
 def test_what_changes_nothing_is_said(tiny: TinyModels, tmp_path: Path, dynamic: bool) -> None:
     pairs = random_pairs(base_weights(tiny.t2v).shapes)
