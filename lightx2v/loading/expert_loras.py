@@ -303,9 +303,9 @@ class ExpertLoras:
             moved = tensor.to(device, dtype)
             files = ", ".join(lora.report.path for lora in loras)
             require_finite(moved, f"{files}: the change of {name}, in {str(dtype)[6:]},", "Lower the strength.")
-            for lora in loras:
-                lora.require_possible(name)
             yield f"{name}|{part}", moved
+        for lora in loras:
+            lora.require_possible(name)
 
 
 def _names(loras: Iterable[MatchedLora]) -> set[str]:
