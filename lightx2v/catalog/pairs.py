@@ -38,7 +38,7 @@ def lora_pairs(loras: Sequence[FoundFile]) -> dict[Path, FoundFile]:
     for one in loras:
         names = (Path(each.path) for each in partners(one.path.as_posix()) if each.expert == one.expert)
         _join(one, next((by_path[name] for name in names if name in by_path), one), pairs)
-    for pattern in ("", r"\d+"):  # the same name, then the same but for numbers
+    for pattern in ("", r"[0-9]+"):  # the same name, then the same but for numbers
         groups: dict[str, list[FoundFile]] = defaultdict(list)
         for one in loras:
             if one.expert and one.path not in pairs:
