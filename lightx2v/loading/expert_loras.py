@@ -268,10 +268,7 @@ class ExpertLoras:
         patch, device = lora.patches[name], layer.weight.device
         waits = device.type != "cuda"
         pin = waits and self._device is not None and self._device.type == "cuda"
-        parts = lora.parts(name, "cpu")
-        lora.build(name, parts)
-        lora.require_possible(name)
-        for kind, tensor in parts.items():
+        for kind, tensor in lora.parts(name, "cpu").items():
             stored = lora.checkpoint.dtypes[patch.keys[kind]]
             keeps = stored in SIXTEEN_BITS and patch.form in ("pair", "difference") and not patch.is_dora
             dtype = stored if keeps else torch.float32

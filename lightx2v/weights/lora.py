@@ -205,13 +205,12 @@ def add_loras(tensor: Tensor, name: str, loras: Sequence[MatchedLora], dtype: to
     rows = max(1, ROWS if tensor.device.type == "cpu" else len(tensor))
     for part in add_deltas(deltas, lambda start: tensor[start : start + rows].to(wide), result, rows):
         require_finite_sum(part, name, loras)
-    for lora in loras:
-        lora.require_possible(name)
     return result
 
 
 def require_finite_sum(part: Tensor, name: str, loras: Iterable[MatchedLora]) -> None:
-    """LoraError if these weights of the tensor `name`, with the changes of `loras`, are not finite."""
+    """LoraError if these weights of the tensor `name`, with the changes of `loras`, are not finite or changed beyond
+    reason."""
     # The extremes are finite only if all values are, and a pass for them is far faster than isfinite.
     if not bool(torch.isfinite(torch.stack(torch.aminmax(part))).all()):
         files = ", ".join(lora.report.path for lora in loras)
@@ -219,6 +218,8 @@ def require_finite_sum(part: Tensor, name: str, loras: Iterable[MatchedLora]) ->
             f"{name} becomes NaN or infinite with {files}. Lower the strength; if that does not help, one of the "
             "files is damaged: get it again."
         )
+    for lora in loras:
+        lora.require_possible(name)
 
 
 def match_lora(
