@@ -81,6 +81,7 @@ def commands(name: str) -> list[tuple[str, list[str]]]:
     return found
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", [name for name in DOCS if commands(name)])
 def test_every_command_is_understood(
     name: str, capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -186,6 +187,7 @@ def messages() -> list[str]:
     return found
 
 
+@pytest.mark.slow
 def test_troubleshooting_quotes_messages_that_exist() -> None:
     quoted = re.findall(r"^> `(.*)`$", text("docs/troubleshooting.md"), re.MULTILINE)
     known = messages()

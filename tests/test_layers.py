@@ -106,6 +106,7 @@ def test_front_ends_do_not_import_each_other() -> None:
             assert not others & FRONT_ENDS - {package}, name
 
 
+@pytest.mark.slow
 def test_the_page_never_touches_torch() -> None:
     for name, path in SOURCES.items():
         if name.startswith("app"):

@@ -7,6 +7,7 @@ import re
 from functools import cache
 from pathlib import Path
 
+import pytest
 from packaging.requirements import Requirement
 from packaging.specifiers import Specifier
 from packaging.utils import canonicalize_name
@@ -47,6 +48,7 @@ def imported(path: Path) -> set[str]:
     return names
 
 
+@pytest.mark.slow
 def test_no_code_from_data() -> None:
     found = [(p.name, name) for p in SOURCES for name, _ in calls(p) if name in FORBIDDEN_CALLS]
     assert not found, found

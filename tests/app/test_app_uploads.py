@@ -199,6 +199,7 @@ def client(tmp_path: Path) -> Iterator[TestClient]:
         yield client
 
 
+@pytest.mark.slow
 def test_twelve_uploads_of_31_mb_to_a_public_page_keep_128_mb(client: TestClient, tmp_path: Path) -> None:
     for number in range(12):
         assert client.post(URL, content=bytes([number]) * 31_000_000).status_code == 200

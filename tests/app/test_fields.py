@@ -209,6 +209,7 @@ def test_every_example_of_the_demo_is_within_its_world() -> None:
     assert [text for text in texts if unknown_words(text)] == []
 
 
+@pytest.mark.slow
 def test_images_are_decoded_one_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
     """Each may take a quarter of a gigabyte, and gradio answers forty visitors at a time."""
     now, most = 0, 0

@@ -66,6 +66,7 @@ def test_the_button_downloads_the_files(server: HubServer) -> None:
     assert server.bytes_of(HIGH) == 200_000 and server.bytes_of(T5) == 90_000
 
 
+@pytest.mark.slow
 def test_a_cancelled_download_resumes_later(server: HubServer) -> None:
     files = HubFiles(quick(server))
     server.faults = {path: [Fault(stall_after=70_000)] for path in (HIGH, LOW)}

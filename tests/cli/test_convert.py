@@ -236,6 +236,7 @@ def test_bad_usage_says_what_to_do(tmp_path: Path, capsys: pytest.CaptureFixture
     assert "does not exist" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("force", [False, True])
 def test_two_at_once_make_one_file_and_both_succeed(
     force: bool, tiny: TinyModels, tmp_path: Path, caplog: pytest.LogCaptureFixture

@@ -446,6 +446,7 @@ def test_the_help_is_readable(infer: Infer) -> None:
     assert "return_result_tensor" not in ended.out
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("flags", [("--preset", "demo_t2v_base", "--dry_run"), ("--list_presets",), ("--help",), ()])
 def test_torch_is_not_imported_to_answer(flags: tuple[str, ...]) -> None:
     code = "import sys; from lightx2v.infer import main; main(sys.argv[1:]); sys.exit('torch' in sys.modules)"

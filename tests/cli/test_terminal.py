@@ -163,6 +163,7 @@ sys.exit(run_command(ArgumentParser(), body, []))
 """
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("filled", [False, True])
 def test_a_pipe_that_nobody_reads_does_not_stop_the_work(filled: bool) -> None:
     unread, pipe = os.pipe()

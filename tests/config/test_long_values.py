@@ -47,6 +47,7 @@ def fields(cls: Any) -> list[str]:
     return [field.name for field in dataclasses.fields(cls)]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", VALUES)
 def test_every_setting_repeats_little_of_a_wrong_value(name: str) -> None:
     value = VALUES[name]

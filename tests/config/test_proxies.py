@@ -55,6 +55,7 @@ def clients_start() -> None:
         library.Client().close()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", PROXIES)
 @pytest.mark.parametrize("address", USABLE)
 def test_a_proxy_that_clients_can_use_stays(
@@ -66,6 +67,7 @@ def test_a_proxy_that_clients_can_use_stays(
     clients_start()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", PROXIES)
 def test_gnomes_word_for_socks_is_understood(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv(name, "socks://127.0.0.1:7890/")
@@ -74,6 +76,7 @@ def test_gnomes_word_for_socks_is_understood(name: str, monkeypatch: pytest.Monk
     clients_start()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", PROXIES)
 @pytest.mark.parametrize(("address", "said"), UNUSABLE.items())
 def test_a_proxy_that_no_client_can_use_is_named_once_and_left_out(

@@ -290,6 +290,7 @@ def test_json_with_an_unknown_key_names_the_nearest() -> None:
         Request.from_json([])
 
 
+@pytest.mark.slow
 @given(st.dictionaries(st.sampled_from([field.name for field in dataclasses.fields(Request)]), JUNK))
 def test_junk_is_a_bad_request_and_nothing_else(data: dict[str, object]) -> None:
     try:

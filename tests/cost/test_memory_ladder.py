@@ -165,6 +165,7 @@ def test_a_configuration_gives_these_options(vram: int) -> None:
     assert OffloadOptions.of(config) == options and OffloadOptions.of(EngineConfig()) == OffloadOptions()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["demo_t2v_base", "demo_t2v_distill_lora", "demo_t2v_fp8", "demo_i2v_base"])
 @pytest.mark.parametrize("mib", [16, 32, 64, 512])
 def test_the_page_expects_what_the_engine_will_plan(name: str, mib: int) -> None:

@@ -45,6 +45,7 @@ def made(pipe: LightX2VPipeline, request: Request) -> torch.Tensor:
     return result.latents
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dynamic", [False, True])
 def test_base_and_distilled_in_turns_give_the_bits_of_fresh_loads(
     base: tuple[EngineConfig, Request], loras: tuple[LoraSpec, ...], dynamic: bool
@@ -64,6 +65,7 @@ def test_base_and_distilled_in_turns_give_the_bits_of_fresh_loads(
             assert (report["preset"], bool(report["loras"])) == (config.model_cls, config is distilled)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("change", [{"text_len": 256}, {"use_tiling_vae": True}, {"lora_dynamic_apply": True}])
 def test_any_other_difference_means_loading(base: tuple[EngineConfig, Request], change: dict[str, Any]) -> None:
     with LightX2VPipeline.from_config(base[0]) as pipe:

@@ -223,6 +223,7 @@ def test_nan_ends_the_run_with_the_step(tiny: TinyModels, tmp_path: Path) -> Non
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("network", "parameter", "source"),
     [

@@ -98,6 +98,7 @@ def ask(settings: dict[str, Any], task: str = "t2v", picture: str = "") -> Reque
     return Request(task=task, prompt="a red ball", seed=3, **SIZE, **settings, **shown)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("at", [1, 2, 3, 4])
 @pytest.mark.parametrize("sampler", ["unipc", "euler", "lcm"])
 @pytest.mark.parametrize("task", ["t2v", "i2v"])

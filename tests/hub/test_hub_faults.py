@@ -89,6 +89,7 @@ def test_it_never_gives_up_while_each_connection_brings_bytes(home: Path, server
     assert_whole(home, server)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("status", [429, 500, 503, 403])
 def test_a_busy_network_or_an_expired_address_is_asked_again(home: Path, server: HubServer, status: int) -> None:
     server.faults[HIGH] = [Fault(status=status, retry_after="0")]
@@ -150,6 +151,7 @@ def test_a_file_with_the_wrong_checksum_is_deleted(home: Path, server: HubServer
     assert not snapshot(home, server, DISTILLED).exists()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("length", [SIZE - 1, SIZE + 1, 10**12])
 def test_a_wrong_content_length_is_refused(home: Path, server: HubServer, length: int) -> None:
     server.faults[HIGH] = [Fault(length=length) for _ in range(9)]

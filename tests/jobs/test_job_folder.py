@@ -138,6 +138,7 @@ def test_a_folder_that_another_program_took_meanwhile_stops_the_queue_but_not_th
     other.communicate("")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("damage", ["gone", "text", "cut", "overwritten", "empty", "no tables", "no place", "no data"])
 def test_a_lost_or_damaged_list_of_jobs_comes_back_from_the_videos(damage: str, place: Path, garage: Garage) -> None:
     place.mkdir()
@@ -194,6 +195,7 @@ def test_a_lost_or_damaged_list_of_jobs_comes_back_from_the_videos(damage: str, 
     assert (place / "mine.mp4").is_file() and (place / f"{'a' * 32}.mp4").is_file()
 
 
+@pytest.mark.slow
 def test_a_list_of_jobs_that_is_in_use_is_not_taken_for_a_damaged_one(place: Path, garage: Garage) -> None:
     with JobManager(garage, place, start=False):
         with pytest.raises(ConfigError, match="Another process"):

@@ -25,6 +25,7 @@ def jobs(task: str) -> dict[str, Conversion]:
     return prebuilt_conversions(locate(config), config, Path(), "fp32")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("form", FORMATS)
 @pytest.mark.parametrize("task", ["t2v", "i2v"])
 def test_every_layer_keeps_its_direction(task: str, form: str) -> None:

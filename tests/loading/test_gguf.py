@@ -72,6 +72,7 @@ def expected(wide: Path, mixed: Named) -> torch.Tensor:
     return run(wide, **mixed[1])
 
 
+@pytest.mark.slow
 def test_a_mix_makes_the_latents_of_its_float_weights(wide: Path, mixed: Named, expected: torch.Tensor) -> None:
     assert torch.equal(run(wide, **mixed[0]), expected)
 
@@ -96,6 +97,7 @@ def test_the_file_decides_and_lightx2vs_schemes_are_accepted(wide: Path, mixed: 
     assert torch.equal(run(wide, **named, **schemes), expected)
 
 
+@pytest.mark.slow
 def test_the_architecture_comes_from_the_shapes(wide: Path, mixed: Named, tmp_path: Path) -> None:
     """Without a config.json a head has 128 channels, as in every released model: here two, as the model has."""
     parts = tmp_path / "parts"
@@ -105,6 +107,7 @@ def test_the_architecture_comes_from_the_shapes(wide: Path, mixed: Named, tmp_pa
     assert torch.equal(run(parts, **mixed[0]), run(wide, **mixed[0]))
 
 
+@pytest.mark.slow
 def test_prefixes_and_flattened_tensors_are_understood(wide: Path, mixed: Named, tmp_path: Path) -> None:
     """`model.diffusion_model.` in front, and a patch embedding in blocks with the shape that it had."""
     ours, theirs = {}, {}
@@ -166,6 +169,7 @@ def test_loras_are_added_to_the_dequantised_weights_as_exactly_as_merged_ones(
         assert relative(beside, merged) < (1e-4 if dtype == "fp32" else 5e-2)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_a_layer_with_loras_has_the_weights_of_a_merged_model(
     wide: Path, lora_files: list[Path], dtype: torch.dtype, tmp_path: Path

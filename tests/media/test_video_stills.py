@@ -129,6 +129,7 @@ def test_a_picture_that_cannot_be_stored_is_an_error_that_says_why(
         still(video, "thumbnail")
 
 
+@pytest.mark.slow
 def test_a_picture_is_small_in_bytes(tmp_path: Path) -> None:
     """Noise is the worst case of JPEG."""
     noise = np.random.default_rng(0).integers(0, 256, (25, 240, 240, 3), np.uint8)

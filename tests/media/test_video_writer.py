@@ -119,6 +119,7 @@ def test_the_same_frames_give_the_same_file(tmp_path: Path) -> None:
     assert files[0].read_bytes() == files[1].read_bytes()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "name",
     [

@@ -20,6 +20,7 @@ from lightx2v.progress import CancelToken
 # --- the same as diffusers -------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("timestep", [999.0, 937.5, 833.3333, 235.0, 0.0])
 @pytest.mark.parametrize("rows", [1, 7, 19, 20])
 def test_velocity_equals_diffusers(timestep: float, rows: int) -> None:

@@ -179,6 +179,7 @@ def test_packed_weights_keep_values_dtypes_and_memory_order() -> None:
         assert torch.equal(tensor, before[name]) and tensor.stride() == strides[name]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("before", "after"), [(None, "streamed"), ("swap", "two slots"), ("one slot", None)])
 def test_a_stopped_run_goes_on_with_the_same_bits_wherever_the_weights_are(
     settings: Any, request_: Request, expected: torch.Tensor, before: str | None, after: str | None, tmp_path: Path

@@ -50,10 +50,12 @@ def test_errors_and_cancels_end_alike_on_all_processes_and_leave_nothing_behind(
     assert world[0] == "ConfigError" and "2 were started" in world[1]
 
 
+@pytest.mark.slow
 def test_running_out_of_memory_on_all_processes_fails_only_that_request(root: Path) -> None:
     assert group(2).call(parallel_troubles.starved, str(root), True) == [["OutOfMemory", "made"]] * 2
 
 
+@pytest.mark.slow
 def test_nan_in_the_frames_of_one_process_fails_only_that_request(root: Path) -> None:
     ends = group(2).call(parallel_troubles.black, str(root))
     assert ends == [[["NumericsError", "The VAE made NaN or infi"], "made"]] * 2

@@ -38,6 +38,7 @@ def test_the_command_line_under_torchrun(tmp_path: Path) -> None:
     }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [

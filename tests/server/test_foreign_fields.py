@@ -91,6 +91,7 @@ def test_lightx2vs_own_fields_of_other_models_are_named_too(served: Served) -> N
     assert all(name in made["warnings"][0] for name in ("user", "video_duration", "reuse"))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "value"),
     [
@@ -111,11 +112,13 @@ def test_what_would_change_the_video_and_cannot_be_done_is_refused_by_name(
     assert not served.jobs.list()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("size", ["auto", "1280*720", "720p", "16:9", "1280X720", "x720", "1280x720\n", "12800x72000"])
 def test_a_size_in_other_words_is_refused_with_an_example(served: Served, size: str) -> None:
     assert refusal(served, {"prompt": "a cat", "size": size}) == "size: expected WIDTHxHEIGHT, such as 832x480."
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("body", [[], "a cat", 7, [GOOD]])
 def test_a_body_that_is_no_object_is_refused_with_an_example(served: Served, body: Any) -> None:
     assert refusal(served, body) == 'the body: expected a JSON object, such as {"prompt": "A cat surfs."}.'
@@ -128,6 +131,7 @@ def test_an_unknown_field_is_refused_with_the_nearest_known_one(served: Served) 
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("fields", "word"),
     [

@@ -44,6 +44,7 @@ def test_an_address_guesses_ten_times_and_then_ten_times_a_minute(clock: SimpleN
     assert count(guesses, "192.0.2.2") == 10, "another address has guesses of its own"
 
 
+@pytest.mark.slow
 def test_all_addresses_together_guess_a_hundred_times_and_then_once_a_second(clock: SimpleNamespace) -> None:
     guesses = GuessLimit()
     assert sum(count(guesses, f"192.0.{n // 256}.{n % 256}", 10) for n in range(5000)) == 100
@@ -73,6 +74,7 @@ def spellings(key: str) -> list[dict[str, Any]]:
     return [{"headers": {"Authorization": f"Bearer {key}"}}, {"headers": {"X-API-Key": key}}, {"auth": ("me", key)}]
 
 
+@pytest.mark.slow
 def test_every_spelling_of_a_key_and_every_path_share_one_limit(tmp_path: Path, clock: SimpleNamespace) -> None:
     with serve(tmp_path, keys=[WEAK]) as served:
         made_up = {"X-Forwarded-For": "203.0.113.9", "X-Real-IP": "203.0.113.9", "Forwarded": "for=203.0.113.9"}
@@ -95,6 +97,7 @@ def test_every_spelling_of_a_key_and_every_path_share_one_limit(tmp_path: Path, 
         assert served.client.post("/v1/videos", json={}, headers={"X-API-Key": WEAK}).status_code == 422
 
 
+@pytest.mark.slow
 def test_a_key_of_128_bits_works_while_others_are_guessed(tmp_path: Path, clock: SimpleNamespace) -> None:
     with serve(tmp_path, keys=[WEAK, STRONG]) as served:
         codes = [served.client.get("/v1/videos", auth=("", f"wrong {n}")).status_code for n in range(50)]

@@ -97,6 +97,7 @@ def test_other_sites_cannot_make_a_browser_post(served: Served, headers: dict[st
     assert served.client.post("/v1/videos", json=GOOD, headers={"Origin": "http://testserver"}).status_code == 200
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["text/plain", "application/x-www-form-urlencoded", "application/xml", ""])
 def test_only_json_and_forms_are_accepted(served: Served, kind: str) -> None:
     answer = served.client.post("/v1/videos", content=b'{"prompt": "a cat"}', headers={"Content-Type": kind})
@@ -178,6 +179,7 @@ def test_responses_may_take_longer_than_bodies(tmp_path: Path) -> None:
             assert "event: video" in stream.read().decode()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "body",
     [

@@ -277,6 +277,7 @@ def test_two_servers_on_one_folder_are_refused(tmp_path: Path, capsys: pytest.Ca
     assert "Another process is already using the jobs" in capsys.readouterr().err and garage.alive == 0
 
 
+@pytest.mark.slow
 def test_a_config_file_is_used(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     file = tmp_path / "mine.json"
     file.write_text(json.dumps({"infer_steps": 7, "target_height": 64, "target_width": 64, "target_video_length": 5}))

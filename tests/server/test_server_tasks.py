@@ -139,6 +139,7 @@ def test_every_route_for_tasks_accepts_forms(served: Served, path: str) -> None:
     assert served.jobs.get(answer.json()["task_id"]).request.width == 64
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("body", "word"),
     [

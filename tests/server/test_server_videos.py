@@ -66,6 +66,7 @@ def test_settings_in_this_familys_words(served: Served) -> None:
     assert request.sampler == "lcm"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("body", "word"),
     [
@@ -142,6 +143,7 @@ def test_the_servers_own_files_are_read_from_the_input_folder_only(tmp_path: Pat
         assert answer.status_code == 422 and "--input_dir" in answer.json()["error"]["message"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "given",
     [

@@ -29,6 +29,7 @@ def merged(weights: ModelWeights, *loras: object) -> Tensors:
     return dict(weights.with_loras(loras).tensors())  # type: ignore[arg-type]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dialect", DIALECTS)
 def test_every_dialect_means_the_same(weights: ModelWeights, tmp_path: Path, dialect: str) -> None:
     pairs = random_pairs(weights.shapes)

@@ -39,6 +39,7 @@ def expected(path: Path, start: int, count: int, stored: torch.dtype) -> torch.T
     return torch.frombuffer(bytearray(data), dtype=stored) if count else torch.empty(0, dtype=stored)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("stored", [torch.uint8, torch.bfloat16, torch.float32, torch.float64, torch.float8_e4m3fn])
 @pytest.mark.parametrize("start", [0, 8, 4095, 12_345])
 def test_every_byte_arrives_at_its_place(bytes_: Path, stored: torch.dtype, start: int) -> None:

@@ -163,6 +163,7 @@ def test_quanto_of_wan2gp_is_read(tiny: TinyModels, tmp_path: Path) -> None:
     assert got.keys() == wanted.keys() and all(torch.equal(got[name], wanted[name]) for name in wanted)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("note", "says"),
     [
@@ -260,6 +261,7 @@ def spelled(tensors: Tensors, kind: str) -> Tensors:
 SPELLINGS = ["official", "transformers", "without encoder.", "a copy of the table", "in a pipeline", "compiled"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", SPELLINGS)
 @pytest.mark.parametrize("quantised", ["", "table too", "unscaled"])
 def test_text_encoders_of_every_spelling_give_the_same_states(
