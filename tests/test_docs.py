@@ -210,12 +210,14 @@ def imported() -> set[str]:
     return {canonicalize_name(package) for name in names for package in providers[name]}
 
 
+@pytest.mark.slow
 def test_the_product_imports_every_requirement() -> None:
     """A package that only tests need belongs in requirements-dev.txt."""
     lines = [line for line in text("requirements.txt").splitlines() if line and line[0] not in "#-"]
     assert {canonicalize_name(Requirement(line).name) for line in lines} <= imported()
 
 
+@pytest.mark.slow
 def test_every_imported_package_has_its_reason() -> None:
     rows = table("docs/architecture.md", "dependencies")
     named = [name for row in rows for name in re.sub(r"\(.*?\)", "", row[0]).split(",")]

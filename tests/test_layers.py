@@ -90,6 +90,7 @@ def test_imports_go_left(name: str) -> None:
             assert order is PAGE, f"{name} imports {target}: the engine does not know the page"
 
 
+@pytest.mark.slow
 def test_no_files_import_each_other() -> None:
     graph = {name: set(imports(name)) - {name, "lightx2v"} for name in SOURCES}
     try:
@@ -134,6 +135,7 @@ def test_the_package_has_the_names_that_it_offers() -> None:
     }
 
 
+@pytest.mark.slow
 def test_files_and_functions_stay_readable() -> None:
     long: list[str] = []
     for name, path in SOURCES.items():

@@ -54,6 +54,7 @@ def test_no_code_from_data() -> None:
     assert not found, found
 
 
+@pytest.mark.slow
 def test_pickles_are_read_in_one_place_only() -> None:
     users = {p.relative_to(ROOT).as_posix() for p in SOURCES for name, _ in calls(p) if name == "torch.load"}
     assert len(users) <= 1 and all(user.startswith("lightx2v/weights/") for user in users), users

@@ -78,6 +78,7 @@ def test_a_refusal_repeats_nothing_of_what_was_sent(here: TestClient) -> None:
     assert "SECRET" not in answer.text and "evil" not in answer.text
 
 
+@pytest.mark.slow
 def test_one_client_cannot_send_a_hundred_requests_a_second(here: TestClient, monkeypatch: pytest.MonkeyPatch) -> None:
     now = 1000.0
     monkeypatch.setattr(limits, "time", SimpleNamespace(monotonic=lambda: now))

@@ -44,6 +44,7 @@ def test_an_impossible_output_folder_is_named(tmp_path: Path, capsys: pytest.Cap
     assert "Could not create the folder" in said and "file/uploads" in said and "--output_dir" in said
 
 
+@pytest.mark.slow
 def test_an_unknown_preset_is_refused_by_name(tmp_path: Path) -> None:
     command = [sys.executable, "app.py", "--output_dir", str(tmp_path), "--preset", "nonsense"]
     done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, timeout=PATIENCE, check=False)

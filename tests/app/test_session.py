@@ -76,6 +76,7 @@ def test_the_stage_follows_the_run_unless_one_was_chosen(studio: Studio) -> None
     assert build_view(studio, replace(session, job=first.id)).finished == first
 
 
+@pytest.mark.slow
 def test_a_run_that_started_and_ended_between_two_ticks_is_shown(studio: Studio) -> None:
     session = Session.of(None)
     first, second = (studio.jobs.wait(submit(studio, session.owner, prompt).id, PATIENCE) for prompt in ("one", "two"))

@@ -141,6 +141,7 @@ def test_the_text_encoder_is_converted_to_a_file_that_loads(tiny: TinyModels, tm
         assert {"blocks.0.attn.q.weight_scale", "token_embedding.weight"} <= set(file.keys())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["pth", "old pth", "safetensors"])
 def test_a_large_table_goes_through_in_pieces(tmp_path: Path, kind: str) -> None:
     table = torch.randn(5000, 1024).bfloat16()  # 10 MB, in pieces of 4
@@ -260,6 +261,7 @@ def test_two_at_once_make_one_file_and_both_succeed(
     assert convert(job, force=True), "alone it is made again"
 
 
+@pytest.mark.slow
 def test_who_waits_for_another_conversion_can_be_cancelled(tiny: TinyModels, tmp_path: Path) -> None:
     job = Conversion(source=tiny.t2v / "high_noise_model", output=tmp_path / "a.safetensors", format="fp8")
     token = CancelToken()

@@ -94,6 +94,7 @@ def test_each_script_makes_a_video_on_the_demo_model(script: Path, tmp_path: Pat
     assert settings["request"]["seed"] == 3 and settings["engine"]["model_path"] == model
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("script", SCRIPTS, ids=lambda path: path.stem)
 def test_each_scripts_own_configuration_resolves(
     script: Path, noting: Path, capsys: pytest.CaptureFixture[str]

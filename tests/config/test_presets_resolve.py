@@ -197,6 +197,7 @@ VALUES = (
 )
 
 
+@pytest.mark.slow
 @given(preset=st.dictionaries(KEYS, VALUES, max_size=5), overrides=st.dictionaries(KEYS, VALUES, max_size=3))
 def test_any_object_resolves_or_is_refused(preset: dict[str, Any], overrides: dict[str, Any]) -> None:
     try:

@@ -92,6 +92,7 @@ def test_a_proxy_that_no_client_can_use_is_named_once_and_left_out(
     clients_start()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["socks", "socks5", "SOCKS5", "socks5h"])
 def test_without_its_package_a_socks_proxy_is_left_out_and_the_package_named(
     kind: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
@@ -107,6 +108,7 @@ def test_without_its_package_a_socks_proxy_is_left_out_and_the_package_named(
     clients_start()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("given", "left", "unread"),
     [

@@ -52,6 +52,7 @@ def test_a_text_encoder_in_gguf_is_counted_without_its_table() -> None:
     assert model_size(config, 2).text == int(TEXT_WEIGHTS * 34 / 32)
 
 
+@pytest.mark.slow
 def test_the_forecast_of_a_files_size_agrees_with_its_header(tmp_path: Path) -> None:
     folder = build_wide(tmp_path / "model")
     named, _ = make(tmp_path, folder, q4_k_m)

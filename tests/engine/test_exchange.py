@@ -74,6 +74,7 @@ def test_any_other_difference_means_loading(base: tuple[EngineConfig, Request], 
         assert pipe._engine is before
 
 
+@pytest.mark.slow
 def test_after_a_lora_that_does_not_fit_the_engine_is_what_it_was(
     base: tuple[EngineConfig, Request], tmp_path: Path
 ) -> None:
@@ -86,6 +87,7 @@ def test_after_a_lora_that_does_not_fit_the_engine_is_what_it_was(
         assert torch.equal(made(pipe, base[1]), expected)
 
 
+@pytest.mark.slow
 def test_where_the_loras_need_more_memory_the_model_is_loaded_anew(
     base: tuple[EngineConfig, Request], loras: tuple[LoraSpec, ...], monkeypatch: pytest.MonkeyPatch
 ) -> None:

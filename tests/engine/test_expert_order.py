@@ -93,6 +93,7 @@ def test_only_a_clear_difference_is_a_reason_for_the_warning(high: float, low: f
     assert bool(_judged({"high": high, "low": low})) is warned
 
 
+@pytest.mark.slow
 def test_the_look_changes_no_latents_and_is_taken_once(tiny: TinyModels, monkeypatch: pytest.MonkeyPatch) -> None:
     resolved = resolve({"model_path": str(tiny.t2v), "device": "cpu"}, {"height": 32, "width": 48, "frames": 5})
     request = Request(prompt="a red ball", **{**resolved.request, "steps": 2, "seed": 3})

@@ -27,6 +27,7 @@ def tensor_bytes(path: Path) -> int:
         return path.stat().st_size - 8 - struct.unpack("<Q", file.read(8))[0]
 
 
+@pytest.mark.slow
 def test_loading_counts_the_bytes_of_all_parts(
     tiny: TinyModels, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -71,6 +72,7 @@ def test_loading_is_cancelled_between_two_tensors(tiny: TinyModels, monkeypatch:
     assert not [thread for thread in threading.enumerate() if thread.name.startswith("lightx2v-read")]
 
 
+@pytest.mark.slow
 def test_threads_take_short_turns_while_a_model_loads(tiny: TinyModels, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(load_progress, "EVERY", 0.0)
     usual, seen = sys.getswitchinterval(), set()

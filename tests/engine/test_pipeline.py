@@ -66,6 +66,7 @@ def test_a_prompt_becomes_a_playable_file(t2v: tuple[LightX2VPipeline, Request],
     assert read_settings(target)["request"] == result.request.to_json()
 
 
+@pytest.mark.slow
 def test_the_recorded_settings_repeat_the_run(t2v: tuple[LightX2VPipeline, Request], tmp_path: Path) -> None:
     pipe, request = t2v
     result = pipe.run(replace(request, seed=-1), save_result_path=tmp_path / "a.mp4", return_latents=True)

@@ -131,6 +131,7 @@ def test_loras_and_8_bit_weights_go_on_with_the_same_bits(
     assert result.latents is not None and torch.equal(result.latents, whole) and result.resumed_after == 2
 
 
+@pytest.mark.slow
 def test_nothing_is_encoded_again(
     loaded: Callable[[str], LightX2VPipeline], picture: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -147,6 +148,7 @@ def test_nothing_is_encoded_again(
     assert steps[0].eta is None and steps[1].eta is not None and steps[1].eta >= result.timings.steps[0].seconds / 2
 
 
+@pytest.mark.slow
 def test_a_run_that_is_stopped_while_it_decodes_decodes_again_only(loaded: Callable[[str], LightX2VPipeline]) -> None:
     pipe, request, shelf = loaded("t2v"), ask(BASE), Shelf()
     whole = pipe.run(request, return_frames=True)
@@ -183,6 +185,7 @@ def test_a_seed_that_was_drawn_stays(loaded: Callable[[str], LightX2VPipeline]) 
 # ---- what may not go on
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("change", "named"),
     [
@@ -205,6 +208,7 @@ def test_another_request_starts_over_and_says_so(
     assert warning == f"The video was started over: the saved step is of another run: {named}."
 
 
+@pytest.mark.slow
 def test_another_engine_or_version_starts_over_and_says_so(
     loaded: Callable[[str], LightX2VPipeline], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -357,6 +361,7 @@ def test_a_cancelled_run_does_not_save_the_step_that_it_reached(loaded: Callable
     assert shelf.data is None or SavedStep.from_bytes(shelf.data).step == 1
 
 
+@pytest.mark.slow
 def test_no_writer_outlives_its_run(loaded: Callable[[str], LightX2VPipeline]) -> None:
     class Slow(Shelf):
         def write(self, data: bytes) -> None:

@@ -90,6 +90,7 @@ def test_locate_finds_a_downloaded_model_by_its_name(home: Path, server: HubServ
     assert len(server.asked) == asked and missing(merged()) == []
 
 
+@pytest.mark.slow
 def test_local_files_are_used_and_only_the_rest_is_downloaded(home: Path, server: HubServer) -> None:
     local = home / "models" / DISTILLED / HIGH
     local.parent.mkdir(parents=True)
@@ -117,6 +118,7 @@ def test_a_folder_without_all_its_shards_counts_as_missing(home: Path, server: H
     assert missing(config) == [] and shard.stat().st_size == 700_000
 
 
+@pytest.mark.slow
 def test_two_files_with_the_same_content_are_downloaded_once(home: Path, server: HubServer) -> None:
     server.files[BASE]["low_noise_model/config.json"] = server.files[BASE][CONFIG]
     config = resolve("i2v_base").engine
@@ -125,6 +127,7 @@ def test_two_files_with_the_same_content_are_downloaded_once(home: Path, server:
     assert [sent.path.rpartition("/")[2] for sent in server.sent].count("config.json") == 1
 
 
+@pytest.mark.slow
 def test_a_new_commit_with_the_same_files_costs_no_bytes(home: Path, server: HubServer) -> None:
     ensure(merged(), meter=Meter(), hub=quick(server))
     sent = len(server.sent)
@@ -212,6 +215,7 @@ def test_a_whole_repository_is_never_downloaded(server: HubServer) -> None:
         make_plan(replace(merged(), vae_path=BASE), hub=quick(server))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["../../evil", "/evil", "a\\..\\evil", "high_noise_model/../../evil"])
 def test_a_listing_cannot_name_files_outside_of_the_cache(server: HubServer, name: str) -> None:
     server.files[BASE][name] = b"x"

@@ -129,6 +129,7 @@ def test_a_damaged_partial_file_is_noticed_and_downloaded_again(
     assert_whole(home, server)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("size", [SIZE, SIZE + 5])
 def test_a_partial_file_with_all_bytes_or_more_is_checked_first(home: Path, server: HubServer, size: int) -> None:
     partial(home, server).parent.mkdir(parents=True)
@@ -173,6 +174,7 @@ def test_an_unknown_repository_says_what_to_check(server: HubServer) -> None:
         fetch_all(server)
 
 
+@pytest.mark.slow
 def test_a_gated_repository_says_where_to_accept_its_conditions(
     server: HubServer, monkeypatch: pytest.MonkeyPatch
 ) -> None:

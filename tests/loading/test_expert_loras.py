@@ -313,6 +313,7 @@ def halves(tiny: TinyModels, tmp_path_factory: pytest.TempPathFactory) -> tuple[
     return write(high, random_pairs(shapes, 5)), write(low, random_pairs(shapes, 6))
 
 
+@pytest.mark.slow
 def test_a_choice_is_never_overruled_and_a_doubt_is_said(
     loaded: tuple[LightX2VPipeline, Request], halves: tuple[Path, Path], tmp_path: Path
 ) -> None:
@@ -347,6 +348,7 @@ def test_one_half_brings_the_other(loaded: tuple[LightX2VPipeline, Request], hal
         assert found == [("high", halves[0].name), ("low", halves[1].name)] and result.warnings == ()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("experts", [("auto", "auto"), ("auto", "low"), ("high", "auto")])
 def test_both_halves_of_a_pair_go_on_once(
     loaded: tuple[LightX2VPipeline, Request], halves: tuple[Path, Path], experts: tuple[str, str]

@@ -90,6 +90,7 @@ def test_products_in_16_bits_round_the_weights_once(wide: Path, mixed: Named) ->
     assert torch.equal(run(wide, **ours, dtype="bf16"), run(wide, **theirs, dtype="bf16"))
 
 
+@pytest.mark.slow
 def test_the_file_decides_and_lightx2vs_schemes_are_accepted(wide: Path, mixed: Named, expected: torch.Tensor) -> None:
     named = {key.replace("original", "quantized"): value for key, value in mixed[0].items()}
     schemes = {"dit_quantized": True, "dit_quant_scheme": "gguf-Q4_K_M"}
@@ -125,6 +126,7 @@ def test_prefixes_and_flattened_tensors_are_understood(wide: Path, mixed: Named,
     assert torch.equal(run(wide, **ours), run(wide, **theirs))
 
 
+@pytest.mark.slow
 def test_a_folder_of_one_gguf_file_stands_for_an_expert(
     wide: Path, mixed: Named, tmp_path: Path, expected: torch.Tensor
 ) -> None:
@@ -233,6 +235,7 @@ def change(form: str, parts: dict[str, torch.Tensor], base: torch.Tensor) -> tor
     return parts["dora_scale"] * total / lengths - base
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dynamic", [False, True])
 @pytest.mark.parametrize("form", ["lokr", "loha", "dora by outputs", "dora by inputs"])
 def test_every_form_of_lora_goes_on_a_layer_in_blocks(wide: Path, tmp_path: Path, form: str, dynamic: bool) -> None:

@@ -180,6 +180,7 @@ def test_a_killed_build_is_never_used_and_is_continued(model: Path, cache: Path)
     assert [item.whole for item in prebuilt.files()] == [True]
 
 
+@pytest.mark.slow
 def test_two_at_once_make_it_once(model: Path, cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     made, begun = [], threading.Event()
     convert = prebuilt_cache.convert

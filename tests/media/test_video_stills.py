@@ -41,6 +41,7 @@ def test_a_thumbnail_is_the_middle_frame_and_small(tmp_path: Path) -> None:
         assert abs(mean(image) - greys(9)[4]) <= 2
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("count", "shown"), [(1, [0]), (5, [0, 1, 2, 3, 4]), (41, [round(n * 40 / 24) for n in range(25)])]
 )

@@ -158,6 +158,7 @@ def script(program: Path, body: str) -> None:
     program.chmod(0o755)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("body", "message"),
     [
@@ -242,6 +243,7 @@ def run_python(body: str, folder: Path) -> subprocess.CompletedProcess[str]:
     return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=60, check=False)
 
 
+@pytest.mark.slow
 def test_a_full_disk_is_an_error_and_leaves_nothing(tmp_path: Path) -> None:
     """A limit on file sizes replaces the full disk: ffmpeg sees the same error."""
     done = run_python(
@@ -318,6 +320,7 @@ def test_memory_stays_bounded_while_a_long_video_streams(tmp_path: Path) -> None
     assert probe(tmp_path / "a.mp4") == VideoInfo(width=256, height=256, frames=440, fps=16.0)
 
 
+@pytest.mark.slow
 def test_many_writers_leak_neither_processes_nor_descriptors_nor_threads(tmp_path: Path) -> None:
     write(tmp_path / "warm.mp4", clip())
     files, threads = len(os.listdir("/proc/self/fd")), set(threading.enumerate())

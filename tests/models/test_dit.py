@@ -32,6 +32,7 @@ def test_velocity_equals_diffusers(timestep: float, rows: int) -> None:
     assert relative(got, expected) <= 1e-5
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("dim", "heads"), [(48, 4), (40, 2), (64, 1), (128, 1)])
 @pytest.mark.parametrize("size", [(1, 2, 2), (2, 6, 4), (5, 2, 10)])
 def test_any_width_heads_and_size_equal_diffusers(dim: int, heads: int, size: tuple[int, int, int]) -> None:

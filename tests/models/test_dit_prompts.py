@@ -13,6 +13,7 @@ from lightx2v.models.dit import CHUNK, WanDiT
 # --- several prompts -------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("stack_tokens", [0, 10_000])
 @pytest.mark.parametrize("chunk", [CHUNK, 10])
 @pytest.mark.parametrize("sequential_cfg", [False, True])

@@ -61,6 +61,7 @@ def test_nan_in_the_frames_of_one_process_fails_only_that_request(root: Path) ->
     assert ends == [[["NumericsError", "The VAE made NaN or infi"], "made"]] * 2
 
 
+@pytest.mark.slow
 def test_a_process_that_waits_for_the_others_reacts_to_signals(root: Path) -> None:
     """torchrun ends the others if one is killed before all have connected."""
     running = Running(2, parallel_troubles.failing, str(root), "kill", "meet", 1)

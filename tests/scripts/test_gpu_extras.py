@@ -68,6 +68,7 @@ def test_a_hopper_gpu_gets_flash_attention_3(machine: Machine) -> None:
     assert asked.startswith("install --quiet") and "constraints.txt" in asked and asked.endswith(line)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "script",
     ["echo 8.9", "echo 12.0", "echo 'NVIDIA-SMI has failed' >&2; exit 9", "echo '9.0'; exit 1", "echo '[N/A]'"],

@@ -78,6 +78,7 @@ def test_the_key_is_accepted_in_three_ways(tmp_path: Path) -> None:
             assert served.client.get("/v1/videos", **way).status_code == 200
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("host", ["evil.example", "127.0.0.1.evil.example", "", "testserver.evil.example:8000"])
 def test_foreign_host_names_are_refused(served: Served, host: str) -> None:
     assert served.client.get("/v1/videos", headers={"Host": host}).status_code == 403
@@ -104,6 +105,7 @@ def test_only_json_and_forms_are_accepted(served: Served, kind: str) -> None:
     assert answer.status_code == 415
 
 
+@pytest.mark.slow
 def test_large_bodies_are_refused_with_and_without_a_content_length(served: Served) -> None:
     announced = served.client.post(
         "/v1/videos", content=b"x", headers={"Content-Length": str(100 * 2**20), "Content-Type": "application/json"}

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import pytest
 from model_tree import comfy_tree, style_lora
 from served import SIZE, serve
 
 
+@pytest.mark.slow
 def test_loras_are_listed_and_used_by_name(tmp_path: Path) -> None:
     models = comfy_tree(tmp_path)
     style_lora(models)

@@ -70,6 +70,7 @@ def test_detector_tells_a_wrong_clip() -> None:
     assert not detect(render(clips)).matches(other)["all"].any()
 
 
+@pytest.mark.slow
 def test_clips_loop_without_a_jump() -> None:
     clips = sample_clips(12, generator(5), split="all")
     twice = render(clips, 2 * FRAMES)
@@ -102,6 +103,7 @@ def test_held_out_combinations_are_never_in_training() -> None:
     assert len((parts["kind"] * 8 + parts["colour"]).unique()) == 48
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("language", ["en", "zh"])
 def test_grammar_reads_what_it_writes(language: str) -> None:
     chance = random.Random(0)

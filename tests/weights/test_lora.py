@@ -284,6 +284,7 @@ FORMS = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("strength", [1.0, -0.6])
 @pytest.mark.parametrize("prefix", [f"diffusion_model.{STEM}", f"lycoris_{wan_to_diffusers(STEM).replace('.', '_')}"])
 @pytest.mark.parametrize("form", FORMS)

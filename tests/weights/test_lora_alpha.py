@@ -88,6 +88,7 @@ CONFIGS: dict[str, peft.PeftConfig] = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:Adapter 'default'")  # PEFT takes its own biases for shards
 @pytest.mark.parametrize("kind", CONFIGS)
 def test_pefts_settings_beside_the_file_give_pefts_weights(tmp_path: Path, kind: str) -> None:

@@ -182,6 +182,7 @@ def test_a_missing_file_is_named(tmp_path: Path) -> None:
         list(read_tensors([place(tmp_path / "gone.bin", 0, 5, torch.uint8)]))
 
 
+@pytest.mark.slow
 def test_cancelling_ends_a_slow_read_at_once(bytes_: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A disk of 10 MB a second, on which one tensor takes many seconds."""
 
