@@ -1,7 +1,7 @@
 """The demo's text side while it trains: a small UMT5 encoder, and the table of tokenised captions it reads.
 
-The stack is the engine's; here it works on padded batches and holds its token table, too. Padding rows become zeros, as
-the DiT expects.
+The stack is transformers', which the engine's equals; here it works on padded batches and holds its token table, too.
+Padding rows become zeros, as the DiT expects.
 """
 
 from __future__ import annotations
@@ -10,8 +10,9 @@ import random
 
 import torch
 from torch import Tensor, nn
+from transformers.models.umt5.configuration_umt5 import UMT5Config
+from transformers.models.umt5.modeling_umt5 import UMT5Stack
 
-from lightx2v.models.umt5 import UMT5Sizes, build_stack
 from lightx2v.weights.umt5_names import wan_name
 
 from .captions import OFFICIAL_NEGATIVE, caption
@@ -28,14 +29,21 @@ class Text(nn.Module):
 
     def __init__(self, vocab: int, width: int = 64, layers: int = 2) -> None:
         super().__init__()
-        sizes = UMT5Sizes(vocab=vocab, width=width, heads=4, head_dim=16, ffn=128, layers=layers, buckets=32)
+        config = UMT5Config(
+            vocab_size=vocab, d_model=width, d_kv=16, d_ff=128, num_layers=layers, num_heads=4, dropout_rate=0.0
+        )
+        config.is_encoder_decoder = config.use_cache = False
+        config._attn_implementation = "eager"
         self.embedding = nn.Embedding(vocab, width)
-        self.stack = build_stack(sizes).to_empty(device="cpu")
+        with torch.device("meta"):
+            self.stack = UMT5Stack(config)
+        self.stack.embed_tokens = None
+        self.stack = self.stack.eval().to_empty(device="cpu")
         for name, parameter in self.stack.named_parameters():
             if parameter.dim() == 1:
                 nn.init.ones_(parameter)
             else:
-                fan = parameter.shape[1] * (sizes.head_dim if ".q." in name else 1)
+                fan = parameter.shape[1] * (config.d_kv if ".q." in name else 1)
                 nn.init.normal_(parameter, std=0.3 if "relative" in name else fan**-0.5)
 
     def forward(self, ids_BL: Tensor) -> Tensor:

@@ -20,7 +20,7 @@ from typing import Any
 import torch
 
 from lightx2v.models.dit import DiTConfig
-from lightx2v.models.umt5 import UMT5Sizes
+from lightx2v.models.umt5_stack import UMT5Sizes
 from lightx2v.models.vae_config import VAEConfig
 
 PEAK_TFLOPS = {"H100": 989.5, "H200": 989.5}

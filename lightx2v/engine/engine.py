@@ -1,7 +1,10 @@
 """A loaded engine: the model in its placement, and the attention backends with the reason for them."""
 
 import logging
+import threading
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 
 import torch
@@ -19,6 +22,7 @@ from ..loading import preload
 from ..loading.model_files import ModelFiles, locate
 from ..loading.networks import DTYPES, Precision, expert_weights
 from ..loading.prebuilt_cache import build_prebuilt, find_prebuilt
+from ..models.fused import kernels_for
 from ..models.preview import Preview
 from ..offload.placement import Placement, load_offloaded, planner_for
 from ..offload.resident import LoadInputs, Resident
@@ -130,7 +134,9 @@ def load_here(
         warnings += check_expert_pair(open_checkpoint(read.high), open_checkpoint(read.low), config.task)
         progress = LoadProgress(meter, cancel)
         attention = choose_attention(config, files, precision)
-        placement = load_placement(LoadInputs(files, config, precision, *attention, progress.watch, group), warnings)
+        with compiling(precision.device):
+            inputs = LoadInputs(files, config, precision, *attention, progress.watch, group)
+            placement = load_placement(inputs, warnings)
         progress.log_total()
         for warning in warnings:
             log.warning("%s", warning)
@@ -154,6 +160,25 @@ def load_here(
         warnings=tuple(warnings),
         files=used,
     )
+
+
+@contextmanager
+def compiling(device: torch.device) -> Iterator[None]:
+    """Inside, a thread compiles and tests the experts' fused kernels: 4 seconds that the first step need not wait."""
+    if device.type != "cuda":
+        yield
+        return
+
+    def compile_kernels() -> None:
+        with torch.cuda.device(device):
+            kernels_for(device)
+
+    thread = threading.Thread(target=compile_kernels, name="lightx2v-kernels", daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        thread.join()  # two threads would compile the same twice
 
 
 def weights_digest(files: ModelFiles) -> str:

@@ -1,7 +1,7 @@
 """Import slow packages in a thread while the program does something else.
 
-torch and transformers take about six seconds to import on a small machine. A program that will load a model calls
-`start` at its own start; loading then waits only for the rest.
+torch takes seconds to import on a small machine. A program that will load a model calls `start` at its own start;
+loading then waits only for the rest.
 """
 
 import sys

@@ -98,12 +98,17 @@ class Gelu(nn.Module):
         return gelu(x_BLF)
 
 
+def modulation(rows: int, dim: int) -> nn.Parameter:
+    """(1, rows, dim), random but on the meta device: there random numbers make torch import sympy, for seconds."""
+    values = torch.empty(1, rows, dim)
+    return nn.Parameter(values if values.is_meta else torch.randn(1, rows, dim).div_(dim**0.5))
+
+
 class Block(nn.Module):
     def __init__(self, dim: int, ffn_dim: int, num_heads: int, eps: float) -> None:
         super().__init__()
         self.eps = eps
-        # In place: on the meta device the other division imports torch._dynamo, which takes a second.
-        self.modulation = nn.Parameter(torch.randn(1, 6, dim).div_(dim**0.5))
+        self.modulation = modulation(6, dim)
         self.self_attn = QKVO(dim, num_heads, eps)
         self.norm3 = nn.LayerNorm(dim, eps)
         self.cross_attn = QKVO(dim, num_heads, eps)

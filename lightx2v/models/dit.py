@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from ..attention.sdpa import Attention, sdpa
 from ..config.architecture import CHUNK, PATCH, DiTConfig
 from ..progress import CancelToken
-from .block import Block, Pass, TextStates
+from .block import Block, Pass, TextStates, modulation
 from .fused import norm_modulate
 from .rope import RotaryTable
 
@@ -51,7 +51,7 @@ class Head(nn.Module):
     def __init__(self, dim: int, out_features: int) -> None:
         super().__init__()
         self.head = nn.Linear(dim, out_features)
-        self.modulation = nn.Parameter(torch.randn(1, 2, dim).div_(dim**0.5))
+        self.modulation = modulation(2, dim)
 
 
 class WanDiT(nn.Module):

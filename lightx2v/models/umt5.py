@@ -1,7 +1,7 @@
 """UMT5: the text encoder, from a prompt to the states that the DiT attends to.
 
-The network is transformers' UMT5 encoder stack with the weights of Wan's own file (`models_t5_umt5-xxl-enc-*.pth`),
-through a mapping of names. The sizes come from the tensors, so an encoder of any width loads.
+The network is `UMT5Stack` with the weights of Wan's own file (`models_t5_umt5-xxl-enc-*.pth`), through a mapping of
+names. The sizes come from the tensors, so an encoder of any width loads.
 
 A prompt is encoded at its own length. The official code pads to 512 tokens, masks the padding and cuts it off again;
 the states are the same, and cost up to four times less this way. The token table (2.1 GB of 11.4) is never loaded: at
@@ -13,7 +13,6 @@ Legend: L tokens, D width.
 from __future__ import annotations
 
 import json
-import re
 import threading
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
@@ -30,13 +29,13 @@ from ..weights.checkpoint import Checkpoint, open_checkpoint
 from ..weights.gguf_blocks import BlockFormat, dequantise
 from ..weights.model_weights import ModelWeights
 from ..weights.module_loader import DtypeOf, InHost, check_fit, slots_of, stream_into
-from ..weights.umt5_names import EMBEDDING, TABLE, hf_name
+from ..weights.umt5_names import TABLE, hf_name
 from .gguf_linear import swap_for_blocks
 from .quant_linear import swap_linears
+from .umt5_stack import UMT5Sizes, UMT5Stack
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
-    from transformers.models.umt5.modeling_umt5 import UMT5DenseGatedActDense, UMT5Stack
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,36 +45,6 @@ class TextEmbedding:
     states_LD: torch.Tensor
     tokens: int
     truncated: bool
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class UMT5Sizes:
-    """The encoder's sizes, from the shapes of its tensors. UMT5-XXL: 256384, 4096, 64, 64, 10240, 24, 32."""
-
-    vocab: int
-    width: int
-    heads: int
-    head_dim: int
-    ffn: int
-    layers: int
-    buckets: int
-
-    @classmethod
-    def from_shapes(cls, shapes: Mapping[str, tuple[int, ...]]) -> UMT5Sizes:
-        """From shapes under transformers' names. Raises KeyError if a tensor is missing."""
-        layer = "encoder.block.0.layer"
-        vocab, width = shapes[EMBEDDING]
-        buckets, heads = shapes[f"{layer}.0.SelfAttention.relative_attention_bias.weight"]
-        numbers = {int(match[1]) for name in shapes if (match := re.match(r"encoder\.block\.([0-9]+)\.", name))}
-        return cls(
-            vocab=vocab,
-            width=width,
-            heads=heads,
-            head_dim=shapes[f"{layer}.0.SelfAttention.q.weight"][0] // heads,
-            ffn=shapes[f"{layer}.1.DenseReluDense.wo.weight"][1],
-            layers=max(numbers) + 1,
-            buckets=buckets,
-        )
 
 
 class TextEncoder(nn.Module):
@@ -131,8 +100,6 @@ class TextEncoder(nn.Module):
         holder = nn.ModuleDict({"encoder": stack})
         swap_linears(holder, {hf_name(name): kind for name, kind in weights.formats.items()}, fast=False)
         swap_for_blocks(holder, {hf_name(name): form for name, form in weights.blocks.items()}, stack.block)
-        if weights.quantised:
-            replace_feed_forwards(stack)
         dtype_of: Callable[[str], torch.dtype] = lambda name: torch.float32 if name.endswith("_scale") else dtype  # noqa: E731
         shapes = {hf_name(name): shape for name, shape in weights.shapes.items() if name != TABLE}
         dtypes = {hf_name(name): kind for name, kind in weights.dtypes.items() if name != TABLE}
@@ -171,8 +138,7 @@ class TextEncoder(nn.Module):
         if self.table_scale_V1 is not None:
             rows_LD = rows_LD.float() * self.table_scale_V1[index_L]
         rows_LD = rows_LD.to(weight.device).to(weight.dtype)
-        states_BLD = self.stack(inputs_embeds=rows_LD[None]).last_hidden_state
-        return TextEmbedding(states_BLD[0], tokens, tokens > self.text_len)
+        return TextEmbedding(self.stack(rows_LD[None])[0], tokens, tokens > self.text_len)
 
 
 def _without_table(
@@ -193,64 +159,23 @@ def _without_table(
     return ((hf_name(name), tensor) for name, tensor in tensors)
 
 
-class FeedForward(nn.Module):
-    """transformers' gated feed-forward, but without its cast of activations to the weights' dtype: 8 bits here."""
-
-    def __init__(self, theirs: UMT5DenseGatedActDense) -> None:
-        super().__init__()
-        self.wi_0, self.wi_1, self.wo, self.act = theirs.wi_0, theirs.wi_1, theirs.wo, theirs.act
-
-    def forward(self, x_BLD: torch.Tensor) -> torch.Tensor:
-        return self.wo(self.act(self.wi_0(x_BLD)) * self.wi_1(x_BLD))
-
-
-def replace_feed_forwards(stack: UMT5Stack) -> None:
-    from transformers.models.umt5.modeling_umt5 import UMT5DenseGatedActDense, UMT5LayerFF
-
-    for layer in stack.modules():
-        if isinstance(layer, UMT5LayerFF) and isinstance(layer.DenseReluDense, UMT5DenseGatedActDense):
-            layer.DenseReluDense = FeedForward(layer.DenseReluDense)  # type: ignore[assignment]
-
-
 _IMPORTING = threading.Lock()
 
 
 def preload() -> None:
-    """Import the packages that `load` needs. transformers takes seconds: `preload.start` imports it in the background.
+    """Import the packages that `load` needs: `preload.start` does it in the background.
 
     Two threads that import one package at once could see half-initialised modules, so the second one waits here.
     """
     with _IMPORTING:
         import ftfy  # noqa: F401
         import tokenizers  # noqa: F401
-        import transformers.models.umt5.modeling_umt5  # noqa: F401
 
 
 def build_stack(sizes: UMT5Sizes) -> UMT5Stack:
     """The encoder without weights, on the meta device. The token table is read outside of it."""
-    from transformers.models.umt5.configuration_umt5 import UMT5Config
-    from transformers.models.umt5.modeling_umt5 import UMT5Stack
-
-    config = UMT5Config(
-        vocab_size=sizes.vocab,
-        d_model=sizes.width,
-        d_kv=sizes.head_dim,
-        d_ff=sizes.ffn,
-        num_layers=sizes.layers,
-        num_heads=sizes.heads,
-        relative_attention_num_buckets=sizes.buckets,
-        relative_attention_max_distance=128,
-        layer_norm_epsilon=1e-6,
-        feed_forward_proj="gated-gelu",
-        dropout_rate=0.0,
-        is_encoder_decoder=False,
-        use_cache=False,
-    )
-    config._attn_implementation = "eager"  # scores, bias and softmax as the official code writes them
     with torch.device("meta"):
-        stack = UMT5Stack(config)
-    stack.embed_tokens = None
-    return stack.eval()
+        return UMT5Stack(sizes).eval()
 
 
 def load_tokenizer(folder: str | Path) -> Tokenizer:

@@ -7,6 +7,7 @@ import re
 import struct
 import sys
 import threading
+from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
@@ -14,6 +15,7 @@ import torch
 from conftest import TinyModels
 
 from lightx2v.config.presets import resolve
+from lightx2v.engine import engine as engine_module
 from lightx2v.engine import load_progress
 from lightx2v.engine.load_progress import LoadProgress
 from lightx2v.errors import Cancelled
@@ -79,3 +81,24 @@ def test_threads_take_short_turns_while_a_model_loads(tiny: TinyModels, monkeypa
     config = resolve({"model_path": str(tiny.t2v), "device": "cpu"}, {}).engine
     LightX2VPipeline.from_config(config, on_progress=lambda _: seen.add(sys.getswitchinterval())).close()
     assert max(seen) < usual / 5 and sys.getswitchinterval() == usual
+
+
+def test_kernels_are_compiled_on_the_device_of_the_model_while_it_loads(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[tuple[str, str]] = []
+    begun, loaded = threading.Event(), threading.Event()
+
+    def kernels_for(device: torch.device) -> None:
+        begun.set()
+        loaded.wait(10)
+        seen.append((str(device), threading.current_thread().name))
+
+    monkeypatch.setattr(engine_module, "kernels_for", kernels_for)
+    monkeypatch.setattr(torch.cuda, "device", lambda _: nullcontext())
+    with engine_module.compiling(torch.device("cuda", 1)):
+        assert begun.wait(10)
+        assert not seen
+        loaded.set()
+    assert seen == [("cuda:1", "lightx2v-kernels")]
+    with engine_module.compiling(torch.device("cpu")):
+        pass
+    assert len(seen) == 1

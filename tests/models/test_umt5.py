@@ -16,7 +16,8 @@ from umt5_reference import same_in_transformers
 
 from lightx2v.config.prompt_cleaning import clean_prompt
 from lightx2v.errors import CheckpointError
-from lightx2v.models.umt5 import TextEncoder, UMT5Sizes, load_tokenizer
+from lightx2v.models.umt5 import TextEncoder, load_tokenizer
+from lightx2v.models.umt5_stack import UMT5Sizes, UMT5Stack
 from lightx2v.weights.checkpoint import open_checkpoint
 from lightx2v.weights.umt5_names import hf_name, wan_name
 
@@ -28,6 +29,7 @@ PROMPTS = (
     "x" * 300,
 )
 TOKENIZER = Path("google") / "umt5-xxl"
+T5_SIZES = UMT5Sizes(vocab=0, width=32, heads=4, head_dim=8, ffn=64, layers=2, buckets=32)
 
 
 def load(model: Path, dtype: torch.dtype = torch.float32, text_len: int = 512) -> TextEncoder:
@@ -129,6 +131,26 @@ def test_against_the_formulas(encoder: TextEncoder, weights: dict[str, torch.Ten
         x = x + (gate * (h @ w[f"{block}.ffn.fc1.weight"].T)) @ w[f"{block}.ffn.fc2.weight"].T
     expected = rms(x, "norm.weight")
     assert relative_error(encoder.encode(prompt).states_LD.double(), expected) <= 1e-5
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_bits_are_those_of_transformers(weights: dict[str, torch.Tensor], dtype: torch.dtype) -> None:
+    stack = UMT5Stack(T5_SIZES)
+    theirs = same_in_transformers(weights).to(dtype)
+    theirs.set_attn_implementation("eager")
+    stack.load_state_dict(
+        {
+            hf_name(name).removeprefix("encoder."): tensor
+            for name, tensor in weights.items()
+            if name != "token_embedding.weight"
+        }
+    )
+    stack = stack.to(dtype)
+    for length in (1, 7, 150, 512):  # up to distances beyond the last bucket
+        rows_BLD = torch.randn(2, length, T5_SIZES.width, generator=torch.Generator().manual_seed(length)).to(dtype)
+        with torch.no_grad():
+            expected = theirs.encoder(inputs_embeds=rows_BLD).last_hidden_state
+            assert torch.equal(stack(rows_BLD), expected)
 
 
 def test_bf16_stays_close_to_fp32(encoder: TextEncoder, tiny: TinyModels) -> None:
@@ -249,9 +271,13 @@ def test_a_folder_without_a_tokenizer_is_named(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_transformers_is_imported_when_asked_for_and_not_before() -> None:
+def test_loading_imports_neither_transformers_nor_torchs_compiler(tiny: TinyModels) -> None:
+    """They take seconds, in which no other thread reads weights. What is slow comes when it is asked for."""
+    file, tokenizer = tiny.t2v / "models_t5_umt5-xxl-enc-bf16.pth", tiny.t2v / TOKENIZER
     code = (
-        "import sys; from lightx2v.models.umt5 import preload; slow = {'transformers', 'ftfy', 'tokenizers'};"
-        "assert not slow & set(sys.modules); preload(); assert slow <= set(sys.modules)"
+        "import sys; from lightx2v.models.umt5 import TextEncoder, preload; slow = {'ftfy', 'tokenizers'};"
+        "assert not slow & set(sys.modules); preload(); assert slow <= set(sys.modules);"
+        f"TextEncoder.load({str(file)!r}, {str(tokenizer)!r}).encode('red');"
+        "assert not {'transformers', 'torch._dynamo', 'torch._inductor', 'sympy'} & set(sys.modules)"
     )
     subprocess.run([sys.executable, "-c", code], cwd=Path(__file__).parents[2], check=True, timeout=120)

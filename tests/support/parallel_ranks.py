@@ -31,7 +31,7 @@ from patience import free_port
 ROOT = Path(__file__).parents[2]
 IMPORTS = [
     *("parallel_parts", "parallel_runs", "parallel_troubles", "parallel_front_ends"),
-    *("ftfy", "tokenizers", "transformers.models.umt5.modeling_umt5", "imageio_ffmpeg"),
+    *("ftfy", "tokenizers", "lightx2v.models.umt5_stack", "imageio_ffmpeg"),
 ]
 PATIENCE = 120.0
 """Longest seconds for one case. Only a failing test waits so long."""
