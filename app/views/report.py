@@ -180,9 +180,14 @@ def _expert_rows(words: Words, timings: Mapping[str, Any]) -> list[list[str]]:
 
 
 def _lora_line(words: Words, result: Mapping[str, Any]) -> str:
-    """How many tensors of each LoRA matched."""
+    """How many tensors of each LoRA matched, and how its expert and its scale were found."""
     return "; ".join(
-        words("lora_match", name=lora["path"].rsplit("/", 1)[-1], matched=lora["applied"], total=lora["total"])
+        " · ".join(
+            [
+                words("lora_match", name=lora["path"].rsplit("/", 1)[-1], matched=lora["applied"], total=lora["total"]),
+                *lora.get("notes", ()),  # none in reports from before there were any
+            ]
+        )
         for lora in result.get("loras", ())
     )
 

@@ -223,6 +223,9 @@ def test_lora_matches_are_in_the_report() -> None:
     lora = {"path": "/a/b/style_high.safetensors", "strength": 1.0, "applied": 400, "total": 402, "expert": "high"}
     html = report.report(Words("en"), job("succeeded", result=result(loras=[lora])))
     assert "style_high.safetensors: 400 of 402 matched" in html and "/a/b" not in html
+    lora["notes"] = ["The alpha is from the file's header."]
+    html = report.report(Words("en"), job("succeeded", result=result(loras=[lora])))
+    assert "400 of 402 matched · The alpha is from the file&#x27;s header." in html
 
 
 def test_out_of_memory_has_retry_options() -> None:
