@@ -13,6 +13,7 @@ import uvicorn
 from fastapi.testclient import TestClient
 from served import serve
 
+from lightx2v.config.environment import Environment
 from lightx2v.config.presets import resolve
 from lightx2v.server import command, limits
 from lightx2v.server.guess_limit import GuessLimit, is_strong
@@ -147,7 +148,8 @@ def test_the_address_of_a_client_counts_behind_a_proxy_that_is_trusted_and_only_
     def guesses() -> list[int]:
         with serve(tmp_path, keys=[WEAK]) as served:
             options = command._parser().parse_args(["--preset", "demo_t2v_base"])
-            command._serve(options, served.jobs, Metrics(), resolve("demo_t2v_base"), [WEAK])
+            trusted = Environment.read().trusted_proxies
+            command._serve(options, served.jobs, Metrics(), resolve("demo_t2v_base"), [WEAK], trusted)
             config = started.pop()
             config.load()
             client = TestClient(config.loaded_app, base_url="http://127.0.0.1", client=("127.0.0.1", 5))
