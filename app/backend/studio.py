@@ -240,11 +240,20 @@ class Studio:
     def job_of(self, owner: str, job_id: str) -> Job | None:
         """The run if it belongs to this owner; None otherwise, whether or not it exists."""
         job = self._find(job_id)
-        return job if job is not None and owner and secrets.compare_digest(job.owner, owner) else None
+        if job is None or not owner:
+            return None
+        is_own = secrets.compare_digest(job.owner, owner) or (not job.owner and not self.exposure.open_to_others)
+        return job if is_own else None
 
     def runs(self, owner: str) -> list[Job]:
-        """The owner's runs, newest first."""
-        return self.jobs.list(owner, limit=HISTORY) if owner else []
+        """The owner's runs, newest first. On one's own machine also those that came back from their videos after the
+        list of jobs was lost: a video does not tell whose it is."""
+        if not owner:
+            return []
+        runs = self.jobs.list(owner, limit=HISTORY)
+        if not self.exposure.open_to_others:
+            runs = sorted([*runs, *self.jobs.list("", limit=HISTORY)], key=lambda job: job.created, reverse=True)
+        return runs[:HISTORY]
 
     def _find(self, job_id: str) -> Job | None:
         try:

@@ -219,3 +219,21 @@ def test_a_run_that_starts_before_its_click_arrives_is_not_moved(studio: Studio,
     act_on_job(event, act, replace(running, state="queued", position=1))
     assert studio.jobs.get(waiting.id).position == 1
     studio.jobs.cancel(running.id)
+
+
+@pytest.mark.parametrize("open_to_others", [False, True])
+def test_runs_that_came_back_from_their_videos_are_shown_on_ones_own_machine(
+    tmp_path: Path, open_to_others: bool
+) -> None:
+    """After the list of jobs was lost nobody knows whose a video is, so visitors of an open page do not see it."""
+    first = Studio(Painter(), tmp_path, Exposure())
+    made = submit(first, "o" * 43, "a red ball")
+    eventually(lambda: first.jobs.get(made.id).state == "succeeded")
+    first.close()
+    for file in tmp_path.glob("jobs.sqlite*"):
+        file.unlink()
+    again = Studio(Painter(), tmp_path, Exposure(open_to_others=open_to_others))
+    visitor = "v" * 43
+    assert [job.id for job in again.runs(visitor)] == ([] if open_to_others else [made.id])
+    assert (again.job_of(visitor, made.id) is None) == open_to_others
+    again.close()
