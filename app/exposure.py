@@ -108,8 +108,8 @@ def decide(args: argparse.Namespace, variables: Mapping[str, str]) -> Exposure:
             raise ConfigError("--auth needs USER:PASSWORD, both non-empty and with a colon between them.")
         if not args.auth.isprintable():
             raise ConfigError(
-                "--auth holds a character that cannot be printed, so nobody can type it; expected printable ones. "
-                "Leave it out, and the page makes a password."
+                "--auth holds a character that cannot be printed, and a login form cannot take it; expected printable "
+                "ones. Leave it out, and the page makes a password."
             )
         exposure = replace(exposure, user=user, password=password)
     if here and not args.share:

@@ -1,8 +1,8 @@
 """UploadLimit: how many bytes of a visitor's uploads stay on the disk.
 
 A job has copies of its pictures, so an upload is needed only until its run is queued. The oldest ones of a visitor go
-when new ones exceed the bound, and those of everybody when all together do. What nobody has used for an hour is removed
-by gradio (`delete_cache` of the page); the page touches the files that it shows.
+when new ones exceed the bound, and those of everybody when all together do. gradio removes
+files that are unused for an hour (`delete_cache` of the page); the page touches those that it shows.
 """
 
 import json

@@ -199,17 +199,21 @@ def offload(lines: list[Line]) -> str:
     )
 
 
+def _compared(line: Line) -> list[str]:
+    """One way of a forward: its seconds, and their ratio to the reference of the same rounds."""
+    return [
+        line["clip"],
+        line["way"],
+        line["attention"],
+        number(line["seconds"]),
+        f"{line['ratio'] - 1:+.2%}",
+        f"{line['least'] - 1:+.2%} to {line['most'] - 1:+.2%}",
+    ]
+
+
 def streaming(lines: list[Line]) -> str:
     rows = [
-        [
-            line["clip"],
-            line["way"],
-            line["attention"],
-            number(line["seconds"]),
-            f"{line['ratio'] - 1:+.2%}",
-            f"{line['least'] - 1:+.2%} to {line['most'] - 1:+.2%}",
-            number(line["waited"] * 1e3) if "waited" in line else "",
-        ]
+        [*_compared(line), number(line["waited"] * 1e3) if "waited" in line else ""]
         for section in ("streaming", "streaming_720p")
         for line in last(lines, section, "way")
     ]
@@ -222,17 +226,7 @@ def streaming(lines: list[Line]) -> str:
 
 
 def gguf(lines: list[Line]) -> str:
-    rows = [
-        [
-            line["clip"],
-            line["way"],
-            line["attention"],
-            number(line["seconds"]),
-            f"{line['ratio'] - 1:+.2%}",
-            f"{line['least'] - 1:+.2%} to {line['most'] - 1:+.2%}",
-        ]
-        for line in last(lines, "gguf", "way")
-    ]
+    rows = [_compared(line) for line in last(lines, "gguf", "way")]
     head = ["video", "weights", "attention", "s", "over bf16", "from round to round"]
     text = heading("GGUF weights: one forward, 40 blocks", head, rows)
     kernels = [
