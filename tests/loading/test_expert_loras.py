@@ -133,17 +133,21 @@ def test_twenty_switches_return_to_the_same_bits(tiny: TinyModels, files: tuple[
     assert torch.equal(output(fresh), seen[0])
 
 
+def unusable(tiny: TinyModels, folder: Path) -> LoraSpec:
+    """A LoRA that fits, with an infinite number in its last layer."""
+    pairs = random_pairs(base_weights(tiny.t2v).shapes, 3)
+    pairs["head.head"]["up"][0, 0] = float("inf")
+    return spec(write(folder / "bad.safetensors", pairs))
+
+
 @pytest.mark.parametrize("dynamic", [False, True])
 def test_a_lora_that_does_not_fit_leaves_the_old_one_on(
     tiny: TinyModels, files: tuple[Path, Path], tmp_path: Path, dynamic: bool
 ) -> None:
     dit, loras = expert(tiny.t2v, spec(files[0]), dynamic=dynamic)
     before = output(dit)
-    pairs = random_pairs(base_weights(tiny.t2v).shapes, 3)
-    pairs["head.head"]["up"][0, 0] = float("inf")
-    bad = write(tmp_path / "bad.safetensors", pairs)
     with pytest.raises(LoraError, match="infinity"):
-        loras.use([spec(bad)])
+        loras.use([unusable(tiny, tmp_path)])
     assert torch.equal(output(dit), before)
     assert [a.report.path for a in loras.applied] == [f"…/{files[0].parent.name}/{files[0].name}"]
 
@@ -200,11 +204,8 @@ def test_a_lora_that_fails_beside_merged_ones_leaves_all_as_it_was(
 ) -> None:
     dit, loras = expert(tiny.t2v, spec(mixed), dynamic=True)
     before = output(dit)
-    pairs = random_pairs(base_weights(tiny.t2v).shapes, 3)
-    pairs["head.head"]["up"][0, 0] = float("inf")
-    bad = write(tmp_path / "bad.safetensors", pairs)
     with pytest.raises(LoraError, match="infinity"):
-        loras.use([spec(bad)])
+        loras.use([unusable(tiny, tmp_path)])
     assert torch.equal(output(dit), before)
     loras.use([])
     assert torch.equal(output(dit), output(expert(tiny.t2v)[0]))
