@@ -55,7 +55,13 @@ class Catalog:
 
     def __init__(self, files: Sequence[FoundFile] = ()) -> None:
         names = _names([file.path for file in files])
-        self.files = tuple(file.named(name) for file, name in zip(files, names, strict=True))
+        pairs = lora_pairs([file for file in files if file.kind == "LoRA"])
+        self._other_half = {path: other.path for path, other in pairs.items()}
+        experts = {half.path: half.expert for half in pairs.values()}
+        self.files = tuple(
+            replace(file, name=name, expert=experts.get(file.path, file.expert))
+            for file, name in zip(files, names, strict=True)
+        )
 
     def of_kind(self, *kinds: Kind) -> list[FoundFile]:
         return [file for file in self.files if file.kind in kinds]
@@ -92,11 +98,11 @@ class Catalog:
     def loras(self) -> dict[str, FoundLora]:
         """Every LoRA, pairs as one, by name."""
         files, seen, loras = self.of_kind("LoRA"), set[Path](), dict[str, FoundLora]()
-        pairs = lora_pairs(files)
+        by_path = {file.path: file for file in files}
         for file in files:
             if file.path in seen:
                 continue
-            other = pairs.get(file.path)
+            other = by_path.get(self._other_half.get(file.path, Path()))
             halves = {file.expert: file, **({other.expert: other} if other else {})}
             seen |= {each.path for each in halves.values()}
             name = without_expert(file.name) if other else without_ending(file.name)

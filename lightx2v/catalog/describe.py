@@ -9,7 +9,7 @@ import json
 import math
 import re
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -18,7 +18,7 @@ import torch
 
 from ..config.architecture import INPUT_CHANNELS
 from ..config.gguf_formats import mix_of
-from ..config.lora_names import expert_by_metadata, expert_in, expert_of, task_of
+from ..config.lora_names import expert_by_metadata, expert_in, expert_of, noise_of, task_of
 from ..config.request import Expert, Task
 from ..errors import CheckpointError
 from ..models.vae_config import VAEConfig
@@ -188,6 +188,7 @@ def _lora(path: Path, size: int) -> FoundFile | None:
         return None
     if HALVES.search(found[0]):
         found += [parsed[0] for key, _ in shapes if (parsed := parse_key(key))]
+    experts = set(experts_of(found).values())
     notes = lora_notes(path, metadata)
     text = " ".join([path.name, *map(str, metadata.values())])
     return FoundFile(
@@ -195,7 +196,8 @@ def _lora(path: Path, size: int) -> FoundFile | None:
         kind="LoRA",
         size=size,
         task=_task_of(path, notes.trained_for),
-        expert=_lora_expert(found, metadata, path),
+        expert=next(iter(experts)) if len(experts) == 1 else None if experts else _said_expert(metadata, path),
+        halves=len(experts) == 2,
         distilled=bool(DISTILLED.search(text[:2000])),
         width=widths.most_common(1)[0][0] if widths else 0,
         rank=ranks.most_common(1)[0][0] if ranks else 0,
@@ -223,12 +225,10 @@ def _expert_of(metadata: Mapping[str, Any], path: Path) -> Expert | None:
     return named
 
 
-def _lora_expert(layers: Sequence[str], metadata: Mapping[str, Any], path: Path) -> Expert | None:
-    """As loading/lora_experts.py decides it: by the names of the tensors, by the metadata, by the file's own name."""
-    experts = set(experts_of(layers).values())
-    if experts:
-        return experts.pop() if len(experts) == 1 else None
-    return expert_by_metadata(metadata) or expert_of(path)
+def _said_expert(metadata: Mapping[str, Any], path: Path) -> Expert | None:
+    """As loading/lora_experts.py decides it: by the metadata, by "high noise" in a name. Other words for high or low
+    count in pairs only, which `pairs.py` finds."""
+    return expert_by_metadata(metadata) or noise_of(path)
 
 
 def _task_of(path: Path, trained_for: str) -> Task | None:

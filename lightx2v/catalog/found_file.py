@@ -20,10 +20,10 @@ class FoundFile:
     """A file, or the folder of one model's shards or of a tokenizer. `size` is in bytes.
 
     `name` identifies it in a catalogue, and tells nothing of the folders above. `expert` is None where neither name nor
-    metadata says one. `width` is the model's number of channels, for a LoRA that of the model it changes. `text_width`
-    is that of a text encoder's output, and of the text that an expert takes. `rank`, `triggers` (words that a prompt
-    has to have), `trained_for` and `thumbnail` are those of a LoRA. `problem` says why a file that was recognised
-    cannot be used.
+    metadata says one, and for a LoRA with `halves`, which holds one for each. `width` is the model's number of
+    channels, for a LoRA that of the model it changes. `text_width` is that of a text encoder's output, and of the text
+    that an expert takes. `rank`, `triggers` (words that a prompt has to have), `trained_for` and `thumbnail` are those
+    of a LoRA. `problem` says why a file that was recognised cannot be used.
     """
 
     path: Path
@@ -36,6 +36,7 @@ class FoundFile:
     distilled: bool = False
     width: int = 0
     text_width: int = 0
+    halves: bool = False
     rank: int = 0
     triggers: tuple[str, ...] = ()
     trained_for: str = ""

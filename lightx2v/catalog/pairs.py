@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections import defaultdict
 from collections.abc import Sequence
+from dataclasses import replace
 from difflib import SequenceMatcher
 from pathlib import Path
 
@@ -31,17 +32,23 @@ def partner(expert: FoundFile, files: Sequence[FoundFile]) -> FoundFile | None:
 
 
 def lora_pairs(loras: Sequence[FoundFile]) -> dict[Path, FoundFile]:
-    """{path of a LoRA: the other half of it}. Names of halves differ in the words for the expert, and in numbers at
-    most where that leaves no choice: `style_high-e8`, `style_low-e10`. Two styles with names alike are no pair."""
+    """{path of a LoRA: the other half of it, with its expert}. Names of halves differ in the words for the expert, and
+    in numbers at most where that leaves no choice: `style_high-e8`, `style_low-e10`. Two styles with names alike are no
+    pair. A word for high or low that stands alone makes no half: loading/lora_experts.py has the same rule."""
     by_path = {each.path: each for each in loras}
     pairs: dict[Path, FoundFile] = {}
+    halves: list[FoundFile] = []
     for one in loras:
-        names = (Path(each.path) for each in partners(one.path.as_posix()) if each.expert == one.expert)
-        _join(one, next((by_path[name] for name in names if name in by_path), one), pairs)
+        names = [each for each in partners(one.path.as_posix()) if one.expert in (None, each.expert)]
+        for each in names:
+            if (other := by_path.get(Path(each.path))) is not None:
+                _join(replace(one, expert=each.expert), other, pairs)
+        likely = next((each.expert for each in names if each.likely), None)
+        halves += [replace(one, expert=one.expert or likely)] if one.expert or likely else []
     for pattern in ("", r"[0-9]+"):  # the same name, then the same but for numbers
         groups: dict[str, list[FoundFile]] = defaultdict(list)
-        for one in loras:
-            if one.expert and one.path not in pairs:
+        for one in halves:
+            if one.path not in pairs:
                 name = without_expert(one.path.name)
                 groups[re.sub(pattern, "0", name) if pattern else name].append(one)
         for group in groups.values():
@@ -51,7 +58,9 @@ def lora_pairs(loras: Sequence[FoundFile]) -> dict[Path, FoundFile]:
 
 
 def _join(one: FoundFile, other: FoundFile, pairs: dict[Path, FoundFile]) -> None:
-    if _fit(one, other) and not {one.path, other.path} & pairs.keys():
+    """Note that `other` is the other half of `one`, whose expert is known, if it can be."""
+    other = replace(other, expert=other.expert or ("low" if one.expert == "high" else "high"))
+    if _fit(one, other) and not (one.halves or other.halves) and not {one.path, other.path} & pairs.keys():
         pairs.update({one.path: other, other.path: one})
 
 

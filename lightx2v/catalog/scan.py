@@ -33,7 +33,7 @@ GGUF_FIRST = re.compile(r".*-00001-of-[0-9]{5}\.gguf")
 """The name of the first part of a split GGUF file, by which the whole is opened."""
 MAX_ITEMS = 200_000
 """Files in all folders together, beyond which the rest is left out: a disk's root was told by mistake."""
-VERSION = 1
+VERSION = 2
 """Version of the descriptions. Those of another version are made anew."""
 
 

@@ -9,14 +9,18 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
 from model_tree import T2V, comfy_tree, put, style_lora
+from safetensors.torch import save_file
 
 from lightx2v.catalog.catalog import Catalog, summary
 from lightx2v.catalog.found_file import FoundFile
 from lightx2v.catalog.found_model import FoundModel
 from lightx2v.catalog.scan import scan
 from lightx2v.config.presets import resolve
+from lightx2v.config.request import LoraSpec
 from lightx2v.errors import CheckpointError, ConfigError
+from lightx2v.loading.lora_experts import lora_files
 
 
 @pytest.fixture(scope="module")
@@ -207,6 +211,48 @@ def test_two_styles_with_names_alike_are_no_pair(high: str, low: str, paired: bo
     assert [(each.high is not None, each.low is not None) for each in found.values()] == (
         [(True, True)] if paired else [(True, False), (False, True)]
     )
+
+
+@pytest.mark.parametrize(
+    ("names", "prefixes"),
+    [
+        (["style_HIGH"], [""]),
+        (["style-H"], [""]),
+        (["HIGH_detail"], [""]),
+        (["low_light"], [""]),
+        (["style_high_noise"], [""]),
+        (["style_高噪"], [""]),
+        (["style_HIGH", "style_LOW"], ["", ""]),
+        (["style-H-e8", "style-L-e8"], ["", ""]),
+        (["SwayHighWan2_2", "SwayLowWan2_2"], ["", ""]),
+        (["high/style", "low/style"], ["", ""]),
+        (["low_light_high", "low_light_low"], ["", ""]),
+        (["style_HIGH", "other_LOW"], ["", ""]),
+        (["style_HIGH"], ["transformer_2."]),
+        (["style_HIGH"], ["transformer. transformer_2."]),
+    ],
+)
+def test_a_lora_is_for_the_experts_that_loading_puts_it_on(
+    names: list[str], prefixes: list[str], tmp_path: Path
+) -> None:
+    """The shelf and the command line say of a file what loading does with its path alone."""
+    for name, prefix in zip(names, prefixes, strict=True):
+        layers = [f"{part}blocks.0.self_attn.q" for part in prefix.split() or [""]]
+        path = tmp_path / f"{name}.safetensors"
+        path.parent.mkdir(exist_ok=True)
+        ends = {"lora_down": (4, 64), "lora_up": (64, 4)}
+        tensors = {f"{layer}.{end}.weight": torch.ones(shape) for layer in layers for end, shape in ends.items()}
+        save_file(tensors, path)
+    found = Catalog(scan([tmp_path]))
+    config = resolve("demo_t2v_base").engine
+    for half in ("high", "low"):
+        shown = {
+            file.path
+            for lora in found.loras.values()
+            if (file := lora.high if half == "high" else lora.low) is not None
+        }
+        specs = [LoraSpec(path=str(lora.first.path)) for lora in found.loras.values()]
+        assert {file.path for file in lora_files(specs, half, config)} == shown
 
 
 def test_a_lora_is_half_of_one_pair_at_most(tmp_path: Path) -> None:

@@ -127,13 +127,13 @@ def test_trigger_words_come_from_the_header(tmp_path: Path, metadata: dict[str, 
         ("plain", ("diffusion_model.",), {"ss_min_timestep": "875", "ss_max_timestep": "1000"}, "high"),
         ("plain", ("diffusion_model.",), {"ss_min_timestep": "0", "ss_max_timestep": "875"}, "low"),
         ("plain", ("diffusion_model.",), {"ss_caption": "a high noise level"}, None),
-        ("style_HIGH", ("diffusion_model.",), {}, "high"),
+        ("style_HIGH", ("diffusion_model.",), {}, None),
     ],
 )
 def test_a_loras_expert_is_the_one_that_loading_takes(
     tmp_path: Path, name: str, prefixes: tuple[str, ...], metadata: dict[str, str], expert: str | None
 ) -> None:
-    """`style_HIGH` is found as one half of a pair; alone, loading uses it for both and says so."""
+    """As far as the file alone says it: `style_HIGH` is one half where its other half is found (test_catalog.py)."""
     tensors = {
         f"{prefix}blocks.{block}.self_attn.q.lora_{kind}.weight": torch.ones(shape)
         for prefix in prefixes
