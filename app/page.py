@@ -17,11 +17,10 @@ from .events import clicks, handlers
 from .events.page_controller import BUSY_SECONDS, PageController, refreshed
 from .events.page_state import PageState
 from .form.fields import CONTROLS, LORA_ROWS
-from .form.inputs import JS_ACT, build_inputs
+from .form.inputs import JS_ACT, JS_WATCH, build_inputs
 from .strings import Words
 from .web.gradio_api import add_endpoints
 
-JS_WATCH = JS_ACT + " studio.watched(element); watch('value', () => studio.watched(element));"
 JS_COMPARE = JS_ACT + " studio.inStep(element);"
 STORAGE = "lightx2v-studio"
 JS_VERSIONS = "(...values) => studio.sendVersions(values)"
@@ -97,7 +96,7 @@ def _wire(page: gr.Blocks, controller: PageController) -> None:
     page.load(on(handlers.opened), **default)
     controller.timer.tick(on(refreshed), **{**default, "trigger_mode": "once"})
     inputs.generate.click(on_submit(handlers.generate), **{**default, "inputs": read | pictures, **submitting})
-    for component in (inputs.examples, inputs.files, inputs.mine, inputs.shelf, *rendered):
+    for component in (inputs.examples, inputs.cost, inputs.files, inputs.mine, inputs.shelf, *rendered):
         if component is not None:
             component.act(on_submit(clicks.act), **{**every, **submitting})
     restore.upload(on(handlers.restored), **{**every, "inputs": read | {restore}})

@@ -28,7 +28,7 @@ class Words:
         if (match := re.fullmatch(shape, name)) is None:
             return name
         variant = self("variant_" + (match[2] or f"distill_{match[3]}"))
-        return f"{self('demo')} · {variant}" if match[1] else variant
+        return f"{self('demo')} · {variant}" if match[1] else f"Wan2.2 · {variant}"
 
 
 def preferred(header: str) -> str:

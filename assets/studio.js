@@ -40,9 +40,40 @@ window.studio = (() => {
       const target = event.target.closest("[data-act]");
       if (!target || target.disabled) return;
       if (local[target.dataset.act]) return local[target.dataset.act](target);
-      trigger("act", { ...target.dataset });
+      const send = () => trigger("act", { ...target.dataset });
+      if (target.dataset.act === "example") typeInto($("#prompt textarea"), target.dataset.text);
+      if (target.dataset.ask && now() - Number(target.dataset.since) > ASK_SECONDS) ask(target.dataset, send);
+      else send();
     });
     keepFocus(element);
+  };
+
+  // ---- a question before a run of more than a few seconds is stopped ---------------------------------------------------
+  const ASK_SECONDS = 5;
+  const ask = ({ ask: text, yes, no }, then) => {
+    const dialog = document.createElement("dialog");
+    dialog.className = "ask";
+    dialog.setAttribute("aria-label", text);
+    dialog.innerHTML = '<form method="dialog"><p></p><button class="btn" value="no"></button><button class="btn stop" value="yes"></button></form>';
+    $("p", dialog).textContent = text;
+    $("[value=no]", dialog).textContent = no;
+    $("[value=yes]", dialog).textContent = yes;
+    dialog.addEventListener("close", () => {
+      if (dialog.returnValue === "yes") then();
+      dialog.remove();
+    });
+    $(".gradio-container").append(dialog);
+    dialog.showModal();
+  };
+
+  // ---- an example replaces the prompt as typing does, so that the browser's own undo brings the old one back -----------
+  const typeInto = (area, text) => {
+    if (matchMedia("(hover: none)").matches) return; // focus would open a phone's keyboard; the server fills it in
+    const before = document.activeElement;
+    area.focus({ preventScroll: true });
+    area.select();
+    document.execCommand("insertText", false, text);
+    before?.focus({ preventScroll: true });
   };
 
   // ---- focus: after a row has moved, the same button of the same run keeps the keyboard focus ---------------------------
@@ -52,8 +83,8 @@ window.studio = (() => {
     new MutationObserver(() => {
       const language = $("[data-act=language][aria-pressed=true]", element);
       if (language) document.documentElement.lang = language.lang;
-      const now = document.activeElement;
-      if (!at?.id || !element.contains(now) || (now.dataset.id === at.id && !now.disabled)) return;
+      const held = document.activeElement;
+      if (!at?.id || !element.contains(held) || (held.dataset.id === at.id && !held.disabled)) return;
       const same = [...element.querySelectorAll("button[data-id]")].filter((b) => b.dataset.id === at.id && !b.disabled);
       (same.find((button) => button.dataset.act === at.act) || same[0])?.focus({ preventScroll: true });
     }).observe(element, { childList: true, subtree: true, attributes: true });
@@ -106,7 +137,7 @@ window.studio = (() => {
     });
   };
 
-  // ---- keys: Ctrl+Enter generates; Escape stops unless a field handles it ---------------------------------------------
+  // ---- keys: Ctrl+Enter generates; Escape leaves a change of a waiting run, else stops unless a field handles it ------
   document.addEventListener("keydown", (event) => {
     if (event.key === "Enter" && (event.ctrlKey || event.metaKey)) {
       event.preventDefault();
@@ -114,15 +145,19 @@ window.studio = (() => {
       setTimeout(() => ($("#generate button") || $("#generate")).click(), 60);
     }
     if (event.key === "Escape" && !event.target.closest("input, textarea, [role=combobox], dialog")) {
-      $("[data-act=stop][data-key=Escape]")?.click();
+      ($("[data-act=stop_editing]") || $("[data-act=stop][data-key=Escape]"))?.click();
     }
   });
 
   // ---- on a narrow screen the stage is below the button: scroll to it when a run starts --------------------------------
   let pressed = false;
   document.addEventListener("click", (event) => {
-    if (event.target.closest("#generate")) pressed = true;
+    if (!event.target.closest("#generate")) return;
+    pressed = true;
+    waiting(true); // the answer may take a while on a busy machine
+    setTimeout(waiting, 15000, false);
   });
+  const waiting = (on) => $("#go")?.classList.toggle("waiting", on);
   const scrollToStage = (state) => {
     if (!pressed || !["queued", "running"].includes(state)) return;
     pressed = false;
@@ -131,6 +166,7 @@ window.studio = (() => {
 
   // ---- elapsed time of the running job, and the job in the address bar ------------------------------------------------
   let skew = 0; // seconds by which the server's clock is ahead of ours
+  const now = () => Date.now() / 1000 + skew;
   const clockText = (seconds) => {
     const s = Math.max(0, Math.floor(seconds));
     const two = (n) => String(n).padStart(2, "0");
@@ -138,10 +174,26 @@ window.studio = (() => {
   };
   const tick = () => {
     const elapsed = $(".elapsed[data-since]");
-    if (elapsed) elapsed.textContent = clockText(Date.now() / 1000 + skew - Number(elapsed.dataset.since));
+    if (elapsed && !document.body.classList.contains("lost")) elapsed.textContent = clockText(now() - Number(elapsed.dataset.since));
   };
   setInterval(tick, 250);
+
+  // ---- a lost connection: nothing on the page may look as if it went on ------------------------------------------------
+  const LOST_SECONDS = 3;
+  const alive = async () => {
+    let answered = true;
+    try {
+      await fetch("studio/alive", { cache: "no-store", signal: AbortSignal.timeout(LOST_SECONDS * 1000) });
+    } catch {
+      answered = false;
+    }
+    document.body.classList.toggle("lost", !answered);
+  };
+  setInterval(() => document.hidden || alive(), LOST_SECONDS * 1000);
+  addEventListener("offline", alive);
   const watched = (element) => {
+    waiting(false);
+    if (matchMedia("(prefers-reduced-motion: reduce)").matches) element.querySelectorAll("video[autoplay]").forEach(still);
     const root = $("[data-now]", element);
     if (root) skew = Number(root.dataset.now) - Date.now() / 1000;
     const stage = $(".stage[data-job]", element);
@@ -157,6 +209,13 @@ window.studio = (() => {
       scrollToStage(stage.dataset.state);
     }
     tick();
+  };
+
+  // A visitor who asked for less motion starts every video by hand.
+  const still = (video) => {
+    video.autoplay = false;
+    video.controls = !video.classList.contains("ambient");
+    video.pause();
   };
 
   // ---- texts typed while the connection was lost: restored when the page has reloaded itself --------- ------------------

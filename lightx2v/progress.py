@@ -4,6 +4,7 @@
 command line, the server and the benchmarks show the numbers of this file.
 """
 
+import contextlib
 import gc
 import logging
 import resource
@@ -100,7 +101,7 @@ UNWATCHED = LoadWatch()
 
 
 def peak_rss() -> int:
-    """Largest resident memory of this process so far, in bytes.
+    """Largest resident memory of this process since it started, or since `reset_peak_rss`, in bytes.
 
     On Linux from /proc: a process inherits getrusage's number from its parent.
     """
@@ -111,6 +112,12 @@ def peak_rss() -> int:
         pass
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else peak * 1024
+
+
+def reset_peak_rss() -> None:
+    """Begin a new measurement of `peak_rss`, where the system can (Linux); else it goes on from the program's start."""
+    with contextlib.suppress(OSError), open("/proc/self/clear_refs", "w", encoding="ascii") as file:
+        file.write("5")
 
 
 LOG_NAMES = {

@@ -11,6 +11,7 @@ import logging
 import os
 import re
 import secrets
+import time
 from collections import OrderedDict
 from collections.abc import Container
 from dataclasses import replace
@@ -46,6 +47,8 @@ log = logging.getLogger("lightx2v.page")
 SAMPLE = PROJECT / "assets" / "samples" / "idle.mp4"
 THUMBNAIL_SIDE = 128
 HISTORY = 60
+UNDO_SECONDS = 300.0
+"""A deleted run can be brought back for so long."""
 JOB_ID = re.compile(r"[A-Za-z0-9_-]{16,64}")
 
 
@@ -79,6 +82,8 @@ class Studio:
         self._rates = Rates(self.folder / "rates.json")
         self._uploads: OrderedDict[str, Path] = OrderedDict()
         self._predicted: OrderedDict[str, Prediction] = OrderedDict()
+        self._trash: dict[str, tuple[Job, float]] = {}
+        """Deleted runs, and when their files go."""
         self.offer = Offer(catalog, only=only, private=exposure.shows_paths)
         if default_preset and default_preset not in self.tasks and only is None:
             self.offer.catalog.wait()  # it may be the name of a found model
@@ -240,26 +245,36 @@ class Studio:
     def job_of(self, owner: str, job_id: str) -> Job | None:
         """The run if it belongs to this owner; None otherwise, whether or not it exists."""
         job = self._find(job_id)
-        if job is None or not owner:
-            return None
-        is_own = secrets.compare_digest(job.owner, owner) or (not job.owner and not self.exposure.open_to_others)
-        return job if is_own else None
+        return job if job is not None and job.id not in self._trash and self._belongs(job, owner) else None
+
+    def _belongs(self, job: Job, owner: str) -> bool:
+        if not owner:
+            return False
+        return secrets.compare_digest(job.owner, owner) or (not job.owner and not self.exposure.open_to_others)
 
     def runs(self, owner: str) -> list[Job]:
         """The owner's runs, newest first. On one's own machine also those that came back from their videos after the
         list of jobs was lost: a video does not tell whose it is."""
         if not owner:
             return []
-        runs = self.jobs.list(owner, limit=HISTORY)
+        self.empty_trash()
+        most = HISTORY + len(self._trash)
+        runs = self.jobs.list(owner, limit=most)
         if not self.exposure.open_to_others:
-            runs = sorted([*runs, *self.jobs.list("", limit=HISTORY)], key=lambda job: job.created, reverse=True)
-        return runs[:HISTORY]
+            runs = sorted([*runs, *self.jobs.list("", limit=most)], key=lambda job: job.created, reverse=True)
+        return [job for job in runs if job.id not in self._trash][:HISTORY]
 
     def _find(self, job_id: str) -> Job | None:
         try:
             return self.jobs.get(job_id)
         except UnknownJob:
             return None
+
+    def ahead_of(self, job: Job, owner: str) -> tuple[int, int]:
+        """How many runs come before a waiting one, and how many of those are other visitors'."""
+        busy = self.jobs.list(states=("queued", "running"), limit=10_000)
+        before = [it for it in busy if it.state == "running" or (it.position or 0) < (job.position or 0)]
+        return len(before), sum(not self._belongs(it, owner) for it in before)
 
     def swap(self, first: Job, second: Job) -> None:
         """Exchanges two queued runs of one owner; no other run moves."""
@@ -270,8 +285,28 @@ class Studio:
             self.jobs.move(early.id, max(places[0], places[1]))
 
     def delete(self, job: Job) -> None:
-        """Removes a run and its files."""
-        self.jobs.delete(job.id)
+        """Removes a run that is over from its owner's page; `undo_delete` brings it back until its files go, a while
+        later."""
+        if not job.over:
+            raise BadRequest("This run is not over. Stop it first.")
+        self._trash[job.id] = job, time.monotonic() + UNDO_SECONDS
+
+    def deleted(self, owner: str) -> int:
+        """How many runs of this owner `undo_delete` would bring back."""
+        return sum(self._belongs(job, owner) for job, _ in self._trash.copy().values())
+
+    def undo_delete(self, owner: str) -> None:
+        """Brings back the runs of this owner that were deleted in the last minutes."""
+        for id, (job, _) in self._trash.copy().items():
+            if self._belongs(job, owner):
+                self._trash.pop(id, None)
+
+    def empty_trash(self, *, all: bool = False) -> None:
+        """Removes what was deleted long enough ago, or `all`, with its files."""
+        for id, (_, until) in self._trash.copy().items():
+            if (all or time.monotonic() >= until) and self._trash.pop(id, None) is not None:
+                with contextlib.suppress(UnknownJob):
+                    self.jobs.delete(id)
 
     # ---- files that are served ----------------------------------------------------------------------------------
 
@@ -283,6 +318,16 @@ class Studio:
         """The video of a run. Ids cannot be guessed, so knowing one is the permission."""
         job = self._find(job_id)
         return existing(job.path, self.folder) if job is not None else None
+
+    def download_name(self, job_id: str) -> str:
+        """A file name that says when and how the video was made: date, preset, seed, the first words of the prompt."""
+        job = self._find(job_id)
+        if job is None:
+            return "video.mp4"
+        made = time.strftime("%Y%m%d-%H%M", time.localtime(job.created))
+        words = "_".join(re.findall(r"\w+", job.request.prompt)[:6])[:40]
+        seed = (job.result or {}).get("seed", job.request.seed)
+        return "-".join(filter(None, [made, re.sub(r"[^\w]+", "_", job.preset), f"seed{seed}", words])) + ".mp4"
 
     def preview_of(self, job_id: str) -> bytes | Path | None:
         """The latest preview of the latents, or the poster once the run has ended."""
@@ -323,6 +368,7 @@ class Studio:
 
     def close(self) -> bool:
         """Interrupts the running job. False if its engine does not stop."""
+        self.empty_trash(all=True)
         return self.jobs.close()
 
 

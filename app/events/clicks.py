@@ -20,6 +20,7 @@ from .page_controller import PageEvent
 
 ON_PAGE = (
     *("language", "example", "download", "cancel_download", "swap", "clear"),
+    *("undo_fill", "undo_delete", "random_seed", "stop_editing"),
     *("look_again", "forget_folder", "lora_add", "trigger"),
 )
 """Buttons that are about the page; all others are about one run, whose id they send."""
@@ -45,6 +46,7 @@ def act_on_page(event: PageEvent, name: str) -> None:
         event.change(language=language)
         event.relabel()
     elif name == "example":
+        event.keep_fields()
         event.values["prompt"] = event.updates[inputs.fields["prompt"]] = text_of(sent.get("text", ""))
         if (path := picture(str(sent.get("picture", "")))) is not None:
             event.updates[inputs.fields["image_path"]] = picture_of(str(path))
@@ -53,6 +55,14 @@ def act_on_page(event: PageEvent, name: str) -> None:
         studio.files.download(config) if name == "download" else studio.files.cancel()
     elif name in OF_OWN_FILES:
         OF_OWN_FILES[name](event)
+    elif name == "undo_fill":
+        event.put_fields_back()
+    elif name == "undo_delete":
+        studio.undo_delete(event.session.owner)
+    elif name == "random_seed":
+        event.set_fields(seed=-1)
+    elif name == "stop_editing":
+        event.change(editing="")
     elif name == "swap":
         event.change(compared=event.session.compared[::-1])
     elif name == "clear":
@@ -115,14 +125,18 @@ def act_on_job(event: PageEvent, name: str, job: Job) -> None:
             studio.swap(job, waiting[place])
     elif name == "compare":
         event.session = session.toggle_compared(job.id)
-    elif name == "restore":
+    elif name == "show":
         event.change(job=job.id, pinned=True, uploaded="")
+    elif name == "restore":
+        event.keep_fields()
         event.fill_run(job.preset, job.config, job.request)
     elif name == "edit":
         event.change(editing="" if session.editing == job.id else job.id)
         if event.session.editing:
+            event.keep_fields()
             event.fill_run(job.preset, job.config, job.request)
     elif name == "same_seed":
+        event.keep_fields()
         event.fill_run(job.preset, job.config, replace(job.request, seed=seed_of(job)))
     elif name == "again":
         new = event.submit(job.preset, job.config, replace(job.request, seed=new_seed()))
@@ -132,6 +146,7 @@ def act_on_job(event: PageEvent, name: str, job: Job) -> None:
     elif (changed := retry_options(job, offload=True).get(name)) is not None:
         new = event.submit(job.preset, *changed)
         event.change(job=new.id, pinned=False)
+        event.keep_fields()
         event.fill_run(job.preset, *changed)
 
 
@@ -140,6 +155,7 @@ def _continue(event: PageEvent, job: Job) -> None:
     path = event.studio.video_of(job.id)
     if path is None:
         raise BadRequest(event.words("not_yours"))
+    event.keep_fields()
     values = event.page.editor.preset_values(event.studio.default_for("i2v", job.preset))
     values |= {key: getattr(job.request, key) for key in ("prompt", "height", "width", "frames", "fps")}
     event.fill({**values, "match_image": True, "last_frame_path": None}, task="i2v")

@@ -21,8 +21,9 @@ from lightx2v.jobs.store import Job
 from lightx2v.media.mp4 import read_settings
 
 from ..backend.session import Session
-from ..form.editor import form_of, unfilled
+from ..form.editor import form_of, stand_in, unfilled
 from ..form.fields import LORA_ROWS, SubmitPlan, loras_on_offer, low_noise_partner, submit_plan
+from ..form.inputs import MATCH
 from .page_controller import PageEvent
 
 
@@ -53,6 +54,7 @@ def opened(event: PageEvent) -> None:
 def generate(event: PageEvent) -> None:
     """On Generate: queue one job or several, or save new settings for the job that the visitor edits."""
     event.state.problem = None
+    event.state.replaced.clear()
     planned = submit_plan(form_of(event.values), event.studio.offer, event.studio.exposure)
     if event.session.editing:
         _save_edit(event, planned)
@@ -92,10 +94,26 @@ def _save_edit(event: PageEvent, planned: SubmitPlan) -> None:
 
 
 def picked(event: PageEvent) -> None:
-    """On picking a preset: fill in its settings; prompt, pictures, seed and LoRAs stay."""
+    """On picking a preset: fill in its settings; prompt, pictures, seed, LoRAs and a chosen size and length stay."""
     name, task = str(event.sent.get("name", "")), event.values["task"]
     if event.studio.tasks.get(name) == task:
-        event.fill(event.page.editor.preset_values(name), task=task)
+        event.fill({**event.page.editor.preset_values(name), **_chosen_size(event, name)}, task=task)
+
+
+def _chosen_size(event: PageEvent, name: str) -> dict[str, Any]:
+    """Size, shape and length if the visitor has changed them, and the preset `name` can make them too."""
+    before, after = event.studio.settings(event.preset), event.studio.settings(name)
+    chosen = {field: event.values[field] for field in ("height", "width", "frames", "fps")}
+    chosen = {field: value for field, value in chosen.items() if value != before.request[field]}
+    if before.preset.demo != after.preset.demo:
+        return {}
+    try:
+        request = stand_in({**after.request, **chosen})
+        after.engine.check_request(request)
+        event.studio.exposure.limits.check(request)
+    except (LightX2VError, TypeError):  # TypeError: a number is only half typed
+        return {}
+    return {**chosen, "match_image": event.values["shape"] == MATCH} if event.values["task"] == "i2v" else chosen
 
 
 def task_changed(event: PageEvent) -> None:
@@ -128,12 +146,15 @@ def pictured(event: PageEvent) -> None:
 
 
 def paired(event: PageEvent) -> None:
-    """On naming a high-noise LoRA: fill in its low-noise file. The cost line reports a missing file."""
+    """On naming a high-noise LoRA: fill in its low-noise file, also in place of one that the page filled in before. The
+    cost line reports a missing file."""
     pairs = {}
     for row in range(LORA_ROWS):
-        high, low = (event.values[f"lora_{row}_{part}"] for part in ("high", "low"))
-        if high and not low and (pair := low_noise_partner(str(high))):
-            pairs[f"lora_{row}_low"] = pair
+        high, low = (str(event.values[f"lora_{row}_{part}"] or "") for part in ("high", "low"))
+        name = f"lora_{row}_low"
+        if low in ("", event.state.paired.get(name)) and (pair := low_noise_partner(high)) != low:
+            pairs[name] = pair
+    event.state.paired |= pairs
     event.set_fields(**pairs)
 
 
@@ -179,6 +200,7 @@ def restored(event: PageEvent) -> None:
     """On dropping or choosing a video made here: show it and fill in its settings."""
     file = event.data[event.page.restore]
     if file:
+        event.keep_fields()
         event.fill_run(*_settings_from(event, read_settings(file)))
         event.change(job="", pinned=True, uploaded=event.studio.keep_upload(Path(file)))
         event.state.problem = None

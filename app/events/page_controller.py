@@ -22,17 +22,19 @@ from ..backend.session import Session
 from ..backend.studio import Studio, existing
 from ..backend.zerogpu import ZeroGpuJobs
 from ..form.editor import Editor, Updates, form_of
-from ..form.fields import Unfilled, fields_of
+from ..form.fields import LORA_ROWS, Unfilled, fields_of, file_name, mixed_pair
 from ..form.inputs import MATCH, Inputs
 from ..gradio_compat import forget_copies, merge_updates, newest_component, payload
 from ..strings import Words
 from ..views import panels
-from ..views.html import tag
+from ..views.html import esc, tag
 from ..views.render import render
 from ..views.view_state import build_view
 from .page_state import PageState
 
 BUSY_SECONDS, IDLE_SECONDS = 1.0, 4.0
+
+UNDO_STEPS = 3
 
 IN_USE = "in use"
 """The page's script sends this instead of a part's version while that part is in use, such as an open list."""
@@ -112,10 +114,13 @@ class PageController:
         kept = {name: value for name, value in kept.items() if name in self.typed and value is not None}
         kept = {name: self.inputs.fields[name].preprocess(value) for name, value in kept.items()}
         kept = {name: value for name, value in kept.items() if value is not None}  # drops values of a wrong type
-        values = {**self.editor.preset_values(kept["preset"]), **kept}
+        return self.valid({**self.editor.preset_values(kept["preset"]), **kept})
+
+    def valid(self, values: Mapping[str, Any]) -> dict[str, Any] | None:
+        """`values` of all fields, to fill them with; None if some are only half typed."""
         try:
             form_of({**values, "prompt": "…"})
-            self.editor.whole({**values, "match_image": False}, task=kept["task"])
+            self.editor.whole({**values, "match_image": False}, task=values["task"])
         except (LightX2VError, TypeError, ValueError, ArithmeticError):
             return None
         return {**values, "match_image": values.get("shape") == MATCH}
@@ -142,6 +147,7 @@ class PageEvent:
         self._submitted = [] if submitted is None else submitted
         self.studio, self.inputs = page.studio, page.inputs
         self.updates: Updates = {}
+        self._kept: dict[str, Any] | None = None
         if state.session is None:
             state.session = Session.of(data[page.stored])
         self.session: Session = state.session
@@ -192,6 +198,22 @@ class PageEvent:
             values[name] = str(path) if existing(path, self.studio.folder) else None
         self.fill(values, task=values["task"])
 
+    def keep_fields(self) -> None:
+        """Remember what the visitor has typed before something else takes its place, for `put_fields_back`."""
+        if not is_blank(str(self.values["prompt"] or "")) or any(self.state.pictures.values()):
+            self._kept = dict(self.values)
+            self.state.replaced = [*self.state.replaced, self._kept][-UNDO_STEPS:]
+
+    def put_fields_back(self) -> None:
+        """Undo the last change that replaced what the visitor had typed."""
+        if not self.state.replaced:
+            return
+        before = self.state.replaced.pop()
+        if (values := self.page.valid(before)) is not None:
+            self.fill(values, task=values["task"])
+        else:  # numbers were half typed: at least the texts come back
+            self.set_fields(prompt=before["prompt"], negative_prompt=before["negative_prompt"])
+
     def set_fields(self, **values: Any) -> None:
         """Set single fields that follow from others."""
         for name, value in values.items():
@@ -218,9 +240,11 @@ class PageEvent:
         self.studio.keep_alive(*self.state.pictures.values(), self.studio.uploaded_video(self.session.uploaded))
         view = build_view(self.studio, self.session)
         self.session = self.state.session = view.session
+        if self._kept is not None and _but_seed(self._kept) == _but_seed(self.values):  # nothing was lost
+            self.state.replaced.pop()
         words, inputs = self.words, self.inputs
         parts = {page.parts[name]: (name, html) for name, html in render(self.studio, words, view).items()}
-        left = page.editor.parts(words, self.values, self._problem())
+        left = page.editor.parts(words, self.values, self._problem(), self._notices(words))
         parts |= {getattr(inputs, name): (name, html) for name, html in left.items()}
         versions = data[page.versions] if isinstance(data[page.versions], dict) else {}
         self._offer_found_files()
@@ -272,6 +296,22 @@ class PageEvent:
             self.state.problem = None
         return self.state.problem[0] if self.state.problem is not None else ""
 
+    def _notices(self, words: Words) -> str:
+        """What a press on Generate will do besides the obvious, each with a way out."""
+        lines = []
+        if self.session.editing:
+            lines.append(panels.notice(words, "editing", "stop_editing", "leave_unchanged"))
+        if (seed := self.values["seed"]) not in (None, -1):
+            lines.append(panels.notice(words, "seed_locked", "random_seed", "seed_random", seed=seed))
+        if self.state.replaced:
+            lines.append(panels.notice(words, "fields_replaced", "undo_fill", "undo"))
+        for row in range(LORA_ROWS):
+            high, low = (str(self.values[f"lora_{row}_{part}"] or "") for part in ("high", "low"))
+            if mixed_pair(high, low):
+                names = {"high": file_name(high), "low": file_name(low)}
+                lines.append(tag("p", esc(words("loras_mixed", **names)), class_="notice-line warn", role="status"))
+        return "".join(lines)
+
     def _stored(self) -> dict[str, Any]:
         """For the browser: the session, and the fields once the visitor has changed them; pictures stay here."""
         form = self._typed
@@ -291,6 +331,10 @@ class PageEvent:
         videos = values["videos"] if isinstance(values["videos"], (int, float)) else 1
         count = max(1, lines) * max(1, int(videos))
         return words("generate") if count == 1 else words("generate_n", n=count)
+
+
+def _but_seed(values: Mapping[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in values.items() if name != "seed"}
 
 
 def _digest(values: Mapping[str, Any]) -> str:

@@ -24,6 +24,10 @@ class PageState:
         self.lock = threading.Lock()
         """Held while an event is answered."""
         self.session: Session | None = None
+        self.paired: dict[str, str] = {}
+        """The low-noise LoRAs that the page filled in itself, by field: they follow the high-noise ones."""
+        self.replaced: list[dict[str, Any]] = []
+        """The fields as they were before another run's settings or an example took their place, for an undo."""
         self.pictures: dict[str, str | None] = {}
         """Paths of the chosen pictures, by field: too large to send with every event."""
         self.problem: tuple[str, str] | None = None

@@ -96,8 +96,9 @@ class Editor:
 
     # ---- parts that depend on the fields ------------------------------------------------------------------------
 
-    def parts(self, words: Words, values: Mapping[str, Any], problem: str) -> dict[str, str]:
-        """HTML by the names of `Inputs`: preset list, examples, crop, model files, and the cost or the `problem`."""
+    def parts(self, words: Words, values: Mapping[str, Any], problem: str, notices: str) -> dict[str, str]:
+        """HTML by the names of `Inputs`: preset list, examples, crop, model files, and the cost or the `problem` below
+        the `notices`."""
         name = values["preset"] if values["preset"] in self._studio.tasks else self._studio.default_preset
         parts = {
             "preset": self.preset_list(words, name),
@@ -105,9 +106,9 @@ class Editor:
             "crop": self.crop(words, values),
         }
         if problem:
-            parts["cost"] = panels.problem(problem)
+            parts["cost"] = notices + panels.problem(problem)
         elif self._studio.tasks.get(values["preset"]) == values["task"]:  # not while a run's fields are filled in
-            parts["cost"] = self.cost(words, values)
+            parts["cost"] = notices + self.cost(words, values)
         parts["shelf"] = self.shelf(words, values, name)
         if self._inputs.mine is not None:
             parts["mine"] = self.folders(words, values, name)

@@ -173,6 +173,18 @@ def low_noise_partner(path: str) -> str:
     return next(iter(partner_names(path)), "") if expert_of(path) == "high" else ""
 
 
+def mixed_pair(high: str, low: str) -> bool:
+    """Whether the names say that a row's two files belong to two different LoRAs."""
+    return (
+        bool(high and low) and expert_of(high) == "high" and expert_of(low) == "low" and low not in partner_names(high)
+    )
+
+
+def file_name(path: str) -> str:
+    """The last part of a path of any system, or of a Hub name."""
+    return PureWindowsPath(path).name
+
+
 def size_of(tier: int, shape: str) -> tuple[int, int]:
     """(height, width) for an area of about `tier` x `tier` and a shape such as "16:9", in whole tokens.
 

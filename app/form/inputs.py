@@ -19,6 +19,7 @@ from ..strings import Words
 from .fields import CONTROLS, LORA_ROWS, OFFLOAD, frames_for, setting_fields
 
 JS_ACT = "const events = ['act']; studio.actions(element, trigger);"
+JS_WATCH = JS_ACT + " studio.watched(element); watch('value', () => studio.watched(element));"
 JS_PICK = "const events = ['pick']; studio.picker(element, props, trigger);"
 
 SHAPES = ("16:9", "9:16", "1:1")
@@ -134,8 +135,9 @@ def build_inputs(words: Words, resolved: Resolved, exposure: Exposure, *, tasks:
             min_width=100, visible=paths,
         )  # fmt: skip
     _size(inputs, resolved)
-    inputs.generate = gr.Button(words("generate"), variant="primary", elem_id="generate", size="lg")
-    inputs.cost = gr.HTML(apply_default_css=False, elem_id="cost")
+    with gr.Column(elem_id="go"):  # stays in view
+        inputs.generate = gr.Button(words("generate"), variant="primary", elem_id="generate", size="lg")
+        inputs.cost = gr.HTML(apply_default_css=False, elem_id="cost", js_on_load=JS_WATCH)
     with gr.Accordion(words("advanced"), open=True, elem_id="advanced") as inputs.advanced:
         _advanced(inputs, resolved.request, exposure)
     inputs.texts[inputs.advanced] = {"label": "advanced"}

@@ -6,13 +6,18 @@ from lightx2v.jobs.store import Job
 
 from ..strings import Words
 from . import numbers
-from .html import esc, icon_button, tag
+from .html import button, esc, icon_button, tag
 from .report import peak_vram
+from .stage import stop_question
 
 
-def history(words: Words, jobs: Sequence[Job], current: str, compared: Sequence[str]) -> str:
-    """Past runs, newest first. A card shows its run; its small buttons compare and delete it."""
+def history(words: Words, jobs: Sequence[Job], current: str, compared: Sequence[str], *, deleted: int = 0) -> str:
+    """Past runs, newest first. A card shows its run; its small buttons compare and delete it. `deleted` runs can still
+    be brought back."""
     hint = tag("span", esc(words("drop_hint")), class_="quiet")
+    if deleted:
+        text = tag("span", esc(words("deleted", n=deleted)))
+        hint = tag("span", text + button(words("undo"), "undo_delete", kind="small"), class_="undo", role="status")
     head = tag("header", tag("h2", esc(words("history"))) + hint)
     if not jobs:
         return tag("section", head + tag("p", esc(words("history_empty")), class_="quiet empty"), class_="card history")
@@ -42,8 +47,8 @@ def _card(words: Words, job: Job, *, current: bool, compared: bool) -> str:
         picture = tag("img", src=f"studio/{job.id}/poster.jpg", alt="", loading="lazy")
     texts = tag("span", esc(prompt), class_="prompt") + tag("span", esc(_summary(words, job)), class_="quiet")
     main = tag(
-        "button", picture + texts, type="button", class_="open", data_act="restore", data_id=job.id,
-        aria_label=words("restore_run", prompt=prompt[:80]), title=prompt[:300],
+        "button", picture + texts, type="button", class_="open", data_act="show", data_id=job.id,
+        aria_label=words("show_run", prompt=prompt[:80]), title=prompt[:300],
         aria_current="true" if current else None,
     )  # fmt: skip
     tools = icon_button("trash", "delete", words("delete_run", prompt=prompt[:40]), id=job.id)
@@ -64,7 +69,7 @@ def _summary(words: Words, job: Job) -> str:
 
 
 def _running(words: Words, job: Job) -> str:
-    stop = icon_button("close", "stop", words("stop"), id=job.id)
+    stop = icon_button("close", "stop", words("stop"), id=job.id, **stop_question(words, job))
     return _row(words, job, "▸", tag("span", esc(words("state_running")), class_="quiet") + stop, "running")
 
 

@@ -53,6 +53,9 @@ def header(words: Words, machine: Machine, loaded: str, exposure: Exposure, *, a
         tag("span", esc(ram), class_="chip"),
         tag("span", esc(words("loaded", name=loaded) if loaded else words("nothing_loaded")), class_="chip"),
     ]
+    chips.append(
+        tag("span", esc(words("connection_lost")), class_="chip badge lost", role="alert")
+    )  # shown by the script
     if exposure.open_to_others and not exposure.hosted:
         text = words("shared") if exposure.auth else words("public")
         chips.append(tag("span", esc(text), class_="chip badge", role="status"))
@@ -61,7 +64,8 @@ def header(words: Words, machine: Machine, loaded: str, exposure: Exposure, *, a
     half += 'stroke="currentColor" stroke-width="1.5"/><path d="M8 2a6 6 0 0 1 0 12z" fill="currentColor"/></svg>'
     theme = tag("button", half, type="button", class_="btn icon", data_act="theme", aria_label=words("theme"))
     tools = tag("div", languages, class_="segment", role="group", aria_label=words("language")) + theme
-    content = tag("h1", esc(words("title"))) + tag("div", "".join(chips), class_="chips")
+    title = tag("h1", esc(words("title")) + tag("small", "Wan2.2-A14B"))
+    content = title + tag("div", "".join(chips), class_="chips", tabindex=0, role="group", aria_label=words("machine"))
     return tag("header", content + tag("div", tools, class_="tools"), class_="top")
 
 
@@ -115,6 +119,12 @@ def demo_note(words: Words, unknown: Sequence[str]) -> str:
     """Names the words of a prompt that the demo model does not know. Without any the line stays, empty."""
     text = words("demo_unknown", words=", ".join(unknown)) if unknown else ""
     return tag("p", esc(text), class_="cost one-line", role="status", title=text or None)
+
+
+def notice(words: Words, key: str, act: str, label: str, **values: object) -> str:
+    """A line beside Generate that says what it will do besides the obvious, and a button with the way out."""
+    text = tag("span", esc(words(key, **values)))
+    return tag("p", text + button(words(label), act, kind="small"), class_="notice-line", role="status")
 
 
 def problem(message: str) -> str:

@@ -20,7 +20,9 @@ def render(studio: Studio, words: Words, view: ViewState) -> dict[str, str]:
         "status": _status(studio, words, view),
         "report": _report(studio, words, view),
         "queue": cards.queue(words, view.runs, view.session.editing),
-        "history": cards.history(words, past, view.session.job, view.session.compared),
+        "history": cards.history(
+            words, past, view.session.job, view.session.compared, deleted=studio.deleted(view.session.owner)
+        ),
         "compare": comparison.compare(words, view.compared),
         "benchmark": comparison.benchmark(words, view.runs),
     }

@@ -106,11 +106,19 @@ def _chips(words: Words, result: Mapping[str, Any], predicted: float | None) -> 
         ("a_step_short", numbers.seconds(step) if step is not None else "–"),
         ("phase_decode", numbers.seconds(timings["seconds"].get("decode", 0.0))),
         ("peak_vram", numbers.memory(vram[0])) if vram else ("peak_ram", numbers.memory(timings["peak_rss"])),
-        ("predicted", "–" if predicted is None else numbers.about(predicted)),
+        ("predicted", _predicted(words, predicted, timings)),
         ("file", numbers.size(result["file_bytes"]) if result.get("file_bytes") else "–"),
     ]
     cells = (tag("div", tag("dt", esc(words(key))) + tag("dd", esc(value))) for key, value in chips)
     return tag("dl", "".join(cells), class_="chips")
+
+
+def _predicted(words: Words, predicted: float | None, timings: Mapping[str, Any]) -> str:
+    """The predicted seconds. They leave out a load that nobody could predict, and then say so."""
+    if predicted is None:
+        return "–"
+    loading = timings["total"] - seconds_without_loading(timings)
+    return numbers.about(predicted) + (f" {words('cost_load')}" if loading >= 0.05 else "")
 
 
 def _bar(words: Words, timings: Mapping[str, Any]) -> str:
@@ -127,6 +135,7 @@ def _bar(words: Words, timings: Mapping[str, Any]) -> str:
 def _buttons(words: Words, job: Job) -> str:
     row = [
         button(words("again_new_seed"), "again", id=job.id),
+        button(words("use_settings"), "restore", id=job.id),
         button(words("same_seed"), "same_seed", id=job.id, seed=seed_of(job)),
         button(words("continue_last"), "last_frame", id=job.id),
         button(words("compare"), "compare", id=job.id),

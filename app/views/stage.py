@@ -44,23 +44,26 @@ def status(
     job: Job | None,
     retry_options: Mapping[str, str] | None = None,
     *,
-    ahead: int = 0,
+    ahead: tuple[int, int] = (0, 0),
     expected: Mapping[str, float] | None = None,
 ) -> str:
     """The progress bar and one line: the current step, elapsed time and time left. Its height never changes.
 
-    `ahead` is the run's position in the queue; `expected` holds the seconds predicted for each stage, as far as known.
+    `ahead` counts the runs before one that waits, and how many of them are other visitors'. `expected` holds the
+    seconds predicted for each stage, as far as known.
     """
     if job is None:
         line = tag("span", esc(words("idle_hint")), class_="quiet")
     elif job.state in ACTIVE:
-        stop = button(words("stop"), "stop", kind="stop", id=job.id, key="Escape")
+        stop = button(words("stop"), "stop", kind="stop", id=job.id, key="Escape", **stop_question(words, job))
         line = tag("div", _now(words, job, job.progress, ahead), class_="doing")
         line += tag("div", _times(words, job, expected or {}) + stop, class_="clock")
     else:
         actions = ""
         for act, label in (retry_options or {}).items():
             actions += button(label, act, id=job.id, kind="" if actions else "primary")
+        if job.state != "succeeded":  # the report of a video has this button
+            actions += button(words("use_settings"), "restore", id=job.id)
         title = words("state_" + job.state).capitalize()
         note = ""
         if job.state == "succeeded":  # the report's total: it counts loading, but not waiting for a download
@@ -70,6 +73,13 @@ def status(
         said = tag("strong", esc(title)) + (tag("span", esc(note), class_="quiet") if note else "")
         line = tag("div", said, class_="doing") + tag("div", actions, class_="clock")
     return tag("div", _bar(words, job) + tag("div", line, class_="line"), class_="status")
+
+
+def stop_question(words: Words, job: Job) -> dict[str, str]:
+    """What the page asks before Stop ends a run that has taken more than a few seconds: data-* of the button."""
+    if job.started is None:
+        return {}
+    return {"since": f"{job.started:.2f}", "ask": words("stop_ask"), "yes": words("stop_yes"), "no": words("stop_no")}
 
 
 def went_on(words: Words, after: int, total: int) -> str:
@@ -137,21 +147,21 @@ def _bar(words: Words, job: Job | None) -> str:
         mark = "done" if done or index < at else "now" if index == at else "todo"
         share = 100 if mark == "done" else round(fill * 100) if mark == "now" else 0
         bar = tag("i", tag("b", "", style=f"width:{share}%"))
-        cells.append(tag("li", bar + tag("span", esc(words("phase_" + phase))), class_=mark))
+        cells.append(tag("div", bar + tag("span", esc(words("phase_" + phase))), class_=mark))
     percent = 100 if done else round(100 * overall(job.request, event)) if job and state == "running" else 0
     failed = state in ("failed", "cancelled", "interrupted")
     return tag(
-        "ol", "".join(cells), class_="phases failed" if failed else "phases", role="progressbar",
+        "div", "".join(cells), class_="phases failed" if failed else "phases", role="progressbar",
         aria_label=words("progress"), aria_valuemin=0, aria_valuemax=100, aria_valuenow=percent,
         aria_valuetext=_plain_now(words, job, event) if job is not None else words("idle_hint"),
     )  # fmt: skip
 
 
-def _now(words: Words, job: Job, event: Progress | None, ahead: int) -> str:
+def _now(words: Words, job: Job, event: Progress | None, ahead: tuple[int, int]) -> str:
     if job.cancelling:
         return tag("strong", esc(words("stopping")))
     if job.state == "queued":
-        return tag("strong", esc(words("queued_behind", n=ahead))) if ahead else tag("strong", esc(words("starting")))
+        return _queued(words, job, *ahead)
     if event is None:
         return tag("strong", esc(words("starting")))
     if event.stage == "denoise":
@@ -165,6 +175,16 @@ def _now(words: Words, job: Job, event: Progress | None, ahead: int) -> str:
         return title + tag("span", esc(rest), class_="quiet")
     note = event.message or (words("part_of", step=event.step, total=event.total) if event.total > 1 else "")
     return tag("strong", esc(words("doing_" + event.stage))) + (tag("span", esc(note), class_="quiet") if note else "")
+
+
+def _queued(words: Words, job: Job, ahead: int, others: int) -> str:
+    """How many runs a waiting one has before it, whose they are, and when it starts."""
+    if not ahead:
+        return tag("strong", esc(words("starting")))
+    title = tag("strong", esc(words("queued_behind", n=ahead)))
+    rest = [words("queued_others", n=others)] if others else []
+    rest += [words("queued_starts", time=numbers.about(job.starts_in))] if job.starts_in is not None else []
+    return title + (tag("span", esc(" · ".join(rest)), class_="quiet") if rest else "")
 
 
 def _plain_now(words: Words, job: Job, event: Progress | None) -> str:
@@ -199,7 +219,7 @@ def _waiting(words: Words, job: Job) -> str:
         source = f"studio/{job.id}/preview.jpg?step={step}"
         picture = tag("img", src=source, alt=words("preview_alt"), class_="preview")
         return _ambient(source) + picture + tag("span", esc(label), class_="tag")
-    label = words("doing_" + event.stage) if event else words("starting")
+    label = words("doing_" + event.stage) if event else words("starting" if job.state == "running" else "state_queued")
     return _landscape("breathing") + tag("span", esc(label), class_="tag")
 
 

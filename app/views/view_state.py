@@ -17,11 +17,8 @@ class ViewState:
     finished: Job | None
     runs: tuple[Job, ...]
     compared: tuple[Job, ...]
-
-    @property
-    def ahead(self) -> int:
-        """Queue position of the run on the stage, counting everyone's runs; 0 if it is not queued."""
-        return self.job.position or 0 if self.job is not None else 0
+    ahead: tuple[int, int]
+    """The runs before the one on the stage while that waits, and how many of them are other visitors'."""
 
     @property
     def busy(self) -> bool:
@@ -44,7 +41,10 @@ def build_view(studio: Studio, session: Session) -> ViewState:
     done = [run for run in runs if run.state == "succeeded"]
     finished = job if job is not None and job.state == "succeeded" else next(iter(done), None)
     compared = [run for id in session.compared for run in done if run.id == id]
-    return ViewState(session=session, job=job, finished=finished, runs=tuple(runs), compared=tuple(compared))
+    ahead = studio.ahead_of(job, session.owner) if job is not None and job.state == "queued" else (0, 0)
+    return ViewState(
+        session=session, job=job, finished=finished, runs=tuple(runs), compared=tuple(compared), ahead=ahead
+    )
 
 
 def _later(runs: list[Job], on_stage: str) -> Job | None:

@@ -36,7 +36,7 @@ def media_routes(studio: Studio) -> list[BaseRoute]:
 
     def video(request: Request) -> Response:
         job_id = _job_id(request)
-        name = f"lightx2v-{job_id[:8]}.mp4" if "download" in request.query_params else None
+        name = studio.download_name(job_id) if "download" in request.query_params else None
         return file(studio.video_of(job_id), "video/mp4", name)
 
     def preview(request: Request) -> Response:
@@ -54,6 +54,7 @@ def media_routes(studio: Studio) -> list[BaseRoute]:
     return [
         route("examples/{name}.png", lambda request: file(picture(request.path_params["name"]), "image/png")),
         route("loras/{name:path}.jpg", thumbnail),
+        Route("/studio/alive", lambda request: Response(status_code=204, headers={"Cache-Control": "no-store"})),
         route("sample.mp4", lambda request: file(studio.sample, "video/mp4")),
         route("{id}/video.mp4", video),
         route("{id}/poster.jpg", lambda request: file(studio.poster_of(_job_id(request)), "image/jpeg")),

@@ -17,7 +17,7 @@ from typing import Any, Protocol
 from ..config.engine_config import EngineConfig
 from ..config.request import Request
 from ..errors import Cancelled, GroupFailed, LightX2VError, OutOfMemory, OutputError, is_out_of_memory
-from ..progress import CancelToken, OnProgress, Progress, free_memory
+from ..progress import CancelToken, OnProgress, Progress, free_memory, reset_peak_rss
 from ..step_file import StepStore
 from .store import Job
 
@@ -102,6 +102,7 @@ class EngineSlot:
 
     def run(self, job: Job, path: Path, *, on_progress: OnProgress, cancel: CancelToken, steps: StepStore) -> Outcome:
         """Make the job's video `path`, after loading the engine if necessary."""
+        reset_peak_rss()
         try:
             cancel.check()
             engine = self._engine_for(job.config, job.preset, on_progress, cancel)

@@ -44,7 +44,7 @@ class Metrics:
         self._jobs = gauge("lightx2v_jobs", "Jobs by state.", ("state",))
         self._limit = gauge("lightx2v_queue_limit", "Number of jobs that may wait.")
         self._alive = gauge("lightx2v_worker_alive", "1 while the worker runs jobs, else 0.")
-        self._rss = gauge("lightx2v_peak_rss_bytes", "Largest host memory of the process.")
+        self._rss = gauge("lightx2v_peak_rss_bytes", "Largest host memory of the process since its last run began.")
         self._peak = 0
 
     def observe_request(self, route: str, method: str, status: int, seconds: float) -> None:

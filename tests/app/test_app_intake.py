@@ -248,3 +248,15 @@ def test_a_broken_body_is_refused_without_being_echoed(page: Page, body: bytes, 
         assert not LEAKS.search(answer.text), answer.text[:300]
         assert len(answer.text) < 2000, "the answer does not repeat the body"
     assert "xxxxxxxxxx" not in page.said and "[[[[[" not in page.said
+
+
+def test_a_low_noise_lora_that_the_page_filled_in_follows_the_high_noise_one(keyboard: Keyboard) -> None:
+    def named(**rows: str) -> dict[str, Any]:
+        return keyboard.press("lora_0_high", "blur", session="pairs", versions={"cost": ""}, **rows)
+
+    first = named(lora_0_high="styleA_high_noise.safetensors")
+    assert first["lora_0_low"]["value"] == "styleA_low_noise.safetensors"
+    second = named(lora_0_high="styleB_high_noise.safetensors", lora_0_low="styleA_low_noise.safetensors")
+    assert second["lora_0_low"]["value"] == "styleB_low_noise.safetensors"
+    own = named(lora_0_high="styleC_high_noise.safetensors", lora_0_low="mine_low_noise.safetensors")
+    assert "value" not in str(own.get("lora_0_low", "")) and "two different LoRAs" in own["cost"]

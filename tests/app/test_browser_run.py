@@ -99,7 +99,7 @@ def test_stop_ends_a_run_and_the_next_one_starts(visitor: Person) -> None:
     assert visitor.page.wait(str(first))["state"] == "cancelled"
     visitor.see("done")
     assert visitor.job != first
-    tab.wait_for_selector(f"#history [data-act=restore][data-id='{first}'] .nopicture")
+    tab.wait_for_selector(f"#history [data-act=show][data-id='{first}'] .nopicture")
 
 
 def test_history_and_dropped_videos_restore_settings(visitor: Person) -> None:
@@ -111,7 +111,8 @@ def test_history_and_dropped_videos_restore_settings(visitor: Person) -> None:
     first = visitor.job
     tab.fill("#seed input", "5")
     tab.fill("#prompt textarea", "something else")
-    tab.click(f"#history [data-act=restore][data-id='{first}']")
+    tab.click(f"#history [data-act=show][data-id='{first}']")
+    tab.click(f"#report [data-act=restore][data-id='{first}']")
     visitor.settle("text => document.querySelector('#prompt textarea').value === text", STAR)
     visitor.settle("() => document.querySelector('#seed input').value === '77'")
 

@@ -17,7 +17,16 @@ from app.form import editor as editing
 from app.form.demo_words import unknown_words
 from app.form.editor import form_of
 from app.form.examples import COUNT, PICTURES_SHOWN
-from app.form.fields import Form, fields_of, frames_for, low_noise_partner, setting_fields, size_of, submit_plan
+from app.form.fields import (
+    Form,
+    fields_of,
+    frames_for,
+    low_noise_partner,
+    mixed_pair,
+    setting_fields,
+    size_of,
+    submit_plan,
+)
 from app.strings import TABLES
 from lightx2v.config.request import LoraSpec
 from lightx2v.errors import BadRequest, LightX2VError, LoraError
@@ -230,3 +239,16 @@ def test_images_are_decoded_one_at_a_time(monkeypatch: pytest.MonkeyPatch) -> No
     for thread in threads:
         thread.join(10)
     assert most == 1
+
+
+@pytest.mark.parametrize(
+    ("high", "low", "mixed"),
+    [
+        ("styleB_high_noise.safetensors", "styleA_low_noise.safetensors", True),
+        ("/loras/styleA_high_noise.safetensors", "/loras/styleA_low_noise.safetensors", False),
+        ("styleB_high_noise.safetensors", "", False),
+        ("style.safetensors", "other.safetensors", False),
+    ],
+)
+def test_a_pair_of_two_different_loras_is_noticed(high: str, low: str, mixed: bool) -> None:
+    assert mixed_pair(high, low) is mixed

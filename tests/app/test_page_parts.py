@@ -333,7 +333,7 @@ def test_numbers_read_as_people_write_them() -> None:
 
 def test_presets_have_a_short_name_in_each_language() -> None:
     assert Words("en").preset("demo_i2v_fp8") == "Demo · 4-step FP8"
-    assert Words("zh").preset("t2v_base") == "原始模型"
+    assert Words("zh").preset("t2v_base") == "Wan2.2 · 原始模型"
     assert Words("en").preset("somebody's.json") == "somebody's.json"
 
 
