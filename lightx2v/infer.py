@@ -36,6 +36,7 @@ from .config.presets import Resolved, list_presets, list_user_presets, resolve
 from .config.recorded_settings import PICTURES, find_picture
 from .config.request import IMAGES, TASKS, Request, draw_seed
 from .config.request_settings import SETTINGS, SHOWN, Guidance, Setting
+from .config.schedule import schedule_of
 from .cost.machine import MachineReader
 from .cost.memory_forecast import forecast_for_gpu, forecast_for_machine
 from .errors import BadRequest, CheckpointError, ConfigError, LightX2VError, OutputError, one_line, quoted, short_path
@@ -266,7 +267,7 @@ def _dry_run(resolved: Resolved, shown: dict[str, Any], card: float | None) -> d
     placeholders = dict.fromkeys(("prompt", *IMAGES[resolved.engine.task]), "placeholder")
     request = Request.from_json(resolved.request | placeholders | shown)
     engine = resolved.engine
-    guided = request.guided
+    schedule = schedule_of(request)
     files = []
     for name, place in find_all(engine).items():
         hub = hub_name(name)
@@ -286,7 +287,8 @@ def _dry_run(resolved: Resolved, shown: dict[str, Any], card: float | None) -> d
             "latent_shape": list(request.latent_shape),
             "tokens": request.tokens,
             "steps": request.steps,
-            "forwards_per_step": {"high": 1 + guided[0], "low": 1 + guided[1]},
+            "forwards": sum(schedule.forwards),
+            "phases": schedule.to_json(),
             "seconds_of_video": request.seconds,
             "processes": resolved.preset.gpus,
             "memory": {"device": device, **memory.to_json()},

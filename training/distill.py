@@ -21,6 +21,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from lightx2v.config.phases import Phase
 from lightx2v.models.dit import WanDiT
 from lightx2v.sampling import Schedule, UniPC
 
@@ -46,9 +47,9 @@ def teacher_schedule(boundary: float) -> tuple[Schedule, list[int]]:
     for substeps, (here, there) in zip(SUBSTEPS, zip(levels[:-1], levels[1:], strict=True), strict=True):
         sigmas += [here + (there - here) * (i + 1) / substeps for i in range(substeps)]
         reached.append(len(sigmas) - 1)
-    timesteps = tuple(1000 * sigma for sigma in sigmas[:-1])
-    experts = tuple("high" if sigma >= boundary else "low" for sigma in sigmas[:-1])
-    return Schedule(sigmas=tuple(sigmas), timesteps=timesteps, experts=experts), reached
+    timesteps = [1000 * sigma for sigma in sigmas[:-1]]
+    phases = (Phase(expert="high"), Phase(expert="low", below_timestep=1000 * boundary))
+    return Schedule.of(sigmas, timesteps, phases), reached
 
 
 @dataclass(frozen=True, kw_only=True)

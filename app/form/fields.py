@@ -4,6 +4,7 @@ A `Form` holds the values of the fields, in gradio's types. `submit_plan` checks
 `fields_of` converts a run from the history, a dropped video or an edited job back to fields.
 """
 
+import json
 import re
 import secrets
 from collections.abc import Iterable, Iterator, Mapping
@@ -14,12 +15,13 @@ from typing import Any, Self
 
 from lightx2v.config.engine_config import EngineConfig
 from lightx2v.config.lora_names import expert_of, partner_names
+from lightx2v.config.phases import phases_from
 from lightx2v.config.presets import Resolved, resolve
 from lightx2v.config.prompt_cleaning import is_blank
 from lightx2v.config.recorded_settings import PICTURES
 from lightx2v.config.request import LoraSpec, Request
-from lightx2v.config.request_settings import SETTINGS, Setting, StepList
-from lightx2v.errors import BadRequest
+from lightx2v.config.request_settings import SETTINGS, PhaseList, Setting, StepList
+from lightx2v.errors import BadRequest, quoted
 from lightx2v.hub import find_lora
 
 from ..backend.offer import FILE_FIELDS, Offer
@@ -47,6 +49,8 @@ def to_field(row: Setting, value: Any) -> Any:
     """Convert a setting of a Request to the value that its control on the page holds."""
     if row.type is StepList:
         return ", ".join(map(str, value or ()))
+    if row.type is PhaseList:
+        return json.dumps([phase.to_json() for phase in phases_from(value) or ()]) if value else ""
     return value or "" if row.choices else value
 
 
@@ -54,6 +58,8 @@ def from_field(row: Setting, value: Any) -> Any:
     """Convert a control's value back to the setting. Request checks it: its error names the nearest valid value."""
     if row.type is StepList:
         return _step_list(value or "")
+    if row.type is PhaseList:
+        return _phase_list(value or "")
     return _whole(row.name, value) if row.type is int else value or None if row.choices else value
 
 
@@ -266,6 +272,15 @@ def _step_list(text: str) -> list[int]:
     if not all(part.isascii() and part.isdecimal() and len(part) <= 4 for part in parts):
         raise BadRequest(f"denoising_step_list is {text[:60]!r}; expected timesteps such as 1000, 750, 500, 250.")
     return [int(part) for part in parts]
+
+
+def _phase_list(text: str) -> Any:
+    """The phases that the text says in JSON; None if it is empty."""
+    try:
+        return json.loads(text) if text.strip() else None
+    except (ValueError, RecursionError):
+        example = '[{"expert": "high"}, {"expert": "low", "from_step": 2}]'
+        raise BadRequest(f"phases is {quoted(text)}; expected JSON such as {example}.") from None
 
 
 def _whole(name: str, value: Any, empty: int | None = None) -> Any:

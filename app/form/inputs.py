@@ -11,7 +11,7 @@ from gradio.components import Component
 from lightx2v.config.attention_names import SUPPORTED as ATTENTION_NAMES
 from lightx2v.config.presets import Resolved
 from lightx2v.config.request import MAX_PROMPT
-from lightx2v.config.request_settings import SETTINGS, StepList
+from lightx2v.config.request_settings import SETTINGS, PhaseList, StepList
 
 from ..exposure import Exposure
 from ..gradio_compat import tolerant
@@ -192,7 +192,7 @@ def _advanced(inputs: Inputs, request: Mapping[str, Any], exposure: Exposure) ->
         elif row.choices:
             choices = [("auto", ""), *((choice, choice) for choice in row.choices)]
             kind, more = Dropdown, {"choices": choices, "min_width": 120}
-        elif row.type is StepList:
+        elif row.type in (StepList, PhaseList):
             kind, more = Textbox, {"min_width": 180}
         inputs.add(kind, name, value=values[name], info=USAGE[name], **more)
 

@@ -20,6 +20,7 @@ from lightx2v.errors import BadRequest, LightX2VError, quoted
 from lightx2v.jobs.store import Job
 
 from ..backend.studio import Studio, existing
+from ..form.editor import stand_in
 
 KEYS = tuple(name for name in SETTINGS if name != "seed")
 """Keys of the argument `settings`: the seed is an argument of its own."""
@@ -107,9 +108,10 @@ class Endpoints:
             {
                 **{key: getattr(info, key) for key in ("name", "task", "title", "summary")},
                 "default": info.name == self._studio.default_preset,
-                "settings": {key: self._studio.settings(info.name).request[key] for key in KEYS},
+                "settings": {key: settings[key] for key in KEYS},
             }
             for info in self._studio.presets
+            for settings in [stand_in(self._studio.settings(info.name).request).to_json()]
         ]
 
 

@@ -30,6 +30,8 @@ PRESETS = PROJECT / "presets"
 MAX_JSON_BYTES = 1 << 20
 VARIANTS = ("base", "distill_lora", "distill_merged", "distill_gguf", "distill_fp8")
 """From slow to fast."""
+BOUNDARIES = ("boundary", "boundary_step_index")
+"""The short ways to say where the low-noise expert takes over. Phases stand in their place."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -85,7 +87,7 @@ def resolve(
     # A script whose $model_path is not set passes an empty one, which must not replace the preset's.
     overrides = {key: value for key, value in overrides.items() if not (key == "model_path" and value == "")}
     base, override = sort_keys(data, source), sort_keys(overrides, "override")
-    engine_values, request_values = base.engine | override.engine, base.request | override.request
+    engine_values, request_values = base.engine | override.engine, _replaced(base, override) | override.request
     _match_model_class(source, engine_values, request_values, override)
     if environment is not None and environment.models_dir and not engine_values.get("models_dir"):
         engine_values["models_dir"] = environment.models_dir
@@ -234,6 +236,13 @@ def _same_as(path: Path) -> Path | None:
         if isinstance(about, dict) and about.get("lightx2v") == wanted:
             return candidate
     return None
+
+
+def _replaced(base: Keys, override: Keys) -> dict[str, Any]:
+    """The preset's values, without those in whose place an override stands: phases or a boundary."""
+    said = {name for name, value in override.request.items() if value is not None}
+    gone = set(BOUNDARIES) if "phases" in said else {"phases"} if said & set(BOUNDARIES) else set()
+    return {name: value for name, value in base.request.items() if name not in gone}
 
 
 def _match_model_class(source: str, engine: dict[str, Any], request: dict[str, Any], override: Keys) -> None:

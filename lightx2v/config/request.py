@@ -8,24 +8,22 @@ import math
 import os
 import secrets
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from typing import Any, Literal, Self, get_args
 
 from ..errors import BadRequest
 from ..media.framing import RESIZE_MODES
 from .checks import Checks
+from .phases import MAX_GUIDANCE, MAX_STEPS, SAMPLERS, TRAIN_STEPS, Expert, Phase, Sampler, phases_from
 from .prompt_cleaning import is_blank
 
 check = Checks(BadRequest)
 
 Task = Literal["t2v", "i2v", "flf2v"]
-Expert = Literal["high", "low"]
-Sampler = Literal["unipc", "euler", "lcm"]
 
 TASKS: tuple[Task, ...] = get_args(Task)
 IMAGES: dict[Task, tuple[str, ...]] = {"t2v": (), "i2v": ("image_path",), "flf2v": ("image_path", "last_frame_path")}
 """The fields with the input images that a task needs."""
-SAMPLERS: tuple[Sampler, ...] = get_args(Sampler)
 OFFICIAL_BOUNDARY: dict[Task, float] = {"t2v": 0.875, "i2v": 0.9, "flf2v": 0.9}
 """Of the base models. The high-noise expert runs at timesteps of 1000 x boundary and above."""
 
@@ -35,7 +33,6 @@ MAX_FRAMES = 1001
 MAX_TOKENS = 262_144
 """About 3.5 times the official largest video (1280x720, 81 frames: 75 600 tokens). A preset may set a lower ceiling."""
 MAX_PROMPT = 10_000
-MAX_STEPS = 200
 MAX_LORAS = 32
 MAX_STRENGTH = 100.0
 MAX_SEED = 2**32 - 1
@@ -58,7 +55,7 @@ class LoraSpec:
     other expert. A file whose name has no expert goes to both.
     """
 
-    expert: Literal["high", "low", "auto"] = "auto"
+    expert: Expert | Literal["auto"] = "auto"
     path: str
     strength: float = 1.0
 
@@ -91,8 +88,9 @@ class Request:
 
     `guidance` is (high-noise expert, low-noise expert); one number means both. With a `denoising_step_list`, `steps`
     becomes the length of the list and `boundary` None. Without a list, a `boundary` of None means the task's official
-    one. A `sampler` of None means `solver`'s choice. For i2v and flf2v, height x width is an area and the image gives
-    the shape, unless `resize_mode` says otherwise (framing.py).
+    one. `phases` (phases.py) replace `boundary` and `boundary_step_index`. A `sampler` of None means `solver`'s
+    choice. For i2v and flf2v, height x width is an area and the image gives the shape, unless `resize_mode` says
+    otherwise (framing.py).
     """
 
     task: Task = "t2v"
@@ -112,6 +110,7 @@ class Request:
     boundary: float | None = None
     denoising_step_list: tuple[int, ...] | None = None
     boundary_step_index: int | None = None
+    phases: tuple[Phase, ...] | None = None
     resize_mode: str | None = None
     sampler: Sampler | None = None
     loras: tuple[LoraSpec, ...] | None = None
@@ -152,21 +151,38 @@ class Request:
             raise BadRequest("Task i2v takes no last_frame_path. Use task flf2v, or leave last_frame_path out.")
 
     def _check_schedule(self, put: Any) -> None:
+        put("phases", phases_from(self.phases))
         if self.denoising_step_list is None:
             put("steps", check.whole("steps", self.steps, 1, MAX_STEPS))
-            boundary = OFFICIAL_BOUNDARY[self.task] if self.boundary is None else self.boundary
-            put("boundary", check.real("boundary", boundary, 0.0, 1.0))
             if self.boundary_step_index is not None:
                 check.bad("boundary_step_index", self.boundary_step_index, "null without a denoising_step_list")
-            return
-        steps = check_step_list(self.denoising_step_list)
-        put("denoising_step_list", steps)
-        put("steps", len(steps))
-        put("boundary", None)
-        index, last = self.boundary_step_index, len(steps) - 1
-        if index is None:
-            check.bad("boundary_step_index", index, f"the step, 0 to {last}, at which the low-noise expert takes over")
-        put("boundary_step_index", check.whole("boundary_step_index", index, 0, last))
+        else:
+            steps = check_step_list(self.denoising_step_list)
+            put("denoising_step_list", steps)
+            put("steps", len(steps))
+        if self.phases is not None:
+            self._check_phases(self.phases)
+        elif self.denoising_step_list is None:
+            boundary = OFFICIAL_BOUNDARY[self.task] if self.boundary is None else self.boundary
+            put("boundary", check.real("boundary", boundary, 0.0, 1.0))
+        else:
+            put("boundary", None)
+            index, last = self.boundary_step_index, self.steps - 1
+            if index is None:
+                expected = f"the step, 0 to {last}, at which the low-noise expert takes over"
+                check.bad("boundary_step_index", index, expected)
+            put("boundary_step_index", check.whole("boundary_step_index", index, 0, last))
+
+    def _check_phases(self, phases: Sequence[Phase]) -> None:
+        for name in ("boundary", "boundary_step_index"):
+            if getattr(self, name) is not None:
+                check.bad(name, getattr(self, name), "null beside phases, which say where each expert begins")
+        late = next((phase.from_step for phase in phases if (phase.from_step or 0) >= self.steps), None)
+        if late is not None:
+            raise BadRequest(
+                f"phases: a phase begins at step {late}, counted from 0, but there are {self.steps} steps. Make more "
+                "steps, or let it begin earlier."
+            )
 
     def check_tokens(self, ceiling: int) -> None:
         """Raise BadRequest if the video has more than `ceiling` tokens. The error names frames or an area that fit."""
@@ -213,9 +229,25 @@ class Request:
         return self.frames / self.fps
 
     @property
+    def timeline(self) -> tuple[Phase, ...]:
+        """Who denoises when: `phases`, or the two that the boundary means. Guidance and sampler are filled in."""
+        if self.boundary_step_index is not None:
+            low = Phase(expert="low", from_step=self.boundary_step_index)
+        else:
+            low = Phase(expert="low", below_timestep=None if self.boundary is None else self.boundary * TRAIN_STEPS)
+        scales = dict(zip(("high", "low"), self.guidance, strict=True))
+        filled = []
+        for phase in self.phases or (Phase(expert="high"), low):
+            scale = scales[phase.expert] if phase.guidance is None else phase.guidance
+            scale = scale if self.enable_cfg else 1.0
+            filled.append(replace(phase, guidance=scale, sampler=phase.sampler or self.solver))
+        return tuple(filled)
+
+    @property
     def guided(self) -> tuple[bool, bool]:
-        """Whether the (high, low) expert needs an unconditional forward too. Guidance 1 is v_u + 1 (v_c - v_u): no."""
-        return self.enable_cfg and self.guidance[0] != 1.0, self.enable_cfg and self.guidance[1] != 1.0
+        """Whether the (high, low) expert needs an unconditional forward too, in any of its phases."""
+        guided = {phase.expert for phase in self.timeline if phase.guided}
+        return "high" in guided, "low" in guided
 
     @property
     def negative_text(self) -> str | None:
@@ -229,8 +261,8 @@ class Request:
         data: dict[str, Any] = {}
         for field in fields(self):
             value = getattr(self, field.name)
-            if field.name == "loras" and value is not None:
-                value = [lora.to_json() for lora in value]
+            if field.name in ("loras", "phases") and value is not None:
+                value = [item.to_json() for item in value]
             data[field.name] = list(value) if isinstance(value, tuple) else value
         return data
 
@@ -294,7 +326,8 @@ def _pair(name: str, value: Any) -> tuple[float, float]:
         value = (value, value)
     if isinstance(value, (str, bytes)) or not isinstance(value, Sequence) or len(value) != 2:
         check.bad(name, value, "one number, or two: [high-noise expert, low-noise expert]")
-    return check.real(name, value[0], -100.0, 100.0), check.real(name, value[1], -100.0, 100.0)
+    high, low = (check.real(name, scale, -MAX_GUIDANCE, MAX_GUIDANCE) for scale in value)
+    return high, low
 
 
 def _loras(value: Any) -> tuple[LoraSpec, ...] | None:

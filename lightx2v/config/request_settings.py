@@ -6,7 +6,7 @@ preset files come from them. A new setting is written in three files: `request.p
 `assets/strings.json` (its label).
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Annotated, Any, Literal, TypedDict, get_args, get_type_hints
 
@@ -16,6 +16,8 @@ from .request import SAMPLERS
 Guidance = float | Sequence[float]
 """One number for both experts, or (high-noise expert, low-noise expert)."""
 StepList = Sequence[int]
+PhaseList = Sequence[Mapping[str, Any]]
+"""As JSON writes the phases; phases.py has their keys."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,6 +95,10 @@ class RequestSettings(TypedDict, total=False):
     boundary_step_index: Annotated[int, Setting(
         "N", "step of the list, counted from 0, at which the low-noise expert takes over",
         video="boundary_step_index", schedule="list", flag=False)]
+    phases: Annotated[PhaseList, Setting(
+        "JSON", 'who denoises when, in place of the boundary: a list such as [{"expert": "high", "guidance": 3.5}, '
+        '{"expert": "low", "below_timestep": 875, "guidance": 1}]; also from_step and sampler',
+        video="phases", flag=False)]
     resize_mode: Annotated[str, Setting(
         "MODE", f"how an image is fitted: {', '.join(RESIZE_MODES)}",
         video="resize_mode", task="resize_mode", choices=RESIZE_MODES)]

@@ -89,9 +89,7 @@ def estimate_cost(request: Request, shape: DiTConfig | None = None) -> RunCost:
     """The work of `request` by a model of this shape, A14B's by default."""
     height, width = request.height, request.width
     tokens = request.latent_shape[1] * (height // 16) * (width // 16)
-    high = schedule_of(request).high_noise_steps
-    guided_high, guided_low = request.guided
-    forwards = high * (1 + guided_high) + (request.steps - high) * (1 + guided_low)
+    forwards = sum(schedule_of(request).forwards)
     pixels, chunks = float(height * width * request.frames), request.latent_shape[1]
     # A step is one call: both texts of guidance go through the blocks together.
     calls = {"text": 1 + (request.negative_text is not None), "denoise": request.steps, "decode": chunks, "write": 1}

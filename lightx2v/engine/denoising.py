@@ -34,8 +34,8 @@ class Denoising:
         self.meter, self.cancel, self.on_step = meter, cancel, on_step
         # Several processes stop only between steps, where they can agree on it.
         self.cancel_within_step = engine.mesh.group.local_cancel(cancel)
-        self.guided = dict(zip(("high", "low"), request.guided, strict=True))
-        self.text_states: dict[Expert, list[TextStates]] = {}
+        self.text_states: dict[int, list[TextStates]] = {}
+        """The prompts' keys and values in one phase, which its expert, LoRAs and guidance decide."""
         self.solver = solver_for(request)
         self.schedule = self.solver.schedule
         channels, frames, height, width = request.latent_shape
@@ -76,17 +76,18 @@ class Denoising:
         )
 
     def velocity(self, expert: Expert, latents: Tensor, timestep: float, step: int) -> Tensor:
-        """The velocity at these latents, with guidance where the expert has it."""
-        mesh, branches = self.engine.mesh, 1 + self.guided[expert]
-        next_expert = self.schedule.experts[step + 1] if step + 1 < self.schedule.steps else None
+        """The velocity at these latents, with guidance where the step's phase has it."""
+        schedule, mesh = self.schedule, self.engine.mesh
+        phase, number, branches = schedule.phase(step), schedule.numbers[step], schedule.forwards[step]
+        next_expert = schedule.experts[step + 1] if step + 1 < schedule.steps else None
         with self.engine.placement.expert(expert, next_expert) as dit:
             dit.split = mesh.token_split(branches)
-            if expert not in self.text_states:
-                self.text_states.clear()  # the other expert's keys and values are not needed again
+            if number not in self.text_states:
+                self.text_states.clear()  # the other phase's keys and values are not needed again
                 local = mesh.local_branches(list(self.contexts[:branches]))
-                self.text_states[expert] = [dit.encode_text(context) for context in local]
-            velocities = dit(latents, timestep, self.text_states[expert], self.condition, self.cancel_within_step)
-        return guided(mesh.gather_branches(velocities, branches), expert, self.request.guidance)
+                self.text_states[number] = [dit.encode_text(context) for context in local]
+            velocities = dit(latents, timestep, self.text_states[number], self.condition, self.cancel_within_step)
+        return guided(mesh.gather_branches(velocities, branches), phase.scale)
 
     def after_step(self, step: int, latents: Tensor, clean: Callable[[], Tensor]) -> None:
         self.step, self.latents, self.solver_state = step + 1, latents, self.solver.state()

@@ -51,15 +51,14 @@ def initial_noise(shape: Sequence[int], seed: int) -> Tensor:
     return torch.randn(tuple(shape), generator=torch.Generator("cpu").manual_seed(seed), dtype=torch.float32)
 
 
-def guided(branches: Sequence[Tensor], expert: Expert, guidance: tuple[float, float]) -> Tensor:
-    """Classifier-free guidance v_u + s (v_c - v_u), with s = guidance (high, low) of the expert.
+def guided(branches: Sequence[Tensor], scale: float) -> Tensor:
+    """Classifier-free guidance v_u + s (v_c - v_u), with s = `scale`.
 
     `branches` are the conditional and the unconditional velocity; the conditional one alone means no guidance.
     """
     if len(branches) == 1:
         return branches[0]
     conditional, unconditional = branches
-    scale = guidance[0] if expert == "high" else guidance[1]
     return torch.add(unconditional, conditional - unconditional, alpha=scale)
 
 

@@ -8,7 +8,7 @@ every update is a weighted sum:
     predictor   x_{k+1}  of  x_k, m_k, m_{k-1}
 
 So the weights are computed once, in double precision, and a step is a handful of multiply-adds in the latents' own
-precision (float32). The history continues when the expert changes: both experts predict the same quantity.
+precision (float32). The history continues when the expert or the guidance changes: all predict the same quantity.
 """
 
 import math
@@ -37,10 +37,11 @@ class Weights(NamedTuple):
 class UniPC:
     """Its state: `sample` and `x0` of the step before, and `older`, the x0 before that."""
 
-    def __init__(self, schedule: Schedule) -> None:
+    def __init__(self, schedule: Schedule, first: int = 0) -> None:
+        """Takes the steps from `first` on."""
         self.schedule = schedule
-        self._predict, self._correct = solver_weights((min(schedule.sigmas[0], LARGEST), *schedule.sigmas[1:]))
-        self._next, self._state = 0, dict[str, Tensor]()
+        self._predict, self._correct = solver_weights((min(schedule.sigmas[0], LARGEST), *schedule.sigmas[1:]), first)
+        self._next, self._state = first, dict[str, Tensor]()
 
     def step(self, velocity: Tensor, i: int, latents: Tensor) -> Tensor:
         """Latents at sigmas[i + 1] from the model's velocity at `latents` and sigmas[i]. A failure changes no state."""
@@ -63,10 +64,10 @@ class UniPC:
         self._next, self._state = step, dict(state)
 
 
-def solver_weights(sigmas: tuple[float, ...]) -> tuple[list[Weights], list[Weights]]:
+def solver_weights(sigmas: tuple[float, ...], first: int = 0) -> tuple[list[Weights], list[Weights]]:
     """Predictor and corrector weights of every update sigmas[k] -> sigmas[k + 1]; the last one is never corrected.
 
-    First order where there is no history (k = 0) and at the end, where lambda is infinite and x = x0.
+    First order where there is no history (k = `first`) and at the end, where lambda is infinite and x = x0.
     """
     last = len(sigmas) - 2
     predict, correct = [], []
@@ -75,7 +76,7 @@ def solver_weights(sigmas: tuple[float, ...]) -> tuple[list[Weights], list[Weigh
         h = _log_snr(there) - _log_snr(here)
         e = math.expm1(-h)  # B2(h); -1 at the end
         scale = (1 - there) * e
-        second_order = 0 < k < last
+        second_order = first < k < last
         r = (_log_snr(sigmas[k - 1]) - _log_snr(here)) / h if second_order else math.nan
 
         slope = 0.5 / r if second_order else 0.0

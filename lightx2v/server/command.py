@@ -26,6 +26,7 @@ from ..cli.runner import CommandContext, leave_at_exit, run_command
 from ..config.engine_config import EngineConfig
 from ..config.environment import Environment
 from ..config.folders import output_folder, use_temporary
+from ..config.phases import TRAIN_STEPS, Phase
 from ..config.presets import Resolved, resolve
 from ..config.request import Request
 from ..errors import ConfigError
@@ -151,8 +152,13 @@ def _warm_up(engine: Engine, resolved: Resolved, output: Path, on_progress: OnPr
 
     with contextlib.closing(WorkFolder(output)) as work:
         settings = {**resolved.request, "frames": 5, "steps": 2, "seed": 0}
+        phases: tuple[Phase, ...] = settings["phases"] or ()
         if (steps := settings["denoising_step_list"]) is not None and len(steps) > 1:
             settings |= {"denoising_step_list": (steps[0], steps[-1]), "boundary_step_index": 1}
+        if phases:  # one step each
+            settings["phases"] = [replace(p, below_timestep=None, from_step=i or None) for i, p in enumerate(phases)]
+            settings |= {"steps": len(phases), "boundary_step_index": None}
+            settings["denoising_step_list"] = steps and range(TRAIN_STEPS, TRAIN_STEPS - len(phases), -1)
         if resolved.engine.task != "t2v":
             image = work.path / "grey.png"
             Image.new("RGB", (settings["width"], settings["height"]), "grey").save(image)

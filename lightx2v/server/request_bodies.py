@@ -23,8 +23,9 @@ from starlette.datastructures import UploadFile
 from starlette.requests import Request as HttpRequest
 
 from ..config.checks import did_you_mean
+from ..config.phases import MAX_PHASES
 from ..config.request import MAX_PROMPT, MAX_STEPS, MAX_STRENGTH
-from ..config.request_settings import SETTINGS, Guidance, StepList
+from ..config.request_settings import SETTINGS, Guidance, PhaseList, StepList
 from ..errors import BadRequest, quoted
 from ..media.images import MAX_BYTES
 from .foreign_fields import IGNORED, UNCHANGED, with_foreign_fields
@@ -40,11 +41,12 @@ TYPES: dict[Any, Any] = {
     str: Annotated[str, Field(max_length=40)],
     Guidance: float | Annotated[list[float], Field(min_length=2, max_length=2)],
     StepList: Annotated[list[int], Field(min_length=1, max_length=MAX_STEPS)],
+    PhaseList: Annotated[list[dict[str, Any]], Field(min_length=1, max_length=MAX_PHASES)],
 }
 """The JSON type of a setting. Its range is checked later, by Request, whose error names the nearest valid value."""
 NAMES = {api: {name: row for row in SETTINGS.values() if (name := getattr(row, api))} for api in ("video", "task")}
 """API -> name of the field in its body -> setting."""
-LISTS = {name for rows in NAMES.values() for name, row in rows.items() if row.type in (Guidance, StepList)}
+LISTS = {name for rows in NAMES.values() for name, row in rows.items() if row.type in (Guidance, StepList, PhaseList)}
 LISTS |= {"loras", "target_shape"}
 BLOCKS = ("video_params", "extra_body")
 """Objects of other servers whose fields are those of the body."""

@@ -355,7 +355,9 @@ def test_a_dry_run_prints_the_plan_and_loads_nothing(infer: Infer, stage: Stage,
     assert data["engine"]["cpu_offload"] is True
     assert data["request"]["seed"] == -1 and data["request"]["prompt"] == "x"
     assert data["plan"]["tokens"] == 75_600
-    assert data["plan"]["forwards_per_step"] == {"high": 1, "low": 1}
+    assert data["plan"]["forwards"] == 4
+    phase = {"steps": 2, "guidance": 1.0, "forwards_per_step": 1, "sampler": "euler"}
+    assert data["plan"]["phases"] == [{"expert": expert, **phase} for expert in ("high", "low")]
     files = {file["name"]: file for file in data["plan"]["files"]}
     assert files["lightx2v/Encoders/models_t5_umt5-xxl-enc-fp8.pth"] == {
         "name": "lightx2v/Encoders/models_t5_umt5-xxl-enc-fp8.pth",
@@ -404,7 +406,10 @@ def test_a_dry_run_needs_no_prompt_and_no_gpus_and_finds_what_is_here(infer: Inf
     ended = infer("--preset", "t2v_base_cfg_ulysses", "--model_path", str(tmp_path / "m"), "--dry_run")
     data = json.loads(ended.out)
     assert data["plan"]["processes"] == 8
-    assert data["plan"]["forwards_per_step"] == {"high": 2, "low": 2}
+    assert data["plan"]["forwards"] == 80
+    assert [(phase["expert"], phase["steps"], phase["guidance"]) for phase in data["plan"]["phases"]] == [
+        ("high", 26, 4.0), ("low", 14, 3.0),
+    ]  # fmt: skip
     assert [file["here"] for file in data["plan"]["files"]] == [True, False, False, False, False]
     assert "prompt" not in data["request"]
 

@@ -4,6 +4,7 @@ import pytest
 import torch
 from diffusers import FlowMatchLCMScheduler
 
+from lightx2v.config.phases import Phase
 from lightx2v.config.request import Request
 from lightx2v.config.schedule import Schedule, shifted_schedule, step_list_schedule
 from lightx2v.sampling import LCM, initial_noise, solver_for
@@ -24,7 +25,7 @@ def run(solver: LCM, x: torch.Tensor, start: int = 0) -> torch.Tensor:
 
 def drawn(seed: int, i: int) -> torch.Tensor:
     """The noise of step i: what is left of an update whose clean prediction is zero, at half the noise level."""
-    halves = Schedule(sigmas=(0.5,) * 9, timesteps=(500,) * 8, experts=("high",) * 8)
+    halves = Schedule.of((0.5,) * 9, (500,) * 8, [Phase(expert="high")])
     return LCM(halves, seed).step(torch.zeros(SHAPE), i, torch.zeros(SHAPE)) / 0.5
 
 
