@@ -29,8 +29,9 @@ from lightx2v.cost.memory_forecast import forecast
 from lightx2v.cost.model_size import shape_of
 from lightx2v.cost.run_time import Prediction, Rates, estimate_cost
 from lightx2v.errors import BadRequest, ConfigError, LightX2VError
-from lightx2v.jobs.engine_slot import LoadedModel, OpenEngine, Outcome
+from lightx2v.jobs.engine_slot import OpenEngine
 from lightx2v.jobs.queue import JobManager
+from lightx2v.jobs.replica import LoadedModel, Outcome
 from lightx2v.jobs.store import Job, UnknownJob
 from lightx2v.media.images import DECODE_LOCK, jpeg, load_image
 from lightx2v.media.video_stills import still

@@ -26,8 +26,8 @@ from lightx2v.config.recorded_settings import recorded_settings
 from lightx2v.config.request import Request
 from lightx2v.cost.run_time import Prediction
 from lightx2v.errors import BadRequest, LightX2VError
-from lightx2v.jobs.engine_slot import LoadedModel, OnFinished, Outcome
 from lightx2v.jobs.files import JobFiles
+from lightx2v.jobs.replica import LoadedModel, OnFinished, Outcome
 from lightx2v.jobs.store import STATES, Job, State, UnknownJob
 from lightx2v.media.images import jpeg
 from lightx2v.media.video_writer import VideoWriter

@@ -1,27 +1,32 @@
-"""EngineSlot: the one loaded engine, and the boundary at which the failure of a job stops.
+"""EngineSlot: the replica in this process: one loaded engine, and the boundary at which the failure of a job stops.
 
-`EngineSlot.run` never raises because of a job. It returns an Outcome: a report, or an error with a message that says
-what to do. The traceback goes to the log, and no reference to the tensors of the failed step remains.
+The traceback of a failure goes to the log, and no reference to the tensors of the failed step remains.
 """
 
 import errno
 import json
 import logging
+import os
+import platform
+import threading
 import time
 import traceback
-from collections.abc import Callable
-from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Protocol
 
 from ..config.engine_config import EngineConfig
 from ..config.request import Request
+from ..cost.machine import MachineReader
 from ..errors import Cancelled, GroupFailed, LightX2VError, OutOfMemory, OutputError, is_out_of_memory
 from ..progress import CancelToken, OnProgress, Progress, free_memory, reset_peak_rss
 from ..step_file import StepStore
+from .replica import LoadedModel, Outcome, ReplicaStatus
 from .store import Job
 
 log = logging.getLogger("lightx2v.jobs")
+
+THIS_MACHINE = "this machine"
 
 
 class RunResult(Protocol):
@@ -61,48 +66,45 @@ class OpenEngine(Protocol):
     ) -> Engine: ...
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Outcome:
-    """The end of a job: `report` if it succeeded, else `error` (type, message). After `fatal` no job can run.
-
-    `died`: the program's other processes ended, which is not the job's end.
-    """
-
-    report: dict[str, Any] | None = None
-    error: dict[str, str] | None = None
-    cancelled: bool = False
-    fatal: bool = False
-    died: bool = False
-
-
-OnFinished = Callable[[EngineConfig, Request, Outcome], None]
-"""Called by the worker thread after every run, and before the job is recorded as finished."""
-
-
-@dataclass(frozen=True, slots=True)
-class LoadedModel:
-    """The configuration of the engine in memory, and the preset that it was loaded for."""
-
-    config: EngineConfig
-    preset: str
-
-
 class EngineSlot:
     """At most one engine. It stays while the EngineConfig stays equal, or becomes one that it can turn into; else it is
     closed before another one opens.
 
-    `loaded` may be read from any thread.
+    It tries to load every model: where one does not fit, the error says what to do.
     """
 
-    def __init__(self, open_engine: OpenEngine, on_finished: OnFinished | None = None) -> None:
+    def __init__(self, open_engine: OpenEngine, name: str = THIS_MACHINE) -> None:
+        self.name = name
         self.loaded: LoadedModel | None = None
-        self._open_engine, self._on_finished = open_engine, on_finished
+        self.alive = True
+        self._open_engine = open_engine
         self._engine: Engine | None = None
         self._load_seconds = 0.0
+        self._machine = MachineReader()
+        self._running = threading.Lock()
+
+    @cached_property
+    def device(self) -> str:
+        return self._machine().name
+
+    def refusal(self, config: EngineConfig) -> str:
+        return ""
+
+    def status(self) -> ReplicaStatus:
+        machine = self._machine()
+        free, total = machine.vram_free, machine.vram_total
+        if free is None or total is None:
+            free, total = machine.ram_free, machine.ram_total
+        name = platform.node() or self.name
+        return ReplicaStatus(machine=name, memory_used=total - free, memory_total=total, pid=os.getpid())
 
     def run(self, job: Job, path: Path, *, on_progress: OnProgress, cancel: CancelToken, steps: StepStore) -> Outcome:
         """Make the job's video `path`, after loading the engine if necessary."""
-        reset_peak_rss()
+        with self._running:
+            reset_peak_rss()
+            return self._run(job, path, on_progress=on_progress, cancel=cancel, steps=steps)
+
+    def _run(self, job: Job, path: Path, *, on_progress: OnProgress, cancel: CancelToken, steps: StepStore) -> Outcome:
         try:
             cancel.check()
             engine = self._engine_for(job.config, job.preset, on_progress, cancel)
@@ -112,15 +114,9 @@ class EngineSlot:
                 raise OutputError("The engine finished without writing the video. See the program's log.")
             # The name only: the folder is private to the server.
             report = self._with_load_time(result.report()) | {"path": path.name, "preset": job.preset}
-            outcome = Outcome(report=json.loads(json.dumps(report)))
+            return Outcome(report=json.loads(json.dumps(report)))
         except Exception as error:  # the one place where the failure of a job stops
-            outcome = self._failed(job.id, error)
-        try:
-            if self._on_finished is not None:
-                self._on_finished(job.config, job.request, outcome)
-        except Exception:  # statistics are no reason to lose the video
-            log.error("on_finished failed for job %s\n%s", job.id, traceback.format_exc())
-        return outcome
+            return self._failed(job.id, error)
 
     def load(self, config: EngineConfig, *, preset: str, on_progress: OnProgress, cancel: CancelToken) -> Engine:
         """Load an engine before the first job, which then does not wait for it. Errors pass to the caller."""
@@ -129,7 +125,16 @@ class EngineSlot:
         return engine
 
     def close(self) -> None:
-        """Close the engine, if there is one, and free its memory."""
+        """Close the engine, if there is one, and free its memory. That of a run in progress stays until its thread
+        closes it."""
+        self.alive = False
+        if self._running.acquire(blocking=False):
+            try:
+                self._drop_engine()
+            finally:
+                self._running.release()
+
+    def _drop_engine(self) -> None:
         engine, self._engine, self.loaded = self._engine, None, None
         if engine is None:
             return
@@ -153,7 +158,7 @@ class EngineSlot:
         if is_out_of_memory(failure):
             free_memory()
         elif not isinstance(failure, LightX2VError):  # a bug may have damaged the engine: the next job gets a new one
-            self.close()
+            self._drop_engine()
         return outcome
 
     def _engine_for(self, config: EngineConfig, preset: str, on_progress: OnProgress, cancel: CancelToken) -> Engine:
@@ -170,7 +175,7 @@ class EngineSlot:
         engine = self._engine
         if engine is None or not engine.exchange(config, preset=preset, on_progress=watch, cancel=cancel):
             del engine
-            self.close()
+            self._drop_engine()
             started = time.perf_counter()
             self._engine = self._open_engine(config, preset=preset, on_progress=watch, cancel=cancel)
         self.loaded = LoadedModel(config, preset)

@@ -33,9 +33,12 @@ MAX_DEATHS = 2
 """So many ends of the program in a row while a job runs may be the job's fault: it then waits for a person."""
 INTERRUPTED = {
     "type": "Interrupted",
-    "message": "The program ended twice while this job was running. Run it again: it goes on at its last saved step.",
+    "message": "The program, or its worker, ended twice while this job was running. Run it again: it goes on at its "
+    "last saved step.",
 }
 GOES_ON = "The program ended while this job was running. The job goes on at its last saved step, if there is one."
+WORKER_ENDED = "The worker that ran this job has ended. The job goes on at its last saved step, if there is one."
+MOVED = "The worker that ran this job was put out of service. The job goes on where it stopped."
 
 LOST_EVENTS = 1_000_000
 """More event ids than a run takes. After a restart its ids continue beyond those that clients have seen."""
@@ -273,8 +276,8 @@ class JobStore:
         """Remember that a running job is to stop, also if the program ends before it does."""
         self._db.execute("UPDATE jobs SET cancelling = 1 WHERE id = ?", (id,))
 
-    def resume_later(self, id: str, time: float, *, died: bool, skip: int = 0) -> None:
-        """The program ends while this job runs: the job becomes the next one. `died`: the program did not end it.
+    def resume_later(self, id: str, time: float, *, died: bool, note: str = GOES_ON, skip: int = 0) -> None:
+        """What runs this job ends: the job becomes the next one. `died`: it was not stopped, but ended by itself.
 
         After MAX_DEATHS in a row it is interrupted.
         """
@@ -289,7 +292,7 @@ class JobStore:
                 " place = (SELECT coalesce(min(place), 1) - 1 FROM jobs) WHERE id = ?",
                 (id,),
             )
-            self._add_event(id, time, "queued", skip=skip, note=GOES_ON)
+            self._add_event(id, time, "queued", skip=skip, note=note)
 
     def requeue(self, id: str, time: float) -> None:
         """Put the job back at the end of the queue, without its result."""

@@ -12,8 +12,8 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from ..config.engine_config import EngineConfig
 from ..config.request import Request
-from ..jobs.engine_slot import Outcome
 from ..jobs.queue import JobManager
+from ..jobs.replica import Outcome
 from ..progress import peak_rss
 
 BUCKETS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 10.0)

@@ -23,7 +23,7 @@ from app.page import _storage_secret
 from app.views.view_state import build_view
 from lightx2v.config.request import Request
 from lightx2v.errors import BadRequest
-from lightx2v.jobs.engine_slot import Outcome
+from lightx2v.jobs.replica import Outcome
 from lightx2v.jobs.store import Job
 
 PRESET = "demo_t2v_distill_lora"

@@ -14,7 +14,7 @@ from app.backend.zerogpu import MAX_SECONDS, MIN_SECONDS, UNKNOWN_SECONDS, ZeroG
 from lightx2v.config.request import Request
 from lightx2v.cost.run_time import Prediction
 from lightx2v.errors import BadRequest
-from lightx2v.jobs.engine_slot import LoadedModel, Outcome
+from lightx2v.jobs.replica import LoadedModel, Outcome
 from lightx2v.jobs.store import UnknownJob
 
 SETTINGS = settings_of("demo_t2v_distill_lora")

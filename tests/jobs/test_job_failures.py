@@ -14,8 +14,9 @@ from patience import PATIENCE, eventually
 from lightx2v.config.engine_config import EngineConfig
 from lightx2v.config.request import Request
 from lightx2v.errors import BadRequest, Busy, Cancelled, OutOfMemory
-from lightx2v.jobs.engine_slot import Outcome, public_error, release_frames
+from lightx2v.jobs.engine_slot import public_error, release_frames
 from lightx2v.jobs.queue import JobManager
+from lightx2v.jobs.replica import Outcome
 
 pytestmark = pytest.mark.slow
 

@@ -1,0 +1,199 @@
+"""WorkerPool: the workers of the queue, one for each replica; they come and go while jobs wait and run."""
+
+import logging
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from ..config.engine_config import EngineConfig
+from ..config.request import Request
+from ..errors import ConfigError, quoted
+from .replica import LoadedModel, OnFinished, Replica, ReplicaStatus
+from .state import CLOSING, QueueState
+from .store import Job
+from .worker import JobWorker, Running
+
+log = logging.getLogger("lightx2v.jobs")
+
+NO_WORKER = "No worker is left. Restart the program."
+
+Predict = Callable[[EngineConfig, Request], float | None]
+"""The seconds that a run takes, if they are known."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class WorkerState:
+    """A snapshot of a worker for people. `job` is the one that it runs; a paused worker takes none."""
+
+    name: str
+    device: str
+    status: ReplicaStatus
+    loaded: LoadedModel | None
+    paused: bool
+    job: Job | None
+
+
+class WorkerPool:
+    """Use every member under the lock of `state`, but `add`, `remove`, `drain` and `stop`, which take it.
+
+    `broken` is the reason why no job will run in this process any more. With `more_may_come`, jobs wait for a replica
+    where there is none for them.
+    """
+
+    def __init__(
+        self,
+        state: QueueState,
+        *,
+        predict: Predict | None = None,
+        on_finished: OnFinished | None = None,
+        purge: Callable[[], object],
+    ) -> None:
+        self.purge = purge
+        self.workers: dict[str, JobWorker] = {}
+        self.closing = self.more_may_come = False
+        self.broken = ""
+        self._started = False
+        self._state, self._predict, self._on_finished = state, predict, on_finished
+
+    # ---- workers ------------------------------------------------------------------------------------------------
+
+    def add(self, replica: Replica) -> None:
+        """Let jobs run on this replica too. ConfigError if there is a live one of that name."""
+        with self._state.changed:
+            known = self.workers.get(replica.name)
+            if known is not None and known.replica.alive and not known.leaving:
+                raise ConfigError(f"There is already a worker {quoted(replica.name)}. Remove it first.")
+            self.workers[replica.name] = worker = JobWorker(replica, self._state, self, self._on_finished)
+            if self._started and not self.closing:
+                worker.start()
+            self._state.changed.notify_all()
+
+    def start(self) -> None:
+        self._started = True
+        for worker in self.workers.values():
+            worker.start()
+
+    def remove(self, name: str, timeout: float) -> bool:
+        """Suspend the job of this replica, which another one then takes, and close it. A replica that does not stop in
+        `timeout` seconds is closed all the same. False if there is none of that name."""
+        with self._state.changed:
+            if (worker := self.workers.get(name)) is None:
+                return False
+            worker.interrupt()
+        if not worker.join(timeout):
+            worker.replica.close()
+            if not worker.join(timeout):
+                with self._state.changed:
+                    worker.abandon()
+                    self.left(worker, "")
+        return True
+
+    def drain(self, name: str, on: bool) -> bool:
+        """Take a replica out of service, or put it back: its job goes on elsewhere, and its model stays loaded. False
+        if there is none of that name."""
+        with self._state.changed:
+            if (worker := self.workers.get(name)) is None:
+                return False
+            worker.pause(on)
+            return True
+
+    def left(self, worker: JobWorker, reason: str) -> None:
+        """The worker has ended; `reason` is "" where it was asked to."""
+        if self.workers.get(worker.replica.name) is worker:
+            del self.workers[worker.replica.name]
+        if reason and not self.goes_on_without(worker):
+            self.broken = self.broken or reason
+            log.critical(self.broken)
+        elif reason:
+            log.error("%s runs no more jobs: %s", worker.replica.name, reason)
+        self._state.changed.notify_all()
+
+    def interrupt(self) -> None:
+        """Suspend all running jobs, and start no other."""
+        self.closing = True
+        for worker in self.workers.values():
+            worker.interrupt()
+        self._state.changed.notify_all()
+
+    def stop(self, timeout: float) -> bool:
+        """Interrupt, and wait for all threads. False if a replica does not stop within `timeout` seconds."""
+        with self._state.changed:
+            self.interrupt()
+            workers = list(self.workers.values())
+        deadline = time.monotonic() + timeout
+        stopped = [worker.join(deadline - time.monotonic()) for worker in workers]
+        return all(stopped)
+
+    def abandon(self) -> None:
+        """No worker may use the store any more."""
+        for worker in self.workers.values():
+            worker.abandoned = True
+
+    @property
+    def alive(self) -> bool:
+        return self._started and not (self.broken or self.closing or self.problem)
+
+    @property
+    def problem(self) -> str:
+        """Why no job can be accepted; "" if one can."""
+        if self.broken or self.closing:
+            return self.broken or CLOSING
+        return "" if self.workers or self.more_may_come else NO_WORKER
+
+    def goes_on_without(self, worker: JobWorker) -> bool:
+        others = [other for other in self.workers.values() if other is not worker]
+        return not (self.broken or self.closing) and bool(others or self.more_may_come)
+
+    # ---- jobs ---------------------------------------------------------------------------------------------------
+
+    @property
+    def running(self) -> list[Running]:
+        return [worker.running for worker in self.workers.values() if worker.running is not None]
+
+    def running_job(self, id: str) -> Running | None:
+        return next((running for running in self.running if running.job.id == id), None)
+
+    def next_job(self, worker: JobWorker) -> str | None:
+        """The job that an idle worker is to run now."""
+        for id in self._state.store.queued():
+            if not worker.replica.refusal(self._state.store.job(id).config):
+                return id
+        return None
+
+    def queue(self) -> dict[str, tuple[int, float | None]]:
+        """For each queued job its position, and the predicted seconds until it starts, if known."""
+        queue: dict[str, tuple[int, float | None]] = {}
+        ahead = self._remaining()
+        for position, id in enumerate(self._state.store.queued(), 1):
+            queue[id] = (position, ahead)
+            if ahead is not None and self._predict is not None:
+                job = self._state.store.job(id)
+                seconds = self._predict(job.config, job.request)
+                ahead = None if seconds is None else ahead + seconds
+        return queue
+
+    def _remaining(self) -> float | None:
+        """The predicted seconds until a worker is idle."""
+        if self._predict is None:
+            return None
+        left = [self._left(running) for running in self.running]
+        if len(left) < len(self.workers):
+            return 0.0
+        return None if None in left else min(seconds for seconds in left if seconds is not None)
+
+    def _left(self, running: Running) -> float | None:
+        progress, job = running.progress, running.job
+        if progress is not None and progress.eta is not None and progress.stage in ("denoise", "decode", "write"):
+            return progress.eta
+        whole = self._predict(job.config, job.request) if self._predict is not None else None
+        return None if whole is None else max(0.0, whole - (self._state.clock() - (job.started or 0.0)))
+
+
+def state_of(name: str, worker: JobWorker) -> WorkerState:
+    """A snapshot. Call it without the lock, because reading the machine's memory may take seconds."""
+    replica, running = worker.replica, worker.running
+    job = running.job if running is not None else None
+    status = replica.status()
+    return WorkerState(
+        name=name, device=replica.device, status=status, loaded=replica.loaded, paused=worker.paused, job=job
+    )

@@ -1,0 +1,136 @@
+"""Several workers: they share one queue, come and go, and no job is lost or run twice."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable
+
+import pytest
+from fake_engine import Garage, Script
+from job_runs import CONFIG, ask, done, hold
+from patience import PATIENCE, eventually
+
+from lightx2v.errors import Busy, ConfigError
+from lightx2v.jobs.engine_slot import EngineSlot
+from lightx2v.jobs.queue import JobManager
+from lightx2v.jobs.store import Job
+
+
+@pytest.fixture
+def second() -> Garage:
+    """The engines of a second replica."""
+    return Garage()
+
+
+def running(manager: JobManager, *jobs: Job) -> bool:
+    return all(manager.get(job.id).state == "running" for job in jobs)
+
+
+def test_two_replicas_run_two_jobs_at_once_each_with_its_own_progress(
+    manager: JobManager, garage: Garage, second: Garage
+) -> None:
+    manager.add_replica(EngineSlot(second, "gpu-1"))
+    events = [hold(garage, "a"), hold(garage, "b")]
+    second.script = garage.script
+    jobs = [manager.submit(CONFIG, ask(prompt)) for prompt in "ab"]
+    waiting = manager.submit(CONFIG, ask("c"))
+    eventually(lambda: running(manager, *jobs))
+    eventually(lambda: all(manager.get(job.id).progress for job in jobs))
+    assert sorted(garage.ran + second.ran) == ["a", "b"] and manager.get(waiting.id).position == 1
+    assert {worker.job.id for worker in manager.workers() if worker.job} == {job.id for job in jobs}
+    events[1].set()
+    assert done(manager, jobs[1]).state == "succeeded" and done(manager, waiting).state == "succeeded"
+    assert running(manager, jobs[0])
+    events[0].set()
+    assert done(manager, jobs[0]).state == "succeeded"
+    assert garage.most_running == second.most_running == 1
+
+
+def test_a_replica_that_is_removed_gives_its_job_to_another_at_its_step(
+    manager: JobManager, garage: Garage, second: Garage
+) -> None:
+    hold(garage, "held", saves=b"half of it")
+    job = manager.submit(CONFIG, ask("held"))
+    assert garage.started.wait(PATIENCE)
+    manager.add_replica(EngineSlot(second, "gpu-1"))
+    assert manager.remove_replica("this machine")
+    assert done(manager, job).state == "succeeded"
+    assert second.went_on_from == [b"half of it"] and garage.alive == 0
+    states = [event.data for event in manager.events(job.id) if event.kind == "state"]
+    assert [data["state"] for data in states] == ["queued", "running", "queued", "running", "succeeded"]
+    assert "goes on" in states[2]["note"]
+    assert [worker.name for worker in manager.workers()] == ["gpu-1"] and not manager.remove_replica("this machine")
+
+
+def test_a_drained_replica_takes_no_job_until_it_is_put_back(manager: JobManager, garage: Garage) -> None:
+    event = hold(garage, "held", saves=b"half of it")
+    job = manager.submit(CONFIG, ask("held"))
+    assert garage.started.wait(PATIENCE)
+    assert manager.drain("this machine") and not manager.drain("nobody")
+    eventually(lambda: manager.get(job.id).state == "queued")
+    assert [(worker.paused, worker.job) for worker in manager.workers()] == [(True, None)]
+    assert manager.get(job.id).position == 1 and manager.alive and garage.alive == 1, "the model stays loaded"
+    event.set()
+    manager.drain("this machine", on=False)
+    assert done(manager, job).state == "succeeded" and garage.went_on_from == [None, b"half of it"]
+
+
+def test_a_replica_that_does_not_stop_loses_its_job_to_another_and_delivers_nothing_later(
+    manager: JobManager, garage: Garage, second: Garage
+) -> None:
+    event = hold(garage, "held", ignore_cancel=True)
+    job = manager.submit(CONFIG, ask("held"))
+    assert garage.started.wait(PATIENCE)
+    manager.add_replica(EngineSlot(second, "gpu-1"))
+    assert manager.remove_replica("this machine", timeout=0.05)
+    job = done(manager, job)
+    assert job.state == "succeeded" and second.ran == ["held"]
+    events = manager.events(job.id)
+    event.set()
+    eventually(lambda: garage.alive == 0)
+    assert manager.get(job.id) == job and manager.events(job.id) == events
+
+
+def test_names_are_unique_and_a_queue_without_workers_refuses_jobs_unless_some_may_come(
+    open_manager: Callable[..., JobManager], garage: Garage
+) -> None:
+    manager = open_manager(garage=None)
+    assert not manager.alive
+    with pytest.raises(Busy, match="No worker is left"):
+        manager.submit(CONFIG, ask())
+    manager.more_may_come = True
+    assert manager.alive
+    job = manager.submit(CONFIG, ask())
+    manager.add_replica(EngineSlot(garage, "gpu-0"))
+    with pytest.raises(ConfigError, match="already a worker 'gpu-0'"):
+        manager.add_replica(EngineSlot(garage, "gpu-0"))
+    assert done(manager, job).state == "succeeded"
+    assert manager.remove_replica("gpu-0") and manager.alive
+    manager.more_may_come = False
+    assert not manager.alive
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
+def test_a_worker_that_crashes_loses_no_job_while_there_is_another(
+    manager: JobManager, garage: Garage, second: Garage
+) -> None:
+    event = hold(garage, "kill", error=SystemExit(1), saves=b"half of it")
+    job = manager.submit(CONFIG, ask("kill"))
+    assert garage.started.wait(PATIENCE)
+    manager.add_replica(EngineSlot(second, "gpu-1"))
+    event.set()
+    assert done(manager, job).state == "succeeded" and second.went_on_from == [b"half of it"]
+    assert manager.alive and [worker.name for worker in manager.workers()] == ["gpu-1"]
+
+
+def test_all_workers_stop_when_the_queue_closes(manager: JobManager, garage: Garage) -> None:
+    garages = [Garage() for _ in range(3)]
+    for number, other in enumerate(garages):
+        manager.add_replica(EngineSlot(other, f"gpu-{number}"))
+    for number in range(4):
+        for each in (garage, *garages):
+            each.script[str(number)] = Script(hold=threading.Event())
+    jobs = [manager.submit(CONFIG, ask(str(number))) for number in range(4)]
+    eventually(lambda: running(manager, *jobs))
+    assert manager.close()
+    assert [each.alive for each in (garage, *garages)] == [0] * 4
