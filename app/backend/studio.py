@@ -5,8 +5,6 @@ their browser keeps.
 """
 
 import contextlib
-import hashlib
-import json
 import logging
 import os
 import re
@@ -27,11 +25,12 @@ from lightx2v.config.request import Request
 from lightx2v.cost.machine import MachineReader
 from lightx2v.cost.memory_forecast import forecast
 from lightx2v.cost.model_size import shape_of
-from lightx2v.cost.run_time import Prediction, Rates, estimate_cost
+from lightx2v.cost.run_time import Prediction, estimate_cost
 from lightx2v.errors import BadRequest, ConfigError, LightX2VError
 from lightx2v.jobs.engine_slot import OpenEngine
 from lightx2v.jobs.queue import JobManager
 from lightx2v.jobs.replica import LoadedModel, Outcome
+from lightx2v.jobs.run_times import RunTimes
 from lightx2v.jobs.store import Job, UnknownJob
 from lightx2v.media.images import DECODE_LOCK, jpeg, load_image
 from lightx2v.media.video_stills import still
@@ -80,7 +79,7 @@ class Studio:
         self.machine = MachineReader()
         self.files = files or HubFiles()
         self._room_at_start = self.machine().vram_free or 0
-        self._rates = Rates(self.folder / "rates.json")
+        self._times = RunTimes(self.folder / "rates.json")
         self._uploads: OrderedDict[str, Path] = OrderedDict()
         self._predicted: OrderedDict[str, Prediction] = OrderedDict()
         self._trash: dict[str, tuple[Job, float]] = {}
@@ -158,8 +157,7 @@ class Studio:
 
     def _predict(self, config: EngineConfig, request: Request, engine: EngineConfig | None) -> Prediction | None:
         """`engine` is the one in memory when the run starts."""
-        cost = estimate_cost(request, shape_of(config))
-        return self._rates.predict(self.machine().name, engine_key(config), cost, loaded=engine == config)
+        return self._times.predict(config, request, device=self.machine().name, loaded=engine == config)
 
     @property
     def room(self) -> int | None:
@@ -180,39 +178,29 @@ class Studio:
         """The prediction made when the job was submitted or edited; None if nothing was measured before."""
         return self._predicted.get(job_id)
 
-    def _seconds(self, config: EngineConfig, request: Request) -> float | None:
-        prediction = self._predict(config, request, self._engine)
-        return prediction.seconds if prediction else None
-
     # ---- engines ------------------------------------------------------------------------------------------------
 
     def _open_jobs(
         self, open_engine: OpenEngine, lend_gpu: LendGpu | None, save_every: float
     ) -> JobManager | ZeroGpuJobs:
-        done = self._on_finished
         if lend_gpu is None:
             return JobManager(
-                open_engine, self.folder, max_queue=self.exposure.limits.queue, predict=self._seconds,
-                on_finished=done, save_every=save_every,
+                open_engine, self.folder, max_queue=self.exposure.limits.queue, predict=self._times.seconds,
+                on_finished=self._times.learn, save_every=save_every,
             )  # fmt: skip
         preset = self.default_preset
         config = self.settings(preset).engine
         engine = open_engine(config, preset=preset, on_progress=lambda event: None, cancel=CancelToken())
         model = LoadedModel(config, preset)
-        return ZeroGpuJobs(lend_gpu, engine, model, self.folder, predict=self.predict, on_finished=done)
+        return ZeroGpuJobs(lend_gpu, engine, model, self.folder, predict=self.predict, on_finished=self._on_finished)
 
     def _on_finished(self, config: EngineConfig, request: Request, outcome: Outcome) -> None:
-        if (report := outcome.report) is not None:
-            # An input image may have changed the size of the video: count the work that was done.
-            done = replace(request, height=report["height"], width=report["width"])
-            seconds = dict(report["timings"]["seconds"])
-            if report.get("resumed_after"):  # it did a part of the steps
-                del seconds["denoise"]
-            self.learn(config, done, seconds)
+        """Learns from a run on this machine."""
+        self._times.learn(config, request, replace(outcome, device=self.machine().name))
 
     def learn(self, config: EngineConfig, request: Request, seconds: dict[str, float]) -> None:
         """Records the seconds that each stage of a finished run took."""
-        self._rates.record(self.machine().name, engine_key(config), estimate_cost(request, shape_of(config)), seconds)
+        self._times.record(config, request, seconds, self.machine().name)
 
     # ---- runs of one owner --------------------------------------------------------------------------------------
 
@@ -371,12 +359,6 @@ class Studio:
         """Interrupts the running job. False if its engine does not stop."""
         self.empty_trash(all=True)
         return self.jobs.close()
-
-
-def engine_key(config: EngineConfig) -> str:
-    """A short name for everything that the speed of an engine depends on."""
-    text = json.dumps(config.to_json(), sort_keys=True)
-    return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
 @lru_cache(maxsize=256)

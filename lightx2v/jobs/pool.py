@@ -5,9 +5,8 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from ..config.engine_config import EngineConfig
-from ..config.request import Request
 from ..errors import ConfigError, quoted
+from .dispatcher import Dispatcher, Predict
 from .replica import LoadedModel, OnFinished, Replica, ReplicaStatus
 from .state import CLOSING, QueueState
 from .store import Job
@@ -17,8 +16,7 @@ log = logging.getLogger("lightx2v.jobs")
 
 NO_WORKER = "No worker is left. Restart the program."
 
-Predict = Callable[[EngineConfig, Request], float | None]
-"""The seconds that a run takes, if they are known."""
+UNFIT = ConfigError.__name__
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -53,7 +51,9 @@ class WorkerPool:
         self.closing = self.more_may_come = False
         self.broken = ""
         self._started = False
-        self._state, self._predict, self._on_finished = state, predict, on_finished
+        self._told_unfit: dict[str, str] = {}
+        self._state, self._on_finished = state, on_finished
+        self.dispatcher = Dispatcher(state, self.workers, predict)
 
     # ---- workers ------------------------------------------------------------------------------------------------
 
@@ -154,39 +154,24 @@ class WorkerPool:
         return next((running for running in self.running if running.job.id == id), None)
 
     def next_job(self, worker: JobWorker) -> str | None:
-        """The job that an idle worker is to run now."""
-        for id in self._state.store.queued():
-            if not worker.replica.refusal(self._state.store.job(id).config):
-                return id
-        return None
+        """The job that an idle worker is to run now; None to wait."""
+        self._settle_unfit()
+        job = self.dispatcher.choose(worker)
+        return None if job is None else job.id
 
-    def queue(self) -> dict[str, tuple[int, float | None]]:
-        """For each queued job its position, and the predicted seconds until it starts, if known."""
-        queue: dict[str, tuple[int, float | None]] = {}
-        ahead = self._remaining()
-        for position, id in enumerate(self._state.store.queued(), 1):
-            queue[id] = (position, ahead)
-            if ahead is not None and self._predict is not None:
-                job = self._state.store.job(id)
-                seconds = self._predict(job.config, job.request)
-                ahead = None if seconds is None else ahead + seconds
-        return queue
-
-    def _remaining(self) -> float | None:
-        """The predicted seconds until a worker is idle."""
-        if self._predict is None:
-            return None
-        left = [self._left(running) for running in self.running]
-        if len(left) < len(self.workers):
-            return 0.0
-        return None if None in left else min(seconds for seconds in left if seconds is not None)
-
-    def _left(self, running: Running) -> float | None:
-        progress, job = running.progress, running.job
-        if progress is not None and progress.eta is not None and progress.stage in ("denoise", "decode", "write"):
-            return progress.eta
-        whole = self._predict(job.config, job.request) if self._predict is not None else None
-        return None if whole is None else max(0.0, whole - (self._state.clock() - (job.started or 0.0)))
+    def _settle_unfit(self) -> None:
+        """A job whose model no worker can hold fails, or waits for a machine that may come, and says why."""
+        store, now = self._state.store, self._state.clock()
+        for job, reasons in self.dispatcher.unfit():
+            text = "; ".join(f"{name}: {reason.rstrip('.')}" for name, reason in sorted(reasons.items()))
+            if not self.more_may_come:
+                message = f"No worker can hold the model of this job. {text}. Choose another model, or offload more."
+                store.finish(job.id, "failed", now, error={"type": UNFIT, "message": message})
+                self._state.changed.notify_all()
+            elif self._told_unfit.get(job.id) != text:
+                self._told_unfit[job.id] = text
+                store.note(job.id, now, f"No worker can hold the model of this job, so it waits for another: {text}.")
+                self._state.changed.notify_all()
 
 
 def state_of(name: str, worker: JobWorker) -> WorkerState:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 
@@ -45,6 +45,12 @@ class JobQueries:
         with self._session() as store:
             return len(store.queued())
 
+    def backlog(self) -> float:
+        """The predicted seconds until the last queued job starts on the workers that there are now; infinite if one of
+        the jobs has no worker that could run it, 0.0 without queued jobs."""
+        with self._session():
+            return self._pool.dispatcher.backlog()
+
     def counts(self) -> dict[State, int]:
         with self._session() as store:
             return store.counts()
@@ -82,7 +88,7 @@ class JobQueries:
         `after` in this order, also if it was removed; UnknownJob if it is not known."""
         limit = min(max(limit, 0), 10_000)
         with self._session() as store:
-            queue = self._pool.queue()
+            queue = store.queued()
             found = store.jobs(owner, states, limit, after=after, oldest_first=oldest_first)
             return [self._complete(job, queue) for job in found]
 
@@ -117,11 +123,11 @@ class JobQueries:
                 f"The queue is full: {waiting} jobs are waiting, and the limit is {self.max_queue}. Try again later."
             )
 
-    def _complete(self, job: Job, queue: dict[str, tuple[int, float | None]] | None = None) -> Job:
+    def _complete(self, job: Job, queue: Sequence[str] | None = None) -> Job:
         """Add what the store does not hold: place in the queue, progress, the video's path."""
         if job.state == "queued":
-            position, starts_in = (self._pool.queue() if queue is None else queue)[job.id]
-            return replace(job, position=position, starts_in=starts_in)
+            position = (self._state.store.queued() if queue is None else queue).index(job.id) + 1
+            return replace(job, position=position, starts_in=self._pool.dispatcher.starts_in(job.id))
         if job.state == "succeeded":
             return replace(job, path=self._state.files.video(job.id))
         if (running := self._pool.running_job(job.id)) is None:

@@ -31,8 +31,9 @@ from ..config.request import Request, draw_seed
 from ..errors import BadRequest, ConfigError, LightX2VError
 from ..progress import CancelToken, OnProgress
 from ..step_file import SAVE_EVERY
+from .dispatcher import Predict
 from .engine_slot import Engine, EngineSlot, OpenEngine
-from .pool import Predict, WorkerPool
+from .pool import WorkerPool
 from .queries import JobQueries, label
 from .recovery import recover_jobs, remove_useless_steps
 from .replica import OnFinished, Replica
@@ -222,6 +223,7 @@ class JobManager(JobQueries):
             if (config, own) != (job.config, job.request):
                 self._files.steps(id).remove()  # that of a run before a restart
             store.change(id, config=config, request=own, preset=preset)
+            self._pool.dispatcher.forget()
             self._changed.notify_all()
             return self.get(id)
 

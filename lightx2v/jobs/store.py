@@ -12,7 +12,7 @@ from collections import OrderedDict, deque
 from collections.abc import Iterable, Sequence
 from contextlib import closing
 from dataclasses import dataclass, field
-from functools import partial
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -294,6 +294,10 @@ class JobStore:
             )
             self._add_event(id, time, "queued", skip=skip, note=note)
 
+    def note(self, id: str, time: float, note: str) -> None:
+        """Tell those who watch a queued job why it waits."""
+        self._add_event(id, time, "queued", note=note)
+
     def requeue(self, id: str, time: float) -> None:
         """Put the job back at the end of the queue, without its result."""
         with self.transaction():
@@ -342,9 +346,10 @@ class JobStore:
         ]
 
     def recover(self, time: float) -> None:
-        """After a restart: put the running job back into the queue, and drop jobs that this version cannot read."""
+        """After a restart: put the running jobs back to the head of the queue, in the order of submission,
+        and drop jobs that this version cannot read."""
         with self.transaction():
-            for row in self._db.execute("SELECT * FROM jobs").fetchall():
+            for row in self._db.execute("SELECT * FROM jobs ORDER BY number DESC").fetchall():
                 try:
                     _job(row)
                 except (LightX2VError, ValueError, TypeError, KeyError) as error:
@@ -408,11 +413,17 @@ def _columns(db: sqlite3.Connection) -> set[tuple[str, str]]:
 def _job(row: sqlite3.Row) -> Job:
     return Job(
         **{key: row[key] for key in _PLAIN},
-        config=EngineConfig.from_json(json.loads(row["config"])),
+        config=_config(row["config"]),
         request=Request.from_json(json.loads(row["request"])),
         result=None if row["result"] is None else json.loads(row["result"]),
         error=None if row["error"] is None else json.loads(row["error"]),
     )
+
+
+@lru_cache(maxsize=64)
+def _config(text: str) -> EngineConfig:
+    """Queues hold many jobs of few models, and the checks take longer than the rest of a row."""
+    return EngineConfig.from_json(json.loads(text))
 
 
 def _dump(data: Any) -> str:

@@ -38,10 +38,11 @@ LOST = "The GPU needs a restart of the program."
 @dataclass(slots=True)
 class Running:
     """A job that is running. `event` is the id of its latest event, `steps` counts the progress events among them.
-    `heard` is when `progress` came."""
+    `loaded`: its model was in memory already. `heard` is when `progress` came."""
 
     job: Job
     event: int
+    loaded: bool
     steps: int = 0
     cancel: CancelToken = field(default_factory=CancelToken)
     cancel_requested: bool = False
@@ -86,6 +87,7 @@ class JobWorker:
     ) -> None:
         self.replica = replica
         self.running: Running | None = None
+        self.last_run = 0.0
         self.paused = self.leaving = self.abandoned = False
         self._state, self._pool, self._on_finished = state, pool, on_finished
         self._store, self._files, self._changed = state.store, state.files, state.changed
@@ -171,7 +173,8 @@ class JobWorker:
                         self._files.ensure_folder()
                         self._files.remove_video(id)  # from a run that was interrupted
                         event = self._store.start(id, self._state.clock())
-                        self.running = Running(self._store.job(id), event)
+                        job, model = self._store.job(id), self.replica.loaded
+                        self.running = Running(job, event, loaded=model is not None and model.config == job.config)
                         self._changed.notify_all()
                         return self.running
                     self._changed.wait(LOOK_SECONDS if self._store.queued() else PURGE_SECONDS)
@@ -237,7 +240,7 @@ class JobWorker:
                     with contextlib.suppress(OSError, LightX2VError):
                         self._pool.purge()  # expired jobs may be what fills the disk
                     self._changed.wait(RETRY_SECONDS)
-            self.running = None
+            self.running, self.last_run = None, time.monotonic()
             self._next_purge = 0.0
             self._changed.notify_all()
 

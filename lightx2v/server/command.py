@@ -32,6 +32,8 @@ from ..config.request import Request
 from ..errors import ConfigError
 from ..jobs.engine_slot import Engine, OpenEngine
 from ..jobs.queue import JobManager
+from ..jobs.replica import Outcome
+from ..jobs.run_times import RunTimes
 from ..media.work_folder import WorkFolder
 from ..progress import CancelToken, OnProgress
 from .metrics import Metrics
@@ -62,14 +64,20 @@ def _run(options: argparse.Namespace, context: CommandContext, *, open_engine: O
     check_port(options.host, options.port)
     folder = output_folder(options.output_dir or environment.output_dir)
     use_temporary(folder)
-    metrics = Metrics()
+    metrics, times = Metrics(), RunTimes(folder / "rates.json")
+
+    def on_finished(config: EngineConfig, request: Request, outcome: Outcome) -> None:
+        metrics.observe_run(config, request, outcome)
+        times.learn(config, request, outcome)
+
     jobs = JobManager(
         open_engine or load,
         folder,
         max_queue=options.max_queue_size,
         ttl=options.result_ttl_hours * 3600 or None,
         size_cap=int(options.result_cap_gb * 1e9) or None,
-        on_finished=metrics.observe_run,
+        predict=times.seconds,
+        on_finished=on_finished,
         save_every=options.save_every,
         start=False,
     )

@@ -217,7 +217,7 @@ def test_a_job_the_engine_could_never_run_is_refused_when_submitted(manager: Job
 
 
 def test_seconds_until_the_start_add_up(open_manager: Callable[..., JobManager], garage: Garage) -> None:
-    manager = open_manager(predict=lambda config, request: request.frames / 1.0, clock=lambda: 1000.0)
+    manager = open_manager(predict=lambda config, request, **_: request.frames / 1.0, clock=lambda: 1000.0)
     garage.script["slow"] = Script(at=("text", 1), hold=(event := threading.Event()))
     manager.submit(CONFIG, ask("slow", frames=81))
     assert garage.started.wait(PATIENCE)

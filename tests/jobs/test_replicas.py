@@ -7,13 +7,18 @@ from collections.abc import Callable
 
 import pytest
 from fake_engine import Garage, Script
-from job_runs import CONFIG, ask, done, hold
+from fake_replica import FakeReplica
+from job_runs import CONFIG, OTHER, ask, done, hold
 from patience import PATIENCE, eventually
 
 from lightx2v.errors import Busy, ConfigError
 from lightx2v.jobs.engine_slot import EngineSlot
 from lightx2v.jobs.queue import JobManager
 from lightx2v.jobs.store import Job
+
+
+EAGER = {"predict": lambda *_, loaded, **__: 60.0 if loaded else 60.001}
+"""Loading costs nothing, so that no worker leaves a job to another."""
 
 
 @pytest.fixture
@@ -27,8 +32,9 @@ def running(manager: JobManager, *jobs: Job) -> bool:
 
 
 def test_two_replicas_run_two_jobs_at_once_each_with_its_own_progress(
-    manager: JobManager, garage: Garage, second: Garage
+    open_manager: Callable[..., JobManager], garage: Garage, second: Garage
 ) -> None:
+    manager = open_manager(**EAGER)
     manager.add_replica(EngineSlot(second, "gpu-1"))
     events = [hold(garage, "a"), hold(garage, "b")]
     second.script = garage.script
@@ -123,7 +129,8 @@ def test_a_worker_that_crashes_loses_no_job_while_there_is_another(
     assert manager.alive and [worker.name for worker in manager.workers()] == ["gpu-1"]
 
 
-def test_all_workers_stop_when_the_queue_closes(manager: JobManager, garage: Garage) -> None:
+def test_all_workers_stop_when_the_queue_closes(open_manager: Callable[..., JobManager], garage: Garage) -> None:
+    manager = open_manager(**EAGER)
     garages = [Garage() for _ in range(3)]
     for number, other in enumerate(garages):
         manager.add_replica(EngineSlot(other, f"gpu-{number}"))
@@ -134,3 +141,45 @@ def test_all_workers_stop_when_the_queue_closes(manager: JobManager, garage: Gar
     eventually(lambda: running(manager, *jobs))
     assert manager.close()
     assert [each.alive for each in (garage, *garages)] == [0] * 4
+
+
+def test_jobs_go_where_their_model_is_loaded_and_wait_there_if_that_is_sooner(
+    open_manager: Callable[..., JobManager],
+) -> None:
+    seconds = {True: 1.0, False: 1000.0}
+    manager = open_manager(garage=None, max_queue=100, predict=lambda *_, loaded, **__: seconds[loaded], start=False)
+    a, b = FakeReplica("a"), FakeReplica("b")
+    for replica in (a, b):
+        manager.add_replica(replica)
+    jobs = [manager.submit(config, ask(str(n))) for n, config in enumerate([CONFIG, OTHER])]
+    manager.start()
+    assert {done(manager, job).state for job in jobs} == {"succeeded"}
+    more = [manager.submit(config, ask(f"more {n}")) for n, config in enumerate([CONFIG, OTHER] * 6)]
+    assert {done(manager, job).state for job in more} == {"succeeded"}
+    assert sorted(len(replica.garage.opened) for replica in (a, b)) == [1, 1], "12 jobs of two models, no other load"
+
+
+def test_the_start_and_the_backlog_are_predicted_for_all_workers(open_manager: Callable[..., JobManager]) -> None:
+    manager = open_manager(
+        garage=None, predict=lambda config, request, **_: float(request.frames), clock=lambda: 1000.0, max_queue=100
+    )
+    manager.more_may_come = True
+    assert manager.backlog() == 0.0
+    replicas = [FakeReplica(f"gpu-{number}") for number in range(2)]
+    for replica in replicas:
+        replica.garage.script = {name: Script(at=("text", 1), hold=threading.Event()) for name in ("a", "b")}
+    held = [manager.submit(CONFIG, ask(name, frames=frames)) for name, frames in (("a", 41), ("b", 81))]
+    assert manager.get(held[0].id).starts_in is None and manager.backlog() == float("inf")
+    for replica in replicas:
+        manager.add_replica(replica)
+    eventually(lambda: running(manager, *held))
+    jobs = [manager.submit(CONFIG, ask(str(frames), frames=frames)) for frames in (45, 5, 9)]
+    assert [manager.get(job.id).starts_in for job in jobs] == [41.0, 81.0, 86.0]
+    assert [manager.get(job.id).position for job in jobs] == [1, 2, 3]
+    assert manager.backlog() == 86.0
+    assert manager.move(jobs[2].id, 1).starts_in == 41.0
+    manager.edit(jobs[2].id, ask("longer", frames=161))
+    assert [manager.get(jobs[n].id).starts_in for n in (2, 0, 1)] == [41.0, 81.0, 126.0]
+    for replica in replicas:
+        for script in replica.garage.script.values():
+            script.hold.set()  # type: ignore[union-attr]
