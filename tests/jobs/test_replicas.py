@@ -16,7 +16,6 @@ from lightx2v.jobs.engine_slot import EngineSlot
 from lightx2v.jobs.queue import JobManager
 from lightx2v.jobs.store import Job
 
-
 EAGER = {"predict": lambda *_, loaded, **__: 60.0 if loaded else 60.001}
 """Loading costs nothing, so that no worker leaves a job to another."""
 
