@@ -178,6 +178,29 @@ window.studio = (() => {
   };
   setInterval(tick, 250);
 
+  // ---- the tab's title: progress for who looks at something else, and a mark until they come back ----------------------
+  const MARKS = { done: "✓", failed: "✗", interrupted: "✗" };
+  let shown = "";
+  const retitle = (state) => {
+    const plain = document.title.replace(/^(\d+% · |[✓✗] )/, "");
+    const percent = $("#status [role=progressbar]")?.getAttribute("aria-valuenow");
+    const ended = ["running", "queued"].includes(shown) && document.hidden && MARKS[state];
+    if (ended) document.title = `${ended} ${plain}`;
+    else if (state === "running") document.title = `${percent}% · ${plain}`;
+    else if (!document.hidden) document.title = plain;
+    shown = state;
+  };
+  document.addEventListener("visibilitychange", () => retitle(shown));
+
+  // ---- radio buttons: one stop of the Tab key for each group, arrows inside it; gradio names every one differently ------
+  const nameRadios = () => {
+    for (const radio of document.querySelectorAll("#left input[type=radio]")) {
+      const group = radio.closest(".block[id]")?.id;
+      if (group && radio.name !== group) radio.name = group;
+    }
+  };
+  new MutationObserver(nameRadios).observe(document.documentElement, { childList: true, subtree: true });
+
   // ---- a lost connection: nothing on the page may look as if it went on ------------------------------------------------
   const LOST_SECONDS = 3;
   const alive = async () => {
@@ -208,6 +231,7 @@ window.studio = (() => {
       }
       scrollToStage(stage.dataset.state);
     }
+    retitle($("#stage .stage")?.dataset.state ?? "");
     tick();
   };
 

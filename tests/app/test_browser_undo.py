@@ -127,6 +127,28 @@ def test_the_button_answers_before_the_server(chrome: Browser, page: Page) -> No
         visitor.tab.unroute_all()
 
 
+def test_the_title_of_the_tab_tells_how_far_a_run_is(visitor: Person) -> None:
+    visitor.make("a ball held for the title")
+    visitor.settle("() => /^\\d+% · /.test(document.title)")
+    visitor.page.let_go("a ball held for the title")
+    visitor.see("done")
+    visitor.settle("() => !document.title.includes('%')")
+
+
+def test_a_group_of_radio_buttons_is_one_stop_of_the_tab_key(visitor: Person) -> None:
+    tab = visitor.tab
+    visitor.settle("() => new Set([...document.querySelectorAll('#size input')].map(e => e.name)).size === 1")
+    tab.focus("#size input:checked")
+    tab.keyboard.press("Tab")
+    assert tab.evaluate("document.activeElement.closest('.block').id") == "shape"
+    tab.focus("#size input:checked")
+    before = tab.input_value("#width input") if tab.query_selector("#width input") else ""
+    tab.keyboard.press("ArrowRight")
+    visitor.settle("() => document.querySelectorAll('#size input')[2].checked")
+    tab.wait_for_selector("#size label.selected >> nth=0")
+    assert before == "" or visitor.settle("w => document.querySelector('#width input').value !== w", before)
+
+
 def test_a_preset_keeps_the_size_that_the_visitor_chose(visitor: Person) -> None:
     tab = visitor.tab
     tab.click("#shape label:nth-of-type(1)")
