@@ -1,8 +1,8 @@
 """The HTTP API beside the page: the server's own routes on the same port, over the same job manager.
 
-The page's password is a key of the API, and LIGHTX2V_API_KEY sets others. A public page without a password has an API
-only with such a key, because callers without one could list each other's jobs. ZeroGPU has no API: there a GPU is lent
-to a visitor's own request only.
+The page's password is a key of the API, LIGHTX2V_API_KEY sets others, and LIGHTX2V_OPERATOR_KEY the operator's. A
+public page without a password has an API only with such a key, because callers without one could list each other's
+jobs. ZeroGPU has no API: there a GPU is lent to a visitor's own request only.
 """
 
 import os
@@ -44,10 +44,11 @@ def api_routes(
     """The routes, to mount before gradio's own; [] if this page has no API. `guesses` counts wrong keys."""
     exposure = studio.exposure
     keys = [exposure.password, *(key.strip() for key in variables.get("LIGHTX2V_API_KEY", "").split(","))]
-    keys = [key for key in keys if key]
-    if not isinstance(studio.jobs, JobManager) or exposure.open_to_others and not keys:
+    keys, operator = [key for key in keys if key], variables.get("LIGHTX2V_OPERATOR_KEY", "").strip()
+    if not isinstance(studio.jobs, JobManager) or exposure.open_to_others and not (keys or operator):
         return []
     service = Service(
         studio.jobs, OfferedPresets(studio), check=exposure.limits.check, loras=lambda: studio.offer.catalog.loras
     )
-    return [ApiMount(create_app(service, Metrics(), keys=keys, limits=False, guesses=guesses))]
+    app = create_app(service, Metrics(), keys=keys, operator=operator, limits=False, guesses=guesses)
+    return [ApiMount(app)]

@@ -29,6 +29,8 @@ class Environment:
     output_dir: str | None = None
     api_key: str | None = field(default=None, repr=False)
     """The keys that the HTTP server accepts, with commas between them."""
+    operator_key: str | None = field(default=None, repr=False)
+    """One more key, and the only one that shows and drains the workers."""
     rank: int = 0
     local_rank: int = 0
     world_size: int | None = None
@@ -58,6 +60,7 @@ class Environment:
             "user_dir": "LIGHTX2V_USER_DIR",
             "output_dir": "LIGHTX2V_OUTPUT_DIR",
             "api_key": "LIGHTX2V_API_KEY",
+            "operator_key": "LIGHTX2V_OPERATOR_KEY",
             "rank": "RANK",
             "local_rank": "LOCAL_RANK",
             "world_size": "WORLD_SIZE",

@@ -3,7 +3,8 @@
 import logging
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Literal
 
 from ..errors import ConfigError, quoted
 from .dispatcher import Dispatcher, Predict
@@ -19,6 +20,10 @@ NO_WORKER = "No worker is left. Restart the program."
 UNFIT = ConfigError.__name__
 
 
+Activity = Literal["running", "idle", "drained"]
+WORKER_STATES: tuple[Activity, ...] = ("running", "idle", "drained")
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class WorkerState:
     """A snapshot of a worker for people. `job` is the one that it runs; a paused worker takes none."""
@@ -29,6 +34,12 @@ class WorkerState:
     loaded: LoadedModel | None
     paused: bool
     job: Job | None
+
+    @property
+    def state(self) -> Activity:
+        if self.job is not None:
+            return "running"
+        return "drained" if self.paused else "idle"
 
 
 class WorkerPool:
@@ -177,7 +188,7 @@ class WorkerPool:
 def state_of(name: str, worker: JobWorker) -> WorkerState:
     """A snapshot. Call it without the lock, because reading the machine's memory may take seconds."""
     replica, running = worker.replica, worker.running
-    job = running.job if running is not None else None
+    job = replace(running.job, progress=running.progress) if running is not None else None
     status = replica.status()
     return WorkerState(
         name=name, device=replica.device, status=status, loaded=replica.loaded, paused=worker.paused, job=job

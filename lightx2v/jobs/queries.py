@@ -12,6 +12,10 @@ from .replica import LoadedModel
 from .state import QueueState
 from .store import STATES, Job, JobEvent, State, UnknownJob
 
+ALL = 10_000
+"""More jobs than that are in no list."""
+RATE_SECONDS = 600.0
+
 
 class JobQueries:
     """The reading half of JobManager. `max_queue` jobs may wait besides the running ones."""
@@ -51,6 +55,11 @@ class JobQueries:
         with self._session():
             return self._pool.dispatcher.backlog()
 
+    def per_minute(self) -> float:
+        """The jobs that have succeeded in the last RATE_SECONDS, in jobs a minute."""
+        with self._session() as store:
+            return store.succeeded_since(self._state.clock() - RATE_SECONDS) * 60 / RATE_SECONDS
+
     def counts(self) -> dict[State, int]:
         with self._session() as store:
             return store.counts()
@@ -86,7 +95,7 @@ class JobQueries:
     ) -> list[Job]:
         """The jobs of one owner, or of all for None, the newest first unless `oldest_first`; those that follow the job
         `after` in this order, also if it was removed; UnknownJob if it is not known."""
-        limit = min(max(limit, 0), 10_000)
+        limit = min(max(limit, 0), ALL)
         with self._session() as store:
             queue = store.queued()
             found = store.jobs(owner, states, limit, after=after, oldest_first=oldest_first)

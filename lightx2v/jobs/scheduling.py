@@ -11,7 +11,7 @@ from collections import deque
 from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 
-MOST_OVERTAKEN = 8
+MOST_OVERTAKEN = 16
 """So many later jobs may start before a job, on workers that could have run it."""
 
 

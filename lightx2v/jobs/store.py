@@ -244,6 +244,10 @@ class JobStore:
         found = dict(self._db.execute("SELECT state, count(*) FROM jobs GROUP BY state").fetchall())
         return {state: found.get(state, 0) for state in STATES}
 
+    def succeeded_since(self, time: float) -> int:
+        sql = "SELECT count(*) FROM jobs WHERE state = 'succeeded' AND finished >= ?"
+        return int(self._db.execute(sql, (time,)).fetchone()[0])
+
     def start(self, id: str, time: float) -> int:
         """Mark the job as running; returns the id of that event."""
         with self.transaction():

@@ -21,7 +21,7 @@ from starlette.types import Receive, Scope, Send
 
 from .. import __version__
 from ..errors import Busy, LightX2VError
-from .auth import ApiKeyAuth
+from .auth import ApiKeyAuth, is_operator
 from .guess_limit import GuessLimit
 from .limits import RequestLimits, RequestRefused, disk_full
 from .metrics import Metrics, MetricsMiddleware
@@ -31,6 +31,7 @@ from .service import Service
 from .submit import Submitter
 from .task_routes import task_routes
 from .video_routes import video_routes
+from .worker_routes import worker_routes
 
 log = logging.getLogger("lightx2v.server")
 
@@ -45,11 +46,13 @@ def create_app(
     metrics: Metrics,
     *,
     keys: Sequence[str] = (),
+    operator: str = "",
     hosts: Set[str] | None = None,
     limits: bool = True,
     guesses: GuessLimit | None = None,
 ) -> FastAPI:
-    """`keys` are the accepted API keys; without any, every client is accepted. `hosts` are the accepted host names,
+    """`keys` are the accepted API keys; without any, every client is accepted. `operator` is one more, and the only one
+    that opens the routes about workers. `hosts` are the accepted host names,
     None for any. Without `limits` the caller checks host, origin, size and rate. `guesses` counts wrong keys together
     with those at other doors of the program."""
     app = FastAPI(
@@ -59,16 +62,17 @@ def create_app(
         redoc_url=None,
         swagger_ui_oauth2_redirect_url=None,
     )
-    app.add_middleware(ApiKeyAuth, keys=keys, guesses=guesses)
+    app.add_middleware(ApiKeyAuth, keys=keys, operator=operator, guesses=guesses)
     if limits:
         app.add_middleware(RequestLimits, hosts=hosts)
     app.add_middleware(MetricsMiddleware, metrics=metrics)
     submitter = Submitter(service)
     app.include_router(task_routes(service, submitter))
     app.include_router(video_routes(service, submitter))
+    app.include_router(worker_routes(service.jobs))
     _add_health(app, service, metrics)
     _add_error_handlers(app, service)
-    complete_schema(app, keyed=bool(keys))
+    complete_schema(app, keyed=bool(keys or operator))
     return app
 
 
@@ -105,9 +109,10 @@ def _add_health(app: FastAPI, service: Service, metrics: Metrics) -> None:
         return Health(status="ready")
 
     @app.get("/metrics", tags=["state"], response_class=PlainTextResponse, responses=error_responses())
-    def prometheus() -> PlainTextResponse:
-        """Return the metrics in Prometheus' text format."""
-        return PlainTextResponse(metrics.text(jobs), media_type="text/plain; version=0.0.4")
+    def prometheus(request: Request) -> PlainTextResponse:
+        """Return the metrics in Prometheus' text format; with the operator's key also those of each worker."""
+        text = metrics.text(jobs, operator=is_operator(request))
+        return PlainTextResponse(text, media_type="text/plain; version=0.0.4")
 
 
 def _add_error_handlers(app: FastAPI, service: Service) -> None:

@@ -1,7 +1,8 @@
 """ApiKeyAuth: the middleware that accepts API keys, and the owner that each key stands for.
 
 A client sends a key as `Authorization: Bearer KEY`, as the password of HTTP Basic (which a browser asks for, on /docs),
-or as `X-API-Key`. A job belongs to the key that submitted it; without keys (on loopback only) all have one owner.
+or as `X-API-Key`. A job belongs to the key that submitted it; without keys (on loopback only) all have one owner. The
+operator's key also opens the routes about workers.
 """
 
 import base64
@@ -11,6 +12,7 @@ import hmac
 from collections.abc import Mapping, Sequence
 
 from starlette.datastructures import Headers
+from starlette.exceptions import HTTPException
 from starlette.requests import Request
 from starlette.types import ASGIApp, Receive, Scope, Send
 
@@ -21,17 +23,27 @@ from .responses import error_response
 OWNER = "lightx2v.owner"
 """The key of the owner in an ASGI scope."""
 ANONYMOUS = "api"
-"""The owner of all jobs on a server without keys."""
+"""The owner of all jobs on a server without keys, and its operator: only this machine reaches such a server."""
+OPERATOR = "lightx2v.operator"
+"""The key of a bool in an ASGI scope: whether the client is the operator."""
+NOT_OPERATOR = (
+    "This route is for the operator of the server. Start it with --operator_key KEY, or set LIGHTX2V_OPERATOR_KEY, and "
+    "send that key."
+)
 
 
 class ApiKeyAuth:
-    """ASGI middleware: 401 on every route for requests without a valid key. Without `keys` it accepts all requests.
+    """ASGI middleware: 401 on every route for requests without a valid key. Without keys it accepts all requests.
 
     `guesses` limits how often keys are tried that can be guessed; beyond it the response is 429."""
 
-    def __init__(self, app: ASGIApp, keys: Sequence[str] = (), guesses: GuessLimit | None = None) -> None:
+    def __init__(
+        self, app: ASGIApp, keys: Sequence[str] = (), operator: str = "", guesses: GuessLimit | None = None
+    ) -> None:
         self._app, self._guesses = app, guesses or GuessLimit()
-        owners = {key: (_digest(key), f"api-{_digest(key).hex()[:16]}") for key in keys}
+        keys = [*keys, operator] if operator else keys
+        self._operator = _owner(operator) if operator or keys else ANONYMOUS
+        owners = {key: (_digest(key), _owner(key)) for key in keys}
         self._strong = dict(owner for key, owner in owners.items() if is_strong(key))
         self._weak = dict(owner for key, owner in owners.items() if not is_strong(key))
 
@@ -47,6 +59,7 @@ class ApiKeyAuth:
         except RequestRefused as refused:
             await error_response(*refused.response)(scope, receive, send)
             return
+        scope[OPERATOR] = scope[OWNER] == self._operator
         await self._app(scope, receive, send)
 
     def _owner(self, scope: Scope) -> str:
@@ -69,6 +82,17 @@ def owner_of(request: Request) -> str:
     return request.scope[OWNER]
 
 
+def is_operator(request: Request) -> bool:
+    """Whether the client runs the server: by a key of its own where there are keys."""
+    return bool(request.scope[OPERATOR])
+
+
+def check_operator(request: Request) -> None:
+    """Refuse everybody but the operator."""
+    if not is_operator(request):
+        raise HTTPException(403, NOT_OPERATOR)
+
+
 def _match(key: str, owners: Mapping[bytes, str]) -> str | None:
     """The owner of this key. Compares all, so that the duration reveals nothing."""
     received, owner = _digest(key), None
@@ -88,6 +112,10 @@ def _key(headers: Headers) -> str:
         except (binascii.Error, UnicodeDecodeError):
             return ""
     return headers.get("x-api-key", "")
+
+
+def _owner(key: str) -> str:
+    return f"api-{_digest(key).hex()[:16]}"
 
 
 def _digest(key: str) -> bytes:

@@ -89,7 +89,7 @@ def _run(options: argparse.Namespace, context: CommandContext, *, open_engine: O
                 _warm_up(engine, resolved, jobs.folder, context.progress, token)
         context.progress.clear()
         jobs.start()
-        return _serve(options, jobs, metrics, resolved, keys, environment.trusted_proxies)
+        return _serve(options, jobs, metrics, resolved, keys, environment)
     finally:
         if not jobs.close():
             leave_at_exit(context.interrupts.exit_code)
@@ -108,7 +108,7 @@ def _serve(
     metrics: Metrics,
     resolved: Resolved,
     keys: list[str],
-    trusted_proxies: str,
+    environment: Environment,
 ) -> int:
     import uvicorn
 
@@ -122,7 +122,7 @@ def _serve(
     loras = _offered_loras(options)
     service = Service(jobs, {name: resolved}, images=images, lora_dir=options.lora_dir, loras=loras)
     config = uvicorn.Config(
-        create_app(service, metrics, keys=keys, hosts=_hosts(options)),
+        create_app(service, metrics, keys=keys, operator=_operator(options, environment), hosts=_hosts(options)),
         host=options.host,
         port=options.port,
         log_config=None,
@@ -130,7 +130,7 @@ def _serve(
         server_header=False,
         http="h11",  # httptools, used by default if it is installed, accepts endless headers
         limit_concurrency=MAX_CONNECTIONS,
-        forwarded_allow_ips=trusted_proxies,  # uvicorn would trust whoever is on loopback
+        forwarded_allow_ips=environment.trusted_proxies,  # uvicorn would trust whoever is on loopback
     )
     logging.getLogger("uvicorn.error").setLevel(logging.WARNING)
     log.info("Serving %s on http://%s:%d, documentation on /docs", name, options.host, options.port)
@@ -211,21 +211,27 @@ def _resolved(options: argparse.Namespace, overrides: dict[str, Any], environmen
 def _keys(options: argparse.Namespace, environment: Environment) -> list[str]:
     """The accepted keys. ConfigError if other machines could reach the server without one."""
     keys = options.api_key or [key for key in (environment.api_key or "").split(",") if key.strip()]
-    if not keys and not is_loopback(options.host):
+    operator = _operator(options, environment)
+    if not (keys or operator) and not is_loopback(options.host):
         raise ConfigError(
             f"Other machines can reach a server on --host {options.host}, so it needs a key. Set LIGHTX2V_API_KEY, or "
             "give --api_key KEY. Clients send the header Authorization: Bearer KEY."
         )
     keys = [key.strip() for key in keys]
-    if any(len(key) < MIN_KEY for key in keys):
+    checked = [*keys, operator] if operator else keys
+    if any(len(key) < MIN_KEY for key in checked):
         raise ConfigError(f"An API key needs at least {MIN_KEY} characters. Make one with: openssl rand -hex 16")
-    for number, key in enumerate(keys, 1):
+    for number, key in enumerate(checked, 1):
         if wrong := [char for char in key if not (char.isascii() and char.isprintable())]:
             raise ConfigError(
                 f"API key {number} holds the character {wrong[0]!a}, which no HTTP header can carry, so no client "
                 "could sign in; expected letters, digits and signs of ASCII. Make one with: openssl rand -hex 16"
             )
     return keys
+
+
+def _operator(options: argparse.Namespace, environment: Environment) -> str:
+    return (options.operator_key or environment.operator_key or "").strip()
 
 
 def _hosts(options: argparse.Namespace) -> frozenset[str] | None:
@@ -267,6 +273,7 @@ def _parser() -> ArgumentParser:
     add("--host", default="127.0.0.1", help="address to listen on (default: this machine only)")
     add("--port", type=int, default=8000)
     add("--api_key", action="append", metavar="KEY", help="accept this key; repeat the flag for further clients")
+    add("--operator_key", metavar="KEY", help="accept this key too; it alone shows and drains the workers")
     add("--allow_host", action="append", default=[], metavar="NAME", help="also accept this host name")
 
     add = parser.add_argument_group("jobs and results").add_argument

@@ -14,7 +14,7 @@ Endpoint = TypeVar("Endpoint", bound=Callable[..., Any])
 DESCRIPTIONS = {
     400: "Malformed form.",
     401: "Missing or invalid API key.",
-    403: "The request comes from another site, or the host name is not allowed.",
+    403: "The request comes from another site, the host name is not allowed, or the route is for the operator only.",
     404: "Not found, or not yours.",
     408: "The body did not arrive in time.",
     413: "The body is too large.",

@@ -9,6 +9,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from starlette.responses import FileResponse, JSONResponse
 
 from ..catalog.catalog import FoundLora
+from ..jobs.pool import Activity, WorkerState
 from ..jobs.store import Job, State
 from .file_names import FileNames
 
@@ -238,6 +239,43 @@ class Metadata(BaseModel):
     model_cls: str
     model_path: str
     task: str
+
+
+class Worker(BaseModel):
+    """A worker, where it is, and what it does. Memory in bytes: of its GPU where it has one."""
+
+    id: str
+    object: Literal["worker"] = "worker"
+    status: Activity
+    drained: bool = Field(description="Out of service: it takes no job.")
+    machine: str
+    device: str
+    memory_used: int | None
+    memory: int | None
+    model: str | None = Field(description="The model that is loaded.")
+    job: str | None = Field(description="The id of the job that it runs.")
+    progress: int | None = Field(description="Per cent of that job.")
+
+    @classmethod
+    def of(cls, worker: WorkerState) -> Self:
+        status, job = worker.status, worker.job
+        return cls(
+            id=worker.name,
+            status=worker.state,
+            drained=worker.paused,
+            machine=status.machine,
+            device=worker.device,
+            memory_used=status.memory_used,
+            memory=status.memory_total,
+            model=public_path(worker.loaded.preset) if worker.loaded is not None else None,
+            job=None if job is None else job.id,
+            progress=None if job is None else percent(job),
+        )
+
+
+class WorkerList(BaseModel):
+    object: Literal["list"] = "list"
+    data: list[Worker]
 
 
 class Health(BaseModel):

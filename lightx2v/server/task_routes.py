@@ -10,6 +10,7 @@ from fastapi import APIRouter, Path, Request
 from starlette.responses import FileResponse
 
 from ..config.environment import Environment
+from ..jobs.queries import ALL
 from ..jobs.store import Job
 from .auth import owner_of
 from .openapi import SUBMISSION, error_responses, request_body, serves_file
@@ -125,7 +126,7 @@ def _add_tasks(router: APIRouter, service: Service, submitter: Submitter) -> Non
     def stop_all_tasks(request: Request) -> Stopped:
         """Cancel all of your tasks that are waiting or running."""
         owner = owner_of(request)
-        own = jobs.list(owner, limit=jobs.max_queue + 10, states=("queued", "running"))
+        own = jobs.list(owner, limit=ALL, states=("queued", "running"))
         for job in own:
             jobs.cancel(job.id)
         if not own:
@@ -143,8 +144,8 @@ def _add_tasks(router: APIRouter, service: Service, submitter: Submitter) -> Non
 
 
 def _active_jobs(service: Service) -> tuple[list[Job], list[Job]]:
-    """The running job and the waiting ones in their order, of all owners."""
-    active = service.jobs.list(limit=service.jobs.max_queue + 10, states=("queued", "running"))
+    """The running jobs, the oldest first, and the waiting ones in their order, of all owners."""
+    active = service.jobs.list(limit=ALL, states=("queued", "running"), oldest_first=True)
     waiting = sorted((job for job in active if job.state == "queued"), key=lambda job: job.position or 0)
     return [job for job in active if job.state == "running"], waiting
 

@@ -21,6 +21,12 @@ FAMILIES = {
     "lightx2v_queue_limit": "gauge",
     "lightx2v_worker_alive": "gauge",
     "lightx2v_peak_rss_bytes": "gauge",
+    "lightx2v_workers": "gauge",
+    "lightx2v_worker_loaded": "gauge",
+    "lightx2v_worker_memory_used_bytes": "gauge",
+    "lightx2v_worker_memory_bytes": "gauge",
+    "lightx2v_jobs_per_minute": "gauge",
+    "lightx2v_backlog_seconds": "gauge",
 }
 
 

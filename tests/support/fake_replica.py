@@ -51,7 +51,7 @@ class FakeReplica:
 
     def run(self, job: Job, path: Path, *, on_progress: OnProgress, cancel: CancelToken, steps: StepStore) -> Outcome:
         ended: list[Outcome] = []
-        far = path.with_name(f"{path.name}.{self.name}")
+        far = path.with_name(f"{path.name}.{self.name.replace('/', '-')}")
         wire = _Wire(self.died, on_progress, steps)
 
         def work() -> None:

@@ -55,6 +55,7 @@ def serve(
     *,
     presets: Sequence[str] = (T2V,),
     keys: Sequence[str] = (),
+    operator: str = "",
     max_queue: int = 10,
     fetcher: ImageFetcher | None = None,
     input_dir: Path | None = None,
@@ -67,7 +68,8 @@ def serve(
     with JobManager(garage, folder, max_queue=max_queue, on_finished=metrics.observe_run, **more) as jobs:
         images = InputImages(fetcher=fetcher or ImageFetcher(), folder=input_dir)
         service = Service(jobs, {name: resolve(name) for name in presets}, images=images, lora_dir=lora_dir)
-        app = create_app(service, metrics, keys=keys, hosts=frozenset({"testserver", "127.0.0.1"}), limits=limits)
+        hosts = frozenset({"testserver", "127.0.0.1"})
+        app = create_app(service, metrics, keys=keys, operator=operator, hosts=hosts, limits=limits)
         client = TestClient(app, raise_server_exceptions=False)
         yield Served(client=client, jobs=jobs, garage=garage, service=service)
 
