@@ -11,7 +11,7 @@ import re
 import secrets
 import time
 from collections import OrderedDict
-from collections.abc import Container
+from collections.abc import Container, Sequence
 from dataclasses import replace
 from functools import lru_cache
 from pathlib import Path
@@ -28,6 +28,8 @@ from lightx2v.cost.model_size import shape_of
 from lightx2v.cost.run_time import Prediction, estimate_cost
 from lightx2v.errors import BadRequest, ConfigError, LightX2VError
 from lightx2v.jobs.engine_slot import OpenEngine
+from lightx2v.jobs.pool import WorkerState
+from lightx2v.jobs.queries import ALL
 from lightx2v.jobs.queue import JobManager
 from lightx2v.jobs.replica import LoadedModel, Outcome
 from lightx2v.jobs.run_times import RunTimes
@@ -136,28 +138,40 @@ class Studio:
     # ---- predictions --------------------------------------------------------------------------------------------
 
     def predict(self, config: EngineConfig, request: Request) -> Prediction | None:
-        """How long this run will take on this machine, with loading unless its engine will be in memory by then."""
-        return self._predict(config, request, self._next_engine)
+        """How long this run will take, with loading unless its engine will be in memory by then."""
+        return self._times.predict(config, request, device=self._device, loaded=self._will_be_loaded(config))
 
     def not_predicted(self, config: EngineConfig, request: Request, prediction: Prediction) -> list[str]:
         """Which of the stages "load" and "image" this run will have although their time is still unknown."""
         image = "image" in estimate_cost(request, shape_of(config)).calls
-        stages = {"load": config != self._next_engine, "image": image}
+        stages = {"load": not self._will_be_loaded(config), "image": image}
         return [stage for stage, present in stages.items() if present and stage not in prediction.stages]
 
-    @property
-    def _next_engine(self) -> EngineConfig | None:
-        """The engine that will be in memory once every queued job has run."""
-        before = self.jobs.list(states=("queued", "running"), limit=1)
-        return before[0].config if before else self._engine
+    def _will_be_loaded(self, config: EngineConfig) -> bool:
+        """Whether this engine will be in memory, somewhere, once every queued job has run."""
+        several = len(self._places) > 1
+        before = self.jobs.list(states=("queued", "running"), limit=ALL if several else 1)
+        configs = [job.config for job in before]
+        if several or not configs:
+            configs += [model.config for _, model in self._places if model is not None]
+        return config in configs
 
     @property
-    def _engine(self) -> EngineConfig | None:
-        return self.jobs.loaded.config if self.jobs.loaded is not None else None
+    def _places(self) -> Sequence[tuple[str, LoadedModel | None]]:
+        """The device and the loaded model of each worker."""
+        jobs = self.jobs
+        return jobs.places() if isinstance(jobs, JobManager) else [(self.machine().name, jobs.loaded)]
 
-    def _predict(self, config: EngineConfig, request: Request, engine: EngineConfig | None) -> Prediction | None:
-        """`engine` is the one in memory when the run starts."""
-        return self._times.predict(config, request, device=self.machine().name, loaded=engine == config)
+    @property
+    def _device(self) -> str:
+        """Where a run is predicted for: the device of the first worker, or this machine's before there is one."""
+        return next((device for device, _ in self._places), self.machine().name)
+
+    @property
+    def workers(self) -> list[WorkerState] | None:
+        """The workers where jobs run on several, or elsewhere; None where they run in this process."""
+        jobs = self.jobs
+        return jobs.workers() if isinstance(jobs, JobManager) and jobs.is_farm else None
 
     @property
     def room(self) -> int | None:

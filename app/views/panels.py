@@ -9,6 +9,7 @@ from PIL import Image
 
 from lightx2v.cost.machine import Machine
 from lightx2v.cost.run_time import Prediction
+from lightx2v.jobs.pool import WorkerState
 from lightx2v.media.framing import Framing
 from lightx2v.media.images import jpeg
 
@@ -17,6 +18,7 @@ from ..exposure import Exposure
 from ..strings import LANGUAGES, Words
 from . import numbers
 from .html import button, esc, tag
+from .workers import worker_chips
 
 TIGHT = 0.9
 """A run that needs more than this share of the free memory is marked as tight: other programs need some too."""
@@ -39,8 +41,17 @@ class PresetOption:
     """ "found" files, the user's "own" presets, or "" for those that come with the program."""
 
 
-def header(words: Words, machine: Machine, loaded: str, exposure: Exposure, *, alive: bool) -> str:
-    """The header: name, machine, loaded model, language and theme."""
+def header(
+    words: Words,
+    machine: Machine,
+    loaded: str,
+    exposure: Exposure,
+    *,
+    alive: bool,
+    workers: Sequence[WorkerState] | None = None,
+) -> str:
+    """The header: name, machine, loaded model, language and theme. The `workers` where jobs run on several, instead of
+    the model; what each does is for the page's owner only."""
     if machine.vram_free is not None and machine.vram_total is not None:
         free = words("memory_free", free=numbers.memory(machine.vram_free), total=numbers.memory(machine.vram_total))
         name = f"{machine.name} · {free}"
@@ -51,8 +62,12 @@ def header(words: Words, machine: Machine, loaded: str, exposure: Exposure, *, a
     chips = [
         tag("span", state + esc(name if alive else words("worker_dead")), class_="chip"),
         tag("span", esc(ram), class_="chip"),
-        tag("span", esc(words("loaded", name=loaded) if loaded else words("nothing_loaded")), class_="chip"),
     ]
+    if workers is None:
+        text = words("loaded", name=loaded) if loaded else words("nothing_loaded")
+        chips.append(tag("span", esc(text), class_="chip"))
+    else:
+        chips += worker_chips(words, workers, each=exposure.shows_paths)
     chips.append(
         tag("span", esc(words("connection_lost")), class_="chip badge lost", role="alert")
     )  # shown by the script

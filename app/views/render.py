@@ -15,7 +15,9 @@ def render(studio: Studio, words: Words, view: ViewState) -> dict[str, str]:
     past = [job for job in view.runs if job.over]
     loaded = words.preset(studio.jobs.loaded.preset) if studio.jobs.loaded else ""
     return {
-        "top": panels.header(words, studio.machine(), loaded, studio.exposure, alive=studio.jobs.alive),
+        "top": panels.header(
+            words, studio.machine(), loaded, studio.exposure, alive=studio.jobs.alive, workers=studio.workers
+        ),
         "stage": stage(words, view.job, sample=studio.sample is not None, uploaded=view.session.uploaded),
         "status": _status(studio, words, view),
         "report": _report(studio, words, view),

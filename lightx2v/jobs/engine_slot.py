@@ -11,7 +11,6 @@ import platform
 import threading
 import time
 import traceback
-from functools import cached_property
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -81,11 +80,8 @@ class EngineSlot:
         self._engine: Engine | None = None
         self._load_seconds = 0.0
         self._machine = MachineReader()
+        self.device = self._machine().name
         self._running = threading.Lock()
-
-    @cached_property
-    def device(self) -> str:
-        return self._machine().name
 
     def refusal(self, config: EngineConfig) -> str:
         return ""

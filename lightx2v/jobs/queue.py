@@ -122,6 +122,11 @@ class JobManager(JobQueries):
         return self._pool.drain(name, on)
 
     @property
+    def is_farm(self) -> bool:
+        """Whether jobs run on several workers, or elsewhere than in this process."""
+        return self._slot is None or len(self._pool.workers) > 1
+
+    @property
     def more_may_come(self) -> bool:
         """Whether other replicas may come: then a job that none can run now waits for them, and an empty queue of
         workers is no failure."""

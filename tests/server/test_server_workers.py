@@ -45,12 +45,8 @@ def test_several_running_jobs_show_each_its_own_progress_and_the_workers_show_th
         assert {worker["job"]: worker["progress"] for worker in shown.values()} == {ids["a"]: 25, ids["b"]: 75}
         assert list(shown) == ["node1/gpu-0", "node2/gpu-0"]
         one = shown["node1/gpu-0"]
-        assert (one["device"], one["machine"], one["memory_used"], one["memory"]) == (
-            "H200",
-            "host of node1/gpu-0",
-            3,
-            8,
-        )
+        assert (one["device"], one["machine"]) == ("H200", "host of node1/gpu-0")
+        assert (one["memory_used"], one["memory"]) == (3 * 2**30, 8 * 2**30)
         assert (one["status"], one["drained"], one["model"]) == ("running", False, T2V)
         status = served.client.get("/v1/tasks/queue/status").json()
         assert status["pending_count"] == 1 and served.client.get("/v1/service/status").json()["queue_size"] == 1
@@ -117,8 +113,8 @@ def test_the_metrics_of_each_worker_are_the_operators(tmp_path: Path) -> None:
         all_of_it, some = series(OPERATOR), series(KEYS[0])
         assert some['lightx2v_workers{"state": "drained"}'] == 1 and some["lightx2v_jobs_per_minute{}"] == 0.1
         assert all_of_it[f'lightx2v_worker_loaded{{"model": "{T2V}", "worker": "gpu-0"}}'] == 1
-        assert all_of_it['lightx2v_worker_memory_used_bytes{"worker": "gpu-1"}'] == 3
-        assert all_of_it['lightx2v_worker_memory_bytes{"worker": "gpu-1"}'] == 8
+        assert all_of_it['lightx2v_worker_memory_used_bytes{"worker": "gpu-1"}'] == 3 * 2**30
+        assert all_of_it['lightx2v_worker_memory_bytes{"worker": "gpu-1"}'] == 8 * 2**30
         assert not any("gpu-" in name for name in some)
         served.jobs.remove_replica("gpu-1")
         assert not any("gpu-1" in name for name in series(OPERATOR)), "a worker that has left leaves no series"

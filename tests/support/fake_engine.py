@@ -59,6 +59,8 @@ class FakeResult:
         return {
             "path": self.path,
             "seed": self.request.seed,
+            "height": self.request.height,
+            "width": self.request.width,
             "timings": self.timings.to_json(),
             "request": self.request.to_json(),
         }

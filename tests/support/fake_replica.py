@@ -40,7 +40,7 @@ class FakeReplica:
         return self.refuses.get(config.model_path, "")
 
     def status(self) -> ReplicaStatus:
-        return ReplicaStatus(machine=f"host of {self.name}", memory_used=3, memory_total=8, pid=7)
+        return ReplicaStatus(machine=f"host of {self.name}", memory_used=3 * 2**30, memory_total=8 * 2**30, pid=7)
 
     def die(self) -> None:
         self.died.set()
