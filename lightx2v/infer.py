@@ -321,8 +321,9 @@ def _summary(report: dict[str, Any]) -> str:
         lines.append(went_on(after, report["request"]["steps"]))
     lines += [
         f"LoRA {one_line(lora['path'])}: {lora['applied']} of {lora['total']} layers on the {lora['expert']}-noise "
-        f"expert, strength {lora['strength']:g}. {one_line(' '.join(lora['notes']))}"
+        f"expert, strength {'/'.join(f'{each:g}' for each in strengths)}. {one_line(' '.join(lora['notes']))}"
         for lora in report.get("loras", [])
+        for strengths in [lora["strength"] if isinstance(lora["strength"], list) else [lora["strength"]]]
     ]
     return "\n".join(lines + [f"warning: {one_line(text)}" for text in report["warnings"]])
 

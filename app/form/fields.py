@@ -244,7 +244,7 @@ def _loras(form: Form, offer: Offer, exposure: Exposure, engine: EngineConfig) -
 def _lora_rows(loras: list[LoraSpec]) -> dict[str, Any]:
     values: dict[str, Any] = {}
     for expert in ("high", "low"):
-        rows = [(lora.path, lora.strength) for lora in loras if lora.expert == expert]
+        rows = [(lora.path, lora.strengths[-1]) for lora in loras if lora.expert == expert]
         for row, (path, strength) in enumerate([*rows, *[("", 1.0)] * LORA_ROWS][:LORA_ROWS]):
             values |= {f"lora_{row}_{expert}": path, f"lora_{row}_strength_{expert}": strength}
     return values

@@ -64,7 +64,8 @@ def comparable_settings(job: Job) -> dict[str, str]:
     shown = {"preset": job.preset, "cpu_offload": job.config.cpu_offload}
     shown |= {name: value for name, value in data.items() if name not in NOT_COMPARED}
     shown["loras"] = [
-        f"{lora.expert} {lora.path.rsplit('/', 1)[-1]} × {lora.strength:g}" for lora in job.config.lora_configs
+        f"{lora.expert} {lora.path.rsplit('/', 1)[-1]} × {'/'.join(f'{each:g}' for each in lora.strengths)}"
+        for lora in job.config.lora_configs
     ]
     return {name: _plain(value) for name, value in shown.items()}
 

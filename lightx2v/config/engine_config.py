@@ -206,6 +206,8 @@ class EngineConfig:
             raise ConfigError(f'build is "fp8", but dit_quant_scheme is {scheme!r}. Use fp8-sgl.')
         if self.lora_dynamic_apply:
             raise ConfigError("build merges the LoRAs once, so lora_dynamic_apply must be false with it.")
+        if any(lora.varies for lora in self.lora_configs):
+            raise ConfigError("build merges the LoRAs once, so each has one strength. Give one, or remove build.")
 
     def _check_placement(self) -> None:
         if self.device == "cpu" and self.cpu_offload is True:
@@ -248,13 +250,15 @@ class EngineConfig:
         )
 
     def check_request(self, request: Request) -> None:
-        """Raise BadRequest if this engine cannot make this video: another task, or too many tokens."""
+        """Raise BadRequest if this engine cannot make this video: another task, too many tokens, or strengths of its
+        LoRAs for another number of phases."""
         if (self.task == "t2v") != (request.task == "t2v"):
             raise BadRequest(
                 f"The request's task is {request.task}, but the engine was loaded for {self.task}. "
                 f"Choose a preset for {request.task}."
             )
         request.check_tokens(self.max_tokens)
+        request.check_strengths(self.lora_configs if request.loras is None else request.loras)
 
     def to_json(self) -> dict[str, Any]:
         """Every field as plain JSON types. `from_json` returns an equal EngineConfig."""

@@ -14,7 +14,7 @@ from typing import Any, Literal, Self, get_args
 from ..errors import BadRequest
 from ..media.framing import RESIZE_MODES
 from .checks import Checks
-from .phases import MAX_GUIDANCE, MAX_STEPS, SAMPLERS, TRAIN_STEPS, Expert, Phase, Sampler, phases_from
+from .phases import MAX_GUIDANCE, MAX_PHASES, MAX_STEPS, SAMPLERS, TRAIN_STEPS, Expert, Phase, Sampler, phases_from
 from .prompt_cleaning import is_blank
 
 check = Checks(BadRequest)
@@ -51,23 +51,35 @@ _LORA_NAMES = {"high": "high_noise_model", "low": "low_noise_model", "auto": "au
 class LoraSpec:
     """One LoRA file for one expert. In JSON, as in LightX2V: {"name": "high_noise_model", "path", "strength"}.
 
+    A `strength` of several numbers is one for each phase of the video.
     With "auto", or without a name, the file goes to the expert in its file name, and its partner beside it goes to the
     other expert. A file whose name has no expert goes to both.
     """
 
     expert: Expert | Literal["auto"] = "auto"
     path: str
-    strength: float = 1.0
+    strength: float | tuple[float, ...] = 1.0
 
     def __post_init__(self) -> None:
         if self.expert not in tuple(_LORA_NAMES):  # a file may have a list here, which cannot be a key of a dict
             check.bad("LoRA name", self.expert, "high_noise_model, low_noise_model or auto")
         if not isinstance(self.path, str) or not self.path.strip() or "\0" in self.path:
             check.bad("LoRA path", self.path, "a file or a Hub name such as owner/repo/file.safetensors")
-        object.__setattr__(self, "strength", check.real("LoRA strength", self.strength, -MAX_STRENGTH, MAX_STRENGTH))
+        object.__setattr__(self, "strength", _strength(self.strength))
+
+    @property
+    def strengths(self) -> tuple[float, ...]:
+        """One for all phases, or one for each."""
+        return self.strength if isinstance(self.strength, tuple) else (self.strength,)
+
+    @property
+    def varies(self) -> bool:
+        """Whether its strength changes within a video."""
+        return len(set(self.strengths)) > 1
 
     def to_json(self) -> dict[str, Any]:
-        return {"name": _LORA_NAMES[self.expert], "path": self.path, "strength": self.strength}
+        strength = list(self.strength) if isinstance(self.strength, tuple) else self.strength
+        return {"name": _LORA_NAMES[self.expert], "path": self.path, "strength": strength}
 
     @classmethod
     def from_json(cls, data: Any) -> Self:
@@ -138,6 +150,7 @@ class Request:
         check.one_of("resize_mode", self.resize_mode, (None, *RESIZE_MODES))
         check.one_of("sampler", self.sampler, (None, *SAMPLERS))
         put("loras", _loras(self.loras))
+        self.check_strengths(self.loras or ())
         if self.tokens > MAX_TOKENS:
             self.check_tokens(MAX_TOKENS)
 
@@ -183,6 +196,13 @@ class Request:
                 f"phases: a phase begins at step {late}, counted from 0, but there are {self.steps} steps. Make more "
                 "steps, or let it begin earlier."
             )
+
+    def check_strengths(self, loras: Sequence[LoraSpec]) -> None:
+        """Raise BadRequest if one of these LoRAs has strengths for another number of phases."""
+        phases = len(self.timeline)
+        for lora in loras:
+            if isinstance(lora.strength, tuple) and len(lora.strength) != phases:
+                check.bad("LoRA strength", list(lora.strength), f"one number, or one for each of the {phases} phases")
 
     def check_tokens(self, ceiling: int) -> None:
         """Raise BadRequest if the video has more than `ceiling` tokens. The error names frames or an area that fit."""
@@ -328,6 +348,14 @@ def _pair(name: str, value: Any) -> tuple[float, float]:
         check.bad(name, value, "one number, or two: [high-noise expert, low-noise expert]")
     high, low = (check.real(name, scale, -MAX_GUIDANCE, MAX_GUIDANCE) for scale in value)
     return high, low
+
+
+def _strength(value: Any) -> float | tuple[float, ...]:
+    if isinstance(value, (list, tuple)):
+        if not 1 <= len(value) <= MAX_PHASES:
+            check.bad("LoRA strength", value, f"one number, or 1 to {MAX_PHASES}: one for each phase")
+        return tuple(check.real("LoRA strength", each, -MAX_STRENGTH, MAX_STRENGTH) for each in value)
+    return check.real("LoRA strength", value, -MAX_STRENGTH, MAX_STRENGTH)
 
 
 def _loras(value: Any) -> tuple[LoraSpec, ...] | None:

@@ -60,6 +60,11 @@ class Schedule:
         """The number of steps that the high-noise expert makes."""
         return self.experts.count("high")
 
+    @property
+    def first_numbers(self) -> dict[Expert, int]:
+        """Of each expert that makes a step: the number of its first phase."""
+        return {self.phases[number].expert: number for number in reversed(self.numbers)}
+
     def to_json(self) -> list[dict[str, Any]]:
         """The phases with their numbers of steps, for reports. One without a step is left out."""
         return [

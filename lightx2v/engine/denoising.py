@@ -58,6 +58,7 @@ class Denoising:
             self.schedule.timesteps[0],
             self.contexts[0],
             self.condition,
+            self.schedule.first_numbers,
             self.cancel_within_step,
         )
 
@@ -80,7 +81,7 @@ class Denoising:
         schedule, mesh = self.schedule, self.engine.mesh
         phase, number, branches = schedule.phase(step), schedule.numbers[step], schedule.forwards[step]
         next_expert = schedule.experts[step + 1] if step + 1 < schedule.steps else None
-        with self.engine.placement.expert(expert, next_expert) as dit:
+        with self.engine.placement.expert(expert, next_expert, number) as dit:
             dit.split = mesh.token_split(branches)
             if number not in self.text_states:
                 self.text_states.clear()  # the other phase's keys and values are not needed again

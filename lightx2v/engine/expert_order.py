@@ -44,21 +44,27 @@ class ExpertOrder:
         timestep: float,
         context_LD: Tensor,
         condition_CTHW: Tensor | None,
+        phases: Mapping[Expert, int],
         cancel: CancelToken | None = None,
     ) -> str:
         """A warning if the experts seem to be exchanged, else "". `latents_CTHW` is the noise of the first step.
+
+        `phases` has the first phase of each expert, whose LoRA strengths it has here.
 
         Experts that do not both stay on the device are not asked: to fetch one would take too long.
         """
         if sigma < PURE_NOISE or not isinstance(placement, Resident):
             return ""
-        loras = tuple((applied.expert, applied.report.path, applied.report.strength) for applied in placement.loras)
+        loras = (
+            *sorted(phases.items()),
+            *((applied.expert, applied.report.path, applied.report.strength) for applied in placement.loras),
+        )
         if loras not in self._answers:
             noise = _corner(latents_CTHW)
             condition = None if condition_CTHW is None else _corner(condition_CTHW)
             left: dict[Expert, float] = {}
             for expert in ("high", "low"):
-                with placement.expert(expert) as dit:
+                with placement.expert(expert, phase=phases.get(expert, 0)) as dit:
                     left[expert] = _noise_left(dit, noise, sigma, timestep, context_LD, condition, cancel)
             self._answers[loras] = _judged(left)
         return self._answers[loras]

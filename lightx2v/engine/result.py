@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from ..config.engine_config import EngineConfig
 from ..config.request import Request
+from ..config.schedule import schedule_of
 from ..progress import Peak, Timings
 
 if TYPE_CHECKING:
@@ -69,6 +70,7 @@ class Result:
             "frames": self.request.frames,
             "fps": self.request.fps,
             "sampler": self.request.solver,
+            "phases": schedule_of(self.request).to_json(),
             "file_bytes": self.file_bytes,
             "device": self.device,
             "attention": self.attention,

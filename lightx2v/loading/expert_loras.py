@@ -4,16 +4,18 @@ Merged: the weights hold base + LoRAs. An exchange rereads from the base model's
 new LoRAs change and merges again, so nothing accumulates and going back gives the same bits.
 Dynamic: the weights stay the base model's; a forward hook on each linear layer with a LoRA adds its low-rank product,
 or LoKr's two small ones. LoHa and DoRA cannot run beside a weight: they are merged.
+A LoRA whose strength changes from phase to phase makes all LoRAs of its expert dynamic. `select` gives each its
+strength, without reading anything again.
 Weights in GGUF blocks stay as they are, too: each layer adds its LoRAs when it dequantises them, which is as exact as
 merging, or dynamically if the configuration says so.
 Tensors outside linear layers (biases, norms, modulation, the patch embedding) are small: an exchange overwrites them
 and restores their originals later.
 """
 
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from functools import partial
-from typing import Any
+from typing import Any, Self
 
 import torch
 import torch.nn.functional as F
@@ -53,14 +55,22 @@ def match_loras(
     """Find and match the LoRAs in `specs` that are for this expert. LoraError where one does not fit."""
     matched = []
     for chosen in lora_files(specs, expert, config):
+        strengths = chosen.strength if isinstance(chosen.strength, tuple) else (chosen.strength,)
+        changes = len(strengths) > 1
         lora = match_lora(
             chosen.path,
             weights.plain_shapes,
-            strength=chosen.strength,
+            strength=max(strengths, key=abs),
             allow_partial=config.lora_allow_partial,
             expert=expert,
         )
-        report, file, named_task = lora.report, short_path(chosen.path), task_of(chosen.path)
+        file, named_task = short_path(chosen.path), task_of(chosen.path)
+        if changes and (fixed := next((n for n, patch in lora.patches.items() if not patch.runs_beside), None)):
+            raise LoraError(
+                f"{file} changes {fixed} as a LoHa or DoRA, which is merged and so has one strength; got "
+                f"{', '.join(f'{strength:g}' for strength in strengths)} for the phases. Give it one strength."
+            )
+        report = replace(lora.report, strength=chosen.strength)
         warnings = list(chosen.warnings)
         if report.unmatched:
             warnings.insert(0, f"{file} fits in part: {report.applied} of {report.total} layers were applied.")
@@ -69,7 +79,8 @@ def match_loras(
         if named_task and (named_task == "t2v") != (config.task == "t2v"):  # may be intended
             warnings.append(f"{file} is used for {config.task}, its name says {named_task}.")
         notes = (f"Used for the {expert}-noise expert: {chosen.reason}.", *report.notes)
-        matched.append(replace(lora, report=replace(report, notes=notes, warnings=tuple(warnings))))
+        report = replace(report, notes=notes, warnings=tuple(warnings))
+        matched.append(replace(lora, report=report, strengths=strengths if changes else ()))
     return matched
 
 
@@ -100,11 +111,13 @@ class ExpertLoras:
         self._dirty: set[str] = set()
         self._hooks: list[torch.utils.hooks.RemovableHandle] = []
         self._originals: dict[str, Tensor] = {}
+        self._beside: list[MatchedLora] = []
+        self._strengths = _Strengths()
         self.disk_weights = weights
         """The weights to read if they stay on disk: with all changes, or for dynamic LoRAs with the small ones."""
         self.applied: tuple[AppliedLora, ...] = ()
         self.specs: tuple[LoraSpec, ...] | None = ()
-        if self.dynamic(weights, config, from_disk):
+        if self.dynamic(weights, config, loras, from_disk):
             with torch.inference_mode(False), torch.no_grad():
                 self._put_on(loras)
         else:
@@ -113,10 +126,13 @@ class ExpertLoras:
         self._record(loras, config.lora_configs)
 
     @staticmethod
-    def dynamic(weights: ModelWeights, config: EngineConfig, from_disk: bool = False) -> bool:
+    def dynamic(
+        weights: ModelWeights, config: EngineConfig, loras: Iterable[MatchedLora] = (), from_disk: bool = False
+    ) -> bool:
         """Whether the weights stay the base model's. Always if they come quantised, since merging would round twice,
-        or stay on disk."""
-        return config.lora_dynamic_apply or (config.build is None and (weights.quantised or from_disk))
+        or stay on disk, or if a strength changes."""
+        stays = config.build is None and (weights.quantised or from_disk)
+        return config.lora_dynamic_apply or stays or any(lora.strengths for lora in loras)
 
     def use(self, specs: Sequence[LoraSpec]) -> None:
         """Exchange the LoRAs for the `specs` that are for this expert. After a LoraError the old ones are still on.
@@ -136,16 +152,40 @@ class ExpertLoras:
             raise
         self._record(loras, wanted)
 
+    def rewrites(self, phase: int) -> bool:
+        """Whether `select` changes weights, and not only what runs beside them."""
+        return self._strengths.of_phase(phase) != self._strengths.chosen and any(self._strengths.totals)
+
+    def select(self, phase: int) -> None:
+        """Give each LoRA its strength of this phase of the video. Reads nothing."""
+        index = self._strengths.of_phase(phase)
+        if index == self._strengths.chosen:
+            return
+        for branch, shares in self._strengths.branches:
+            branch.share = shares[phase]
+        with torch.no_grad():
+            self._write(self._strengths.totals[index])
+        self.disk_weights = self._strengths.on_disk[index]
+        self._strengths.chosen = index
+
     def _exchange(self, loras: list[MatchedLora]) -> None:
-        if self.dynamic(self._weights, self._config, self._from_disk):
-            self._put_on(loras)
-        elif self._from_disk:
+        if self._from_disk and self._config.build is not None:
             raise LoraError(
                 "The LoRAs are part of the prebuilt weights, and these stay on disk: they cannot be exchanged. "
                 "Set lazy_load to false, or use a preset that does not build its model."
             )
-        else:
+        if self.dynamic(self._weights, self._config, loras, self._from_disk):
+            self._put_on(loras)
+            return
+        beside = self._beside
+        if beside:
+            self._attach([])
+        try:
             self._merge(loras)
+        except LoraError:
+            if beside:
+                self._attach(beside)
+            raise
 
     def _own(self, specs: Iterable[LoraSpec]) -> tuple[LoraSpec, ...]:
         return tuple(spec for spec in specs if spec.expert in (self._expert, "auto"))
@@ -189,23 +229,25 @@ class ExpertLoras:
     def _attach(self, loras: Sequence[MatchedLora]) -> None:
         """Read the new side branches and small tensors first, then exchange everything."""
         small = {name for name in _names(loras) if self._linear(name) is None}
-        weights = self._weights.with_loras([lora.only(small) for lora in loras])
-        on_disk = self._weights.with_loras([*self._merged, *weights.loras])
+        strengths = _Strengths.of(loras)
+        totals = [self._weights.with_loras([lora.only(small) for lora in group]) for group in strengths.loras(loras)]
+        strengths.on_disk = [self._weights.with_loras([*self._merged, *each.loras]) for each in totals]
+        strengths.totals = [{} for _ in totals]
         branches: dict[str, dict[str, Tensor]] = {}
-        changed: dict[str, Tensor] = {}
-        for key, tensor in self._transform(self._additions(loras, weights, small)):
+        for key, tensor in self._transform(self._additions(loras, totals, small)):
             name, _, part = key.partition("|")
-            if part:
-                branches.setdefault(name, {})[part] = tensor
+            if part.isdecimal():
+                strengths.totals[int(part)][name] = tensor
             else:
-                changed[name] = tensor
+                branches.setdefault(name, {})[part] = tensor
         self._detach()
-        self.disk_weights = on_disk
-        for name, total in changed.items():
+        self._strengths, self._beside = strengths, list(loras)
+        self.disk_weights = strengths.on_disk[0]
+        for name in strengths.totals[0]:
             parameter = self._dit.get_parameter(name)
             if not parameter.is_meta:
                 self._originals[name] = parameter.detach().clone()
-                parameter.copy_(total)
+        self._write(strengths.totals[0])
         for name, parts in branches.items():
             layer = self._dit.get_submodule(name.rpartition(".")[0])
             if isinstance(layer, GGUFLinear):
@@ -216,12 +258,24 @@ class ExpertLoras:
                 ]
                 inside = [lora for lora in loras if name in lora.patches]
                 layer.check_sum = partial(require_finite_sum, name=name, loras=inside) if layer.merged else None
-            if any(not part.startswith("merged") for part in parts):
-                self._hooks.append(layer.register_forward_hook(_side_branch(parts)))
+            groups = {"fixed": (1.0,)} | {f"{index}": lora.shares for index, lora in enumerate(loras) if lora.strengths}
+            for group, shares in groups.items():
+                if kinds := _of(parts, f"{group}."):
+                    branch = SideBranch(kinds, shares[0])
+                    self._hooks.append(layer.register_forward_hook(branch))
+                    if len(shares) > 1:
+                        strengths.branches.append((branch, shares))
 
-    def _additions(self, loras: Sequence[MatchedLora], weights: ModelWeights, small: set[str]) -> TensorStream:
-        """For a linear layer's weight "name|down" and "name|up" or "name|delta", in blocks "name|merged0.down" and
-        so on; for other tensors the new value.
+    def _write(self, totals: Mapping[str, Tensor]) -> None:
+        for name, total in totals.items():
+            parameter = self._dit.get_parameter(name)
+            if not parameter.is_meta:
+                parameter.copy_(total)
+
+    def _additions(self, loras: Sequence[MatchedLora], totals: Sequence[ModelWeights], small: set[str]) -> TensorStream:
+        """For a linear layer's weight "name|fixed.down" and "name|fixed.up" or "name|fixed.delta", with "0." and so on
+        for a LoRA whose strength changes, in blocks "name|merged0.down" and so on; for other tensors the new value
+        under each of the `totals`, "name|0" and so on.
 
         Reads that value even if it stays on disk, so that an error in it shows now.
         """
@@ -234,9 +288,14 @@ class ExpertLoras:
                 for index, lora in enumerate(loras):
                     if name in lora.patches and self._inside(name, lora):
                         yield from self._parts(name, index, lora, layer)
-                if beside := [lora for lora in group if not self._inside(name, lora)]:
-                    yield from self._branch(name, beside, layer)
-        yield from weights.tensors(small)
+                    elif name in lora.patches and lora.strengths:
+                        yield from self._branch(name, f"{index}", [lora], layer)
+                fixed = [lora for lora in group if not self._inside(name, lora) and not lora.strengths]
+                if fixed:
+                    yield from self._branch(name, "fixed", fixed, layer)
+        for index, weights in enumerate(totals):
+            for name, tensor in weights.tensors(small):
+                yield f"{name}|{index}", tensor
 
     def _linear(self, name: str) -> AnyLinear | None:
         """The linear layer with this weight."""
@@ -253,12 +312,12 @@ class ExpertLoras:
         for name, original in self._originals.items():
             self._dit.get_parameter(name).copy_(original)
         self._originals.clear()
+        self._strengths, self._beside = _Strengths(), []
 
     def _inside(self, name: str, lora: MatchedLora) -> bool:
         """Whether a layer in GGUF blocks adds this LoRA to its weights, as it does with all that cannot run beside."""
-        return isinstance(self._linear(name), GGUFLinear) and not (
-            self._config.lora_dynamic_apply and lora.patches[name].runs_beside
-        )
+        beside = self._config.lora_dynamic_apply or lora.strengths
+        return isinstance(self._linear(name), GGUFLinear) and not (beside and lora.patches[name].runs_beside)
 
     def _parts(self, name: str, index: int, lora: MatchedLora, layer: AnyLinear) -> TensorStream:
         """The tensors of a LoRA for a layer in blocks, as they are stored: those in 16 bits stay in 16 bits.
@@ -275,7 +334,7 @@ class ExpertLoras:
             moved = tensor.to("cpu" if waits else device, dtype)
             yield f"{name}|merged{index}.{kind}", moved.pin_memory() if pin else moved
 
-    def _branch(self, name: str, loras: Sequence[MatchedLora], layer: AnyLinear) -> TensorStream:
+    def _branch(self, name: str, group: str, loras: Sequence[MatchedLora], layer: AnyLinear) -> TensorStream:
         """The matrices of Σ up · down: several LoRAs become one pair, plain differences one matrix, a LoKr its two."""
         device = self._device or layer.weight.device
         dtype = layer.weight.dtype if isinstance(layer, nn.Linear) else self._dit.compute_dtype
@@ -300,7 +359,7 @@ class ExpertLoras:
             moved = tensor.to(device, dtype)
             files = ", ".join(lora.report.path for lora in loras)
             require_finite(moved, f"{files}: the change of {name}, in {str(dtype)[6:]},", "Lower the strength.")
-            yield f"{name}|{part}", moved
+            yield f"{name}|{group}.{part}", moved
         for lora in loras:
             lora.require_possible(name)
 
@@ -325,20 +384,52 @@ def _final(lora: MatchedLora) -> LoraReport:
     return replace(report, warnings=(*report.warnings, text))
 
 
-def _side_branch(parts: dict[str, Tensor]) -> Callable[..., Tensor]:
-    """A forward hook that adds x · (Σ up · down)^T to a layer's output, and the products of LoKr."""
-    down, up, delta = (parts.get(name) for name in ("down", "up", "delta"))
-    factors = [(parts[f"w1.{name[3:]}"], w2) for name, w2 in parts.items() if name.startswith("w2.")]
+class SideBranch:
+    """A forward hook that adds x · (Σ up · down)^T to a layer's output, and the products of LoKr, times `share`."""
 
-    def add_branch(module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor:
+    def __init__(self, parts: Mapping[str, Tensor], share: float) -> None:
+        self.share = share
+        self._down, self._up, self._delta = (parts.get(name) for name in ("down", "up", "delta"))
+        self._factors = [(parts[f"w1.{name[3:]}"], w2) for name, w2 in parts.items() if name.startswith("w2.")]
+
+    def __call__(self, module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor:
+        if not self.share:
+            return output
         x = inputs[0]
-        if down is not None and up is not None:
-            rows_MR = F.linear(x.to(down.dtype), down).flatten(0, -2)
-            output.view(-1, output.shape[-1]).addmm_(rows_MR, up)
-        for w1_AB, w2_CD in factors:
+        if self._down is not None and self._up is not None:
+            rows_MR = F.linear(x.to(self._down.dtype), self._down).flatten(0, -2)
+            output.view(-1, output.shape[-1]).addmm_(rows_MR, self._up, alpha=self.share)
+        for w1_AB, w2_CD in self._factors:
             x_MBD = x.to(w2_CD.dtype).reshape(-1, w1_AB.shape[1], w2_CD.shape[1])
             product_MAC = F.linear(F.linear(x_MBD, w2_CD).mT, w1_AB).mT
-            output.view(product_MAC.shape).add_(product_MAC)
-        return output if delta is None else output.add_(F.linear(x.to(delta.dtype), delta))
+            output.view(product_MAC.shape).add_(product_MAC, alpha=self.share)
+        if self._delta is not None:
+            output.add_(F.linear(x.to(self._delta.dtype), self._delta), alpha=self.share)
+        return output
 
-    return add_branch
+
+@dataclass(slots=True)
+class _Strengths:
+    """The strengths of the LoRAs on an expert: `phases` has for each phase the index of its combination."""
+
+    phases: list[int] = field(default_factory=lambda: [0])
+    firsts: list[int] = field(default_factory=lambda: [0])
+    """The first phase with each combination."""
+    chosen: int = 0
+    branches: list[tuple[SideBranch, tuple[float, ...]]] = field(default_factory=list)
+    totals: list[dict[str, Tensor]] = field(default_factory=list)
+    """Under each combination: the tensors outside linear layers."""
+    on_disk: list[ModelWeights] = field(default_factory=list)
+
+    @classmethod
+    def of(cls, loras: Sequence[MatchedLora]) -> Self:
+        combinations = list(zip(*(lora.strengths for lora in loras if lora.strengths), strict=True)) or [()]
+        firsts = [combinations.index(each) for each in dict.fromkeys(combinations)]
+        return cls([firsts.index(combinations.index(each)) for each in combinations], firsts)
+
+    def of_phase(self, phase: int) -> int:
+        return self.phases[phase if len(self.phases) > 1 else 0]
+
+    def loras(self, loras: Sequence[MatchedLora]) -> list[list[MatchedLora]]:
+        """The LoRAs under each combination."""
+        return [[lora.in_phase(first) for lora in loras] for first in self.firsts]

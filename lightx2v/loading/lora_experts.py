@@ -30,7 +30,8 @@ class LoraFile:
     """One file for one expert. `reason` ends the sentence "Used for the high-noise expert: …"."""
 
     path: Path
-    strength: float
+    strength: float | tuple[float, ...]
+    """One for each phase of the video, if it changes."""
     reason: str
     warnings: tuple[str, ...] = ()
 
@@ -93,7 +94,8 @@ def _automatic(spec: LoraSpec, path: Path, expert: Expert, given: Sequence[Path]
 
 
 def _file(spec: LoraSpec, path: Path, reason: str, warning: str = "") -> LoraFile:
-    return LoraFile(path=path, strength=spec.strength, reason=reason, warnings=(warning,) if warning else ())
+    strength = spec.strengths if spec.varies else spec.strengths[0]
+    return LoraFile(path=path, strength=strength, reason=reason, warnings=(warning,) if warning else ())
 
 
 def _evidence(path: Path, given: Sequence[Path]) -> _Evidence:

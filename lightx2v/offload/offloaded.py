@@ -72,10 +72,11 @@ class Offloaded:
             yield self._text
 
     @contextmanager
-    def expert(self, which: Expert, then: Expert | None = None) -> Iterator[WanDiT]:
+    def expert(self, which: Expert, then: Expert | None = None, phase: int = 0) -> Iterator[WanDiT]:
         dit, plan = self._experts[which], self._ladder.plan
         dit.sequential_cfg, dit.cache_text_kv = plan.sequential_cfg, plan.cache_text_kv
         streamer = self._streamers.get("experts")
+        self._loaded.select(which, phase, streamer.edit if streamer else nullcontext)
         with streamer.use(which, then) if streamer else nullcontext():
             yield dit
 

@@ -90,5 +90,6 @@ def model_sizes(files: ModelFiles, config: EngineConfig, precision: Precision) -
             for lora in match_loras(config.lora_configs, which, weights, config)
             if not config.build
         ),
-        loras_beside=config.lora_dynamic_apply if weights.blocks else ExpertLoras.dynamic(weights, config),
+        loras_beside=any(lora.varies for lora in config.lora_configs)
+        or (config.lora_dynamic_apply if weights.blocks else ExpertLoras.dynamic(weights, config)),
     )

@@ -1,7 +1,7 @@
 """A model whose parts stay where they were loaded."""
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
 
@@ -80,7 +80,8 @@ class Resident:
             weights = expert_weights(files, which, config)
             loras = match_loras(config.lora_configs, which, weights, config)
             prebuilt = prebuilt_weights(files, which)
-            merged = weights if ExpertLoras.dynamic(weights, config, from_disk) else weights.with_loras(loras)
+            stays = ExpertLoras.dynamic(weights, config, loras, from_disk)
+            merged = weights if stays else weights.with_loras(loras)
             in_host = self._in_host(which, slabs) if expert_precision is in_host_memory else None
             read = partial(
                 load_expert, watch=inputs.watch, group=group, compute_device=precision.device, in_host=in_host
@@ -128,9 +129,18 @@ class Resident:
         return self._text is not None
 
     @contextmanager
-    def expert(self, which: Expert, then: Expert | None = None) -> Iterator[WanDiT]:
-        """`then` is the expert that runs next, if that is known."""
+    def expert(self, which: Expert, then: Expert | None = None, phase: int = 0) -> Iterator[WanDiT]:
+        """`then` is the expert that runs next, if that is known. The LoRAs have their strengths of the `phase`."""
+        self.select(which, phase)
         yield self._experts[which]
+
+    def select(
+        self, which: Expert, phase: int, editing: Callable[[], AbstractContextManager[None]] = nullcontext
+    ) -> None:
+        """Give the LoRAs of an expert their strengths of a phase, inside `editing` if that changes weights."""
+        loras = self._loras[which]
+        with editing() if loras.rewrites(phase) else nullcontext():
+            loras.select(phase)
 
     @contextmanager
     def vae(self) -> Iterator[WanVAE]:

@@ -126,7 +126,9 @@ class LoraBody(BaseModel):
         None,
         description="The expert that it is for. Without one the file's name decides: high_noise, low_noise, or both.",
     )
-    strength: Strength = 1.0
+    strength: Strength | Annotated[list[Strength], Field(min_length=1, max_length=MAX_PHASES)] = Field(
+        1.0, description="One number, or one for each phase of the video."
+    )
 
 
 @with_foreign_fields

@@ -45,7 +45,8 @@ class LoraReport:
     """What one file changes. `unmatched` are keys that have no place in this model; `notes` say how it was read."""
 
     path: str
-    strength: float
+    strength: float | tuple[float, ...]
+    """One for each phase of the video, if it changes."""
     applied: int
     total: int
     harmless: int
@@ -55,6 +56,7 @@ class LoraReport:
 
     def to_json(self) -> dict[str, Any]:
         return asdict(self) | {
+            "strength": list(self.strength) if isinstance(self.strength, tuple) else self.strength,
             "unmatched": list(self.unmatched[:20]),
             "notes": list(self.notes),
             "warnings": list(self.warnings),
@@ -91,6 +93,8 @@ class MatchedLora:
     patches: dict[str, LoraPatch]
     shapes: Shapes
     report: LoraReport
+    strengths: tuple[float, ...] = ()
+    """Of each phase, if the strength changes. The patches have the largest of them."""
     sizes: dict[str, float] = field(default_factory=dict)
     """How large the changes read so far are: the product of the largest values of their factors."""
     zero: set[str] = field(default_factory=set)
@@ -105,6 +109,20 @@ class MatchedLora:
     def only(self, names: Container[str]) -> MatchedLora:
         """The same LoRA restricted to these tensors."""
         return replace(self, patches={name: patch for name, patch in self.patches.items() if name in names})
+
+    @property
+    def shares(self) -> tuple[float, ...]:
+        """The strength of each phase as a share of that of the patches."""
+        largest = max(self.strengths, key=abs)
+        return tuple(strength / largest for strength in self.strengths)
+
+    def in_phase(self, phase: int) -> MatchedLora:
+        """The same LoRA with its strength of one phase."""
+        if not self.strengths or self.shares[phase] == 1:
+            return self
+        share = self.shares[phase]
+        patches = {name: replace(patch, scale=share * patch.scale) for name, patch in self.patches.items() if share}
+        return replace(self, patches=patches)
 
     def delta(self, name: str, device: torch.device | str, dtype: torch.dtype) -> Delta:
         """Read the change of the tensor `name`."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import pytest
@@ -11,7 +12,7 @@ from lightx2v.config.presets import resolve
 from lightx2v.config.request import Request
 from lightx2v.config.schedule import schedule_of
 from lightx2v.cost.run_time import estimate_cost
-from lightx2v.errors import BadRequest
+from lightx2v.errors import BadRequest, ConfigError
 
 THREE = [
     {"expert": "high", "guidance": 3.5},
@@ -157,3 +158,17 @@ def test_a_guidance_of_one_needs_one_forward_and_any_other_two() -> None:
         True,
         True,
     ]
+
+
+def test_a_lora_has_one_strength_or_one_for_each_phase() -> None:
+    lora = {"name": "high_noise_model", "path": "a.safetensors", "strength": [0, 1, 0.5]}
+    request = video(phases=THREE, steps=8, loras=[lora])
+    assert request.loras is not None and request.loras[0].strength == (0.0, 1.0, 0.5) and request.loras[0].varies
+    assert Request.from_json(request.to_json()) == request
+    assert "expected one number, or one for each of the 2 phases" in refused(loras=[lora])
+    for wrong in ([], [1] * (MAX_PHASES + 1), [0, "1", 1], [math.nan] * 3):
+        assert "LoRA strength is" in refused(phases=THREE, steps=8, loras=[lora | {"strength": wrong}])
+    with pytest.raises(ConfigError, match="one for each of the 2 phases"):
+        resolve("t2v_distill_lora", {"lora_configs": [lora]})
+    with pytest.raises(ConfigError, match="each has one strength"):
+        resolve("demo_t2v_merged", {"lora_configs": [lora | {"strength": [0, 1]}]})

@@ -116,6 +116,21 @@ def test_every_sampler_goes_on_with_the_same_bits(
     assert result.warnings == ()
 
 
+@pytest.mark.parametrize("at", [1, 2, 3])
+def test_a_run_goes_on_in_the_middle_of_its_phases(loaded: Callable[[str], LightX2VPipeline], at: int) -> None:
+    """Step 1 continues the history of UniPC, step 2 begins another sampler, step 3 another expert without guidance."""
+    phases = [
+        {"expert": "high", "sampler": "unipc"},
+        {"expert": "high", "from_step": 2, "sampler": "euler"},
+        {"expert": "low", "from_step": 3, "guidance": 1, "sampler": "euler"},
+    ]
+    pipe, request, shelf = loaded("t2v"), ask({"steps": STEPS, "phases": phases}), Shelf()
+    whole = latents(pipe, request)
+    stop_after(pipe, request, at, shelf)
+    result = go_on(pipe, request, shelf)
+    assert result.latents is not None and torch.equal(result.latents, whole)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("preset", ["demo_t2v_distill_lora", "demo_i2v_distill_lora", "demo_t2v_fp8"])
 def test_loras_and_8_bit_weights_go_on_with_the_same_bits(

@@ -43,7 +43,7 @@ def expert(folder: Path, *loras: LoraSpec, dynamic: bool = False) -> tuple[WanDi
     choice = resolve_attention("torch_sdpa", precision.device, precision.compute)
     weights = expert_weights(locate(config), "high", config)
     found = match_loras(config.lora_configs, "high", weights, config)
-    used = weights if ExpertLoras.dynamic(weights, config) else weights.with_loras(found)
+    used = weights if ExpertLoras.dynamic(weights, config, found) else weights.with_loras(found)
     dit = load_expert(locate(config), used, precision, choice, choice)
     return dit, ExpertLoras(dit, "high", weights, found, config, precision.device)
 
@@ -131,6 +131,65 @@ def test_twenty_switches_return_to_the_same_bits(tiny: TinyModels, files: tuple[
     assert equal(dict(dit.state_dict()), state) and torch.equal(output(dit), base)
     fresh, _ = expert(tiny.t2v, *one, dynamic=dynamic)
     assert torch.equal(output(fresh), seen[0])
+
+
+@pytest.mark.parametrize("others", [(), ("two",)], ids=["alone", "beside a fixed one"])
+def test_a_strength_for_each_phase_is_the_float64_model_in_each(
+    tiny: TinyModels, files: tuple[Path, Path], others: tuple[str, ...]
+) -> None:
+    """Also of a LoRA with changes of biases, norms and modulation; nothing is read again."""
+    strengths = (0.0, 1.0, -0.5)
+    fixed = [spec(files[0], strength=0.3)] if others else []
+    dit, loras = expert(tiny.t2v, replace(spec(files[1]), strength=strengths), *fixed)
+    for phase in (0, 1, 2, 1, 0):
+        loras.select(phase)
+        exact = expert(tiny.t2v)[0].double()
+        for path, strength in ((files[1], strengths[phase]), *[(files[0], 0.3) for _ in fixed]):
+            lora = match_lora(path, base_weights(tiny.t2v).plain_shapes, strength=strength)
+            for name in lora.patches:
+                lora.delta(name, "cpu", torch.float64).add_to(exact.get_parameter(name).data)
+        with InFloat64():
+            wanted = output(exact)
+        assert error(output(dit), wanted) <= 1e-6
+
+
+def test_at_strength_zero_and_one_of_a_phase_the_bits_are_those_without_and_with_the_lora(
+    tiny: TinyModels, files: tuple[Path, Path]
+) -> None:
+    dit, loras = expert(tiny.t2v, replace(spec(files[1]), strength=(0.0, 1.0)))
+    assert torch.equal(output(dit), output(expert(tiny.t2v)[0]))
+    loras.select(1)
+    assert torch.equal(output(dit), output(expert(tiny.t2v, spec(files[1]), dynamic=True)[0]))
+
+
+@pytest.mark.parametrize("dynamic", [False, True])
+def test_changing_strengths_come_and_go_like_other_loras(
+    tiny: TinyModels, files: tuple[Path, Path], tmp_path: Path, dynamic: bool
+) -> None:
+    dit, loras = expert(tiny.t2v, spec(files[0]), dynamic=dynamic)
+    before, changing = output(dit), replace(spec(files[1]), strength=(1.0, 0.0))
+    for _ in range(2):
+        loras.use([changing])
+        loras.select(1)
+        with pytest.raises(LoraError):
+            loras.use([unusable(tiny, tmp_path)])
+        loras.select(1)
+        assert torch.equal(output(dit), output(expert(tiny.t2v)[0])), "the old one is still on, at strength 0"
+        loras.select(0)
+        assert torch.equal(output(dit), output(expert(tiny.t2v, spec(files[1]), dynamic=True)[0]))
+        loras.use([spec(files[0])])
+        loras.select(1)
+        assert torch.equal(output(dit), before)
+
+
+def test_a_lora_that_is_merged_keeps_one_strength(tiny: TinyModels, tmp_path: Path) -> None:
+    shape = base_weights(tiny.t2v).shapes["blocks.0.ffn.0.weight"]
+    sides = {f"hada_w{i}_{side}": torch.ones(shape[0], 2) if side == "a" else torch.ones(2, shape[1])
+             for i in (1, 2) for side in "ab"}  # fmt: skip
+    save_file({f"blocks.0.ffn.0.{name}": part for name, part in sides.items()}, tmp_path / "loha.safetensors")
+    with pytest.raises(LoraError, match=r"is merged and so has one strength; got 0, 1 for the phases"):
+        expert(tiny.t2v, replace(spec(tmp_path / "loha.safetensors"), strength=(0.0, 1.0)))
+    expert(tiny.t2v, replace(spec(tmp_path / "loha.safetensors"), strength=(0.5, 0.5)))
 
 
 def unusable(tiny: TinyModels, folder: Path) -> LoraSpec:
