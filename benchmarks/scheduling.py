@@ -143,7 +143,7 @@ def days(seed: int) -> Iterator[tuple[str, int, list[Arrival]]]:
     yield "four models, even", 4, arrivals(even(dice, 3600), dice)
     yield "four models, bursts", 4, arrivals(bursts(dice, 2400), dice)
     yield "four models, evening rush", 4, arrivals(evening(dice, 2000), dice)
-    yield "the same, predictions off by up to 3", 4, arrivals(evening(dice, 2000), dice, error=3.0)
+    yield "the rush with predictions off by up to 3 times", 4, arrivals(evening(dice, 2000), dice, error=3.0)
     yield "four models, two workers, bursts", 2, arrivals(bursts(dice, 1000), dice)
     yield "four models, sixteen workers, rush", 16, arrivals(evening(dice, 9000), dice)
 

@@ -63,6 +63,7 @@ class WorkerPool:
         self.broken = ""
         self._started = False
         self._told_unfit: dict[str, str] = {}
+        self._drained: set[str] = set()
         self._state, self._on_finished = state, on_finished
         self.dispatcher = Dispatcher(state, self.workers, predict)
 
@@ -74,8 +75,14 @@ class WorkerPool:
             known = self.workers.get(replica.name)
             if known is not None and known.replica.alive and not known.leaving:
                 raise ConfigError(f"There is already a worker {quoted(replica.name)}. Remove it first.")
-            self.workers[replica.name] = worker = JobWorker(replica, self._state, self, self._on_finished)
-            if self._started and not self.closing:
+            worker = JobWorker(replica, self._state, self, self._on_finished)
+            if self.closing:
+                worker.join(0.0)
+                return
+            worker.paused = replica.name in self._drained
+            self.workers[replica.name] = worker
+            self._state.steps.grow(len(self.workers))
+            if self._started:
                 worker.start()
             self._state.changed.notify_all()
 
@@ -100,12 +107,13 @@ class WorkerPool:
         return True
 
     def drain(self, name: str, on: bool) -> bool:
-        """Take a replica out of service, or put it back: its job goes on elsewhere, and its model stays loaded. False
-        if there is none of that name."""
+        """Take a replica out of service, or put it back: its job goes on elsewhere, and its model stays loaded. One
+        that comes later under the same name is out of service too. False if there is none of that name."""
         with self._state.changed:
             if (worker := self.workers.get(name)) is None:
                 return False
             worker.pause(on)
+            (self._drained.add if on else self._drained.discard)(name)
             return True
 
     def left(self, worker: JobWorker, reason: str) -> None:

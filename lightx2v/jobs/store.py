@@ -369,16 +369,21 @@ class JobStore:
 
 
 class StepLog:
-    """A ring buffer of progress events for each of the latest LOGGED_JOBS jobs, in memory, because a step is not worth
-    a commit to the disk. It does not survive a restart."""
+    """A ring buffer of progress events for each of the latest LOGGED_JOBS jobs, and of more where more run at once, in
+    memory, because a step is not worth a commit to the disk. It does not survive a restart."""
 
     def __init__(self) -> None:
         self._events: OrderedDict[str, deque[JobEvent]] = OrderedDict()
+        self._room = LOGGED_JOBS
+
+    def grow(self, running: int) -> None:
+        """Have room for so many jobs that run at once."""
+        self._room = max(self._room, LOGGED_JOBS + running)
 
     def add(self, job: str, event: JobEvent) -> None:
         self._events.setdefault(job, deque(maxlen=LOGGED_EVENTS)).append(event)
         self._events.move_to_end(job)
-        if len(self._events) > LOGGED_JOBS:
+        if len(self._events) > self._room:
             self._events.popitem(last=False)
 
     def events(self, job: str, after: int) -> list[JobEvent]:

@@ -153,12 +153,21 @@ class JobWorker:
         path, steps = self._files.video(job.id), self._files.steps(job.id, self._state.save_every)
         on_progress = partial(self._on_progress, running)
         outcome = self.replica.run(job, path, on_progress=on_progress, cancel=running.cancel, steps=steps)
+        if self.abandoned:
+            self._discard(job.id)
+            return outcome
         try:
-            if self._on_finished is not None and not self.abandoned:
+            if self._on_finished is not None:
                 self._on_finished(job.config, job.request, replace(outcome, device=self.replica.device))
         except Exception:  # statistics are no reason to lose the video
             log.error("on_finished failed for job %s\n%s", job.id, traceback.format_exc())
         return outcome
+
+    def _discard(self, id: str) -> None:
+        """Remove what an abandoned run has written for a job that was deleted meanwhile."""
+        with self._changed:
+            if not self._state.closed and id not in self._store.ids():
+                self._files.remove(id)
 
     def _take(self) -> Running | None:
         """Wait for the next job and mark it as running. None when there will be none."""

@@ -12,6 +12,7 @@ from job_runs import CONFIG, OTHER, ask, done, hold
 from patience import PATIENCE, eventually
 
 from lightx2v.errors import Busy, ConfigError
+from lightx2v.jobs import store
 from lightx2v.jobs.engine_slot import EngineSlot
 from lightx2v.jobs.queue import JobManager
 from lightx2v.jobs.store import Job
@@ -73,15 +74,16 @@ def test_a_drained_replica_takes_no_job_until_it_is_put_back(manager: JobManager
     assert garage.started.wait(PATIENCE)
     assert manager.drain("this machine") and not manager.drain("nobody")
     eventually(lambda: manager.get(job.id).state == "queued")
-    assert [(worker.paused, worker.job) for worker in manager.workers()] == [(True, None)]
+    assert [(worker.state, worker.job) for worker in manager.workers()] == [("drained", None)]
     assert manager.get(job.id).position == 1 and manager.alive and garage.alive == 1, "the model stays loaded"
     event.set()
     manager.drain("this machine", on=False)
     assert done(manager, job).state == "succeeded" and garage.went_on_from == [None, b"half of it"]
 
 
+@pytest.mark.parametrize("deleted", [False, True])
 def test_a_replica_that_does_not_stop_loses_its_job_to_another_and_delivers_nothing_later(
-    manager: JobManager, garage: Garage, second: Garage
+    deleted: bool, manager: JobManager, garage: Garage, second: Garage
 ) -> None:
     event = hold(garage, "held", ignore_cancel=True)
     job = manager.submit(CONFIG, ask("held"))
@@ -91,9 +93,14 @@ def test_a_replica_that_does_not_stop_loses_its_job_to_another_and_delivers_noth
     job = done(manager, job)
     assert job.state == "succeeded" and second.ran == ["held"]
     events = manager.events(job.id)
+    if deleted:
+        manager.delete(job.id)
     event.set()
     eventually(lambda: garage.alive == 0)
-    assert manager.get(job.id) == job and manager.events(job.id) == events
+    if deleted:
+        assert not list(manager.folder.glob("*.mp4"))
+    else:
+        assert manager.get(job.id) == job and manager.events(job.id) == events
 
 
 def test_names_are_unique_and_a_queue_without_workers_refuses_jobs_unless_some_may_come(
@@ -182,3 +189,39 @@ def test_the_start_and_the_backlog_are_predicted_for_all_workers(open_manager: C
     for replica in replicas:
         for script in replica.garage.script.values():
             script.hold.set()  # type: ignore[union-attr]
+
+
+def test_a_drained_worker_stays_out_of_service_when_it_is_started_again(
+    open_manager: Callable[..., JobManager],
+) -> None:
+    manager = open_manager(garage=None)
+    manager.more_may_come = True
+    manager.add_replica(FakeReplica("gpu-0"))
+    manager.drain("gpu-0")
+    manager.remove_replica("gpu-0")
+    manager.add_replica(FakeReplica("gpu-0"))
+    assert [worker.state for worker in manager.workers()] == ["drained"]
+    job = manager.submit(CONFIG, ask())
+    assert manager.backlog() == float("inf")
+    manager.drain("gpu-0", on=False)
+    assert done(manager, job).state == "succeeded"
+
+
+def test_the_progress_of_many_jobs_at_once_is_kept(
+    open_manager: Callable[..., JobManager], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(store, "LOGGED_JOBS", 2)
+    manager = open_manager(garage=None, max_queue=100, **EAGER)
+    manager.more_may_come = True
+    scripts = {str(number): Script(at=("denoise", 4), hold=threading.Event()) for number in range(5)}
+    for number in range(len(scripts)):
+        replica = FakeReplica(f"gpu-{number}")
+        replica.garage.script = scripts
+        manager.add_replica(replica)
+    jobs = [manager.submit(CONFIG, ask(name)) for name in scripts]
+    eventually(lambda: all((job := manager.get(one.id)).progress and job.progress.step == 3 for one in jobs))
+    for job in jobs:
+        steps = [e.data["step"] for e in manager.events(job.id) if e.data.get("stage") == "denoise"]
+        assert steps == [1, 2, 3]
+    for script in scripts.values():
+        script.hold.set()  # type: ignore[union-attr]
