@@ -8,7 +8,7 @@ from ..strings import Words
 from . import numbers
 from .html import button, esc, icon_button, tag
 from .report import peak_vram
-from .stage import stop_question
+from .stage import overall, stop_question
 
 
 def history(words: Words, jobs: Sequence[Job], current: str, compared: Sequence[str], *, deleted: int = 0) -> str:
@@ -27,14 +27,15 @@ def history(words: Words, jobs: Sequence[Job], current: str, compared: Sequence[
 
 
 def queue(words: Words, jobs: Sequence[Job], editing: str) -> str:
-    """The running job and those that wait, in order; "" if nothing waits behind another run."""
+    """The running jobs and those that wait, in order; "" for less than two: the stage shows the one that there is."""
     waiting = sorted((job for job in jobs if job.state == "queued"), key=lambda job: job.position or 0)
     running = [job for job in jobs if job.state == "running"]
-    if not waiting or len(waiting) + len(running) < 2:
+    if len(waiting) + len(running) < 2:
         return ""
-    rows = [_running(words, job) for job in running]
+    rows = [_running(words, job, several=len(running) > 1) for job in reversed(running)]
     rows += [_waiting(words, job, i, len(waiting), editing=job.id == editing) for i, job in enumerate(waiting)]
-    count = tag("span", esc(words("n_waiting", n=len(waiting))), class_="quiet")
+    text = words("n_waiting", n=len(waiting)) if waiting else words("n_running", n=len(running))
+    count = tag("span", esc(text), class_="quiet")
     head = tag("header", tag("h2", esc(words("queue"))) + count)
     return tag("section", head + tag("ol", "".join(rows), class_="queue"), class_="card", aria_label=words("queue"))
 
@@ -68,9 +69,15 @@ def _summary(words: Words, job: Job) -> str:
     return " · ".join(filter(None, [numbers.seconds(timings["total"]), numbers.memory(vram[0]) if vram else "", name]))
 
 
-def _running(words: Words, job: Job) -> str:
-    stop = icon_button("close", "stop", words("stop"), id=job.id, **stop_question(words, job))
-    return _row(words, job, "▸", tag("span", esc(words("state_running")), class_="quiet") + stop, "running")
+def _running(words: Words, job: Job, *, several: bool) -> str:
+    """With `several`, each says how far it is, and how to see it on the stage."""
+    tools = tag("span", esc(words("state_running")), class_="quiet")
+    if several:
+        share = f"{100 * overall(job.request, job.progress):.0f}{numbers.NARROW}%"
+        name = words("show_run", prompt=job.request.prompt[:80])
+        tools = button(share, "show", kind="small", name=f"{name}, {share}", id=job.id)
+    tools += icon_button("close", "stop", words("stop"), id=job.id, **stop_question(words, job))
+    return _row(words, job, "▸", tools, "running")
 
 
 def _waiting(words: Words, job: Job, place: int, count: int, *, editing: bool) -> str:

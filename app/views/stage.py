@@ -179,6 +179,8 @@ def _now(words: Words, job: Job, event: Progress | None, ahead: tuple[int, int])
 
 def _queued(words: Words, job: Job, ahead: int, others: int) -> str:
     """How many runs a waiting one has before it, whose they are, and when it starts."""
+    if job.note:
+        return tag("strong", esc(words("waits_for_worker"))) + tag("span", esc(job.note), class_="quiet")
     if not ahead:
         return tag("strong", esc(words("starting")))
     title = tag("strong", esc(words("queued_behind", n=ahead)))

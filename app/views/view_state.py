@@ -26,11 +26,13 @@ class ViewState:
 
 
 def build_view(studio: Studio, session: Session) -> ViewState:
-    """Looks up the session's runs. Unless the visitor chose a run, the stage follows the one in progress. A run that
-    has started can no longer be edited."""
+    """Looks up the session's runs. Unless the visitor chose a run, the stage follows the one in progress; of several it
+    keeps one until that ends. A run that has started can no longer be edited."""
     runs = studio.runs(session.owner)
     if not session.pinned and not session.uploaded:
-        current = next((job for job in runs if job.state == "running"), None) or _later(runs, session.job)
+        running = sorted((job for job in runs if job.state == "running"), key=lambda job: job.started or 0.0)
+        followed = (job for job in running if job.id == session.job)
+        current = next(followed, None) or next(iter(running), None) or _later(runs, session.job)
         if current is not None and current.id != session.job:
             session = replace(session, job=current.id)
     if session.editing and not any(job.id == session.editing and job.state == "queued" for job in runs):

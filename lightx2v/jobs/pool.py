@@ -46,7 +46,7 @@ class WorkerPool:
     """Use every member under the lock of `state`, but `add`, `remove`, `drain` and `stop`, which take it.
 
     `broken` is the reason why no job will run in this process any more. With `more_may_come`, jobs wait for a replica
-    where there is none for them.
+    where there is none for them; `unfit` says why, by their ids.
     """
 
     def __init__(
@@ -62,7 +62,7 @@ class WorkerPool:
         self.closing = self.more_may_come = False
         self.broken = ""
         self._started = False
-        self._told_unfit: dict[str, str] = {}
+        self.unfit: dict[str, str] = {}
         self._drained: set[str] = set()
         self._state, self._on_finished = state, on_finished
         self.dispatcher = Dispatcher(state, self.workers, predict)
@@ -180,17 +180,21 @@ class WorkerPool:
 
     def _settle_unfit(self) -> None:
         """A job whose model no worker can hold fails, or waits for a machine that may come, and says why."""
-        store, now = self._state.store, self._state.clock()
+        store, now, known = self._state.store, self._state.clock(), self.unfit
+        self.unfit, failed = {}, False
         for job, reasons in self.dispatcher.unfit():
             text = "; ".join(f"{name}: {reason.rstrip('.')}" for name, reason in sorted(reasons.items()))
             if not self.more_may_come:
                 message = f"No worker can hold the model of this job. {text}. Choose another model, or offload more."
                 store.finish(job.id, "failed", now, error={"type": UNFIT, "message": message})
-                self._state.changed.notify_all()
-            elif self._told_unfit.get(job.id) != text:
-                self._told_unfit[job.id] = text
-                store.note(job.id, now, f"No worker can hold the model of this job, so it waits for another: {text}.")
-                self._state.changed.notify_all()
+                failed = True
+                continue
+            note = f"No worker can hold the model of this job, so it waits for another one. {text}."
+            self.unfit[job.id] = note
+            if note != known.get(job.id):
+                store.note(job.id, now, note)
+        if failed or self.unfit != known:
+            self._state.changed.notify_all()
 
 
 def state_of(name: str, worker: JobWorker) -> WorkerState:

@@ -142,7 +142,8 @@ class JobQueries:
         """Add what the store does not hold: place in the queue, progress, the video's path."""
         if job.state == "queued":
             position = (self._state.store.queued() if queue is None else queue).index(job.id) + 1
-            return replace(job, position=position, starts_in=self._pool.dispatcher.starts_in(job.id))
+            starts_in, note = self._pool.dispatcher.starts_in(job.id), self._pool.unfit.get(job.id, "")
+            return replace(job, position=position, starts_in=starts_in, note=note)
         if job.state == "succeeded":
             return replace(job, path=self._state.files.video(job.id))
         if (running := self._pool.running_job(job.id)) is None:

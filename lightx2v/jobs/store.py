@@ -120,8 +120,9 @@ class Job:
     """A snapshot of a job. Times are seconds since 1970.
 
     `position` is 1 for the next job, None unless queued; `starts_in` predicts the seconds until the start, None if
-    that is not possible. `cancelling`: a cancel was requested, and the engine has not stopped yet. `progress` and
-    `preview` (JPEG) exist while the job runs, `result` (the engine's report) and `path` once it has succeeded.
+    that is not possible; `note` says why no worker can run it now, if that is so. `cancelling`: a cancel was requested,
+    and the engine has not stopped yet. `progress` and `preview` (JPEG) exist while the job runs, `result` (the engine's
+    report) and `path` once it has succeeded.
     """
 
     id: str
@@ -137,6 +138,7 @@ class Job:
     finished: float | None = None
     position: int | None = None
     starts_in: float | None = None
+    note: str = ""
     cancelling: bool = False
     progress: Progress | None = None
     preview: bytes | None = field(default=None, repr=False)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,7 @@ from fake_replica import FakeReplica
 from job_runs import hold
 from patience import PATIENCE, eventually
 from prometheus_client.parser import text_string_to_metric_families
-from served import SIZE, T2V, Served, serve
+from served import SIZE, T2V, Served, listening, serve
 
 KEYS = ("a-key-of-some-length", "another-key-of-length")
 OPERATOR = "the-operators-own-key"
@@ -54,6 +55,35 @@ def test_several_running_jobs_show_each_its_own_progress_and_the_workers_show_th
         for event in events:
             event.set()
         assert [served.end_of(id)["status"] for id in (*ids.values(), waits)] == ["completed"] * 3
+
+
+def test_the_event_streams_of_jobs_that_run_at_once_stay_apart(tmp_path: Path) -> None:
+    replicas = [FakeReplica("gpu-0"), FakeReplica("gpu-1")]
+    with serve(tmp_path, None, predict=lambda *_, loaded, **__: 9.0 if loaded else 9.001) as served:
+        served.jobs.remove_replica("this machine")
+        events = [
+            hold(replicas[0].garage, name, at=("denoise", 2), steps=steps) for name, steps in (("a", 4), ("b", 7))
+        ]
+        replicas[1].garage.script = replicas[0].garage.script
+        for replica in replicas:
+            served.jobs.add_replica(replica)
+        ids = [served.submit(prompt) for prompt in "ab"]
+
+        def watch(id: str) -> list[dict[str, Any]]:
+            with client.stream("GET", f"/v1/videos/{id}/events") as stream:
+                data = [line.removeprefix("data: ") for line in stream.iter_lines() if line.startswith("data: ")]
+            return [json.loads(line) for line in data]
+
+        with listening(served) as client, ThreadPoolExecutor(2) as pool:
+            streams = [pool.submit(watch, id) for id in ids]
+            eventually(lambda: all(replica.garage.started.is_set() for replica in replicas))
+            for event in events:
+                event.set()
+            for id, total, stream in zip(ids, (4, 7), streams, strict=True):
+                seen = stream.result(PATIENCE)
+                steps = [it["step"] for it in seen if it.get("stage") == "denoise"]
+                assert steps == list(range(1, total + 1))
+                assert (seen[-1]["id"], seen[-1]["status"]) == (id, "completed")
 
 
 def test_the_operator_drains_a_worker_and_puts_it_back(tmp_path: Path) -> None:
