@@ -59,6 +59,8 @@ class WorkerPool:
     ) -> None:
         self.purge = purge
         self.workers: dict[str, JobWorker] = {}
+        self._members: list[JobWorker] = []
+        """Those whose thread has not ended: also a dead one, whose name another has taken meanwhile."""
         self.closing = self.more_may_come = False
         self.broken = ""
         self._started = False
@@ -81,6 +83,7 @@ class WorkerPool:
                 return
             worker.paused = replica.name in self._drained
             self.workers[replica.name] = worker
+            self._members.append(worker)
             self._state.steps.grow(len(self.workers))
             if self._started:
                 worker.start()
@@ -103,7 +106,8 @@ class WorkerPool:
             if not worker.join(timeout):
                 with self._state.changed:
                     worker.abandon()
-                    self.left(worker, "")
+        with self._state.changed:
+            self.left(worker, "")
         return True
 
     def drain(self, name: str, on: bool) -> bool:
@@ -120,6 +124,8 @@ class WorkerPool:
         """The worker has ended; `reason` is "" where it was asked to."""
         if self.workers.get(worker.replica.name) is worker:
             del self.workers[worker.replica.name]
+        if worker in self._members:
+            self._members.remove(worker)
         if reason and not self.goes_on_without(worker):
             self.broken = self.broken or reason
             log.critical(self.broken)
@@ -130,7 +136,7 @@ class WorkerPool:
     def interrupt(self) -> None:
         """Suspend all running jobs, and start no other."""
         self.closing = True
-        for worker in self.workers.values():
+        for worker in self._members:
             worker.interrupt()
         self._state.changed.notify_all()
 
@@ -138,14 +144,14 @@ class WorkerPool:
         """Interrupt, and wait for all threads. False if a replica does not stop within `timeout` seconds."""
         with self._state.changed:
             self.interrupt()
-            workers = list(self.workers.values())
+            workers = list(self._members)
         deadline = time.monotonic() + timeout
         stopped = [worker.join(deadline - time.monotonic()) for worker in workers]
         return all(stopped)
 
     def abandon(self) -> None:
         """No worker may use the store any more."""
-        for worker in self.workers.values():
+        for worker in self._members:
             worker.abandoned = True
 
     @property
@@ -167,7 +173,7 @@ class WorkerPool:
 
     @property
     def running(self) -> list[Running]:
-        return [worker.running for worker in self.workers.values() if worker.running is not None]
+        return [worker.running for worker in self._members if worker.running is not None]
 
     def running_job(self, id: str) -> Running | None:
         return next((running for running in self.running if running.job.id == id), None)

@@ -191,6 +191,19 @@ def test_the_start_and_the_backlog_are_predicted_for_all_workers(open_manager: C
             script.hold.set()  # type: ignore[union-attr]
 
 
+def test_a_replica_that_leaves_before_the_start_is_closed_and_forgotten(
+    open_manager: Callable[..., JobManager],
+) -> None:
+    manager = open_manager(garage=None, start=False)
+    replica = FakeReplica("gpu-0")
+    manager.add_replica(replica)
+    assert manager.remove_replica("gpu-0") and manager.workers() == [] and not replica.alive
+    manager.close()
+    late = FakeReplica("gpu-1")
+    manager.add_replica(late)
+    assert not late.alive, "nobody would close it"
+
+
 def test_a_drained_worker_stays_out_of_service_when_it_is_started_again(
     open_manager: Callable[..., JobManager],
 ) -> None:

@@ -106,6 +106,23 @@ def test_a_cancelled_job_stays_cancelled_when_its_worker_dies(farm: JobManager) 
     assert farm.get(job.id).state == "cancelled" and states(farm, job)[-1] == "cancelled"
 
 
+def test_a_job_can_be_cancelled_while_its_dead_worker_has_not_ended_and_another_has_its_name(farm: JobManager) -> None:
+    class Slow(FakeReplica):
+        """It is known to be dead before its run ends."""
+
+        alive = True  # type: ignore[assignment]
+
+    first, second = Slow("gpu-0"), FakeReplica("gpu-0")
+    farm.add_replica(first)
+    job, _ = held_on(farm, first, ignore_cancel=True)
+    first.alive = False  # type: ignore[misc]
+    farm.add_replica(second)
+    assert farm.cancel(job.id).cancelling and farm.get(job.id).state == "running"
+    first.die()
+    first.garage.script["held"].hold.set()  # type: ignore[union-attr]
+    assert done(farm, job).state == "cancelled" and second.garage.ran == []
+
+
 def test_a_queue_without_machines_for_a_model_says_so_at_once_or_waits_for_one(farm: JobManager) -> None:
     small = FakeReplica("gpu-0", refuses={"models/a": "It needs 28 GB, and the GPU has 8 GB."})
     also = FakeReplica("gpu-1", refuses={"models/a": "It needs 28 GB, and the GPU has 12 GB."})

@@ -61,10 +61,9 @@ def test_the_event_streams_of_jobs_that_run_at_once_stay_apart(tmp_path: Path) -
     replicas = [FakeReplica("gpu-0"), FakeReplica("gpu-1")]
     with serve(tmp_path, None, predict=lambda *_, loaded, **__: 9.0 if loaded else 9.001) as served:
         served.jobs.remove_replica("this machine")
-        events = [
-            hold(replicas[0].garage, name, at=("denoise", 2), steps=steps) for name, steps in (("a", 4), ("b", 7))
-        ]
-        replicas[1].garage.script = replicas[0].garage.script
+        garage = replicas[0].garage
+        events = [hold(garage, name, at=("denoise", 2), steps=steps) for name, steps in (("a", 4), ("b", 7))]
+        replicas[1].garage.script = garage.script
         for replica in replicas:
             served.jobs.add_replica(replica)
         ids = [served.submit(prompt) for prompt in "ab"]
