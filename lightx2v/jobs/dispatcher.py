@@ -186,7 +186,8 @@ class Dispatcher:
         if key not in self._loads:
             job, whole = self._jobs[waiting.id][0], self._run_seconds(waiting, seat.device)
             with_load = self._predicted(job, seat.device, loaded=False)
-            self._loads[key] = with_load - whole if whole is not None and with_load is not None else 0.0
+            known = whole is not None and with_load is not None
+            self._loads[key] = max(0.0, with_load - whole) if known else 0.0
         return self._loads[key] or ASSUMED_LOAD
 
     def _run(self, waiting: Waiting, seat: Seat) -> float:

@@ -57,6 +57,17 @@ def test_the_pages_password_is_the_key(tmp_path: Path) -> None:
         studio.close()
 
 
+def test_only_the_operators_key_opens_the_workers_and_the_pages_password_does_not(tmp_path: Path) -> None:
+    exposure = Exposure(open_to_others=True, user="studio", password="of-the-page")
+    studio, http = client(tmp_path, exposure, LIGHTX2V_OPERATOR_KEY="of-the-operator")
+    try:
+        assert http.get("/v1/workers", auth=("studio", "of-the-page")).status_code == 403
+        answer = http.get("/v1/workers", auth=("", "of-the-operator"))
+        assert [worker["id"] for worker in answer.json()["data"]] == ["this machine"]
+    finally:
+        studio.close()
+
+
 @pytest.mark.parametrize(
     ("exposure", "variables", "there"),
     [

@@ -35,6 +35,7 @@ KEY = "a-key-of-some-length"
 @pytest.fixture(autouse=True)
 def without_a_key(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("LIGHTX2V_API_KEY", raising=False)
+    monkeypatch.delenv("LIGHTX2V_OPERATOR_KEY", raising=False)
 
 
 @pytest.mark.slow
@@ -65,6 +66,8 @@ def test_other_machines_need_a_key(host: str, capsys: pytest.CaptureFixture[str]
             )
             for char in "\n\r\t\0\x1b\x7f\u00fc\u200b\ud83d"
         ),
+        (["--preset", T2V, "--operator_key", "short"], "at least 12 characters"),
+        (["--preset", T2V, "--api_key", KEY, "--operator_key", f"a\x07{KEY}"], "API key 2 holds the character"),
         (["--preset", T2V, "--port", "many"], "argument --port: invalid int value: 'many'"),
         (["--preset", T2V, "--max_queue_size", "0"], "from 1 to 10000"),
         (["--preset", T2V, "--result_ttl_hours", "-1"], "from 0 to 1e9"),
