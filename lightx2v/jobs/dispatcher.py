@@ -35,10 +35,12 @@ class Predict(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class Schedule:
-    """For each queued job that can start the seconds until then, and the ids of those whose seconds are known."""
+    """For each queued job that can start the seconds until then, and the ids of those whose seconds are known.
+    `complete`: all can."""
 
     starts: dict[str, float]
     known: frozenset[str]
+    complete: bool
 
 
 class Dispatcher:
@@ -52,7 +54,7 @@ class Dispatcher:
         self._runs: dict[tuple[str, str], float | None] = {}
         self._loads: dict[tuple[Hashable, str], float] = {}
         self._predicted_until = 0.0
-        self._schedule, self._made_at = Schedule({}, frozenset()), 0.0
+        self._schedule, self._made_at = Schedule({}, frozenset(), complete=True), 0.0
         self._made_for: object = None
 
     def choose(self, worker: JobWorker) -> Job | None:
@@ -66,6 +68,7 @@ class Dispatcher:
         seat = next(seat for seat in seats if seat.name == worker.replica.name)
         for id in lines.take(job, seat, costs):
             self._overtaken[id] = self._overtaken.get(id, 0) + 1
+        self._overtaken.pop(job.id, None)
         return self._jobs[job.id][0]
 
     def forget(self) -> None:
@@ -95,10 +98,8 @@ class Dispatcher:
     def backlog(self) -> float:
         """The predicted seconds until the last queued job starts on the workers that there are; infinite if one cannot
         start, 0.0 without queued jobs."""
-        ids, schedule = self._state.store.queued(), self._planned()
-        if not all(id in schedule.starts for id in ids):
-            return float("inf")
-        return max((schedule.starts[id] for id in ids), default=0.0)
+        schedule = self._planned()
+        return max(schedule.starts.values(), default=0.0) if schedule.complete else float("inf")
 
     def _planned(self) -> Schedule:
         ids, now = self._state.store.queued(), time.monotonic()
@@ -121,7 +122,7 @@ class Dispatcher:
         for job in waiting[PLANNED:] if starts else ():
             starts[job.id] = last = last + costs.run(job, seats[0]) / len(seats)
             known |= {job.id} if is_known else set()
-        return Schedule(starts, frozenset(known))
+        return Schedule(starts, frozenset(known), complete=len(starts) == len(ids))
 
     @property
     def _most(self) -> int:

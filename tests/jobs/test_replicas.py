@@ -183,6 +183,11 @@ def test_the_start_and_the_backlog_are_predicted_for_all_workers(open_manager: C
     assert [manager.get(job.id).starts_in for job in jobs] == [41.0, 81.0, 86.0]
     assert [manager.get(job.id).position for job in jobs] == [1, 2, 3]
     assert manager.backlog() == 86.0
+    more = [manager.submit(CONFIG, ask(str(n), frames=5)) for n in range(30)]
+    assert manager.backlog() < 1000, "a plan that is some milliseconds old lacks jobs, not workers"
+    for job in more:
+        manager.cancel(job.id)
+    eventually(lambda: manager.backlog() == 86.0)
     assert manager.move(jobs[2].id, 1).starts_in == 41.0
     manager.edit(jobs[2].id, ask("longer", frames=161))
     assert [manager.get(jobs[n].id).starts_in for n in (2, 0, 1)] == [41.0, 81.0, 126.0]
