@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
 
@@ -103,9 +103,9 @@ class JobQueries:
         `after` in this order, also if it was removed; UnknownJob if it is not known."""
         limit = min(max(limit, 0), ALL)
         with self._session() as store:
-            queue = store.queued()
+            places = {id: place for place, id in enumerate(store.queued(), 1)}
             found = store.jobs(owner, states, limit, after=after, oldest_first=oldest_first)
-            return [self._complete(job, queue) for job in found]
+            return [self._complete(job, places) for job in found]
 
     def events(self, id: str, after: int = 0) -> list[JobEvent]:
         """The job's events with larger ids than `after`, in order. Those of its progress do not survive a restart."""
@@ -138,10 +138,10 @@ class JobQueries:
                 f"The queue is full: {waiting} jobs are waiting, and the limit is {self.max_queue}. Try again later."
             )
 
-    def _complete(self, job: Job, queue: Sequence[str] | None = None) -> Job:
+    def _complete(self, job: Job, places: Mapping[str, int] | None = None) -> Job:
         """Add what the store does not hold: place in the queue, progress, the video's path."""
         if job.state == "queued":
-            position = (self._state.store.queued() if queue is None else queue).index(job.id) + 1
+            position = self._state.store.queued().index(job.id) + 1 if places is None else places[job.id]
             starts_in, note = self._pool.dispatcher.starts_in(job.id), self._pool.unfit.get(job.id, "")
             return replace(job, position=position, starts_in=starts_in, note=note)
         if job.state == "succeeded":
