@@ -35,12 +35,11 @@ class Predict(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class Schedule:
-    """For each queued job that can start the seconds until then, and the ids of those whose seconds are known.
-    `complete`: all can."""
+    """The seconds until each queued job starts, as far as they are `known`, and until the `last` one does with assumed
+    seconds for the others; infinite if one cannot start."""
 
-    starts: dict[str, float]
-    known: frozenset[str]
-    complete: bool
+    known: dict[str, float]
+    last: float
 
 
 class Dispatcher:
@@ -54,7 +53,7 @@ class Dispatcher:
         self._runs: dict[tuple[str, str], float | None] = {}
         self._loads: dict[tuple[Hashable, str], float] = {}
         self._predicted_until = 0.0
-        self._schedule, self._made_at = Schedule({}, frozenset(), complete=True), 0.0
+        self._schedule, self._made_at = Schedule({}, 0.0), 0.0
         self._made_for: object = None
 
     def choose(self, worker: JobWorker) -> Job | None:
@@ -88,18 +87,14 @@ class Dispatcher:
                 found.append((job, reasons[model]))
         return found
 
-    def starts_in(self, id: str) -> float | None:
-        """The predicted seconds until a queued job starts, if they are known."""
-        if self._predict is None:
-            return None
-        schedule = self._planned()
-        return schedule.starts[id] if id in schedule.known else None
+    def starts(self) -> Mapping[str, float]:
+        """The predicted seconds until each queued job starts, of those for which they are known."""
+        return {} if self._predict is None else self._planned().known
 
     def backlog(self) -> float:
         """The predicted seconds until the last queued job starts on the workers that there are; infinite if one cannot
         start, 0.0 without queued jobs."""
-        schedule = self._planned()
-        return max(schedule.starts.values(), default=0.0) if schedule.complete else float("inf")
+        return self._planned().last
 
     def _planned(self) -> Schedule:
         ids, now = self._state.store.queued(), time.monotonic()
@@ -112,17 +107,18 @@ class Dispatcher:
     def _plan(self, ids: list[str]) -> Schedule:
         waiting, seats, costs = self._waiting(ids), self._seats(), self._costs()
         is_known = all(self._left(worker) is not None for worker in self._workers.values())
-        starts: dict[str, float] = {}
-        known: set[str] = set()
+        known: dict[str, float] = {}
+        last, left = 0.0, min(len(ids), PLANNED)
         for job, start in plan(Lines(waiting[:PLANNED]), seats, costs, self._most):
-            starts[job.id] = start
-            known |= {job.id} if is_known else set()
+            last, left = max(last, start), left - 1
+            if is_known:
+                known[job.id] = start
             is_known = is_known and self._run_seconds(job, seats[0].device) is not None
-        last = max(starts.values(), default=0.0)
-        for job in waiting[PLANNED:] if starts else ():
-            starts[job.id] = last = last + costs.run(job, seats[0]) / len(seats)
-            known |= {job.id} if is_known else set()
-        return Schedule(starts, frozenset(known), complete=len(starts) == len(ids))
+        for job in waiting[PLANNED:] if seats else ():
+            last += costs.run(job, seats[0]) / len(seats)
+            if is_known:
+                known[job.id] = last
+        return Schedule(known, float("inf") if left else last)
 
     @property
     def _most(self) -> int:

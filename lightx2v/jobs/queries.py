@@ -103,9 +103,9 @@ class JobQueries:
         `after` in this order, also if it was removed; UnknownJob if it is not known."""
         limit = min(max(limit, 0), ALL)
         with self._session() as store:
-            places = {id: place for place, id in enumerate(store.queued(), 1)}
+            places, starts = {id: place for place, id in enumerate(store.queued(), 1)}, self._pool.dispatcher.starts()
             found = store.jobs(owner, states, limit, after=after, oldest_first=oldest_first)
-            return [self._complete(job, places) for job in found]
+            return [self._complete(job, places, starts) for job in found]
 
     def events(self, id: str, after: int = 0) -> list[JobEvent]:
         """The job's events with larger ids than `after`, in order. Those of its progress do not survive a restart."""
@@ -138,12 +138,15 @@ class JobQueries:
                 f"The queue is full: {waiting} jobs are waiting, and the limit is {self.max_queue}. Try again later."
             )
 
-    def _complete(self, job: Job, places: Mapping[str, int] | None = None) -> Job:
+    def _complete(
+        self, job: Job, places: Mapping[str, int] | None = None, starts: Mapping[str, float] | None = None
+    ) -> Job:
         """Add what the store does not hold: place in the queue, progress, the video's path."""
         if job.state == "queued":
             position = self._state.store.queued().index(job.id) + 1 if places is None else places[job.id]
-            starts_in, note = self._pool.dispatcher.starts_in(job.id), self._pool.unfit.get(job.id, "")
-            return replace(job, position=position, starts_in=starts_in, note=note)
+            starts = self._pool.dispatcher.starts() if starts is None else starts
+            note = self._pool.unfit.get(job.id, "")
+            return replace(job, position=position, starts_in=starts.get(job.id), note=note)
         if job.state == "succeeded":
             return replace(job, path=self._state.files.video(job.id))
         if (running := self._pool.running_job(job.id)) is None:

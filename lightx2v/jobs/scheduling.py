@@ -134,14 +134,14 @@ def assign(lines: Lines, seats: Sequence[Seat], costs: Costs, most: int = MOST_O
 def plan(
     lines: Lines, seats: Sequence[Seat], costs: Costs, most: int = MOST_OVERTAKEN
 ) -> Iterator[tuple[Waiting, float]]:
-    """The jobs in the order in which they will start, if no other is submitted, each with the seconds until then. Those
+    """The jobs in the order in which workers will take them, if no other comes, each with the seconds until then. Those
     that fit nowhere are left out. Uses up `lines`."""
     table, now = {seat.name: seat for seat in seats}, 0.0
     while lines:
         for name, job in assign(lines, list(table.values()), costs, most).items():
             seat = table[name]
             lines.take(job, seat, costs)
-            yield job, now + costs.start(job, seat)
+            yield job, now
             table[name] = replace(seat, model=job.model, free_in=max(costs.end(job, seat), 1e-9), since=now)
         if not (busy := [seat.free_in for seat in table.values() if not seat.idle]):
             return

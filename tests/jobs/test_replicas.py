@@ -13,6 +13,7 @@ from patience import PATIENCE, eventually
 
 from lightx2v.errors import Busy, ConfigError
 from lightx2v.jobs import store
+from lightx2v.jobs.dispatcher import ASSUMED_LOAD
 from lightx2v.jobs.engine_slot import EngineSlot
 from lightx2v.jobs.queue import JobManager
 from lightx2v.jobs.store import Job
@@ -243,3 +244,18 @@ def test_the_progress_of_many_jobs_at_once_is_kept(
         assert steps == [1, 2, 3]
     for script in scripts.values():
         script.hold.set()  # type: ignore[union-attr]
+
+
+def test_a_long_list_reads_the_queue_and_plans_it_once(
+    open_manager: Callable[..., JobManager], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    manager = open_manager(max_queue=1000, start=False, predict=lambda *_, **__: 5.0)
+    jobs = [manager.submit(CONFIG, ask(str(number))) for number in range(300)]
+    queued, reads = manager._store.queued, []
+    monkeypatch.setattr(manager._store, "queued", lambda: reads.append(1) or queued())
+    listed = manager.list(limit=1000, oldest_first=True)
+    assert len(reads) <= 3
+    assert [job.position for job in listed] == list(range(1, 301))
+    eventually(lambda: manager.get(jobs[-1].id).starts_in)
+    starts = [job.starts_in for job in manager.list(limit=1000, oldest_first=True)]
+    assert starts == [0.0, *(ASSUMED_LOAD + 5.0 * number for number in range(1, 300))]
