@@ -33,6 +33,7 @@ LOOK_SECONDS = 1.0
 """Seconds between two looks of an idle worker at jobs that wait for another one."""
 STOPPED = "The worker has stopped. See the program's log, then restart it."
 LOST = "The GPU needs a restart of the program."
+ENDED = "The worker {name} has ended. See the program's log, then restart it."
 
 
 @dataclass(slots=True)
@@ -134,10 +135,10 @@ class JobWorker:
                 outcome = self._run(running)
                 self._finish(running, outcome)
                 if outcome.fatal or not self.replica.alive:
-                    reason = LOST if outcome.fatal else f"{self.replica.name} has ended."
+                    reason = LOST if outcome.fatal else ENDED.format(name=self.replica.name)
                     break
             else:
-                reason = "" if self.replica.alive else f"{self.replica.name} has ended."
+                reason = "" if self.replica.alive else ENDED.format(name=self.replica.name)
         finally:  # also when a job ends the thread, with SystemExit for example
             with self._changed:
                 reason = "" if self.leaving else self._pool.broken or reason

@@ -16,6 +16,7 @@ from fake_replica import FakeReplica
 from job_runs import CONFIG, OTHER, ask, done, hold
 from patience import PATIENCE, eventually
 
+from lightx2v.errors import Busy
 from lightx2v.jobs.queue import JobManager
 from lightx2v.jobs.store import Job
 
@@ -74,6 +75,18 @@ def test_a_job_with_which_two_workers_in_a_row_have_died_is_interrupted_and_can_
     farm.add_replica(FakeReplica("gpu-2"))
     farm.requeue(job.id)
     assert done(farm, job).state == "succeeded"
+
+
+def test_without_any_worker_left_jobs_wait_for_the_next_start_and_new_ones_are_refused(farm: JobManager) -> None:
+    farm.more_may_come = False
+    replica = FakeReplica("gpu-0")
+    farm.add_replica(replica)
+    job, _ = held_on(farm, replica, saves=b"half of it")
+    replica.die()
+    eventually(lambda: not farm.alive)
+    assert farm.get(job.id).state == "queued"
+    with pytest.raises(Busy, match="gpu-0 has ended.*restart it"):
+        farm.submit(CONFIG, ask("more"))
 
 
 def test_a_job_that_was_put_back_by_a_drain_counts_no_death(farm: JobManager) -> None:
