@@ -107,7 +107,7 @@ def _wire(page: gr.Blocks, controller: PageController) -> None:
     gr.on([named["size"].input, named["shape"].input], on(handlers.size_chosen), **last)
     named["length"].input(on(handlers.length_chosen), **last)
     gr.on([named["height"].input, named["width"].input], on(handlers.size_typed), **last)
-    costly = [name for name in CONTROLS if name not in ("height", "width")]
+    costly = [*(name for name in CONTROLS if name not in ("height", "width")), "speed_up"]
     costly += ["videos", "guidance_high", "guidance_low", "per_line", "offload", "attention", "negative_prompt"]
     costly += [*FILE_FIELDS, "lora_search"] if inputs.mine is not None else ["lora_search"]
     changes = [*(named[name].input for name in costly), named["prompt"].blur]  # a prompt may make a video per line

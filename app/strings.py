@@ -24,8 +24,9 @@ class Words:
 
     def preset(self, name: str) -> str:
         """A short name for a preset: its variant in this language. An unknown preset keeps its own name."""
-        shape = r"(demo_)?[ti]2v_(?:(base|distill_lora)|(?:distill_)?(merged|fp8|gguf_q[45]))(_offload)?(_cfg_ulysses)?"
-        if (match := re.fullmatch(shape, name)) is None:
+        variants = "(base|distill_lora)|(?:distill_)?(merged|720p|fp8|gguf_q[45])"
+        match = re.fullmatch(rf"(demo_)?[ti]2v_(?:{variants})(_offload)?(_cfg_ulysses)?", name)
+        if match is None:
             return name
         variant = self("variant_" + (match[2] or f"distill_{match[3]}"))
         return f"{self('demo')} · {variant}" if match[1] else f"Wan2.2 · {variant}"

@@ -32,6 +32,9 @@ from training.world import ATTRIBUTES, COMBINATIONS, Clips, held_out, place_clip
 
 VAE = Path("assets/demo/Wan2.2-T2V-Demo/Wan2.1_VAE.pth")
 SEEDS = 16
+SPEED_UPS = (1.0, 1.3, 1.5, 2.0)
+"""Targets of MagCache; 1 is exact."""
+NAG_SCALE = 11.0
 TABLE_MARK = "<!-- table -->"
 
 
@@ -173,8 +176,37 @@ def different_seeds(generate: Generate) -> Row:
     }
 
 
-def negative_prompts(preset: str, count: int) -> list[Row]:
-    """Prompts without a time of day: how often it is night, with and without a negative prompt."""
+def speed_ups(preset: str, task: Task) -> list[Row]:
+    """The exact run and MagCache's, clip by clip in turns: the detector's score, the distance to the exact clip, the
+    median seconds of denoising, and how many forwards were computed."""
+    resolved = resolve(preset, {})
+    frames: dict[float, list[np.ndarray]] = {factor: [] for factor in SPEED_UPS}
+    seconds: dict[float, list[float]] = {factor: [] for factor in SPEED_UPS}
+    computed: dict[float, int] = {}
+    with LightX2VPipeline.from_config(resolved.engine, preset=preset) as pipe:
+        for i, prompt in enumerate(task.prompts):
+            picture = str(task.pictures[i]) if task.pictures else None
+            for factor in SPEED_UPS:
+                fields = resolved.request | {"seed": i, "image_path": picture, "speed_up": factor}
+                result = pipe.run(Request(prompt=prompt, **fields), return_frames=True)
+                assert result.frames is not None
+                frames[factor].append(result.frames)
+                seconds[factor].append(result.timings.seconds["denoise"])
+                computed[factor] = result.forwards["computed"]
+    rows, exact = [], np.stack(frames[1.0])
+    for factor in SPEED_UPS:
+        made = Made(frames=np.stack(frames[factor]), seconds=seconds[factor])
+        row = judge(f"{preset}, {'exact' if factor == 1 else f'{factor}x'}", task, made)
+        row["computed"] = computed[factor]
+        if factor > 1:
+            row["to_exact_dB"] = round(float(psnr(made.frames, exact).mean()), 1)
+        rows.append(row)
+    return rows
+
+
+def negative_prompts(preset: str, count: int, how: str = "", **changes: object) -> list[Row]:
+    """Prompts without a time of day: how often it is night, with and without a negative prompt. `how` names `changes`
+    of the request."""
     generator, chance = torch.Generator().manual_seed(5), random.Random(5)
     clips = sample_clips(count, generator, split="train")
     prompts = []
@@ -185,10 +217,10 @@ def negative_prompts(preset: str, count: int) -> list[Row]:
     task = Task(prompts=prompts, clips=clips, unseen=torch.zeros(count, dtype=torch.bool))
     rows: list[Row] = []
     for negative in ("", "at night"):
-        reading = read(with_engine(preset, negative_prompt=negative)(task).frames)
+        reading = read(with_engine(preset, negative_prompt=negative, **changes)(task).frames)
         share = (reading.time == ATTRIBUTES["time"].index("night")).float().mean().item()
         said = f'negative prompt "{negative}"' if negative else "default negative prompt"
-        rows.append({"name": f"{preset}, time left open, {said}", "clips": count, "night": round(share, 3)})
+        rows.append({"name": f"{preset}{how}, time left open, {said}", "clips": count, "night": round(share, 3)})
     return rows
 
 
@@ -230,11 +262,18 @@ def all_rows(count: int, few: int, folder: Path) -> dict[str, Callable[[], list[
     for name, (preset, changes) in effects.items():
         rows[name] = judged(f"{preset}, {name}", preset, few, **changes)
     rows["negative"] = lambda: negative_prompts("demo_t2v_base", few)
+    rows["NAG"] = lambda: [
+        *negative_prompts("demo_t2v_distill_lora", few),
+        *negative_prompts("demo_t2v_distill_lora", few, ", NAG", nag_scale=NAG_SCALE),
+    ]
+    for kind in ("t2v", "i2v"):
+        rows[f"{kind} speed-ups"] = lambda kind=kind: speed_ups(f"demo_{kind}_base", task(kind, few))
     return rows
 
 
 def to_markdown(rows: Sequence[Row], command: str) -> str:
     columns = ("all", "seen", "held_out", *ATTRIBUTES, "outline", "dB", "first_dB", "first_above_25_dB", "night")
+    rows, faster = [row for row in rows if "computed" not in row], [row for row in rows if "computed" in row]
     used = [column for column in columns if any(column in row for row in rows)]
     lines = [f"Made by `{command}`.", "", "| what | clips | " + " | ".join(c.replace("_", " ") for c in used) + " |"]
     lines.append("|---" * (len(used) + 2) + "|")
@@ -245,6 +284,13 @@ def to_markdown(rows: Sequence[Row], command: str) -> str:
     for row in extra:
         far = row["closest_pair_mean_difference_of_255"]
         lines += ["", f"{row['name']}: the two most alike clips differ by {far} of 255 on average."]
+    if faster:
+        names = ("all", "outline", "to_exact_dB", "computed", "seconds")
+        head = ("what", "clips", "all", "outline", "dB to exact", "forwards", "seconds of denoising")
+        lines += ["", "What a speed-up costs:", "", "| " + " | ".join(head) + " |", "|---" * len(head) + "|"]
+        for row in faster:
+            cells = [str(row.get(name, "")) for name in ("name", "clips", *names)]
+            lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines) + "\n"
 
 

@@ -32,6 +32,7 @@ from .config.engine_config import MODEL_CLASSES, EngineConfig, hub_name
 from .config.environment import Environment
 from .config.folders import output_folder, use_temporary
 from .config.lightx2v_keys import PER_VIDEO
+from .config.magcache import forwards_of
 from .config.presets import Resolved, list_presets, list_user_presets, resolve
 from .config.recorded_settings import PICTURES, find_picture
 from .config.request import IMAGES, TASKS, Request, draw_seed
@@ -267,7 +268,6 @@ def _dry_run(resolved: Resolved, shown: dict[str, Any], card: float | None) -> d
     placeholders = dict.fromkeys(("prompt", *IMAGES[resolved.engine.task]), "placeholder")
     request = Request.from_json(resolved.request | placeholders | shown)
     engine = resolved.engine
-    schedule = schedule_of(request)
     files = []
     for name, place in find_all(engine).items():
         hub = hub_name(name)
@@ -287,8 +287,8 @@ def _dry_run(resolved: Resolved, shown: dict[str, Any], card: float | None) -> d
             "latent_shape": list(request.latent_shape),
             "tokens": request.tokens,
             "steps": request.steps,
-            "forwards": sum(schedule.forwards),
-            "phases": schedule.to_json(),
+            "forwards": forwards_of(request).to_json(),
+            "phases": schedule_of(request).to_json(),
             "seconds_of_video": request.seconds,
             "processes": resolved.preset.gpus,
             "memory": {"device": device, **memory.to_json()},
@@ -317,6 +317,8 @@ def _summary(report: dict[str, Any]) -> str:
         f"{timings['total']:.2f} s: {stages}",
         f"peak {memory}",
     ]
+    if skipped := report["forwards"].get("skipped"):
+        lines.append(f"{skipped} of {skipped + report['forwards']['computed']} evaluations skipped")
     if after := report["resumed_after"]:
         lines.append(went_on(after, report["request"]["steps"]))
     lines += [

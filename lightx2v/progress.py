@@ -229,9 +229,13 @@ class Meter:
         expert: str | None = None,
         *,
         message: str = "",
+        work: tuple[int, int] | None = None,
         preview: Callable[[], Any] | None = None,
     ) -> None:
-        """Send one event. Call it at the end of each step with the number of finished steps: that times the steps."""
+        """Send one event. Call it at the end of each step with the number of finished steps: that times the steps.
+
+        `work` is done and to be done in all, where steps take different times; the time left follows from it.
+        """
         skipped = self.resumed_after if stage == "denoise" else 0
         stepped = stage == "denoise" and step > skipped
         self._charge(synchronize=stepped)
@@ -246,7 +250,7 @@ class Meter:
             total=total,
             expert=expert,
             seconds=self._tick - self._started,
-            eta=self._eta(stage, step - skipped, total - skipped),
+            eta=self._eta(stage, *(work or (step - skipped, total - skipped))),
             vram_peak=overall.allocated if overall else None,
             message=message,
             resumed_after=skipped,

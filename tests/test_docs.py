@@ -22,7 +22,7 @@ from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 from test_layers import ENGINE, PAGE
 
-from lightx2v import convert, download, find_models, infer
+from lightx2v import calibrate, convert, download, find_models, infer
 from lightx2v.config.presets import resolve
 from lightx2v.jobs.queue import JobManager
 from lightx2v.media.mp4 import probe
@@ -39,6 +39,7 @@ PARSERS: dict[str, Callable[[], argparse.ArgumentParser]] = {
     "lightx2v.download": download._parser,
     "lightx2v.convert": convert._parser,
     "lightx2v.find_models": find_models._parser,
+    "lightx2v.calibrate": calibrate._parser,
     "lightx2v.server": server._parser,
 }
 SOURCES = [p for folder in ("lightx2v", "app") for p in (ROOT / folder).rglob("*.py")] + [ROOT / "app.py"]

@@ -17,14 +17,14 @@ ROOT = Path(__file__).parents[1]
 
 ENGINE = """
 errors progress step_file media config cli attention hub cost sampling parallel weights models catalog jobs loading
-offload engine pipeline infer convert download find_models server
+offload engine pipeline infer convert download find_models calibrate server
 """.split()
 """Packages and modules of lightx2v/. Each may import those to its left, and never one to its right."""
 
 PAGE = "exposure strings theme gradio_compat backend views form events web page main".split()
 """The same for app/, which also may import every package of lightx2v/."""
 
-FRONT_ENDS = {"infer", "convert", "download", "find_models", "server"}
+FRONT_ENDS = {"infer", "convert", "download", "find_models", "calibrate", "server"}
 """Programs. None imports another."""
 
 

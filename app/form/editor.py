@@ -10,6 +10,7 @@ from gradio.components import Component
 from PIL import Image
 
 from lightx2v.catalog.folders import told_folders
+from lightx2v.config.magcache import forwards_of
 from lightx2v.config.prompt_cleaning import is_blank
 from lightx2v.config.recorded_settings import PICTURES
 from lightx2v.config.request import IMAGES, MAX_SIDE, Request
@@ -34,6 +35,7 @@ from .inputs import (
     shape_choices,
     shape_of,
     size_choices,
+    speed_choices,
     task_choices,
     tier_of,
 )
@@ -86,6 +88,8 @@ class Editor:
                 known = values[name] in (choice for _, choice in options)
                 updates[fields[name]] = gr.update(choices=options, value=values[name] if known else "")
         distilled = request["denoising_step_list"] is not None
+        moves = gr.update(visible=task == "i2v", value=values["motion_amplitude"])
+        updates[fields["motion_amplitude"]] = moves
         updates[inputs.i2v_only] = gr.Group(visible=task == "i2v")
         updates[inputs.base_only] = gr.Row(visible=not distilled)
         updates[inputs.distilled_only] = gr.Row(visible=distilled)
@@ -190,7 +194,7 @@ class Editor:
         cost = panels.cost_line(
             words, prediction, studio.memory_need(config, request), studio.files.status(config), studio.room,
             len(plan.requests), unknown=studio.not_predicted(config, request, prediction) if prediction else (),
-            reserve=reserved_seconds(prediction) if studio.exposure.zerogpu else None,
+            reserve=reserved_seconds(prediction) if studio.exposure.zerogpu else None, forwards=forwards_of(request),
         )  # fmt: skip
         demo = self._studio.settings(form.preset).preset.demo
         return cost + (panels.demo_note(words, unknown_words(form.prompt)) if demo else "")
@@ -210,7 +214,7 @@ class Editor:
             c: {part: words(key) for part, key in keys.items()} for c, keys in self._inputs.texts.items()
         }
         choices = {"task": task_choices(words), "shape": shape_choices(words, task), "offload": offload_choices(words)}
-        choices |= self.file_choices(words, task)
+        choices |= {"speed_up": speed_choices(words), **self.file_choices(words, task)}
         for name, options in choices.items():
             texts[self._inputs.fields[name]]["choices"] = options
         return {component: gr.update(**parts) for component, parts in texts.items()}

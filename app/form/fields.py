@@ -32,9 +32,13 @@ LORA_ROWS = 4
 OFFLOAD: dict[str, bool | str] = {"auto": "auto", "on": True, "off": False}
 EXACT = "fixed_shape"
 """The resize mode of a video that ignores the shape of its first frame."""
-CONTROLS = {name: row for name, row in SETTINGS.items() if name not in ("seed", "guidance", "resize_mode")}
-"""Settings with one control each. The others: `seed` numbers the videos of a click, `guidance` has two fields, and the
-field `match_image` chooses the resize mode."""
+CACHING = ("feature_caching", *(name for name in SETTINGS if name.startswith("magcache_")))
+SPEEDS: dict[str, float | None] = {"exact": 1.0, "1.5x": 1.5, "2x": 2.0, "preset": None}
+"""The choices of the field `speed_up`. The last one is for settings of MagCache in a preset's own numbers."""
+OTHERS = ("seed", "guidance", "resize_mode", "speed_up", *CACHING)
+CONTROLS = {name: row for name, row in SETTINGS.items() if name not in OTHERS}
+"""Settings with one control each. The others: `seed` numbers the videos of a click, `guidance` has two fields,
+`match_image` chooses the resize mode, and the choice `speed_up` all of MagCache."""
 
 
 class Unfilled(BadRequest):
@@ -67,7 +71,17 @@ def setting_fields(request: Mapping[str, Any]) -> dict[str, Any]:
     """The settings of a Request, by the names of the page's fields."""
     values = {name: to_field(row, request[name]) for name, row in CONTROLS.items()}
     high, low = request["guidance"]
-    return values | {"guidance_high": high, "guidance_low": low, "match_image": request["resize_mode"] is None}
+    values |= {"guidance_high": high, "guidance_low": low, "match_image": request["resize_mode"] is None}
+    return values | {"speed_up": speed_of(request)}
+
+
+def speed_of(request: Mapping[str, Any]) -> str:
+    """The choice of SPEEDS for a Request, the nearest one if it asks for another speed-up."""
+    if request["feature_caching"] == "NoCaching":
+        return "exact"
+    if (asked := request["speed_up"]) is None:
+        return "preset"
+    return min(SPEEDS, key=lambda name: abs((SPEEDS[name] or 100) - asked))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -87,6 +101,7 @@ class Form:
     settings: Mapping[str, Any]
     guidance_high: float
     guidance_low: float
+    speed_up: str = "exact"
     offload: str = "auto"
     attention: str = "auto"
     loras: tuple[Mapping[str, Any], ...] = ()
@@ -215,7 +230,13 @@ def _overrides(form: Form, exposure: Exposure, preset: Resolved) -> dict[str, An
     used = {name: row for name, row in CONTROLS.items() if row.schedule in ("", schedule)}
     values: dict[str, Any] = {name: from_field(row, form.settings[name]) for name, row in used.items()}
     values["guidance"] = [form.guidance_high, form.guidance_low]
-    if form.task == "i2v":
+    if schedule == "shift":
+        if form.speed_up not in SPEEDS:
+            raise BadRequest(f"speed_up is {form.speed_up[:40]!r}; expected {', '.join(SPEEDS)}.")
+        values["speed_up"] = SPEEDS[form.speed_up]
+    if form.task != "i2v":
+        del values["motion_amplitude"]
+    else:
         values["task"] = "flf2v" if form.last_frame_path else "i2v"
         values["resize_mode"] = None if form.match_image else EXACT
     if not exposure.shows_paths:

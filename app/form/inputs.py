@@ -16,7 +16,7 @@ from lightx2v.config.request_settings import SETTINGS, PhaseList, StepList
 from ..exposure import Exposure
 from ..gradio_compat import tolerant
 from ..strings import Words
-from .fields import CONTROLS, LORA_ROWS, OFFLOAD, frames_for, setting_fields
+from .fields import CONTROLS, LORA_ROWS, OFFLOAD, SPEEDS, frames_for, setting_fields
 
 JS_ACT = "const events = ['act']; studio.actions(element, trigger);"
 JS_WATCH = JS_ACT + " studio.watched(element); watch('value', () => studio.watched(element));"
@@ -139,7 +139,7 @@ def build_inputs(words: Words, resolved: Resolved, exposure: Exposure, *, tasks:
         inputs.generate = gr.Button(words("generate"), variant="primary", elem_id="generate", size="lg")
         inputs.cost = gr.HTML(apply_default_css=False, elem_id="cost", js_on_load=JS_WATCH)
     with gr.Accordion(words("advanced"), open=True, elem_id="advanced") as inputs.advanced:
-        _advanced(inputs, resolved.request, exposure)
+        _advanced(inputs, resolved.request, task, exposure)
     inputs.texts[inputs.advanced] = {"label": "advanced"}
     with gr.Accordion(words("loras"), open=True, visible=paths, elem_id="loras") as inputs.lora_box:
         inputs.add(Textbox, "lora_search", texts={"placeholder": "lora_search_hint"}, max_lines=1)
@@ -176,10 +176,11 @@ def _size(inputs: Inputs, resolved: Resolved) -> None:
             inputs.add(Choice, name, key, choices=choices, value=value, elem_classes="segment", min_width=width)
 
 
-def _advanced(inputs: Inputs, request: Mapping[str, Any], exposure: Exposure) -> None:
+def _advanced(inputs: Inputs, request: Mapping[str, Any], task: str, exposure: Exposure) -> None:
     """Everything else in a Request. The hint below a label is what the command line writes."""
     distilled = request["denoising_step_list"] is not None
     values = setting_fields(request)
+    hidden = {"motion_amplitude": {"visible": task == "i2v"}}
     paired = ("width", "height", "frames", "fps", "enable_cfg")
 
     # The fields have no bounds: a number that is half typed may be out of them. `submit_plan` checks the bounds.
@@ -194,7 +195,7 @@ def _advanced(inputs: Inputs, request: Mapping[str, Any], exposure: Exposure) ->
             kind, more = Dropdown, {"choices": choices, "min_width": 120}
         elif row.type in (StepList, PhaseList):
             kind, more = Textbox, {"min_width": 180}
-        inputs.add(kind, name, value=values[name], info=USAGE[name], **more)
+        inputs.add(kind, name, value=values[name], info=USAGE[name], **more, **hidden.get(name, {}))
 
     with gr.Row(elem_classes="plain"):
         for name, value, info in (("seed", -1, "seed_info"), ("videos", 1, "videos_info")):
@@ -219,6 +220,11 @@ def _advanced(inputs: Inputs, request: Mapping[str, Any], exposure: Exposure) ->
             for name, row in CONTROLS.items():
                 if row.schedule == schedule and name not in paired:
                     setting(name)
+    with boxes["shift"]:
+        inputs.add(
+            Dropdown, "speed_up", choices=speed_choices(inputs.words), value=values["speed_up"], filterable=False,
+            info=USAGE["speed_up"], min_width=120,
+        )  # fmt: skip
     inputs.base_only, inputs.distilled_only = boxes["shift"], boxes["list"]
     with boxes[""]:
         inputs.add(
@@ -276,6 +282,10 @@ def task_choices(words: Words) -> list[tuple[str, str]]:
 
 def offload_choices(words: Words) -> list[tuple[str, str]]:
     return [(words("offload_" + name), name) for name in OFFLOAD]
+
+
+def speed_choices(words: Words) -> list[tuple[str, str]]:
+    return [(words("speed_" + name) if name[0].isalpha() else name, name) for name in SPEEDS]
 
 
 def tier_of(request: dict[str, Any]) -> int:

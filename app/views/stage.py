@@ -3,6 +3,7 @@
 import time
 from collections.abc import Mapping
 
+from lightx2v.config.magcache import Forwards, forwards_of
 from lightx2v.config.request import Request
 from lightx2v.config.schedule import schedule_of
 from lightx2v.jobs.store import Job
@@ -89,6 +90,11 @@ def went_on(words: Words, after: int, total: int) -> str:
     return words("went_on", step=after + 1, total=total) if after < total else words("went_on_decoding")
 
 
+def skipped_line(words: Words, forwards: Forwards) -> str:
+    """How many forwards a speed-up skips; "" for an exact run."""
+    return words("skipped", skipped=forwards.skipped, total=forwards.total) if forwards.skipped else ""
+
+
 def phases_of(request: Request, event: Progress | None) -> list[str]:
     """The phases of this run. "download" is one of them only while files download."""
     high = schedule_of(request).high_noise_steps
@@ -170,7 +176,9 @@ def _now(words: Words, job: Job, event: Progress | None, ahead: tuple[int, int])
         expert = words("expert_high" if number <= schedule_of(job.request).high_noise_steps else "expert_low")
         pace = _pace(event)
         went = went_on(words, event.resumed_after, event.total)
-        rest = " · ".join(filter(None, [expert, words("a_step", time=numbers.seconds(pace)) if pace else "", went]))
+        skips = skipped_line(words, forwards_of(job.request))
+        step = words("a_step", time=numbers.seconds(pace)) if pace else ""
+        rest = " · ".join(filter(None, [expert, step, skips, went]))
         title = tag("strong", esc(words("step_of", step=number, total=event.total)))
         return title + tag("span", esc(rest), class_="quiet")
     note = event.message or (words("part_of", step=event.step, total=event.total) if event.total > 1 else "")

@@ -27,6 +27,7 @@ SECTIONS = (
     "streaming_720p",
     "gguf",
     "versus",
+    "magcache",
     "presets",
     "demo",
     "parallel",

@@ -110,6 +110,7 @@ class Model:
 
     tiling = None
     plan: dict[str, Any] | None = None
+    reads_together = False
     has_text = True
     readers: dict[Expert, Reader] = {}
     packed: dict[str, PackedModule] = {}
@@ -125,7 +126,7 @@ class Model:
         yield self._text
 
     @contextmanager
-    def expert(self, which: Expert, then: Expert | None = None) -> Iterator[WanDiT]:
+    def expert(self, which: Expert, *args: object, **more: object) -> Iterator[WanDiT]:
         yield self._experts[which]
 
     @contextmanager

@@ -139,6 +139,33 @@ def versus(lines: list[Line]) -> str:
     )
 
 
+def magcache(lines: list[Line]) -> str:
+    runs = last(lines, "magcache", "way")
+    faster = {(line["task"], line["what"]): line for line in last(lines, "magcache", "what")}
+    rows = []
+    for line in runs:
+        ratios = (faster[line["task"], what] for what in ("denoise", "total")) if line["way"] != "exact" else ()
+        rows.append(
+            [
+                line["task"],
+                line["way"],
+                f"{line['computed']} of {line['computed'] + line['skipped']}",
+                *(number(line[what]) for what in ("denoise", "total")),
+                gb(line["peak"]),
+                *(f"{each['ratio']:.2f} ({each['least']:.2f} to {each['most']:.2f})" for each in ratios),
+            ]
+        )
+    head = ["task", "caching", "forwards computed", "denoising s", "whole run s", "peak GB allocated", "denoising"]
+    text = heading("MagCache: whole runs of 40 steps at 480p", [*head, "whole run, times faster"], rows)
+    costs = [[line["clip"], f"{line['ratio'] - 1:+.2%}"] for line in last(lines, "magcache", "without")]
+    layers = runs[0]["layers"] if runs else 0
+    return text and text + (
+        f"\n\nIn turns in one process, with {layers} of an expert's 40 blocks: what a skipped forward still runs "
+        "weighs more beside fewer blocks, so whole experts gain more. The numbers are the authors'.\n\n"
+        "What NAG adds to a forward without guidance:\n\n" + table(["video", "time"], costs)
+    )
+
+
 def coders(lines: list[Line]) -> str:
     rows = [
         [line["clip"], line["what"], line["how"], number(line["seconds"]), gb(line["peak_allocated"])]
@@ -396,6 +423,7 @@ PARTS: tuple[Callable[[list[Line]], str], ...] = (
     block,
     forward,
     versus,
+    magcache,
     presets,
     coders,
     offload,

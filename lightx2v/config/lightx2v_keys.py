@@ -25,10 +25,10 @@ ALIASES = {alias: row.name for row in SETTINGS.values() for alias in row.aliases
 """LightX2V's names in JSON and Python, and those of diffusers, for fields that have shorter names here."""
 
 INERT: dict[str, tuple[Any, ...]] = {
-    "feature_caching": ("NoCaching",),
     "changing_resolution": (False,),
     "do_mm_calib": (False,),
     "dummy_model": (False,),
+    "magcache_calibration": (False,),
     "max_area": (False,),
     "patch_size": ([1, 2, 2],),
     "t5_lazy_load": (False,),
@@ -52,8 +52,7 @@ WITHOUT_EFFECT = frozenset(
     rope_type rope_chunk rope_chunk_size rms_norm_type layer_norm_type modulate_type tp_rms_norm_type
     clean_cuda_cache empty_cache_min_free_gib empty_cache_min_reclaimable_gib num_disk_workers load_from_rank0
     enable_reuse use_stream_vae clip_cpu_offload clip_quantized clip_quant_scheme cfg_parallel seq_parallel
-    teacache_thresh coefficients use_ret_steps magcache_K magcache_thresh magcache_retention_ratio magcache_ratios
-    magcache_calibration resolution_rate changing_resolution_steps need_scaled
+    teacache_thresh coefficients use_ret_steps resolution_rate changing_resolution_steps need_scaled
     """.split()
 )
 """Keys that choose among LightX2V's ways to the same result, or that belong to a key of INERT. Any value is accepted,
@@ -76,7 +75,7 @@ NOT_HERE = {
 """LightX2V's keys that change the result with every value, and the advice for each."""
 
 ADVICE = {
-    "feature_caching": "Fewer steps (a distilled preset) save more.",
+    "magcache_calibration": "python -m lightx2v.calibrate makes the table.",
     "use_image_encoder": "Wan2.2-A14B has no image encoder.",
     "use_tae": "The VAE of the model decodes.",
     "use_lightvae": "The VAE of the model decodes.",

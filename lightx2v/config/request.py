@@ -20,10 +20,12 @@ from .prompt_cleaning import is_blank
 check = Checks(BadRequest)
 
 Task = Literal["t2v", "i2v", "flf2v"]
+FeatureCaching = Literal["NoCaching", "Mag"]
 
 TASKS: tuple[Task, ...] = get_args(Task)
 IMAGES: dict[Task, tuple[str, ...]] = {"t2v": (), "i2v": ("image_path",), "flf2v": ("image_path", "last_frame_path")}
 """The fields with the input images that a task needs."""
+FEATURE_CACHING: tuple[FeatureCaching, ...] = get_args(FeatureCaching)
 OFFICIAL_BOUNDARY: dict[Task, float] = {"t2v": 0.875, "i2v": 0.9, "flf2v": 0.9}
 """Of the base models. The high-noise expert runs at timesteps of 1000 x boundary and above."""
 
@@ -33,6 +35,10 @@ MAX_FRAMES = 1001
 MAX_TOKENS = 262_144
 """About 3.5 times the official largest video (1280x720, 81 frames: 75 600 tokens). A preset may set a lower ceiling."""
 MAX_PROMPT = 10_000
+MIN_CACHED_STEPS = 10
+"""With fewer steps, each differs too much from the last for one to take what another has computed."""
+MAX_SPEED_UP = 3.0
+MAX_MOTION = 2.0
 MAX_LORAS = 32
 MAX_STRENGTH = 100.0
 MAX_SEED = 2**32 - 1
@@ -100,9 +106,13 @@ class Request:
 
     `guidance` is (high-noise expert, low-noise expert); one number means both. With a `denoising_step_list`, `steps`
     becomes the length of the list and `boundary` None. Without a list, a `boundary` of None means the task's official
-    one. `phases` (phases.py) replace `boundary` and `boundary_step_index`. A `sampler` of None means `solver`'s
-    choice. For i2v and flf2v, height x width is an area and the image gives the shape, unless `resize_mode` says
-    otherwise (framing.py).
+    one. `phases` (phases.py) replace `boundary` and `boundary_step_index`. A `sampler` of None means `solver`'s choice.
+    For i2v and flf2v, height x width is an area and the image gives the shape, unless `resize_mode` says otherwise
+    (framing.py).
+
+    The rest is off by default and changes the result. With a `nag_scale` above 1 the negative prompt works without
+    guidance too. With a `motion_amplitude` above 1 i2v moves more. A `feature_caching` of "Mag" skips forwards
+    (magcache.py): None in its numbers means those of the authors, and a `speed_up` chooses them; 1 is exact.
     """
 
     task: Task = "t2v"
@@ -125,6 +135,16 @@ class Request:
     phases: tuple[Phase, ...] | None = None
     resize_mode: str | None = None
     sampler: Sampler | None = None
+    nag_scale: float = 1.0
+    nag_tau: float = 2.5
+    nag_alpha: float = 0.25
+    motion_amplitude: float = 1.0
+    speed_up: float | None = None
+    feature_caching: FeatureCaching = "NoCaching"
+    magcache_thresh: float | None = None
+    magcache_K: int | None = None
+    magcache_retention_ratio: float | None = None
+    magcache_ratios: tuple[tuple[float, ...], ...] | None = None
     loras: tuple[LoraSpec, ...] | None = None
 
     def __post_init__(self) -> None:
@@ -149,6 +169,15 @@ class Request:
         self._check_schedule(put)
         check.one_of("resize_mode", self.resize_mode, (None, *RESIZE_MODES))
         check.one_of("sampler", self.sampler, (None, *SAMPLERS))
+        for name, low, high in (("nag_scale", 1.0, 100.0), ("nag_tau", 0.0, 100.0), ("nag_alpha", 0.0, 1.0)):
+            put(name, check.real(name, getattr(self, name), low, high))
+        put("motion_amplitude", check.real("motion_amplitude", self.motion_amplitude, 1.0, MAX_MOTION))
+        if self.motion_amplitude != 1 and self.task != "i2v":
+            raise BadRequest(
+                f"motion_amplitude is {self.motion_amplitude:g}, which is for task i2v; the task is {self.task}. Leave "
+                "it out, or give a first frame only."
+            )
+        self._check_caching(put)
         put("loras", _loras(self.loras))
         self.check_strengths(self.loras or ())
         if self.tokens > MAX_TOKENS:
@@ -203,6 +232,33 @@ class Request:
         for lora in loras:
             if isinstance(lora.strength, tuple) and len(lora.strength) != phases:
                 check.bad("LoRA strength", list(lora.strength), f"one number, or one for each of the {phases} phases")
+
+    def _check_caching(self, put: Any) -> None:
+        check.one_of("feature_caching", self.feature_caching, FEATURE_CACHING)
+        if self.magcache_thresh is not None:
+            put("magcache_thresh", check.real("magcache_thresh", self.magcache_thresh, 0.0, 10.0))
+        if self.magcache_K is not None:
+            put("magcache_K", check.whole("magcache_K", self.magcache_K, 0, MAX_STEPS))
+        if self.magcache_retention_ratio is not None:
+            retention = check.real("magcache_retention_ratio", self.magcache_retention_ratio, 0.0, 1.0)
+            put("magcache_retention_ratio", retention)
+        put("magcache_ratios", _ratios(self.magcache_ratios))
+        name, value = "feature_caching", '"Mag"'
+        if self.speed_up is not None:
+            speed_up = check.real("speed_up", self.speed_up, 1.0, MAX_SPEED_UP)
+            name, value = "speed_up", f"{speed_up:g}"
+            put("feature_caching", "NoCaching" if speed_up == 1 else "Mag")
+            put("speed_up", None if speed_up == 1 else speed_up)
+            for number in ("magcache_thresh", "magcache_K", "magcache_retention_ratio"):
+                put(number, None)
+        if self.feature_caching != "Mag":
+            return
+        if self.distilled or self.steps < MIN_CACHED_STEPS:
+            raise BadRequest(
+                f"{name} is {value}, but {'a distilled model makes' if self.distilled else 'the video has'} "
+                f"{self.steps} steps, which differ too much from each other to skip any. Leave {name} out, or take a "
+                f"base model with {MIN_CACHED_STEPS} steps or more."
+            )
 
     def check_tokens(self, ceiling: int) -> None:
         """Raise BadRequest if the video has more than `ceiling` tokens. The error names frames or an area that fit."""
@@ -270,9 +326,15 @@ class Request:
         return "high" in guided, "low" in guided
 
     @property
+    def nag(self) -> bool:
+        """Whether the phases without guidance avoid the negative prompt inside of their attention."""
+        on = self.nag_scale > 1 and self.nag_alpha > 0
+        return on and not all(phase.guided for phase in self.timeline)
+
+    @property
     def negative_text(self) -> str | None:
-        """The negative prompt to encode: None without guidance, the default for "", an empty text for " "."""
-        if not any(self.guided):
+        """The negative prompt to encode: None without guidance and NAG, the default for "", an empty text for " "."""
+        if not (any(self.guided) or self.nag):
             return None
         return self.negative_prompt.strip() if self.negative_prompt else DEFAULT_NEGATIVE_PROMPT
 
@@ -283,6 +345,8 @@ class Request:
             value = getattr(self, field.name)
             if field.name in ("loras", "phases") and value is not None:
                 value = [item.to_json() for item in value]
+            if field.name == "magcache_ratios" and value is not None:
+                value = [list(table) for table in value]
             data[field.name] = list(value) if isinstance(value, tuple) else value
         return data
 
@@ -356,6 +420,22 @@ def _strength(value: Any) -> float | tuple[float, ...]:
             check.bad("LoRA strength", value, f"one number, or 1 to {MAX_PHASES}: one for each phase")
         return tuple(check.real("LoRA strength", each, -MAX_STRENGTH, MAX_STRENGTH) for each in value)
     return check.real("LoRA strength", value, -MAX_STRENGTH, MAX_STRENGTH)
+
+
+def _ratios(value: Any) -> tuple[tuple[float, ...], ...] | None:
+    """One table for both branches, or one for each: [[conditional], [unconditional]], as in LightX2V. A table without
+    numbers, as in some of its files, is none."""
+    expected = f"one or two lists of {MIN_CACHED_STEPS} to {MAX_STEPS} numbers: [[conditional], [unconditional]]"
+    if value is None or value == []:
+        return None
+    if isinstance(value, (str, Mapping)) or not isinstance(value, Sequence) or len(value) > 2:
+        check.bad("magcache_ratios", value, expected)
+    for table in value:
+        if isinstance(table, (str, Mapping)) or not isinstance(table, Sequence):
+            check.bad("magcache_ratios", value, expected)
+        if not MIN_CACHED_STEPS <= len(table) <= MAX_STEPS:
+            check.bad("magcache_ratios", f"a list of {len(table)}", expected)
+    return tuple(tuple(check.real("magcache_ratios", ratio, 0.0, 100.0) for ratio in table) for table in value)
 
 
 def _loras(value: Any) -> tuple[LoraSpec, ...] | None:

@@ -11,13 +11,15 @@ from dataclasses import dataclass, replace
 from typing import Annotated, Any, Literal, TypedDict, get_args, get_type_hints
 
 from ..media.framing import RESIZE_MODES
-from .request import SAMPLERS
+from .request import FEATURE_CACHING, MIN_CACHED_STEPS, SAMPLERS
 
 Guidance = float | Sequence[float]
 """One number for both experts, or (high-noise expert, low-noise expert)."""
 StepList = Sequence[int]
 PhaseList = Sequence[Mapping[str, Any]]
 """As JSON writes the phases; phases.py has their keys."""
+Tables = Sequence[Sequence[float]]
+"""One list of numbers for both branches of guidance, or one for each."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -105,6 +107,34 @@ class RequestSettings(TypedDict, total=False):
     sampler: Annotated[str, Setting(
         "NAME", f"solver: {', '.join(SAMPLERS)}; by default unipc, and euler with a step list",
         video="sampler", task="sampler", choices=SAMPLERS)]
+    nag_scale: Annotated[float, Setting(
+        "X", "NAG: how far to leave the negative prompt where guidance is off; 1 is off, 11 is usual",
+        video="nag_scale", task="nag_scale")]
+    nag_tau: Annotated[float, Setting(
+        "X", "NAG: how much larger than without it the attention may become", video="nag_tau", task="nag_tau",
+        step=0.5)]
+    nag_alpha: Annotated[float, Setting(
+        "X", "NAG: its share in the attention, from 0 to 1", video="nag_alpha", task="nag_alpha", step=0.05)]
+    motion_amplitude: Annotated[float, Setting(
+        "X", "for i2v, from 1 to 2: more motion, e.g. 1.15 for 4 steps; 1 is off",
+        video="motion_amplitude", task="motion_amplitude", step=0.05)]
+    speed_up: Annotated[float, Setting(
+        "X", f"how many times fewer forwards, e.g. 1.5; 1 is exact; base models with {MIN_CACHED_STEPS} steps or more",
+        video="speed_up", task="speed_up", schedule="shift", step=0.5)]
+    feature_caching: Annotated[str, Setting(
+        "NAME", "NoCaching, or Mag to skip forwards by MagCache's rule",
+        video="feature_caching", task="feature_caching", choices=FEATURE_CACHING, schedule="shift")]
+    magcache_thresh: Annotated[float, Setting(
+        "X", "error at which Mag computes again; by default the authors' 0.06",
+        video="magcache_thresh", task="magcache_thresh", schedule="shift")]
+    magcache_K: Annotated[int, Setting(
+        "N", "most forwards in a row that Mag skips; by default the authors' 2",
+        video="magcache_K", task="magcache_K", schedule="shift")]
+    magcache_retention_ratio: Annotated[float, Setting(
+        "X", "first part of each expert's steps in which Mag skips none; by default 0.4 for T2V, 0.1 for I2V",
+        video="magcache_retention_ratio", task="magcache_retention_ratio", schedule="shift")]
+    magcache_ratios: Annotated[Tables, Setting(
+        "TABLE", "table of another model, from python -m lightx2v.calibrate", schedule="shift", flag=False)]
 # fmt: on
 
 

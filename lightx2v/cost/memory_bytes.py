@@ -56,7 +56,7 @@ def denoise_bytes(
     input, queries, keys and values, or these without the input and with the attention's output. 8-bit products add
     their input in 8 bits. The feed-forward runs in chunks: its input and two inner tensors. A block of GGUF weights
     holds what it has dequantised until it has run: three matrices when the self-attention needs most, all of them when
-    the feed-forward does.
+    the feed-forward does. Forwards that are skipped reuse what all blocks added, in the dtype of products.
     """
     d, e, branches = model.dit.dim, model.compute, 1 if sequential_cfg else workload.branches
     eight_bit = model.weight < e and not model.dequantised
@@ -66,8 +66,16 @@ def denoise_bytes(
         attention += 3 * d * d * e
         feed_forward += (8 * d * d + 2 * d * model.dit.ffn_dim) * e
     rotations = workload.tokens * model.dit.head_dim * 4  # float32, for the channels of a head
-    text = workload.branches * model.dit.text_len * d * e * 2 * (model.dit.num_layers if cache_text_kv else 1)
-    return 4 * workload.tokens * d * branches + max(attention, feed_forward) + rotations + text
+    text = (
+        (workload.branches + workload.avoided)
+        * model.dit.text_len
+        * d
+        * e
+        * 2
+        * (model.dit.num_layers if cache_text_kv else 1)
+    )
+    residuals = workload.residuals * workload.tokens * d * e
+    return 4 * workload.tokens * d * branches + residuals + max(attention, feed_forward) + rotations + text
 
 
 def decode_bytes(model: ModelSize, workload: Workload, *, tiling: bool = False) -> int:

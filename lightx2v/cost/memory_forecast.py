@@ -8,7 +8,7 @@ from ..config.request import Request
 from .machine import Machine
 from .memory_bytes import host_bytes, stage_bytes
 from .memory_ladder import RESERVE, MemoryPlanner
-from .memory_plan import GIB, MemoryPlan, OffloadOptions, Workload, plan_from_disk
+from .memory_plan import GIB, MemoryPlan, OffloadOptions, plan_from_disk, workload_of
 from .model_size import model_size
 
 DRIVER_BYTES = GIB
@@ -54,7 +54,7 @@ def forecast_for_machine(config: EngineConfig, request: Request, machine: Machin
     plan = MemoryPlan(mode="resident", resident_blocks=model.dit.num_layers, reason="All of it is in host memory.")
     if config.lazy_load:
         plan = plan_from_disk(config)
-    peak = max(stage_bytes(plan, model, _workload(request)).values())
+    peak = max(stage_bytes(plan, model, workload_of(request)).values())
     return Forecast(plan=plan, host=peak, free=ram, fits=peak <= ram)
 
 
@@ -62,13 +62,9 @@ def forecast(config: EngineConfig, request: Request, *, vram: int, ram: int) -> 
     """The forecast for these free bytes, under the plan that the engine will choose for them."""
     model = model_size(config, 2)
     planner = MemoryPlanner(vram=vram, ram=ram, model=model, options=OffloadOptions.of(config))
-    plan = planner.plan(_workload(request))
+    plan = planner.plan(workload_of(request))
     fits = max(plan.bytes.values()) + RESERVE <= vram
     return Forecast(plan=plan, host=host_bytes(plan, model), free=vram, fits=fits)
-
-
-def _workload(request: Request) -> Workload:
-    return Workload.of(request.latent_shape, guided=any(request.guided))
 
 
 def _gib(size: int) -> float:

@@ -7,6 +7,8 @@ from typing import Any, Literal
 
 from ..config.architecture import PATCH, DiTConfig
 from ..config.engine_config import EngineConfig
+from ..config.magcache import forwards_of
+from ..config.request import Request
 
 Mode = Literal["resident", "swap", "stream"]
 Part = Literal["resident", "move", "stream"]
@@ -50,19 +52,37 @@ class ModelSize:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Workload:
-    """One video: tokens of the DiT, CFG branches, and latent height and width."""
+    """One video: tokens of the DiT, CFG branches, and latent height and width. `residuals`: branches for which the
+    denoising keeps what all blocks added, for forwards that are skipped. `avoided`: negative prompts that no branch of
+    their own reads."""
 
     tokens: int
     height: int
     width: int
     branches: int = 2
+    residuals: int = 0
+    avoided: int = 0
 
     @classmethod
-    def of(cls, latent_shape: tuple[int, ...], *, guided: bool) -> Workload:
+    def of(cls, latent_shape: tuple[int, ...], *, guided: bool, residuals: int = 0, avoided: int = 0) -> Workload:
         _, frames, height, width = latent_shape
         return cls(
-            tokens=frames * (height // PATCH) * (width // PATCH), height=height, width=width, branches=1 + guided
+            tokens=frames * (height // PATCH) * (width // PATCH),
+            height=height,
+            width=width,
+            branches=1 + guided,
+            residuals=residuals,
+            avoided=avoided,
         )
+
+
+def workload_of(request: Request) -> Workload:
+    """The work of a request, at its height and width."""
+    forwards, guided = forwards_of(request), any(request.guided)
+    residuals = max(len(forwards.reused(step)) for step in range(request.steps))
+    return Workload.of(
+        request.latent_shape, guided=guided, residuals=residuals, avoided=int(request.nag and not guided)
+    )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

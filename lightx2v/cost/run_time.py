@@ -16,8 +16,8 @@ from pathlib import Path
 from typing import Any, Literal
 
 from ..config.architecture import PATCH, DiTConfig
+from ..config.magcache import forwards_of
 from ..config.request import Request
-from ..config.schedule import schedule_of
 
 log = logging.getLogger("lightx2v.estimate")
 
@@ -89,12 +89,13 @@ def estimate_cost(request: Request, shape: DiTConfig | None = None) -> RunCost:
     """The work of `request` by a model of this shape, A14B's by default."""
     height, width = request.height, request.width
     tokens = request.latent_shape[1] * (height // 16) * (width // 16)
-    forwards = sum(schedule_of(request).forwards)
+    forwards = forwards_of(request)
     pixels, chunks = float(height * width * request.frames), request.latent_shape[1]
-    # A step is one call: both texts of guidance go through the blocks together.
-    calls = {"text": 1 + (request.negative_text is not None), "denoise": request.steps, "decode": chunks, "write": 1}
+    # A step is one call: both texts of guidance go through the blocks together. Without blocks it takes no time.
+    steps = sum(map(any, forwards.runs))
+    calls = {"text": 1 + (request.negative_text is not None), "denoise": steps, "decode": chunks, "write": 1}
     work = {"text": 1.0, "write": pixels, "decode": 8.5e6 * pixels / chunks}
-    work["denoise"] = dit_flops(shape or DiTConfig(), tokens) * forwards / request.steps
+    work["denoise"] = dit_flops(shape or DiTConfig(), tokens) * forwards.computed / steps
     if request.task != "t2v":
         # The grey tail of the condition clip is not encoded again once its encoding is constant: about 20 frames count.
         calls["image"] = min(chunks, 6)

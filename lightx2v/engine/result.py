@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from ..config.engine_config import EngineConfig
@@ -23,7 +23,7 @@ class Result:
     input image may have decided. `attention` tells which backend ran and why, `loras` what each LoRA file changed,
     `files` the model's files, `plan` where the weights lived (None where there was nothing to plan), `processes` what
     each of several took. An earlier process did the first `resumed_after` denoising steps: `timings` has only what
-    this one did.
+    this one did. `forwards` counts those of the whole video that were computed and skipped.
     """
 
     path: str | None
@@ -45,6 +45,7 @@ class Result:
     warnings: tuple[str, ...] = ()
     processes: tuple[dict[str, Any], ...] = ()
     resumed_after: int = 0
+    forwards: dict[str, int] = field(default_factory=dict)
 
     @property
     def seed(self) -> int:
@@ -78,6 +79,7 @@ class Result:
             "timings": self.timings.to_json(),
             "processes": list(self.processes),
             "resumed_after": self.resumed_after,
+            "forwards": self.forwards,
             "loras": list(self.loras),
             "files": list(self.files),
             "plan": self.plan,

@@ -9,6 +9,7 @@ and a Run in another process goes on from there to the same video.
 
 import logging
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -16,9 +17,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ..config.magcache import forwards_of
 from ..config.recorded_settings import recorded_settings
 from ..config.request import LoraSpec, Request
-from ..cost.memory_plan import Stage, Workload
+from ..cost.memory_plan import Stage, workload_of
 from ..errors import Cancelled
 from ..hub import find
 from ..media.images import load_image
@@ -30,7 +32,7 @@ from ..progress import CancelToken, Meter, OnProgress, Timings, went_on
 from ..sampling.checks import is_finite, not_finite
 from ..step_file import StepStore
 from .conditioning import encode_condition, prepare_images
-from .denoising import Denoising
+from .denoising import Denoising, OnResidual
 from .engine import LoadedEngine
 from .frame_sink import FrameSink
 from .memory_retry import retry_with_offload
@@ -90,7 +92,7 @@ class Run:
     ) -> Result:
         request = self.request
         self.mesh.reset_counts()
-        self.placement.prepare(Workload.of(request.latent_shape, guided=any(request.guided)))
+        self.placement.prepare(workload_of(request))
         latents_CTHW = self.denoise(self.shared_saved_step())
         frames = self.retry_with_offload(
             "decode", lambda: self.decode(latents_CTHW, path, metadata, force, return_frames)
@@ -114,6 +116,7 @@ class Run:
             timings=timings,
             processes=self.process_reports(timings),
             resumed_after=self.meter.resumed_after,
+            forwards=forwards_of(request).to_json(),
             text_tokens=self.tokens,
             preset=self.engine.preset,
             file_bytes=None if path is None else Path(path).stat().st_size,
@@ -193,6 +196,7 @@ class Run:
                     request.frames,
                     first_CHW,
                     more[0] if more else None,
+                    motion=request.motion_amplitude,
                     tiling=self.placement.tiling,
                     split=self.spatial_split(first_CHW.shape[1] // 8),
                     cancel=self.cancel,
@@ -229,15 +233,16 @@ class Run:
         return SavedStep.from_parts(head, {name: tensor.to(self.device) for name, tensor in received})
 
     def newest_step(self) -> SavedStep | None:
-        """The newest step, in host memory; None before the first one."""
+        """The newest step that a run can go on from, in host memory; None before the first one."""
         now = self.denoising
-        if now is None or not now.step:
+        if now is None or not now.resumable[0]:
             return None
+        step, latents, solver_state = now.resumable
         return SavedStep(
-            step=now.step,
+            step=step,
             steps=now.schedule.steps,
-            latents=now.latents,
-            solver_state=now.solver_state,
+            latents=latents,
+            solver_state=solver_state,
             contexts=now.contexts,
             condition=now.condition,
             made_by=self.made_by,
@@ -245,7 +250,13 @@ class Run:
             warnings=self.warnings,
         ).on(Tensor.cpu)
 
-    def denoise(self, saved: SavedStep | None) -> Tensor:
+    def make_latents(self, see: OnResidual) -> Tensor:
+        """The latents only, with all forwards; `see` gets what the blocks add in each."""
+        work = workload_of(self.request)
+        self.placement.prepare(replace(work, residuals=work.branches))
+        return self.denoise(None, see)
+
+    def denoise(self, saved: SavedStep | None, see: OnResidual | None = None) -> Tensor:
         """Noise to latents (16, T, h, w), from the beginning or the saved step. Out of memory repeats one step only."""
         if saved is None:
             contexts = self.retry_with_offload("text", self.encode_text)
@@ -255,7 +266,7 @@ class Run:
             self.warnings += saved.warnings
         with self.meter.stage("denoise"):
             denoising = self.denoising = Denoising(
-                self.engine, self.request, contexts, condition, self.meter, self.cancel, self.saver.save_if_due
+                self.engine, self.request, contexts, condition, self.meter, self.cancel, self.saver.save_if_due, see
             )
             if saved is not None:
                 denoising.go_on_from(saved.step, saved.latents, saved.solver_state)
@@ -264,7 +275,8 @@ class Run:
                 self.warn(warning)
             begin, steps, experts = denoising.step, denoising.schedule.steps, denoising.schedule.experts
             self.meter.resumed_after = begin
-            message = went_on(begin, steps) if saved is not None else ""
+            went = went_on(begin, steps) if saved is not None else ""
+            message = ", ".join(filter(None, [went, denoising.forwards.summary]))
             self.meter.emit("denoise", begin, steps, experts[min(begin, steps - 1)], message=message)
             return self.retry_with_offload("denoise", denoising.finish)
 

@@ -12,8 +12,19 @@ import torch
 from torch import Tensor, nn
 
 from ..attention.sdpa import Attention, sdpa, sdpa_repeated_last
-from .fused import add, add_gated, layer_norm, norm_modulate, norm_rotate, normed
+from .fused import add, add_gated, avoid, layer_norm, norm_modulate, norm_rotate, normed
 from .pointwise import gelu
+
+KeysValues = tuple[Tensor, Tensor]
+
+
+@dataclass(frozen=True, slots=True)
+class Nag:
+    """How a prompt's tokens avoid a negative prompt: `pointwise.avoid` has the formula."""
+
+    scale: float
+    tau: float
+    alpha: float
 
 
 class TextStates:
@@ -22,11 +33,21 @@ class TextStates:
     If the model's text length needs zero padding, `rows_BLD` ends with one row for all of it, and `padding` is the
     number of rows that this one represents. With `keep`, each block's keys and values are computed in the first
     step and kept for the others. They belong to the weights that made them: encode again after the weights change.
+    With `nag` the tokens also read the `negative` prompt, and go away from what they find there.
     """
 
-    def __init__(self, rows_BLD: Tensor, padding: int, *, keep: bool) -> None:
+    def __init__(
+        self,
+        rows_BLD: Tensor,
+        padding: int,
+        *,
+        keep: bool,
+        negative: "TextStates | None" = None,
+        nag: Nag | None = None,
+    ) -> None:
         self.rows_BLD = rows_BLD
         self.padding = padding
+        self.negative, self.nag = negative, nag
         self.kept: dict[int, tuple[Tensor, Tensor]] | None = {} if keep else None
 
     @property
@@ -123,7 +144,7 @@ class Block(nn.Module):
         streams = [self._attend(x_BLD, shift_a, scale_a, gate_a, shared) for x_BLD in streams]
         streams = shared.fan_out(streams)
         for n, group in enumerate(shared.groups):
-            keys = [self._keys_values(text, index) for text in group]
+            keys = [(self._keys_values(text, index), self._negative_keys_values(text, index)) for text in group]
             parts = []
             for where in shared.slices(streams[n].shape[1]):
                 part_BLD = streams[n][:, where]
@@ -144,24 +165,34 @@ class Block(nn.Module):
         del q_BLNH, k_BLNH, v_BLNH
         return add_gated(x_BLD, attn.o(out_BLD), gate_BD)
 
-    def _keys_values(self, text: TextStates, index: int) -> tuple[Tensor, Tensor]:
+    def _keys_values(self, text: TextStates, index: int) -> KeysValues:
         if text.kept is None or torch.is_grad_enabled():
             return self.cross_attn.keys_values(text.rows_BLD)
         if index not in text.kept:
             text.kept[index] = self.cross_attn.keys_values(text.rows_BLD)
         return text.kept[index]
 
+    def _negative_keys_values(self, text: TextStates, index: int) -> KeysValues | None:
+        return None if text.negative is None else self._keys_values(text.negative, index)
+
     def _read_text(
-        self, x_BLD: Tensor, keys: list[tuple[Tensor, Tensor]], group: tuple[TextStates, ...], shared: Pass
+        self,
+        x_BLD: Tensor,
+        keys: list[tuple[KeysValues, KeysValues | None]],
+        group: tuple[TextStates, ...],
+        shared: Pass,
     ) -> Tensor:
         """CrossAttention(LayerNorm(x)): the rows of each prompt attend to its keys."""
         norm = self.norm3
         q_BLNH = self.cross_attn.queries(layer_norm(x_BLD, norm.weight, norm.bias, self.eps, shared.dtype))
-        outs = [
-            attend_to_text(q, k_BLNH, v_BLNH, text.padding, shared.cross_attention)
-            for q, (k_BLNH, v_BLNH), text in zip(q_BLNH.split([t.batch for t in group]), keys, group, strict=True)
-        ]
-        return self.cross_attn.o((outs[0] if len(outs) == 1 else torch.cat(outs)).flatten(2))
+        outs = []
+        for q, (own, negative), text in zip(q_BLNH.split([t.batch for t in group]), keys, group, strict=True):
+            out_BLD = attend_to_text(q, *own, text.padding, shared.cross_attention).flatten(2)
+            if negative is not None and text.negative is not None and text.nag is not None:
+                away_BLD = attend_to_text(q, *negative, text.negative.padding, shared.cross_attention).flatten(2)
+                out_BLD = avoid(out_BLD, away_BLD, text.nag.scale, text.nag.tau, text.nag.alpha)
+            outs.append(out_BLD)
+        return self.cross_attn.o(outs[0] if len(outs) == 1 else torch.cat(outs))
 
 
 def attend_to_text(q_BLNH: Tensor, k_BLNH: Tensor, v_BLNH: Tensor, padding: int, attention: Attention) -> Tensor:

@@ -19,8 +19,8 @@ from torch import Tensor, nn
 from ..attention.sdpa import Attention, sdpa
 from ..config.architecture import CHUNK, PATCH, DiTConfig
 from ..progress import CancelToken
-from .block import Block, Pass, TextStates, modulation
-from .fused import norm_modulate
+from .block import Block, Nag, Pass, TextStates, modulation
+from .fused import add, norm_modulate
 from .rope import RotaryTable
 
 FLOAT32_PARTS = frozenset(
@@ -101,19 +101,26 @@ class WanDiT(nn.Module):
             parameter.data = parameter.data.to(parameter_dtype(name, compute))
         return self
 
-    def encode_text(self, context_LD: Tensor, *, keep: bool | None = None) -> TextStates:
+    def encode_text(
+        self, context_LD: Tensor, *, keep: bool | None = None, negative_LD: Tensor | None = None, nag: Nag | None = None
+    ) -> TextStates:
         """Prepare a prompt's encoder states, without padding, for this expert's cross-attention.
 
         `keep` keeps each block's keys and values of the prompt (200 kB per row in bf16 at full size) for later steps.
+        With `nag` the prompt's tokens avoid the negative prompt of these states.
         """
-        return self._encode(context_LD.unsqueeze(0), keep=self.cache_text_kv if keep is None else keep)
+        keep = self.cache_text_kv if keep is None else keep
+        negative = None if nag is None or negative_LD is None else self._encode(negative_LD.unsqueeze(0), keep=keep)
+        return self._encode(context_LD.unsqueeze(0), keep=keep, negative=negative, nag=nag)
 
-    def _encode(self, context_BLD: Tensor, *, keep: bool) -> TextStates:
+    def _encode(
+        self, context_BLD: Tensor, *, keep: bool, negative: TextStates | None = None, nag: Nag | None = None
+    ) -> TextStates:
         padding = self.config.text_len - context_BLD.shape[1]
         assert padding >= 0, f"{context_BLD.shape[1]} text rows, at most {self.config.text_len} expected"
         # All rows of zero padding become the same row, so one is enough here.
         rows_BLD = F.pad(context_BLD.to(self.compute_dtype), (0, 0, 0, min(padding, 1)))
-        return TextStates(self.text_embedding(rows_BLD), padding, keep=keep)
+        return TextStates(self.text_embedding(rows_BLD), padding, keep=keep, negative=negative, nag=nag)
 
     def forward(
         self,
@@ -122,19 +129,54 @@ class WanDiT(nn.Module):
         text: Sequence[TextStates],
         condition_CTHW: Tensor | None = None,
         cancel: CancelToken | None = None,
+        residuals: list[Tensor] | None = None,
     ) -> list[Tensor]:
-        """One float32 velocity (C, T, H, W) per prompt. `condition` follows the latents along C (image to video)."""
+        """One float32 velocity (C, T, H, W) per prompt. `condition` follows the latents along C (image to video).
+
+        Adds to `residuals`, if given, what all blocks added for each prompt: (1, l, D) of this process's tokens, in the
+        dtype of products.
+        """
         latents_BCTHW = latents_CTHW.unsqueeze(0)
         condition_BCTHW = None if condition_CTHW is None else condition_CTHW.unsqueeze(0)
         x_BLD, rotations_L1P = self.embed(latents_BCTHW, condition_BCTHW)
         stack = x_BLD.shape[1] <= self.stack_tokens
         if self.sequential_cfg and not stack and len(text) > 1:
             del x_BLD, rotations_L1P
-            return [self.forward(latents_CTHW, timestep, [one], condition_CTHW, cancel)[0] for one in text]
+            return [self.forward(latents_CTHW, timestep, [one], condition_CTHW, cancel, residuals)[0] for one in text]
         groups = (tuple(text),) if stack else tuple((each,) for each in text)
-        timesteps_B = torch.tensor([timestep], dtype=torch.float64).to(x_BLD.device)
-        velocities = self._run(x_BLD, rotations_L1P, timesteps_B, groups, latents_BCTHW.shape, cancel)
+        time_BD, modulation_B6D = self.embed_time(_one_timestep(timestep, x_BLD))
+        streams = self._run(x_BLD, rotations_L1P, modulation_B6D, groups, cancel)
+        del x_BLD
+        if residuals is not None:
+            start_BLD = self._local_tokens(latents_BCTHW, condition_BCTHW)
+            residuals += [row for stream_BLD in streams for row in self._added(start_BLD, stream_BLD).split(1)]
+        velocities = [self.finish(stream_BLD, time_BD, latents_BCTHW.shape) for stream_BLD in streams]
         return [row for velocity_BCTHW in velocities for row in velocity_BCTHW]
+
+    def without_blocks(
+        self, latents_CTHW: Tensor, timestep: float, residuals: Sequence[Tensor], condition_CTHW: Tensor | None = None
+    ) -> list[Tensor]:
+        """The velocity per prompt if the blocks add `residuals`, those of an earlier `forward`: no block runs."""
+        latents_BCTHW = latents_CTHW.unsqueeze(0)
+        condition_BCTHW = None if condition_CTHW is None else condition_CTHW.unsqueeze(0)
+        velocities = []
+        for residual_BLD in residuals:
+            x_BLD = add(self._local_tokens(latents_BCTHW, condition_BCTHW), residual_BLD)
+            time_BD, _ = self.embed_time(_one_timestep(timestep, x_BLD))
+            velocities.append(self.finish(x_BLD, time_BD, latents_BCTHW.shape)[0])
+        return velocities
+
+    def _local_tokens(self, latents_BCTHW: Tensor, condition_BCTHW: Tensor | None) -> Tensor:
+        """This process's tokens, before the blocks. To embed them again is cheaper than to keep them meanwhile."""
+        x_BLD, _ = self.embed(latents_BCTHW, condition_BCTHW)
+        return x_BLD if self.split is None else self.split.shard(x_BLD, 1)
+
+    def _added(self, start_BLD: Tensor, end_BLD: Tensor) -> Tensor:
+        """end - start in the dtype of products, with float32 copies of only some tokens at once."""
+        added_BLD = torch.empty_like(end_BLD, dtype=self.compute_dtype)
+        for part, a, b in zip(*(x_BLD.split(self.chunk, 1) for x_BLD in (added_BLD, start_BLD, end_BLD)), strict=True):
+            part.copy_(b - a)
+        return added_BLD
 
     def forward_batch(
         self, latents_BCTHW: Tensor, timesteps_B: Tensor, context_BLD: Tensor, condition_BCTHW: Tensor | None = None
@@ -145,19 +187,19 @@ class WanDiT(nn.Module):
         """
         x_BLD, rotations_L1P = self.embed(latents_BCTHW, condition_BCTHW)
         text = self._encode(context_BLD, keep=False)
-        (velocity_BCTHW,) = self._run(x_BLD, rotations_L1P, timesteps_B, ((text,),), latents_BCTHW.shape, None)
-        return velocity_BCTHW
+        time_BD, modulation_B6D = self.embed_time(timesteps_B)
+        (stream_BLD,) = self._run(x_BLD, rotations_L1P, modulation_B6D, ((text,),), None)
+        return self.finish(stream_BLD, time_BD, latents_BCTHW.shape)
 
     def _run(
         self,
         x_BLD: Tensor,
         rotations_L1P: Tensor,
-        timesteps_B: Tensor,
+        modulation_B6D: Tensor,
         groups: tuple[tuple[TextStates, ...], ...],
-        shape: torch.Size,
         cancel: CancelToken | None,
     ) -> list[Tensor]:
-        time_BD, modulation_B6D = self.embed_time(timesteps_B)
+        """The streams after all blocks, one for each group; this process's tokens."""
         tokens, split, attention = x_BLD.shape[1], self.split, self.self_attention
         if split is not None:
             x_BLD, rotations_L1P = split.shard(x_BLD, 1), split.shard(rotations_L1P, 0)
@@ -177,7 +219,7 @@ class WanDiT(nn.Module):
             if cancel is not None:
                 cancel.check()
             streams = block(streams, index, shared)
-        return [self.finish(stream_BLD, time_BD, shape) for stream_BLD in streams]
+        return streams
 
     def embed(self, latents_BCTHW: Tensor, condition_BCTHW: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Tokens (B, L, D) in (t, h, w) order, and their rotations (L, 1, P)."""
@@ -215,3 +257,8 @@ class WanDiT(nn.Module):
         patches = patches_BLK.unflatten(1, (frames, height // PATCH, width // PATCH))
         patches = patches.unflatten(-1, (PATCH, PATCH, self.config.out_dim))
         return patches.permute(0, 6, 1, 2, 4, 3, 5).flatten(5).flatten(3, 4)
+
+
+def _one_timestep(timestep: float, x_BLD: Tensor) -> Tensor:
+    """(1,), on the device of x."""
+    return torch.tensor([timestep], dtype=torch.float64).to(x_BLD.device)

@@ -48,6 +48,7 @@ normed = _fused(pointwise.normed)
 norm_rotate = _fused(pointwise.norm_rotate)
 add_gated = _fused(pointwise.add_gated)
 add = _fused(pointwise.add)
+avoid = _fused(pointwise.avoid)
 quantise_tokens = _fused(pointwise.quantise_tokens)
 
 
@@ -95,6 +96,7 @@ def why_not(kernels: ModuleType, device: torch.device) -> str:
             cases.append(("norm_modulate", dtype, x_BLD[:, 3:], (other_BD[rows], rows_BD[rows], eps, dtype)))
         cases.append(("layer_norm", dtype, x_BLD[:, 3:], (weight_D, other_BD[0], eps, dtype)))
         cases.append(("normed", dtype, x_BLD.to(dtype), (weight_D, eps)))
+        cases += [("avoid", dtype, x_BLD.to(dtype), (y_BLD.to(dtype), 11.0, tau, 0.25)) for tau in (2.5, 100.0)]
         cases.append(("norm_rotate", dtype, x_BLD.to(dtype), (weight_D, eps, rotations_L1P)))
     cases += [("add_gated", torch.float32, x_BLD, (y_BLD, gate_BD)) for gate_BD in (rows_BD, rows_BD[:1])]
     cases.append(("add", torch.float32, x_BLD, (y_BLD,)))

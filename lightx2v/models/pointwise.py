@@ -105,6 +105,23 @@ def add(x_BLD: Tensor, y_BLD: Tensor) -> Tensor:
     return x_BLD + y_BLD if torch.is_grad_enabled() else x_BLD.add_(y_BLD)
 
 
+def avoid(p_BLD: Tensor, n_BLD: Tensor, scale: float, tau: float, alpha: float) -> Tensor:
+    """Normalised attention guidance: away from what a token reads in the negative prompt, n, in p's dtype.
+
+    alpha g + (1 - alpha) p, where g = scale p - (scale - 1) n is made shorter if its sum of absolute values is more
+    than tau times that of p (arXiv 2505.21179). With gradients disabled, it may overwrite p.
+    """
+    if parts := _parts(p_BLD):
+        for where in parts:
+            p_BLD[:, where] = avoid(p_BLD[:, where], n_BLD[:, where], scale, tau, alpha)
+        return p_BLD
+    p, n = p_BLD.float(), n_BLD.float()
+    g = scale * p - (scale - 1) * n
+    most, length = tau * p.abs().sum(-1, keepdim=True), g.abs().sum(-1, keepdim=True)
+    g = torch.where(length > most, g * (most / length), g)
+    return (alpha * g + (1 - alpha) * p).to(p_BLD.dtype)
+
+
 def quantise_tokens(x_MI: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     """The rows in 8 bits and the scale (M, 1) of each, for products with 8-bit weights."""
     largest = LARGEST[dtype]

@@ -72,6 +72,15 @@ def add_gated(x_BLD: Tensor, y_BLD: Tensor, gate_BD: Tensor | None) -> Tensor:
     return x_BLD
 
 
+def avoid(p_BLD: Tensor, n_BLD: Tensor, scale: float, tau: float, alpha: float) -> Tensor:
+    batch, length, width = p_BLD.shape
+    _avoid[(length, batch)](
+        p_BLD, n_BLD, p_BLD.stride(0), p_BLD.stride(1), n_BLD.stride(0), n_BLD.stride(1), width, scale, tau, alpha,
+        WIDTH=triton.next_power_of_2(width), num_warps=8,
+    )  # fmt: skip
+    return p_BLD
+
+
 def quantise_tokens(x_MI: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     rows, width = x_MI.shape
     q_MI = torch.empty(x_MI.shape, dtype=dtype, device=x_MI.device)
@@ -124,6 +133,20 @@ def _add_gated(x, y, gate, x_batch, x_row, y_batch, y_row, each, width, GATED: t
     if GATED:
         value = value * tl.load(gate + batch * each + at, mask=inside, other=0.0).to(tl.float32)
     tl.store(target, tl.load(target, mask=inside, other=0.0) + value, mask=inside)
+
+
+@triton.jit
+def _avoid(p, n, p_batch, p_row, n_batch, n_row, width, scale, tau, alpha, WIDTH: tl.constexpr):
+    row, batch = tl.program_id(0).to(tl.int64), tl.program_id(1).to(tl.int64)
+    at = tl.arange(0, WIDTH)
+    inside = at < width
+    target = p + batch * p_batch + row * p_row + at
+    value = tl.load(target, mask=inside, other=0.0).to(tl.float32)
+    other = tl.load(n + batch * n_batch + row * n_row + at, mask=inside, other=0.0).to(tl.float32)
+    away = scale * value - (scale - 1.0) * other
+    most, length = tau * tl.sum(tl.abs(value)), tl.sum(tl.abs(away))
+    away = away * tl.where(length > most, most / length, 1.0)
+    tl.store(target, (alpha * away + (1.0 - alpha) * value).to(p.dtype.element_ty), mask=inside)
 
 
 @triton.jit

@@ -72,12 +72,20 @@ class Offloaded:
             yield self._text
 
     @contextmanager
-    def expert(self, which: Expert, then: Expert | None = None, phase: int = 0) -> Iterator[WanDiT]:
+    def expert(
+        self,
+        which: Expert,
+        then: Expert | None = None,
+        phase: int = 0,
+        *,
+        blocks: bool = True,
+        then_blocks: Expert | None = None,
+    ) -> Iterator[WanDiT]:
         dit, plan = self._experts[which], self._ladder.plan
         dit.sequential_cfg, dit.cache_text_kv = plan.sequential_cfg, plan.cache_text_kv
         streamer = self._streamers.get("experts")
         self._loaded.select(which, phase, streamer.edit if streamer else nullcontext)
-        with streamer.use(which, then) if streamer else nullcontext():
+        with streamer.use(which, then, blocks=blocks, then_blocks=then_blocks) if streamer else nullcontext():
             yield dit
 
     @contextmanager
@@ -98,6 +106,10 @@ class Offloaded:
         finally:
             if streamer:
                 streamer.free()
+
+    @property
+    def reads_together(self) -> bool:
+        return bool(self._loaded.readers) and not self._read_ahead
 
     @property
     def tiling(self) -> Tiling | None:

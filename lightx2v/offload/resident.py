@@ -58,10 +58,12 @@ class Resident:
 
     Parts that a `plan` will move or stream are loaded to host memory. If it reads weights from disk, the experts are on
     the meta device, and `readers` read their weights. `tiling` has the VAE's tiles, or None for the whole picture;
-    `plan` is the memory plan for reports, None where there is no choice.
+    `plan` is the memory plan for reports, None where there is no choice. `reads_together`: processes read the weights
+    of a block together while they run it.
     """
 
     plan = None
+    reads_together = False
 
     def __init__(self, inputs: LoadInputs, plan: MemoryPlan | None = None, slabs: HostSlabs | None = None) -> None:
         """Parts in host memory are loaded to `slabs`, if there are any: `packed` has them."""
@@ -129,8 +131,17 @@ class Resident:
         return self._text is not None
 
     @contextmanager
-    def expert(self, which: Expert, then: Expert | None = None, phase: int = 0) -> Iterator[WanDiT]:
-        """`then` is the expert that runs next, if that is known. The LoRAs have their strengths of the `phase`."""
+    def expert(
+        self,
+        which: Expert,
+        then: Expert | None = None,
+        phase: int = 0,
+        *,
+        blocks: bool = True,
+        then_blocks: Expert | None = None,
+    ) -> Iterator[WanDiT]:
+        """`then` is the expert of the next step, `then_blocks` that of the next step that runs blocks, as far as they
+        are known. Without `blocks` none of this expert's run. The LoRAs have their strengths of the `phase`."""
         self.select(which, phase)
         yield self._experts[which]
 

@@ -144,19 +144,23 @@ class WeightStreamer:
     # ---- use ----------------------------------------------------------------------------------------------------
 
     @contextmanager
-    def use(self, name: str, then: str | None = None) -> Iterator[Any]:
-        """The module, usable inside the `with` block. `then` is the module that runs next, if that is known."""
+    def use(
+        self, name: str, then: str | None = None, *, blocks: bool = True, then_blocks: str | None = None
+    ) -> Iterator[Any]:
+        """The module, usable inside the `with` block. `then` is the module of the next use, `then_blocks` that of the
+        next use with blocks, as far as they are known. Without `blocks` none may run, and none is copied."""
         self._allocate()
-        self._current, self._next = name, then or name
+        self._current, self._next = name, then_blocks or then or name
         try:
             self._fetch((name, OUTSIDE), self.own[OUTSIDE])
-            self._fetch_all([(name, i) for i in range(min(2, self.resident))])
-            self._fetch_all([(name, i) for i in range(self.resident, self.resident + self.prefetch_slots)])
+            if blocks:
+                self._fetch_all([(name, i) for i in range(min(2, self.resident))])
+                self._fetch_all([(name, i) for i in range(self.resident, self.resident + self.prefetch_slots)])
             self._enter((name, OUTSIDE), self.own[OUTSIDE])
             yield self.modules[name]
             self.copies.release(self.own[OUTSIDE])
-            if self._next != name:
-                self._fetch((self._next, OUTSIDE), self.own[OUTSIDE])
+            if then is not None and then != name:
+                self._fetch((then, OUTSIDE), self.own[OUTSIDE])
         finally:
             for slot in [*self.own.values(), *self.shared]:
                 if slot.in_use:

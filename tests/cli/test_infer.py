@@ -355,7 +355,7 @@ def test_a_dry_run_prints_the_plan_and_loads_nothing(infer: Infer, stage: Stage,
     assert data["engine"]["cpu_offload"] is True
     assert data["request"]["seed"] == -1 and data["request"]["prompt"] == "x"
     assert data["plan"]["tokens"] == 75_600
-    assert data["plan"]["forwards"] == 4
+    assert data["plan"]["forwards"] == {"computed": 4, "skipped": 0}
     phase = {"steps": 2, "guidance": 1.0, "forwards_per_step": 1, "sampler": "euler"}
     assert data["plan"]["phases"] == [{"expert": expert, **phase} for expert in ("high", "low")]
     files = {file["name"]: file for file in data["plan"]["files"]}
@@ -406,7 +406,7 @@ def test_a_dry_run_needs_no_prompt_and_no_gpus_and_finds_what_is_here(infer: Inf
     ended = infer("--preset", "t2v_base_cfg_ulysses", "--model_path", str(tmp_path / "m"), "--dry_run")
     data = json.loads(ended.out)
     assert data["plan"]["processes"] == 8
-    assert data["plan"]["forwards"] == 80
+    assert data["plan"]["forwards"] == {"computed": 80, "skipped": 0}
     assert [(phase["expert"], phase["steps"], phase["guidance"]) for phase in data["plan"]["phases"]] == [
         ("high", 26, 4.0), ("low", 14, 3.0),
     ]  # fmt: skip

@@ -96,7 +96,7 @@ def test_resolving_changes_no_argument() -> None:
         ({"target_height": 481}, "settings: target_height is 481;"),
         ({"infer_steps": "40"}, "settings: infer_steps is '40'"),
         ({"dtype": 16}, "settings: dtype is 16"),
-        ({"feature_caching": "Tea"}, "feature_caching = 'Tea' is not supported here"),
+        ({"feature_caching": "Tea"}, "feature_caching is 'Tea'; expected NoCaching or Mag"),
         ({"use_image_encoder": True}, "Wan2.2-A14B has no image encoder"),
         ({"use_tae": 1}, "use_tae"),
         ({"dit_original_ckpt": "a"}, "Use {high,low}_noise_original_ckpt"),

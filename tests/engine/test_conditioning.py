@@ -1,13 +1,16 @@
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import pytest
 import torch
 from PIL import Image
 from vae_reference import random_vae, relative_error, same_in_diffusers, statistics
 
-from lightx2v.engine.conditioning import encode_condition, frame_mask, prepare_images, to_pixels
-from lightx2v.errors import Cancelled
+from lightx2v.config.request import Request
+from lightx2v.engine.conditioning import amplified, encode_condition, frame_mask, prepare_images, to_pixels
+from lightx2v.errors import BadRequest, Cancelled
 from lightx2v.media.framing import RESIZE_MODES, framing_of
 from lightx2v.models.vae import WanVAE
 from lightx2v.models.vae_config import VAEConfig
@@ -205,3 +208,37 @@ def test_the_whole_condition_equals_its_transcription_in_double_precision(last):
     assert condition.shape == expected.shape == (20, 3, 8, 10)
     assert relative_error(condition[4:].double(), expected[4:]) <= 1e-4
     assert torch.equal(condition[:4].double(), expected[:4])
+
+
+@pytest.mark.parametrize("motion", [1.15, 2.0])
+def test_motion_moves_the_later_latents_away_from_the_first_one(motion: float) -> None:
+    """In float64, latent frame by latent frame: PainterI2V's formula."""
+    latents = torch.randn(16, 5, 4, 6, generator=torch.Generator().manual_seed(1)) * 3
+    first = latents[:, 0].double().numpy()
+    expected = [first]
+    for frame in range(1, 5):
+        d = latents[:, frame].double().numpy() - first
+        expected.append(np.clip(first + (d - d.mean()) * motion + d.mean(), -6, 6))
+    got = amplified(latents, motion)
+    assert np.abs(got.numpy() - np.stack(expected, 1)).max() < 1e-5 and (got.abs() == 6).any()
+    assert torch.equal(got[:, 0], latents[:, 0])
+
+
+def test_motion_of_one_changes_no_bit_and_one_frame_has_none() -> None:
+    latents = 9 * torch.randn(16, 3, 4, 6)
+    assert amplified(latents, 1.0) is latents
+    assert torch.equal(amplified(latents[:, :1], 2.0), latents[:, :1])
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"task": "t2v"}, "motion_amplitude is 1.5, which is for task i2v; the task is t2v"),
+        ({"task": "flf2v", "image_path": "a.png", "last_frame_path": "b.png"}, "the task is flf2v"),
+        ({"task": "i2v", "image_path": "a.png", "motion_amplitude": 2.5}, "Nearest valid value: 2"),
+        ({"task": "i2v", "image_path": "a.png", "motion_amplitude": 0.9}, "Nearest valid value: 1"),
+    ],
+)
+def test_motion_is_for_image_to_video(settings: dict[str, Any], message: str) -> None:
+    with pytest.raises(BadRequest, match=message):
+        Request(**{"prompt": "a cat", "motion_amplitude": 1.5, **settings})

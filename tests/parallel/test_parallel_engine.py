@@ -14,7 +14,7 @@ from lightx2v.media.mp4 import probe
 
 pytestmark = pytest.mark.multi
 
-TINY = ["base", "one_guided", "distilled", "i2v", "i2v_distilled", "flf2v", "flat", "tiles"]
+TINY = ["base", "one_guided", "distilled", "i2v", "i2v_distilled", "flf2v", "mag", "nag", "flat", "tiles"]
 DEMO = ["t2v_base", "t2v_distill_lora", "t2v_fp8", "t2v_dynamic_lora", "i2v_base", "i2v_distill_lora"]
 LORA = str(ROOT / "assets/demo/loras/wan2.2_i2v_demo_high_noise_lora_rank16_4step.safetensors")
 
@@ -31,8 +31,8 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.mark.parametrize(
     ("kind", "layouts", "names", "count"),
     [
-        ("tiny", [[2, 1], [1, 2]], TINY, 16),
-        ("tiny", [[2, 2], [1, 4]], ["base", "one_guided", "distilled", "i2v", "i2v_distilled"], 10),
+        ("tiny", [[2, 1], [1, 2]], TINY, 20),
+        ("tiny", [[2, 2], [1, 4]], ["base", "one_guided", "distilled", "i2v", "i2v_distilled", "mag"], 12),
         ("demo", [[2, 1], [1, 2]], DEMO, 12),
         ("demo", [[2, 2], [1, 4]], ["t2v_base", "t2v_distill_lora", "i2v_base", "i2v_distill_lora"], 8),
     ],
@@ -82,9 +82,9 @@ def test_only_rank_0_reads_files(root: Path) -> None:
         assert amount <= first[what] / 100, second
 
 
-@pytest.mark.parametrize("lazy", [False, True])
-def test_blocks_are_streamed_from_host_memory_or_from_rank_0s_disk(root: Path, lazy: bool) -> None:
-    first, second = group(2).call(parallel_runs.streamed, str(root), lazy)
+@pytest.mark.parametrize(("lazy", "mag"), [(False, False), (True, False), (False, True), (True, True)])
+def test_blocks_are_streamed_from_host_memory_or_from_rank_0s_disk(root: Path, lazy: bool, mag: bool) -> None:
+    first, second = group(2).call(parallel_runs.streamed, str(root), lazy, mag)
     assert first[:2] == second[:2] == [True, True]
     assert (first[2] > 0) == lazy and second[2] == 0
 

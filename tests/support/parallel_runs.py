@@ -36,6 +36,13 @@ Named = dict[str, tuple[EngineConfig, Request]]
 STREAMED = MemoryPlan(mode="stream", resident_blocks=1, prefetch_slots=2, text="stream", vae="move", keep_experts=False)
 
 
+MAG: dict[str, Any] = {
+    "steps": 12, "sampler": "euler", "feature_caching": "Mag", "magcache_retention_ratio": 0.2, "magcache_K": 2,
+    "magcache_ratios": ((0.99,) * 12, (1.0,) * 8 + (0.9,) * 4),
+}  # fmt: skip
+"""MagCache with tables that make some steps compute one branch only."""
+
+
 def requests_of(root: Path) -> Named:
     """Requests for the tiny models: 30 tokens and 10 latent rows, so that 4 processes have uneven shards."""
     size = {"height": 80, "width": 48, "frames": 5, "prompt": "a red ball", "seed": 3}
@@ -55,6 +62,8 @@ def requests_of(root: Path) -> Named:
         "i2v": (configs["i2v"], Request(**size, **base, **i2v)),
         "i2v_distilled": (distill["i2v"], Request(**size, **distilled, **i2v)),
         "flf2v": (configs["flf2v"], Request(**size, **base, **i2v | {"task": "flf2v", "last_frame_path": picture})),
+        "mag": (configs["t2v"], Request(**size, **base | MAG)),
+        "nag": (distill["t2v"], Request(**size, **distilled, nag_scale=11.0, negative_prompt="blue")),
         "flat": (configs["t2v"], Request(**(size | {"height": 32}), **base)),
         "tiles": (configs["t2v"] | {"use_tiling_vae": True}, Request(**size, **base)),
     }
@@ -163,10 +172,12 @@ def reads(root: str, loras: list[str]) -> dict[str, Any]:
     return found
 
 
-def streamed(root: str, lazy: bool) -> list[Any]:
-    """The same video with everything on the device, and with the experts' blocks streamed from host memory or disk."""
+def streamed(root: str, lazy: bool, mag: bool) -> list[Any]:
+    """The same video with everything on the device, and with the experts' blocks streamed from host memory or disk.
+    With `mag` each process has a branch of its own, and skips other forwards."""
     config, request = demo_requests(Path(root))["t2v_base"]
-    config = replace(config, parallel=ParallelConfig(seq_p_size=dist_size()))
+    layout = ParallelConfig(cfg_p_size=2) if mag else ParallelConfig(seq_p_size=dist_size())
+    config, request = replace(config, parallel=layout), replace(request, **MAG) if mag else request
     with LightX2VPipeline.from_config(config) as pipe:
         expected = digest(pipe.run(request, return_latents=True).latents)
     with counted() as read, LightX2VPipeline.from_config(config) as pipe:
