@@ -17,8 +17,9 @@ from pathlib import Path
 
 from .cli.parser import ArgumentParser
 from .cli.runner import CommandContext, run_command
+from .config.magcache_tables import MIN_CACHED_STEPS
 from .config.presets import resolve
-from .config.request import IMAGES, MIN_CACHED_STEPS, Request
+from .config.request import IMAGES, Request
 from .config.request_settings import SETTINGS, SHOWN
 from .errors import BadRequest, OutputError
 

@@ -14,6 +14,7 @@ from typing import Any, Literal, Self, get_args
 from ..errors import BadRequest
 from ..media.framing import RESIZE_MODES
 from .checks import Checks
+from .magcache_tables import MIN_CACHED_STEPS, tables_from
 from .phases import MAX_GUIDANCE, MAX_PHASES, MAX_STEPS, SAMPLERS, TRAIN_STEPS, Expert, Phase, Sampler, phases_from
 from .prompt_cleaning import is_blank
 
@@ -35,8 +36,6 @@ MAX_FRAMES = 1001
 MAX_TOKENS = 262_144
 """About 3.5 times the official largest video (1280x720, 81 frames: 75 600 tokens). A preset may set a lower ceiling."""
 MAX_PROMPT = 10_000
-MIN_CACHED_STEPS = 10
-"""With fewer steps, each differs too much from the last for one to take what another has computed."""
 MAX_SPEED_UP = 3.0
 MAX_MOTION = 2.0
 MAX_LORAS = 32
@@ -242,7 +241,7 @@ class Request:
         if self.magcache_retention_ratio is not None:
             retention = check.real("magcache_retention_ratio", self.magcache_retention_ratio, 0.0, 1.0)
             put("magcache_retention_ratio", retention)
-        put("magcache_ratios", _ratios(self.magcache_ratios))
+        put("magcache_ratios", tables_from(self.magcache_ratios))
         name, value = "feature_caching", '"Mag"'
         if self.speed_up is not None:
             speed_up = check.real("speed_up", self.speed_up, 1.0, MAX_SPEED_UP)
@@ -420,22 +419,6 @@ def _strength(value: Any) -> float | tuple[float, ...]:
             check.bad("LoRA strength", value, f"one number, or 1 to {MAX_PHASES}: one for each phase")
         return tuple(check.real("LoRA strength", each, -MAX_STRENGTH, MAX_STRENGTH) for each in value)
     return check.real("LoRA strength", value, -MAX_STRENGTH, MAX_STRENGTH)
-
-
-def _ratios(value: Any) -> tuple[tuple[float, ...], ...] | None:
-    """One table for both branches, or one for each: [[conditional], [unconditional]], as in LightX2V. A table without
-    numbers, as in some of its files, is none."""
-    expected = f"one or two lists of {MIN_CACHED_STEPS} to {MAX_STEPS} numbers: [[conditional], [unconditional]]"
-    if value is None or value == []:
-        return None
-    if isinstance(value, (str, Mapping)) or not isinstance(value, Sequence) or len(value) > 2:
-        check.bad("magcache_ratios", value, expected)
-    for table in value:
-        if isinstance(table, (str, Mapping)) or not isinstance(table, Sequence):
-            check.bad("magcache_ratios", value, expected)
-        if not MIN_CACHED_STEPS <= len(table) <= MAX_STEPS:
-            check.bad("magcache_ratios", f"a list of {len(table)}", expected)
-    return tuple(tuple(check.real("magcache_ratios", ratio, 0.0, 100.0) for ratio in table) for table in value)
 
 
 def _loras(value: Any) -> tuple[LoraSpec, ...] | None:

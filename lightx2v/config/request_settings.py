@@ -11,7 +11,8 @@ from dataclasses import dataclass, replace
 from typing import Annotated, Any, Literal, TypedDict, get_args, get_type_hints
 
 from ..media.framing import RESIZE_MODES
-from .request import FEATURE_CACHING, MIN_CACHED_STEPS, SAMPLERS
+from .magcache_tables import MIN_CACHED_STEPS
+from .request import FEATURE_CACHING, SAMPLERS
 
 Guidance = float | Sequence[float]
 """One number for both experts, or (high-noise expert, low-noise expert)."""
