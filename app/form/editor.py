@@ -10,7 +10,6 @@ from gradio.components import Component
 from PIL import Image
 
 from lightx2v.catalog.folders import told_folders
-from lightx2v.config.magcache import forwards_of
 from lightx2v.config.prompt_cleaning import is_blank
 from lightx2v.config.recorded_settings import PICTURES
 from lightx2v.config.request import IMAGES, MAX_SIDE, Request
@@ -23,6 +22,7 @@ from ..backend.studio import Studio
 from ..backend.zerogpu import reserved_seconds
 from ..strings import Words
 from ..views import own_files, panels
+from ..views.stage import departures
 from .demo_words import unknown_words
 from .examples import examples
 from .fields import EXACT, LORA_ROWS, Form, setting_fields, size_of, submit_plan
@@ -194,7 +194,8 @@ class Editor:
         cost = panels.cost_line(
             words, prediction, studio.memory_need(config, request), studio.files.status(config), studio.room,
             len(plan.requests), unknown=studio.not_predicted(config, request, prediction) if prediction else (),
-            reserve=reserved_seconds(prediction) if studio.exposure.zerogpu else None, forwards=forwards_of(request),
+            reserve=reserved_seconds(prediction) if studio.exposure.zerogpu else None,
+            departs=departures(words, request),
         )  # fmt: skip
         demo = self._studio.settings(form.preset).preset.demo
         return cost + (panels.demo_note(words, unknown_words(form.prompt)) if demo else "")

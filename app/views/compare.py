@@ -11,6 +11,7 @@ from ..strings import Words
 from . import numbers
 from .html import button, esc, table, tag
 from .report import peak_vram, seconds_without_loading, seed_of, step_seconds
+from .stage import departures
 
 SHOWN_ALWAYS = ("prompt", "seed")
 NOT_COMPARED = ("image_path", "last_frame_path", "task")
@@ -48,7 +49,8 @@ def benchmark(words: Words, jobs: Sequence[Job]) -> str:
             size = f"{result.get('width', request.width)} × {result.get('height', request.height)} × {request.frames}"
             offload = "auto" if job.config.cpu_offload == "auto" else "on" if job.config.cpu_offload else "off"
             preset = f"{words('mode_' + ('t2v' if request.task == 't2v' else 'i2v'))} · {words.preset(job.preset)}"
-            kind = (preset, size, request.steps, words(_GUIDED[request.guided]), words("offload_" + offload))
+            how = " · ".join(filter(None, [words(_GUIDED[request.guided]), departures(words, request)]))
+            kind = (preset, size, request.steps, how, words("offload_" + offload))
             groups[*kind, str(result.get("device", ""))].append(job)
     head = tag("header", tag("h2", esc(words("benchmark"))) + tag("span", esc(words("benchmark_hint")), class_="quiet"))
     if not groups:

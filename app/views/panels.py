@@ -7,7 +7,6 @@ from itertools import groupby
 
 from PIL import Image
 
-from lightx2v.config.magcache import Forwards
 from lightx2v.cost.machine import Machine
 from lightx2v.cost.run_time import Prediction
 from lightx2v.jobs.pool import WorkerState
@@ -19,7 +18,6 @@ from ..exposure import Exposure
 from ..strings import LANGUAGES, Words
 from . import numbers
 from .html import button, esc, tag
-from .stage import skipped_line
 from .workers import worker_chips
 
 TIGHT = 0.9
@@ -118,16 +116,16 @@ def cost_line(
     *,
     unknown: Sequence[str] = (),
     reserve: int | None = None,
-    forwards: Forwards | None = None,
+    departs: str = "",
 ) -> str:
     """The line under the button: time, memory needed of the `room` there is, and bytes to download.
 
-    `count` videos are to be made. The time leaves out the stages in `unknown`. `reserve`: ZeroGPU seconds. `forwards`
-    are those of one video.
+    `count` videos are to be made. The time leaves out the stages in `unknown`. `reserve`: ZeroGPU seconds. `departs`
+    names what changes the result.
     """
     parts = [_time(words, prediction, count, unknown)]
-    if forwards is not None and (note := skipped_line(words, forwards)):
-        parts.append(esc(note))
+    if departs:
+        parts.append(esc(departs))
     if need is not None and room is not None:
         level, key = _level(need, room)
         text = words(key, need=numbers.memory(need), free=numbers.memory(room))

@@ -3,7 +3,6 @@
 from collections.abc import Mapping
 from typing import Any
 
-from lightx2v.config.magcache import forwards_of
 from lightx2v.jobs.store import Job
 from lightx2v.progress import STAGES
 
@@ -12,7 +11,7 @@ from ..strings import Words
 from . import numbers
 from .html import button, esc, table, tag
 from .snippets import snippets
-from .stage import skipped_line, went_on
+from .stage import departures, went_on
 
 BAR = ("load", "text", "image", "high", "low", "decode", "write")
 
@@ -172,7 +171,7 @@ def _details(words: Words, job: Job) -> str:
         (words("memory"), str((result.get("plan") or {}).get("reason", ""))),
         (words("shift"), f"{job.request.shift:g}"),
         (words("guidance"), guidance if any(job.request.guided) else words("off")),
-        (words("speed_up"), skipped_line(words, forwards_of(job.request))),
+        (words("departs"), departures(words, job.request)),
         (words("restart"), went_on(words, result.get("resumed_after", 0), job.request.steps)),
         (words("run"), job.id),
     ]

@@ -3,7 +3,7 @@
 import time
 from collections.abc import Mapping
 
-from lightx2v.config.magcache import Forwards, forwards_of
+from lightx2v.config.magcache import forwards_of
 from lightx2v.config.request import Request
 from lightx2v.config.schedule import schedule_of
 from lightx2v.jobs.store import Job
@@ -90,9 +90,18 @@ def went_on(words: Words, after: int, total: int) -> str:
     return words("went_on", step=after + 1, total=total) if after < total else words("went_on_decoding")
 
 
-def skipped_line(words: Words, forwards: Forwards) -> str:
+def skipped_line(words: Words, request: Request) -> str:
     """How many forwards a speed-up skips; "" for an exact run."""
+    forwards = forwards_of(request)
     return words("skipped", skipped=forwards.skipped, total=forwards.total) if forwards.skipped else ""
+
+
+def departures(words: Words, request: Request) -> str:
+    """What of the request makes another video than the model's own rules would; "" for nothing."""
+    nag = words("nag_on", scale=f"{request.nag_scale:g}") if request.nag else ""
+    moves = request.motion_amplitude
+    motion = words("motion_on", amplitude=f"{moves:g}") if moves != 1 else ""
+    return " · ".join(filter(None, [skipped_line(words, request), nag, motion]))
 
 
 def phases_of(request: Request, event: Progress | None) -> list[str]:
@@ -176,7 +185,7 @@ def _now(words: Words, job: Job, event: Progress | None, ahead: tuple[int, int])
         expert = words("expert_high" if number <= schedule_of(job.request).high_noise_steps else "expert_low")
         pace = _pace(event)
         went = went_on(words, event.resumed_after, event.total)
-        skips = skipped_line(words, forwards_of(job.request))
+        skips = skipped_line(words, job.request)
         step = words("a_step", time=numbers.seconds(pace)) if pace else ""
         rest = " · ".join(filter(None, [expert, step, skips, went]))
         title = tag("strong", esc(words("step_of", step=number, total=event.total)))

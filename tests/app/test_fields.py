@@ -27,7 +27,9 @@ from app.form.fields import (
     size_of,
     submit_plan,
 )
-from app.strings import TABLES
+from app.strings import TABLES, Words
+from app.views.stage import departures
+from lightx2v.config.magcache import forwards_of
 from lightx2v.config.request import LoraSpec
 from lightx2v.errors import BadRequest, LightX2VError, LoraError
 
@@ -73,6 +75,27 @@ def test_a_run_comes_back_into_the_fields_and_out_again() -> None:
     back = fields_of("t2v_base", first.config, first.requests[0], OFFER)
     again = submit_plan(form_of({**values("t2v_base"), **back, "shape": "16:9"}), OFFER, HERE)
     assert again.config == first.config and again.requests == first.requests
+
+
+@pytest.mark.parametrize(("choice", "skipped"), [("exact", 0), ("1.5x", 28), ("2x", 40), ("preset", 0)])
+def test_a_speed_up_is_counted_before_the_run_and_comes_back_into_its_field(choice: str, skipped: int) -> None:
+    made = submit_plan(form("t2v_base", speed_up=choice), OFFER, HERE)
+    request = made.requests[0]
+    said = f"{skipped} of 80 evaluations skipped" if skipped else ""
+    assert departures(Words("en"), request) == said and forwards_of(request).skipped == skipped
+    back = fields_of("t2v_base", made.config, request, OFFER)
+    assert back["speed_up"] == (choice if skipped else "exact")
+    with pytest.raises(BadRequest, match="speed_up is '9x'; expected exact, 1.5x, 2x, preset"):
+        submit_plan(form("t2v_base", speed_up="9x"), OFFER, HERE)
+    assert submit_plan(form(speed_up="2x"), OFFER, HERE).requests[0].speed_up is None, "a distilled preset has none"
+
+
+def test_what_changes_the_result_is_named_and_motion_is_for_pictures() -> None:
+    picture = {"image_path": "a.png", "motion_amplitude": 1.5, "nag_scale": 11.0}
+    request = submit_plan(form("i2v_distill_fp8", **picture), OFFER, HERE).requests[0]
+    assert departures(Words("en"), request) == "NAG 11 · motion 1.5" and request.motion_amplitude == 1.5
+    assert departures(Words("zh"), request) == "NAG 11 · 运动幅度 1.5"
+    assert submit_plan(form("t2v_base", motion_amplitude=1.5), OFFER, HERE).requests[0].motion_amplitude == 1
 
 
 def test_seeds_are_drawn_when_queued_and_counted_up_from_a_fixed_one() -> None:
