@@ -66,10 +66,12 @@ def test_the_command_writes_a_table_that_a_preset_takes(tmp_path: Path, capsys: 
 @pytest.mark.slow
 @pytest.mark.parametrize("task", ["t2v", "i2v"])
 def test_the_demo_models_tables_are_what_calibration_measures(task: str, capsys: pytest.CaptureFixture[str]) -> None:
-    """Another prompt and seed than those of the shipped tables: the numbers are the model's."""
+    """Another prompt, seed and picture than those of the shipped tables: most numbers are the model's alone. The last
+    ones, where almost nothing is left to denoise, differ more."""
     picture = ["--image_path", "assets/demo/examples/red_heart_sunset.png"] if task == "i2v" else []
     words = ["--prompt", "a green star grows on the snow", "--seed", "7"]
     assert command.main([f"demo_{task}_base", *words, *picture]) == 0
     measured = torch.tensor(json.loads(capsys.readouterr().out))
     shipped = torch.tensor(json.loads((PRESETS / f"demo_{task}_base.json").read_text())["magcache_ratios"])
-    assert (measured - shipped).abs().max() < 0.03
+    off = (measured - shipped).abs()
+    assert off[:, :15].max() < 0.01 and off.max() < 0.1
