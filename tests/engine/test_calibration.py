@@ -74,4 +74,4 @@ def test_the_demo_models_tables_are_what_calibration_measures(task: str, capsys:
     measured = torch.tensor(json.loads(capsys.readouterr().out))
     shipped = torch.tensor(json.loads((PRESETS / f"demo_{task}_base.json").read_text())["magcache_ratios"])
     off = (measured - shipped).abs()
-    assert off[:, :15].max() < 0.01 and off.max() < 0.1
+    assert off[:, :15].max() < 0.03 and off.max() < 0.1

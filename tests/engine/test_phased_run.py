@@ -91,7 +91,9 @@ def test_every_phase_has_its_guidance_and_its_strength(
         apart = [made(first, plain), made(second, plain)]
         experts = [engine.placement.expert for engine in (first._engine, second._engine)]
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(first._engine.placement, "expert", lambda which, then, phase, **_: experts[phase == 1](which))
+            patch.setattr(
+                first._engine.placement, "expert", lambda which, then=None, phase=0, **_: experts[phase == 1](which)
+            )
             mixed = made(first, plain)
     assert whole.latents is not None
     torch.testing.assert_close(whole.latents, mixed, rtol=0, atol=1e-4)
