@@ -11,11 +11,16 @@ from hatchling.metadata.plugin.interface import MetadataHookInterface
 
 
 class Requirements(MetadataHookInterface):
-    """Reads the dependencies from requirements.txt, which `make app` and Spaces install from."""
+    """Reads the dependencies from requirements.txt, which `make app` and Spaces install from, and those of the extra
+    `farm` from requirements-farm.txt."""
 
     def update(self, metadata: dict[str, Any]) -> None:
-        lines = (Path(self.root) / "requirements.txt").read_text("utf-8").splitlines()
-        metadata["dependencies"] = [line for line in lines if line and not line.startswith("#")]
+        metadata["dependencies"] = self.lines("requirements.txt")
+        metadata["optional-dependencies"] = {"farm": self.lines("requirements-farm.txt")}
+
+    def lines(self, name: str) -> list[str]:
+        lines = (Path(self.root) / name).read_text("utf-8").splitlines()
+        return [line for line in lines if line and not line.startswith("#")]
 
 
 class Editable(BuildHookInterface):

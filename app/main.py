@@ -19,6 +19,9 @@ from lightx2v.cli.runner import CommandContext, leave_at_exit, run_command
 from lightx2v.config.folders import output_folder, use_temporary
 from lightx2v.config.proxies import use_proxies
 from lightx2v.errors import ConfigError, OutputError, short_path
+from lightx2v.farm.farm import Farm
+from lightx2v.farm.options import FarmOptions, add_farm_flags
+from lightx2v.jobs.queue import JobManager
 from lightx2v.loading import preload
 from lightx2v.server.command import check_port
 from lightx2v.server.guess_limit import GuessLimit
@@ -48,6 +51,7 @@ def _parser() -> ArgumentParser:
         "let others use the found models and LoRAs, and saved presets, of this name; may be repeated, * stands for any"
     )
     parser.add_argument("--offer", action="append", default=[], metavar="NAME", help=offer)
+    add_farm_flags(parser.add_argument)
     add_save_every(parser.add_argument)
     parser.add_argument("--open", action="store_true", help="open the page in the browser")
     parser.add_argument("--mcp", action="store_true", help="also serve the tools over MCP (needs gradio[mcp])")
@@ -63,19 +67,32 @@ def _run(args: argparse.Namespace, context: CommandContext) -> int:
 
         if LightX2VPipeline.follow():
             return _exit_code(context)
+    farm_options = FarmOptions.of(args, context.environment)
+    if farm_options is not None and exposure.zerogpu:
+        raise ConfigError("ZeroGPU lends one GPU at a time. Leave --replicas, --gpus_per_replica and --ray out.")
     if not exposure.hosted:  # gradio would retry for ever or print a traceback
         check_port(args.host, args.port or 0)
     folder = output_folder(args.output_dir)
     prepare_environment(folder)
     catalog = LiveCatalog(args.model_dirs, args.offer if exposure.open_to_others else None)
-    studio = open_studio(folder, exposure, args.preset, catalog, args.save_every)
+    studio = open_studio(folder, exposure, args.preset, catalog, args.save_every, farm=farm_options is not None)
+    farm = None
     try:
+        if farm_options is not None:
+            assert isinstance(studio.jobs, JobManager)  # that of ZeroGPU has no farm
+            farm = Farm(studio.jobs, farm_options, open_engine)
+            farm.start()
+            farm.wait_for_first(context.interrupts.token)
         demo = launch(studio, open_browser=args.open, mcp=args.mcp)
         announce(demo, exposure)
-        preload.start()  # while the visitor writes the first prompt
+        if farm is None:
+            preload.start()  # while the visitor writes the first prompt
         serve_until_signal(demo, studio)
     finally:
-        if not studio.close():
+        stopped = studio.close()
+        if farm is not None:
+            farm.close()
+        if not stopped:
             leave_at_exit(context.interrupts.exit_code)
     return _exit_code(context)
 
@@ -96,11 +113,19 @@ def _exit_code(context: CommandContext) -> int:
 
 
 def open_studio(
-    output: Path, exposure: Exposure, preset: str, catalog: LiveCatalog | None = None, save_every: float = SAVE_EVERY
+    output: Path,
+    exposure: Exposure,
+    preset: str,
+    catalog: LiveCatalog | None = None,
+    save_every: float = SAVE_EVERY,
+    *,
+    farm: bool = False,
 ) -> Studio:
-    """Opens the page's Studio. On ZeroGPU this loads its one model, before any visitor gets a GPU."""
+    """Opens the page's Studio. On ZeroGPU this loads its one model, before any visitor gets a GPU. With a `farm`, no
+    job runs in this process."""
     if not exposure.zerogpu:
-        return Studio(open_engine, output, exposure, default_preset=preset, catalog=catalog, save_every=save_every)
+        engine = None if farm else open_engine
+        return Studio(engine, output, exposure, default_preset=preset, catalog=catalog, save_every=save_every)
     import spaces  # has to come before torch  # pyright: ignore[reportMissingImports]
 
     only = [preset] if preset else None

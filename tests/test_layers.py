@@ -17,7 +17,7 @@ ROOT = Path(__file__).parents[1]
 
 ENGINE = """
 errors progress step_file media config cli attention hub cost sampling parallel weights models catalog jobs loading
-offload engine pipeline infer convert download find_models calibrate server
+offload engine pipeline farm infer convert download find_models calibrate server
 """.split()
 """Packages and modules of lightx2v/. Each may import those to its left, and never one to its right."""
 

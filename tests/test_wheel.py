@@ -86,8 +86,10 @@ def test_the_wheel_holds_the_code_the_presets_the_page_and_the_demo_model(wheel:
         assert {name for name in archive.namelist() if ".dist-info/" not in name} == expected
         (metadata,) = (name for name in archive.namelist() if name.endswith("/METADATA"))
         asked = Parser().parsestr(archive.read(metadata).decode()).get_all("Requires-Dist") or []
-    lines = (ROOT / "requirements.txt").read_text().splitlines()
-    wanted = {Requirement(line) for line in lines if line and line[0] != "#"}
+    wanted = set()
+    for file, marker in (("requirements.txt", ""), ("requirements-farm.txt", '; extra == "farm"')):
+        lines = (ROOT / file).read_text().splitlines()
+        wanted |= {Requirement(line + marker) for line in lines if line and line[0] != "#"}
     same = {(each.name.replace("_", "-"), str(each.specifier), str(each.marker)) for each in wanted}
     assert {(r.name, str(r.specifier), str(r.marker)) for r in map(Requirement, asked)} == same
 

@@ -57,13 +57,14 @@ JOB_ID = re.compile(r"[A-Za-z0-9_-]{16,64}")
 class Studio:
     """Everything that the page's events work with. `only`, if given, limits the presets on offer.
 
-    Runs save their step at most once in `save_every` seconds. `lend_gpu` is `spaces.GPU` on ZeroGPU, where the default
-    preset's engine is loaded at once and no other later.
+    Without `open_engine` the jobs run on replicas that come with `jobs.add_replica`. Runs save their step at most once
+    in `save_every` seconds. `lend_gpu` is `spaces.GPU` on ZeroGPU, where the default preset's engine is loaded at once
+    and no other later.
     """
 
     def __init__(
         self,
-        open_engine: OpenEngine,
+        open_engine: OpenEngine | None,
         folder: Path,
         exposure: Exposure,
         *,
@@ -195,13 +196,14 @@ class Studio:
     # ---- engines ------------------------------------------------------------------------------------------------
 
     def _open_jobs(
-        self, open_engine: OpenEngine, lend_gpu: LendGpu | None, save_every: float
+        self, open_engine: OpenEngine | None, lend_gpu: LendGpu | None, save_every: float
     ) -> JobManager | ZeroGpuJobs:
         if lend_gpu is None:
             return JobManager(
                 open_engine, self.folder, max_queue=self.exposure.limits.queue, predict=self._times.seconds,
                 on_finished=self._times.learn, save_every=save_every,
             )  # fmt: skip
+        assert open_engine is not None
         preset = self.default_preset
         config = self.settings(preset).engine
         engine = open_engine(config, preset=preset, on_progress=lambda event: None, cancel=CancelToken())

@@ -59,6 +59,18 @@ class MachineReader:
         )
 
 
+def gpu_count() -> int:
+    """The NVIDIA GPUs that are visible to this process."""
+    visible = Environment.read().visible_gpus
+    if visible is not None:
+        return 0 if visible in ("", "-1") else len(visible.split(","))
+    try:
+        done = subprocess.run(["nvidia-smi", "--list-gpus"], capture_output=True, text=True, timeout=30, check=False)
+    except (OSError, subprocess.TimeoutExpired):
+        return 0
+    return sum(line.startswith("GPU ") for line in done.stdout.splitlines()) if done.returncode == 0 else 0
+
+
 def _gpu() -> tuple[str, int, int] | None:
     """Name, free and total bytes of the first GPU that is visible to this process."""
     visible = Environment.read().visible_gpus

@@ -20,7 +20,8 @@ class Outcome:
     """The end of a run: `report` if it succeeded, else `error` (type, message).
 
     `died`: the replica, or a process that it needs, has ended, which is not the job's end. After `fatal` the replica
-    can run no job. `device` is where it ran.
+    can run no job. `refused` says why its machine cannot hold the model, which it had not known before: the job waits
+    for another. `device` is where it ran.
     """
 
     report: dict[str, Any] | None = None
@@ -28,6 +29,7 @@ class Outcome:
     cancelled: bool = False
     fatal: bool = False
     died: bool = False
+    refused: str = ""
     device: str = ""
 
 

@@ -219,7 +219,9 @@ class JobWorker:
         if progress.preview is None or time.monotonic() < running.next_preview:
             return None
         try:
-            image = jpeg(progress.preview(), max_side=PREVIEW_SIDE)
+            image = progress.preview()
+            if not isinstance(image, bytes):  # another process has made it one
+                image = jpeg(image, max_side=PREVIEW_SIDE)
         except Exception:  # a missing preview is no reason to lose the video
             log.warning("job %s continues without previews\n%s", running.job.id, traceback.format_exc())
             running.next_preview = math.inf
@@ -260,7 +262,7 @@ class JobWorker:
             return "cancelled", None
         if outcome.report is not None:
             return "succeeded", None
-        if outcome.died or (outcome.cancelled and running.cancel.suspended):
+        if outcome.died or outcome.refused or (outcome.cancelled and running.cancel.suspended):
             return "queued", None
         if outcome.cancelled:
             return "cancelled", None
@@ -272,4 +274,4 @@ class JobWorker:
         """Why a job went back to the queue."""
         if self._pool.closing:
             return GOES_ON
-        return WORKER_ENDED if outcome.died else MOVED
+        return outcome.refused or (WORKER_ENDED if outcome.died else MOVED)

@@ -30,6 +30,8 @@ from ..config.phases import TRAIN_STEPS, Phase
 from ..config.presets import Resolved, resolve
 from ..config.request import Request
 from ..errors import ConfigError
+from ..farm.farm import Farm, Preload
+from ..farm.options import FarmOptions, add_farm_flags
 from ..jobs.engine_slot import Engine, OpenEngine
 from ..jobs.queue import JobManager
 from ..jobs.replica import Outcome
@@ -61,6 +63,7 @@ def _run(options: argparse.Namespace, context: CommandContext, *, open_engine: O
 
         if LightX2VPipeline.follow():  # a process of torchrun beside rank 0: it has taken part in the runs to their end
             return 0
+    farm_options = _farm_options(options, environment)
     check_port(options.host, options.port)
     folder = output_folder(options.output_dir or environment.output_dir)
     use_temporary(folder)
@@ -71,7 +74,7 @@ def _run(options: argparse.Namespace, context: CommandContext, *, open_engine: O
         times.learn(config, request, outcome)
 
     jobs = JobManager(
-        open_engine or load,
+        None if farm_options else open_engine or load,
         folder,
         max_queue=options.max_queue_size,
         ttl=options.result_ttl_hours * 3600 or None,
@@ -81,18 +84,36 @@ def _run(options: argparse.Namespace, context: CommandContext, *, open_engine: O
         save_every=options.save_every,
         start=False,
     )
+    name = resolved.preset.name
+    preload = Preload(resolved.engine, name, context.progress)
+    farm = Farm(jobs, farm_options, open_engine or load, preload=preload) if farm_options else None
     try:
         with context.interrupts.cancelling() as token:
-            name = resolved.preset.name
-            engine = jobs.load(resolved.engine, preset=name, on_progress=context.progress, cancel=token)
-            if options.warmup:
-                _warm_up(engine, resolved, jobs.folder, context.progress, token)
+            if farm is not None:
+                farm.start()
+                farm.wait_for_first(token)
+            else:
+                engine = jobs.load(resolved.engine, preset=name, on_progress=context.progress, cancel=token)
+                if options.warmup:
+                    _warm_up(engine, resolved, jobs.folder, context.progress, token)
         context.progress.clear()
         jobs.start()
         return _serve(options, jobs, metrics, resolved, keys, environment)
     finally:
-        if not jobs.close():
+        stopped = jobs.close()
+        if farm is not None:
+            farm.close()
+        if not stopped:
             leave_at_exit(context.interrupts.exit_code)
+
+
+def _farm_options(options: argparse.Namespace, environment: Environment) -> FarmOptions | None:
+    farm = FarmOptions.of(options, environment)
+    if farm is not None and options.warmup:
+        raise ConfigError(
+            "--warmup is for the engine of this process. Leave it out where several workers run the jobs."
+        )
+    return farm
 
 
 def load(config: EngineConfig, *, preset: str, on_progress: OnProgress, cancel: CancelToken) -> Engine:
@@ -268,6 +289,8 @@ def _parser() -> ArgumentParser:
     add_file_flags(parser.add_argument_group("files of your own").add_argument)
     add("--input_dir", type=Path, metavar="FOLDER", help="images that requests may name")
     add("--warmup", action="store_true", help="make one very short video before the port opens")
+
+    add_farm_flags(parser.add_argument_group("several GPUs, several machines").add_argument)
 
     add = parser.add_argument_group("access").add_argument
     add("--host", default="127.0.0.1", help="address to listen on (default: this machine only)")
