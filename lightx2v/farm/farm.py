@@ -1,6 +1,7 @@
 """Farm: a thread that keeps the replicas of the job queue: it starts workers where there is room, replaces those that
 end or hang, follows the machines of the cluster, and starts or joins the cluster again where its head has ended."""
 
+import contextlib
 import logging
 import threading
 import time
@@ -140,6 +141,8 @@ class Farm:
         finally:
             for member in self._members:
                 member.worker.kill()
+            with contextlib.suppress(LightX2VError):  # Ray keeps the request of a program that has ended
+                self._cluster.ask_for(0, self._options.gpus)
             self._cluster.close()
 
     def _tick(self) -> None:
@@ -155,7 +158,8 @@ class Farm:
             if time.monotonic() >= self._failures.get(place.key, (0, 0.0))[1]:
                 worker = self._cluster.start_worker(place, self._open_engine)
                 self._members.append(Member(place, worker, worker.hello()))
-        self._cluster.ask_for(wanted, self._options.gpus)
+        if self._options.low is not None:  # with "auto" the cluster's size is not this program's business
+            self._cluster.ask_for(wanted, self._options.gpus)
 
     def _taken(self) -> list[tuple[str, int]]:
         return [member.place.key for member in self._members]

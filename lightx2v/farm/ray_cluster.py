@@ -93,6 +93,7 @@ class RayCluster:
             raise ClusterLost(f"The Ray cluster {where} does not answer: {_reason(error)}.") from None
         gcs = urlsplit(f"//{here.gcs_address}")
         self._gcs, self._socket = (gcs.hostname or "", gcs.port or 0), own["RayletSocketName"]
+        self._asked = 0
 
     def _start(self, quiet: dict[str, Any]) -> None:
         self._folder = _socket_folder()
@@ -169,8 +170,8 @@ class RayCluster:
 
 @contextlib.contextmanager
 def _own_signals() -> Iterator[None]:
-    """Keep this program's answer to SIGTERM: Ray puts its own in its place, and none when it leaves.
-    Python sets handlers in its main thread only; the system's own call works in any."""
+    """Keep this program's answer to SIGTERM: Ray puts its own in its place, and none when it leaves. Python sets
+    handlers in its main thread only; the system's own call works in any."""
     system, kept = ctypes.CDLL(None), ctypes.create_string_buffer(SIGACTION_BYTES)
     system.sigaction(signal.SIGTERM, None, kept)
     try:

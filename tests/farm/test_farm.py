@@ -16,7 +16,7 @@ from lightx2v.errors import CheckpointError, LightX2VError
 from lightx2v.farm import farm as farms
 from lightx2v.farm import refusal
 from lightx2v.farm.farm import Farm, Preload
-from lightx2v.farm.options import FarmOptions
+from lightx2v.farm.options import MOST, FarmOptions
 from lightx2v.farm.places import Node
 from lightx2v.jobs.queue import JobManager
 from lightx2v.progress import CancelToken
@@ -55,13 +55,14 @@ def names(manager: JobManager) -> list[str]:
 
 def test_jobs_run_on_every_machine_and_machines_that_come_are_used(open_farm: Open, garage: Garage) -> None:
     cluster = FakeCluster(ONE)
-    farm, manager = open_farm(cluster)
+    farm, manager = open_farm(cluster, None, MOST)
     farm.wait_for_first(CancelToken())
     assert names(manager) == ["alpha/cpu-0"]
     cluster.machines.append(TWO)
     eventually(lambda: names(manager) == ["alpha/cpu-0", "beta/cpu-0"])
     jobs = [manager.submit(CONFIG, ask(str(index))) for index in range(6)]
     assert {done(manager, job).state for job in jobs} == {"succeeded"} and len(garage.ran) == 6
+    assert not cluster.asked, "more machines are not this program's business"
 
 
 def test_a_killed_worker_is_replaced_and_its_job_goes_on_at_its_step(open_farm: Open, garage: Garage) -> None:
