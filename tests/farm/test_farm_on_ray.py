@@ -200,4 +200,4 @@ def test_the_server_starts_its_own_cluster_again_when_the_head_is_killed(tmp_pat
     (end,) = running.ended()
     assert end.code == 143, end.output
     assert "The head of the Ray cluster has ended" in end.output
-    assert not [process for process in [*family, *left] if process.is_running()]
+    eventually(lambda: not [process for process in [*family, *left] if process.is_running()])
