@@ -68,6 +68,12 @@ class Server:
         names = {"worker": "ray::Worker", "raylet": "raylet", "gcs": "gcs_server"}
         return [each for each in found if each.is_running() and each.name().startswith(names[kind])]
 
+    def cpu_seconds(self) -> float:
+        """Of all processes of the server so far."""
+        server = psutil.Process(self.process.pid)
+        times = [process.cpu_times() for process in (server, *server.children(recursive=True))]
+        return sum(each.user + each.system for each in times)
+
     def submit(self, steps: int = STEPS) -> str:
         body = {"prompt": "a red ball rolls left", "num_frames": 5, "num_inference_steps": steps, "seed": 7}
         return str(self.client.post("/v1/videos", json=body).raise_for_status().json()["id"])
@@ -243,13 +249,19 @@ def speed(jobs: int) -> None:
         for server in servers.values():
             seconds_for(server, 2)
         times: dict[str, list[float]] = {name: [] for name in servers}
+        work: dict[str, list[float]] = {name: [] for name in servers}
         single: dict[str, list[float]] = {name: [] for name in servers}
         for _ in range(3):
             for name, server in servers.items():
+                before = server.cpu_seconds()
                 times[name].append(seconds_for(server, jobs))
+                work[name].append((server.cpu_seconds() - before) / jobs)
                 single[name] += [seconds_for(server, 1, steps=2) for _ in range(5)]
         one, two = (statistics.median(times[name]) for name in servers)
         print(f"{jobs} jobs: one worker {one:.2f} s, two workers {two:.2f} s, {one / two:.2f} times")
+        one, two = (statistics.median(work[name]) for name in servers)
+        print(f"CPU seconds of all processes per job: {one:.2f} and {two:.2f}")
+        print(f"on two free cores: {2 * one / two:.2f} times")
         alone, farmed = (statistics.median(single[name]) for name in servers)
         print(
             f"one short job: {alone * 1000:.0f} ms, on the farm {farmed * 1000:.0f} ms, "
