@@ -33,7 +33,8 @@ class FarmOptions:
         low, high = options.replicas
         gpus, address = options.gpus_per_replica, options.ray
         if not address:
-            low, high = _on_this_machine(low, high, gpus)
+            if (low, high, gpus) != (1, 1, 1):  # the driver's tool takes a while: nobody else waits for it
+                low, high = _on_this_machine(low, high, gpus)
             if high == gpus == 1:
                 return None
         if environment.distributed:

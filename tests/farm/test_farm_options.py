@@ -29,6 +29,13 @@ def test_one_worker_needs_no_farm(flags: tuple[str, ...], gpus: int) -> None:
     assert asked(*flags, gpus=gpus) is None
 
 
+def test_without_the_flags_nobody_counts_gpus(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(machine.subprocess, "run", lambda *_, **__: pytest.fail("it asked the driver's tool"))
+    parser = ArgumentParser()
+    add_farm_flags(parser.add_argument)
+    assert FarmOptions.of(parser.parse([]), Environment.read({})) is None
+
+
 @pytest.mark.parametrize(
     ("flags", "gpus", "expected"),
     [
@@ -37,6 +44,7 @@ def test_one_worker_needs_no_farm(flags: tuple[str, ...], gpus: int) -> None:
         ("--replicas 3", 8, (3, 3, 1, "")),
         ("--replicas 3", 0, (3, 3, 1, "")),
         ("--replicas 2:4", 4, (2, 4, 1, "")),
+        ("--replicas 1:4", 4, (1, 4, 1, "")),
         ("--gpus_per_replica 2", 0, (1, 1, 2, "")),
         ("--replicas auto --ray auto", 0, (None, options.MOST, 1, "auto")),
         ("--replicas 2:16 --ray head:6379 --gpus_per_replica 8", 1, (2, 16, 8, "head:6379")),
