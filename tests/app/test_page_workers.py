@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import io
 import re
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -38,13 +40,26 @@ def chips(studio: Studio, language: str = "en") -> list[str]:
 
 
 @pytest.fixture
-def studio(tmp_path: Path) -> Studio:
-    return Studio(Painter(), tmp_path, Exposure(), default_preset=PRESET)
+def open_studio(tmp_path: Path) -> Iterator[Callable[..., Studio]]:
+    """Makes a page's Studio on tmp_path and closes it after the test."""
+    opened: list[Studio] = []
+
+    def make(open_engine: Any = None, **exposure: Any) -> Studio:
+        opened.append(Studio(open_engine, tmp_path, Exposure(**exposure), default_preset=PRESET))
+        return opened[-1]
+
+    yield make
+    for studio in opened:
+        studio.close()
+
+
+@pytest.fixture
+def studio(open_studio: Callable[..., Studio]) -> Studio:
+    return open_studio(Painter())
 
 
 def test_one_worker_in_this_process_shows_its_model_as_before(studio: Studio) -> None:
     assert studio.workers is None and chips(studio)[2:] == ["No model loaded"]
-    studio.close()
 
 
 def test_each_of_several_workers_shows_what_it_has_loaded_and_does(studio: Studio) -> None:
@@ -70,28 +85,31 @@ def test_each_of_several_workers_shows_what_it_has_loaded_and_does(studio: Studi
     eventually(lambda: chips(studio)[2] == "0 of 3 workers busy")
     prediction = studio.predict(config, request)
     assert prediction is not None and "load" not in prediction.stages, "one of the workers has it"
-    studio.close()
 
 
-def test_other_people_see_how_many_workers_there_are_and_nothing_else(tmp_path: Path) -> None:
-    studio = Studio(Painter(), tmp_path, Exposure(open_to_others=True, password="x"), default_preset=PRESET)
+def test_other_people_see_how_many_workers_there_are_and_nothing_else(open_studio: Callable[..., Studio]) -> None:
+    studio = open_studio(Painter(), open_to_others=True, password="x")
     studio.jobs.add_replica(FakeReplica("node1/gpu-0"))  # type: ignore[union-attr]
     assert chips(studio)[2:] == ["0 of 2 workers busy"]
-    studio.close()
 
 
-def test_two_running_jobs_of_one_visitor_are_followed_listed_and_previewed_each(tmp_path: Path) -> None:
-    studio = Studio(None, tmp_path, Exposure(), default_preset=PRESET)  # type: ignore[arg-type]
+def test_two_running_jobs_of_one_visitor_are_followed_listed_and_previewed_each(
+    open_studio: Callable[..., Studio],
+) -> None:
+    studio = open_studio()
     jobs, words, session = studio.jobs, Words("en"), Session.of(None)
     assert isinstance(jobs, JobManager)
     jobs.more_may_come = True
-    first, second = FakeReplica("gpu-0"), FakeReplica("gpu-1")
+    device = studio.machine().name
+    first, second = (FakeReplica(f"gpu-{number}", device=device) for number in range(2))
     events = {}
     for name, shade in (("a", 40), ("b", 200)):
         picture = np.full((8, 8, 3), shade, np.uint8)
         events[name] = hold(first.garage, name, at=("denoise", 3), preview=lambda picture=picture: picture)
     second.garage.script = first.garage.script
     config = settings_of(PRESET).engine
+    quick_to_load = {"load": 0.01, "denoise": 60.0}
+    studio.learn(config, ask("x", **{**settings_of(PRESET).request, "frames": 5}), quick_to_load)
     submitted = []
     for number, (name, replica) in enumerate(zip("ab", (first, second), strict=True)):
         request = ask(name, **{**settings_of(PRESET).request, "frames": 5, "seed": number})
@@ -116,11 +134,10 @@ def test_two_running_jobs_of_one_visitor_are_followed_listed_and_previewed_each(
     assert build_view(studio, replace(session, job=a.id)).session.job == b.id, "the stage goes on to the other one"
     assert cards.queue(words, build_view(studio, session).runs, "") == "", "the stage shows the only one"
     events["b"].set()
-    studio.close()
 
 
-def test_a_job_that_waits_for_a_machine_says_why(tmp_path: Path) -> None:
-    studio = Studio(None, tmp_path, Exposure(), default_preset=PRESET)  # type: ignore[arg-type]
+def test_a_job_that_waits_for_a_machine_says_why(open_studio: Callable[..., Studio]) -> None:
+    studio = open_studio()
     config = settings_of(PRESET).engine
     studio.jobs.more_may_come = True  # type: ignore[union-attr]
     studio.jobs.add_replica(FakeReplica("gpu-0", refuses={config.model_path: "It has 8 GB <b>."}))  # type: ignore[union-attr]
@@ -129,4 +146,3 @@ def test_a_job_that_waits_for_a_machine_says_why(tmp_path: Path) -> None:
     eventually(lambda: studio.jobs.get(job.id).note)
     html = stage.status(Words("en"), studio.jobs.get(job.id))
     assert "Waiting for another worker" in html and "gpu-0: It has 8 GB &lt;b&gt;." in html
-    studio.close()
