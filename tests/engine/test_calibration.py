@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 from conftest import TinyModels
-from test_magcache_run import experts
+from tiny_runs import experts
 
 from lightx2v import calibrate as command
 from lightx2v.config.presets import PRESETS, resolve

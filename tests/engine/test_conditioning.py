@@ -224,6 +224,14 @@ def test_motion_moves_the_later_latents_away_from_the_first_one(motion: float) -
     assert torch.equal(got[:, 0], latents[:, 0])
 
 
+def test_motion_reaches_the_latents_of_the_condition_and_not_its_mask() -> None:
+    vae = RecordingVAE()
+    vae.encode_condition = lambda *_, **__: torch.randn(16, 3, 4, 6, generator=torch.Generator().manual_seed(2))  # type: ignore[method-assign]
+    plain, moved = (encode_condition(vae, 9, torch.zeros(3, 32, 48), motion=motion) for motion in (1.0, 1.5))  # type: ignore[arg-type]
+    assert torch.equal(moved[:4], plain[:4]) and torch.equal(moved[4:], amplified(plain[4:], 1.5))
+    assert not torch.equal(moved, plain)
+
+
 def test_motion_of_one_changes_no_bit_and_one_frame_has_none() -> None:
     latents = 9 * torch.randn(16, 3, 4, 6)
     assert amplified(latents, 1.0) is latents

@@ -10,8 +10,8 @@ import pytest
 import torch
 from conftest import TinyModels
 from offload_toys import CPU, PLANS, Exhausted
-from test_saved_step import Shelf, go_on, stop_after
-from tiny_runs import latents
+from stopped_runs import Shelf, go_on, stop_after
+from tiny_runs import experts, latents
 
 from lightx2v.config.magcache import forwards_of
 from lightx2v.config.presets import resolve
@@ -52,14 +52,6 @@ def request_() -> Request:
     )  # type: ignore[arg-type]  # fmt: skip
     assert set(forwards_of(request).runs) >= {(True, True), (False, False), (False, True)}
     return request
-
-
-def experts(pipe: LightX2VPipeline) -> list[WanDiT]:
-    placement, found = pipe._loaded().placement, []
-    for which in ("high", "low"):
-        with placement.expert(which) as dit:  # type: ignore[arg-type]
-            found.append(dit)
-    return found
 
 
 def by_hand(pipe: LightX2VPipeline, request: Request) -> torch.Tensor:

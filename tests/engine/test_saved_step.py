@@ -6,7 +6,7 @@ import json
 import threading
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,12 +16,12 @@ import torch
 from conftest import TinyModels
 from PIL import Image
 from safetensors import safe_open
+from stopped_runs import Shelf, go_on, stop_after
 from tiny_runs import latents
 
 from lightx2v.config.presets import resolve
 from lightx2v.config.request import Request
 from lightx2v.engine import saved_step as module
-from lightx2v.engine.result import Result
 from lightx2v.engine.saved_step import SavedStep
 from lightx2v.engine.step_saver import StepSaver
 from lightx2v.errors import Cancelled, CheckpointError, OutputError
@@ -34,39 +34,6 @@ STEPS = 4
 BASE = {"steps": STEPS}
 DISTILLED = {"denoising_step_list": [1000, 750, 500, 250], "boundary_step_index": 2}
 LORA = "assets/demo/loras/wan2.2_t2v_demo_high_noise_lora_rank16_4step.safetensors"
-
-
-@dataclass
-class Shelf:
-    """Keeps saved steps in memory."""
-
-    data: bytes | None = None
-    every: float = 1e-6
-    writes: int = 0
-
-    def read(self) -> bytes | None:
-        return self.data
-
-    def write(self, data: bytes) -> None:
-        self.data = data
-        self.writes += 1
-
-
-def stop_after(pipe: LightX2VPipeline, request: Request, step: int, shelf: Any, stage: str = "denoise") -> None:
-    """Run a video, and end the program's part of it after `step` steps of `stage`."""
-    token = CancelToken()
-
-    def stop(event: Progress) -> None:
-        if (event.stage, event.step) == (stage, step):
-            token.suspend()
-
-    with pytest.raises(Cancelled):
-        pipe.run(request, cancel=token, on_progress=stop, steps=shelf)
-
-
-def go_on(pipe: LightX2VPipeline, request: Request, shelf: Any, **more: Any) -> Result:
-    pipe._loaded().prompts.clear()  # as in another process
-    return pipe.run(request, return_latents=True, steps=shelf, **more)
 
 
 @pytest.fixture(scope="module")

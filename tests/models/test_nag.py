@@ -10,15 +10,20 @@ import numpy as np
 import pytest
 import torch
 from conftest import TinyModels
+from offload_toys import CPU, PLANS
+from stopped_runs import Shelf, go_on, stop_after
 from tiny_runs import latents
 
 from lightx2v.config.presets import resolve
 from lightx2v.config.request import DEFAULT_NEGATIVE_PROMPT, Request
+from lightx2v.cost.memory_ladder import MemoryLadder
 from lightx2v.cost.memory_plan import workload_of
 from lightx2v.errors import BadRequest
 from lightx2v.models import pointwise
 from lightx2v.models.block import Block, Nag, Pass, TextStates
 from lightx2v.models.dit import DiTConfig, WanDiT
+from lightx2v.offload.device_copies import HostCopies
+from lightx2v.offload.offloaded import Offloaded
 from lightx2v.pipeline import LightX2VPipeline
 
 SMALL = DiTConfig(dim=24, ffn_dim=48, freq_dim=32, num_heads=2, num_layers=2, text_dim=16, text_len=12)
@@ -154,3 +159,22 @@ def test_the_negative_prompt_is_encoded_where_it_is_used() -> None:
 def test_wrong_numbers_are_refused_by_name(settings: dict[str, Any], message: str) -> None:
     with pytest.raises(BadRequest, match=message):
         replace(DISTILLED, **settings)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("plan", ["swap", "streamed"])
+def test_nag_gives_the_same_bits_wherever_the_weights_are_and_after_a_restart(tiny: TinyModels, plan: str) -> None:
+    engine = resolve({"model_path": str(tiny.t2v)}, {"device": "cpu"}).engine
+    with LightX2VPipeline.from_config(engine) as pipe:
+        whole, shelf = latents(pipe, DISTILLED), Shelf()
+        stop_after(pipe, DISTILLED, 2, shelf)
+        result = go_on(pipe, DISTILLED, shelf)
+        assert result.latents is not None and torch.equal(result.latents, whole) and result.resumed_after == 2
+        other = go_on(pipe, replace(DISTILLED, nag_tau=2.0), shelf)
+        assert other.resumed_after == 0 and any("nag_tau" in warning for warning in other.warnings)
+        loaded = pipe._loaded()
+        placement = Offloaded(
+            loaded.placement, ladder=MemoryLadder(PLANS[plan]), device=CPU, copies=HostCopies(poison=True)
+        )
+        pipe._engine = replace(loaded, placement=placement)
+        assert torch.equal(latents(pipe, DISTILLED), whole)
