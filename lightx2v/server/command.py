@@ -98,7 +98,8 @@ def _run(options: argparse.Namespace, context: CommandContext, *, open_engine: O
                     _warm_up(engine, resolved, jobs.folder, context.progress, token)
         context.progress.clear()
         jobs.start()
-        return _serve(options, jobs, metrics, resolved, keys, environment)
+        operator = _operator(options, environment)
+        return _serve(options, jobs, metrics, resolved, keys, environment.trusted_proxies, operator)
     finally:
         stopped = jobs.close()
         if farm is not None:
@@ -129,7 +130,8 @@ def _serve(
     metrics: Metrics,
     resolved: Resolved,
     keys: list[str],
-    environment: Environment,
+    trusted_proxies: str,
+    operator: str = "",
 ) -> int:
     import uvicorn
 
@@ -143,7 +145,7 @@ def _serve(
     loras = _offered_loras(options)
     service = Service(jobs, {name: resolved}, images=images, lora_dir=options.lora_dir, loras=loras)
     config = uvicorn.Config(
-        create_app(service, metrics, keys=keys, operator=_operator(options, environment), hosts=_hosts(options)),
+        create_app(service, metrics, keys=keys, operator=operator, hosts=_hosts(options)),
         host=options.host,
         port=options.port,
         log_config=None,
@@ -151,7 +153,7 @@ def _serve(
         server_header=False,
         http="h11",  # httptools, used by default if it is installed, accepts endless headers
         limit_concurrency=MAX_CONNECTIONS,
-        forwarded_allow_ips=environment.trusted_proxies,  # uvicorn would trust whoever is on loopback
+        forwarded_allow_ips=trusted_proxies,  # uvicorn would trust whoever is on loopback
     )
     logging.getLogger("uvicorn.error").setLevel(logging.WARNING)
     log.info("Serving %s on http://%s:%d, documentation on /docs", name, options.host, options.port)
