@@ -6,9 +6,12 @@ from collections.abc import Iterator
 
 from .messages import Ended, Heard, Message, StepSaved
 
+GATHER_SECONDS = 0.05
+
 
 class Outbox:
-    """`put` in one thread, iterate in another; the iteration ends after `Ended`.
+    """`put` in one thread, iterate in another: over lists of messages, at most one in GATHER_SECONDS, since each is a
+    message of Ray. Saved steps and the end do not wait. The iteration ends after `Ended`.
 
     Of a stage's events that nobody has taken yet only the newest stays, but for the denoising steps, which are few. A
     saved step is put when the one before it was taken, so at most one waits here.
@@ -27,15 +30,20 @@ class Outbox:
             self._messages.append(message)
             self._changed.notify_all()
 
-    def __iter__(self) -> Iterator[Message]:
+    def __iter__(self) -> Iterator[list[Message]]:
         while True:
             with self._changed:
                 self._changed.wait_for(lambda: self._messages)
-                message = self._messages.popleft()
+                self._changed.wait_for(self._urgent, GATHER_SECONDS)
+                messages = list(self._messages)
+                self._messages.clear()
                 self._changed.notify_all()
-            yield message
-            if isinstance(message, Ended):
+            yield messages
+            if isinstance(messages[-1], Ended):
                 return
+
+    def _urgent(self) -> bool:
+        return not isinstance(self._messages[-1], Heard)
 
 
 def _replaces(new: Message, old: Message) -> bool:

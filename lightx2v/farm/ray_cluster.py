@@ -45,7 +45,7 @@ LOOPBACK = "127.0.0.2"
 STORE_BYTES = 2**30
 """Of Ray's object store on this machine: videos and saved steps on their way. What does not fit goes to the disk."""
 IN_FLIGHT = 8
-"""The most messages of a run that wait in the object store for the front end."""
+"""The most lists of messages of a run that wait in the object store for the front end."""
 LOOK_SECONDS = 0.1
 CONNECT_SECONDS, HANG_SECONDS = 2.0, 15.0
 SIGACTION_BYTES = 512
@@ -238,14 +238,14 @@ class RayWorker:
     def stop(self, run: str, *, suspend: bool) -> None:
         self._ask("stop", "control", run, suspend)
 
-    def run(self, task: Task) -> Iterator[Message | None]:
-        """The messages of a run as they come, and None every now and then meanwhile. WorkerLost."""
+    def run(self, task: Task) -> Iterator[list[Message]]:
+        """The messages of a run as they come, and an empty list every now and then. WorkerLost."""
         try:
             method = self._actor.run.options(num_returns="streaming", _generator_backpressure_num_objects=IN_FLIGHT)
             messages = method.remote(task)
             while True:
                 if not ray.wait([messages], timeout=LOOK_SECONDS)[0]:
-                    yield None
+                    yield []
                     continue
                 try:
                     reference = next(messages)

@@ -45,7 +45,7 @@ class RemoteWorker(Protocol):
 
     def pulse(self) -> Answer: ...
 
-    def run(self, task: Task) -> Iterator[Message | None]: ...
+    def run(self, task: Task) -> Iterator[list[Message]]: ...
 
     def stop(self, run: str, *, suspend: bool) -> None: ...
 
@@ -167,7 +167,7 @@ class RayReplica:
     def _messages(self, task: Task, cancel: CancelToken) -> Iterator[Message]:
         """The messages of a run, which this stops once `cancel` is set. WorkerEnded where the worker is lost."""
         told = 0.0
-        for message in self._worker.run(task):
+        for messages in self._worker.run(task):
             if self.lost:
                 raise WorkerEnded(self.lost)
             if cancel.cancelled and not told:
@@ -175,14 +175,11 @@ class RayReplica:
                 self._worker.stop(task.run, suspend=cancel.suspended)
             if told and time.monotonic() - told > STOP_SECONDS:
                 raise WorkerEnded(f"it has not stopped its run for {STOP_SECONDS:.0f} seconds")
-            if message is None:
-                continue
-            if isinstance(message, Ended) and message.loaded is not None:
-                config, preset = message.loaded
-                self.loaded = LoadedModel(EngineConfig.from_json(config), preset)
-            elif isinstance(message, Ended):
-                self.loaded = None
-            yield message
+            for message in messages:
+                if isinstance(message, Ended):
+                    config, preset = message.loaded or (None, "")
+                    self.loaded = LoadedModel(EngineConfig.from_json(config), preset) if config else None
+                yield message
 
     def _delivered(self, job: Job, path: Path, end: Ended) -> Outcome:
         """Write the video. The report names the job's own pictures, not the worker's copies."""

@@ -1,7 +1,7 @@
 """Worker: the engine of one replica, on its own machine, in a process of its own: a Ray actor around an EngineSlot.
 
     hello()             once it has started
-    run(task)           yields Heard and StepSaved while it works, then Ended; one at a time
+    run(task)           yields lists of Heard and StepSaved while it works, at last Ended; one run at a time
     stop(run, suspend)  ends that run within a step
     pulse()             answers at once, while it lives
 
@@ -35,7 +35,7 @@ from ..media.images import jpeg
 from ..media.work_folder import WorkFolder, sweep
 from ..progress import CancelToken, Progress
 from .followers import start_followers
-from .messages import Ended, Heard, Hello, Pulse, StepSaved, Task
+from .messages import Ended, Heard, Hello, Message, Pulse, StepSaved, Task
 from .outbox import Outbox
 
 log = logging.getLogger("lightx2v.farm")
@@ -79,7 +79,7 @@ class Worker:
         """End this process, also where the cluster's head is gone, which else does that."""
         os._exit(0)
 
-    def run(self, task: Task) -> Iterator[Heard | StepSaved | Ended]:
+    def run(self, task: Task) -> Iterator[list[Message]]:
         outbox = Outbox()
         work = self._engine_thread.submit(self._work, task, outbox)
         work.add_done_callback(lambda done: outbox.put(self._end(task, done)))

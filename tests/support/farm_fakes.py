@@ -55,27 +55,28 @@ class FakeWorker:
         if self.engine is not None:
             self.engine.stop(run, suspend)
 
-    def run(self, task: Task) -> Iterator[Message | None]:
+    def run(self, task: Task) -> Iterator[list[Message]]:
         self.tasks.append(task)
         if self.engine is None:
-            yield from self.messages
+            for message in self.messages:
+                yield [message] if message is not None else []
             while not self.dead:
-                yield None
+                yield []
             raise Gone("killed")
-        heard: queue.SimpleQueue[Message] = queue.SimpleQueue()
+        heard: queue.SimpleQueue[list[Message]] = queue.SimpleQueue()
         engine = self.engine
-        threading.Thread(target=lambda: [heard.put(message) for message in engine.run(task)], daemon=True).start()
+        threading.Thread(target=lambda: [heard.put(messages) for messages in engine.run(task)], daemon=True).start()
         while True:
             if self.dead:
                 raise Gone("killed")
             try:
-                message = heard.get(timeout=0.01)
+                messages = heard.get(timeout=0.01)
             except queue.Empty:
-                yield None
+                yield []
                 continue
             if not self.hangs:
-                yield message
-            if isinstance(message, Ended):
+                yield messages
+            if isinstance(messages[-1], Ended):
                 return
 
     def leave(self) -> None:
