@@ -12,6 +12,7 @@ from collections.abc import Sequence
 
 from .cli.parser import ArgumentParser
 from .cli.runner import CommandContext, run_command
+from .config.model_paths import RIFE
 from .config.presets import list_presets, resolve
 from .errors import DownloadError, byte_size, one_line
 from .hub import DownloadPlan, Hub, fetch, make_plan
@@ -30,9 +31,10 @@ def _run(options: argparse.Namespace, context: CommandContext) -> int:
             print(f"{info.name:<32} {info.title}")
         return 0
     overrides = {"models_dir": options.models_dir} if options.models_dir else {}
-    config = resolve(options.preset, overrides, environment=context.environment).engine
-    hub = Hub()
-    plan = make_plan(config, hub=hub)
+    resolved = resolve(options.preset, overrides, environment=context.environment)
+    video, hub = resolved.request, Hub()
+    rife = options.rife or video["interpolated_fps"] and video["interpolation"] != "ffmpeg"
+    plan = make_plan(resolved.engine, also=(RIFE,) if rife else (), hub=hub)
     print(_table(plan))
     if plan.unavailable:
         raise DownloadError(
@@ -76,6 +78,7 @@ def _parser() -> ArgumentParser:
         "preset", nargs="?", metavar="PRESET", help="a name or a JSON file; without it, list the presets"
     )
     parser.add_argument("--models_dir", metavar="FOLDER", help="look for files there first; nothing is written there")
+    parser.add_argument("--rife", action="store_true", help="also the file for --interpolated_fps (22 MB)")
     parser.add_argument("--dry_run", action="store_true", help="print the files and sizes, and download nothing")
     parser.add_argument("--verbose", action="store_true", help="log more")
     return parser

@@ -33,6 +33,7 @@ from .config.environment import Environment
 from .config.folders import output_folder, use_temporary
 from .config.lightx2v_keys import PER_VIDEO
 from .config.magcache import forwards_of
+from .config.model_paths import RIFE
 from .config.presets import Resolved, list_presets, list_user_presets, resolve
 from .config.recorded_settings import PICTURES, find_picture
 from .config.request import IMAGES, TASKS, Request, draw_seed
@@ -269,7 +270,7 @@ def _dry_run(resolved: Resolved, shown: dict[str, Any], card: float | None) -> d
     request = Request.from_json(resolved.request | placeholders | shown)
     engine = resolved.engine
     files = []
-    for name, place in find_all(engine).items():
+    for name, place in find_all(engine, (RIFE,) if request.interpolator == "rife" else ()).items():
         hub = hub_name(name)
         source = None if hub is None else {"repo": hub[0], "file": hub[1]}
         files.append({"name": name, "here": place is not None, "hub": source})
@@ -290,6 +291,7 @@ def _dry_run(resolved: Resolved, shown: dict[str, Any], card: float | None) -> d
             "forwards": forwards_of(request).to_json(),
             "phases": schedule_of(request).to_json(),
             "seconds_of_video": request.seconds,
+            "video": {"frames": request.video_frames, "fps": request.video_fps},
             "processes": resolved.preset.gpus,
             "memory": {"device": device, **memory.to_json()},
         },

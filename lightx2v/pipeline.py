@@ -25,8 +25,9 @@ from .catalog.choose import FileChoice, named_preset
 from .cli.terminal import log_to_stderr
 from .config.engine_config import EngineConfig
 from .config.environment import Environment
+from .config.lora_spec import LoraSpec
 from .config.presets import resolve
-from .config.request import LoraSpec, Request, check, draw_seed
+from .config.request import Request, check, draw_seed
 from .config.request_settings import SETTINGS, Guidance, RequestSettings
 from .engine.engine import LoadedEngine, load_engine, with_other_loras
 from .engine.memory_retry import within_memory
@@ -34,7 +35,8 @@ from .engine.result import Result
 from .engine.run import Run
 from .engine.saved_step import saved_step_for
 from .errors import Busy, ConfigError, GroupFailed, LightX2VError
-from .media.video_writer import check_output_path
+from .loading.rife_file import fetch_rife
+from .media.video_writer import check_output_path, original_path
 from .parallel.process_group import CLOSE, EXIT
 from .parallel.rendezvous import join
 from .progress import CancelToken, Meter, OnProgress, free_memory
@@ -304,7 +306,11 @@ class LightX2VPipeline:
                 nonlocal saved, warning
                 engine.config.check_request(request)
                 if save_result_path is not None:
-                    check_output_path(save_result_path, force=force)
+                    kept = [original_path(save_result_path)] if request.keeps_original else []
+                    for target in (save_result_path, *kept):
+                        check_output_path(target, force=force)
+                if request.interpolator == "rife":
+                    fetch_rife(engine.config, on_progress=on_progress, cancel=cancel)
                 if steps is not None:
                     saved, warning = saved_step_for(steps, engine, request, loras)
                 drawn = draw_seed() if saved is None else saved.seed

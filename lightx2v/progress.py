@@ -20,7 +20,7 @@ from .errors import Cancelled
 
 log = logging.getLogger("lightx2v.progress")
 
-STAGES = ("download", "load", "text", "image", "denoise", "decode", "write")
+STAGES = ("download", "load", "text", "image", "denoise", "decode", "interpolate", "write")
 """The stages of a run in their order."""
 
 BYTES = ("download", "load")
@@ -127,6 +127,7 @@ LOG_NAMES = {
     "image": "Run VAE Encoder",
     "denoise": "Run DiT",
     "decode": "Run VAE Decoder",
+    "interpolate": "Interpolate frames",
     "write": "Save video",
 }
 """LightX2V's names of the stages in its logs. Its "Run DiT" includes decoding and saving; ours is the loop alone."""

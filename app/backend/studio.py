@@ -19,7 +19,7 @@ from typing import Any
 
 from lightx2v.catalog.live_catalog import LiveCatalog
 from lightx2v.config.engine_config import EngineConfig
-from lightx2v.config.model_paths import PROJECT
+from lightx2v.config.model_paths import PROJECT, RIFE
 from lightx2v.config.presets import VARIANTS, PresetInfo, Resolved
 from lightx2v.config.request import Request
 from lightx2v.cost.machine import MachineReader
@@ -27,6 +27,7 @@ from lightx2v.cost.memory_forecast import forecast
 from lightx2v.cost.model_size import shape_of
 from lightx2v.cost.run_time import Prediction, estimate_cost
 from lightx2v.errors import BadRequest, ConfigError, LightX2VError
+from lightx2v.hub import find
 from lightx2v.jobs.engine_slot import OpenEngine
 from lightx2v.jobs.pool import WorkerState
 from lightx2v.jobs.queries import ALL
@@ -36,6 +37,7 @@ from lightx2v.jobs.run_times import RunTimes
 from lightx2v.jobs.store import Job, UnknownJob
 from lightx2v.media.images import DECODE_LOCK, jpeg, load_image
 from lightx2v.media.video_stills import still
+from lightx2v.media.video_writer import original_path
 from lightx2v.progress import CancelToken
 from lightx2v.step_file import SAVE_EVERY
 
@@ -222,7 +224,7 @@ class Studio:
 
     def submit(self, config: EngineConfig, request: Request, *, owner: str, preset: str) -> Job:
         """Queues a run and keeps its prediction. On a page that others can reach, it never starts a model download."""
-        self._check_files(config, preset)
+        self._check_files(config, request, preset)
         prediction = self.predict(config, request)
         job = self.jobs.submit(config, request, owner=owner, preset=preset)
         self._expect(job.id, prediction)
@@ -230,17 +232,19 @@ class Studio:
 
     def edit(self, job: Job, config: EngineConfig, request: Request, *, preset: str) -> None:
         """Changes the settings of a queued run, which keeps its place."""
-        self._check_files(config, preset)
+        self._check_files(config, request, preset)
         prediction = self.predict(config, request)
         self.jobs.edit(job.id, request, config=config, preset=preset)
         self._expect(job.id, prediction)
 
-    def _check_files(self, config: EngineConfig, preset: str) -> None:
-        if self.exposure.open_to_others and not self.exposure.hosted and not self.files.status(config).ready:
-            raise BadRequest(
-                f"The model files of {preset} are not on this machine. Choose another preset, or ask the page's owner "
-                f"to download them with: python -m lightx2v.download {preset}"
-            )
+    def _check_files(self, config: EngineConfig, request: Request, preset: str) -> None:
+        if not self.exposure.open_to_others or self.exposure.hosted:
+            return
+        ask = f"or ask the page's owner to download them with: python -m lightx2v.download {preset}"
+        if not self.files.status(config).ready:
+            raise BadRequest(f"The model files of {preset} are not on this machine. Choose another preset, {ask}")
+        if request.interpolator == "rife" and find(RIFE, config) is None:
+            raise BadRequest(f"The weights of RIFE are not on this machine. Choose interpolation ffmpeg, {ask} --rife")
 
     def _expect(self, job_id: str, prediction: Prediction | None) -> None:
         self._predicted.pop(job_id, None)
@@ -323,6 +327,11 @@ class Studio:
         """The video of a run. Ids cannot be guessed, so knowing one is the permission."""
         job = self._find(job_id)
         return existing(job.path, self.folder) if job is not None else None
+
+    def original_of(self, job_id: str) -> Path | None:
+        """The video of a run without interpolation, if that was kept."""
+        video = self.video_of(job_id)
+        return existing(original_path(video), self.folder) if video is not None else None
 
     def download_name(self, job_id: str) -> str:
         """A file name that says when and how the video was made: date, preset, seed, the first words of the prompt."""

@@ -168,7 +168,7 @@ class ZeroGpuJobs:
         started = time.perf_counter()
         height, width = frames.shape[1:3]
         try:
-            with VideoWriter(path, width, height, job.request.fps, settings=settings) as writer:
+            with VideoWriter(path, width, height, job.request.video_fps, settings=settings) as writer:
                 writer.write(frames)
         except LightX2VError as error:
             return _failed(type(error).__name__, str(error))

@@ -15,11 +15,12 @@ from typing import Any, Self
 
 from lightx2v.config.engine_config import EngineConfig
 from lightx2v.config.lora_names import expert_of, partner_names
+from lightx2v.config.lora_spec import LoraSpec
 from lightx2v.config.phases import phases_from
 from lightx2v.config.presets import Resolved, resolve
 from lightx2v.config.prompt_cleaning import is_blank
 from lightx2v.config.recorded_settings import PICTURES
-from lightx2v.config.request import LoraSpec, Request
+from lightx2v.config.request import Request
 from lightx2v.config.request_settings import SETTINGS, PhaseList, Setting, StepList
 from lightx2v.errors import BadRequest, quoted
 from lightx2v.hub import find_lora

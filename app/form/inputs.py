@@ -191,7 +191,7 @@ def _advanced(inputs: Inputs, request: Mapping[str, Any], task: str, exposure: E
         if row.type is bool:
             kind, more = Checkbox, {}
         elif row.choices:
-            choices = [("auto", ""), *((choice, choice) for choice in row.choices)]
+            choices = [("auto", ""), *((_named(inputs.words, name, choice), choice) for choice in row.choices)]
             kind, more = Dropdown, {"choices": choices, "min_width": 120}
         elif row.type in (StepList, PhaseList):
             kind, more = Textbox, {"min_width": 180}
@@ -231,6 +231,11 @@ def _advanced(inputs: Inputs, request: Mapping[str, Any], task: str, exposure: E
             Dropdown, "attention", choices=[*ATTENTION_NAMES], value="auto", info=USAGE["attention"], min_width=120,
             visible=exposure.shows_paths,
         )  # fmt: skip
+
+
+def _named(words: Words, name: str, choice: str) -> str:
+    """What a choice is called: methods of interpolation by what they are, the others by their names."""
+    return words(f"interpolation_{choice}") if name == "interpolation" else choice
 
 
 def _lora_fields(inputs: Inputs, *, visible: bool) -> None:

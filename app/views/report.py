@@ -13,7 +13,7 @@ from .html import button, esc, table, tag
 from .snippets import snippets
 from .stage import departures, went_on
 
-BAR = ("load", "text", "image", "high", "low", "decode", "write")
+BAR = ("load", "text", "image", "high", "low", "decode", "interpolate", "write")
 
 
 def report(
@@ -141,6 +141,9 @@ def _buttons(words: Words, job: Job) -> str:
         button(words("compare"), "compare", id=job.id),
         tag("a", esc(words("download")), class_="btn", href=f"studio/{job.id}/video.mp4?download", download=True),
     ]
+    if (job.result or {}).get("original_path"):
+        address = f"studio/{job.id}/original.mp4?download"
+        row.append(tag("a", esc(words("download_original")), class_="btn", href=address, download=True))
     return tag("div", "".join(row), class_="row actions")
 
 

@@ -142,6 +142,8 @@ def overall(request: Request, event: Progress | None) -> float:
 def time_left(event: Progress | None, expected: Mapping[str, float], elapsed: float) -> float | None:
     """Seconds until the video is done: measured for the current stage, predicted for the later ones."""
     later = sum(expected.get(name, 0.0) for name in STAGES[STAGES.index(event.stage) + 1 :]) if event else 0.0
+    if event is not None and event.stage == "decode" and event.total:  # frames are added as they are decoded
+        later -= expected.get("interpolate", 0.0) * event.step / event.total
     if event is not None and event.stage in ("denoise", "decode", "write"):
         current = event.eta if event.eta is not None else expected.get(event.stage)
         return None if current is None else current + later

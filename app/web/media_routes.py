@@ -39,6 +39,11 @@ def media_routes(studio: Studio) -> list[BaseRoute]:
         name = studio.download_name(job_id) if "download" in request.query_params else None
         return file(studio.video_of(job_id), "video/mp4", name)
 
+    def original(request: Request) -> Response:
+        job_id = _job_id(request)
+        name = studio.download_name(job_id).replace(".mp4", ".original.mp4")
+        return file(studio.original_of(job_id), "video/mp4", name if "download" in request.query_params else None)
+
     def preview(request: Request) -> Response:
         data = studio.preview_of(_job_id(request))
         headers = {**HEADERS, "Cache-Control": "no-store"}
@@ -57,6 +62,7 @@ def media_routes(studio: Studio) -> list[BaseRoute]:
         Route("/studio/alive", lambda request: Response(status_code=204, headers={"Cache-Control": "no-store"})),
         route("sample.mp4", lambda request: file(studio.sample, "video/mp4")),
         route("{id}/video.mp4", video),
+        route("{id}/original.mp4", original),
         route("{id}/poster.jpg", lambda request: file(studio.poster_of(_job_id(request)), "image/jpeg")),
         route("{id}/preview.jpg", preview),
         route("{id}/shown.mp4", lambda request: file(studio.uploaded_video(_job_id(request)), "video/mp4")),

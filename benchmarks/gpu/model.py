@@ -14,7 +14,8 @@ from torch import Tensor, nn
 
 from lightx2v.attention import Choice, resolve_attention
 from lightx2v.config.engine_config import EngineConfig
-from lightx2v.config.request import Expert, LoraSpec
+from lightx2v.config.lora_spec import LoraSpec
+from lightx2v.config.phases import Expert
 from lightx2v.engine.engine import LoadedEngine
 from lightx2v.loading.expert_loras import AppliedLora
 from lightx2v.loading.networks import Precision

@@ -19,7 +19,8 @@ import torch
 from ..config.architecture import INPUT_CHANNELS
 from ..config.gguf_formats import mix_of
 from ..config.lora_names import expert_by_metadata, expert_in, expert_of, noise_of, task_of
-from ..config.request import Expert, Task
+from ..config.phases import Expert
+from ..config.request import Task
 from ..errors import CheckpointError
 from ..models.vae_config import VAEConfig
 from ..weights.checkpoint import Checkpoint, open_checkpoint

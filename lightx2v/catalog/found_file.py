@@ -8,7 +8,8 @@ from pathlib import Path
 from typing import Any, Literal, Self
 
 from ..config.gguf_formats import MIXES
-from ..config.request import Expert, Task
+from ..config.phases import Expert
+from ..config.request import Task
 
 Kind = Literal["expert", "text encoder", "VAE", "LoRA", "tokenizer"]
 QUANTISED = ("fp8", "int8")

@@ -13,8 +13,9 @@ from typing import Any
 
 from ..config.architecture import INPUT_CHANNELS, MODEL_KIND, DiTConfig
 from ..config.engine_config import FILE_KEYS
+from ..config.phases import Expert
 from ..config.presets import PRESETS, Resolved, read_json, resolve
-from ..config.request import Expert, Task
+from ..config.request import Task
 from ..errors import CheckpointError, byte_size
 from .found_file import QUANTISED, FoundFile
 

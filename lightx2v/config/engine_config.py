@@ -14,7 +14,8 @@ from ..errors import BadRequest, ConfigError, quoted
 from .attention_names import check_attention_name
 from .checks import Checks, allowed_values, did_you_mean
 from .gguf_formats import MIXES
-from .request import LoraSpec, Request, Task
+from .lora_spec import LoraSpec
+from .request import Request, Task
 
 check = Checks(ConfigError)
 

@@ -10,7 +10,7 @@ from typing import Any
 
 from ..errors import ConfigError, quoted
 from .attention_names import check_attention_name
-from .checks import did_you_mean
+from .checks import Checks, did_you_mean
 from .engine_config import EngineConfig
 from .request import Request
 from .request_settings import SETTINGS, SHOWN
@@ -41,7 +41,6 @@ INERT: dict[str, tuple[Any, ...]] = {
     "use_tae": (False,),
     "vae_name": ("Wan2.1_VAE.pth",),
     "vae_stride": ([4, 8, 8],),
-    "video_frame_interpolation": (None, {}),
     "video_super_resolution": (None, {}),
     "weight_auto_quant": (False,),
 }
@@ -85,6 +84,8 @@ ADVICE = {
     "use_bfloat16": "Use dtype.",
 }
 
+check = Checks(ConfigError)
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Keys:
@@ -108,6 +109,9 @@ def sort_keys(data: Mapping[str, Any], where: str) -> Keys:
         elif key == "attn_mode":
             _put(keys, key, "self_attn_1_type", value, where)
             _put(keys, key, "cross_attn_1_type", value, where)
+        elif key == "video_frame_interpolation":
+            for name, item in _interpolation(value, where, keys).items():
+                _put(keys, key, name, item, where)
         elif key in PER_VIDEO or key == "preset":
             raise ConfigError(f"{where}: {key} cannot be set here; it belongs to the request, not to a preset.")
         elif key in ALIASES or key in REQUEST_FIELDS or key in ENGINE_FIELDS:
@@ -126,6 +130,21 @@ def _put(keys: Keys, key: str, name: str, value: Any, where: str) -> None:
         keys.request[name] = value
     if name in ENGINE_FIELDS:
         keys.engine[name] = value
+
+
+def _interpolation(value: Any, where: str, keys: Keys) -> dict[str, Any]:
+    """The fields of LightX2V's object; none where it is empty."""
+    if value is None or value == {}:
+        return {}
+    here = f"{where}: video_frame_interpolation"
+    found = check.known_keys(value, ("algo", "target_fps", "model_path"), here)
+    if "target_fps" not in found:
+        raise ConfigError(f'{here} has no target_fps. Write for example {{"algo": "rife", "target_fps": 32}}.')
+    if "algo" in found and found["algo"] != "rife":
+        check.bad(f"{here}.algo", found["algo"], '"rife"; for another way set interpolated_fps and interpolation')
+    if "model_path" in found:
+        keys.warnings.append(f"{here}.model_path has no effect here: the weights are those of RIFE 4.25 from the Hub.")
+    return {"interpolated_fps": found["target_fps"], "interpolation": "rife"}
 
 
 def _without_field(key: str, value: Any, where: str) -> str | None:
@@ -160,5 +179,6 @@ KNOWN = sorted(
         "cross_attn_2_type",
         "target_shape",
         "attn_mode",
+        "video_frame_interpolation",
     }
 )

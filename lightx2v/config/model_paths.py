@@ -29,6 +29,10 @@ ARCHITECTURE_FOLDERS = (
 )
 """Where below the model folder the DiT's config.json may be."""
 
+RIFE = "Comfy-Org/frame_interpolation/frame_interpolation/rife_v4.25.safetensors"
+RIFE_SHA256 = "1505884b9bdae956795430d2a70f7e2317b2abd8f130f8cfdb35a5759f909481"
+"""The weights of RIFE 4.25: their name on the Hub, which is also a path below a folder of models, and their hash."""
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ModelPart:

@@ -12,21 +12,28 @@ from dataclasses import dataclass, fields, replace
 from typing import Any, Literal, Self, get_args
 
 from ..errors import BadRequest
+from ..media.frame_times import frame_count
 from ..media.framing import RESIZE_MODES
 from .checks import Checks
+from .lora_spec import LoraSpec
 from .magcache_tables import MIN_CACHED_STEPS, tables_from
-from .phases import MAX_GUIDANCE, MAX_PHASES, MAX_STEPS, SAMPLERS, TRAIN_STEPS, Expert, Phase, Sampler, phases_from
+from .phases import MAX_GUIDANCE, MAX_STEPS, SAMPLERS, TRAIN_STEPS, Phase, Sampler, phases_from
 from .prompt_cleaning import is_blank
 
 check = Checks(BadRequest)
 
 Task = Literal["t2v", "i2v", "flf2v"]
 FeatureCaching = Literal["NoCaching", "Mag"]
+Interpolation = Literal["rife", "ffmpeg"]
 
 TASKS: tuple[Task, ...] = get_args(Task)
 IMAGES: dict[Task, tuple[str, ...]] = {"t2v": (), "i2v": ("image_path",), "flf2v": ("image_path", "last_frame_path")}
 """The fields with the input images that a task needs."""
 FEATURE_CACHING: tuple[FeatureCaching, ...] = get_args(FeatureCaching)
+INTERPOLATIONS: tuple[Interpolation, ...] = get_args(Interpolation)
+MAX_FPS = 120.0
+MAX_INTERPOLATION = 8
+"""A video has at most this many times the frames that the model made."""
 OFFICIAL_BOUNDARY: dict[Task, float] = {"t2v": 0.875, "i2v": 0.9, "flf2v": 0.9}
 """Of the base models. The high-noise expert runs at timesteps of 1000 x boundary and above."""
 
@@ -39,7 +46,6 @@ MAX_PROMPT = 10_000
 MAX_SPEED_UP = 3.0
 MAX_MOTION = 2.0
 MAX_LORAS = 32
-MAX_STRENGTH = 100.0
 MAX_SEED = 2**32 - 1
 """Torch's CPU generator, which draws the noise, uses 32 bits: a larger seed would repeat the video of a smaller one."""
 
@@ -48,55 +54,6 @@ DEFAULT_NEGATIVE_PROMPT = (
     "多余的手指，画得不好的手部，画得不好的脸部，畸形的，毁容的，形态畸形的肢体，手指融合，静止不动的画面，杂乱的背景，三条腿，背景人很多，倒着走"
 )
 """The official `sample_neg_prompt` of Wan2.2. It replaces an empty negative prompt while guidance is on."""
-
-_LORA_NAMES = {"high": "high_noise_model", "low": "low_noise_model", "auto": "auto"}
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class LoraSpec:
-    """One LoRA file for one expert. In JSON, as in LightX2V: {"name": "high_noise_model", "path", "strength"}.
-
-    A `strength` of several numbers is one for each phase of the video.
-    With "auto", or without a name, the file goes to the expert in its file name, and its partner beside it goes to the
-    other expert. A file whose name has no expert goes to both.
-    """
-
-    expert: Expert | Literal["auto"] = "auto"
-    path: str
-    strength: float | tuple[float, ...] = 1.0
-
-    def __post_init__(self) -> None:
-        if self.expert not in tuple(_LORA_NAMES):  # a file may have a list here, which cannot be a key of a dict
-            check.bad("LoRA name", self.expert, "high_noise_model, low_noise_model or auto")
-        if not isinstance(self.path, str) or not self.path.strip() or "\0" in self.path:
-            check.bad("LoRA path", self.path, "a file or a Hub name such as owner/repo/file.safetensors")
-        object.__setattr__(self, "strength", _strength(self.strength))
-
-    @property
-    def strengths(self) -> tuple[float, ...]:
-        """One for all phases, or one for each."""
-        return self.strength if isinstance(self.strength, tuple) else (self.strength,)
-
-    @property
-    def varies(self) -> bool:
-        """Whether its strength changes within a video."""
-        return len(set(self.strengths)) > 1
-
-    def to_json(self) -> dict[str, Any]:
-        strength = list(self.strength) if isinstance(self.strength, tuple) else self.strength
-        return {"name": _LORA_NAMES[self.expert], "path": self.path, "strength": strength}
-
-    @classmethod
-    def from_json(cls, data: Any) -> Self:
-        if not isinstance(data, Mapping):
-            check.bad("LoRA", data, 'an object such as {"name": "high_noise_model", "path": "…", "strength": 1.0}')
-        check.known_keys(data, ("name", "expert", "path", "strength"), "LoRA")
-        if "path" not in data or ("name" in data and "expert" in data):
-            check.bad("LoRA", dict(data), "a path, and a name (high_noise_model, low_noise_model or auto)")
-        experts = {"high": "high", "low": "low", "high_noise_model": "high", "low_noise_model": "low"}
-        name = data.get("name", data.get("expert", "auto"))
-        expert: Any = experts.get(name, name) if isinstance(name, str) else name
-        return cls(expert=expert, **{key: data[key] for key in ("path", "strength") if key in data})
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -108,6 +65,9 @@ class Request:
     one. `phases` (phases.py) replace `boundary` and `boundary_step_index`. A `sampler` of None means `solver`'s choice.
     For i2v and flf2v, height x width is an area and the image gives the shape, unless `resize_mode` says otherwise
     (framing.py).
+
+    With `interpolated_fps` the written video has that rate and the same duration: `interpolation`, RIFE where it is
+    None, makes the frames between.
 
     The rest is off by default and changes the result. With a `nag_scale` above 1 the negative prompt works without
     guidance too. With a `motion_amplitude` above 1 i2v moves more. A `feature_caching` of "Mag" skips forwards
@@ -144,6 +104,9 @@ class Request:
     magcache_K: int | None = None
     magcache_retention_ratio: float | None = None
     magcache_ratios: tuple[tuple[float, ...], ...] | None = None
+    interpolated_fps: float | None = None
+    interpolation: Interpolation | None = None
+    keep_original: bool = False
     loras: tuple[LoraSpec, ...] | None = None
 
     def __post_init__(self) -> None:
@@ -161,7 +124,7 @@ class Request:
         put("height", check.whole("height", self.height, MIN_SIDE, MAX_SIDE, step=16))
         put("width", check.whole("width", self.width, MIN_SIDE, MAX_SIDE, step=16))
         put("frames", check.whole("frames", self.frames, 1, MAX_FRAMES, step=4))
-        put("fps", check.real("fps", self.fps, 1.0, 120.0))
+        put("fps", check.real("fps", self.fps, 1.0, MAX_FPS))
         put("shift", check.real("shift", self.shift, 0.01, 100.0))
         put("guidance", _pair("guidance", self.guidance))
         put("enable_cfg", check.flag("enable_cfg", self.enable_cfg))
@@ -177,6 +140,7 @@ class Request:
                 "it out, or give a first frame only."
             )
         self._check_caching(put)
+        self._check_interpolation(put)
         put("loras", _loras(self.loras))
         self.check_strengths(self.loras or ())
         if self.tokens > MAX_TOKENS:
@@ -259,6 +223,21 @@ class Request:
                 f"base model with {MIN_CACHED_STEPS} steps or more."
             )
 
+    def _check_interpolation(self, put: Any) -> None:
+        check.one_of("interpolation", self.interpolation, (None, *INTERPOLATIONS))
+        put("keep_original", check.flag("keep_original", self.keep_original))
+        if self.interpolated_fps is None:
+            return
+        rate = check.real("interpolated_fps", self.interpolated_fps, 1.0, MAX_FPS)
+        if not self.fps < rate <= MAX_INTERPOLATION * self.fps:
+            check.bad(
+                "interpolated_fps",
+                rate,
+                f"more than fps, which is {self.fps:g}, and at most {MAX_INTERPOLATION} times it; or null for no "
+                "interpolation",
+            )
+        put("interpolated_fps", rate)
+
     def check_tokens(self, ceiling: int) -> None:
         """Raise BadRequest if the video has more than `ceiling` tokens. The error names frames or an area that fit."""
         if self.tokens <= ceiling:
@@ -282,6 +261,26 @@ class Request:
     def solver(self) -> Sampler:
         """The sampler that runs. LightX2V's files name none: UniPC for a base model, Euler with a step list."""
         return self.sampler or ("euler" if self.distilled else "unipc")
+
+    @property
+    def interpolator(self) -> Interpolation | None:
+        """What makes the frames between those of the model; None where the video is written as it is."""
+        return None if self.interpolated_fps is None else self.interpolation or "rife"
+
+    @property
+    def keeps_original(self) -> bool:
+        """Whether the video without interpolation is written too."""
+        return self.keep_original and self.interpolator is not None
+
+    @property
+    def video_fps(self) -> float:
+        """The rate of the written video."""
+        return self.fps if self.interpolated_fps is None else self.interpolated_fps
+
+    @property
+    def video_frames(self) -> int:
+        """The frames of the written video."""
+        return frame_count(self.frames, self.fps, self.video_fps)
 
     @property
     def area(self) -> int:
@@ -411,14 +410,6 @@ def _pair(name: str, value: Any) -> tuple[float, float]:
         check.bad(name, value, "one number, or two: [high-noise expert, low-noise expert]")
     high, low = (check.real(name, scale, -MAX_GUIDANCE, MAX_GUIDANCE) for scale in value)
     return high, low
-
-
-def _strength(value: Any) -> float | tuple[float, ...]:
-    if isinstance(value, (list, tuple)):
-        if not 1 <= len(value) <= MAX_PHASES:
-            check.bad("LoRA strength", value, f"one number, or 1 to {MAX_PHASES}: one for each phase")
-        return tuple(check.real("LoRA strength", each, -MAX_STRENGTH, MAX_STRENGTH) for each in value)
-    return check.real("LoRA strength", value, -MAX_STRENGTH, MAX_STRENGTH)
 
 
 def _loras(value: Any) -> tuple[LoraSpec, ...] | None:

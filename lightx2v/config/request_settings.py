@@ -12,7 +12,7 @@ from typing import Annotated, Any, Literal, TypedDict, get_args, get_type_hints
 
 from ..media.framing import RESIZE_MODES
 from .magcache_tables import MIN_CACHED_STEPS
-from .request import FEATURE_CACHING, SAMPLERS
+from .request import FEATURE_CACHING, INTERPOLATIONS, SAMPLERS
 
 Guidance = float | Sequence[float]
 """One number for both experts, or (high-noise expert, low-noise expert)."""
@@ -136,6 +136,15 @@ class RequestSettings(TypedDict, total=False):
         video="magcache_retention_ratio", task="magcache_retention_ratio", schedule="shift")]
     magcache_ratios: Annotated[Tables, Setting(
         "TABLE", "table of another model, from python -m lightx2v.calibrate", schedule="shift", flag=False)]
+    interpolated_fps: Annotated[float, Setting(
+        "N", "frames per second of the file after interpolation, such as 24, 30, 32, 48 or 60; the duration stays",
+        video="interpolated_fps", task="interpolated_fps")]
+    interpolation: Annotated[str, Setting(
+        "NAME", "what makes the frames between: rife, a network (22 MB), or ffmpeg's own motion interpolation",
+        video="interpolation", task="interpolation", choices=INTERPOLATIONS)]
+    keep_original: Annotated[bool, Setting(
+        "", "keep the video without interpolation too, as NAME.original.mp4",
+        video="keep_original", task="keep_original")]
 # fmt: on
 
 

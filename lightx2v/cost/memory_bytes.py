@@ -16,6 +16,10 @@ That stage needs most: a residual block holds its input, the padded inputs of it
 frames each, at full size. Measured on an H100 for 1280x720 in bf16: 7.2 GiB.
 """
 
+RIFE_WEIGHTS = 22 * 2**20
+RIFE_BYTES = 145 * 4 * 64
+"""Of RIFE in float32, for each latent pixel (8 x 8 pixels): two frames with their features, and the finest block."""
+
 
 def block_weights(shape: DiTConfig) -> int:
     """Parameters of one block."""
@@ -79,9 +83,16 @@ def denoise_bytes(
 
 
 def decode_bytes(model: ModelSize, workload: Workload, *, tiling: bool = False) -> int:
-    """Decoding, besides the VAE's weights. Tiles run one after another; finished frames wait in host memory."""
+    """Decoding, besides the VAE's weights. Tiles run one after another; finished frames wait in host memory. RIFE runs
+    between two chunks, on whole frames, while the VAE keeps its memory of past frames."""
     height, width = (tile_side(side) if tiling else side for side in (workload.height, workload.width))
-    return height * width * DECODE_ELEMENTS * model.vae_element
+    return height * width * DECODE_ELEMENTS * model.vae_element + (rife_bytes(workload) if workload.rife else 0)
+
+
+def rife_bytes(workload: Workload) -> int:
+    """RIFE and its work on two frames, whose sides it fills up to multiples of 64 pixels."""
+    height, width = (-(-side // 8) * 8 for side in (workload.height, workload.width))
+    return RIFE_WEIGHTS + height * width * RIFE_BYTES
 
 
 def lora_bytes(model: ModelSize, plan: MemoryPlan) -> int:

@@ -54,7 +54,7 @@ class ModelSize:
 class Workload:
     """One video: tokens of the DiT, CFG branches, and latent height and width. `residuals`: branches for which the
     denoising keeps what all blocks added, for forwards that are skipped. `avoided`: negative prompts that no branch of
-    their own reads."""
+    their own reads. `rife`: RIFE adds frames."""
 
     tokens: int
     height: int
@@ -62,9 +62,12 @@ class Workload:
     branches: int = 2
     residuals: int = 0
     avoided: int = 0
+    rife: bool = False
 
     @classmethod
-    def of(cls, latent_shape: tuple[int, ...], *, guided: bool, residuals: int = 0, avoided: int = 0) -> Workload:
+    def of(
+        cls, latent_shape: tuple[int, ...], *, guided: bool, residuals: int = 0, avoided: int = 0, rife: bool = False
+    ) -> Workload:
         _, frames, height, width = latent_shape
         return cls(
             tokens=frames * (height // PATCH) * (width // PATCH),
@@ -73,6 +76,7 @@ class Workload:
             branches=1 + guided,
             residuals=residuals,
             avoided=avoided,
+            rife=rife,
         )
 
 
@@ -81,7 +85,11 @@ def workload_of(request: Request) -> Workload:
     forwards, guided = forwards_of(request), any(request.guided)
     residuals = max(len(forwards.reused(step)) for step in range(request.steps))
     return Workload.of(
-        request.latent_shape, guided=guided, residuals=residuals, avoided=int(request.nag and not guided)
+        request.latent_shape,
+        guided=guided,
+        residuals=residuals,
+        avoided=int(request.nag and not guided),
+        rife=request.interpolator == "rife",
     )
 
 

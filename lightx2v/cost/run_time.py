@@ -11,13 +11,14 @@ import logging
 import os
 import threading
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
 from ..config.architecture import PATCH, DiTConfig
 from ..config.magcache import forwards_of
 from ..config.request import Request
+from ..media.frame_times import frame_times
 
 log = logging.getLogger("lightx2v.estimate")
 
@@ -38,6 +39,11 @@ OVERHEAD = {"denoise": 4e8, "decode": 1.2e11, "image": 7e10, "write": 6e5}
 fast machines, and full sizes make it vanish. Measured with the demo model on a CPU; runs of different sizes replace
 it."""
 
+RIFE_FLOPS = 41_400.0
+"""Operations of RIFE for each pixel of a new frame, with the features of one of its neighbours."""
+RIFE_ALIGN = 64
+"""RIFE works on whole blocks of this side."""
+
 DOUBT = 0.02
 """Weight of OVERHEAD against the measured times: about (4 % noise / 30 %) squared."""
 
@@ -53,10 +59,12 @@ FAR = 8
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RunCost:
-    """The work of one run, by stage: `calls`, each with `size` operations."""
+    """The work of one run, by stage: `calls`, each with `size` operations. `rates` names the rate of a stage that has
+    another one than the stage's own."""
 
     calls: dict[str, int]
     size: dict[str, float]
+    rates: dict[str, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -91,16 +99,24 @@ def estimate_cost(request: Request, shape: DiTConfig | None = None) -> RunCost:
     tokens = request.latent_shape[1] * (height // 16) * (width // 16)
     forwards = forwards_of(request)
     pixels, chunks = float(height * width * request.frames), request.latent_shape[1]
+    written, rates = float(height * width * request.video_frames), dict[str, str]()
     # A step is one call: both texts of guidance go through the blocks together. Without blocks it takes no time.
     steps = sum(map(any, forwards.runs))
     calls = {"text": 1 + (request.negative_text is not None), "denoise": steps, "decode": chunks, "write": 1}
-    work = {"text": 1.0, "write": pixels, "decode": 8.5e6 * pixels / chunks}
+    work = {"text": 1.0, "write": written, "decode": 8.5e6 * pixels / chunks}
     work["denoise"] = dit_flops(shape or DiTConfig(), tokens) * forwards.computed / steps
     if request.task != "t2v":
         # The grey tail of the condition clip is not encoded again once its encoding is constant: about 20 frames count.
         calls["image"] = min(chunks, 6)
         work["image"] = 5.1e6 * height * width * min(request.frames, 21) / calls["image"]
-    return RunCost(calls=calls, size=work)
+    if request.interpolator is not None:
+        times = frame_times(request.frames, request.fps, request.video_fps)
+        calls["interpolate"] = max(1, sum(1 for _, part in times if part))
+        if request.interpolator == "rife":
+            work["interpolate"] = RIFE_FLOPS * -(-height // RIFE_ALIGN) * -(-width // RIFE_ALIGN) * RIFE_ALIGN**2
+        else:
+            work["interpolate"], rates["interpolate"] = float(height * width), "interpolate by ffmpeg"
+    return RunCost(calls=calls, size=work, rates=rates)
 
 
 class Rates:
@@ -121,10 +137,12 @@ class Rates:
             for stage, took in seconds.items():
                 if took < CACHED or (stage not in work.calls and stage != "load"):
                     continue
-                calls, size, known = work.calls.get(stage, 1), work.size.get(stage, 1.0), stages.get(stage, [])
+                calls, size = work.calls.get(stage, 1), work.size.get(stage, 1.0)
+                kept = work.rates.get(stage, stage)
+                known = stages.get(kept, [])
                 if stage == "text" and any(took < CACHED_TEXT * new for _, _, new in known):
                     continue
-                stages[stage] = [*known, [calls, size, took]][-KEPT:]
+                stages[kept] = [*known, [calls, size, took]][-KEPT:]
             self._write()
 
     def predict(self, device: str, engine: str, work: RunCost, *, loaded: bool) -> Prediction | None:
@@ -136,12 +154,12 @@ class Rates:
             stages: dict[str, float] = {}
             sources: dict[str, Source] = {}
             for stage, calls in {**({} if loaded else {"load": 1}), **work.calls}.items():
-                size = work.size.get(stage, 1.0)
-                if samples := own.get(stage):
+                size, kept = work.size.get(stage, 1.0), work.rates.get(stage, stage)
+                if samples := own.get(kept):
                     stages[stage], sources[stage] = _fit(stage, samples, calls, size), "measured"
-                elif borrowed := [s for e in others for s in e.get(stage, []) if stage != "load"]:
+                elif borrowed := [s for e in others for s in e.get(kept, []) if stage != "load"]:
                     stages[stage], sources[stage] = _fit(stage, borrowed, calls, size), "scaled"
-                elif rate is not None and stage in ("denoise", "decode", "image"):
+                elif rate is not None and kept in ("denoise", "decode", "image", "interpolate"):
                     # Convolutions reach about a third of the rate of matrix products.
                     stages[stage] = calls * size / (rate if stage == "denoise" else rate / 3)
                     sources[stage] = "assumed"

@@ -10,7 +10,8 @@ from contextlib import AbstractContextManager
 from torch import Tensor
 
 from ..config.magcache import forwards_of
-from ..config.request import Expert, Request
+from ..config.phases import Expert
+from ..config.request import Request
 from ..models.block import Nag, TextStates
 from ..models.dit import WanDiT
 from ..parallel.shared_cancel import SharedCancel

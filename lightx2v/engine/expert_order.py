@@ -14,7 +14,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from ..config.request import Expert
+from ..config.phases import Expert
 from ..models.dit import WanDiT
 from ..offload.placement import Placement
 from ..offload.resident import Resident

@@ -17,7 +17,8 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Result:
-    """One video. `frames` (uint8, T H W C) and `latents` (float32, C T h w, before the VAE) only if requested.
+    """One video. `original_path` is its file without interpolation, where that is kept. `frames` (uint8, T H W C) and
+    `latents` (float32, C T h w, before the VAE) only if requested.
 
     `request` is the one that ran, with the seed that was drawn. `height` and `width` are those of the video, which an
     input image may have decided. `attention` tells which backend ran and why, `loras` what each LoRA file changed,
@@ -27,6 +28,7 @@ class Result:
     """
 
     path: str | None
+    original_path: str | None = None
     frames: np.ndarray | None
     latents: Tensor | None
     request: Request
@@ -64,12 +66,13 @@ class Result:
         """Everything except the pixels, as JSON types, for the page and the server."""
         return {
             "path": self.path,
+            "original_path": self.original_path,
             "preset": self.preset,
             "seed": self.seed,
             "height": self.height,
             "width": self.width,
-            "frames": self.request.frames,
-            "fps": self.request.fps,
+            "frames": self.request.video_frames,
+            "fps": self.request.video_fps,
             "sampler": self.request.solver,
             "phases": schedule_of(self.request).to_json(),
             "file_bytes": self.file_bytes,

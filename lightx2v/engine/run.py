@@ -17,14 +17,15 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ..config.lora_spec import LoraSpec
 from ..config.magcache import forwards_of
 from ..config.recorded_settings import recorded_settings
-from ..config.request import LoraSpec, Request
+from ..config.request import Request
 from ..cost.memory_plan import Stage, workload_of
 from ..errors import Cancelled
 from ..hub import find
 from ..media.images import load_image
-from ..media.video_writer import VideoWriter
+from ..media.video_writer import VideoWriter, original_path
 from ..models.vae import WanVAE
 from ..parallel.shared_cancel import SharedCancel
 from ..parallel.spatial_shards import SpatialShards
@@ -35,6 +36,7 @@ from .conditioning import encode_condition, prepare_images
 from .denoising import Denoising, OnResidual
 from .engine import LoadedEngine
 from .frame_sink import FrameSink
+from .interpolation import frames_between
 from .memory_retry import retry_with_offload
 from .result import Result
 from .saved_step import SavedStep, made_by
@@ -101,6 +103,7 @@ class Run:
         timings = self.meter.report()
         return Result(
             path=None if path is None else str(path),
+            original_path=str(original_path(path)) if path is not None and request.keeps_original else None,
             frames=frames,
             latents=latents_CTHW.cpu() if return_latents else None,
             request=self.request,
@@ -284,15 +287,18 @@ class Run:
         self, latents_CTHW: Tensor, path: str | Path | None, metadata: bool, force: bool, return_frames: bool
     ) -> np.ndarray | None:
         """Latents to frames, written while the VAE decodes. Returns the frames (T, H, W, C) with `return_frames`."""
-        sink, postpone = FrameSink(keep=return_frames), self.cancel.postpone
+        sink, postpone = FrameSink(self.meter, keep=return_frames), self.cancel.postpone
         try:
             if path is not None:
                 postpone(self.open_writer, sink, path, latents_CTHW, metadata, force)
             with self.meter.stage("decode"), self.placement.vae() as vae:
+                if path is not None or return_frames:
+                    postpone(self.open_between, sink)
                 for index, frames in enumerate(self.frames(vae, latents_CTHW)):
                     postpone(sink.add, frames)
                     postpone(self.meter.emit, "decode", index + 1, latents_CTHW.shape[1])
                     self.saver.save_if_due()
+                postpone(sink.finish)
             if path is not None:
                 postpone(self.close_writer, sink)
             self.cancel.check_failure()
@@ -306,9 +312,18 @@ class Run:
     def open_writer(self, sink: FrameSink, path: str | Path, latents_CTHW: Tensor, metadata: bool, force: bool) -> None:
         height, width = latents_CTHW.shape[-2:]
         settings = self.settings(path) if metadata else None
-        sink.writer = VideoWriter(
-            path, width * 8, height * 8, self.request.fps, settings, force=force, cancel=self.token
-        )
+
+        def writer(path: str | Path, fps: float) -> VideoWriter:
+            return VideoWriter(path, width * 8, height * 8, fps, settings, force=force, cancel=self.token)
+
+        sink.writer = writer(path, self.request.video_fps)
+        if self.request.keeps_original:
+            sink.original = writer(original_path(path), self.request.fps)
+
+    def open_between(self, sink: FrameSink) -> None:
+        if self.request.interpolator is not None:
+            with self.meter.stage("interpolate"):
+                sink.between = frames_between(self.engine, self.request, self.token)
 
     def settings(self, path: str | Path) -> dict[str, Any]:
         engine = self.engine

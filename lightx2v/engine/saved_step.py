@@ -19,8 +19,9 @@ from safetensors.torch import load
 from torch import Tensor
 
 from ..config.engine_config import EngineConfig
+from ..config.lora_spec import LoraSpec
 from ..config.recorded_settings import PICTURES, content_hash
-from ..config.request import LoraSpec, Request
+from ..config.request import Request
 from ..errors import CheckpointError, OutputError, quoted
 from ..loading.lora_experts import lora_files
 from ..sampling import SolverState

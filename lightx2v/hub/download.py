@@ -9,7 +9,7 @@ import logging
 import threading
 import time
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future, wait
 from functools import partial
 from typing import TypeVar
@@ -34,17 +34,24 @@ SPEED_SPAN = 5.0
 """Seconds over which the speed is measured."""
 
 
-def ensure(config: EngineConfig, *, meter: Meter, cancel: CancelToken | None = None, hub: Hub | None = None) -> None:
-    """Download what `config` needs and this machine lacks. Send no request where it lacks nothing.
+def ensure(
+    config: EngineConfig,
+    *,
+    also: Sequence[str] = (),
+    meter: Meter,
+    cancel: CancelToken | None = None,
+    hub: Hub | None = None,
+) -> None:
+    """Download what `config` needs, and the paths `also`, where this machine lacks them; else send no request.
 
     DownloadError says why that is not possible. Cancelled follows `cancel`.
     """
-    if not missing(config):
+    if not missing(config, also):
         return
     hub = hub or Hub()
     with meter.stage("download"):
         meter.emit("download", message="Asking the Hub for the list of files.")
-        plan = _wait_for(_in_thread(partial(make_plan, config, hub=hub)), cancel)
+        plan = _wait_for(_in_thread(partial(make_plan, config, also=also, hub=hub)), cancel)
         fetch(plan, meter=meter, cancel=cancel, hub=hub)
 
 

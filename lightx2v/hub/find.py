@@ -1,6 +1,7 @@
 """Find the files of a configuration on this machine: local paths first, then the Hub's cache."""
 
 import os
+from collections.abc import Sequence
 from pathlib import Path
 
 from ..config.engine_config import EngineConfig, hub_name
@@ -33,10 +34,11 @@ def find_part(part: ModelPart, config: EngineConfig) -> Path | None:
     return None
 
 
-def find_all(config: EngineConfig) -> dict[str, Path | None]:
-    """{name: its place, or None} of all files and folders that loading needs: the model's parts and the LoRAs."""
+def find_all(config: EngineConfig, also: Sequence[str] = ()) -> dict[str, Path | None]:
+    """{name: its place, or None} of all files and folders that loading needs, the model's parts and the LoRAs, and of
+    the paths `also`."""
     places = {part.name: find_part(part, config) for part in parts(config)}
-    return places | {lora.path: find(lora.path, config) for lora in config.lora_configs}
+    return places | {path: find(path, config) for path in (*(lora.path for lora in config.lora_configs), *also)}
 
 
 def find_cached(name: str) -> Path | None:

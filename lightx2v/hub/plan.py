@@ -1,7 +1,7 @@
 """Plan a download: the needed files, those of them that are here, the exact bytes of the rest, and whether they fit."""
 
 import shutil
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -66,15 +66,15 @@ class DownloadPlan:
             )
 
 
-def missing(config: EngineConfig) -> list[str]:
-    """The needed names that are not on this machine and may be on the Hub.
+def missing(config: EngineConfig, also: Sequence[str] = ()) -> list[str]:
+    """The needed names, and those of `also`, that are not on this machine and may be on the Hub.
 
     A local model folder is taken as it is: nothing is downloaded into it or for it.
     """
     own_model = local_model_folder(config) is not None
     return [
         name
-        for name, place in find_all(config).items()
+        for name, place in find_all(config, also).items()
         if place is None and hub_name(name) and not (own_model and name.startswith(f"{config.model_path}/"))
     ]
 
@@ -92,14 +92,18 @@ def companions_on_hub(config: EngineConfig) -> list[tuple[str, str]]:
 
 
 def make_plan(
-    config: EngineConfig, *, hub: Hub | None = None, free: Callable[[Path], int] = lambda folder: disk_free(folder)
+    config: EngineConfig,
+    *,
+    also: Sequence[str] = (),
+    hub: Hub | None = None,
+    free: Callable[[Path], int] = lambda folder: disk_free(folder),
 ) -> DownloadPlan:
     """Ask the Hub about the missing files, one request per repository. DownloadError if the Hub cannot answer.
 
-    `free` returns the free bytes of a folder's disk.
+    `also` are paths that a run needs besides the model. `free` returns the free bytes of a folder's disk.
     """
     hub = hub or Hub()
-    places, absent = find_all(config), missing(config)
+    places, absent = find_all(config, also), missing(config, also)
     wanted: dict[str, list[str]] = {}
     for name in absent:
         repo, path = hub_name(name) or ("", None)

@@ -11,6 +11,7 @@ from pathlib import Path
 
 from ..config.request import IMAGES, Request
 from ..media.images import store_image
+from ..media.video_writer import original_path
 from ..media.work_folder import sweep
 from ..step_file import SAVE_EVERY, SUFFIX, StepFile
 
@@ -20,7 +21,7 @@ _ID = re.compile("[0-9a-f]{32}")
 
 
 class JobFiles:
-    """`<id>.mp4`, the saved step of its run and the input images `<id>.image-….png`.
+    """`<id>.mp4`, its original if that is kept, the saved step of its run and the input images `<id>.image-….png`.
 
     Any other file `<id>.…` is removed with the job too.
     """
@@ -44,9 +45,11 @@ class JobFiles:
         return {file.name.partition(".")[0] for file in self.folder.glob(f"*{SUFFIX}*")}
 
     def remove_video(self, id: str) -> None:
-        """Remove the job's video if it is there. The folder itself may be gone, and a file may have its name."""
-        with contextlib.suppress(FileNotFoundError, NotADirectoryError):
-            self.video(id).unlink()
+        """Remove the job's video if it is there, and its original. The folder itself may be gone, and a file may have
+        its name."""
+        for file in (self.video(id), original_path(self.video(id))):
+            with contextlib.suppress(FileNotFoundError, NotADirectoryError):
+                file.unlink()
 
     def with_own_images(self, id: str, request: Request) -> Request:
         """The request with its images copied to the job's own files: uploads do not survive a restart."""

@@ -11,6 +11,7 @@ from ..config.recorded_settings import PICTURES, find_picture
 from ..config.request import Request
 from ..errors import BadRequest, LightX2VError, short_path
 from ..media.mp4 import probe, read_settings
+from ..media.video_writer import original_path
 from .files import JobFiles
 from .store import JobStore, UnknownJob
 
@@ -57,6 +58,7 @@ def recover(video: Path) -> RecoveredJob:
         raise BadRequest(f"The settings in {short_path(video, 1)} cannot be used: {error!s:.200}") from None
     report = {
         "path": video.name,
+        "original_path": kept.name if (kept := original_path(video)).is_file() else None,
         "preset": preset,
         "seed": request.seed,
         "height": info.height,

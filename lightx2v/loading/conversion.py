@@ -17,7 +17,7 @@ from pathlib import Path
 import torch
 
 from ..config.engine_config import EngineConfig
-from ..config.request import Expert
+from ..config.phases import Expert
 from ..errors import BadRequest, LightX2VError, LoraError, OutputError, short_path
 from ..models.dit import parameter_dtype
 from ..progress import CancelToken, OnProgress, Progress

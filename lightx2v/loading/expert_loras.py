@@ -23,7 +23,8 @@ from torch import Tensor, nn
 
 from ..config.engine_config import EngineConfig
 from ..config.lora_names import task_of
-from ..config.request import Expert, LoraSpec
+from ..config.lora_spec import LoraSpec
+from ..config.phases import Expert
 from ..errors import LoraError, short_path
 from ..models.dit import WanDiT
 from ..models.gguf_linear import GGUFLinear

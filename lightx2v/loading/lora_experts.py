@@ -18,7 +18,8 @@ from pathlib import Path
 
 from ..config.engine_config import EngineConfig
 from ..config.lora_names import expert_by_metadata, noise_of, pair_expert, partners
-from ..config.request import Expert, LoraSpec
+from ..config.lora_spec import LoraSpec
+from ..config.phases import Expert
 from ..errors import short_path
 from ..hub import find_lora
 from ..weights.checkpoint import open_checkpoint

@@ -14,7 +14,7 @@ import torch
 
 from ..attention import Choice
 from ..config.engine_config import EngineConfig
-from ..config.request import Expert
+from ..config.phases import Expert
 from ..errors import CheckpointError, ConfigError, short_path
 from ..models.dit import DiTConfig, WanDiT, parameter_dtype
 from ..models.gguf_linear import swap_for_blocks

@@ -70,6 +70,11 @@ def check_output_path(path: str | Path, *, force: bool = False) -> Path:
     return target
 
 
+def original_path(video: str | Path) -> Path:
+    """Where a video without interpolation is kept: `name.original.mp4` beside `name.mp4`."""
+    return Path(video).with_suffix(".original.mp4")
+
+
 def _free_name(path: str | Path, *, force: bool) -> Path:
     name = os.fspath(path)
     if not name or "\0" in name:

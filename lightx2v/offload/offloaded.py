@@ -12,7 +12,8 @@ from typing import Any
 
 import torch
 
-from ..config.request import Expert, LoraSpec
+from ..config.lora_spec import LoraSpec
+from ..config.phases import Expert
 from ..cost.memory_ladder import MemoryLadder
 from ..cost.memory_plan import Stage, Workload
 from ..loading.expert_loras import AppliedLora

@@ -10,7 +10,8 @@ from torch import nn
 
 from ..attention import Choice
 from ..config.engine_config import EngineConfig
-from ..config.request import Expert, LoraSpec
+from ..config.lora_spec import LoraSpec
+from ..config.phases import Expert
 from ..cost.memory_plan import MemoryPlan, Stage, Workload
 from ..errors import CheckpointError, LoraError
 from ..loading.expert_loras import AppliedLora, ExpertLoras, match_loras

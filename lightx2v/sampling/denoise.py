@@ -11,7 +11,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from ..config.request import Expert
+from ..config.phases import Expert
 from ..config.schedule import Schedule
 from ..progress import CancelToken
 from .checks import require_finite

@@ -38,13 +38,17 @@ UNCHANGED: dict[str, Any] = {
     "enable_upscaling": False,
 }
 """{field: the only value that is taken}."""
+INSTEAD = {"enable_frame_interpolation": " For more frames per second send interpolated_fps."}
+"""What this server offers in place of another value."""
 
 
 def with_foreign_fields(body: type[Body]) -> type[Body]:
     """A class decorator that adds the fields above which `body` has no field of its own for."""
     fields: Any = {name: (Any, Field(None, description="Of other servers; without effect.")) for name in IGNORED}
     for name, value in UNCHANGED.items():
-        only: Any = Annotated[type(value), AfterValidator(_only(value)), Field(json_schema_extra={"const": value})]
+        only: Any = Annotated[
+            type(value), AfterValidator(_only(value, INSTEAD.get(name, ""))), Field(json_schema_extra={"const": value})
+        ]
         fields[name] = (only | None, Field(None, description="Of other servers; only as it is here."))
     own = {name: field for name, field in fields.items() if name not in body.model_fields}
     return create_model(body.__name__, __base__=body, __doc__=body.__doc__, __module__=body.__module__, **own)
@@ -56,11 +60,13 @@ def ignored(body: BaseModel) -> list[str]:
     return [f"Fields that this server has no use for and ignores: {', '.join(names)}."] if names else []
 
 
-def _only(allowed: Any) -> Callable[[Any], Any]:
+def _only(allowed: Any, instead: str) -> Callable[[Any], Any]:
     def check(value: Any) -> Any:
         if value != allowed:
             word = str(allowed).lower() if isinstance(allowed, bool) else allowed
-            raise ValueError(f"this server can only do {word}. Send {word}, or leave the field out")
+            raise ValueError(
+                f"this server can only do {word}. Send {word}, or leave the field out.{instead}".rstrip(".")
+            )
         return value
 
     return check

@@ -23,8 +23,9 @@ from starlette.datastructures import UploadFile
 from starlette.requests import Request as HttpRequest
 
 from ..config.checks import did_you_mean
+from ..config.lora_spec import MAX_STRENGTH
 from ..config.phases import MAX_PHASES
-from ..config.request import MAX_PROMPT, MAX_STEPS, MAX_STRENGTH
+from ..config.request import MAX_PROMPT, MAX_STEPS
 from ..config.request_settings import SETTINGS, Guidance, PhaseList, StepList
 from ..errors import BadRequest, quoted
 from ..media.images import MAX_BYTES

@@ -15,12 +15,14 @@ from typing import Any
 from ..catalog.catalog import Catalog, FoundLora
 from ..catalog.scan import memory_file, scan
 from ..config.engine_config import EngineConfig
+from ..config.lora_spec import LoraSpec
 from ..config.presets import Resolved, resolve
-from ..config.request import LoraSpec, Request
+from ..config.request import Request
 from ..errors import BadRequest
 from ..jobs.queue import JobManager
 from ..jobs.store import Job, UnknownJob
 from ..media.video_stills import Still, still
+from ..media.video_writer import original_path
 from ..media.work_folder import WorkFolder
 from .file_names import FileNames, file_name
 from .input_images import InputImages
@@ -112,6 +114,13 @@ class Service:
         if job.state != "succeeded" or job.path is None or not job.path.is_file():
             raise UnknownJob(f"This job has no video: it is {job.state}.")
         return job.path, self.file_names.of(job.id)
+
+    def original(self, owner: str, id: str) -> tuple[Path, str]:
+        """The same for the video without interpolation."""
+        path, name = self.video(owner, id)
+        if not (kept := original_path(path)).is_file():
+            raise UnknownJob("The video without interpolation was not kept. Send keep_original with the next job.")
+        return kept, f"{name.removesuffix('.mp4')}.original.mp4"
 
     def picture(self, owner: str, id: str, kind: Still) -> tuple[Path, str]:
         """The same for a JPEG of the video. It is made at the first call, which takes up to seconds."""

@@ -22,7 +22,7 @@ from .responses import VIDEO_STATUS, Deleted, Lora, LoraList, Model, ModelList, 
 from .service import Service
 from .submit import Submitter
 
-VARIANTS = ["video", *STILLS]
+VARIANTS = ["video", "original", *STILLS]
 NOT_FOUND = error_responses(404)
 
 Id = Annotated[
@@ -89,11 +89,11 @@ def _add_queries(router: APIRouter, service: Service) -> None:
         id: Id,
         variant: Annotated[str, Query(description="What to download.", json_schema_extra={"enum": VARIANTS})] = "video",
     ) -> FileResponse:
-        """Download the finished video, or a JPEG: its middle frame, or up to 25 frames in rows of five. Range requests
-        work."""
+        """Download the finished video, its original without interpolation, or a JPEG: its middle frame, or up to 25
+        frames in rows of five. Range requests work."""
         owner = owner_of(request)
-        if variant == "video":
-            return download(*await run_sync(service.video, owner, id))
+        if (find := {"video": service.video, "original": service.original}.get(variant)) is not None:
+            return download(*await run_sync(find, owner, id))
         if variant not in STILLS:
             raise BadRequest(f"variant is {quoted(variant)}; expected one of {', '.join(VARIANTS)}. Choose one.")
         return download(*await run_sync(service.picture, owner, id, variant, limiter=stills), "image/jpeg")

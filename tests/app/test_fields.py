@@ -29,8 +29,8 @@ from app.form.fields import (
 )
 from app.strings import TABLES, Words
 from app.views.stage import departures
+from lightx2v.config.lora_spec import LoraSpec
 from lightx2v.config.magcache import forwards_of
-from lightx2v.config.request import LoraSpec
 from lightx2v.errors import BadRequest, LightX2VError, LoraError
 
 PRESETS = {"demo_t2v_distill_lora": "t2v", "t2v_base": "t2v", "i2v_distill_fp8": "i2v", "demo_i2v_base": "i2v"}
@@ -61,13 +61,15 @@ def test_every_field_reaches_the_request() -> None:
     changes = {
         "width": 128.0, "height": 64.0, "frames": 9.0, "fps": 8.0, "shift": 3.0, "enable_cfg": True,
         "guidance_high": 2.0, "guidance_low": 1.5, "denoising_step_list": "[900, 600，300]", "boundary_step_index": 1.0,
-        "negative_prompt": "blur", "seed": 5.0, "sampler": "lcm",
+        "negative_prompt": "blur", "seed": 5.0, "sampler": "lcm", "interpolated_fps": 30.0, "interpolation": "ffmpeg",
+        "keep_original": True,
     }  # fmt: skip
     request = submit_plan(form(**changes), OFFER, HERE).requests[0]
     assert (request.width, request.height, request.frames, request.fps) == (128, 64, 9, 8.0)
     assert (request.shift, request.enable_cfg, request.guidance) == (3.0, True, (2.0, 1.5))
     assert (request.denoising_step_list, request.boundary_step_index) == ((900, 600, 300), 1)
     assert (request.negative_prompt, request.seed, request.sampler) == ("blur", 5, "lcm")
+    assert (request.interpolated_fps, request.interpolation, request.keep_original) == (30.0, "ffmpeg", True)
 
 
 def test_a_run_comes_back_into_the_fields_and_out_again() -> None:

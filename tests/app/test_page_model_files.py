@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -17,6 +18,7 @@ from app.backend.studio import Studio
 from app.exposure import Exposure
 from app.strings import Words
 from app.views.panels import file_list
+from lightx2v.config.model_paths import RIFE
 from lightx2v.config.presets import resolve
 from lightx2v.config.request import Request
 from lightx2v.errors import BadRequest
@@ -112,3 +114,23 @@ def test_others_cannot_make_this_machine_download_a_model(server: HubServer, tmp
     finally:
         studio.close()
     assert not server.sent
+
+
+def test_others_cannot_make_this_machine_download_rife(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, server: HubServer
+) -> None:
+    resolved = resolve("demo_t2v_distill_lora")
+    request = Request(prompt="a cat", **resolved.request | {"interpolated_fps": 32})
+    open_page = Exposure(share=True, open_to_others=True, user="studio", password="of the occasion")
+    monkeypatch.chdir(tmp_path)
+    studio = Studio(Painter(), tmp_path / "outputs", open_page, files=HubFiles(quick(server)))
+    try:
+        with pytest.raises(BadRequest, match=r"weights of RIFE.*interpolation ffmpeg.*demo_t2v_distill_lora --rife"):
+            studio.submit(resolved.engine, request, owner="somebody", preset="demo_t2v_distill_lora")
+        by_ffmpeg = replace(request, interpolation="ffmpeg")
+        assert studio.submit(resolved.engine, by_ffmpeg, owner="somebody", preset="demo_t2v_distill_lora")
+        (tmp_path / RIFE).parent.mkdir(parents=True)
+        (tmp_path / RIFE).write_bytes(b"weights")
+        assert studio.submit(resolved.engine, request, owner="somebody", preset="demo_t2v_distill_lora")
+    finally:
+        studio.close()

@@ -219,6 +219,16 @@ def test_a_report_holds_every_number() -> None:
     assert "peak VRAM" not in report.report(Words("en"), job("succeeded", result=without))
 
 
+def test_the_report_has_the_seconds_of_interpolation_and_a_link_to_the_original_that_was_kept() -> None:
+    html = report.report(Words("en"), job("succeeded"))
+    assert "original.mp4" not in html and "c-interpolate" not in html
+    timings = {**result()["timings"], "seconds": {**result()["timings"]["seconds"], "interpolate": 3.25}}
+    kept = job("succeeded", result=result(timings=timings, original_path="/videos/x.original.mp4"))
+    html = report.report(Words("en"), kept)
+    assert f'href="studio/{kept.id}/original.mp4?download"' in html and "/videos/x" not in html
+    assert "c-interpolate" in html and "interpolate 3.2" in html
+
+
 def test_lora_matches_are_in_the_report() -> None:
     lora = {"path": "/a/b/style_high.safetensors", "strength": 1.0, "applied": 400, "total": 402, "expert": "high"}
     html = report.report(Words("en"), job("succeeded", result=result(loras=[lora])))

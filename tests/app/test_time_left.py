@@ -33,6 +33,12 @@ def test_the_time_left_adds_what_is_to_come(event: Progress | None, elapsed: flo
     assert time_left(event, EXPECTED, elapsed) == pytest.approx(left)
 
 
+@pytest.mark.parametrize(("step", "left"), [(0, 8.0 + 20.0 + 1.0), (1, 3.0 + 10.0 + 1.0), (2, 0.0 + 1.0)])
+def test_frames_are_added_while_the_others_are_decoded(step: int, left: float) -> None:
+    event = Progress(stage="decode", step=step, total=2, eta={0: None, 1: 3.0, 2: 0.0}[step])
+    assert time_left(event, EXPECTED | {"interpolate": 20.0}, 60.0) == pytest.approx(left)
+
+
 def test_without_a_prediction_only_measured_times_count() -> None:
     assert time_left(Progress(stage="text", step=1, total=1, eta=0.0), {}, 3.0) is None
     assert time_left(Progress(stage="denoise", step=0, total=4), {}, 3.0) is None

@@ -17,8 +17,8 @@ from lightx2v.catalog.catalog import Catalog, summary
 from lightx2v.catalog.found_file import FoundFile
 from lightx2v.catalog.found_model import FoundModel
 from lightx2v.catalog.scan import scan
+from lightx2v.config.lora_spec import LoraSpec
 from lightx2v.config.presets import resolve
-from lightx2v.config.request import LoraSpec
 from lightx2v.errors import CheckpointError, ConfigError
 from lightx2v.loading.lora_experts import lora_files
 

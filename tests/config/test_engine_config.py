@@ -10,7 +10,8 @@ from hypothesis import strategies as st
 from junk import JUNK
 
 from lightx2v.config.engine_config import GGUF_SCHEMES, QUANT_SCHEMES, EngineConfig, ParallelConfig, hub_name
-from lightx2v.config.request import LoraSpec, Request
+from lightx2v.config.lora_spec import LoraSpec
+from lightx2v.config.request import Request
 from lightx2v.errors import BadRequest, ConfigError
 
 LORAS = (LoraSpec(expert="high", path="h.safetensors"), LoraSpec(expert="low", path="l.safetensors"))

@@ -12,7 +12,7 @@ import pytest
 
 from lightx2v.config import EngineConfig, Environment, ParallelConfig, Request, resolve
 from lightx2v.config.lightx2v_keys import KNOWN
-from lightx2v.config.request import LoraSpec
+from lightx2v.config.lora_spec import LoraSpec
 from lightx2v.errors import LightX2VError
 
 VALUES: dict[str, Any] = {

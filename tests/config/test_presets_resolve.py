@@ -316,3 +316,36 @@ def test_the_quantised_text_encoder_is_the_one_that_is_needed() -> None:
     assert "/m/models_t5_umt5-xxl-enc-int8.pth" in list(find_all(engine))
     built = resolve("demo_t2v_fp8").engine
     assert "assets/demo/Wan2.2-T2V-Demo/models_t5_umt5-xxl-enc-bf16.pth" in list(find_all(built))
+
+
+# ---- interpolation ---------------------------------------------------------------------------------------------------
+
+
+def test_lightx2vs_interpolation_sets_the_rate_and_the_method() -> None:
+    made = resolve({"video_frame_interpolation": {"algo": "rife", "target_fps": 32}}).request
+    assert (made["interpolated_fps"], made["interpolation"]) == (32.0, "rife")
+    for off in (None, {}):
+        assert resolve({"video_frame_interpolation": off}).request["interpolated_fps"] is None
+    found = resolve({"video_frame_interpolation": {"target_fps": 24, "model_path": "train_log"}})
+    assert found.request["interpolated_fps"] == 24.0 and "model_path has no effect here" in found.warnings[0]
+    assert resolve("t2v_base", {"video_frame_interpolation": {"target_fps": 48}}).request["interpolated_fps"] == 48.0
+
+
+@pytest.mark.parametrize(
+    ("value", "message"),
+    [
+        ({"algo": "rife"}, "has no target_fps"),
+        ({"target_fps": 32, "scale": 2}, "unknown key 'scale'"),
+        ({"algo": "film", "target_fps": 32}, "video_frame_interpolation.algo is 'film'; expected \"rife\""),
+        (32, "expected an object"),
+        ({"target_fps": 8}, "video_frame_interpolation is 8.0; expected more than fps"),
+    ],
+)
+def test_another_interpolation_is_refused_by_name(value: object, message: str) -> None:
+    assert message in refused({"video_frame_interpolation": value})
+
+
+def test_two_words_for_the_rate_exclude_each_other() -> None:
+    assert "both set interpolated_fps" in refused(
+        {"video_frame_interpolation": {"target_fps": 32}, "interpolated_fps": 24}
+    )

@@ -9,7 +9,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from junk import JUNK
 
-from lightx2v.config.request import DEFAULT_NEGATIVE_PROMPT, MAX_PROMPT, MAX_TOKENS, LoraSpec, Request, clean_text
+from lightx2v.config.lora_spec import LoraSpec
+from lightx2v.config.request import DEFAULT_NEGATIVE_PROMPT, MAX_PROMPT, MAX_TOKENS, Request, clean_text
 from lightx2v.errors import BadRequest
 
 LORAS = (LoraSpec(expert="high", path="a.safetensors"), LoraSpec(expert="low", path="o/r/b.safetensors", strength=0.5))
@@ -298,3 +299,32 @@ def test_junk_is_a_bad_request_and_nothing_else(data: dict[str, object]) -> None
     except BadRequest as error:
         assert len(str(error)) < 400
         str(error).encode("utf-8")
+
+
+def test_a_higher_rate_keeps_the_duration_and_says_how_many_frames_are_written() -> None:
+    request = Request(prompt="a cat", interpolated_fps=32)
+    assert (request.interpolator, request.video_fps, request.video_frames) == ("rife", 32.0, 162)
+    assert (request.frames, request.fps, request.seconds) == (81, 16.0, 81 / 16)
+    plain = Request(prompt="a cat", interpolation="ffmpeg", keep_original=True)
+    assert (plain.interpolator, plain.keeps_original, plain.video_fps, plain.video_frames) == (None, False, 16.0, 81)
+    assert Request(prompt="a cat", interpolated_fps=24, interpolation="ffmpeg", keep_original=True).keeps_original
+    for asked in (request, plain):
+        assert Request.from_json(asked.to_json()) == asked
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"interpolated_fps": 16}, "interpolated_fps is 16.0; expected more than fps, which is 16, and at most"),
+        ({"interpolated_fps": 12, "fps": 24}, "expected more than fps, which is 24"),
+        ({"interpolated_fps": 24, "fps": 2}, "at most 8 times it"),
+        ({"interpolated_fps": 240}, "Nearest valid value: 120"),
+        ({"interpolated_fps": float("nan")}, "expected a number from 1 to 120"),
+        ({"interpolated_fps": True}, "expected a number from 1 to 120"),
+        ({"interpolated_fps": "32"}, "expected a number from 1 to 120"),
+        ({"interpolation": "film"}, "interpolation is 'film'; expected null, rife or ffmpeg"),
+        ({"keep_original": 1}, "keep_original is 1; expected true or false"),
+    ],
+)
+def test_an_impossible_interpolation_is_refused(changes: dict[str, object], message: str) -> None:
+    assert message in refused(**changes)

@@ -14,7 +14,7 @@ from lightx2v import progress
 from lightx2v.config.architecture import DiTConfig
 from lightx2v.config.request import Request
 from lightx2v.config.schedule import schedule_of
-from lightx2v.cost.run_time import OVERHEAD, Rates, dit_flops, estimate_cost
+from lightx2v.cost.run_time import OVERHEAD, RIFE_FLOPS, Rates, dit_flops, estimate_cost
 
 DEMO = DiTConfig(dim=128, ffn_dim=512, num_layers=6, text_dim=64, text_len=32)
 
@@ -190,3 +190,31 @@ def test_sizes_come_from_the_checkpoint_and_else_are_a14b(tmp_path: Path) -> Non
     (tmp_path / "high_noise_model" / "config.json").write_text('{"dim": 128, "ffn_dim": 512, "num_layers": 6}')
     assert DiTConfig.from_folder(tmp_path).dim == 128
     assert DiTConfig.from_folder(tmp_path / "nothing") == DiTConfig.from_folder(None) == DiTConfig()
+
+
+def test_interpolation_costs_its_new_frames_and_the_writing_of_all() -> None:
+    plain, double = estimate_cost(distilled()), estimate_cost(distilled(interpolated_fps=32))
+    assert "interpolate" not in plain.calls and double.calls["interpolate"] == 16  # 17 frames have 16 gaps
+    assert double.size["interpolate"] == RIFE_FLOPS * 128 * 128  # filled up from 96 x 96
+    assert double.size["write"] == plain.size["write"] * 2
+    thirds = estimate_cost(distilled(interpolated_fps=24, interpolation="ffmpeg"))
+    assert (thirds.calls["interpolate"], thirds.size["interpolate"]) == (16, 96 * 96)
+
+
+def test_each_method_of_interpolation_has_its_own_rate(tmp_path: Path) -> None:
+    rates, rife = Rates(tmp_path / "rates.json"), estimate_cost(distilled(interpolated_fps=32))
+    ffmpeg = estimate_cost(distilled(interpolated_fps=32, interpolation="ffmpeg"))
+    for work, seconds in ((rife, 8.0), (ffmpeg, 0.5)):
+        rates.record("cpu", "demo", work, {"denoise": 1.0, "decode": 1.0, "interpolate": seconds})
+    again = Rates(tmp_path / "rates.json")
+    for work, seconds in ((rife, 8.0), (ffmpeg, 0.5)):
+        predicted = again.predict("cpu", "demo", work, loaded=True)
+        assert predicted is not None and predicted.stages["interpolate"] == pytest.approx(seconds, rel=0.05)
+
+
+def test_a_known_gpu_has_an_assumed_rate_for_rife_and_none_for_ffmpeg(tmp_path: Path) -> None:
+    rates = Rates(tmp_path / "rates.json")
+    for how, known in (("rife", True), ("ffmpeg", False)):
+        work = estimate_cost(Request(prompt="x", interpolated_fps=32, interpolation=how))  # type: ignore[arg-type]
+        predicted = rates.predict("NVIDIA H200", "x", work, loaded=True)
+        assert predicted is not None and ("interpolate" in predicted.stages) is known

@@ -13,8 +13,9 @@ from conftest import TinyModels
 from lora_files import random_pairs, spec, write
 
 from lightx2v.config.engine_config import EngineConfig
+from lightx2v.config.lora_spec import LoraSpec
 from lightx2v.config.presets import resolve
-from lightx2v.config.request import LoraSpec, Request
+from lightx2v.config.request import Request
 from lightx2v.engine import engine as engine_module
 from lightx2v.errors import LoraError, OutOfMemory
 from lightx2v.jobs.engine_slot import EngineSlot

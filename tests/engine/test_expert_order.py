@@ -13,8 +13,9 @@ import torch
 from conftest import TinyModels
 from tiny_runs import latents
 
+from lightx2v.config.lora_spec import LoraSpec
 from lightx2v.config.presets import resolve
-from lightx2v.config.request import LoraSpec, Request
+from lightx2v.config.request import Request
 from lightx2v.engine.expert_order import _judged
 from lightx2v.pipeline import LightX2VPipeline
 

@@ -10,8 +10,8 @@ import pytest
 from hub_models import point_here
 
 from lightx2v.config.engine_config import EngineConfig
+from lightx2v.config.lora_spec import LoraSpec
 from lightx2v.config.model_paths import parts, shard_names
-from lightx2v.config.request import LoraSpec
 from lightx2v.errors import LoraError
 from lightx2v.hub import find, find_all, find_cached, find_lora, find_part, missing, model_folder
 

@@ -29,6 +29,7 @@ from hub_models import (
 from hub_server import Fault, HubServer, serving, sha256
 from huggingface_hub import hf_hub_download, try_to_load_from_cache
 
+from lightx2v.config.model_paths import RIFE
 from lightx2v.config.presets import resolve
 from lightx2v.errors import Cancelled, ConfigError, DownloadError
 from lightx2v.hub import ensure, fetch, find, make_plan, missing
@@ -242,3 +243,19 @@ def test_the_hub_gets_the_token_and_the_content_network_does_not(
     ensure(merged(), meter=Meter(), hub=quick(server))
     tokens = {sent.path: sent.token for sent in server.sent}
     assert tokens[CONFIG] == "Bearer hf_secret" and tokens[TOKENIZER] == tokens[T5] == tokens[HIGH] is None
+
+
+def test_rife_is_planned_fetched_and_found_where_a_run_needs_it(home: Path, server: HubServer) -> None:
+    repo, path = "Comfy-Org/frame_interpolation", "frame_interpolation/rife_v4.25.safetensors"
+    assert f"{repo}/{path}" == RIFE
+    server.files[repo] = {path: b"weights" * 100}
+    config, hub = merged(), quick(server)
+    assert RIFE not in [file.name for file in make_plan(config, hub=hub).files]
+    plan = make_plan(config, also=(RIFE,), hub=hub)
+    assert [file.file.size for file in plan.files if file.name == RIFE] == [700]
+    ensure(config, also=(RIFE,), meter=Meter(), hub=hub)
+    place = find(RIFE, config)
+    assert place is not None and place.read_bytes() == b"weights" * 100
+    sent = len(server.sent)
+    ensure(config, also=(RIFE,), meter=Meter(), hub=hub)
+    assert len(server.sent) == sent  # nothing is missing

@@ -18,8 +18,9 @@ from torch.overrides import TorchFunctionMode
 
 from lightx2v.attention import resolve_attention
 from lightx2v.config.engine_config import EngineConfig
+from lightx2v.config.lora_spec import LoraSpec
 from lightx2v.config.presets import resolve
-from lightx2v.config.request import LoraSpec, Request
+from lightx2v.config.request import Request
 from lightx2v.errors import ConfigError, LoraError
 from lightx2v.loading.expert_loras import ExpertLoras, match_loras
 from lightx2v.loading.lora_experts import partner_of

@@ -28,8 +28,9 @@ from safetensors.torch import save_file
 from tiny_runs import latents
 
 from lightx2v.attention import resolve_attention
+from lightx2v.config.lora_spec import LoraSpec
 from lightx2v.config.presets import resolve
-from lightx2v.config.request import LoraSpec, Request
+from lightx2v.config.request import Request
 from lightx2v.errors import BadRequest, CheckpointError, LoraError
 from lightx2v.loading.conversion import Conversion, convert
 from lightx2v.loading.expert_loras import ExpertLoras, match_loras

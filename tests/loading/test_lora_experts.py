@@ -9,7 +9,8 @@ import torch
 from safetensors.torch import save_file
 
 from lightx2v.config.engine_config import EngineConfig
-from lightx2v.config.request import Expert, LoraSpec
+from lightx2v.config.lora_spec import LoraSpec
+from lightx2v.config.phases import Expert
 from lightx2v.loading.lora_experts import LoraFile, lora_files
 
 STEM = "blocks.0.self_attn.q"

@@ -20,8 +20,9 @@ from lora_files import random_pairs, write
 
 from lightx2v.config.engine_config import EngineConfig
 from lightx2v.config.environment import Environment
+from lightx2v.config.lora_spec import LoraSpec
 from lightx2v.config.presets import resolve
-from lightx2v.config.request import LoraSpec, Request
+from lightx2v.config.request import Request
 from lightx2v.convert import main
 from lightx2v.errors import Cancelled, CheckpointError
 from lightx2v.loading import conversion, prebuilt_cache

@@ -17,11 +17,12 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from lightx2v.cost.memory_bytes import denoise_bytes
+from lightx2v.cost.memory_bytes import denoise_bytes, rife_bytes
 from lightx2v.cost.memory_plan import GIB, ModelSize, Workload
 from lightx2v.models import fused, pointwise
 from lightx2v.models.dit import DiTConfig, WanDiT, parameter_dtype
 from lightx2v.models.quant_linear import swap_linears
+from lightx2v.models.rife import Rife
 from lightx2v.weights.quant_layout import is_expert_matrix
 
 LAYERS = 2
@@ -112,3 +113,14 @@ def test_8_bit_weights_that_are_widened_take_no_more_than_is_counted(kernels: st
     counted = denoise_bytes(ModelSize(dit=BF16.dit, weight=1), Workload.of(SHAPES["720p"], guided=True))
     taken = peak(SHAPES["720p"], 2, sequential_cfg=False, cache_text_kv=True, quantised=True)
     assert 0.9 * counted <= taken <= counted
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("height", "width"), [(720, 1280), (480, 832), (32, 48)])
+def test_rife_takes_what_is_counted(height: int, width: int) -> None:
+    counted = rife_bytes(Workload.of((16, 1, height // 8, width // 8), guided=False))
+    padded = [-(-side // 64) * 64 for side in (height, width)]
+    with torch.device("meta"), torch.inference_mode(), PeakMemory() as memory:
+        rife, first, second = Rife(), torch.empty(1, 3, *padded), torch.empty(1, 3, *padded)
+        rife(first, second, rife.features(first), rife.features(second), 0.5)
+    assert 0.97 * counted <= memory.peak <= 1.03 * counted, (memory.peak / GIB, counted / GIB)

@@ -22,8 +22,9 @@ from tiny_runs import latents
 import lightx2v.offload.placement
 from lightx2v.attention import resolve_attention
 from lightx2v.config.engine_config import EngineConfig
+from lightx2v.config.lora_spec import LoraSpec
 from lightx2v.config.presets import resolve
-from lightx2v.config.request import LoraSpec, Request
+from lightx2v.config.request import Request
 from lightx2v.cost.memory_bytes import block_bytes, expert_bytes
 from lightx2v.cost.memory_ladder import MemoryLadder, MemoryPlanner
 from lightx2v.cost.memory_plan import GIB, MemoryPlan, OffloadOptions, Workload

@@ -228,7 +228,7 @@ def test_a_variant_is_what_it_says_and_named_after_the_video(served: Served) -> 
     for wrong in ("nonsense", "", "THUMBNAIL", "video,thumbnail", "x" * 5000):
         answer = served.client.get(path, params={"variant": wrong})
         message = answer.json()["error"]["message"]
-        assert answer.status_code == 422 and "expected one of video, thumbnail, spritesheet" in message
+        assert answer.status_code == 422 and "expected one of video, original, thumbnail, spritesheet" in message
         assert message.startswith("variant is '") and len(message) < 300
     waiting = served.client.get(f"/v1/videos/{'0' * 32}/content", params={"variant": "thumbnail"})
     assert waiting.status_code == 404
@@ -296,3 +296,16 @@ def test_models_are_the_presets(served: Served) -> None:
     assert [model["id"] for model in served.client.get("/v1/models").json()["data"]] == [T2V, I2V, BASE]
     answer = served.client.post("/v1/videos", json={"prompt": "a cat", "model": "gpt"})
     assert answer.status_code == 422 and T2V in answer.json()["error"]["message"]
+
+
+def test_the_video_without_interpolation_is_served_where_it_was_kept(served: Served) -> None:
+    id = served.submit("a cat", file_name="cat.mp4", interpolated_fps=32, keep_original=True)
+    job = served.end_of(id)
+    assert (job["fps"], job["num_frames"], job["seconds"]) == (32.0, 10, "0.3125")
+    missing = served.client.get(f"/v1/videos/{id}/content", params={"variant": "original"})
+    assert missing.status_code == 404 and "Send keep_original" in missing.json()["error"]["message"]
+    (served.jobs.folder / f"{id}.original.mp4").write_bytes(b"original")
+    answer = served.client.get(f"/v1/videos/{id}/content", params={"variant": "original"})
+    assert answer.content == b"original" and "cat.original.mp4" in answer.headers["content-disposition"]
+    assert served.client.delete(f"/v1/videos/{id}").json()["deleted"]
+    assert not (served.jobs.folder / f"{id}.original.mp4").exists()

@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 from safetensors.torch import save_file
 
-from lightx2v.config.request import LoraSpec
+from lightx2v.config.lora_spec import LoraSpec
 from lightx2v.weights.checkpoint import open_checkpoint
 from lightx2v.weights.dit_names import wan_to_diffusers
 from lightx2v.weights.model_weights import ModelWeights

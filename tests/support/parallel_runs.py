@@ -16,8 +16,9 @@ import torch.distributed as dist
 
 from lightx2v.config.engine_config import EngineConfig, ParallelConfig
 from lightx2v.config.environment import Environment
+from lightx2v.config.lora_spec import LoraSpec
 from lightx2v.config.presets import resolve
-from lightx2v.config.request import LoraSpec, Request
+from lightx2v.config.request import Request
 from lightx2v.cost.memory_ladder import MemoryLadder
 from lightx2v.cost.memory_plan import MemoryPlan
 from lightx2v.engine import run as run_module

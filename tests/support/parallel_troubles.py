@@ -17,7 +17,8 @@ from torch.distributed.rendezvous import rendezvous
 
 from lightx2v.config.engine_config import EngineConfig, ParallelConfig
 from lightx2v.config.environment import Environment
-from lightx2v.config.request import LoraSpec, Request
+from lightx2v.config.lora_spec import LoraSpec
+from lightx2v.config.request import Request
 from lightx2v.errors import LightX2VError
 from lightx2v.jobs.queue import JobManager
 from lightx2v.models.dit import WanDiT

@@ -12,8 +12,9 @@ import torch.nn.functional as F
 from conftest import TinyModels
 from safetensors.torch import save_file
 
+from lightx2v.config.lora_spec import LoraSpec
 from lightx2v.config.presets import resolve
-from lightx2v.config.request import LoraSpec, Request
+from lightx2v.config.request import Request
 from lightx2v.errors import CheckpointError
 from lightx2v.models.quant_linear import Kernel, QuantLinear, dequantised, int_mm, kernel_for, scaled_mm, why_not
 from lightx2v.models.umt5 import TextEncoder

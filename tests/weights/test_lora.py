@@ -12,7 +12,7 @@ from conftest import TinyModels
 from lora_files import DIALECTS, RANK, Tensors, base_weights, equal, random_pairs, write
 from safetensors.torch import load_file, save_file
 
-from lightx2v.config.request import LoraSpec
+from lightx2v.config.lora_spec import LoraSpec
 from lightx2v.errors import BadRequest, LoraError
 from lightx2v.weights.checkpoint import open_checkpoint
 from lightx2v.weights.dit_names import wan_to_diffusers
