@@ -36,6 +36,19 @@ def compose() -> dict[str, Any]:
     return yaml.safe_load((DEPLOY / "compose.yaml").read_text("utf-8"))
 
 
+def kubernetes(kind: str) -> dict[str, Any]:
+    (found,) = (
+        each for each in yaml.safe_load_all((DEPLOY / "raycluster.yaml").read_text("utf-8")) if each["kind"] == kind
+    )
+    return found
+
+
+def containers() -> dict[str, dict[str, Any]]:
+    spec = kubernetes("RayCluster")["spec"]
+    groups = [spec["headGroupSpec"], *spec["workerGroupSpecs"]]
+    return {each["name"]: each for group in groups for each in group["template"]["spec"]["containers"]}
+
+
 def commands() -> Iterator[tuple[str, list[str]]]:
     """(file, words) of each command that starts the program."""
     yield "Dockerfile", [str(word) for word in yaml.safe_load(DOCKERFILE.split("\nCMD ")[1])]
@@ -43,6 +56,7 @@ def commands() -> Iterator[tuple[str, list[str]]]:
         yield f"compose.yaml {name}", shlex.split(re.sub(r"\$\{\w+:-([^}]*)\}", r"\1", service["command"]))
     (start,) = re.findall(r"^ExecStart=(.*)$", UNIT, re.MULTILINE)
     yield "lightx2v.service", shlex.split(start)
+    yield "raycluster.yaml", containers()["server"]["command"]
 
 
 @pytest.mark.parametrize(("where", "words"), [pytest.param(*each, id=each[0]) for each in commands()])
@@ -62,12 +76,19 @@ def test_every_variable_is_one_that_the_program_reads() -> None:
     assert named - ours == {"LIGHTX2V_PRESET", "LIGHTX2V_PORT"}  # of compose.yaml itself
 
 
-def test_the_health_check_asks_a_route_of_the_server_with_the_first_key() -> None:
+def test_all_health_checks_ask_a_route_of_the_server_with_the_first_key() -> None:
+    probe = containers()["server"]["livenessProbe"]["exec"]["command"][-1]
     (check,) = re.findall(r"HEALTHCHECK .*? CMD (.*)", DOCKERFILE)
-    assert "http://127.0.0.1:8000/health" in check and "/health" in PATHS
-    (key,) = re.findall(r'"Authorization: Bearer (\$\{.*?\})"', check)
-    said = ["env", "LIGHTX2V_API_KEY=first,second", "sh", "-c", f"printf %s {key}"]
-    assert subprocess.run(said, capture_output=True, text=True, check=True).stdout == "first"
+    for line in (probe, check):
+        assert "http://127.0.0.1:8000/health" in line and "/health" in PATHS
+        key = re.findall(r'"Authorization: Bearer (\$\{.*?\})"', line)[0]
+        said = ["env", "LIGHTX2V_API_KEY=first,second", "sh", "-c", f"printf %s {key}"]
+        assert subprocess.run(said, capture_output=True, text=True, check=True).stdout == "first"
+
+
+def test_ray_is_the_tested_version() -> None:
+    version = kubernetes("RayCluster")["spec"]["rayVersion"]
+    assert f"\nray=={version}\n" in (ROOT / "constraints.txt").read_text("utf-8")
 
 
 def test_the_image_installs_the_tested_versions_only() -> None:
@@ -103,6 +124,9 @@ def test_the_build_sees_what_it_copies_and_what_the_wheel_holds() -> None:
 def test_the_image_runs_as_the_user_that_the_other_files_name() -> None:
     (uid,) = re.findall(r"useradd --uid (\d+)", DOCKERFILE)
     assert "\nUSER lightx2v\n" in DOCKERFILE
+    spec = kubernetes("RayCluster")["spec"]
+    for group in (spec["headGroupSpec"], *spec["workerGroupSpecs"]):
+        assert group["template"]["spec"]["securityContext"]["runAsUser"] == int(uid)
     assert all(f"uid={uid}" in service["tmpfs"][1] for service in compose()["services"].values())
 
 
@@ -112,4 +136,18 @@ def test_a_stop_leaves_time_to_save_the_running_jobs_step() -> None:
     (unit,) = re.findall(r"^TimeoutStopSec=(\d+)$", UNIT, re.MULTILINE)
     waits = [int(unit)]
     waits += [int(service["stop_grace_period"].removesuffix("s")) for service in compose()["services"].values()]
+    spec = kubernetes("RayCluster")["spec"]
+    groups = (spec["headGroupSpec"], *spec["workerGroupSpecs"])
+    waits += [group["template"]["spec"]["terminationGracePeriodSeconds"] for group in groups]
     assert min(waits) >= 20
+
+
+def test_the_server_and_ray_share_their_folders_and_the_service_finds_the_server() -> None:
+    mounts = {
+        name: {each["mountPath"]: each["name"] for each in box["volumeMounts"]} for name, box in containers().items()
+    }
+    for folder in ("/tmp/ray", "/dev/shm"):
+        assert mounts["ray-head"][folder] == mounts["server"][folder]
+    assert {mounts["server"]["/outputs"], mounts["ray-worker"]["/models"]} == {"outputs", "models"}
+    (port,) = kubernetes("Service")["spec"]["ports"]
+    assert port["targetPort"] in [each["name"] for each in containers()["server"]["ports"]]

@@ -61,10 +61,12 @@ class StepSaved:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Ended:
-    """The last message of a run. `video` is the mp4 where there is one; `loaded` the model that is in memory now."""
+    """The last message of a run. `video` is the mp4 where there is one, `original` the one without interpolation where
+    that is kept; `loaded` the model that is in memory now."""
 
     outcome: Outcome
     video: bytes | None = field(default=None, repr=False)
+    original: bytes | None = field(default=None, repr=False)
     loaded: tuple[dict[str, Any], str] | None = None
 
 

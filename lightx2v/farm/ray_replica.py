@@ -20,6 +20,7 @@ from ..errors import LightX2VError, OutputError
 from ..jobs.engine_slot import public_error
 from ..jobs.replica import LoadedModel, Outcome, ReplicaStatus
 from ..jobs.store import Job
+from ..media.video_writer import original_path
 from ..progress import CancelToken, OnProgress
 from ..step_file import StepStore
 from .messages import Ended, Heard, Hello, Message, StepSaved, Task
@@ -190,15 +191,25 @@ class RayReplica:
             self._refusals[_key(job.config)] = (outcome.refused, time.monotonic() + REFUSAL_SECONDS)
         if outcome.report is None or end.video is None:
             return outcome
-        part = path.with_name(f"{path.name}.part")
-        try:
-            part.write_bytes(end.video)
-            part.replace(path)
-        except OSError:
-            part.unlink(missing_ok=True)
-            raise
+        kept = original_path(path)
+        if end.original is not None:
+            _write(kept, end.original)
+        _write(path, end.video)
         own = {name: getattr(job.request, name) for name in PICTURES}
-        return replace(outcome, report=outcome.report | {"request": outcome.report["request"] | own})
+        report = outcome.report | {"request": outcome.report["request"] | own}
+        if end.original is not None:
+            report["original_path"] = str(kept)
+        return replace(outcome, report=report)
+
+
+def _write(path: Path, data: bytes) -> None:
+    part = path.with_name(f"{path.name}.part")
+    try:
+        part.write_bytes(data)
+        part.replace(path)
+    except OSError:
+        part.unlink(missing_ok=True)
+        raise
 
 
 class WorkerEnded(LightX2VError):

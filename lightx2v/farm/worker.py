@@ -32,6 +32,7 @@ from ..jobs.replica import Outcome, ReplicaStatus
 from ..jobs.store import Job
 from ..jobs.worker import PREVIEW_SECONDS, PREVIEW_SIDE
 from ..media.images import jpeg
+from ..media.video_writer import original_path
 from ..media.work_folder import WorkFolder, sweep
 from ..progress import CancelToken, Progress
 from .followers import start_followers
@@ -39,6 +40,9 @@ from .messages import Ended, Heard, Hello, Message, Pulse, StepSaved, Task
 from .outbox import Outbox
 
 log = logging.getLogger("lightx2v.farm")
+
+Made = tuple[Outcome, bytes | None, bytes | None]
+"""How a run ended, its video, and the one without interpolation where that is kept."""
 
 WATCH_SECONDS = 1.0
 STATUS_SECONDS = 3.0
@@ -89,21 +93,21 @@ class Worker:
         with self._lock:
             return self._tokens.setdefault(run, CancelToken())
 
-    def _work(self, task: Task, outbox: Outbox) -> tuple[Outcome, bytes | None]:
+    def _work(self, task: Task, outbox: Outbox) -> Made:
         """In the engine's thread: load the model, or make the video, and put everything that happens into `outbox`."""
         config, loaded = EngineConfig.from_json(task.config), self._slot.loaded
         if task.may_refuse and (loaded is None or loaded.config != config):
             from .refusal import refusal_of  # imports torch
 
             if reason := refusal_of(config, self._machine()):
-                return Outcome(cancelled=True, refused=reason), None
+                return Outcome(cancelled=True, refused=reason), None, None
         if task.request is not None:
             return self._video(task, config, outbox)
         announcer, cancel = _Announcer(outbox), self._token(task.run)
         self._slot.load(config, preset=task.preset, on_progress=announcer, cancel=cancel)
-        return Outcome(), None
+        return Outcome(), None, None
 
-    def _end(self, task: Task, work: "Future[tuple[Outcome, bytes | None]]") -> Ended:
+    def _end(self, task: Task, work: "Future[Made]") -> Ended:
         with self._lock:
             self._tokens.pop(task.run, None)
         loaded = self._slot.loaded
@@ -112,10 +116,10 @@ class Worker:
         if error is not None:  # what EngineSlot does not see: a model that does not load, a full disk
             log.error("run %s failed", task.run, exc_info=None if isinstance(error, LightX2VError) else error)
             return Ended(outcome=Outcome(error=public_error(error, task.job)), loaded=known)
-        outcome, video = work.result()
-        return Ended(outcome=outcome, video=video, loaded=known)
+        outcome, video, original = work.result()
+        return Ended(outcome=outcome, video=video, original=original, loaded=known)
 
-    def _video(self, task: Task, config: EngineConfig, outbox: Outbox) -> tuple[Outcome, bytes | None]:
+    def _video(self, task: Task, config: EngineConfig, outbox: Outbox) -> Made:
         assert task.request is not None
         with closing(WorkFolder(Path(tempfile.gettempdir()))) as work:
             request = dict(task.request)
@@ -138,7 +142,10 @@ class Worker:
             outcome = self._slot.run(
                 job, path, on_progress=_Announcer(outbox), cancel=self._token(task.run), steps=_Steps(task, outbox)
             )
-            return outcome, path.read_bytes() if outcome.report is not None else None
+            if outcome.report is None:
+                return outcome, None, None
+            kept = original_path(path)
+            return outcome, path.read_bytes(), kept.read_bytes() if kept.is_file() else None
 
     def _watch(self, gpus: int, ready: threading.Event) -> None:
         """A thread as long as the process: the system ends the followers with the thread that started them."""

@@ -81,6 +81,19 @@ def test_files_travel_as_bytes_both_ways(tmp_path: Path) -> None:
     assert {file.name for file in tmp_path.iterdir()} == {picture.name, running.path.name, running.steps.path.name}
 
 
+def test_the_video_without_interpolation_travels_too(tmp_path: Path) -> None:
+    worker, report = FakeWorker(), REPORT | {"original_path": "/worker/tmp/x.original.mp4"}
+    worker.messages = [
+        Ended(outcome=Outcome(report=report), video=b"film", original=b"plain", loaded=(CONFIG.to_json(), "p"))
+    ]
+    running = Running(tmp_path, worker)
+    outcome = running()
+    kept = tmp_path / "v.original.mp4"
+    assert running.path.read_bytes() == b"film" and kept.read_bytes() == b"plain"
+    assert outcome.report is not None and outcome.report["original_path"] == str(kept)
+    assert sorted(file.name for file in tmp_path.iterdir()) == ["v.mp4", "v.original.mp4"]
+
+
 def test_a_cancel_reaches_the_worker_once_and_a_suspend_as_such(tmp_path: Path) -> None:
     for suspend in (False, True):
         worker = FakeWorker()
