@@ -24,7 +24,7 @@ class Words:
 
     def preset(self, name: str) -> str:
         """A short name for a preset: its variant in this language. An unknown preset keeps its own name."""
-        variants = "(base|distill_lora)|(?:distill_)?(merged|720p|fp8|gguf_q[45])"
+        variants = "(base|hybrid|three_phase|distill_lora)|(?:distill_)?(merged|720p|fp8|gguf_q[45])"
         match = re.fullmatch(rf"(demo_)?[ti]2v_(?:{variants})(_offload)?(_cfg_ulysses)?", name)
         if match is None:
             return name

@@ -103,7 +103,7 @@ def to_video(frames: np.ndarray) -> Tensor:
 def read(frames: np.ndarray) -> Reading:
     """The detector on any number of clips."""
     parts = [detect(to_video(frames[start : start + 32])) for start in range(0, len(frames), 32)]
-    names = (*ATTRIBUTES, "outlines")
+    names = (*ATTRIBUTES, "outlines", "path")
     return Reading(**{name: torch.cat([getattr(part, name) for part in parts]) for name in names})
 
 
@@ -115,6 +115,7 @@ def judge(name: str, task: Task, made: Made) -> Row:
     row["seen"] = round(right["all"][~task.unseen].float().mean().item(), 3)
     row["held_out"] = round(right["all"][task.unseen].float().mean().item(), 3)
     row["outline"] = round(reading.crispness(task.clips).mean().item(), 3)
+    row["path"] = round(reading.path.mean().item(), 3)
     if task.pictures:
         given = np.stack([np.asarray(Image.open(path)) for path in task.pictures])
         decibels = psnr(made.frames[:, 0], given)
@@ -272,7 +273,8 @@ def all_rows(count: int, few: int, folder: Path) -> dict[str, Callable[[], list[
 
 
 def to_markdown(rows: Sequence[Row], command: str) -> str:
-    columns = ("all", "seen", "held_out", *ATTRIBUTES, "outline", "dB", "first_dB", "first_above_25_dB", "night")
+    columns = ("all", "seen", "held_out", *ATTRIBUTES, "outline", "path", "dB")
+    columns = (*columns, "first_dB", "first_above_25_dB", "night")
     rows, faster = [row for row in rows if "computed" not in row], [row for row in rows if "computed" in row]
     used = [column for column in columns if any(column in row for row in rows)]
     lines = [f"Made by `{command}`.", "", "| what | clips | " + " | ".join(c.replace("_", " ") for c in used) + " |"]

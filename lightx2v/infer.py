@@ -34,7 +34,7 @@ from .config.folders import output_folder, use_temporary
 from .config.lightx2v_keys import PER_VIDEO
 from .config.magcache import forwards_of
 from .config.model_paths import RIFE
-from .config.presets import Resolved, list_presets, list_user_presets, resolve
+from .config.presets import Resolved, resolve
 from .config.recorded_settings import PICTURES, find_picture
 from .config.request import IMAGES, TASKS, Request, draw_seed
 from .config.request_settings import SETTINGS, SHOWN, Guidance, Setting
@@ -44,6 +44,7 @@ from .cost.memory_forecast import forecast_for_gpu, forecast_for_machine
 from .errors import BadRequest, CheckpointError, ConfigError, LightX2VError, OutputError, one_line, quoted, short_path
 from .hub import find_all
 from .jobs.engine_slot import Engine, OpenEngine
+from .jobs.preset_list import preset_lines
 from .loading import preload
 from .progress import CancelToken, OnProgress, log_duration, went_on
 from .step_file import StepFile
@@ -64,8 +65,8 @@ def _run(options: argparse.Namespace, context: CommandContext, *, open_engine: O
     if not is_rank0 and (options.list_presets or options.dry_run):
         return 0
     if options.list_presets:
-        for info in (*list_presets(), *list_user_presets()):
-            print(f"{info.name:<32} {info.title}")
+        for line in preset_lines(output_folder(environment.output_dir)):
+            print(line)
         return 0
     resolved, shown = _settings(options, environment)
     if options.dry_run:
@@ -355,7 +356,7 @@ def _parser() -> ArgumentParser:
     add("--preset", metavar="NAME", help="a preset by its name, e.g. t2v_distill_lora")
     add("--config_json", metavar="FILE", help="a preset from a JSON file in LightX2V's format")
     add("--from", dest="from_video", metavar="VIDEO", help="the settings inside an mp4 made here, to repeat it")
-    add("--list_presets", action="store_true", help="list the presets and exit")
+    add("--list_presets", action="store_true", help="list the presets with their time on this machine, and exit")
     _add_settings(parser.add_argument_group("what it shows").add_argument, SHOWN)
     add = parser.add_argument_group("settings of this video, which override the preset").add_argument
     _add_settings(add, SETTINGS)

@@ -32,6 +32,8 @@ class Reading:
     time: Tensor
     outlines: Tensor
     """B x kinds: how well the toy's outline overlaps each kind's, 0..1. Drawn clips reach .95."""
+    path: Tensor
+    """How far the toy's edges move from frame to frame, added up over the loop: 1 is the side of the picture."""
 
     def matches(self, clips: Clips) -> dict[str, Tensor]:
         """Which clips show what they should, by attribute and for "all" at once."""
@@ -55,6 +57,7 @@ def detect(video_BCTHW: Tensor) -> Reading:
         outlines=outlines,
         colour=_colour(video, mask).cpu(),
         motion=_motion(mask, boxes).cpu(),
+        path=_path(boxes).cpu(),
         **_scene(video, mask),
     )
 
@@ -211,6 +214,14 @@ def _motion(mask: Tensor, boxes: _Boxes) -> Tensor:
     hops = (found["up"] > 0.12) & (found["down"] > 0.12) & lift & (largest < 1.6 * smallest)
     votes[:, MOTIONS.index("bounce")] = (hops & ~straight & (narrow > 0.62)).float()
     return torch.where(votes.amax(1) > 0, votes.argmax(1), -1)
+
+
+def _path(boxes: _Boxes) -> Tensor:
+    """The length of the edges' mean path, over the pairs of frames in which the toy is seen: also for a toy that grows,
+    or turns and so becomes narrow."""
+    edges = torch.stack([boxes.left, boxes.right, boxes.top, boxes.bottom])
+    steps = (edges[..., 1:] - edges[..., :-1]).abs().mean(0)
+    return (steps * (boxes.seen[:, 1:] & boxes.seen[:, :-1])).sum(1)
 
 
 def _scene(video: Tensor, mask: Tensor) -> dict[str, Tensor]:

@@ -10,6 +10,7 @@ from gradio.components import Component
 from PIL import Image
 
 from lightx2v.catalog.folders import told_folders
+from lightx2v.config.presets import AIMS
 from lightx2v.config.prompt_cleaning import is_blank
 from lightx2v.config.recorded_settings import PICTURES
 from lightx2v.config.request import IMAGES, MAX_SIDE, Request
@@ -135,10 +136,10 @@ class Editor:
                 name=info.name, title=title, about=about,
                 prediction=studio.predict(engine, request), need=studio.memory_need(engine, request),
                 files=studio.files.status(engine),
-                group=group,
+                group=group or info.aim,
             )  # fmt: skip
             options.append(option)
-        options.sort(key=lambda option: ("found", "own", "").index(option.group))
+        options.sort(key=lambda option: ("found", "own", *AIMS).index(option.group))
         return panels.preset_list(words, options, name, studio.room)
 
     def shelf(self, words: Words, values: Mapping[str, Any], name: str) -> str:

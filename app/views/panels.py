@@ -38,7 +38,13 @@ class PresetOption:
     need: int | None
     files: FilesStatus
     group: str = ""
-    """ "found" files, the user's "own" presets, or "" for those that come with the program."""
+    """ "found" files, the user's "own" presets, or what one that comes with the program is for (AIMS). "" has no
+    heading."""
+
+    @property
+    def named(self) -> bool:
+        """Whether its title is a name that somebody gave it."""
+        return self.group in ("found", "own")
 
 
 def header(
@@ -92,8 +98,8 @@ def preset_list(words: Words, presets: Sequence[PresetOption], chosen: str, room
     current = next((option for option in presets if option.name == chosen), presets[0])
     options = ""
     for group, members in groupby(presets, key=lambda option: option.group):
-        if presets[0].group:  # a heading for each, unless there are only those of the program
-            key = {"found": "my_files", "own": "own_presets"}.get(group, "shipped_presets")
+        if group:
+            key = {"found": "my_files", "own": "own_presets"}.get(group, f"aim_{group}")
             options += tag("li", esc(words(key)), role="presentation", class_="group")
         options += "".join(_option(words, option, room, chosen=option is current) for option in members)
     label = tag("span", esc(words("preset")), class_="label", id="preset-label")
@@ -231,7 +237,7 @@ def _option(words: Words, option: PresetOption, room: int | None, *, chosen: boo
     selected = "true" if chosen else "false"
     return tag(
         "li", cells, role="option", id=f"option-{option.name}", data_name=option.name, aria_selected=selected,
-        class_=option.group or None, title=option.name if option.group else None,
+        class_=option.group if option.named else None, title=option.name if option.named else None,
     )  # fmt: skip
 
 

@@ -28,8 +28,12 @@ log = logging.getLogger("lightx2v.config")
 
 PRESETS = PROJECT / "presets"
 MAX_JSON_BYTES = 1 << 20
-VARIANTS = ("base", "distill_lora", "distill_merged", "distill_gguf", "distill_fp8")
+VARIANTS = ("base", "hybrid", "three_phase", "distill_lora", "distill_merged", "distill_gguf", "distill_fp8")
 """From slow to fast."""
+AIMS = ("draft", "fast", "balanced", "best")
+"""What a person may want of a preset, from the fewest seconds to the best video."""
+_AIM_OF = {"base": "best", "hybrid": "balanced", "three_phase": "balanced", "distill_lora": "fast"}
+_AIM_OF |= {"distill_merged": "fast", "distill_gguf": "draft", "distill_fp8": "draft"}
 BOUNDARIES = ("boundary", "boundary_step_index")
 """The short ways to say where the low-noise expert takes over. Phases stand in their place."""
 
@@ -47,6 +51,11 @@ class PresetInfo:
     lightx2v: str | None = None
     offload: bool = False
     gpus: int = 1
+
+    @property
+    def aim(self) -> str:
+        """What it is for, one of AIMS."""
+        return _AIM_OF[self.variant]
 
     @property
     def demo(self) -> bool:
@@ -333,7 +342,9 @@ _ABOUT = ("title", "summary", "task", "variant", "lightx2v")
 
 def _variant(engine: EngineConfig, request: Request) -> str:
     if not request.distilled:
-        return "base"
+        if any(lora.varies for lora in engine.lora_configs):
+            return "three_phase"
+        return "hybrid" if engine.lora_configs and request.guided == (True, False) else "base"
     if is_gguf(engine.high_noise_quantized_ckpt or engine.high_noise_original_ckpt, engine.dit_quant_scheme):
         return "distill_gguf"
     if engine.dit_quantized:

@@ -32,6 +32,8 @@ def model_size(config: EngineConfig, default: int) -> ModelSize:
         vae = min(vae, _file_bytes(folder, "*VAE*.pth") * vae_element // 2 or vae)
     expert = (config.dit_quantized and config.high_noise_quantized_ckpt) or config.high_noise_original_ckpt
     gguf = is_gguf(expert, config.dit_quant_scheme)
+    varying = any(lora.varies for lora in config.lora_configs)
+    loras = sum(_lora_bytes(lora.path, config, shape) for lora in config.lora_configs) if gguf or varying else 0
     return ModelSize(
         dit=shape,
         weight=_gguf_weight(expert, config, shape, compute) if gguf else 1 if config.dit_quantized else compute,
@@ -40,8 +42,8 @@ def model_size(config: EngineConfig, default: int) -> ModelSize:
         vae_element=vae_element,
         text=_text_bytes(config, folder, compute),
         vae=vae,
-        loras=sum(_lora_bytes(lora.path, config, shape) for lora in config.lora_configs) if gguf else 0,
-        loras_beside=gguf and config.lora_dynamic_apply,
+        loras=loras,
+        loras_beside=varying or gguf and config.lora_dynamic_apply,
     )
 
 

@@ -10,6 +10,7 @@ from app.gradio_compat import merge_updates
 from app.strings import Words
 from app.views.panels import TOO_SLOW, PresetOption, cost_line, preset_list
 from app.views.stage import time_left
+from lightx2v.config.presets import AIMS
 from lightx2v.cost.run_time import Prediction
 from lightx2v.progress import Progress
 
@@ -52,6 +53,19 @@ def test_days_are_a_word() -> None:
     offer = PresetOption(name="t2v_base", title="Base", about="x", prediction=slow, need=None, files=ready)
     assert "days on this machine" in cost_line(Words("en"), slow, None, ready, None, 1)
     assert ">days<" in preset_list(Words("en"), [offer], "t2v_base", None)
+
+
+@pytest.mark.parametrize("language", ["en", "zh"])
+def test_presets_stand_below_what_they_are_for(language: str) -> None:
+    words, ready = Words(language), FilesStatus(files=(), disk_free=1)
+    offers = [
+        PresetOption(name=aim, title="x", about="x", prediction=None, need=None, files=ready, group=aim)
+        for aim in ("own", *AIMS)
+    ]
+    html = preset_list(words, offers, "best", None)
+    headings = [words(key) for key in ("own_presets", *(f"aim_{aim}" for aim in AIMS))]
+    places = [html.index(f">{heading}</li>") for heading in headings]
+    assert places == sorted(places) and len(set(headings)) == 5
 
 
 def test_a_label_and_a_value_make_one_update() -> None:

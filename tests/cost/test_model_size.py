@@ -76,6 +76,12 @@ def test_a_running_block_counts_its_dequantised_weights() -> None:
     assert denoise_bytes(replace(plain, dequantised=True), short) == denoise_bytes(ModelSize(), short) + matrices
 
 
+def test_a_strength_that_changes_keeps_both_loras_beside_the_weights() -> None:
+    varying, fixed = (model_size(resolve(f"t2v_{name}").engine, 2) for name in ("three_phase", "distill_lora"))
+    assert (fixed.loras, fixed.loras_beside) == (0, False)
+    assert varying.loras_beside and 0.5 * GIB < varying.loras < 3 * GIB
+
+
 def test_loras_wait_where_the_weights_do() -> None:
     model = ModelSize(weight=0.65, dequantised=True, loras=1000)
     assert (lora_bytes(model, RESIDENT), lora_bytes(model, SWAP)) == (1000, 0)

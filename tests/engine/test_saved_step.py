@@ -99,7 +99,9 @@ def test_a_run_goes_on_in_the_middle_of_its_phases(loaded: Callable[[str], Light
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("preset", ["demo_t2v_distill_lora", "demo_i2v_distill_lora", "demo_t2v_fp8"])
+@pytest.mark.parametrize(
+    "preset", ["demo_t2v_distill_lora", "demo_i2v_distill_lora", "demo_t2v_fp8", "demo_t2v_three_phase"]
+)
 def test_loras_and_8_bit_weights_go_on_with_the_same_bits(
     loaded: Callable[[str], LightX2VPipeline], picture: str, preset: str
 ) -> None:
