@@ -25,7 +25,6 @@ import numpy as np
 from lightx2v.config.presets import resolve
 from lightx2v.config.request import Request
 from lightx2v.config.request_settings import SETTINGS
-from lightx2v.config.schedule import schedule_of
 from lightx2v.cost.model_size import shape_of
 from lightx2v.cost.run_time import Rates, estimate_cost
 from lightx2v.pipeline import LightX2VPipeline
@@ -84,7 +83,7 @@ class Run:
         self.frames.append(result.frames)
         self.seconds.append(result.timings.total)
         self.denoising.append(result.timings.seconds["denoise"])
-        self.forwards = sum(schedule_of(self.request(task, i)).forwards)
+        self.forwards = result.report()["forwards"]["computed"]
 
     def predicted(self, task: Task, taught: Run, seconds: Sequence[float]) -> float:
         """The seconds of denoising, predicted from those of another option's runs."""

@@ -107,7 +107,7 @@ def test_resolving_changes_no_argument() -> None:
         ({"preset": []}, "expected an object"),
         ({"preset": {"titel": "T"}}, "Did you mean 'title'"),
         ({"preset": {"title": 3}}, "preset.title is 3; expected text"),
-        ({"preset": {"variant": "fast"}}, "expected base, distill_lora"),
+        ({"preset": {"variant": "fast"}}, "expected base, hybrid, three_phase, distill_lora"),
         ({"height": 1600, "width": 2560}, "the limit is"),
     ],
 )
