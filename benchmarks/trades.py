@@ -22,6 +22,7 @@ from typing import Any
 
 import numpy as np
 
+from lightx2v.config.magcache import forwards_of
 from lightx2v.config.presets import resolve
 from lightx2v.config.request import Request
 from lightx2v.config.request_settings import SETTINGS
@@ -33,7 +34,8 @@ from training.world import render, to_frames
 from .demo_quality import Made, Task, judge, make_task, psnr, read
 
 JSON = Path("benchmarks/results/trades.json")
-BEGIN, END = "<!-- trades:begin (python -m benchmarks.trades) -->", "<!-- trades:end -->"
+GPU = Path("benchmarks/results/gpu.jsonl")
+BEGIN, END = "<!-- {}:begin (python -m benchmarks.trades) -->", "<!-- {}:end -->"
 Row = dict[str, Any]
 
 
@@ -140,6 +142,35 @@ def to_markdown(rows: Sequence[Row]) -> str:
     return "\n".join(lines)
 
 
+def on_h200() -> str:
+    """Seconds of denoising with A14B in bf16 on an H200: the forwards of each option times the measured seconds of one,
+    beside whole runs where one was measured."""
+    lines = [json.loads(line) for line in GPU.read_text("utf-8").splitlines() if line.strip()]
+    runs = {line["name"]: line for line in lines if line["section"] == "presets" and "H200" in line["device"]}
+    # The first step of a process compiles kernels; each of the others is one forward.
+    one = {
+        clip: statistics.median(runs[f"{preset}, cold"]["steps_seconds"][1:])
+        for clip, preset in (("480p", "t2v_distill_lora"), ("720p", "i2v_distill_lora"))
+    }
+    whole = {
+        ("exact", "480p"): runs["t2v_base at 480p, cold"]["stages"]["denoise"],
+        ("distilled", "480p"): runs["t2v_distill_lora, warm"]["stages"]["denoise"],
+    }
+    head = ("", "T2V forwards", "480p s", "measured", "720p s", "I2V forwards", "480p s", "720p s")
+    out = ["| " + " | ".join(head) + " |", "|---" * len(head) + "|"]
+    for option in OPTIONS:
+        cells = [option.name]
+        for kind in ("t2v", "i2v"):
+            resolved = resolve(f"{kind}_{option.preset}", option.settings)
+            shown = {"image_path": "x.png"} if kind == "i2v" else {}
+            count = forwards_of(Request(prompt="x", **resolved.request, **shown)).computed
+            small, large = (f"{count * one[clip]:.0f}" for clip in ("480p", "720p"))
+            seen = whole.get((option.name, "480p"))
+            cells += [f"{count}", small, *([f"{seen:.0f}" if seen else ""] if kind == "t2v" else []), large]
+        out.append("| " + " | ".join(cells) + " |")
+    return "\n".join(out)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--prompts", type=int, default=60)
@@ -163,8 +194,10 @@ def main() -> None:
     print(table)
     if args.markdown:
         text = args.markdown.read_text("utf-8")
-        before, rest = text.split(BEGIN)
-        args.markdown.write_text(f"{before}{BEGIN}\n{table}\n{END}{rest.split(END)[1]}", "utf-8")
+        for name, content in (("trades", table), ("h200", on_h200())):
+            before, rest = text.split(BEGIN.format(name))
+            text = f"{before}{BEGIN.format(name)}\n{content}\n{END.format(name)}{rest.split(END.format(name))[1]}"
+        args.markdown.write_text(text, "utf-8")
 
 
 if __name__ == "__main__":
