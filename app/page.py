@@ -109,7 +109,7 @@ def _wire(page: gr.Blocks, controller: PageController) -> None:
     gr.on([named["height"].input, named["width"].input], on(handlers.size_typed), **last)
     costly = [*(name for name in CONTROLS if name not in ("height", "width")), "speed_up"]
     costly += ["videos", "guidance_high", "guidance_low", "per_line", "offload", "attention", "negative_prompt"]
-    costly += [*FILE_FIELDS, "lora_search"] if inputs.mine is not None else ["lora_search"]
+    costly += [*FILE_FIELDS, "lora_search", "model_search"] if inputs.mine is not None else ["lora_search"]
     changes = [*(named[name].input for name in costly), named["prompt"].blur]  # a prompt may make a video per line
     changes += [named[f"lora_{row}_low"].blur for row in range(LORA_ROWS)]
     gr.on(changes, on(refreshed), **last)

@@ -13,9 +13,10 @@ from collections.abc import Iterable, Sequence
 from itertools import groupby
 
 from .catalog.catalog import Catalog, summary
-from .catalog.choose import add_folder_flag, open_catalog
+from .catalog.choose import add_folder_flag
 from .catalog.folders import forget_folder, model_folders, tell_folder
 from .catalog.found_file import FoundFile
+from .catalog.scan import memory_file, scan
 from .cli.parser import ArgumentParser
 from .cli.runner import CommandContext, run_command
 from .errors import byte_size, one_line
@@ -31,11 +32,11 @@ def _run(options: argparse.Namespace, context: CommandContext) -> int:
         tell_folder(folder)
     for folder in options.forget:
         forget_folder(folder)
-    catalog = open_catalog(options.model_dirs, context.environment)
+    folders = model_folders(options.model_dirs, context.environment)
+    catalog = Catalog(scan(folders, memory_file(context.environment)))
     if options.json:
         print(json.dumps(summary(catalog), indent=2, ensure_ascii=False))
         return 0
-    folders = model_folders(options.model_dirs, context.environment)
     print("\n".join(_lines(catalog, [str(folder) for folder in folders])))
     return 0
 

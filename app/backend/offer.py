@@ -154,7 +154,7 @@ class Offer:
         files = self.catalog.catalog.of_kind(FILE_FIELDS[field]) if self.private else []
         other = {"file_high": "low", "file_low": "high"}.get(field)
         fitting = [file for file in files if file.task in (None, task)]
-        return sorted(fitting, key=lambda file: (file.expert == other, file.name.lower()))
+        return sorted(fitting, key=lambda file: (bool(file.problem), file.expert == other, file.name.lower()))
 
     def files_of(self, name: str, config: EngineConfig) -> dict[str, str]:
         """The fields of FILE_FIELDS with which the preset gives an engine with the files of `config`."""

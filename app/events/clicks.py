@@ -21,7 +21,7 @@ from .page_controller import PageEvent
 ON_PAGE = (
     *("language", "example", "download", "cancel_download", "swap", "clear"),
     *("undo_fill", "undo_delete", "random_seed", "stop_editing"),
-    *("look_again", "forget_folder", "lora_add", "trigger"),
+    *("look_again", "forget_folder", "use_model", "lora_add", "trigger"),
 )
 """Buttons that are about the page; all others are about one run, whose id they send."""
 
@@ -84,6 +84,12 @@ def forget(event: PageEvent) -> None:
         event.studio.offer.reread()
 
 
+def use_model(event: PageEvent) -> None:
+    """Choose a found model, as picking it from the list of presets does."""
+    if (name := str(event.sent.get("model", ""))) in event.studio.tasks:
+        event.fill(event.page.editor.preset_values(name), task=event.studio.tasks[name])
+
+
 def add_lora(event: PageEvent) -> None:
     """Put a LoRA of the shelf into the first empty row, with a strength of 1 for each expert."""
     lora = event.studio.offer.catalog.loras.get(str(event.sent.get("lora", "")))
@@ -106,7 +112,13 @@ def add_trigger(event: PageEvent) -> None:
         event.set_fields(prompt=f"{prompt.rstrip().rstrip(',')}, {word}" if prompt.strip() else word)
 
 
-OF_OWN_FILES = {"look_again": look_again, "forget_folder": forget, "lora_add": add_lora, "trigger": add_trigger}
+OF_OWN_FILES = {
+    "look_again": look_again,
+    "forget_folder": forget,
+    "use_model": use_model,
+    "lora_add": add_lora,
+    "trigger": add_trigger,
+}
 
 
 def act_on_job(event: PageEvent, name: str, job: Job) -> None:

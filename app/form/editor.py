@@ -10,6 +10,7 @@ from gradio.components import Component
 from PIL import Image
 
 from lightx2v.catalog.folders import told_folders
+from lightx2v.catalog.found_file import FoundFile
 from lightx2v.config.presets import AIMS
 from lightx2v.config.prompt_cleaning import is_blank
 from lightx2v.config.recorded_settings import PICTURES
@@ -44,7 +45,7 @@ from .inputs import (
 Updates = dict[Component, Any]
 
 MAX_FOUND = 30
-"""Found models in the list of presets; each costs time at every refresh. The fields of My files name the others."""
+"""Found models in the list of presets; each costs time at every refresh. A search in My files finds the others."""
 
 
 class Editor:
@@ -140,7 +141,7 @@ class Editor:
             )  # fmt: skip
             options.append(option)
         options.sort(key=lambda option: ("found", "own", *AIMS).index(option.group))
-        return panels.preset_list(words, options, name, studio.room)
+        return panels.preset_list(words, options, name, studio.room, more=max(0, found - MAX_FOUND))
 
     def shelf(self, words: Words, values: Mapping[str, Any], name: str) -> str:
         """The LoRAs on offer that fit the preset's model."""
@@ -159,7 +160,9 @@ class Editor:
             model = offer.model(name, files)
         except LightX2VError:  # the cost line says why
             model = None
-        return own_files.used_files(words, model) + own_files.folder_list(words, offer.catalog, told)
+        found = {key: value for key, value in offer.found.items() if value.settings.preset.task == values["task"]}
+        models = own_files.model_list(words, found, str(values.get("model_search") or ""), name)
+        return own_files.used_files(words, model) + models + own_files.folder_list(words, offer.catalog, told)
 
     def file_choices(self, words: Words, task: str) -> dict[str, list[tuple[str, str]]]:
         """The choices of the fields that name single files; {} where the page has none."""
@@ -169,10 +172,7 @@ class Editor:
         for field in FILE_FIELDS:
             other = {"file_high": "low", "file_low": "high"}.get(field)
             files = self._studio.offer.choices(field, task)
-            named = [
-                (words("other_half", name=f.name) if f.expert == other and other else f.name, f.name) for f in files
-            ]
-            choices[field] = [(words("automatic"), ""), *named]
+            choices[field] = [(words("automatic"), ""), *((_label(words, file, other), file.name) for file in files)]
         return choices
 
     def size(self, preset: str, values: Mapping[str, Any]) -> tuple[int, int]:
@@ -220,6 +220,13 @@ class Editor:
         for name, options in choices.items():
             texts[self._inputs.fields[name]]["choices"] = options
         return {component: gr.update(**parts) for component, parts in texts.items()}
+
+
+def _label(words: Words, file: FoundFile, other: str | None) -> str:
+    """A file's name in a field for an expert whose other half is `other`."""
+    if file.problem:
+        return words("unusable", name=file.name)
+    return words("other_half", name=file.name) if other and file.expert == other else file.name
 
 
 def lora_texts(values: Mapping[str, Any]) -> list[str]:

@@ -269,6 +269,7 @@ def _my_files(inputs: Inputs) -> None:
                 for name in pair:
                     choices = [(words("automatic"), "")]
                     inputs.add(Dropdown, name, keys[name], choices=choices, value="", min_width=180)
+        inputs.add(Textbox, "model_search", texts={"placeholder": "lora_search_hint"}, max_lines=1)
         inputs.mine = gr.HTML(apply_default_css=False, elem_id="mine", js_on_load=JS_ACT)
         for name, info, key in (
             ("folder", "folder_info", "add_folder"), ("new_name", "new_name_info", "save_preset"),

@@ -1,19 +1,21 @@
 """What a person has: the folders with models, the files that a choice uses, and the shelf of LoRAs."""
 
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from urllib.parse import quote
 
 from lightx2v.catalog.catalog import FoundLora
+from lightx2v.catalog.found_file import FoundFile
 from lightx2v.catalog.found_model import FoundModel, doubts
 from lightx2v.catalog.live_catalog import LiveCatalog
 from lightx2v.config.presets import PresetInfo
 from lightx2v.errors import short_path
 
+from ..backend.offer import FoundPreset
 from ..strings import Words
 from .html import button, esc, tag
 
 SHOWN = 24
-"""LoRAs on the shelf at one time; the others are found by searching."""
+"""LoRAs on the shelf, and models and unusable files in their lists, at one time; searching finds the others."""
 
 
 def model_words(words: Words, model: PresetInfo, steps: int) -> tuple[str, str]:
@@ -35,6 +37,23 @@ def used_files(words: Words, model: FoundModel | None) -> str:
     return tag("div", "".join(tag("p", esc(line), class_="quiet") for line in lines) + notes, class_="uses")
 
 
+def model_list(words: Words, found: Mapping[str, FoundPreset], search: str, chosen: str) -> str:
+    """The found models that match a search, each with a button that chooses it."""
+    parts = search.lower().split()
+    if not parts:
+        return ""
+    texts = {name: f"{name} {each.model.summary}" for name, each in found.items()}
+    matching = [name for name, text in texts.items() if all(part in text.lower() for part in parts)]
+    rows = ""
+    for name in matching[:SHOWN]:
+        facts = tag("div", tag("strong", esc(name)) + tag("span", esc(found[name].model.summary), class_="quiet"))
+        use = button(words("use_model"), "use_model", kind="small", name=words("use_model_name", name=name), model=name)
+        rows += tag("li", facts + use, class_="taken" if name == chosen else None)
+    more = words("lora_more", n=len(matching) - SHOWN) if len(matching) > SHOWN else ""
+    more = more or ("" if matching else words("model_no_match"))
+    return tag("ul", rows, class_="shelf models") + (tag("p", esc(more), class_="quiet") if more else "")
+
+
 def folder_list(words: Words, catalog: LiveCatalog, told: Collection[str]) -> str:
     """The folders that are looked through, and what was found there."""
     found = catalog.catalog
@@ -52,7 +71,19 @@ def folder_list(words: Words, catalog: LiveCatalog, told: Collection[str]) -> st
     line = tag("span", esc(state or words("folders_none")), class_="quiet", role="status")
     head = tag("span", esc(words("folders")), class_="label")
     again = button(words("look_again"), "look_again", kind="small")
-    return head + tag("ul", "".join(rows), class_="folders") + tag("div", again + line, class_="row")
+    folders = head + tag("ul", "".join(rows), class_="folders") + tag("div", again + line, class_="row")
+    return folders + _unusable(words, [file for file in found.files if file.problem])
+
+
+def _unusable(words: Words, files: Sequence[FoundFile]) -> str:
+    """Why files that were recognised cannot be used, folded."""
+    if not files:
+        return ""
+    rows = "".join(tag("li", tag("strong", esc(file.name)) + " " + esc(file.problem)) for file in files[:SHOWN])
+    rows += tag("li", esc(words("lora_more", n=len(files) - SHOWN))) if len(files) > SHOWN else ""
+    return tag(
+        "details", tag("summary", esc(words("unusable_files", n=len(files)))) + tag("ul", rows), class_="unusable"
+    )
 
 
 def shelf(words: Words, loras: Sequence[FoundLora], search: str, task: str, added: Collection[str]) -> str:

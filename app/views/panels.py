@@ -90,10 +90,10 @@ def header(
     return tag("header", content + tag("div", tools, class_="tools"), class_="top")
 
 
-def preset_list(words: Words, presets: Sequence[PresetOption], chosen: str, room: int | None) -> str:
+def preset_list(words: Words, presets: Sequence[PresetOption], chosen: str, room: int | None, *, more: int = 0) -> str:
     """A button with the chosen preset, and the list of all presets with time, memory and download size.
 
-    `room` is the VRAM in bytes that a run may use, None without a GPU.
+    `room` is the VRAM in bytes that a run may use, None without a GPU. `more` found models are not in the list.
     """
     current = next((option for option in presets if option.name == chosen), presets[0])
     options = ""
@@ -102,6 +102,8 @@ def preset_list(words: Words, presets: Sequence[PresetOption], chosen: str, room
             key = {"found": "my_files", "own": "own_presets"}.get(group, f"aim_{group}")
             options += tag("li", esc(words(key)), role="presentation", class_="group")
         options += "".join(_option(words, option, room, chosen=option is current) for option in members)
+        if group == "found" and more:
+            options += tag("li", esc(words("found_more", n=more)), role="presentation", class_="group")
     label = tag("span", esc(words("preset")), class_="label", id="preset-label")
     face = tag("span", esc(current.title), class_="name") + tag("span", "", class_="caret", aria_hidden="true")
     combo = tag(

@@ -21,13 +21,14 @@ from ..config.gguf_formats import mix_of
 from ..config.lora_names import expert_by_metadata, expert_in, expert_of, noise_of, task_of
 from ..config.phases import Expert
 from ..config.request import Task
-from ..errors import CheckpointError
+from ..errors import CheckpointError, short_path
 from ..models.vae_config import VAEConfig
 from ..weights.checkpoint import Checkpoint, open_checkpoint
 from ..weights.dit_names import wan_names
 from ..weights.lora_forms import RANKS
 from ..weights.lora_keys import LayerFinder, experts_of, parse_key
 from ..weights.model_weights import ModelWeights
+from ..weights.other_models import other_model
 from ..weights.safetensors_reader import header_text
 from ..weights.umt5_names import TABLE, is_text_encoder, wan_name
 from ..weights.vae_names import vae_names
@@ -122,19 +123,21 @@ def _expert(checkpoint: Checkpoint, path: Path, size: int) -> FoundFile | None:
         names = {wan: name for name, wan in wan_names(checkpoint.shapes).items()}
     except CheckpointError:
         return None
-    patch = checkpoint.shapes.get(names.get("patch_embedding.weight", ""), ())
-    if len(patch) != 5 or patch[1] not in TASKS or "blocks.0.self_attn.q.weight" not in names:
+    shapes = {wan: checkpoint.shapes[name] for wan, name in names.items()}
+    patch = shapes.get("patch_embedding.weight", ())
+    whole = len(patch) == 5 and "blocks.0.self_attn.q.weight" in shapes
+    if not whole and not other_model(shapes):
         return None
     return FoundFile(
         path=path,
         kind="expert",
         size=size,
-        task=TASKS[patch[1]],
+        task=TASKS.get(patch[1]) if whole else None,
         expert=_expert_of(checkpoint.metadata, path),
         quantisation=_quantisation(checkpoint, path),
         distilled=_says_distilled(checkpoint, path),
-        width=patch[0],
-        text_width=checkpoint.shapes.get(names.get("text_embedding.0.weight", ""), (0, 0))[-1],
+        width=patch[0] if whole else 0,
+        text_width=shapes.get("text_embedding.0.weight", (0, 0))[-1],
         problem=_problem(lambda: ModelWeights.of_expert(checkpoint)),
     )
 
@@ -158,11 +161,19 @@ def _text_encoder(checkpoint: Checkpoint, path: Path, size: int) -> FoundFile | 
 
 def _vae(checkpoint: Checkpoint, path: Path, size: int) -> FoundFile | None:
     try:
-        names = vae_names(checkpoint.shapes)
-        width = VAEConfig.from_shapes({wan: checkpoint.shapes[name] for name, wan in names.items()}).dim
-    except (CheckpointError, LookupError, ZeroDivisionError):
+        shapes = {wan: checkpoint.shapes[name] for name, wan in vae_names(checkpoint.shapes).items()}
+    except CheckpointError:
         return None
-    return FoundFile(path=path, kind="VAE", size=size, quantisation=_quantisation(checkpoint, path), width=width)
+    if not {"encoder.conv1.weight", "decoder.conv1.weight", "conv2.weight"} <= shapes.keys():
+        return None
+    quantisation, width, problem = _quantisation(checkpoint, path), 0, ""
+    try:
+        width = VAEConfig.from_shapes(shapes).dim
+    except CheckpointError as error:
+        problem = f"{short_path(path)}: {error}"
+    except (LookupError, ZeroDivisionError):
+        return None
+    return FoundFile(path=path, kind="VAE", size=size, quantisation=quantisation, width=width, problem=problem)
 
 
 def _lora(path: Path, size: int) -> FoundFile | None:

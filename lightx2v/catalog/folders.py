@@ -11,6 +11,7 @@ from ..config.environment import Environment
 from ..config.folders import expand, working_folder
 from ..errors import ConfigError, OutputError, quoted, short_path
 from ..hub.cache import standard_cache
+from .comfy_paths import extra_folders
 
 USUAL = ("ComfyUI/models", "Wan2GP/ckpts", "Wan2GP/loras")
 """Folders of ComfyUI and Wan2GP, below the home folder, the working folder or the folder beside it."""
@@ -18,8 +19,8 @@ MAX_FOLDERS = 50
 
 
 def model_folders(told: Iterable[str | Path] = (), environment: Environment | None = None) -> list[Path]:
-    """Every folder to scan, each once: those in `told`, in LIGHTX2V_MODEL_DIRS, in the user's settings, and the usual
-    ones that exist. ConfigError if one that was told is no folder."""
+    """Every folder to scan, each once: those in `told`, in LIGHTX2V_MODEL_DIRS, in the user's settings, the usual ones
+    that exist, and what an extra_model_paths.yaml beside them names. ConfigError if one that was told is no folder."""
     environment = environment or Environment.read()
     named = [Path(os.path.expanduser(folder)) for folder in (*told, *environment.model_dirs)]
     for folder in named:
@@ -28,6 +29,7 @@ def model_folders(told: Iterable[str | Path] = (), environment: Environment | No
     if environment.models_dir:
         folders.append(expand(environment.models_dir))
     resolved = [folder.resolve() for folder in [*folders, *usual_folders()] if os.path.isdir(folder)]
+    resolved += [extra.resolve() for folder in dict.fromkeys(resolved) for extra in extra_folders(folder)]
     # A folder inside another one is scanned with it.
     return [
         each

@@ -6,6 +6,7 @@ the files are the found ones. A text encoder, VAE or tokenizer that is not found
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -29,6 +30,9 @@ _MODEL_KEYS = (
     *("dit_quantized", "dit_quant_scheme", "t5_quantized", "t5_quant_scheme"),
 )
 """Keys of a shipped preset that say which model it loads."""
+
+
+_OF_WAN_2_1 = re.compile(r"wan[ _.-]?2[ _.]1(?![0-9])", re.IGNORECASE)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -198,6 +202,8 @@ def doubts(model: FoundModel) -> Iterator[str]:
     for role, other, file in (("high", "low", model.high), ("low", "high", model.low)):
         if file.expert == other:
             yield f"{file.name} is by its name the {other}-noise expert and is used for {role} noise."
+        elif _OF_WAN_2_1.search(file.name):
+            yield f"{file.name} is by its name of Wan2.1, which has one model for high and low noise."
     if model.high.distilled != model.low.distilled and not model.loras:
         yield "One expert is distilled and the other is not. Set the number of steps for each by hand."
 

@@ -7,6 +7,7 @@ from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import replace
 from difflib import SequenceMatcher
+from functools import lru_cache
 from pathlib import Path
 
 from ..config.lora_names import partner_names, partners
@@ -26,9 +27,15 @@ def partner(expert: FoundFile, files: Sequence[FoundFile]) -> FoundFile | None:
         if (found := by_path.get(Path(name))) is not None:
             return found
     wanted = without_expert(expert.name)
-    likeness = lambda each: SequenceMatcher(None, wanted, without_expert(each.name)).ratio()  # noqa: E731
-    best = max(fitting, key=lambda each: (likeness(each), each.quantisation == expert.quantisation), default=None)
-    return best if best is not None and likeness(best) >= ALIKE else None
+    alike = ((_likeness(wanted, without_expert(each.name)), each) for each in fitting)
+    order = lambda found: (found[0], found[1].quantisation == expert.quantisation)  # noqa: E731
+    return max((found for found in alike if found[0] >= ALIKE), key=order, default=(0.0, None))[1]
+
+
+def _likeness(one: str, other: str) -> float:
+    """How alike two names are, from 0 to 1; 0 for less than ALIKE, which is known at once of most."""
+    matcher = SequenceMatcher(None, one, other)
+    return matcher.ratio() if matcher.real_quick_ratio() >= ALIKE and matcher.quick_ratio() >= ALIKE else 0.0
 
 
 def lora_pairs(loras: Sequence[FoundFile]) -> dict[Path, FoundFile]:
@@ -73,6 +80,7 @@ def _fit(one: FoundFile, other: FoundFile) -> bool:
     )
 
 
+@lru_cache(maxsize=100_000)
 def without_expert(name: str) -> str:
     """A name without its words for the expert, without its ending, and without what then stands twice."""
     stem = re.sub(r"\.(safetensors|gguf|pth|pt)$", "", name, flags=re.IGNORECASE)

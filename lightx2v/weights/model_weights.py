@@ -26,6 +26,7 @@ from .gguf_blocks import BlockFormat, BlockWeights
 from .gguf_blocks import dequantise as dequantise_blocks
 from .gguf_reader import check_architecture
 from .lora import MatchedLora, add_loras
+from .other_models import require_expert
 from .quant_layout import (
     SCALE,
     QuantLayout,
@@ -98,8 +99,10 @@ class ModelWeights:
 
     @classmethod
     def of_expert(cls, checkpoint: Checkpoint, *, quantise: torch.dtype | None = None) -> ModelWeights:
-        """The weights of a DiT checkpoint in any layout."""
-        check_architecture(checkpoint.metadata, ("wan",), short_path(checkpoint.path))
+        """The weights of a DiT checkpoint in any layout. CheckpointError names a model of another kind."""
+        source = short_path(checkpoint.path)
+        check_architecture(checkpoint.metadata, ("wan",), source)
+        require_expert({wan: checkpoint.shapes[name] for name, wan in wan_names(checkpoint.shapes).items()}, source)
         return cls._of(checkpoint, wan_names, is_expert_matrix, quantise)
 
     @classmethod

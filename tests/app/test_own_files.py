@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import time
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -16,12 +17,13 @@ from page_engine import Painter
 from app.backend.offer import Offer
 from app.backend.studio import Studio
 from app.exposure import PUBLIC_LIMITS, Exposure
-from app.form.editor import form_of
+from app.form.editor import Editor, form_of
 from app.form.fields import fields_of, loras_on_offer, setting_fields, submit_plan
+from app.form.inputs import Inputs
 from app.strings import Words
 from app.views import own_files
 from app.web.api_routes import OfferedPresets
-from lightx2v.catalog.catalog import FoundLora
+from lightx2v.catalog.catalog import Catalog, FoundLora
 from lightx2v.catalog.found_file import FoundFile
 from lightx2v.catalog.live_catalog import LiveCatalog
 from lightx2v.config.presets import preset_content, resolve
@@ -204,3 +206,37 @@ def test_a_video_from_outside_brings_back_its_loras_by_name(offer: Offer, models
         }
         assert (filled, back["lora_0_strength_high"]) == ({"lora_0_high": "watercolour.safetensors"}, 0.5)
     assert not [*loras_on_offer(request.loras, offered(models, private=False))], "others get none that is not offered"
+
+
+def many_models(count: int) -> LiveCatalog:
+    halves = [
+        FoundFile(path=Path(f"/m/style{n:04}_{half}_noise.safetensors"), kind="expert", size=1, task="t2v",
+                  width=5120, text_width=4096, quantisation="fp8", expert=half)
+        for n in range(count) for half in ("high", "low")
+    ]  # fmt: skip
+    five = FoundFile(path=Path("/m/ti2v.safetensors"), kind="expert", size=1, problem="This is <b>TI2V-5B</b>.")
+    catalog = LiveCatalog()
+    catalog.catalog, catalog.version = Catalog([*halves, five]), 1
+    catalog.refresh = lambda: None  # type: ignore[method-assign]
+    return catalog
+
+
+def test_a_thousand_models_are_reached_by_searching(tmp_path: Path) -> None:
+    """Two thousand experts: the list of presets shows some and says so, the search finds each, and nothing waits."""
+    opened = Studio(Painter(), tmp_path / "outputs", HERE, catalog=many_models(1000))
+    try:
+        editor = Editor(opened, Inputs(WORDS, mine=True))
+        values = editor.whole(editor.preset_values("style0001"), task="t2v")
+        editor.parts(WORDS, values, "")  # the first time makes what is kept
+        start = time.process_time()
+        parts = editor.parts(WORDS, values, "")
+        assert time.process_time() - start < 1
+        assert parts["preset"].count('role="option"') < 80 and "970 more" in parts["preset"]
+        found = editor.parts(WORDS, {**values, "model_search": "STYLE0777 fp8"}, "")["mine"]
+        assert found.count('data-act="use_model"') == 1 and 'data-model="style0777"' in found
+        assert "No model matches" in editor.parts(WORDS, {**values, "model_search": "absent"}, "")["mine"]
+        assert "Files that cannot be used (1)" in found and "This is &lt;b&gt;TI2V-5B&lt;/b&gt;." in found
+        names = [name for name, _ in editor.file_choices(WORDS, "t2v")["file_high"]]
+        assert names[-1] == "ti2v.safetensors (cannot be used)" and len(names) == 2002
+    finally:
+        opened.close()

@@ -142,6 +142,81 @@ def test_folders_are_told_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
             model_folders([wrong])
 
 
+EXTRA = """
+# a comment
+comfyui:
+    base_path: %(base)s
+    is_default: true
+    loras: loras/
+    diffusion_models: |
+        diffusion_models/
+        unet
+
+    custom_nodes: custom_nodes/
+a111:
+    vae: ["%(absolute)s"]
+    loras: ../beside
+empty:
+"""
+
+
+def test_the_folders_of_comfyuis_extra_paths_are_looked_through(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """With a base path or beside the file, one or several of a kind; folders that hold no models are not."""
+    home = tmp_path / "home"
+    monkeypatch.setenv("HOME", str(home))
+    monkeypatch.setenv("BIG_DISK", str(tmp_path / "disk"))
+    (home / "ComfyUI/models").mkdir(parents=True)
+    wanted = {
+        *(tmp_path / "disk" / name for name in ("loras", "diffusion_models", "unet")),
+        *(tmp_path / "vaes", home / "beside"),
+    }
+    for folder in (*wanted, tmp_path / "disk/custom_nodes"):
+        folder.mkdir(parents=True)
+    values = {"base": "$BIG_DISK", "absolute": tmp_path / "vaes"}
+    (home / "ComfyUI/extra_model_paths.yaml").write_text(EXTRA % values)
+    found = {*model_folders()}
+    assert wanted <= found and tmp_path / "disk/custom_nodes" not in found and not caplog.text
+    (tmp_path / "disk/unet").rmdir()
+    assert tmp_path / "disk/unet" not in model_folders()
+    assert "ComfyUI/extra_model_paths.yaml: there is no folder" in caplog.text and "disk/unet for" in caplog.text
+    told = tmp_path / "told"
+    (told / "models").mkdir(parents=True)
+    (told / "extra_model_paths.yaml").write_text("x: {loras: mine}")
+    (told / "mine").mkdir()
+    assert told / "mine" in model_folders([told / "models"]), "beside a told folder, too"
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        b"a: [",
+        b"\xff\xfe\x00",
+        b"!!python/object/apply:os.system ['touch evil']",
+        b"- 1\n- 2",
+        b"just a sentence",
+        b"a: 5",
+        b"a: {loras: {b: c}}",
+        b"a: {base_path: [1], loras: x}",
+        b"a: {base_path: 2001-99-99}",
+        b"{[1]: 2}",
+        b"[" * 5000,
+        b"#" * (1 << 21),
+        b'a: {loras: "x\\0y"}',
+    ],
+)
+def test_a_broken_file_of_extra_paths_is_named_and_left_out(
+    text: bytes, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "ComfyUI/models").mkdir(parents=True)
+    (tmp_path / "ComfyUI/extra_model_paths.yaml").write_bytes(text)
+    assert tmp_path / "ComfyUI/models" in model_folders() and not (tmp_path / "evil").exists()
+    assert "ComfyUI/extra_model_paths.yaml" in caplog.text and len(caplog.text) < 900
+
+
 def test_a_folder_that_went_away_is_left_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("LIGHTX2V_USER_DIR", str(tmp_path / "user"))
     (tmp_path / "disk").mkdir()
