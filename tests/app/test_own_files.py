@@ -227,14 +227,14 @@ def test_a_thousand_models_are_reached_by_searching(tmp_path: Path) -> None:
     try:
         editor = Editor(opened, Inputs(WORDS, mine=True))
         values = editor.whole(editor.preset_values("style0001"), task="t2v")
-        editor.parts(WORDS, values, "")  # the first time makes what is kept
+        editor.parts(WORDS, values, "", "")  # the first time makes what is kept
         start = time.process_time()
-        parts = editor.parts(WORDS, values, "")
+        parts = editor.parts(WORDS, values, "", "")
         assert time.process_time() - start < 1
         assert parts["preset"].count('role="option"') < 80 and "970 more" in parts["preset"]
-        found = editor.parts(WORDS, {**values, "model_search": "STYLE0777 fp8"}, "")["mine"]
+        found = editor.parts(WORDS, {**values, "model_search": "STYLE0777 fp8"}, "", "")["mine"]
         assert found.count('data-act="use_model"') == 1 and 'data-model="style0777"' in found
-        assert "No model matches" in editor.parts(WORDS, {**values, "model_search": "absent"}, "")["mine"]
+        assert "No model matches" in editor.parts(WORDS, {**values, "model_search": "absent"}, "", "")["mine"]
         assert "Files that cannot be used (1)" in found and "This is &lt;b&gt;TI2V-5B&lt;/b&gt;." in found
         names = [name for name, _ in editor.file_choices(WORDS, "t2v")["file_high"]]
         assert names[-1] == "ti2v.safetensors (cannot be used)" and len(names) == 2002
