@@ -19,7 +19,9 @@ from lightx2v.catalog.found_file import FoundFile, Kind
 from lightx2v.catalog.found_model import FoundModel
 from lightx2v.catalog.live_catalog import LiveCatalog
 from lightx2v.config.engine_config import EngineConfig
+from lightx2v.config.lora_names import expert_of
 from lightx2v.config.presets import PresetInfo, Resolved, list_presets, list_user_presets, resolve, shipped_names
+from lightx2v.config.request import LoraSpec
 from lightx2v.config.user_presets import save_preset
 from lightx2v.errors import LightX2VError
 
@@ -30,12 +32,13 @@ FILE_FIELDS: dict[str, Kind] = {
     "file_vae": "VAE",
 }
 """The page's fields that name single files, and the kind of each. An empty one is automatic."""
-_KEYS = {
+FILE_KEYS = {
     "file_high": ("high_noise_quantized_ckpt", "high_noise_original_ckpt"),
     "file_low": ("low_noise_quantized_ckpt", "low_noise_original_ckpt"),
     "file_t5": ("t5_quantized_ckpt", "t5_original_ckpt"),
     "file_vae": ("vae_path",),
 }
+"""The keys of an EngineConfig that each field decides."""
 Files = Mapping[str, str]
 """{field of FILE_FIELDS: name of a found file}."""
 
@@ -156,15 +159,27 @@ class Offer:
         fitting = [file for file in files if file.task in (None, task)]
         return sorted(fitting, key=lambda file: (bool(file.problem), file.expert == other, file.name.lower()))
 
-    def files_of(self, name: str, config: EngineConfig) -> dict[str, str]:
-        """The fields of FILE_FIELDS with which the preset gives an engine with the files of `config`."""
-        own = self.settings(name).engine
+    def files_of(self, name: str, config: EngineConfig) -> tuple[dict[str, str], list[str]]:
+        """The fields of FILE_FIELDS with which the preset gives an engine with the files of `config`, and the names of
+        files that were found no more."""
+        own, absent = self.settings(name).engine, list[str]()
         by_path = {str(file.path): file.name for file in self.catalog.catalog.files} if self.private else {}
         fields = {}
-        for field, keys in _KEYS.items():
+        for field, keys in FILE_KEYS.items():
             paths = [path for key in keys if (path := getattr(config, key)) and path != getattr(own, key)]
             fields[field] = by_path.get(paths[0], "") if paths else ""
-        return fields
+            absent += [Path(path).name for path in paths[:1] if path not in by_path]
+        return fields, absent
+
+    def placed(self, lora: LoraSpec) -> list[LoraSpec]:
+        """A LoRA for the experts that it is for, as files of theirs: an "auto" one as its pair or for both."""
+        if lora.expert != "auto":
+            return [lora]
+        found = (each for each in self.catalog.loras.values() if lora.path in (str(file.path) for file in each.files))
+        if (entry := next(found, None)) is not None:
+            return [replace(lora, expert=each.expert, path=str(each.file.path)) for each in entry.placed()]  # type: ignore[arg-type]
+        named = expert_of(lora.path)
+        return [replace(lora, expert=expert) for expert in ("high", "low") if named in (None, expert)]
 
     @property
     def lora_files(self) -> dict[str, Path]:

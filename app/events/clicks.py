@@ -21,7 +21,7 @@ from .page_controller import PageEvent
 ON_PAGE = (
     *("language", "example", "download", "cancel_download", "swap", "clear"),
     *("undo_fill", "undo_delete", "random_seed", "stop_editing"),
-    *("look_again", "forget_folder", "use_model", "lora_add", "trigger"),
+    *("go_on", "look_again", "forget_folder", "use_model", "lora_add", "trigger"),
 )
 """Buttons that are about the page; all others are about one run, whose id they send."""
 
@@ -63,6 +63,8 @@ def act_on_page(event: PageEvent, name: str) -> None:
         event.set_fields(seed=-1)
     elif name == "stop_editing":
         event.change(editing="")
+    elif name == "go_on":
+        event.set_fields(missing="")
     elif name == "swap":
         event.change(compared=event.session.compared[::-1])
     elif name == "clear":

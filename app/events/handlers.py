@@ -4,7 +4,6 @@ None of them runs a model or waits for one. They read or change the job manager 
 closed tab, a reload or a lost connection never affects a run. (On ZeroGPU one does: see backend/zerogpu.py.)
 """
 
-from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -12,18 +11,17 @@ from typing import Any
 import gradio as gr
 
 from lightx2v.catalog.folders import tell_folder
-from lightx2v.config.engine_config import EngineConfig
 from lightx2v.config.presets import preset_content
 from lightx2v.config.recorded_settings import PICTURES
-from lightx2v.config.request import Request
 from lightx2v.errors import BadRequest, LightX2VError
 from lightx2v.jobs.store import Job
 from lightx2v.media.mp4 import read_settings
 
 from ..backend.session import Session
 from ..form.editor import form_of, stand_in, unfilled
-from ..form.fields import LORA_ROWS, SubmitPlan, loras_on_offer, low_noise_partner, submit_plan
+from ..form.fields import LORA_ROWS, SubmitPlan, low_noise_partner, submit_plan
 from ..form.inputs import MATCH
+from ..form.recorded_run import recorded_run
 from .page_controller import PageEvent
 
 
@@ -201,21 +199,8 @@ def restored(event: PageEvent) -> None:
     file = event.data[event.page.restore]
     if file:
         event.keep_fields()
-        event.fill_run(*_settings_from(event, read_settings(file)))
+        default = {task: event.studio.default_for(task) for task in ("t2v", "i2v")}
+        run = recorded_run(read_settings(file), event.studio.offer, default)
+        event.fill_run(run.preset, run.config, run.request, files=run.files, missing=run.missing)
         event.change(job="", pinned=True, uploaded=event.studio.keep_upload(Path(file)))
         event.state.problem = None
-
-
-def _settings_from(event: PageEvent, settings: Mapping[str, Any]) -> tuple[str, EngineConfig, Request]:
-    """Preset, engine and request from a video's metadata. `fill_run` looks for its picture among our own files."""
-    data = settings.get("request")
-    if not isinstance(data, Mapping):
-        raise BadRequest("This video has no settings of this app in its metadata. Use a video that was made here.")
-    task = "t2v" if data.get("task") == "t2v" else "i2v"
-    preset = str(settings.get("preset", ""))
-    if event.studio.tasks.get(preset) != task:
-        preset = event.studio.default_for(task)
-    request = Request.from_json(dict(data))
-    if request.loras is not None:
-        request = replace(request, loras=tuple(loras_on_offer(request.loras, event.studio.offer)))
-    return preset, event.studio.settings(preset).engine, request

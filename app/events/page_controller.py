@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -22,7 +22,7 @@ from ..backend.session import Session
 from ..backend.studio import Studio, existing
 from ..backend.zerogpu import ZeroGpuJobs
 from ..form.editor import Editor, Updates, form_of
-from ..form.fields import LORA_ROWS, Unfilled, fields_of, file_name, mixed_pair
+from ..form.fields import LORA_ROWS, Unfilled, fields_of, file_name, missing_names, mixed_pair
 from ..form.inputs import MATCH, Inputs
 from ..gradio_compat import forget_copies, merge_updates, newest_component, payload
 from ..strings import Words
@@ -188,14 +188,29 @@ class PageEvent:
         self.values |= whole
         self.state.pictures |= {name: values[name] for name in PICTURES if name in values}
 
-    def fill_run(self, preset: str, config: EngineConfig, request: Request) -> None:
-        """Fill in the settings of a run. Show the stored pictures of our own jobs again; ignore other paths."""
+    def fill_run(
+        self,
+        preset: str,
+        config: EngineConfig,
+        request: Request,
+        *,
+        files: Mapping[str, str] | None = None,
+        missing: Sequence[str] = (),
+    ) -> None:
+        """Fill in the settings of a run. Show the stored pictures of our own jobs again; ignore other paths. `files`
+        and what is `missing` come on top of what `config` tells."""
+        absent = list(missing)
         if preset not in self.studio.tasks:
+            absent.append(preset)
             preset = self.studio.default_for("t2v" if request.task == "t2v" else "i2v")
-        values = fields_of(preset, config, request, self.studio.offer)
+        values = fields_of(preset, config, request, self.studio.offer) | (files or {})
         for name in PICTURES:
             path = self.studio.folder / (values[name] or "")  # a video names its picture relative to itself
-            values[name] = str(path) if existing(path, self.studio.folder) else None
+            here = existing(path, self.studio.folder)
+            if values[name] and not here and name != "image_path":  # without a first frame nothing can run anyway
+                absent.append(path.name)
+            values[name] = str(path) if here else None
+        values["missing"] = missing_names([*absent, values["missing"]])
         self.fill(values, task=values["task"])
 
     def keep_fields(self) -> None:

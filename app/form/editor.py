@@ -24,6 +24,7 @@ from ..backend.studio import Studio
 from ..backend.zerogpu import reserved_seconds
 from ..strings import Words
 from ..views import own_files, panels
+from ..views.html import button
 from ..views.stage import departures
 from .demo_words import unknown_words
 from .examples import examples
@@ -74,7 +75,7 @@ class Editor:
     def preset_values(self, name: str) -> dict[str, Any]:
         """The values of every field that a preset decides."""
         files = dict.fromkeys(FILE_FIELDS, "")
-        return {"preset": name, **files, **setting_fields(self._studio.settings(name).request)}
+        return {"preset": name, "missing": "", **files, **setting_fields(self._studio.settings(name).request)}
 
     def fill(self, words: Words, values: Mapping[str, Any]) -> Updates:
         """Updates of the fields in `values` (of `whole`), and of the choices and rows that depend on the preset."""
@@ -112,7 +113,7 @@ class Editor:
             "crop": self.crop(words, values),
         }
         if problem:
-            parts["cost"] = notices + panels.problem(problem)
+            parts["cost"] = notices + _refusal(words, values, problem)
         elif self._studio.tasks.get(values["preset"]) == values["task"]:  # not while a run's fields are filled in
             parts["cost"] = notices + self.cost(words, values)
         parts["shelf"] = self.shelf(words, values, name)
@@ -189,7 +190,7 @@ class Editor:
             form = unfilled(form_of(values))
             plan = submit_plan(form, studio.offer, studio.exposure)
         except LightX2VError as error:
-            return panels.problem(str(error))
+            return _refusal(words, values, str(error))
         config, request = plan.config, plan.requests[0]
         prediction = studio.predict(config, request)
         cost = panels.cost_line(
@@ -220,6 +221,12 @@ class Editor:
         for name, options in choices.items():
             texts[self._inputs.fields[name]]["choices"] = options
         return {component: gr.update(**parts) for component, parts in texts.items()}
+
+
+def _refusal(words: Words, values: Mapping[str, Any], problem: str) -> str:
+    """An error in place of the cost, with a button where something missing is in the way."""
+    go_on = button(words("go_on"), "go_on", kind="small") if values.get("missing") else ""
+    return panels.problem(problem) + go_on
 
 
 def _label(words: Words, file: FoundFile, other: str | None) -> str:

@@ -7,10 +7,10 @@ A `Form` holds the values of the fields, in gradio's types. `submit_plan` checks
 import json
 import re
 import secrets
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, fields, replace
 from itertools import product
-from pathlib import PureWindowsPath
+from pathlib import Path, PureWindowsPath
 from typing import Any, Self
 
 from lightx2v.config.engine_config import EngineConfig
@@ -22,7 +22,7 @@ from lightx2v.config.prompt_cleaning import is_blank
 from lightx2v.config.recorded_settings import PICTURES
 from lightx2v.config.request import Request
 from lightx2v.config.request_settings import SETTINGS, PhaseList, Setting, StepList
-from lightx2v.errors import BadRequest, quoted
+from lightx2v.errors import BadRequest, one_line, quoted
 from lightx2v.hub import find_lora
 
 from ..backend.offer import FILE_FIELDS, Offer
@@ -30,6 +30,8 @@ from ..exposure import Exposure
 from ..strings import Words
 
 LORA_ROWS = 4
+MAX_MISSING = 300
+"""Letters of the names of what is missing."""
 OFFLOAD: dict[str, bool | str] = {"auto": "auto", "on": True, "off": False}
 EXACT = "fixed_shape"
 """The resize mode of a video that ignores the shape of its first frame."""
@@ -109,13 +111,15 @@ class Form:
     """Arguments of one LoraSpec each; a path may be the name of a found LoRA's file."""
     files: Mapping[str, str] = field(default_factory=dict)
     """The names of single files, by the fields of FILE_FIELDS."""
+    missing: str = ""
+    """What the run that was filled in used and the form cannot name; "" once the visitor goes on without."""
 
     @classmethod
     def of(cls, values: Mapping[str, Any]) -> Self:
         """From component values: numbers come as float or None, rows of LoRAs as lora_0_high and so on."""
         known = {field.name for field in fields(cls)}
         data = {name: value for name, value in values.items() if name in known}
-        data |= {name: data.get(name) or "" for name in ("prompt", "negative_prompt")}
+        data |= {name: data.get(name) or "" for name in ("prompt", "negative_prompt", "missing")}
         data |= {name: _whole(name, data.get(name), empty) for name, empty in (("seed", -1), ("videos", 1))}
         loras = []
         for row, expert in product(range(LORA_ROWS), ("high", "low")):
@@ -142,6 +146,11 @@ def submit_plan(form: Form, offer: Offer, exposure: Exposure) -> SubmitPlan:
         raise BadRequest(f"There is no preset {form.preset[:60]!r} for {form.task}. Choose one from the list.")
     if form.task == "i2v" and not form.image_path:
         raise Unfilled("image_missing")
+    if form.missing:
+        raise BadRequest(
+            f"This run used what is not here, or has no field here: {one_line(form.missing[:MAX_MISSING])}. Put the "
+            "files into a folder of models and fill the run in again, choose a preset, or go on without."
+        )
     content = offer.content(form.preset, form.files if exposure.shows_paths else None)
     resolved = resolve(content, _overrides(form, exposure, resolve(content)))
     if loras := _loras(form, offer, exposure, resolved.engine):
@@ -163,7 +172,11 @@ def fields_of(preset: str, config: EngineConfig, request: Request, offer: Offer)
     shown = ("prompt", "negative_prompt", "image_path", "last_frame_path", "seed")
     loras = config.lora_configs if request.loras is None else request.loras
     added = [lora for lora in loras if lora not in offer.settings(preset).engine.lora_configs]
-    added = [replace(lora, path=offer.lora_name(lora.path)) for lora in added]
+    added = [replace(each, path=offer.lora_name(each.path)) for lora in added for each in offer.placed(lora)]
+    rows, absent = _lora_rows(added)
+    files, not_found = offer.files_of(preset, config)
+    if not offer.private:
+        absent += [lora.path for lora in added if lora.path not in offer.lora_files]
     return {
         **setting_fields(request.to_json()),
         **{name: getattr(request, name) for name in shown},
@@ -173,21 +186,10 @@ def fields_of(preset: str, config: EngineConfig, request: Request, offer: Offer)
         "attention": config.self_attn_1_type,
         "videos": 1,
         "per_line": False,
-        **offer.files_of(preset, config),
-        **_lora_rows(added),
+        "missing": missing_names([*not_found, *absent]),
+        **files,
+        **rows,
     }
-
-
-def loras_on_offer(loras: Iterable[LoraSpec], offer: Offer) -> Iterator[LoraSpec]:
-    """Of the LoRAs of a video from outside those on offer, at their places here. A path in a video is not trusted, the
-    name of a found file is; where several files have it, the one at that path is meant."""
-    files = offer.lora_files
-    places = {path.name: path for path in files.values()} | files
-    own = {str(path): path for path in files.values()} if offer.private else {}
-    for lora in loras:
-        place = own.get(lora.path) or places.get(PureWindowsPath(lora.path).name)
-        if place is not None:
-            yield replace(lora, path=str(place))
 
 
 def low_noise_partner(path: str) -> str:
@@ -263,13 +265,21 @@ def _loras(form: Form, offer: Offer, exposure: Exposure, engine: EngineConfig) -
     return (*engine.lora_configs, *specs) if specs else ()
 
 
-def _lora_rows(loras: list[LoraSpec]) -> dict[str, Any]:
+def missing_names(names: Iterable[str]) -> str:
+    """The field `missing`: what a run used and the form cannot name."""
+    return ", ".join(dict.fromkeys(filter(None, names)))[:MAX_MISSING]
+
+
+def _lora_rows(loras: list[LoraSpec]) -> tuple[dict[str, Any], list[str]]:
+    """The fields of the rows, and what they cannot hold: more LoRAs than rows, a strength for each phase."""
     values: dict[str, Any] = {}
+    left = [f"{Path(lora.path).name}: a strength for each phase" for lora in loras if lora.varies]
     for expert in ("high", "low"):
         rows = [(lora.path, lora.strengths[-1]) for lora in loras if lora.expert == expert]
+        left += [Path(path).name for path, _ in rows[LORA_ROWS:]]
         for row, (path, strength) in enumerate([*rows, *[("", 1.0)] * LORA_ROWS][:LORA_ROWS]):
             values |= {f"lora_{row}_{expert}": path, f"lora_{row}_strength_{expert}": strength}
-    return values
+    return values, left
 
 
 def _prompts(form: Form, most: int) -> list[str]:

@@ -130,6 +130,7 @@ def build_inputs(words: Words, resolved: Resolved, exposure: Exposure, *, tasks:
         inputs.preset = gr.HTML(apply_default_css=False, elem_id="preset", js_on_load=JS_PICK, scale=4, min_width=220)
         # A hidden field, so that every event carries the settings together with the preset that they belong to.
         inputs.fields["preset"] = Textbox(resolved.preset.name, visible=False, elem_id="preset_name")
+        inputs.fields["missing"] = Textbox("", visible=False, elem_id="missing")
         inputs.add(
             Dropdown, "offload", choices=offload_choices(words), value="auto", filterable=False, scale=1,
             min_width=100, visible=paths,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import time
 from collections.abc import Iterator
@@ -14,20 +15,23 @@ import pytest
 from model_tree import comfy_tree, style_lora
 from page_engine import Painter
 
-from app.backend.offer import Offer
+from app.backend.offer import FILE_FIELDS, Offer
 from app.backend.studio import Studio
 from app.exposure import PUBLIC_LIMITS, Exposure
 from app.form.editor import Editor, form_of
-from app.form.fields import fields_of, loras_on_offer, setting_fields, submit_plan
+from app.form.fields import LORA_ROWS, fields_of, setting_fields, submit_plan
 from app.form.inputs import Inputs
+from app.form.recorded_run import loras_on_offer, recorded_run
 from app.strings import Words
 from app.views import own_files
 from app.web.api_routes import OfferedPresets
 from lightx2v.catalog.catalog import Catalog, FoundLora
 from lightx2v.catalog.found_file import FoundFile
 from lightx2v.catalog.live_catalog import LiveCatalog
+from lightx2v.catalog.used_files import content_hash
 from lightx2v.config.presets import preset_content, resolve
-from lightx2v.errors import CheckpointError, ConfigError
+from lightx2v.config.request import LoraSpec, Request
+from lightx2v.errors import BadRequest, CheckpointError, ConfigError
 
 HERE, OTHERS = Exposure(), Exposure(open_to_others=True, limits=PUBLIC_LIMITS)
 T2V, FAST = "wan2.2_t2v_demo", "wan2.2_t2v_demo+wan2.2_t2v_demo_lightx2v_lora_4step"
@@ -240,3 +244,72 @@ def test_a_thousand_models_are_reached_by_searching(tmp_path: Path) -> None:
         assert names[-1] == "ti2v.safetensors (cannot be used)" and len(names) == 2002
     finally:
         opened.close()
+
+
+def video_of(preset: str, engine: dict[str, Any], request: dict[str, Any], files: list[Any] = []) -> dict[str, Any]:  # noqa: B006
+    return {"preset": preset, "engine": engine, "request": request, "files": files}
+
+
+def restored_values(settings: dict[str, Any], offer: Offer) -> tuple[dict[str, Any], tuple[str, ...]]:
+    run = recorded_run(settings, offer, {"t2v": FAST, "i2v": "wan2.2_i2v_demo"})
+    return fields_of(run.preset, run.config, run.request, offer) | run.files, run.missing
+
+
+def test_a_video_whose_files_are_here_is_filled_in_whole(offer: Offer, models: Path) -> None:
+    """The preset's own files and LoRAs, wherever they lay then; another VAE by its record; a LoRA for both experts."""
+    resolved = offer.settings(FAST)
+    engine = json.loads(json.dumps(resolved.engine.to_json()).replace(str(models), "/another/disk"))
+    request = Request(prompt="a ball", **resolved.request).to_json()
+    for lora in (
+        {"path": "/x/watercolour.safetensors", "strength": 0.5},
+        {"name": "low_noise_model", "path": "C:\\watercolour.safetensors"},
+    ):
+        values, missing = restored_values(video_of(FAST, engine, {**request, "loras": [lora]}), offer)
+        assert not missing and values["missing"] == "" and not any(values[field] for field in FILE_FIELDS)
+        assert values["lora_0_low"] == "watercolour.safetensors"
+        assert values["lora_0_high"] == ("" if "name" in lora else "watercolour.safetensors")
+    slow = Request(prompt="a ball", **offer.settings(T2V).request).to_json()
+    values, missing = restored_values(video_of(T2V, engine, slow), offer)
+    assert not missing, "the LoRAs of the engine are those of a found one"
+    assert [values["lora_0_high"], values["lora_0_low"]] == [
+        f"wan2.2_t2v_demo_{half}_noise_lightx2v_lora_4step.safetensors" for half in ("high", "low")
+    ]
+    other = {**offer.settings(T2V).engine.to_json(), "vae_path": "/old/name.pth"}
+    file = offer.catalog.catalog.find("wan_2.1_vae", "VAE")
+    record = {"role": "VAE", "name": "name.pth", "size": file.size, "sha256": content_hash(file.path)}
+    values, missing = restored_values(video_of(FAST, {**engine, **other}, request, [record]), offer)
+    assert not missing, "the same content under another name"
+
+
+@pytest.mark.parametrize("private", [True, False])
+def test_what_a_video_used_and_is_not_here_blocks_generate_by_name(models: Path, private: bool) -> None:
+    offer = offered(models, "*", private=private)
+    resolved = offer.settings(FAST)
+    engine, request = resolved.engine.to_json(), Request(prompt="a ball", **resolved.request).to_json()
+    lost = {
+        "gone.safetensors": video_of(FAST, engine, {**request, "loras": [{"path": "/x/gone.safetensors"}]}),
+        "half.safetensors": video_of(FAST, {**engine, "low_noise_original_ckpt": "/x/half.safetensors"}, request),
+        "t5.pth": video_of(FAST, {**engine, "t5_original_ckpt": "D:\\t5.pth"}, request),
+        "wan_2.1_vae.pth": video_of(
+            FAST, {**engine, "vae_path": "/x/wan_2.1_vae.pth"}, request, [{"name": "wan_2.1_vae.pth", "size": 7}]
+        ),
+        "t2v_distill_fp8_8gpu": video_of("t2v_distill_fp8_8gpu", engine, request),
+        "my preset": video_of("my preset", {}, request),
+    }
+    for name, settings in lost.items():
+        values, missing = restored_values(settings, offer)
+        assert name in missing, (name, missing)
+        chosen = form_of({**values, "missing": ", ".join(missing)})
+        with pytest.raises(BadRequest, match=f"not here.*{name}.*go on without"):
+            submit_plan(chosen, offer, HERE if private else OTHERS)
+        assert submit_plan(replace(chosen, missing=""), offer, HERE if private else OTHERS).requests
+
+
+def test_what_the_rows_of_a_run_cannot_hold_is_named(offer: Offer) -> None:
+    resolved = offer.settings(T2V)
+    several = [LoraSpec(expert="high", path=f"/x/{n}.safetensors") for n in range(LORA_ROWS + 2)]
+    request = Request(prompt="a ball", **{**resolved.request, "loras": several})
+    values = fields_of(T2V, resolved.engine, request, offer)
+    assert values["missing"] == "4.safetensors, 5.safetensors"
+    gone = replace(resolved.engine, vae_path="/x/gone_vae.pth")
+    assert fields_of(T2V, gone, Request(prompt="a ball", **resolved.request), offer)["missing"] == "gone_vae.pth"
