@@ -108,7 +108,8 @@ def _wire(page: gr.Blocks, controller: PageController) -> None:
     named["length"].input(on(handlers.length_chosen), **last)
     gr.on([named["height"].input, named["width"].input], on(handlers.size_typed), **last)
     costly = [*(name for name in CONTROLS if name not in ("height", "width")), "speed_up"]
-    costly += ["videos", "guidance_high", "guidance_low", "per_line", "offload", "attention", "negative_prompt"]
+    costly += ["videos", "guidance_high", "guidance_low", "per_line", "offload", "vram_gb", "attention"]
+    costly += ["negative_prompt"]
     costly += [*FILE_FIELDS, "lora_search", "model_search"] if inputs.mine is not None else ["lora_search"]
     changes = [*(named[name].input for name in costly), named["prompt"].blur]  # a prompt may make a video per line
     changes += [named[f"lora_{row}_low"].blur for row in range(LORA_ROWS)]

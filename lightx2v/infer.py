@@ -189,8 +189,8 @@ def _recorded(video: str, given: Sequence[str], files: FileChoice) -> tuple[dict
                 )
             shown[key] = str(picture)
     # The class follows from the step list, which a request may have even if the engine was loaded without one. The
-    # number of processes belongs to this run and does not change the video.
-    engine = {key: value for key, value in engine.items() if key not in ("model_cls", "parallel")}
+    # number of processes and the limit of memory belong to this run and do not change the video.
+    engine = {key: value for key, value in engine.items() if key not in ("model_cls", "parallel", "vram_gb")}
     values = {key: value for key, value in request.items() if key not in PER_VIDEO}
     named = {part for part in ("t5", "vae") if getattr(files, part)} | (
         {"high", "low"} if files.names_experts else set()
@@ -335,7 +335,7 @@ def _summary(report: dict[str, Any]) -> str:
 
 # ---- the flags ------------------------------------------------------------------------------------------------------
 
-_ENGINE_FLAGS = ("model_cls", "task", "model_path", "models_dir")
+_ENGINE_FLAGS = ("model_cls", "task", "model_path", "models_dir", "vram_gb")
 _OVERRIDES = frozenset({*_ENGINE_FLAGS, *(name for name, row in SETTINGS.items() if row.flag)})
 """Flags with the names of fields, which `resolve` takes as they are."""
 
@@ -387,6 +387,7 @@ def _add_engine_flags(add: Add) -> None:
     add("--model_cls", metavar="CLASS", help=" or ".join(MODEL_CLASSES))
     add("--model_path", metavar="PATH", help="a folder, or a Hub name such as Wan-AI/Wan2.2-T2V-A14B")
     add("--models_dir", metavar="FOLDER", help="the folder in which relative paths are looked up first")
+    add("--vram_gb", type=float, metavar="N", help="use at most N GB of the GPU (default: all that is free)")
     add("--strict_attention", action="store_true", help="fail if the chosen attention backend cannot run")
     add(
         "--set",

@@ -106,6 +106,8 @@ class Form:
     guidance_low: float
     speed_up: str = "exact"
     offload: str = "auto"
+    vram_gb: float | None = None
+    """0 and None: all that is free."""
     attention: str = "auto"
     loras: tuple[Mapping[str, Any], ...] = ()
     """Arguments of one LoraSpec each; a path may be the name of a found LoRA's file."""
@@ -183,6 +185,7 @@ def fields_of(preset: str, config: EngineConfig, request: Request, offer: Offer)
         "task": "t2v" if request.task == "t2v" else "i2v",
         "preset": preset,
         "offload": next(name for name, value in OFFLOAD.items() if value == config.cpu_offload),
+        "vram_gb": config.vram_gb or 0,
         "attention": config.self_attn_1_type,
         "videos": 1,
         "per_line": False,
@@ -247,6 +250,8 @@ def _overrides(form: Form, exposure: Exposure, preset: Resolved) -> dict[str, An
     if form.offload not in OFFLOAD:
         raise BadRequest(f"offload is {form.offload[:40]!r}; expected auto, on or off.")
     values["cpu_offload"] = OFFLOAD[form.offload]
+    if form.vram_gb:
+        values["vram_gb"] = form.vram_gb
     if form.attention != "auto":
         values |= {"self_attn_1_type": form.attention, "cross_attn_1_type": form.attention}
     return values

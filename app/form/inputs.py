@@ -59,10 +59,14 @@ def _choice(component: Any, sent: Any) -> str | int | None:
     return text_of(sent) if isinstance(sent, str) else max(0, min(sent, 2**31))
 
 
+MOST_VRAM_GB = 48
+"""The end of the slider; whoever has a larger card has no need to go without."""
+
 Textbox = tolerant(gr.Textbox, lambda _, sent: text_of(sent))
 Dropdown = tolerant(gr.Dropdown, lambda _, sent: text_of(sent))
 Checkbox = tolerant(gr.Checkbox, lambda _, sent: sent if isinstance(sent, bool) else None)
 Number = tolerant(gr.Number, _number)
+Slider = tolerant(gr.Slider, _number)
 Choice = tolerant(gr.Radio, _choice)
 Picture = tolerant(gr.Image, lambda _, sent: sent.path if sent else None)
 """The path of an uploaded image, for `load_image` to check. gradio itself would decode any size, make transparency
@@ -228,6 +232,10 @@ def _advanced(inputs: Inputs, request: Mapping[str, Any], task: str, exposure: E
         )  # fmt: skip
     inputs.base_only, inputs.distilled_only = boxes["shift"], boxes["list"]
     with boxes[""]:
+        inputs.add(
+            Slider, "vram_gb", texts={"info": "vram_gb_info"}, value=0, minimum=0, maximum=MOST_VRAM_GB, step=1,
+            min_width=180, visible=exposure.shows_paths,
+        )  # fmt: skip
         inputs.add(
             Dropdown, "attention", choices=[*ATTENTION_NAMES], value="auto", info=USAGE["attention"], min_width=120,
             visible=exposure.shows_paths,

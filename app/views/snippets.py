@@ -43,6 +43,8 @@ def changed_settings(job: Job) -> dict[str, Any]:
     changed.pop("task", None)
     if job.config.cpu_offload != "auto":
         changed["cpu_offload"] = job.config.cpu_offload
+    if job.config.vram_gb is not None:
+        changed["vram_gb"] = job.config.vram_gb
     return changed
 
 
@@ -89,7 +91,7 @@ def _curl(job: Job, changed: dict[str, Any], address: str, key: bool) -> str:
     if job.preset:
         words.append(f"-F model={shlex.quote(job.preset)}")
     for name, value in changed.items():
-        if name == "cpu_offload" or value is None:  # the server decides on offload, not the request
+        if name in ("cpu_offload", "vram_gb") or value is None:  # the server decides on offload, not the request
             continue
         if name == "steps" and job.request.denoising_step_list is not None:  # the list sets the number of steps
             continue

@@ -41,6 +41,9 @@ OTHER_SCHEMES = re.compile(r"(fp8|int8)-(b128-deepgemm|musa|intel-xpu|npu|tmo|ml
 """LightX2V's other formats and kernels: block-scaled, 4-bit, other vendors."""
 A14B_HEADS = 40
 
+VRAM_GB = (2.0, 1024.0)
+"""The least and the most of `vram_gb`."""
+
 _ORIGINALS = ("high_noise_original_ckpt", "low_noise_original_ckpt")
 _QUANTIZED = ("high_noise_quantized_ckpt", "low_noise_quantized_ckpt")
 _T5_FILES = ("t5_quantized_ckpt", "t5_original_ckpt", "t5_tokenizer_path")
@@ -95,8 +98,9 @@ class EngineConfig:
 
     "auto" lets the program choose for this machine; for `t5_cpu_offload` and `vae_cpu_offload` it means the value of
     `cpu_offload`. A path is absolute, relative to `models_dir`, the working folder or the project, or a name on the Hub
-    (`hub_name`). With `build`, the first use makes the experts from the base model and its LoRAs: "merged", or "fp8",
-    which is merged and then quantised.
+    (`hub_name`). `vram_gb` limits what the program takes of the device, as a card of so many GB does. With `build`, the
+    first use makes the experts from the base model and its LoRAs: "merged", or "fp8", which is merged and then
+    quantised.
     """
 
     model_cls: ModelClass = "wan2.2_moe"
@@ -130,6 +134,7 @@ class EngineConfig:
     t5_cpu_offload: bool | Auto = "auto"
     vae_cpu_offload: bool | Auto = "auto"
     lazy_load: bool = False
+    vram_gb: float | None = None
     use_tiling_vae: bool | Auto = "auto"
     text_len: int = 512
     max_tokens: int = 151_200
@@ -211,6 +216,8 @@ class EngineConfig:
             raise ConfigError("build merges the LoRAs once, so each has one strength. Give one, or remove build.")
 
     def _check_placement(self) -> None:
+        if self.vram_gb is not None:
+            object.__setattr__(self, "vram_gb", check.real("vram_gb", self.vram_gb, *VRAM_GB))
         if self.device == "cpu" and self.cpu_offload is True:
             raise ConfigError(
                 'cpu_offload is true, but device is "cpu": there is nothing to offload from. Set cpu_offload to false, '

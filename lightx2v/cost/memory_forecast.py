@@ -7,12 +7,10 @@ from ..config.engine_config import EngineConfig
 from ..config.request import Request
 from .machine import Machine
 from .memory_bytes import host_bytes, stage_bytes
-from .memory_ladder import RESERVE, MemoryPlanner
+from .memory_ladder import RESERVE, MemoryPlanner, card_bytes, usable
 from .memory_plan import GIB, MemoryPlan, OffloadOptions, plan_from_disk, workload_of
 from .model_size import model_size
 
-DRIVER_BYTES = GIB
-"""What the driver and the CUDA context take from a GPU's nominal size."""
 ENOUGH = 2**62
 """Host memory that always suffices, for a forecast of how much host memory a GPU needs beside its own."""
 
@@ -42,7 +40,7 @@ class Forecast:
 
 def forecast_for_gpu(config: EngineConfig, request: Request, size: float) -> Forecast:
     """The forecast for a GPU of `size` GB in a machine with enough host memory."""
-    return forecast(config, request, vram=max(0, int(size * GIB) - DRIVER_BYTES), ram=ENOUGH)
+    return forecast(config, request, vram=card_bytes(size), ram=ENOUGH)
 
 
 def forecast_for_machine(config: EngineConfig, request: Request, machine: Machine) -> Forecast:
@@ -59,7 +57,8 @@ def forecast_for_machine(config: EngineConfig, request: Request, machine: Machin
 
 
 def forecast(config: EngineConfig, request: Request, *, vram: int, ram: int) -> Forecast:
-    """The forecast for these free bytes, under the plan that the engine will choose for them."""
+    """The forecast for these free bytes, under the plan that the engine will choose for them and for `vram_gb`."""
+    vram = usable(vram, config.vram_gb)
     model = model_size(config, 2)
     planner = MemoryPlanner(vram=vram, ram=ram, model=model, options=OffloadOptions.of(config))
     plan = planner.plan(workload_of(request))

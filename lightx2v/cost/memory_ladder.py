@@ -13,6 +13,9 @@ from .memory_plan import GIB, PREFETCH_SLOTS, MemoryPlan, ModelSize, OffloadOpti
 RESERVE = GIB * 3 // 4
 """Device memory that no plan uses: for the workspaces of cuBLAS and cuDNN, and for other programs that grow."""
 
+DRIVER_BYTES = GIB
+"""What the driver and the CUDA context take from a GPU's nominal size."""
+
 USUAL = Workload(tokens=32_760, height=60, width=104)
 """The video that a model is loaded for: 832x480, 81 frames, with guidance."""
 
@@ -81,6 +84,16 @@ def next_plan(plan: MemoryPlan, stage: Stage, layers: int) -> MemoryPlan | None:
         if possible:
             return rung
     return None
+
+
+def usable(free: int, vram_gb: float | None) -> int:
+    """Of `free` bytes of a device those that a program may use that takes at most `vram_gb` GB in all."""
+    return free if vram_gb is None else min(free, card_bytes(vram_gb))
+
+
+def card_bytes(size: float) -> int:
+    """What a program can allocate on an empty card of `size` GB."""
+    return max(0, int(size * GIB) - DRIVER_BYTES)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -24,7 +24,7 @@ from ..loading.networks import DTYPES, Precision, expert_weights
 from ..loading.prebuilt_cache import build_prebuilt, find_prebuilt
 from ..models.fused import kernels_for
 from ..models.preview import Preview
-from ..offload.placement import Placement, load_offloaded, planner_for
+from ..offload.placement import Placement, limit_memory, load_offloaded, planner_for
 from ..offload.resident import LoadInputs, Resident
 from ..parallel.mesh import Mesh
 from ..parallel.process_group import Group
@@ -240,6 +240,7 @@ def load_placement(inputs: LoadInputs, warnings: list[str]) -> Placement:
     A retry adds a warning.
     """
     config, precision, group = inputs.config, inputs.precision, inputs.group
+    limit_memory(precision.device, config.vram_gb)
     planner, when = planner_for(inputs.files, config, precision, group), "while loading the model"
     if planner is None and not config.lazy_load:
         if config.cpu_offload is True:

@@ -167,7 +167,8 @@ def settings(config: EngineConfig, request: Request) -> dict[str, Any]:
     """The part of `made_by` that a command line knows before it loads the model. Pictures are named by their content,
     because their paths differ between machines."""
     pictures = {name: content_hash(path) for name in PICTURES if (path := getattr(request, name))}
-    return {"engine": config.to_json(), "request": request.to_json() | pictures}
+    engine = {key: value for key, value in config.to_json().items() if key != "vram_gb"}  # changes no result
+    return {"engine": engine, "request": request.to_json() | pictures}
 
 
 def fits(saved: SavedStep, config: EngineConfig, request: Request) -> bool:

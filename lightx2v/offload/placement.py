@@ -12,7 +12,7 @@ import torch
 from ..config.architecture import DiTConfig
 from ..config.engine_config import EngineConfig
 from ..cost.machine import host_memory
-from ..cost.memory_ladder import MemoryLadder, MemoryPlanner
+from ..cost.memory_ladder import MemoryLadder, MemoryPlanner, usable
 from ..cost.memory_plan import ModelSize, OffloadOptions
 from ..loading.expert_loras import ExpertLoras, match_loras
 from ..loading.model_files import ModelFiles
@@ -39,11 +39,20 @@ def planner_for(
         return None
     # All processes plan alike: for the smallest device, and for an equal share of host memory.
     everywhere = group.all_gather_json([torch.cuda.mem_get_info(precision.device)[0], host_memory()[0]])
-    vram, ram = min(vram for vram, _ in everywhere), min(ram for _, ram in everywhere) // group.size
+    vram = usable(min(vram for vram, _ in everywhere), config.vram_gb)
+    ram = min(ram for _, ram in everywhere) // group.size
     if files.prebuilt is None and config.build:
         ram = 2**62  # weights that no file holds cannot stay on disk
     model, options = model_sizes(files, config, precision), OffloadOptions.of(config)
     return MemoryPlanner(vram=vram, ram=ram, model=model, options=options)
+
+
+def limit_memory(device: torch.device, vram_gb: float | None) -> None:
+    """Let the allocator hand out no more than a card of `vram_gb` GB has: beyond it a run is out of memory, as on such
+    a card, and moves more of the weights off. None takes an earlier limit away."""
+    if device.type == "cuda":
+        total = torch.cuda.mem_get_info(device)[1]
+        torch.cuda.set_per_process_memory_fraction(usable(total, vram_gb) / total, device)
 
 
 def load_offloaded(inputs: LoadInputs, ladder: MemoryLadder, *, copies: Copies | None = None) -> Offloaded:

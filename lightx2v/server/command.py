@@ -55,7 +55,7 @@ def main(argv: Sequence[str] | None = None, *, open_engine: OpenEngine | None = 
 def _run(options: argparse.Namespace, context: CommandContext, *, open_engine: OpenEngine | None) -> int:
     environment = context.environment
     keys = _keys(options, environment)
-    names = ("model_cls", "task", "model_path", "models_dir")
+    names = ("model_cls", "task", "model_path", "models_dir", "vram_gb")
     overrides = {name: value for name in names if (value := getattr(options, name))}
     resolved = _resolved(options, overrides, environment)
     if environment.distributed and open_engine is None:
@@ -284,6 +284,7 @@ def _parser() -> ArgumentParser:
     add("--model_cls", metavar="CLASS", help="wan2.2_moe or wan2.2_moe_distill")
     add("--task", choices=("t2v", "i2v", "flf2v"))
     add("--model_path", metavar="PATH", help="a folder, or a Hub name such as Wan-AI/Wan2.2-T2V-A14B")
+    add("--vram_gb", type=float, metavar="N", help="use at most N GB of the GPU (default: all that is free)")
     add("--models_dir", metavar="FOLDER", help="where relative paths are looked for first")
     add("--lora_dir", type=Path, metavar="FOLDER", help="LoRA files that requests may add")
     offer = "let requests add the found LoRAs of this name; may be repeated, * stands for any"

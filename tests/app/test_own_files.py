@@ -313,3 +313,13 @@ def test_what_the_rows_of_a_run_cannot_hold_is_named(offer: Offer) -> None:
     assert values["missing"] == "4.safetensors, 5.safetensors"
     gone = replace(resolved.engine, vae_path="/x/gone_vae.pth")
     assert fields_of(T2V, gone, Request(prompt="a ball", **resolved.request), offer)["missing"] == "gone_vae.pth"
+
+
+def test_the_limit_of_memory_goes_from_the_slider_to_the_engine_and_back(offer: Offer) -> None:
+    plan = submit_plan(form(offer, FAST, vram_gb=8), offer, HERE)
+    assert plan.config.vram_gb == 8 and submit_plan(form(offer, FAST, vram_gb=0), offer, HERE).config.vram_gb is None
+    assert fields_of(FAST, plan.config, plan.requests[0], offer)["vram_gb"] == 8
+    shared = offered(offer.catalog.folders[0], "*", private=False)
+    assert submit_plan(form(shared, FAST, vram_gb=8), shared, OTHERS).config.vram_gb is None, "visitors decide nothing"
+    with pytest.raises(ConfigError, match="vram_gb is 1"):
+        submit_plan(form(offer, FAST, vram_gb=1), offer, HERE)
