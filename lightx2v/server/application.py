@@ -7,10 +7,11 @@ import logging
 import secrets
 import shutil
 import traceback
+from collections import Counter
 from collections.abc import Sequence, Set
 from typing import Any
 
-from fastapi import FastAPI, Request
+from fastapi import Depends, FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from starlette.datastructures import URLPath
 from starlette.exceptions import HTTPException
@@ -20,9 +21,10 @@ from starlette.routing import BaseRoute, Match, NoMatchFound
 from starlette.types import Receive, Scope, Send
 
 from .. import __version__
-from ..errors import Busy, LightX2VError
+from ..errors import BadRequest, Busy, LightX2VError, quoted
 from .auth import ApiKeyAuth, is_operator
 from .guess_limit import GuessLimit
+from .head_requests import HeadRequests
 from .limits import RequestLimits, RequestRefused, disk_full
 from .metrics import Metrics, MetricsMiddleware
 from .openapi import complete_schema, error_responses
@@ -61,7 +63,9 @@ def create_app(
         description="Videos from text and images. Jobs continue when the client disconnects; DELETE stops them.",
         redoc_url=None,
         swagger_ui_oauth2_redirect_url=None,
+        dependencies=[Depends(_given_once)],
     )
+    app.add_middleware(HeadRequests)
     app.add_middleware(ApiKeyAuth, keys=keys, operator=operator, guesses=guesses)
     if limits:
         app.add_middleware(RequestLimits, hosts=hosts)
@@ -76,6 +80,13 @@ def create_app(
     return app
 
 
+async def _given_once(request: Request) -> None:
+    """Refuse a query parameter that is given several times: which of the values is meant?"""
+    for name, count in Counter(name for name, _ in request.query_params.multi_items()).items():
+        if count > 1:
+            raise BadRequest(f"{quoted(name)} is given {count} times; expected once. Leave the others out.")
+
+
 def _add_health(app: FastAPI, service: Service, metrics: Metrics) -> None:
     jobs = service.jobs
 
@@ -83,7 +94,6 @@ def _add_health(app: FastAPI, service: Service, metrics: Metrics) -> None:
     def root() -> Response:
         return RedirectResponse("docs")
 
-    @app.head("/health", include_in_schema=False)  # health checks may send HEAD
     @app.get("/health", tags=["state"], responses=error_responses(503))
     def health() -> Health:
         """Check that the worker is alive; after 503 only a restart helps."""
@@ -91,7 +101,6 @@ def _add_health(app: FastAPI, service: Service, metrics: Metrics) -> None:
             raise HTTPException(503, "The worker has stopped. See the program's log, then restart it.")
         return Health(status="ok")
 
-    @app.head("/ready", include_in_schema=False)
     @app.get("/ready", tags=["state"], responses=error_responses(503))
     def ready() -> Health:
         """Check that the server would accept a job now; 503 while the queue or the disk is full."""

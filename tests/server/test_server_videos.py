@@ -214,6 +214,32 @@ def test_head_has_the_headers_of_get_and_no_body_wherever_a_file_is_served(serve
 
 
 @pytest.mark.slow
+def test_head_of_every_answer_in_json_or_text_is_that_of_get_without_a_body(served: Served) -> None:
+    id = served.submit()
+    served.end_of(id)
+    paths = ["/v1/videos", f"/v1/videos/{id}", "/v1/models", "/v1/loras", f"/v1/tasks/{id}/status", "/health", "/ready"]
+    paths += ["/metrics", "/v1/service/status", f"/v1/videos/{'0' * 32}", "/v1/videos?limit=0", "/absent"]
+    with listening(served) as client:
+        for path in paths:
+            head, get = (client.request(method, path) for method in ("HEAD", "GET"))
+            assert (head.status_code, head.content) == (get.status_code, b""), path
+            assert head.headers["content-type"] == get.headers["content-type"]
+    document = served.client.get("/openapi.json").json()
+    assert not [path for path, methods in document["paths"].items() if "head" in methods]
+
+
+@pytest.mark.slow
+def test_a_query_parameter_is_given_once(served: Served) -> None:
+    id = served.submit()
+    served.end_of(id)
+    for path in (f"/v1/videos/{id}/content?variant=thumbnail&variant=video", "/v1/videos?limit=2&limit=3",
+                 "/v1/videos?order=asc&after=&order=asc", "/v1/models?x=1&x=1"):  # fmt: skip
+        answer = served.client.get(path)
+        assert answer.status_code == 422 and "is given 2 times; expected once" in answer.json()["error"]["message"]
+    assert served.client.get("/v1/videos?limit=2&order=asc").status_code == 200
+
+
+@pytest.mark.slow
 def test_a_variant_is_what_it_says_and_named_after_the_video(served: Served) -> None:
     id = served.submit(file_name="cat.mp4")
     path = f"/v1/videos/{id}/content"
