@@ -83,12 +83,24 @@ def test_two_clicks_and_a_prompt_make_a_video_with_a_lora(owner: Person, models:
     owner.settle(
         "() => document.querySelector('#lora_0_high :is(input, textarea)')?.value === 'watercolour.safetensors'"
     )
+    lora = models / "loras" / "watercolour.safetensors"
+    lora.rename(lora.with_suffix(".away"))
+    tab.click("#my_files button >> nth=0")
+    tab.click("#mine [data-act=look_again]")
+    owner.settle("() => !document.querySelector('#shelf').textContent.includes('watercolour')")
+    tab.set_input_files("#restore input[type=file]", str(owner.page.folder / f"{owner.job}.mp4"))
+    owner.settle("() => document.querySelector('#cost .problem')?.innerText.includes('watercolour.safetensors')")
+    lora.with_suffix(".away").rename(lora)
+    tab.click("#cost [data-act=go_on]")
+    owner.settle("() => document.querySelector('#cost .cost') && !document.querySelector('#cost .problem')")
 
 
 def test_files_that_do_not_fit_say_why_and_a_preset_is_saved(owner: Person) -> None:
     tab = owner.tab
-    choose(owner, "wan2.2_t2v_demo")
     tab.click("#my_files button >> nth=0")
+    tab.fill("#model_search :is(input, textarea)", "t2v_demo")
+    tab.click("[data-act=use_model][data-model='wan2.2_t2v_demo']")
+    tab.wait_for_selector('[id="option-wan2.2_t2v_demo"][aria-selected=true]', state="attached")
     owner.settle("() => document.querySelector('#mine').innerText.includes('umt5_demo_bf16.pth')")
     tab.click("#file_low input")
     tab.click("[role=option]:has-text('wan2.2_t2v_high_noise_demo')")
