@@ -79,7 +79,7 @@ def test_two_clicks_and_a_prompt_make_a_video_with_a_lora(owner: Person, models:
     ]
     owner.settle("() => document.querySelector('#report').textContent.includes('watercolour.safetensors')")
     tab.click("#remove_lora_0")
-    tab.click(f"#history [data-act=show][data-id='{owner.job}']")
+    tab.click(f"#report [data-act=restore][data-id='{owner.job}']")
     owner.settle(
         "() => document.querySelector('#lora_0_high :is(input, textarea)')?.value === 'watercolour.safetensors'"
     )
