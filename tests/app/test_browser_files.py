@@ -88,7 +88,9 @@ def test_two_clicks_and_a_prompt_make_a_video_with_a_lora(owner: Person, models:
     tab.click("#my_files button >> nth=0")
     tab.click("#mine [data-act=look_again]")
     owner.settle("() => !document.querySelector('#shelf').textContent.includes('watercolour')")
-    tab.set_input_files("#restore input[type=file]", str(owner.page.folder / f"{owner.job}.mp4"))
+    with tab.expect_file_chooser() as chooser:
+        tab.click("#restore")
+    chooser.value.set_files(str(owner.page.folder / f"{owner.job}.mp4"))
     owner.settle("() => document.querySelector('#cost .problem')?.innerText.includes('watercolour.safetensors')")
     lora.with_suffix(".away").rename(lora)
     tab.click("#cost [data-act=go_on]")
