@@ -188,8 +188,7 @@ def _recorded(video: str, given: Sequence[str], files: FileChoice) -> tuple[dict
                     f"has changed. Give it with --{key}."
                 )
             shown[key] = str(picture)
-    # The class follows from the step list, which a request may have even if the engine was loaded without one.
-    # Processes and the limit of memory belong to this run and do not change the video.
+    # The class follows from the step list of the request. The others belong to this run and do not change the video.
     engine = {key: value for key, value in engine.items() if key not in ("model_cls", "parallel", "vram_gb")}
     values = {key: value for key, value in request.items() if key not in PER_VIDEO}
     named = {part for part in ("t5", "vae") if getattr(files, part)} | (
@@ -335,14 +334,8 @@ def _summary(report: dict[str, Any]) -> str:
 
 # ---- the flags ------------------------------------------------------------------------------------------------------
 
-_OVERRIDES = {
-    "model_cls",
-    "task",
-    "model_path",
-    "models_dir",
-    "vram_gb",
-    *(k for k, row in SETTINGS.items() if row.flag),
-}
+_ENGINE_FLAGS = ("model_cls", "task", "model_path", "models_dir", "vram_gb")
+_OVERRIDES = frozenset({*_ENGINE_FLAGS, *(name for name, row in SETTINGS.items() if row.flag)})
 """Flags with the names of fields, which `resolve` takes as they are."""
 
 Add = Callable[..., Any]
