@@ -19,12 +19,12 @@ from offload_toys import LAYERS, PLANS
 from tiny import DiTSizes, build_tiny
 from torch import nn
 
-from lightx2v.attention import resolve_attention
+from lightx2v.attention import fp8_inputs, resolve_attention
 from lightx2v.config.presets import resolve
 from lightx2v.config.request import Request
 from lightx2v.cost.memory_ladder import MemoryLadder
 from lightx2v.loading.model_files import locate
-from lightx2v.models import fused
+from lightx2v.models import fp8_attention, fused
 from lightx2v.models.dit import DiTConfig, WanDiT
 from lightx2v.models.quant_linear import swap_linears
 from lightx2v.models.vae import WanVAE
@@ -59,6 +59,48 @@ def test_attention_backends_agree_with_float32(name: str, queries: int, keys: in
     exact = torch.softmax(torch.einsum("blnh,bmnh->bnlm", q.double(), k.double()) / 128**0.5, -1)
     expected = torch.einsum("bnlm,bmnh->blnh", exact, v.double())
     assert off(choice.fn(q, k, v), expected) < 5e-3, choice.reason
+
+
+@pytest.mark.parametrize(
+    ("name", "allowed"), [("flash_attn3_fp8", 0.03), ("int8_kitchen", 0.02), ("sol_attn", 0.3), ("auto_fast", 0.03)]
+)
+def test_inexact_attention_keeps_the_mean_of_values_and_survives_large_channels(name: str, allowed: float) -> None:
+    choice = resolve_attention(name, CUDA, torch.bfloat16)
+    if name not in ("auto_fast", choice.name):
+        pytest.skip(choice.reason)
+    torch.manual_seed(0)
+    q, k, v = (torch.randn(1, 12000, 4, 128, device=CUDA) for _ in range(3))
+    q[..., 3] *= 8
+    k[..., 70] *= 8
+    k, v = k + 3 * torch.randn(4, 128, device=CUDA), v + torch.randn(4, 128, device=CUDA)
+    q, k, v = q.bfloat16(), k.bfloat16(), v.bfloat16()
+    some = slice(None, None, 100)
+    scores = torch.einsum("blnh,bmnh->bnlm", q[:, some].double(), k.double()) / 128**0.5
+    expected = torch.einsum("bnlm,bmnh->blnh", torch.softmax(scores, -1), v.double())
+    got = choice.fn(q, k, v)[:, some]
+    assert off(got, expected) < allowed, choice.reason
+    assert abs((got.double() * expected).sum() / expected.square().sum() - 1) < 5e-3  # nothing has shrunk
+
+
+def test_the_kernels_of_fp8_attention_are_used_here() -> None:
+    pytest.importorskip("triton")
+    if torch.cuda.get_device_capability(CUDA)[0] != 9:
+        pytest.skip("FP8 attention is for Hopper")
+    from lightx2v.attention import triton_fp8
+
+    assert fp8_inputs.why_not(triton_fp8, CUDA) == fp8_attention.why_not(triton_fp8, CUDA) == ""
+    assert fp8_attention.tested_kernels(CUDA) is triton_fp8
+
+
+@pytest.mark.parametrize("name", ["flash_attn3_fp8", "sol_attn"])
+def test_a_network_with_inexact_attention_is_close_to_the_exact_one(name: str) -> None:
+    choice = resolve_attention(name, CUDA, torch.bfloat16)
+    if choice.name != name:
+        pytest.skip(choice.reason)
+    dit = full_width(3, torch.bfloat16)
+    exact = velocity(dit)
+    dit.self_attention = choice.fn
+    assert 0 < off(velocity(dit), exact) < 2e-2
 
 
 def test_the_fused_kernels_are_used_here() -> None:

@@ -19,6 +19,7 @@ SECTIONS = (
     "attention",
     "block",
     "forward",
+    "inexact",
     "compiled",
     "coders",
     "offload",

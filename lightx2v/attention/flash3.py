@@ -7,8 +7,16 @@ from torch import Tensor
 
 from .sdpa import Attention
 
+Flash3 = Callable[..., Tensor]
+"""Queries, keys and values (B, L, N, H) to outputs; for FP8 inputs also their scales (B, N) as `q_descale`, `k_descale`
+and `v_descale`."""
+
 
 def load() -> Attention:
+    return kernel()
+
+
+def kernel() -> Flash3:
     try:
         from flash_attn_interface import flash_attn_func  # pyright: ignore[reportMissingImports]
     except ModuleNotFoundError:
@@ -18,17 +26,17 @@ def load() -> Attention:
     return wrapper(flash_attn_func)
 
 
-def wrapper(flash_attn_func: Callable[..., Any]) -> Attention:
+def wrapper(flash_attn_func: Callable[..., Any]) -> Flash3:
     """Call the package's Python function."""
 
-    def flash3(q_BLNH: Tensor, k_BLNH: Tensor, v_BLNH: Tensor) -> Tensor:
-        out = flash_attn_func(q_BLNH, k_BLNH, v_BLNH)
+    def flash3(q_BLNH: Tensor, k_BLNH: Tensor, v_BLNH: Tensor, **scales: Tensor) -> Tensor:
+        out = flash_attn_func(q_BLNH, k_BLNH, v_BLNH, **scales)
         return out[0] if isinstance(out, tuple) else out  # releases before October 2025 also return the softmax sums
 
     return flash3
 
 
-def operator(package: Any) -> Attention | None:
+def operator(package: Any) -> Flash3 | None:
     """Call the package's operator itself; None if its arguments are not those known here.
 
     The package's Python function is a `torch.library.custom_op`. Its first call imports torch's compiler, which takes
@@ -43,9 +51,11 @@ def operator(package: Any) -> Attention | None:
     if needed != ["q", "k", "v"] or not {"softmax_scale", "num_splits"} <= {argument.name for argument in arguments}:
         return None
 
-    def flash3(q_BLNH: Tensor, k_BLNH: Tensor, v_BLNH: Tensor) -> Tensor:
+    def flash3(q_BLNH: Tensor, k_BLNH: Tensor, v_BLNH: Tensor, **scales: Tensor) -> Tensor:
         q_BLNH, k_BLNH, v_BLNH = (x if x.stride(-1) == 1 else x.contiguous() for x in (q_BLNH, k_BLNH, v_BLNH))
         scale = q_BLNH.shape[-1] ** -0.5
-        return fwd(q_BLNH, k_BLNH, v_BLNH, softmax_scale=scale, num_splits=1)[0]  # as flash_attn_func calls it
+        return fwd(q_BLNH, k_BLNH, v_BLNH, softmax_scale=scale, num_splits=1, **scales)[
+            0
+        ]  # as flash_attn_func calls it
 
     return flash3

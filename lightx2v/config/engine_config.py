@@ -16,6 +16,7 @@ from .checks import Checks, allowed_values, did_you_mean
 from .gguf_formats import MIXES
 from .lora_spec import LoraSpec
 from .request import Request, Task
+from .sol_attn_setting import SolAttnSetting
 
 check = Checks(ConfigError)
 
@@ -129,6 +130,7 @@ class EngineConfig:
     self_attn_1_type: str = "auto"
     cross_attn_1_type: str = "auto"
     attention_strict: bool = False
+    sol_attn_setting: SolAttnSetting | None = None
     cpu_offload: bool | Auto = "auto"
     offload_granularity: Literal["model", "block", "phase"] = "model"
     t5_cpu_offload: bool | Auto = "auto"
@@ -160,6 +162,8 @@ class EngineConfig:
             check.bad("device", self.device, '"auto", "cpu", "mps", "cuda" or "cuda:0"')
         for key, high in (("text_len", 4096), ("max_tokens", 2**31)):
             check.whole(key, getattr(self, key), 1, high)
+        if self.sol_attn_setting is not None and not isinstance(self.sol_attn_setting, SolAttnSetting):
+            put("sol_attn_setting", SolAttnSetting.from_json(self.sol_attn_setting))
         put("lora_configs", _lora_configs(self.lora_configs))
         put("parallel", _parallel(self.parallel))
         self._check_quantisation()
@@ -272,6 +276,7 @@ class EngineConfig:
         """Every field as plain JSON types. `from_json` returns an equal EngineConfig."""
         data = {field.name: getattr(self, field.name) for field in fields(self)}
         data["lora_configs"] = [lora.to_json() for lora in self.lora_configs]
+        data["sol_attn_setting"] = self.sol_attn_setting.to_json() if self.sol_attn_setting else None
         data["parallel"] = asdict(self.parallel) if self.parallel else None
         return data
 

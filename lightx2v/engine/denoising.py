@@ -101,6 +101,7 @@ class Denoising:
         velocities: dict[int, Tensor] = {}
         with self._expert(step) as dit:
             dit.split = mesh.token_split(len(runs))
+            dit.self_attention = self.engine.self_attention.in_step(step, self.schedule.steps)
             if computed:
                 made = self._forward(dit, step, computed, latents, timestep, self.forwards.reused(step))
                 velocities |= zip(computed, made, strict=True)

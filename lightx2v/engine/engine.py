@@ -13,8 +13,10 @@ from .. import hub
 from ..attention import Choice, resolve_attention
 from ..catalog.used_files import UsedFiles
 from ..config.architecture import DiTConfig
+from ..config.attention_names import FOR_VIDEO_ONLY
 from ..config.engine_config import EngineConfig, ParallelConfig
 from ..config.environment import Environment
+from ..config.sol_attn_setting import SolAttnSetting
 from ..cost.memory_ladder import USUAL, MemoryLadder
 from ..cost.memory_plan import plan_from_disk
 from ..errors import OutOfMemory, OutputError
@@ -220,14 +222,24 @@ def with_prebuilt(
 
 
 def choose_attention(config: EngineConfig, files: ModelFiles, precision: Precision) -> tuple[Choice, Choice]:
-    """The attention backends for the video's tokens and for the text, tested on heads of this model's size."""
+    """The attention backends for the video's tokens and for the text, tested on heads of this model's size.
+
+    What trades exactness for speed is for the many tokens of a video only; the text's attention is exact then.
+    """
     shapes = expert_weights(files, "high", config).shapes
     dit_config = DiTConfig.from_checkpoint(files.architecture, shapes)
     config.check_heads(dit_config.num_heads)
-    names = (config.self_attn_1_type, config.cross_attn_1_type)
+    cross = config.cross_attn_1_type
+    names = (config.self_attn_1_type, "auto" if cross in FOR_VIDEO_ONLY else cross)
+    setting = config.sol_attn_setting or SolAttnSetting()
     choices = {
         name: resolve_attention(
-            name, precision.device, precision.compute, strict=config.attention_strict, head_dim=dit_config.head_dim
+            name,
+            precision.device,
+            precision.compute,
+            strict=config.attention_strict or (name == "sol_attn" and setting.strict),
+            head_dim=dit_config.head_dim,
+            sol_setting=setting,
         )
         for name in dict.fromkeys(names)
     }

@@ -155,7 +155,7 @@ def made_by(engine: LoadedEngine, request: Request, loras: Sequence[LoraSpec]) -
         "numerics": NUMERICS,
         "torch": torch.__version__,
         "device": f"{device.type} {name}",
-        "attention": [engine.self_attention.name, engine.cross_attention.name],
+        "attention": [engine.self_attention.kernels, engine.cross_attention.name],
         "processes": [mesh.cfg.size if mesh.cfg is not None else 1, mesh.group.size],
         "weights": engine.weights,
         "loras": [*(lora.to_json() for lora in loras), content_digest(files)],

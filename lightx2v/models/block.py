@@ -11,7 +11,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from ..attention.flash3_fp8 import Flash3Fp8
+from ..attention.fp8 import CentredFp8, Fp8
+from ..attention.fp8_inputs import values_to_fp8
 from ..attention.sdpa import Attention, sdpa, sdpa_repeated_last
+from .fp8_attention import rotary_fp8
 from .fused import add, add_gated, avoid, layer_norm, norm_modulate, norm_rotate, normed
 from .pointwise import gelu
 
@@ -106,6 +110,12 @@ class QKVO(nn.Module):
         k_BLNH = norm_rotate(self.k(x_BLD), self.norm_k.weight, self.eps, rotations_L1P)
         return q_BLNH, k_BLNH, self.split(self.v(x_BLD))
 
+    def rotated_fp8(self, x_BLD: Tensor, rotations_L1P: Tensor) -> tuple[Fp8, Fp8, CentredFp8]:
+        """The same in 8 bits, for `Flash3Fp8`."""
+        q = rotary_fp8(self.q(x_BLD), self.norm_q.weight, self.eps, rotations_L1P)
+        k = rotary_fp8(self.k(x_BLD), self.norm_k.weight, self.eps, rotations_L1P, centre=True)
+        return q, k, values_to_fp8(self.split(self.v(x_BLD)))
+
     def queries(self, x_BLD: Tensor) -> Tensor:
         return self.split(normed(self.q(x_BLD), self.norm_q.weight, self.eps))
 
@@ -159,11 +169,15 @@ class Block(nn.Module):
         """x + gate·SelfAttention(LayerNorm(x)·(1 + scale) + shift)."""
         attn = self.self_attn
         h_BLD = norm_modulate(x_BLD, shift_BD, scale_BD, self.eps, shared.dtype)
-        q_BLNH, k_BLNH, v_BLNH = attn.rotated(h_BLD, shared.rotations_L1P)
-        del h_BLD
-        out_BLD = shared.self_attention(q_BLNH, k_BLNH, v_BLNH).flatten(2)
-        del q_BLNH, k_BLNH, v_BLNH
-        return add_gated(x_BLD, attn.o(out_BLD), gate_BD)
+        attention, rotations_L1P = shared.self_attention, shared.rotations_L1P
+        if isinstance(attention, Flash3Fp8) and not torch.is_grad_enabled():
+            out_BLNH = attention.attend(*attn.rotated_fp8(h_BLD, rotations_L1P)).to(shared.dtype)
+        else:
+            q_BLNH, k_BLNH, v_BLNH = attn.rotated(h_BLD, rotations_L1P)
+            del h_BLD
+            out_BLNH = attention(q_BLNH, k_BLNH, v_BLNH)
+            del q_BLNH, k_BLNH, v_BLNH
+        return add_gated(x_BLD, attn.o(out_BLNH.flatten(2)), gate_BD)
 
     def _keys_values(self, text: TextStates, index: int) -> KeysValues:
         if text.kept is None or torch.is_grad_enabled():

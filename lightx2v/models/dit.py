@@ -8,7 +8,9 @@ Legend: B batch, C channels, T frames, H W latent height and width, L tokens, D 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
+from dataclasses import replace
 from functools import partial
 from typing import Protocol
 
@@ -17,6 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..attention.sdpa import Attention, sdpa
+from ..attention.sol import SolAttention
 from ..config.architecture import CHUNK, PATCH, DiTConfig
 from ..progress import CancelToken
 from .block import Block, Nag, Pass, TextStates, modulation
@@ -200,15 +203,14 @@ class WanDiT(nn.Module):
         cancel: CancelToken | None,
     ) -> list[Tensor]:
         """The streams after all blocks, one for each group; this process's tokens."""
-        tokens, split, attention = x_BLD.shape[1], self.split, self.self_attention
+        tokens, split = x_BLD.shape[1], self.split
         if split is not None:
             x_BLD, rotations_L1P = split.shard(x_BLD, 1), split.shard(rotations_L1P, 0)
-            attention = partial(split.attend, attention, tokens)
         shared = Pass(
             modulation_B6D=modulation_B6D,
             rotations_L1P=rotations_L1P,
             groups=groups,
-            self_attention=attention,
+            self_attention=self.self_attention,
             cross_attention=self.cross_attention,
             dtype=self.compute_dtype,
             chunk=self.chunk,
@@ -218,11 +220,22 @@ class WanDiT(nn.Module):
         for index, block in enumerate(self.blocks):
             if cancel is not None:
                 cancel.check()
-            streams = block(streams, index, shared)
+            streams = block(streams, index, replace(shared, self_attention=self._attention(index, tokens)))
         return streams
 
+    def _attention(self, index: int, tokens: int) -> Attention:
+        """The self-attention of block `index`."""
+        attention = self.self_attention
+        if isinstance(attention, SolAttention):
+            attention = attention.in_block(index)
+        return attention if self.split is None else partial(self.split.attend, attention, tokens)
+
+    def _order(self, grid: tuple[int, int, int], device: torch.device) -> Tensor | None:
+        """The order of the grid's tokens (L,) in the blocks; None for (t, h, w) order."""
+        return self.self_attention.order(grid, device) if isinstance(self.self_attention, SolAttention) else None
+
     def embed(self, latents_BCTHW: Tensor, condition_BCTHW: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """Tokens (B, L, D) in (t, h, w) order, and their rotations (L, 1, P)."""
+        """Tokens (B, L, D) in (t, h, w) order, or that of sparse attention, and their rotations (L, 1, P)."""
         if condition_BCTHW is not None:
             latents_BCTHW = torch.cat([latents_BCTHW, condition_BCTHW.to(latents_BCTHW.dtype)], dim=1)
         _, channels, frames, height, width = latents_BCTHW.shape
@@ -232,9 +245,12 @@ class WanDiT(nn.Module):
         # The kernel is as large as the stride, so the convolution is one matrix product on the patches.
         patches = latents_BCTHW.float().unflatten(4, (-1, PATCH)).unflatten(3, (-1, PATCH))
         patches_BLK = patches.permute(0, 2, 3, 5, 1, 4, 6).flatten(4).flatten(1, 3)
+        rotations_L1P, order_L = self.rotary(grid, patches_BLK.device), self._order(grid, patches_BLK.device)
+        if order_L is not None:
+            patches_BLK, rotations_L1P = patches_BLK[:, order_L], rotations_L1P[order_L]
         with torch.autocast(latents_BCTHW.device.type, enabled=False):
             x_BLD = F.linear(patches_BLK, self.patch_embedding.weight.flatten(1), self.patch_embedding.bias)
-        return x_BLD, self.rotary(grid, x_BLD.device)
+        return x_BLD, rotations_L1P
 
     def embed_time(self, timesteps_B: Tensor) -> tuple[Tensor, Tensor]:
         """The time embedding (B, D) and the blocks' modulation (B, 6, D): once per sample, not once per token."""
@@ -249,12 +265,15 @@ class WanDiT(nn.Module):
     def finish(self, x_BLD: Tensor, time_BD: Tensor, shape: torch.Size) -> Tensor:
         """Tokens to velocity (B, C, T, H, W) float32; `shape` is that of the latents."""
         frames, height, width = shape[2:]
+        grid = (frames, height // PATCH, width // PATCH)
         shift_BD, scale_BD = (self.head.modulation + time_BD.unsqueeze(1)).unbind(1)
         with torch.autocast(x_BLD.device.type, enabled=False):
             patches_BLK = self.head.head(norm_modulate(x_BLD, shift_BD, scale_BD, self.config.eps, torch.float32))
         if self.split is not None:
-            patches_BLK = self.split.all_gather(patches_BLK, frames * (height // PATCH) * (width // PATCH))
-        patches = patches_BLK.unflatten(1, (frames, height // PATCH, width // PATCH))
+            patches_BLK = self.split.all_gather(patches_BLK, math.prod(grid))
+        if (order_L := self._order(grid, patches_BLK.device)) is not None:
+            patches_BLK = torch.empty_like(patches_BLK).index_copy_(1, order_L, patches_BLK)
+        patches = patches_BLK.unflatten(1, grid)
         patches = patches.unflatten(-1, (PATCH, PATCH, self.config.out_dim))
         return patches.permute(0, 6, 1, 2, 4, 3, 5).flatten(5).flatten(3, 4)
 

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from lightx2v.attention import resolve_attention, table
 from lightx2v.attention.sdpa import sdpa, sdpa_repeated_last
-from lightx2v.config.attention_names import NOT_SUPPORTED, SUPPORTED, check_attention_name
+from lightx2v.config.attention_names import FOR_VIDEO_ONLY, NOT_SUPPORTED, SUPPORTED, check_attention_name
 from lightx2v.errors import ConfigError
 
 BF16 = torch.bfloat16
@@ -239,7 +239,8 @@ def test_a_misspelt_name_is_answered_with_the_nearest() -> None:
 
 
 def test_the_table_and_the_names_are_the_same() -> None:
-    assert set(SUPPORTED) == {"auto", "torch_sdpa", *table.TABLE}
+    assert set(SUPPORTED) == {"auto", "auto_fast", "torch_sdpa", *table.TABLE}
+    assert set(SUPPORTED) >= FOR_VIDEO_ONLY
     assert not set(SUPPORTED) & NOT_SUPPORTED
 
 
