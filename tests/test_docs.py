@@ -43,7 +43,16 @@ PARSERS: dict[str, Callable[[], argparse.ArgumentParser]] = {
     "lightx2v.server": server._parser,
 }
 SOURCES = [p for folder in ("lightx2v", "app") for p in (ROOT / folder).rglob("*.py")] + [ROOT / "app.py"]
-OPTIONAL = {"fa3_fwd_interface", "flash_attn", "flash_attn_interface", "sageattention", "sageattn3", "ray", "spaces"}
+OPTIONAL = {
+    "fa3_fwd_interface",
+    "flash_attn",
+    "flash_attn_interface",
+    "comfy_kitchen",
+    "sageattention",
+    "sageattn3",
+    "ray",
+    "spaces",
+}
 """Modules of packages that nobody has to install."""
 
 

@@ -113,6 +113,70 @@ def forward(lines: list[Line]) -> str:
     )
 
 
+def inexact(lines: list[Line]) -> str:
+    """What attention that is not exact costs in error, and saves in time."""
+    kernels = [line for line in last(lines, "inexact", "values") if not line["order"] or "sol_attn" in line["way"]]
+    times = {(line["clip"], line["way"]): line["seconds"] for line in kernels if "seconds" in line}
+    rows = [
+        [
+            line["clip"],
+            line["way"].replace("auto", "flash_attn3, exact"),
+            line["order"] or ("as they lie" if "sol_attn" in line["way"] else ""),
+            number(times[line["clip"], line["way"]] * 1e3) if (line["clip"], line["way"]) in times else "",
+            *(
+                error(each["error"])
+                for values in ("random", "like a video")
+                for each in kernels
+                if (each["clip"], each["way"], each["order"], each["values"])
+                == (line["clip"], line["way"], line["order"], values)
+            ),
+        ]
+        for line in kernels
+        if line["values"] == "random"
+    ]
+    head = ["video", "attention", "order of tokens", "ms", "error on random values", "on values like a video"]
+    text = heading("Attention that is not exact", head, rows)
+    if not text:
+        return ""
+    parts = [[line["clip"], line["part"], number(line["seconds"] * 1e3)] for line in last(lines, "inexact", "part")]
+    text += "\n\nErrors are relative to float32. The parts of `flash_attn3_fp8`:\n\n" + table(
+        ["video", "part", "ms"], parts
+    )
+    found = last(lines, "inexact", "linears")
+    exact = {(line["clip"], line["linears"]): line["seconds"] for line in found if line["way"] == "auto"}
+    forwards = [
+        [
+            line["clip"],
+            line["linears"],
+            line["way"].replace("auto", "flash_attn3, exact"),
+            number(line["seconds"]),
+            f"{exact[line['clip'], line['linears']] / line['seconds']:.2f}",
+            error(line["error"]) if line["error"] else "",
+            gb(line.get("peak_allocated")),
+        ]
+        for line in found
+    ]
+    head = ["video", "linear layers", "attention", "s", "times as fast", "velocity off by", "peak GB allocated"]
+    text += "\n\nOne forward of an expert, 40 blocks; the first of them is exact with `sol_attn`:\n\n" + table(
+        head, forwards
+    )
+    whole = last(lines, "inexact", "total")
+    first = {line["clip"]: line["total"] for line in whole if line["way"] == "auto"}
+    rows = [
+        [
+            line["clip"],
+            line["way"].replace("auto", "flash_attn3, exact"),
+            number(line["total"]),
+            f"{first[line['clip']] / line['total']:.2f}",
+            *(number(line["stages"][stage]) for stage in ("denoise", "decode")),
+            error(line["error"]) if line["error"] else "",
+        ]
+        for line in whole
+    ]
+    head = ["video", "attention", "s", "times as fast", "denoise", "decode", "latents off by"]
+    return text + "\n\nImage to video in 4 steps, warm, from the prompt to the frames:\n\n" + table(head, rows)
+
+
 def versus(lines: list[Line]) -> str:
     rows = []
     for line in last(lines, "versus", "ratio"):
@@ -424,6 +488,7 @@ PARTS: tuple[Callable[[list[Line]], str], ...] = (
     attention,
     block,
     forward,
+    inexact,
     versus,
     magcache,
     presets,

@@ -20,9 +20,8 @@ TILE = 64
 """Tokens of a product: a tensor core takes no fewer."""
 HEADS = 20
 """Heads for which a program keeps its tokens' positions."""
-CHUNK, ROWS, COLUMNS = 256, 4, 512
-"""Tokens of a program that adds up values, those of them at a time, and channels. Few rows at a time: a program keeps
-the sums of each of them, and adds them up once at its end."""
+CHUNK, ROWS, COLUMNS = 256, 16, 128
+"""Tokens of a program that adds up values, those of them at a time, and channels."""
 
 
 def norm_rotate_fp8(

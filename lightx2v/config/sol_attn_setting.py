@@ -80,7 +80,7 @@ def _layers(value: Any) -> tuple[int, ...]:
     found: set[int] = set()
     for item in [value] if isinstance(value, (str, int)) or not isinstance(value, (list, tuple)) else value:
         for part in item.split(",") if isinstance(item, str) else [item]:
-            if isinstance(part, str) and (ends := re.fullmatch(r"\s*(\d{1,3})(?:\s*-\s*(\d{1,3}))?\s*", part)):
+            if isinstance(part, str) and (ends := re.fullmatch(r" *([0-9]{1,3})(?: *- *([0-9]{1,3}))? *", part)):
                 first, last = int(ends[1]), int(ends[2] or ends[1])
                 if first <= last:
                     found.update(range(first, last + 1))

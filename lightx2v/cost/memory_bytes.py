@@ -58,13 +58,14 @@ def denoise_bytes(
 
     Per token and channel: the residual in float32, one for each branch that does not wait for its turn; then the normed
     input, queries, keys and values, or these without the input and with the attention's output. 8-bit products add
-    their input in 8 bits. The feed-forward runs in chunks: its input and two inner tensors. A block of GGUF weights
-    holds what it has dequantised until it has run: three matrices when the self-attention needs most, all of them when
-    the feed-forward does. Forwards that are skipped reuse what all blocks added, in the dtype of products.
+    their input in 8 bits, and some attention kernels theirs. The feed-forward runs in chunks: its input and two inner
+    tensors. A block of GGUF weights holds what it has dequantised until it has run: three matrices when the
+    self-attention needs most, all of them when the feed-forward does. Forwards that are skipped reuse what all blocks
+    added, in the dtype of products.
     """
     d, e, branches = model.dit.dim, model.compute, 1 if sequential_cfg else workload.branches
     eight_bit = model.weight < e and not model.dequantised
-    attention = workload.tokens * d * (4 * e + eight_bit)
+    attention = workload.tokens * d * (4 * e + eight_bit + model.attention)
     feed_forward = min(CHUNK, workload.tokens) * (d + 2 * model.dit.ffn_dim) * e
     if model.dequantised:
         attention += 3 * d * d * e

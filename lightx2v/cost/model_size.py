@@ -10,7 +10,7 @@ from ..config.gguf_formats import bytes_per_weight, is_gguf, mix_of
 from ..config.model_paths import part_names
 from ..hub import find, model_folder
 from .memory_bytes import block_weights, outside_weights
-from .memory_plan import TABLE_WEIGHTS, TEXT_WEIGHTS, VAE_WEIGHTS, ModelSize
+from .memory_plan import ATTENTION_BYTES, TABLE_WEIGHTS, TEXT_WEIGHTS, VAE_WEIGHTS, ModelSize
 
 SIZES = {"bf16": 2, "fp16": 2, "fp32": 4}
 USUAL_RANK = 64
@@ -44,6 +44,7 @@ def model_size(config: EngineConfig, default: int) -> ModelSize:
         vae=vae,
         loras=loras,
         loras_beside=varying or gguf and config.lora_dynamic_apply,
+        attention=ATTENTION_BYTES.get(config.self_attn_1_type, 0),
     )
 
 

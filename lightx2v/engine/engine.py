@@ -135,7 +135,7 @@ def load_here(
         read = files.prebuilt or files
         warnings += check_expert_pair(open_checkpoint(read.high), open_checkpoint(read.low), config.task)
         progress = LoadProgress(meter, cancel)
-        attention = choose_attention(config, files, precision)
+        attention = choose_attention(config, files, precision, group)
         with compiling(precision.device):
             inputs = LoadInputs(files, config, precision, *attention, progress.watch, group)
             placement = load_placement(inputs, warnings)
@@ -221,19 +221,21 @@ def with_prebuilt(
         return files, [f"The model was built in memory, and will be again at the next start. {error}"]
 
 
-def choose_attention(config: EngineConfig, files: ModelFiles, precision: Precision) -> tuple[Choice, Choice]:
+def choose_attention(
+    config: EngineConfig, files: ModelFiles, precision: Precision, group: Group = ALONE
+) -> tuple[Choice, Choice]:
     """The attention backends for the video's tokens and for the text, tested on heads of this model's size.
 
-    What trades exactness for speed is for the many tokens of a video only; the text's attention is exact then.
+    What trades exactness for speed is for the many tokens of a video only; the text's attention is exact then. Of
+    several processes, rank 0 takes the times of `auto_fast` for all.
     """
     shapes = expert_weights(files, "high", config).shapes
     dit_config = DiTConfig.from_checkpoint(files.architecture, shapes)
     config.check_heads(dit_config.num_heads)
-    cross = config.cross_attn_1_type
-    names = (config.self_attn_1_type, "auto" if cross in FOR_VIDEO_ONLY else cross)
     setting = config.sol_attn_setting or SolAttnSetting()
-    choices = {
-        name: resolve_attention(
+
+    def resolved(name: str) -> Choice:
+        return resolve_attention(
             name,
             precision.device,
             precision.compute,
@@ -241,9 +243,14 @@ def choose_attention(config: EngineConfig, files: ModelFiles, precision: Precisi
             head_dim=dit_config.head_dim,
             sol_setting=setting,
         )
-        for name in dict.fromkeys(names)
-    }
-    return choices[names[0]], choices[names[1]]
+
+    name, cross = config.self_attn_1_type, config.cross_attn_1_type
+    timed = resolved(name) if name == "auto_fast" and group.is_rank0 else None
+    if name == "auto_fast":
+        name = group.broadcast_json(timed.name if timed else None)
+    chosen = timed or resolved(name)
+    cross = "auto" if cross in FOR_VIDEO_ONLY else cross
+    return chosen, chosen if cross == name else resolved(cross)
 
 
 def load_placement(inputs: LoadInputs, warnings: list[str]) -> Placement:

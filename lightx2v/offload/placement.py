@@ -13,7 +13,7 @@ from ..config.architecture import DiTConfig
 from ..config.engine_config import EngineConfig
 from ..cost.machine import host_memory
 from ..cost.memory_ladder import MemoryLadder, MemoryPlanner, usable
-from ..cost.memory_plan import ModelSize, OffloadOptions
+from ..cost.memory_plan import ATTENTION_BYTES, ModelSize, OffloadOptions
 from ..loading.expert_loras import ExpertLoras, match_loras
 from ..loading.model_files import ModelFiles
 from ..loading.networks import Precision, expert_dtypes, expert_weights
@@ -99,6 +99,7 @@ def model_sizes(files: ModelFiles, config: EngineConfig, precision: Precision) -
             for lora in match_loras(config.lora_configs, which, weights, config)
             if not config.build
         ),
+        attention=ATTENTION_BYTES.get(config.self_attn_1_type, 0),
         loras_beside=any(lora.varies for lora in config.lora_configs)
         or (config.lora_dynamic_apply if weights.blocks else ExpertLoras.dynamic(weights, config)),
     )

@@ -27,6 +27,33 @@ def test_the_last_run_of_a_measurement_counts_and_toy_sizes_do_not() -> None:
     assert rows(page, "How it was measured")[0]["from (UTC)"] == "2026-01-01 10:00"
 
 
+def test_inexact_attention_is_compared_with_the_exact_one_of_its_run() -> None:
+    shared = {"section": "inexact", "clip": "720p", "device": "GPU"}
+    kernels = [
+        shared | {"name": f"{way}{values}{order}", "way": way, "values": values, "order": order, "error": error} | more
+        for way, values, order, error, more in (
+            ("auto", "random", "", 2e-3, {"seconds": 0.17}),
+            ("auto", "like a video", "", 1e-3, {}),
+            ("sol_attn, tau 1", "random", "", 0.7, {"seconds": 0.06}),
+            ("sol_attn, tau 1", "like a video", "Morton order", 7e-3, {}),
+            ("sol_attn, tau 1", "random", "Morton order", 0.8, {}),
+        )
+    ]
+    runs = [
+        shared | {"name": way, "way": way, "linears": "bf16", "seconds": seconds, "error": error}
+        for way, seconds, error in (("auto", 10.0, 0.0), ("sol_attn, tau 1", 5.0, 3e-2))
+    ]
+    page = tables.page([START, *kernels, *runs])
+    first = rows(page, "Attention that is not exact")
+    assert [row["attention"] for row in first] == ["flash_attn3, exact", *["sol_attn, tau 1"] * 2]
+    assert (first[2]["order of tokens"], first[2]["on values like a video"], first[2]["ms"]) == (
+        "Morton order",
+        "7.0e-03",
+        "60.0",
+    )
+    assert "| 720p | bf16 | sol_attn, tau 1 | 5 | 2.00 | 3.0e-02 |" in page
+
+
 def test_sections_that_did_not_end_are_listed() -> None:
     page = tables.page([START, LINE | {"seconds": 1.0}, {"section": "host", "name": "end"}])
     listed = dict(line.strip("- `").split("`: ") for line in page.partition("## Not run")[2].strip().splitlines())

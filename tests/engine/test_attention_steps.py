@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import replace
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -17,6 +19,8 @@ from lightx2v.config.presets import resolve
 from lightx2v.config.request import Request
 from lightx2v.config.sol_attn_setting import SolAttnSetting
 from lightx2v.engine import engine as module
+from lightx2v.loading.model_files import locate
+from lightx2v.loading.networks import Precision
 from lightx2v.pipeline import LightX2VPipeline
 
 SIZE = {"height": 32, "width": 48, "frames": 5, "steps": 5}
@@ -71,3 +75,29 @@ def test_the_texts_attention_stays_exact(tiny: TinyModels, name: str, monkeypatc
         loaded = pipe._loaded()
     assert (loaded.self_attention.name, loaded.cross_attention.name) == (name, "auto")
     assert asked == [(each, each == "sol_attn", engine.sol_attn_setting) for each in (name, "auto")]
+
+
+@pytest.mark.parametrize("first", [True, False])
+def test_of_several_processes_the_first_takes_the_times_for_all(
+    tiny: TinyModels, first: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Near the threshold another process might measure otherwise, and compute with another kernel."""
+    asked: list[str] = []
+
+    def resolve_attention(name: str, *_: object, **more: object) -> Choice:
+        asked.append(name)
+        return Choice("int8_kitchen" if name == "auto_fast" else name, sdpa, "a fake")
+
+    monkeypatch.setattr(module, "resolve_attention", resolve_attention)
+    told: list[str | None] = []
+
+    def broadcast_json(message: str | None) -> str:
+        told.append(message)
+        return "int8_kitchen"
+
+    group: Any = SimpleNamespace(is_rank0=first, broadcast_json=broadcast_json)
+    engine = resolve({"model_path": str(tiny.t2v), "self_attn_1_type": "auto_fast"}, SIZE).engine
+    chosen, cross = module.choose_attention(engine, locate(engine), Precision.of(engine), group)
+    assert (chosen.name, cross.name) == ("int8_kitchen", "auto")
+    assert told == ["int8_kitchen" if first else None]
+    assert asked == (["auto_fast", "auto"] if first else ["int8_kitchen", "auto"])
