@@ -44,7 +44,7 @@ def test_inexact_attention_is_compared_with_the_exact_one_of_its_run() -> None:
         for way, seconds, error in (("auto", 10.0, 0.0), ("sol_attn, tau 1", 5.0, 3e-2))
     ]
     page = tables.page([START, *kernels, *runs])
-    first = rows(page, "Attention that is not exact")
+    first = rows(page, "Attention that is not exact")[:3]
     assert [row["attention"] for row in first] == ["flash_attn3, exact", *["sol_attn, tau 1"] * 2]
     assert (first[2]["order of tokens"], first[2]["on values like a video"], first[2]["ms"]) == (
         "Morton order",
