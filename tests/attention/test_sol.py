@@ -153,3 +153,16 @@ def test_several_processes_attend_in_the_same_way() -> None:
         (got,) = dit(LATENTS, 300.0, text)
     assert relative(got, expected) < 1e-5
     assert seen == ["dense"] + ["sparse"] * (len(dit.blocks) - 1)
+
+
+@pytest.mark.usefixtures("any_length")
+def test_what_the_blocks_added_in_an_exact_step_fits_a_sparse_one() -> None:
+    """Feature caching reuses it: the tokens' order is the same in both."""
+    attention = Calls().attention()
+    dit = make(self_attention=attention.in_step(0, 5))
+    residuals: list[Tensor] = []
+    with torch.no_grad():
+        (velocity,) = dit(LATENTS, 300.0, [dit.encode_text(COND)], None, None, residuals)
+        dit.self_attention = attention.in_step(4, 5)
+        (again,) = dit.without_blocks(LATENTS, 300.0, residuals)
+    assert relative(again, velocity) < 1e-5
