@@ -6,8 +6,9 @@ module that imports this file and with it triton.
 Legend: B batch, L tokens, D width, N heads, H head dim, P = H/2 pairs.
 """
 
-# pyright: reportCallIssue=false
-# A launch takes compiler options (num_warps) beside the kernel's own arguments; triton.jit has no type for that.
+# pyright: reportCallIssue=false, reportPossiblyUnbound=false
+# A launch takes compiler options (num_warps) beside the kernel's own arguments; triton.jit has no type for that. A
+# compile-time constant decides both where a name is bound and where it is used.
 
 import torch
 import triton
