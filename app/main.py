@@ -132,11 +132,11 @@ def open_studio(
     return Studio(open_engine, output, exposure, default_preset=preset, only=only, lend_gpu=spaces.GPU)
 
 
-def open_engine(config: Any, *, preset: str, on_progress: Any, cancel: Any) -> Any:
+def open_engine(config: Any, **more: Any) -> Any:
     """Loads the model for the first job. Only this imports torch."""
     from lightx2v.pipeline import LightX2VPipeline
 
-    return LightX2VPipeline.from_config(config, preset=preset, on_progress=on_progress, cancel=cancel)
+    return LightX2VPipeline.from_config(config, **more)
 
 
 def prepare_environment(output: Path) -> None:

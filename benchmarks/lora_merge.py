@@ -33,10 +33,11 @@ from torch import Tensor
 from lightx2v.models.dit import DiTConfig, WanDiT, parameter_dtype
 from lightx2v.progress import peak_rss
 from lightx2v.weights.checkpoint import open_checkpoint
-from lightx2v.weights.lora import match_lora
+from lightx2v.weights.lora_match import match_lora
 from lightx2v.weights.model_weights import ModelWeights
 from lightx2v.weights.module_loader import stream_into
 from lightx2v.weights.quant_layout import is_expert_matrix
+from lightx2v.weights.value_check import ValueCheck
 
 BF16 = torch.bfloat16
 TARGETS = r"blocks\.\d+\.((self|cross)_attn\.[qkvo]|ffn\.[02])"
@@ -57,7 +58,7 @@ def ours(base: Path, lora: Path, config: DiTConfig) -> Merged:
     weights = ModelWeights.of_expert(checkpoint)
     merged = weights.with_loras([match_lora(lora, weights.plain_shapes)])
     dit = empty_model(config)
-    stream_into(dit, merged.tensors(dtype_of=dtype_of), dtype_of=dtype_of, device="cpu", source_name="base")
+    stream_into(dit, merged.tensors(dtype_of=dtype_of), dtype_of=dtype_of, device="cpu", check=ValueCheck("base"))
     return dict(dit.state_dict())
 
 

@@ -132,6 +132,9 @@ class Stub:
     def exchange(self, config: Any, **_: Any) -> bool:
         return False
 
+    def release(self) -> None:
+        pass
+
     def run(
         self, request: Any, *, save_result_path: Path, on_progress: Callable[[Any], None], cancel: Any, steps: Any
     ) -> Stub:

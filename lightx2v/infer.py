@@ -46,7 +46,7 @@ from .hub import find_all
 from .jobs.engine_slot import Engine, OpenEngine
 from .jobs.preset_list import preset_lines
 from .loading import preload
-from .progress import CancelToken, OnProgress, log_duration, went_on
+from .progress import CancelToken, log_duration, read_words, went_on
 from .step_file import StepFile
 
 log = logging.getLogger("lightx2v.infer")
@@ -87,8 +87,9 @@ def _run(options: argparse.Namespace, context: CommandContext, *, open_engine: O
         request, steps = _output(options, resolved, request, folder)
     with log_duration("Total Cost"):
         # A signal during loading ends the process at once, so the token for it is never set.
+        name, prompts = resolved.preset.name, tuple(request.texts.values())
         engine = open_engine(
-            resolved.engine, preset=resolved.preset.name, on_progress=on_progress, cancel=CancelToken()
+            resolved.engine, preset=name, on_progress=on_progress, cancel=CancelToken(), prompts=prompts
         )
         try:
             with context.interrupts.cancelling() as token:
@@ -117,12 +118,12 @@ def _run(options: argparse.Namespace, context: CommandContext, *, open_engine: O
     return 0
 
 
-def _load_pipeline(config: EngineConfig, *, preset: str, on_progress: OnProgress, cancel: CancelToken) -> Engine:
+def _load_pipeline(config: EngineConfig, **more: Any) -> Engine:
     if Environment.read().rank == 0:  # the others need no text encoder
         preload.start()
     from .pipeline import LightX2VPipeline
 
-    return LightX2VPipeline.from_config(config, preset=preset, on_progress=on_progress, cancel=cancel)
+    return LightX2VPipeline.from_config(config, **more)
 
 
 # ---- settings -------------------------------------------------------------------------------------------------------
@@ -300,7 +301,7 @@ def _dry_run(resolved: Resolved, shown: dict[str, Any], card: float | None) -> d
 
 
 def _summary(report: dict[str, Any]) -> str:
-    """A finished run in three lines, and one more for each LoRA and each warning."""
+    """A finished run in four lines, and one more for each LoRA and each warning."""
     timings = report["timings"]
     stages = ", ".join(f"{name} {seconds:.2f}" for name, seconds in timings["seconds"].items())
     memory = f"{timings['peak_rss'] / 2**30:.2f} GiB of RAM"
@@ -317,6 +318,7 @@ def _summary(report: dict[str, Any]) -> str:
         f"{report['width']}x{report['height']}, {report['frames']} frames, {report['fps']:g} fps, seed "
         f"{report['seed']}, {report['device']}",
         f"{timings['total']:.2f} s: {stages}",
+        f"weights: {read_words(report['load'])}",
         f"peak {memory}",
     ]
     if skipped := report["forwards"].get("skipped"):

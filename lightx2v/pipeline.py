@@ -29,7 +29,7 @@ from .config.lora_spec import LoraSpec
 from .config.presets import resolve
 from .config.request import Request, check, draw_seed
 from .config.request_settings import SETTINGS, Guidance, RequestSettings
-from .engine.engine import LoadedEngine, load_engine, with_other_loras
+from .engine.engine import LoadedEngine, load_engine, release_engine, with_other_loras
 from .engine.memory_retry import within_memory
 from .engine.result import Result
 from .engine.run import Run
@@ -37,6 +37,7 @@ from .engine.saved_step import saved_step_for
 from .errors import Busy, ConfigError, GroupFailed, LightX2VError
 from .loading.rife_file import fetch_rife
 from .media.video_writer import check_output_path, original_path
+from .offload.kept_parts import KeptParts
 from .parallel.process_group import CLOSE, EXIT
 from .parallel.rendezvous import join
 from .progress import CancelToken, Meter, OnProgress, free_memory
@@ -120,10 +121,15 @@ class LightX2VPipeline:
         preset: str = "",
         on_progress: OnProgress | None = None,
         cancel: CancelToken | None = None,
+        prompts: Sequence[str] = (),
+        kept: KeptParts | None = None,
     ) -> Self:
-        """Load a pipeline. Reports and files carry the name `preset`."""
+        """Load a pipeline. Reports and files carry the name `preset`. The `prompts` of its first request may be encoded
+        meanwhile. Of what the `release` of another pipeline has left, equal parts are used, and the rest is freed."""
         pipe = cls(config.model_path, config.model_cls, config.task)
-        pipe._engine = load_engine(config, preset=preset, on_progress=on_progress, cancel=cancel)
+        pipe._engine = load_engine(
+            config, preset=preset, on_progress=on_progress, cancel=cancel, prompts=prompts, kept=kept
+        )
         return pipe
 
     # ---- settings before loading --------------------------------------------------------------------------------
@@ -417,13 +423,14 @@ class LightX2VPipeline:
 
     def close(self) -> None:
         """Free the model, on the device and on the host. The pipeline can then load another one. Busy during a run."""
+        self.release().close()
+        free_memory()
+
+    def release(self) -> KeptParts:
+        """Close the pipeline, but leave in memory what another one may use. Its `close` frees that."""
         with self._exclusive("Cancel it or wait for it before you close the pipeline."):
-            self._loras = None
-            if self._engine is not None:
-                self._engine.mesh.group.send_command(CLOSE)
-                self._engine.placement.close()
-                self._engine = None
-                free_memory()
+            engine, self._engine, self._loras = self._engine, None, None
+            return KeptParts() if engine is None else release_engine(engine)
 
     @contextmanager
     def _exclusive(self, advice: str) -> Iterator[None]:

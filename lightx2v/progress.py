@@ -11,17 +11,20 @@ import resource
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
-from typing import Any
+from typing import Any, Literal
 
-from .errors import Cancelled
+from .errors import Cancelled, byte_size
 
 log = logging.getLogger("lightx2v.progress")
 
 STAGES = ("download", "load", "text", "image", "denoise", "decode", "interpolate", "write")
 """The stages of a run in their order."""
+
+MOST = 0.98
+"""The share from which on a model counts as read from one source."""
 
 BYTES = ("download", "load")
 """The stages whose steps are bytes; their events have a message with gigabytes."""
@@ -86,11 +89,13 @@ class CancelToken:
 @dataclass(frozen=True, slots=True)
 class LoadWatch:
     """What loading asks and tells while it reads: whether to stop, the bytes of each tensor that has arrived, and first
-    the bytes of all."""
+    the bytes of all. `on_source` gets the bytes that the page cache had and those that it had not, where the system
+    tells."""
 
     cancel: CancelToken | None = None
     on_bytes: Callable[[int], None] = lambda _: None
     on_total: Callable[[int], None] = lambda _: None
+    on_source: Callable[[int, int], None] = lambda cached, missed: None
 
     def check(self) -> None:
         if self.cancel is not None:
@@ -98,6 +103,37 @@ class LoadWatch:
 
 
 UNWATCHED = LoadWatch()
+
+
+@dataclass(frozen=True, slots=True)
+class WeightsRead:
+    """The bytes of a model that were read, in how many seconds; of those whose source is known, what the page cache
+    had; and the bytes that the system fetched from disks for this process meanwhile."""
+
+    nbytes: int = 0
+    seconds: float = 0.0
+    known: int = 0
+    cached: int = 0
+    fetched: int = 0
+
+    def to_json(self) -> dict[str, Any]:
+        return {"bytes": self.nbytes, "seconds": self.seconds, "source": self.source}
+
+    @property
+    def source(self) -> Literal["page cache", "disk", "both", "unknown"]:
+        """Where nearly all came from. The page cache also has what the system has just fetched ahead from the disk."""
+        if not self.nbytes or self.known < MOST * self.nbytes:
+            return "unknown"
+        share = min(self.cached, self.nbytes - self.fetched) / self.nbytes
+        return "page cache" if share >= MOST else "disk" if share <= 1 - MOST else "both"
+
+
+def read_words(read: Mapping[str, Any]) -> str:
+    """What a report's "load" says, e.g. "68.4 GB in 3.9 s from the page cache, 17.5 GB/s"."""
+    size, seconds = read["bytes"], read["seconds"]
+    where = {"page cache": " from the page cache", "disk": " from the disk", "both": " from page cache and disk"}
+    rate = f", {size / seconds / 1e9:.1f} GB/s" if seconds else ""
+    return f"{byte_size(size)} in {seconds:.1f} s{where.get(read['source'], '')}{rate}"
 
 
 def peak_rss() -> int:
@@ -118,6 +154,15 @@ def reset_peak_rss() -> None:
     """Begin a new measurement of `peak_rss`, where the system can (Linux); else it goes on from the program's start."""
     with contextlib.suppress(OSError), open("/proc/self/clear_refs", "w", encoding="ascii") as file:
         file.write("5")
+
+
+def bytes_from_disk() -> int:
+    """The bytes that the system has fetched from disks for this process; 0 where it does not tell."""
+    try:
+        with open("/proc/self/io", encoding="ascii") as counts:
+            return next(int(line.split()[1]) for line in counts if line.startswith("read_bytes:"))
+    except (OSError, StopIteration, ValueError):
+        return 0
 
 
 LOG_NAMES = {

@@ -16,6 +16,7 @@ import torch
 from conftest import TinyModels
 from lora_files import random_pairs, spec, write
 from offload_toys import LAYERS, PLANS
+from safetensors.torch import save_file
 from tiny import DiTSizes, build_tiny
 from torch import nn
 
@@ -107,8 +108,8 @@ def test_the_fused_kernels_are_used_here() -> None:
     pytest.importorskip("triton")
     from lightx2v.models import triton_kernels
 
-    assert fused.why_not(triton_kernels, CUDA) == ""
-    assert fused.kernels_for(CUDA) is triton_kernels
+    assert fused.why_not(triton_kernels, CUDA) == {}
+    assert all(fused.kernels_for(CUDA, step) is triton_kernels for step in fused._cases(CUDA, fused.ODD))
 
 
 def full_width(layers: int, compute: torch.dtype) -> WanDiT:
@@ -172,6 +173,20 @@ def test_the_vae_in_bf16_is_close_to_float32_and_the_condition_is_the_whole_clip
 
 
 # ---- offload --------------------------------------------------------------------------------------------------------
+
+
+def test_casts_into_host_memory_leave_copies_to_the_gpu_alone(tmp_path: Path) -> None:
+    """Both use the buffers of the threads that read: tensors that a model in host memory keeps, and LoRAs' weights."""
+    torch.manual_seed(0)
+    tensors = {f"w{n:03}": torch.randn(1 << (12 if n % 2 else 20)).bfloat16() for n in range(120)}
+    save_file(tensors, tmp_path / "w.safetensors")
+    small = {name: torch.empty(tensor.shape) for name, tensor in tensors.items() if len(tensor) == 1 << 12}
+    checkpoint = open_checkpoint(tmp_path / "w.safetensors")
+    read = dict(checkpoint.tensors(dtype_of=lambda _: torch.float32, device=CUDA, into=small.get))
+    torch.cuda.synchronize()
+    for name, tensor in tensors.items():
+        assert read[name].is_cuda is (name not in small)
+        assert torch.equal(read[name].cpu(), tensor.float())
 
 
 def test_host_slabs_are_pinned() -> None:

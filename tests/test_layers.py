@@ -16,8 +16,8 @@ import lightx2v
 ROOT = Path(__file__).parents[1]
 
 ENGINE = """
-errors progress step_file media config cli attention hub cost sampling parallel weights models catalog jobs loading
-offload engine pipeline farm infer convert download find_models calibrate server
+errors background progress step_file media config cli attention hub cost sampling parallel weights models catalog jobs
+loading offload engine pipeline farm infer convert download find_models calibrate server
 """.split()
 """Packages and modules of lightx2v/. Each may import those to its left, and never one to its right."""
 

@@ -171,6 +171,7 @@ def _details(words: Words, job: Job) -> str:
         (words("prompt_tokens"), ", ".join(f"{words(k)} {v}" for k, v in (result.get("text_tokens") or {}).items())),
         ("LoRA", _lora_line(words, result)),
         (words("files"), _file_lines(result)),
+        (words("weights"), _read_line(words, result.get("load") or {})),
         (words("memory"), str((result.get("plan") or {}).get("reason", ""))),
         (words("shift"), f"{job.request.shift:g}"),
         (words("guidance"), guidance if any(job.request.guided) else words("off")),
@@ -190,6 +191,22 @@ def _expert_rows(words: Words, timings: Mapping[str, Any]) -> list[list[str]]:
             mean = numbers.seconds(sum(times) / len(times))
             rows.append([words("each_expert", expert=words("expert_" + expert)), f"{len(times)} × {mean}"])
     return rows
+
+
+READ_FROM = {
+    "page cache": "read_from_cache",
+    "disk": "read_from_disk",
+    "both": "read_from_both",
+    "unknown": "read_from_unknown",
+}
+
+
+def _read_line(words: Words, load: Mapping[str, Any]) -> str:
+    """How fast the weights came into place, and where from."""
+    if not load.get("bytes"):
+        return ""
+    size, time = numbers.size(load["bytes"]), numbers.seconds(load["seconds"])
+    return words(READ_FROM[load["source"]], size=size, time=time)
 
 
 def _lora_line(words: Words, result: Mapping[str, Any]) -> str:

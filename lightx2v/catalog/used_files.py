@@ -13,9 +13,11 @@ import os
 import re
 import threading
 from collections.abc import Callable, Container, Iterable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+from ..background import Background
 from ..config.engine_config import FILE_KEYS
 from ..config.environment import Environment
 from ..errors import ConfigError, byte_size, short_path
@@ -38,6 +40,9 @@ HASHED_AT_ONCE = 2 << 30
 """Bytes of a file at its place whose content is compared whatever it takes: two seconds at most. An expert's hash is
 compared where it is known."""
 
+PIECE = 1 << 20
+"""Bytes that are hashed at once. Between two, the thread looks whether it should stop."""
+
 
 class UsedFiles:
     """`paths` are files or folders of shards by role, such as "high-noise expert"."""
@@ -49,7 +54,7 @@ class UsedFiles:
         """Hash what has no known hash yet."""
         unknown = [file for _, file in self._files if known_hash(file) is None]
         if unknown:
-            threading.Thread(target=_hash_all, args=(unknown,), name="lightx2v-hash", daemon=True).start()
+            Background(partial(_hash_all, unknown), "lightx2v-hash")
 
     def to_json(self, loras: Iterable[Path] = ()) -> list[dict[str, Any]]:
         """Role, name, bytes and, where it is known, sha256 of each file, with those of `loras`."""
@@ -74,9 +79,18 @@ def content_hash(path: Path) -> str:
     """The sha256 of a file's content, computed where it is not known."""
     if (known := known_hash(path)) is not None:
         return known
-    with path.open("rb") as file:
-        digest = hashlib.file_digest(file, "sha256").hexdigest()
-    real = path.resolve()
+    return _remembered_hash(path, threading.Event())
+
+
+def _remembered_hash(path: Path, stop: threading.Event) -> str:
+    """Hash a file and remember it. "" if that was stopped."""
+    sha256, piece = hashlib.sha256(), memoryview(bytearray(PIECE))
+    with path.open("rb", buffering=0) as file:
+        while size := file.readinto(piece):
+            if stop.is_set():
+                return ""
+            sha256.update(piece[:size])
+    real, digest = path.resolve(), sha256.hexdigest()
     _remember({**_remembered(), str(real): [*_identity(real), digest]})
     return digest
 
@@ -141,10 +155,11 @@ def _files(path: Path) -> list[Path]:
     return sorted(file for file in path.iterdir() if file.is_file()) if path.is_dir() else [path]
 
 
-def _hash_all(files: Iterable[Path]) -> None:
+def _hash_all(files: Iterable[Path], stop: threading.Event) -> None:
     for file in files:
         try:
-            content_hash(file)
+            if known_hash(file) is None:
+                _remembered_hash(file, stop)
         except OSError as error:
             log.debug("%s is not hashed: %s", short_path(file), error)
 

@@ -336,6 +336,12 @@ class Request:
             return None
         return self.negative_prompt.strip() if self.negative_prompt else DEFAULT_NEGATIVE_PROMPT
 
+    @property
+    def texts(self) -> dict[str, str]:
+        """What the text encoder encodes, by the fields' names."""
+        negative = self.negative_text
+        return {"prompt": self.prompt} | ({} if negative is None else {"negative_prompt": negative})
+
     def to_json(self) -> dict[str, Any]:
         """Every field as plain JSON types. `from_json` returns an equal Request."""
         data: dict[str, Any] = {}

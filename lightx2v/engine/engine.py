@@ -1,11 +1,12 @@
 """A loaded engine: the model in its placement, and the attention backends with the reason for them."""
 
 import logging
-import threading
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing, contextmanager
 from dataclasses import dataclass, field, replace
+from functools import partial
 
 import torch
 
@@ -24,15 +25,17 @@ from ..loading import preload
 from ..loading.model_files import ModelFiles, locate
 from ..loading.networks import DTYPES, Precision, expert_weights
 from ..loading.prebuilt_cache import build_prebuilt, find_prebuilt
-from ..models.fused import kernels_for
+from ..models.fused import Dims, compile_for
 from ..models.preview import Preview
+from ..models.quant_linear import kernel_for
+from ..offload.kept_parts import KeptParts
 from ..offload.placement import Placement, limit_memory, load_offloaded, planner_for
 from ..offload.resident import LoadInputs, Resident
 from ..parallel.mesh import Mesh
-from ..parallel.process_group import Group
+from ..parallel.process_group import CLOSE, Group
 from ..parallel.rendezvous import join
 from ..parallel.single_process import ALONE
-from ..progress import CancelToken, Meter, OnProgress
+from ..progress import CancelToken, Meter, OnProgress, WeightsRead, free_memory
 from ..weights.checkpoint import open_checkpoint
 from ..weights.content_digest import content_digest
 from ..weights.expert_pair import check_expert_pair
@@ -60,6 +63,7 @@ class LoadedEngine:
     cross_attention: Choice
     preview: Preview
     load_seconds: float
+    read: WeightsRead = WeightsRead()
     weights: str = ""
     preset: str = ""
     warnings: tuple[str, ...] = ()
@@ -69,10 +73,17 @@ class LoadedEngine:
 
 
 def load_engine(
-    config: EngineConfig, *, preset: str = "", on_progress: OnProgress | None = None, cancel: CancelToken | None = None
+    config: EngineConfig,
+    *,
+    preset: str = "",
+    on_progress: OnProgress | None = None,
+    cancel: CancelToken | None = None,
+    prompts: Sequence[str] = (),
+    kept: KeptParts | None = None,
 ) -> LoadedEngine:
-    """Load the model; download missing files first.
+    """Load the model; download missing files first. Use what is `kept` of another engine, and free the rest of it.
 
+    The `prompts` of the first request are encoded while the experts are read, if the text encoder stays on the device.
     Raises ConfigError, DownloadError, CheckpointError, OutOfMemory or Cancelled, and leaves nothing in memory then.
     """
     environment = Environment.read()
@@ -93,7 +104,8 @@ def load_engine(
         # Unguided steps are shared by all processes in any layout, so this one suits every request.
         layout = config.parallel or ParallelConfig.for_world(group.size, enable_cfg=True)
         mesh = Mesh(group, layout.cfg_p_size, layout.seq_p_size)
-        return load_here(config, mesh, preset, on_progress, cancel)
+        with closing(kept or KeptParts()) as parts:
+            return load_here(config, mesh, preset, on_progress, cancel, prompts, parts)
 
 
 def with_other_loras(
@@ -118,10 +130,30 @@ def with_other_loras(
     return replace(engine, config=config, preset=preset)
 
 
+def release_engine(engine: LoadedEngine) -> KeptParts:
+    """Close an engine that nobody else uses, and keep its text encoder, VAE and pinned host memory for the next one.
+    Several processes keep nothing."""
+    group, placement = engine.mesh.group, engine.placement
+    group.send_command(CLOSE)
+    if group.size == 1:
+        kept = placement.release()
+    else:
+        placement.close()
+        kept = KeptParts()
+    free_memory()
+    return kept
+
+
 def load_here(
-    config: EngineConfig, mesh: Mesh, preset: str, on_progress: OnProgress | None, cancel: CancelToken | None
+    config: EngineConfig,
+    mesh: Mesh,
+    preset: str,
+    on_progress: OnProgress | None,
+    cancel: CancelToken | None,
+    prompts: Sequence[str] = (),
+    kept: KeptParts | None = None,
 ) -> LoadedEngine:
-    """Load this process's part of the model."""
+    """Load this process's part of the model. `kept` stays the caller's to close."""
     group = mesh.group
     if group.is_rank0:  # the others need no text encoder
         preload.start()
@@ -134,17 +166,20 @@ def load_here(
         files, warnings = with_prebuilt(locate(config), config, precision, meter, cancel, group)
         read = files.prebuilt or files
         warnings += check_expert_pair(open_checkpoint(read.high), open_checkpoint(read.low), config.task)
-        progress = LoadProgress(meter, cancel)
+        progress, encoded = LoadProgress(meter, cancel), PromptCache()
         attention = choose_attention(config, files, precision, group)
-        with compiling(precision.device):
-            inputs = LoadInputs(files, config, precision, *attention, progress.watch, group)
+        with ThreadPoolExecutor(1, "lightx2v-digest") as thread, compiling(files, config, precision):
+            digest = thread.submit(weights_digest, files) if group.is_rank0 else None
+            inputs = LoadInputs(
+                *(files, config, precision, *attention, progress.watch, group),
+                use_text=partial(encoded.add_all, prompts),
+                kept=kept or KeptParts(),
+            )
             placement = load_placement(inputs, warnings)
-        progress.log_total()
+        weights_read = progress.result()
         for warning in warnings:
             log.warning("%s", warning)
-        with torch.inference_mode(), placement.vae() as vae:
-            preview = Preview.for_vae(vae, files.vae)
-        weights = weights_digest(files) if group.is_rank0 else ""
+        weights = digest.result() if digest is not None else ""
     used = UsedFiles({"high-noise expert": files.high, "low-noise expert": files.low, "T5": files.t5, "VAE": files.vae})
     if group.is_rank0:
         used.hash_in_background()
@@ -155,32 +190,38 @@ def load_here(
         placement=placement,
         self_attention=attention[0],
         cross_attention=attention[1],
-        preview=preview,
+        preview=placement.preview,
         load_seconds=time.perf_counter() - started,
+        read=weights_read,
         weights=weights,
         preset=preset,
         warnings=tuple(warnings),
         files=used,
+        prompts=encoded,
     )
 
 
 @contextmanager
-def compiling(device: torch.device) -> Iterator[None]:
-    """Inside, a thread compiles and tests the experts' fused kernels: 4 seconds that the first step need not wait."""
+def compiling(files: ModelFiles, config: EngineConfig, precision: Precision) -> Iterator[None]:
+    """Inside, a thread compiles and tests the experts' kernels: seconds that the first step need not wait."""
+    device, compute = precision.device, precision.compute
     if device.type != "cuda":
         yield
         return
+    weights = expert_weights(files, "high", config)
+    dit = DiTConfig.from_checkpoint(files.architecture, weights.plain_shapes)
+    dims, formats = Dims(dit.num_heads, dit.head_dim, dit.ffn_dim), {*weights.formats.values()}
 
     def compile_kernels() -> None:
         with torch.cuda.device(device):
-            kernels_for(device)
+            compile_for(device, dims, compute, formats)
+            for weight in formats:
+                kernel_for(weight, device, compute)
 
-    thread = threading.Thread(target=compile_kernels, name="lightx2v-kernels", daemon=True)
-    thread.start()
-    try:
+    with ThreadPoolExecutor(1, "lightx2v-kernels") as thread:  # two threads would compile the same twice
+        compiled = thread.submit(compile_kernels)
         yield
-    finally:
-        thread.join()  # two threads would compile the same twice
+        compiled.result()
 
 
 def weights_digest(files: ModelFiles) -> str:
@@ -260,7 +301,7 @@ def load_placement(inputs: LoadInputs, warnings: list[str]) -> Placement:
     """
     config, precision, group = inputs.config, inputs.precision, inputs.group
     limit_memory(precision.device, config.vram_gb)
-    planner, when = planner_for(inputs.files, config, precision, group), "while loading the model"
+    planner, when = planner_for(inputs), "while loading the model"
     if planner is None and not config.lazy_load:
         if config.cpu_offload is True:
             device = precision.device.type.upper()

@@ -3,8 +3,7 @@
 import logging
 import time
 
-from ..errors import byte_size
-from ..progress import CancelToken, LoadWatch, Meter
+from ..progress import CancelToken, LoadWatch, Meter, WeightsRead, bytes_from_disk, read_words
 
 log = logging.getLogger("lightx2v.engine")
 
@@ -16,14 +15,16 @@ class LoadProgress:
     """`watch` is for the readers. Loading that begins again, with less on the device, counts from zero."""
 
     def __init__(self, meter: Meter, cancel: CancelToken | None) -> None:
-        self.watch = LoadWatch(cancel, self._arrived, self._begin)
+        self.watch = LoadWatch(cancel, self._arrived, self._begin, self._came_from)
         self._meter = meter
-        self._done = self._total = 0
+        self._done = self._total = self._known = self._cached = 0
         self._started = self._told = 0.0
+        self._fetched = 0
 
     def _begin(self, total: int) -> None:
-        self._done, self._total = 0, total
+        self._done, self._total, self._known, self._cached = 0, total, 0, 0
         self._started = self._told = time.perf_counter()
+        self._fetched = bytes_from_disk()
 
     def _arrived(self, nbytes: int) -> None:
         now = time.perf_counter()
@@ -34,8 +35,14 @@ class LoadProgress:
             message = f"{self._done / 1e9:.2f} of {self._total / 1e9:.2f} GB, {rate / 1e9:.1f} GB/s"
             self._meter.emit("load", self._done, self._total, message=message)
 
-    def log_total(self) -> None:
-        seconds = self._told - self._started
-        if self._done and seconds:
-            rate = self._done / seconds / 1e9
-            log.info("Read %s in %.1f s (%.1f GB/s).", byte_size(self._done), seconds, rate)
+    def _came_from(self, cached: int, missed: int) -> None:
+        self._known += cached + missed
+        self._cached += cached
+
+    def result(self) -> WeightsRead:
+        """What was read so far."""
+        seconds, fetched = self._told - self._started, bytes_from_disk() - self._fetched
+        read = WeightsRead(self._done, seconds, self._known, self._cached, fetched)
+        if read.nbytes:
+            log.info("Read %s.", read_words(read.to_json()))
+        return read

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 from ..config.engine_config import EngineConfig
 from ..config.request import Request
 from ..config.schedule import schedule_of
-from ..progress import Peak, Timings
+from ..progress import Peak, Timings, WeightsRead
 
 if TYPE_CHECKING:
     import numpy as np
@@ -24,7 +24,8 @@ class Result:
     input image may have decided. `attention` tells which backend ran and why, `loras` what each LoRA file changed,
     `files` the model's files, `plan` where the weights lived (None where there was nothing to plan), `processes` what
     each of several took. An earlier process did the first `resumed_after` denoising steps: `timings` has only what
-    this one did. `forwards` counts those of the whole video that were computed and skipped.
+    this one did. `forwards` counts those of the whole video that were computed and skipped. `load` tells how the weights
+    were read, also if that was for an earlier run.
     """
 
     path: str | None
@@ -48,6 +49,7 @@ class Result:
     processes: tuple[dict[str, Any], ...] = ()
     resumed_after: int = 0
     forwards: dict[str, int] = field(default_factory=dict)
+    load: WeightsRead = WeightsRead()
 
     @property
     def seed(self) -> int:
@@ -83,6 +85,7 @@ class Result:
             "processes": list(self.processes),
             "resumed_after": self.resumed_after,
             "forwards": self.forwards,
+            "load": self.load.to_json(),
             "loras": list(self.loras),
             "files": list(self.files),
             "plan": self.plan,

@@ -131,6 +131,7 @@ class Run:
             ),
             loras=tuple(lora.to_json() for lora in self.placement.loras),
             files=tuple(self.files),
+            load=self.engine.read,
         )
 
     def retry_with_offload(self, stage: Stage, call: Callable[[], T], when: str = "") -> T:
@@ -153,11 +154,9 @@ class Run:
 
     def encode_text(self) -> list[Tensor]:
         """The prompt's states (L, D), then the negative prompt's where guidance needs them. Rank 0 encodes for all."""
-        texts = {"prompt": self.request.prompt}
-        if self.request.negative_text is not None:
-            texts["negative_prompt"] = self.request.negative_text
         with self.meter.stage("text"):
-            states = [states_LD for _, states_LD in self.group.broadcast_stream(self.encode_texts(texts))]
+            texts = self.encode_texts(self.request.texts)
+            states = [states_LD for _, states_LD in self.group.broadcast_stream(texts)]
             self.tokens = self.group.broadcast_json(self.tokens)
         return states
 
@@ -170,10 +169,7 @@ class Run:
             with self.placement.text() as encoder:
                 for done, text in enumerate(missing):
                     self.token.check()
-                    embedding = encoder.encode(text)
-                    if not is_finite(embedding.states_LD):
-                        raise not_finite("text encoder", "the prompt")
-                    self.engine.prompts[text] = embedding
+                    self.engine.prompts.add(text, encoder)
                     self.meter.emit("text", done + 1, len(missing))
         embeddings = {name: self.engine.prompts[text] for name, text in texts.items()}
         for name, embedding in embeddings.items():

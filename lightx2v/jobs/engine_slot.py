@@ -11,6 +11,7 @@ import platform
 import threading
 import time
 import traceback
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -54,14 +55,28 @@ class Engine(Protocol):
         """Become an engine of `config` if that is little work; False, with nothing changed, if it means loading."""
         ...
 
+    def release(self) -> Any:
+        """Close it. The result is what the next engine may use of it: for `OpenEngine`, which frees it."""
+        ...
+
     def close(self) -> None: ...
 
 
 class OpenEngine(Protocol):
-    """Loads a model. This may take minutes, so it reports progress and checks `cancel` meanwhile."""
+    """Loads a model. This may take minutes, so it reports progress and checks `cancel` meanwhile.
+
+    `prompts` are those of the first request, `kept` what the last engine has left.
+    """
 
     def __call__(
-        self, config: EngineConfig, *, preset: str, on_progress: OnProgress, cancel: CancelToken
+        self,
+        config: EngineConfig,
+        *,
+        preset: str,
+        on_progress: OnProgress,
+        cancel: CancelToken,
+        prompts: Sequence[str] = (),
+        kept: Any = None,
     ) -> Engine: ...
 
 
@@ -103,7 +118,8 @@ class EngineSlot:
     def _run(self, job: Job, path: Path, *, on_progress: OnProgress, cancel: CancelToken, steps: StepStore) -> Outcome:
         try:
             cancel.check()
-            engine = self._engine_for(job.config, job.preset, on_progress, cancel)
+            texts = tuple(job.request.texts.values())
+            engine = self._engine_for(job.config, job.preset, on_progress, cancel, texts)
             cancel.check()
             result = engine.run(job.request, save_result_path=path, on_progress=on_progress, cancel=cancel, steps=steps)
             if not path.is_file() or not path.stat().st_size:
@@ -116,7 +132,7 @@ class EngineSlot:
 
     def load(self, config: EngineConfig, *, preset: str, on_progress: OnProgress, cancel: CancelToken) -> Engine:
         """Load an engine before the first job, which then does not wait for it. Errors pass to the caller."""
-        engine = self._engine_for(config, preset, on_progress, cancel)
+        engine = self._engine_for(config, preset, on_progress, cancel, ())
         self._load_seconds = 0.0
         return engine
 
@@ -141,6 +157,17 @@ class EngineSlot:
         del engine
         free_memory()
 
+    def _release(self) -> Any:
+        """Close the engine, if there is one. What the next one may use of it."""
+        engine, self._engine, self.loaded = self._engine, None, None
+        if engine is None:
+            return None
+        try:
+            return engine.release()
+        except Exception:  # it is dropped either way
+            log.error("closing the engine failed\n%s", traceback.format_exc())
+            return None
+
     def _failed(self, id: str, failure: Exception) -> Outcome:
         """Log the failure, release what it holds in memory, and drop the engine if its state is unknown."""
         if isinstance(failure, Cancelled):
@@ -157,7 +184,9 @@ class EngineSlot:
             self._drop_engine()
         return outcome
 
-    def _engine_for(self, config: EngineConfig, preset: str, on_progress: OnProgress, cancel: CancelToken) -> Engine:
+    def _engine_for(
+        self, config: EngineConfig, preset: str, on_progress: OnProgress, cancel: CancelToken, prompts: Sequence[str]
+    ) -> Engine:
         if self._engine is not None and self.loaded is not None and self.loaded.config == config:
             return self._engine
         started = time.perf_counter()
@@ -171,9 +200,11 @@ class EngineSlot:
         engine = self._engine
         if engine is None or not engine.exchange(config, preset=preset, on_progress=watch, cancel=cancel):
             del engine
-            self._drop_engine()
+            kept = self._release()
             started = time.perf_counter()
-            self._engine = self._open_engine(config, preset=preset, on_progress=watch, cancel=cancel)
+            self._engine = self._open_engine(
+                config, preset=preset, on_progress=watch, cancel=cancel, prompts=prompts, kept=kept
+            )
         self.loaded = LoadedModel(config, preset)
         self._load_seconds = time.perf_counter() - started
         assert self._engine is not None

@@ -22,7 +22,7 @@ from ..errors import BadRequest, LightX2VError, LoraError, OutputError, short_pa
 from ..models.dit import parameter_dtype
 from ..progress import CancelToken, OnProgress, Progress
 from ..weights.checkpoint import Checkpoint, open_checkpoint
-from ..weights.lora import match_lora
+from ..weights.lora_match import match_lora
 from ..weights.model_weights import ModelWeights, scale_name
 from ..weights.quant_layout import SCALE
 from ..weights.quantization import FORMATS, MIN_COSINE

@@ -13,12 +13,12 @@ and restores their originals later.
 """
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import closing
 from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any, Self
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..config.engine_config import EngineConfig
@@ -29,11 +29,15 @@ from ..errors import LoraError, short_path
 from ..models.dit import WanDiT
 from ..models.gguf_linear import GGUFLinear
 from ..models.quant_linear import QuantLinear
-from ..weights.lora import LoraReport, MatchedLora, match_lora, require_finite, require_finite_sum
+from ..weights.checkpoint import read_in_order
+from ..weights.device_checks import DeviceChecks
+from ..weights.lora import LoraReport, MatchedLora, extremes, require_finite_sum, require_numbers
 from ..weights.lora_delta import Difference, Kronecker, Pair
+from ..weights.lora_match import match_lora
 from ..weights.model_weights import ModelWeights
 from ..weights.module_loader import TensorStream
 from .lora_experts import lora_files
+from .side_branch import SideBranch
 
 AnyLinear = nn.Linear | QuantLinear | GGUFLinear
 SIXTEEN_BITS = (torch.bfloat16, torch.float16)
@@ -280,20 +284,28 @@ class ExpertLoras:
 
         Reads that value even if it stays on disk, so that an error in it shows now.
         """
-        by_weight: dict[str, list[MatchedLora]] = {}
-        for lora in loras:
+        by_layer: dict[str, list[tuple[int, MatchedLora]]] = {}
+        for index, lora in enumerate(loras):
             for name in lora.patches:
-                by_weight.setdefault(name, []).append(lora)
-        for name, group in by_weight.items():
-            if (layer := self._linear(name)) is not None:
-                for index, lora in enumerate(loras):
-                    if name in lora.patches and self._inside(name, lora):
-                        yield from self._parts(name, index, lora, layer)
-                    elif name in lora.patches and lora.strengths:
-                        yield from self._branch(name, f"{index}", [lora], layer)
-                fixed = [lora for lora in group if not self._inside(name, lora) and not lora.strengths]
+                if self._linear(name) is not None:
+                    by_layer.setdefault(name, []).append((index, lora))
+        wanted = [each for name, group in by_layer.items() for _, lora in group for each in lora.wanted(name)]
+        checks = DeviceChecks()
+        with closing(read_in_order(wanted)) as reading:
+            for name, group in by_layer.items():
+                layer, fixed = self._linear(name), []
+                assert layer is not None
+                for index, lora in group:
+                    parts = lora.checked(name, [next(reading)[1] for _ in lora.wanted(name)], checks)
+                    if self._inside(name, lora):
+                        yield from self._parts(name, index, lora, parts, layer)
+                    elif lora.strengths:
+                        yield from self._branch(name, f"{index}", [(lora, parts)], layer, checks)
+                    else:
+                        fixed.append((lora, parts))
                 if fixed:
-                    yield from self._branch(name, "fixed", fixed, layer)
+                    yield from self._branch(name, "fixed", fixed, layer, checks)
+        checks.finish()
         for index, weights in enumerate(totals):
             for name, tensor in weights.tensors(small):
                 yield f"{name}|{index}", tensor
@@ -320,7 +332,9 @@ class ExpertLoras:
         beside = self._config.lora_dynamic_apply or lora.strengths
         return isinstance(self._linear(name), GGUFLinear) and not (beside and lora.patches[name].runs_beside)
 
-    def _parts(self, name: str, index: int, lora: MatchedLora, layer: AnyLinear) -> TensorStream:
+    def _parts(
+        self, name: str, index: int, lora: MatchedLora, parts: dict[str, Tensor], layer: AnyLinear
+    ) -> TensorStream:
         """The tensors of a LoRA for a layer in blocks, as they are stored: those in 16 bits stay in 16 bits.
 
         They wait where the weights do: beside weights in host memory they are pinned there, and the layer copies them.
@@ -328,21 +342,28 @@ class ExpertLoras:
         patch, device = lora.patches[name], layer.weight.device
         waits = device.type != "cuda"
         pin = waits and self._device is not None and self._device.type == "cuda"
-        for kind, tensor in lora.parts(name, "cpu").items():
+        for kind, tensor in parts.items():
             stored = lora.checkpoint.dtypes[patch.keys[kind]]
             keeps = stored in SIXTEEN_BITS and patch.form in ("pair", "difference") and not patch.is_dora
             dtype = stored if keeps else torch.float32
             moved = tensor.to("cpu" if waits else device, dtype)
             yield f"{name}|merged{index}.{kind}", moved.pin_memory() if pin else moved
 
-    def _branch(self, name: str, group: str, loras: Sequence[MatchedLora], layer: AnyLinear) -> TensorStream:
+    def _branch(
+        self,
+        name: str,
+        group: str,
+        read: Sequence[tuple[MatchedLora, dict[str, Tensor]]],
+        layer: AnyLinear,
+        checks: DeviceChecks,
+    ) -> TensorStream:
         """The matrices of Σ up · down: several LoRAs become one pair, plain differences one matrix, a LoKr its two."""
         device = self._device or layer.weight.device
         dtype = layer.weight.dtype if isinstance(layer, nn.Linear) else self._dit.compute_dtype
         downs, ups, difference = [], [], None
         parts: dict[str, Tensor] = {}
-        for index, lora in enumerate(loras):
-            delta = lora.delta(name, "cpu", torch.float32)
+        for index, (lora, own) in enumerate(read):
+            delta = lora.build(name, own)
             if isinstance(delta, Pair):
                 downs.append(delta.down_RI)
                 ups.append(delta.up_OR * delta.scale)
@@ -358,10 +379,11 @@ class ExpertLoras:
             parts["delta"] = difference
         for part, tensor in parts.items():
             moved = tensor.to(device, dtype)
-            files = ", ".join(lora.report.path for lora in loras)
-            require_finite(moved, f"{files}: the change of {name}, in {str(dtype)[6:]},", "Lower the strength.")
+            files = ", ".join(lora.report.path for lora, _ in read)
+            what = f"{files}: the change of {name}, in {str(dtype)[6:]},"
+            checks.ask(extremes(moved), partial(require_numbers, what=what, then="Lower the strength."))
             yield f"{name}|{group}.{part}", moved
-        for lora in loras:
+        for lora, _ in read:
             lora.require_possible(name)
 
 
@@ -383,30 +405,6 @@ def _final(lora: MatchedLora) -> LoraReport:
     else:
         return report
     return replace(report, warnings=(*report.warnings, text))
-
-
-class SideBranch:
-    """A forward hook that adds x · (Σ up · down)^T to a layer's output, and the products of LoKr, times `share`."""
-
-    def __init__(self, parts: Mapping[str, Tensor], share: float) -> None:
-        self.share = share
-        self._down, self._up, self._delta = (parts.get(name) for name in ("down", "up", "delta"))
-        self._factors = [(parts[f"w1.{name[3:]}"], w2) for name, w2 in parts.items() if name.startswith("w2.")]
-
-    def __call__(self, module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor:
-        if not self.share:
-            return output
-        x = inputs[0]
-        if self._down is not None and self._up is not None:
-            rows_MR = F.linear(x.to(self._down.dtype), self._down).flatten(0, -2)
-            output.view(-1, output.shape[-1]).addmm_(rows_MR, self._up, alpha=self.share)
-        for w1_AB, w2_CD in self._factors:
-            x_MBD = x.to(w2_CD.dtype).reshape(-1, w1_AB.shape[1], w2_CD.shape[1])
-            product_MAC = F.linear(F.linear(x_MBD, w2_CD).mT, w1_AB).mT
-            output.view(product_MAC.shape).add_(product_MAC, alpha=self.share)
-        if self._delta is not None:
-            output.add_(F.linear(x.to(self._delta.dtype), self._delta), alpha=self.share)
-        return output
 
 
 @dataclass(slots=True)

@@ -14,7 +14,6 @@ from ..config.engine_config import EngineConfig
 from ..config.model_paths import ARCHITECTURE_FOLDERS, ModelPart, parts
 from ..errors import CheckpointError, short_path
 from ..hub import find_part, local_places, model_folder
-from ..weights.checkpoint import open_checkpoint
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -68,18 +67,6 @@ def locate(config: EngineConfig) -> ModelFiles:
         vae=places["VAE"],
         architecture=_architecture(model_folder(config), high, low),
     )
-
-
-def bytes_to_read(files: ModelFiles, *, experts: bool, text: bool) -> int:
-    """The bytes of these parts and of the VAE in their files, without the token table, which stays there."""
-    read = files.prebuilt or files
-    total = open_checkpoint(files.vae).nbytes
-    if experts:
-        total += open_checkpoint(read.high).nbytes + open_checkpoint(read.low).nbytes
-    if text:
-        sizes = sorted(entry.nbytes for _, entry in open_checkpoint(read.t5 or files.t5).entries())
-        total += sum(sizes[:-1])
-    return total
 
 
 def _absence(part: ModelPart, config: EngineConfig) -> str:

@@ -25,13 +25,14 @@ from ..models.vae_config import VAEConfig
 from ..parallel.process_group import Group
 from ..parallel.single_process import ALONE
 from ..progress import UNWATCHED, LoadWatch
-from ..weights.checkpoint import open_checkpoint
+from ..weights.checkpoint import Checkpoint, open_checkpoint
 from ..weights.model_weights import ModelWeights
 from ..weights.module_loader import InHost, check_fit, load_into, slots_of, stream_into
 from ..weights.pth_reader import PthReader
 from ..weights.quant_layout import SCALE
 from ..weights.quantization import scheme_format
 from ..weights.vae_names import vae_names
+from ..weights.value_check import ValueCheck
 from .model_files import ModelFiles
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
@@ -154,16 +155,13 @@ def load_expert(
     dit = build_expert(files, weights, precision, self_attention, cross_attention)
     dtype_of = expert_dtypes(precision)
     device = compute_device if compute_device is not None and weights.computes else precision.device
-    ready = in_host(dit, dit.blocks, dtype_of) if in_host is not None else lambda _: None
+    if in_host is not None:
+        in_host(dit, dit.blocks, dtype_of)
     slots = slots_of(dit) if in_host is not None and group.size == 1 else {}
-    tensors = weights.tensors(dtype_of=dtype_of, device=device, into=slots.get, watch=watch)
+    check = ValueCheck(weights.source)
+    tensors = weights.tensors(dtype_of=dtype_of, device=device, into=slots.get, look=check.look, watch=watch)
     stream_into(
-        dit,
-        group.broadcast_stream(tensors, watch.cancel),
-        dtype_of=dtype_of,
-        device=precision.device,
-        source_name=weights.source,
-        before_copy=ready,
+        dit, group.broadcast_stream(tensors, watch.cancel), dtype_of=dtype_of, device=precision.device, check=check
     )
     return dit
 
@@ -173,12 +171,18 @@ def expert_dtypes(precision: Precision) -> Callable[[str], torch.dtype]:
     return lambda name: torch.float32 if name.endswith(SCALE) else parameter_dtype(name, precision.compute)
 
 
-def load_vae(files: ModelFiles, precision: Precision, group: Group = ALONE, watch: LoadWatch = UNWATCHED) -> WanVAE:
-    checkpoint = open_checkpoint(files.vae)
-    names = vae_names(checkpoint.shapes, short_path(checkpoint.path))
+def verify_vae(checkpoint: Checkpoint) -> None:
+    """Compare a VAE in PyTorch's format, half a gigabyte, with its checksums: nothing else notices changed bytes."""
     for file in checkpoint.files:
         if isinstance(file, PthReader):
-            file.verify()  # half a gigabyte; nothing else would notice changed bytes
+            file.verify()
+
+
+def load_vae(
+    checkpoint: Checkpoint, precision: Precision, group: Group = ALONE, watch: LoadWatch = UNWATCHED
+) -> WanVAE:
+    """The VAE, without `verify_vae`."""
+    names = vae_names(checkpoint.shapes, short_path(checkpoint.path))
     with torch.device("meta"):
         vae = WanVAE(VAEConfig.from_shapes({names[name]: shape for name, shape in checkpoint.shapes.items()}))
     load_into(

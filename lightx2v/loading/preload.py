@@ -9,18 +9,18 @@ import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+from ..background import Background
+
 SWITCH = 0.0005
 """Seconds after which a thread that computes lets another one of this program go on, while a model loads."""
 
 
-def start() -> threading.Thread:
+def start() -> Background:
     """Start importing the packages that loading a model needs. May be called again; loading reports a failure."""
-    thread = threading.Thread(target=_import, name="lightx2v-preload", daemon=True)
-    thread.start()
-    return thread
+    return Background(_import, "lightx2v-preload")
 
 
-def _import() -> None:
+def _import(_: threading.Event) -> None:
     try:
         from ..models.umt5 import preload
 

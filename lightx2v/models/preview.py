@@ -60,8 +60,8 @@ def fit(vae: WanVAE, pictures_BCHW: Tensor) -> Tensor:
     Raises NumericsError if the VAE makes NaN of them.
     """
     weight = vae.conv1.weight
-    latents = [vae.encode(picture[:, None].to(weight.device)).flatten(1).T for picture in pictures_BCHW]
-    known_LC = torch.cat(latents).float().cpu()
+    means_BCTHW, _ = vae.encode_clip(pictures_BCHW[:, :, None].to(weight.device))
+    known_LC = means_BCTHW.movedim(1, -1).flatten(0, -2).float().cpu()
     if not is_finite(known_LC):
         raise not_finite("VAE", "pictures")
     colours = F.avg_pool2d(pictures_BCHW, vae.config.spatial_stride)

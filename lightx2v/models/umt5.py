@@ -15,6 +15,7 @@ from __future__ import annotations
 import json
 import threading
 from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -30,6 +31,7 @@ from ..weights.gguf_blocks import BlockFormat, dequantise
 from ..weights.model_weights import ModelWeights
 from ..weights.module_loader import DtypeOf, InHost, check_fit, slots_of, stream_into
 from ..weights.umt5_names import TABLE, hf_name
+from ..weights.value_check import ValueCheck
 from .gguf_linear import swap_for_blocks
 from .quant_linear import swap_linears
 from .umt5_stack import UMT5Sizes, UMT5Stack
@@ -85,7 +87,6 @@ class TextEncoder(nn.Module):
 
         `in_host` gives the weights their memory, if they are to be in the host's.
         """
-        preload()
         if dtype is torch.float16:  # UMT5's activations exceed its range
             dtype = torch.bfloat16
         if not isinstance(checkpoint, Checkpoint):
@@ -104,14 +105,19 @@ class TextEncoder(nn.Module):
         shapes = {hf_name(name): shape for name, shape in weights.shapes.items() if name != TABLE}
         dtypes = {hf_name(name): kind for name, kind in weights.dtypes.items() if name != TABLE}
         check_fit(holder, shapes, dtypes, source_name=source)
-        ready = in_host(stack, stack.block, dtype_of) if in_host is not None else lambda _: None
-        tensors = _without_table(weights, slots_of(holder) if in_host is not None else {}, dtype_of, device, watch)
-        stream_into(holder, tensors, dtype_of=dtype_of, device=device, source_name=source, before_copy=ready)
+        if in_host is not None:
+            in_host(stack, stack.block, dtype_of)
+        slots, check = slots_of(holder) if in_host is not None else {}, ValueCheck(source)
+        tensors = _without_table(weights, slots, dtype_of, device, check, watch)
+        with ThreadPoolExecutor(1, "lightx2v-tokenizer") as thread:
+            reading = thread.submit(load_tokenizer, tokenizer)
+            stream_into(holder, tensors, dtype_of=dtype_of, device=device, check=check)
+            read_tokenizer = reading.result()
         table = weights.file_names[TABLE]
         encoder = cls(
             stack,
             checkpoint.memory_map(table),
-            load_tokenizer(tokenizer),
+            read_tokenizer,
             text_len=text_len,
             table_form=checkpoint.blocks[table].form if table in checkpoint.blocks else None,
             table_scale_V1=weights.scale(TABLE) if TABLE in weights.layout.scales else None,
@@ -146,6 +152,7 @@ def _without_table(
     slots: Mapping[str, torch.Tensor],
     dtype_of: DtypeOf,
     device: torch.device | str,
+    check: ValueCheck,
     watch: LoadWatch,
 ) -> Iterator[tuple[str, torch.Tensor]]:
     """(transformers' name, tensor) of all weights but the token table, into `slots` where they fit."""
@@ -154,6 +161,7 @@ def _without_table(
         dtype_of=dtype_of,
         device=device,
         into=lambda name: slots.get(hf_name(name)),
+        look=lambda name, part: check.look(hf_name(name), part),
         watch=watch,
     )
     return ((hf_name(name), tensor) for name, tensor in tensors)
@@ -163,7 +171,7 @@ _IMPORTING = threading.Lock()
 
 
 def preload() -> None:
-    """Import the packages that `load` needs: `preload.start` does it in the background.
+    """Import the packages that a text encoder needs: `preload.start` does it in the background.
 
     Two threads that import one package at once could see half-initialised modules, so the second one waits here.
     """
@@ -180,6 +188,7 @@ def build_stack(sizes: UMT5Sizes) -> UMT5Stack:
 
 def load_tokenizer(folder: str | Path) -> Tokenizer:
     """The tokenizer exactly as `tokenizer.json` describes it: equal to AutoTokenizer's, in a fraction of its time."""
+    preload()
     from tokenizers import Tokenizer
 
     path = Path(folder) / "tokenizer.json"

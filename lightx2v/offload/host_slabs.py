@@ -57,6 +57,11 @@ class HostSlabs:
         self._slabs: dict[int, _Slab] = {}
         self._threads = ThreadPoolExecutor(min(THREADS, os.cpu_count() or 1), "lightx2v-slabs")
 
+    @property
+    def nbytes(self) -> int:
+        """The bytes of all slabs."""
+        return sum(len(slab.memory) for slab in self._slabs.values())
+
     def take(self, sizes: Sequence[int]) -> list[Tensor]:
         """A flat buffer of bytes for each size, at an address that suits every dtype."""
         buffers: list[Tensor] = []

@@ -19,11 +19,13 @@ from ..cost.memory_plan import Stage, Workload
 from ..loading.expert_loras import AppliedLora
 from ..loading.networks import whole_float32
 from ..models.dit import WanDiT
+from ..models.preview import Preview
 from ..models.tiling import Tiling
 from ..models.umt5 import TextEncoder
 from ..models.vae import WanVAE
 from .device_copies import Copies
 from .host_slabs import HostSlabs
+from .kept_parts import KeptParts
 from .resident import Resident
 from .weight_streamer import StreamedModule, WeightStreamer
 
@@ -169,7 +171,7 @@ class Offloaded:
             text = StreamedModule(module=self._text, blocks=blocks, packed=self._loaded.packed.get("text"))
             self._stream("text", {"text": text}, len(text.blocks) if plan.text == "move" else 0)
         if plan.vae != "resident" and self._vae is not None:
-            self._stream("vae", {"vae": StreamedModule(module=self._vae)}, 0)
+            self._stream("vae", {"vae": StreamedModule(module=self._vae, packed=self._loaded.packed.get("vae"))}, 0)
 
     def _stream(self, name: str, modules: dict[Any, StreamedModule], resident: int) -> None:
         slots = self._ladder.plan.prefetch_slots
@@ -185,6 +187,24 @@ class Offloaded:
                 read_ahead=self._read_ahead,
                 slabs=self._slabs,
             )
+
+    @property
+    def preview(self) -> Preview:
+        return self._loaded.preview
+
+    def release(self) -> KeptParts:
+        """Close it, and leave what another engine may use. `loaded` knows what was packed."""
+        for name in ("text", "vae"):
+            if (streamer := self._streamers.pop(name, None)) is not None:
+                [self._loaded.packed[name]] = streamer.release()
+        for streamer in self._streamers.values():
+            streamer.close()
+        self._streamers.clear()
+        kept = self._loaded.release()
+        self._experts.clear()
+        self._text = self._vae = None
+        kept.slabs = self._slabs
+        return kept
 
     def close(self) -> None:
         for streamer in self._streamers.values():

@@ -17,8 +17,6 @@ from ..cost.memory_plan import ATTENTION_BYTES, ModelSize, OffloadOptions
 from ..loading.expert_loras import ExpertLoras, match_loras
 from ..loading.model_files import ModelFiles
 from ..loading.networks import Precision, expert_dtypes, expert_weights
-from ..parallel.process_group import Group
-from ..parallel.single_process import ALONE
 from ..weights.checkpoint import open_checkpoint
 from .device_copies import Copies, copies_for
 from .host_slabs import HostSlabs
@@ -31,14 +29,15 @@ Placement = Resident | Offloaded
 """Hands out the parts of a model, on the device. A part may be used inside its `with` block only."""
 
 
-def planner_for(
-    files: ModelFiles, config: EngineConfig, precision: Precision, group: Group = ALONE
-) -> MemoryPlanner | None:
+def planner_for(inputs: LoadInputs) -> MemoryPlanner | None:
     """The planner for this model and machine; None where the device has no memory of its own to offload from."""
+    files, config, precision, group = inputs.files, inputs.config, inputs.precision, inputs.group
     if precision.device.type != "cuda":
         return None
+    free = [torch.cuda.mem_get_info(precision.device)[0], host_memory()[0]]
+    free = [free[0] + inputs.kept.device_bytes, free[1] + inputs.kept.host_bytes]
     # All processes plan alike: for the smallest device, and for an equal share of host memory.
-    everywhere = group.all_gather_json([torch.cuda.mem_get_info(precision.device)[0], host_memory()[0]])
+    everywhere = group.all_gather_json(free)
     vram = usable(min(vram for vram, _ in everywhere), config.vram_gb)
     ram = min(ram for _, ram in everywhere) // group.size
     if files.prebuilt is None and config.build:
@@ -59,9 +58,9 @@ def load_offloaded(inputs: LoadInputs, ladder: MemoryLadder, *, copies: Copies |
     """Load the model for the ladder's plan: parts that will not stay on the device go to host memory at once."""
     log.info("Placement: %s", ladder.plan)
     device = inputs.precision.device
-    slabs = HostSlabs(pin=device.type == "cuda")
+    slabs = inputs.kept.take_slabs() or HostSlabs(pin=device.type == "cuda")
     try:
-        return Offloaded(
+        placement = Offloaded(
             Resident(inputs, ladder.plan, slabs),
             ladder=ladder,
             device=device,
@@ -73,6 +72,8 @@ def load_offloaded(inputs: LoadInputs, ladder: MemoryLadder, *, copies: Copies |
     except BaseException:
         slabs.close()
         raise
+    slabs.trim()  # what the last model needed and this one does not
+    return placement
 
 
 def model_sizes(files: ModelFiles, config: EngineConfig, precision: Precision) -> ModelSize:

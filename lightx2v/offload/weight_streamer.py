@@ -270,6 +270,11 @@ class WeightStreamer:
 
     def close(self) -> None:
         """Drop all weights. The modules are on the meta device afterwards."""
+        for packed in self.release():
+            packed.give_back(self._slabs)
+
+    def release(self) -> list[PackedModule]:
+        """End, but leave the weights of each module in host memory. The modules are on the meta device afterwards."""
         for slot in [*self.own.values(), *self.shared]:
             _stop_reading(slot)
             if slot.copy_event is not None:
@@ -279,12 +284,12 @@ class WeightStreamer:
             self._thread.shutdown()
         for hook in self._hooks:
             hook.remove()
-        for packed in self._in_host:
-            packed.give_back(self._slabs)
         self._slabs.give_back(staging.buffer for staging in self._staging if staging.buffer is not None)
         self._staging.clear()
         self.packed.clear()
         self.modules.clear()
+        in_host, self._in_host = self._in_host, []
+        return in_host
 
 
 @dataclass

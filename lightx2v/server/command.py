@@ -117,11 +117,11 @@ def _farm_options(options: argparse.Namespace, environment: Environment) -> Farm
     return farm
 
 
-def load(config: EngineConfig, *, preset: str, on_progress: OnProgress, cancel: CancelToken) -> Engine:
+def load(config: EngineConfig, **more: Any) -> Engine:
     """Load the model. Nothing else in this package imports torch."""
     from ..pipeline import LightX2VPipeline
 
-    return LightX2VPipeline.from_config(config, preset=preset, on_progress=on_progress, cancel=cancel)
+    return LightX2VPipeline.from_config(config, **more)
 
 
 def _serve(

@@ -8,11 +8,14 @@ A file's first bytes decide its format, never its name: a pickle called `model.s
 checks each file, so a broken download is found before anything is loaded.
 """
 
+from __future__ import annotations
+
 import json
 import math
 from collections.abc import Callable, Container, Iterator, Sequence
 from contextlib import closing
-from dataclasses import replace
+from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path, PurePath
 
 import torch
@@ -25,6 +28,8 @@ from .parallel_reader import TensorPlace, read_tensors
 from .pth_reader import PthReader
 from .safetensors_reader import SafetensorsReader
 from .tensor_file import CHUNK, DOWNLOAD_AGAIN, TensorEntry, TensorFile, cast_target
+
+Look = Callable[[torch.Tensor], None]
 
 PICKLES = (".pth", ".pt", ".bin")
 
@@ -85,7 +90,13 @@ class Checkpoint:
 
     def tensor(self, name: str) -> torch.Tensor:
         """One tensor in its own memory, in its stored dtype."""
-        return next(_read([(self._file_of[name], name, None)]))[1]
+        return next(read_in_order([self.wanted(name)]))[1]
+
+    def wanted(
+        self, name: str, dtype: torch.dtype | None = None, into: torch.Tensor | None = None, look: Look | None = None
+    ) -> Wanted:
+        """A tensor of this checkpoint for `read_in_order`."""
+        return Wanted(self._file_of[name], name, dtype, into, look)
 
     def chunks(self, name: str, dtype: torch.dtype | None = None) -> Iterator[torch.Tensor]:
         """One tensor, cast if it is an ordinary float, flat and a few megabytes at a time."""
@@ -114,6 +125,7 @@ class Checkpoint:
         dtype_of: Callable[[str], torch.dtype] | None = None,
         device: torch.device | str = "cpu",
         into: Callable[[str], torch.Tensor | None] | None = None,
+        look: Callable[[str, torch.Tensor], None] | None = None,
         watch: LoadWatch = UNWATCHED,
     ) -> Iterator[tuple[str, torch.Tensor]]:
         """(name, tensor on `device`) of all tensors, or of those in `names`, in the order they lie on disk.
@@ -122,36 +134,56 @@ class Checkpoint:
         on disk. Without it tensors come as stored, e.g. to merge a LoRA before rounding.
 
         `into` may name the tensor to read into: contiguous, of the final dtype, in host memory or on `device`. The next
-        tensors are read meanwhile.
+        tensors are read meanwhile. Reading threads call `look` with the parts of tensors in host memory.
         """
         chosen = [
-            (file, name, dtype_of(name) if dtype_of else None)
-            for file, name in self.disk_order()
+            self.wanted(
+                name,
+                dtype_of(name) if dtype_of else None,
+                into(name) if into else None,
+                partial(look, name) if look else None,
+            )
+            for _, name in self.disk_order()
             if names is None or name in names
         ]
-        yield from _read(chosen, device, into or (lambda _: None), watch)
+        yield from read_in_order(chosen, device, watch)
 
 
-def _read(
-    chosen: Sequence[tuple[TensorFile, str, torch.dtype | None]],
-    device: torch.device | str = "cpu",
-    into: Callable[[str], torch.Tensor | None] = lambda _: None,
-    watch: LoadWatch = UNWATCHED,
+@dataclass(frozen=True, slots=True)
+class Wanted:
+    """A tensor to read from `file`, in `dtype` if both are ordinary floats, and into this memory if there is any. In
+    host memory, reading threads call `look` with its parts."""
+
+    file: TensorFile
+    name: str
+    dtype: torch.dtype | None = None
+    into: torch.Tensor | None = None
+    look: Look | None = None
+
+    @property
+    def nbytes(self) -> int:
+        """Its bytes in the file."""
+        return self.file.entries[self.name].nbytes
+
+
+def read_in_order(
+    chosen: Sequence[Wanted], device: torch.device | str = "cpu", watch: LoadWatch = UNWATCHED
 ) -> Iterator[tuple[str, torch.Tensor]]:
+    """(name, tensor) of these tensors of any files, in their order; see `Checkpoint.tensors`."""
     places = [
-        replace(_place(file, name, dtype), into=into(name))
-        for file, name, dtype in chosen
-        if file.entries[name].start >= 0
+        replace(_place(each.file, each.name, each.dtype), into=each.into, look=each.look)
+        for each in chosen
+        if each.file.entries[each.name].start >= 0
     ]
     with closing(read_tensors(places, device, watch=watch)) as reading:
-        for file, name, dtype in chosen:
-            entry, target = file.entries[name], into(name)
+        for each in chosen:
+            entry, target = each.file.entries[each.name], each.into
             if entry.start >= 0:
                 yield next(reading)
                 continue
             if target is None:
-                target = torch.empty(entry.shape, dtype=cast_target(entry.dtype, dtype), device=device)
-            yield name, target.copy_(file.memory_map(name))
+                target = torch.empty(entry.shape, dtype=cast_target(entry.dtype, each.dtype), device=device)
+            yield each.name, target.copy_(each.file.memory_map(each.name))
             watch.on_bytes(entry.nbytes)
 
 

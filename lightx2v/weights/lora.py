@@ -5,7 +5,8 @@
     add_loras(weight, name, [lora], dtype)            the weight with its changes, rounded once
     lora.report                                       how many layers apply, which do not, and what the file says
 
-`lora_keys.py` knows the dialects, `lora_alpha.py` where alpha is written, `lora_delta.py` the formulas.
+`lora_match.py` matches, `lora_keys.py` knows the dialects, `lora_alpha.py` where alpha is written, `lora_delta.py` the
+formulas.
 """
 
 from __future__ import annotations
@@ -13,22 +14,17 @@ from __future__ import annotations
 import math
 from collections.abc import Container, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
-from pathlib import Path
-from typing import Any, Literal
+from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from ..errors import LoraError, short_path
-from .checkpoint import Checkpoint, open_checkpoint
-from .dit_names import diffusers_to_wan
-from .lora_alpha import LoraScales
+from .checkpoint import Checkpoint, Wanted, read_in_order
+from .device_checks import DeviceChecks
 from .lora_delta import Delta, Difference, Dora, Hadamard, Kronecker, Pair, add_deltas, contracted
-from .lora_forms import MAGNITUDES, NAMES, Form, Keys, Shapes, changes, misfit, rank_of
-from .lora_keys import LayerFinder, experts_of, foreign_kind, is_harmless, parse_key
-from .quant_layout import PLAIN
-from .tensor_file import FLOATS
-from .wrapper_prefixes import unwrap_dit
+from .lora_forms import MAGNITUDES, Form, Keys, Shapes
 
 ROWS = 256
 """Rows of a weight that a CPU adds a LoRA to at once: 5 MB of float32 at full width."""
@@ -36,8 +32,6 @@ ROWS = 256
 LARGEST_CHANGE = 1e6
 """No weight that a network has learnt is nearly as large. Beyond it the video would be noise or NaN, and the message
 would blame the expert."""
-
-PATCH = "patch_embedding.weight"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -97,6 +91,8 @@ class MatchedLora:
     """Of each phase, if the strength changes. The patches have the largest of them."""
     sizes: dict[str, float] = field(default_factory=dict)
     """How large the changes read so far are: the product of the largest values of their factors."""
+    largest: dict[tuple[str, str], float] = field(default_factory=dict)
+    """The largest value of each part read so far, by tensor and kind."""
     zero: set[str] = field(default_factory=set)
     """The tensors among those read so far whose change is zero."""
 
@@ -124,27 +120,61 @@ class MatchedLora:
         patches = {name: replace(patch, scale=share * patch.scale) for name, patch in self.patches.items() if share}
         return replace(self, patches=patches)
 
+    def wanted(self, name: str) -> list[Wanted]:
+        """What makes the change of the tensor `name`, to be read for `checked`."""
+        return [self.checkpoint.wanted(key, torch.float32) for key in self.patches[name].keys.values()]
+
+    def checked(self, name: str, tensors: Iterable[Tensor], checks: DeviceChecks) -> dict[str, Tensor]:
+        """The tensors that were read for `wanted`: {kind: tensor in float32}. `checks` finds values that are none."""
+        parts = {}
+        for (kind, key), tensor in zip(self.patches[name].keys.items(), tensors, strict=True):
+            parts[kind] = tensor.float()
+            checks.ask(extremes(parts[kind]), partial(self._seen, name, kind, key))
+        return parts
+
+    def _seen(self, name: str, kind: str, key: str, ends: list[float]) -> None:
+        self.largest[name, kind] = max(map(abs, ends), default=0.0)
+        require_numbers(ends, f"{short_path(self.checkpoint.path)}: {key:.100}", "The file is damaged: get it again.")
+
+    def parts(self, name: str, device: torch.device | str) -> dict[str, Tensor]:
+        """Read what makes the change of the tensor `name`: {kind: tensor in float32}."""
+        checks = DeviceChecks()
+        parts = self.checked(name, [tensor for _, tensor in read_in_order(self.wanted(name), device)], checks)
+        checks.finish()
+        return parts
+
     def delta(self, name: str, device: torch.device | str, dtype: torch.dtype) -> Delta:
         """Read the change of the tensor `name`."""
         return self.build(name, {kind: part.to(dtype) for kind, part in self.parts(name, device).items()})
 
-    def parts(self, name: str, device: torch.device | str) -> dict[str, Tensor]:
-        """Read what makes the change of the tensor `name`: {kind: tensor in float32}."""
-        return {kind: self._read(key, device) for kind, key in self.patches[name].keys.items()}
-
-    def build(self, name: str, parts: Mapping[str, Tensor]) -> Delta:
-        """The change of the tensor `name` from its parts."""
+    def build(self, name: str, parts: Mapping[str, Tensor], checks: DeviceChecks | None = None) -> Delta:
+        """The change of the tensor `name` from its parts. Its size is known after `checks`, or at once without any."""
         patch, shape = self.patches[name], self.shapes[name]
         delta, changes = _delta(patch, parts, shape)
         magnitude = next((parts[kind] for kind in MAGNITUDES if kind in parts), None)
         if magnitude is not None:
             per_input = "dora_scale" in parts and len(magnitude) != shape[0]
             return Dora(delta, magnitude.flatten(), per_input, patch.strength)
-        sizes = [float(torch.stack(torch.aminmax(part)).abs().amax()) if part.numel() else 0.0 for part in changes]
-        self.sizes[name] = abs(patch.scale) * math.prod(sizes)
+        asked = checks or DeviceChecks()
+        seen = checks is not None or all((name, kind) in self.largest for kind in patch.keys)
+        if seen and patch.form in ("pair", "difference"):  # `checked` has looked at their factors
+            asked.ask((), lambda _: self._measured(name, [self.largest[name, kind] for kind in patch.keys]))
+        else:
+            found = [extremes(part) or (part.new_zeros(()),) * 2 for part in changes]
+            asked.ask([end for ends in found for end in ends], partial(self._measured_by_ends, name))
+        if checks is None:
+            asked.finish()
+        return delta
+
+    def _measured_by_ends(self, name: str, ends: list[float]) -> None:
+        """`ends` are the smallest and the largest value of each factor."""
+        self._measured(name, [max(abs(low), abs(high)) for low, high in zip(ends[::2], ends[1::2], strict=True)])
+
+    def _measured(self, name: str, sizes: list[float]) -> None:
+        """`sizes` are the largest values of the factors of the change of the tensor `name`."""
+        self.sizes[name] = abs(self.patches[name].scale) * math.prod(sizes)
         if not all(sizes):
             self.zero.add(name)
-        return delta
 
     def require_possible(self, name: str) -> None:
         """LoraError if the change of the tensor `name`, which was read, is larger than any that was trained."""
@@ -155,18 +185,15 @@ class MatchedLora:
                 "get it again."
             )
 
-    def _read(self, key: str, device: torch.device | str) -> Tensor:
-        """Cast to float32 and check on `device`: a CPU with many cores is slow at so many small tensors."""
-        tensor = self.checkpoint.tensor(key)
-        if tensor.dtype is torch.float64:  # not every device has float64
-            tensor = tensor.float()
-        tensor = tensor.to(device).float()
-        require_finite(tensor, f"{short_path(self.checkpoint.path)}: {key:.100}", "The file is damaged: get it again.")
-        return tensor
+
+def extremes(tensor: Tensor) -> Sequence[Tensor]:
+    """Smallest and largest value; NaN where one is among them. Faster than isfinite; nothing where there is none."""
+    return torch.aminmax(tensor) if tensor.numel() else ()
 
 
-def require_finite(tensor: Tensor, what: str, then: str) -> None:
-    if not bool(torch.isfinite(tensor).all()):
+def require_numbers(ends: list[float], what: str, then: str) -> None:
+    """LoraError unless these extremes are finite numbers."""
+    if not all(map(math.isfinite, ends)):
         raise LoraError(f"{what} holds NaN or infinity. {then}")
 
 
@@ -210,234 +237,54 @@ def _for_more_channels(values: Tensor, shape: tuple[int, ...]) -> Tensor:
     return torch.cat([values, values.new_zeros(shape[0], shape[1] - values.shape[1], *shape[2:])], dim=1)
 
 
-def add_loras(tensor: Tensor, name: str, loras: Sequence[MatchedLora], dtype: torch.dtype) -> Tensor:
+def add_loras(
+    tensor: Tensor,
+    name: str,
+    loras: Sequence[MatchedLora],
+    dtype: torch.dtype,
+    parts: Sequence[Mapping[str, Tensor]] | None = None,
+    checks: DeviceChecks | None = None,
+) -> Tensor:
     """`tensor` plus the changes of all `loras`, added in float32 at least and rounded once. May overwrite `tensor`.
 
-    A CPU adds some rows at a time: the wide copies stay in its cache and need no memory.
+    `parts` are those of each LoRA, if they are read already. Errors in values come from `checks`, or at once without
+    any. A CPU adds some rows at a time: the wide copies stay in its cache and need no memory.
     """
-    wide = torch.promote_types(tensor.dtype, torch.float32)
-    deltas = [lora.delta(name, tensor.device, wide) for lora in loras]
+    wide, asked = torch.promote_types(tensor.dtype, torch.float32), checks or DeviceChecks()
+    if parts is None:
+        parts = [lora.parts(name, tensor.device) for lora in loras]
+    deltas = [
+        lora.build(name, {kind: part.to(wide) for kind, part in own.items()}, asked)
+        for lora, own in zip(loras, parts, strict=True)
+    ]
     if not deltas or not tensor.dim():
         return tensor.to(dtype)
     result = torch.empty_like(tensor, dtype=dtype)
     rows = max(1, ROWS if tensor.device.type == "cpu" else len(tensor))
     for part in add_deltas(deltas, lambda start: tensor[start : start + rows].to(wide), result, rows):
-        require_finite_sum(part, name, loras)
+        require_finite_sum(part, name, loras, asked)
+    if checks is None:
+        asked.finish()
     return result
 
 
-def require_finite_sum(part: Tensor, name: str, loras: Iterable[MatchedLora]) -> None:
-    """LoraError if these weights of the tensor `name`, with the changes of `loras`, are not finite or changed beyond
-    reason."""
-    # The extremes are finite only if all values are, and a pass for them is far faster than isfinite.
-    if not bool(torch.isfinite(torch.stack(torch.aminmax(part))).all()):
-        files = ", ".join(lora.report.path for lora in loras)
-        raise LoraError(
-            f"{name} becomes NaN or infinite with {files}. Lower the strength; if that does not help, one of the "
-            "files is damaged: get it again."
-        )
-    for lora in loras:
-        lora.require_possible(name)
-
-
-def match_lora(
-    path: str | Path,
-    shapes: Shapes,
-    *,
-    strength: float = 1.0,
-    allow_partial: bool = False,
-    expert: Literal["high", "low"] | None = None,
-) -> MatchedLora:
-    """Match the LoRA at `path` to a model with tensors of these shapes (in Wan's names). Reads headers and alphas.
-
-    `expert` chooses the half of a file that holds one for each expert. LoraError if nothing matches, a shape is wrong,
-    a layer is incomplete, or (unless `allow_partial`) some of it has no place in the model.
-    """
-    checkpoint = open_checkpoint(path)
-    source = short_path(path)
-    if checkpoint.blocks:
-        raise LoraError(
-            f"{source} is a GGUF file with {next(iter(checkpoint.blocks.values())).form.name} weights, which is not "
-            "supported for LoRAs. Take the LoRA as safetensors, or in F16."
-        )
-    layers, unknown = _group_by_layer(checkpoint, source)
-    layers = _one_half(layers, expert, source)
-    finder, scales = LayerFinder(shapes), LoraScales(checkpoint, source, expert)
-    found = _Found(unmatched=[key for key in unknown if not _is_of_a_layer(key, finder)])
-    for layer, layer_keys in layers.items():
-        for part, form, keys in changes(layer_keys, layer, source):
-            found.place(finder.find(layer, part), layer, form, keys, checkpoint.shapes, shapes, source)
-    understood = [key for key in unknown if key not in found.unmatched]
-    _require_fit(source, checkpoint, shapes, found, understood, allow_partial=allow_partial)
-    patches = {}
-    for name, (layer, form, keys) in found.places.items():
-        for key in keys.values():
-            if (dtype := checkpoint.dtypes[key]) not in (*FLOATS, *PLAIN):
-                raise LoraError(
-                    f"{source}: {key:.100} is stored in {str(dtype).removeprefix('torch.')}, which without a scale is "
-                    "no weight; expected floats. Get the LoRA in bf16, fp16 or fp32."
-                )
-        scale = _scale(checkpoint, layers[layer], layer, form, keys, scales, source)
-        dora = not keys.keys().isdisjoint(MAGNITUDES)
-        patches[name] = LoraPatch(form, keys, scale if dora else strength * scale, strength)
-    if scales.says_dora and not any(patch.is_dora for patch in patches.values()):
-        raise LoraError(f"{source} says that it is a DoRA, but holds no magnitudes. It is incomplete: get it again.")
-    report = LoraReport(
-        path=source,
-        strength=strength,
-        applied=len(patches),
-        total=len(patches) + len(found.unmatched),
-        harmless=found.harmless,
-        unmatched=tuple(found.unmatched),
-        notes=_notes(patches, found, scales),
-    )
-    shapes_of_patches = {name: shapes[name] for name in patches}
-    return MatchedLora(
-        checkpoint=checkpoint, patches=patches if strength else {}, shapes=shapes_of_patches, report=report
-    )
-
-
-def _group_by_layer(checkpoint: Checkpoint, source: str) -> tuple[dict[str, Keys], list[str]]:
-    """The file's keys by layer, and the keys of unknown kinds."""
-    layers: dict[str, Keys] = {}
-    unknown: list[str] = []
-    for key in checkpoint.shapes:
-        parsed = parse_key(key)
-        if parsed is None:
-            if (kind := foreign_kind(key)) is not None:
-                raise LoraError(
-                    f"{source} is no LoRA that is supported: {key:.100} belongs to {kind}. Supported are LoRA, DoRA, "
-                    "LoKr, LoHa and plain differences. Look for the same file in one of these forms."
-                )
-            unknown += [] if is_harmless(key) else [key]
-            continue
-        layer, kind = parsed
-        if kind == "mid":
-            raise LoraError(f"{source}: {key:.100} belongs to a LoRA of convolutions, which is not supported.")
-        keys = layers.setdefault(layer, {})
-        if kind in keys:
-            raise LoraError(f"{source} holds {kind} of {layer:.100} twice. It is mixed up.")
-        keys[kind] = key
-    return layers, unknown
-
-
-def _one_half(layers: dict[str, Keys], expert: str | None, source: str) -> dict[str, Keys]:
-    """Of a file with a half for each expert, that of `expert`."""
-    halves = experts_of(layers)
-    if len(set(halves.values())) < 2:
-        return layers
-    if expert is None:
-        raise LoraError(
-            f"{source} holds a half for each expert, and nothing says which one is meant. "
-            "Name the expert's file so that it says high_noise or low_noise."
-        )
-    return {layer: keys for layer, keys in layers.items() if halves.get(layer, expert) == expert}
-
-
-def _is_of_a_layer(key: str, finder: LayerFinder) -> bool:
-    """Whether the unknown kind of key belongs to a layer of this model, whose meaning it may change."""
-    return finder.find(key.rpartition(".")[0], "weight") is not None
-
-
-def _scale(
-    checkpoint: Checkpoint, layer_keys: Keys, layer: str, form: Form, keys: Keys, scales: LoraScales, source: str
-) -> float:
-    """alpha / rank. An alpha of 0, as some trainers write it, means alpha = rank."""
-    if form == "difference" and "up_bias" not in keys:
-        return 1.0
-    rank = rank_of(layer_keys, form, checkpoint.shapes)
-    if "alpha" not in layer_keys:
-        return scales.of(unwrap_dit(layer), rank)
-    key = layer_keys["alpha"]
-    tensor = checkpoint.tensor(key)
-    alpha = float(tensor) if tensor.numel() == 1 else float("nan")
-    if not abs(alpha) < float("inf"):
-        raise LoraError(f"{source}: {key:.100} must be one finite number. The file is damaged: get it again.")
-    return alpha / rank if alpha and rank else 1.0
-
-
-class _Found:
-    """What of a file has a place in the model, and what has not."""
-
-    def __init__(self, unmatched: list[str]) -> None:
-        self.places: dict[str, tuple[str, Form, Keys]] = {}
-        self.unmatched = unmatched
-        self.wrong: list[str] = []
-        self.wrong_patch: list[str] = []
-        self.harmless = 0
-        self.fewer_channels = 0
-
-    def place(
-        self, name: str | None, layer: str, form: Form, keys: Keys, theirs: Shapes, ours: Shapes, source: str
-    ) -> None:
-        if name is None and is_harmless(layer):
-            self.harmless += 1
-            return
-        if name is None:
-            self.unmatched.append(next(iter(keys.values())))
-            return
-        if name in self.places:
-            raise LoraError(f"{source} changes {name} twice, as {self.places[name][0]} and as {layer}. It is mixed up.")
-        why, channels = misfit({kind: theirs[key] for kind, key in keys.items()}, form, ours[name])
-        if why:
-            (self.wrong_patch if name == PATCH else self.wrong).append(f"{name} {why}")
-            if name == PATCH:
-                self.unmatched.append(next(iter(keys.values())))
-            return
-        self.fewer_channels = channels or self.fewer_channels
-        self.places[name] = (layer, form, keys)
-
-
-def _notes(patches: Mapping[str, LoraPatch], found: _Found, scales: LoraScales) -> tuple[str, ...]:
-    """What the report says about how the file was read."""
-    notes = [f"{count} layers {sentence}." for sentence, count in scales.used.items()]
-    forms = [patch.form for patch in patches.values()]
-    notes += [f"{forms.count(form)} layers are {name}." for form, name in NAMES.items() if form in forms]
-    if dora := sum(patch.is_dora for patch in patches.values()):
-        notes.append(f"{dora} layers are DoRA.")
-    if found.fewer_channels:
-        notes.append(
-            f"Its patch embedding is for {found.fewer_channels} input channels; the weights of the others stay."
-        )
-    if found.harmless:
-        notes.append(f"{found.harmless} layers for a CLIP image, which this model has not, are left out.")
-    return tuple(notes)
-
-
-def _require_fit(
-    source: str,
-    checkpoint: Checkpoint,
-    shapes: Shapes,
-    found: _Found,
-    understood: Sequence[str],
-    *,
-    allow_partial: bool,
+def require_finite_sum(
+    part: Tensor, name: str, loras: Iterable[MatchedLora], checks: DeviceChecks | None = None
 ) -> None:
-    wrong = found.wrong if allow_partial else [*found.wrong, *found.wrong_patch]
-    if wrong:
-        raise LoraError(
-            f"{source} does not fit this model: {len(wrong)} of its layers have other sizes. {'; '.join(wrong[:3])}. "
-            "Is it a LoRA for another model or task? Nothing of it was applied."
-        )
-    applied, unmatched = len(found.places), [*found.unmatched, *understood]
-    samples = ", ".join(f"{name:.80}" for name in unmatched[:3])
-    if not applied and any(diffusers_to_wan(unwrap_dit(name)) in shapes for name in unmatched):
-        raise LoraError(f"{source} holds a whole model, not a LoRA ({samples}). Set it as the expert's checkpoint.")
-    if not len(checkpoint):
-        raise LoraError(f"{source} holds no tensors, so it changes nothing. It is incomplete: get it again.")
-    if not applied:
-        theirs = samples or ", ".join(f"{name:.80}" for name in list(checkpoint.shapes)[:3])
-        raise LoraError(
-            f"{source} changes nothing in this model: none of its {len(checkpoint)} tensors has a place. It holds "
-            f"{theirs}; the model has {', '.join(list(shapes)[:3])}. Is it a LoRA for another model?"
-        )
-    if understood:
-        raise LoraError(
-            f"{source} holds {understood[0]:.100}, whose meaning is not known here. Nothing of it was applied. "
-            "Look for the same LoRA in another form."
-        )
-    if unmatched and not allow_partial:
-        raise LoraError(
-            f"{source} fits this model only in part: {applied} layers have a place, {len(unmatched)} have none "
-            f"({samples}). Is it a LoRA for another model? Nothing of it was applied."
-        )
+    """LoraError if these weights of the tensor `name`, with the changes of `loras`, are not finite or changed beyond
+    reason: at once, or from `checks`."""
+
+    def judge(ends: list[float]) -> None:
+        if not all(map(math.isfinite, ends)):
+            files = ", ".join(lora.report.path for lora in loras)
+            raise LoraError(
+                f"{name} becomes NaN or infinite with {files}. Lower the strength; if that does not help, one of the "
+                "files is damaged: get it again."
+            )
+        for lora in loras:
+            lora.require_possible(name)
+
+    asked = checks or DeviceChecks()
+    asked.ask(extremes(part), judge)
+    if checks is None:
+        asked.finish()

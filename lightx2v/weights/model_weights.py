@@ -13,6 +13,9 @@ the wanted dtype; a quantised weight is dequantised for that and quantised again
 from __future__ import annotations
 
 from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
+from contextlib import closing
+from dataclasses import dataclass
+from functools import partial
 from typing import Self
 
 import torch
@@ -20,7 +23,8 @@ from torch import Tensor
 
 from ..errors import CheckpointError, short_path
 from ..progress import UNWATCHED, LoadWatch
-from .checkpoint import Checkpoint
+from .checkpoint import Checkpoint, Wanted, read_in_order
+from .device_checks import DeviceChecks
 from .dit_names import wan_names
 from .gguf_blocks import BlockFormat, BlockWeights
 from .gguf_blocks import dequantise as dequantise_blocks
@@ -45,6 +49,14 @@ from .umt5_names import text_encoder_names
 IsMatrix = Callable[[str, tuple[int, ...]], bool]
 Rename = Callable[[Iterable[str], str], Mapping[str, str]]
 """The model's name for each of a file's, which the second argument names."""
+
+
+@dataclass(frozen=True, slots=True)
+class Helpers:
+    """What was read besides a weight to compute it: its scale [rows, 1], and for each of its LoRAs the parts."""
+
+    scale_O1: Tensor | None
+    loras: list[dict[str, Tensor]]
 
 
 class ModelWeights:
@@ -168,35 +180,74 @@ class ModelWeights:
         dtype_of: Callable[[str], torch.dtype] | None = None,
         device: torch.device | str = "cpu",
         into: Callable[[str], Tensor | None] = lambda _: None,
+        look: Callable[[str, Tensor], None] | None = None,
         watch: LoadWatch = UNWATCHED,
     ) -> Iterator[tuple[str, Tensor]]:
         """(name, tensor) of all weights, or of those in `names`, on `device`, in the order they lie on disk.
 
         `dtype_of` casts all but quantised weights, unmodified ones while they are read; without it sums come in
         float32. Merging and quantising run on `device`. A weight that stays as stored, for which `into` names a
-        tensor, is read into that; see `Checkpoint.tensors`.
+        tensor, is read into that, and its parts are given to `look`; see `Checkpoint.tensors`.
         """
 
-        def cast(file_name: str) -> torch.dtype:
-            name = wan_of[file_name]
-            stored = self.checkpoint.dtypes[file_name]
-            return stored if dtype_of is None or self.is_modified(name) else dtype_of(name)
+        order = [name for name in self.names_on_disk() if names is None or name in names]
+        checks = DeviceChecks()
+        with closing(read_in_order(self._wanted(order, dtype_of, into, look), device, watch)) as reading:
+            for name in order:
+                helpers = self._take_helpers(name, reading, checks)
+                tensor = next(reading)[1]
+                if not self.is_modified(name):
+                    yield name, tensor
+                    continue
+                dtype = torch.float32 if dtype_of is None else dtype_of(name)
+                parts = self._modified(name, tensor, dtype, helpers, checks)
+                del tensor, helpers
+                yield from parts
+        checks.finish()
 
-        def target(file_name: str) -> Tensor | None:
-            name = wan_of[file_name]
+    def nbytes(self, names: Container[str] | None = None) -> int:
+        """The bytes of files that `tensors` reads."""
+        order = [name for name in self.names_on_disk() if names is None or name in names]
+        return sum(each.nbytes for each in self._wanted(order))
+
+    def _wanted(
+        self,
+        order: Iterable[str],
+        dtype_of: Callable[[str], torch.dtype] | None = None,
+        into: Callable[[str], Tensor | None] = lambda _: None,
+        look: Callable[[str, Tensor], None] | None = None,
+    ) -> list[Wanted]:
+        """What to read for these weights: for each one its helpers, and then itself."""
+        wanted = []
+        for name in order:
+            wanted += self._helpers(name)
+            modified = self.is_modified(name)
             kept = name in self.formats and name in self.layout.scales and not self._loras(name)
-            return into(name) if kept or not self.is_modified(name) else None
+            dtype = None if dtype_of is None or modified else dtype_of(name)
+            as_stored = kept or not modified
+            target, looked = into(name) if as_stored else None, partial(look, name) if look and as_stored else None
+            wanted.append(self.checkpoint.wanted(self.file_names[name], dtype, target, looked))
+        return wanted
 
-        wan_of = {self.file_names[name]: name for name in self.plain_shapes if names is None or name in names}
-        reading = self.checkpoint.tensors(wan_of, dtype_of=cast, device=device, into=target, watch=watch)
-        for file_name, tensor in reading:
-            name = wan_of[file_name]
-            if not self.is_modified(name):
-                yield name, tensor
-                continue
-            parts = self._modified(name, tensor, torch.float32 if dtype_of is None else dtype_of(name))
-            del tensor
-            yield from parts
+    def _helpers(self, name: str) -> list[Wanted]:
+        """What is read besides a weight to compute it: its scale, and what its LoRAs are made of."""
+        scale = self.layout.scales.get(name)
+        wanted = [self.checkpoint.wanted(self.file_names[scale])] if scale else []
+        return wanted + [each for lora in self._loras(name) for each in lora.wanted(name)]
+
+    def _take_helpers(self, name: str, reading: Iterator[tuple[str, Tensor]], checks: DeviceChecks) -> Helpers:
+        """The helpers of this weight, which come next."""
+        tensors = [next(reading)[1] for _ in self._helpers(name)]
+        scale_O1 = None
+        if (scale := self.layout.scales.get(name)) is not None:
+            stored = tensors.pop(0) if scale else torch.ones(())
+            scale_O1 = check_scale(stored, self.plain_shapes[name][0], scale, self.source, checks)
+        parts = []
+        for lora in self._loras(name):
+            count = len(lora.patches[name].keys)
+            parts.append(lora.checked(name, tensors[:count], checks))
+            del tensors[:count]
+        return Helpers(scale_O1, parts)
 
     def names_on_disk(self) -> list[str]:
         """The names of the weights, without scales, in the order they lie on disk."""
@@ -210,11 +261,10 @@ class ModelWeights:
 
         An unmodified weight comes flat and in chunks, so that the text encoder's table of 2 GB needs no memory.
         """
-        file_name = self.file_names[name]
         if self.is_modified(name):
-            yield from self._modified(name, self.checkpoint.tensor(file_name).to(device), dtype_of(name))
+            yield from self.tensors({name}, dtype_of=dtype_of, device=device)
         else:
-            yield from ((name, chunk) for chunk in self.checkpoint.chunks(file_name, dtype_of(name)))
+            yield from ((name, chunk) for chunk in self.checkpoint.chunks(self.file_names[name], dtype_of(name)))
 
     def scale(self, name: str) -> Tensor:
         """The scale of a weight that is stored quantised, float32 [rows, 1]."""
@@ -222,22 +272,25 @@ class ModelWeights:
         stored = self.checkpoint.tensor(self.file_names[scale]) if scale else torch.ones(())
         return check_scale(stored, rows, scale, self.source)
 
-    def _modified(self, name: str, tensor: Tensor, dtype: torch.dtype) -> list[tuple[str, Tensor]]:
+    def _modified(
+        self, name: str, tensor: Tensor, dtype: torch.dtype, helpers: Helpers, checks: DeviceChecks
+    ) -> list[tuple[str, Tensor]]:
         """The weight in `dtype`, or quantised and followed by its scale."""
         loras = self._loras(name)
         if (blocks := self._blocks(name)) is not None:
             tensor = dequantise_blocks(tensor, blocks.form).view(blocks.shape)
-        if name in self.layout.scales:
-            scale_O1 = self.scale(name).to(tensor.device)
+        if helpers.scale_O1 is not None:
+            scale_O1 = helpers.scale_O1.to(tensor.device)
             if self.formats.get(name) == tensor.dtype and not loras and name not in self.layout.rotations:
                 return [(name, tensor), (scale_name(name), scale_O1)]
             tensor = dequantise(tensor, scale_O1)
             if rotation := self.layout.rotations.get(name):
                 tensor = unrotated(tensor, rotation)
         if name not in self.formats:
-            return [(name, add_loras(tensor, name, loras, dtype))]
+            return [(name, add_loras(tensor, name, loras, dtype, helpers.loras, checks))]
         if loras:
-            tensor = add_loras(tensor, name, loras, torch.float32)
+            tensor = add_loras(tensor, name, loras, torch.float32, helpers.loras, checks)
+        checks.finish()  # before quantising, which refuses the same values with other words
         try:
             q_OI, scale_O1 = quantise(tensor, self.formats[name])
         except ValueError as error:

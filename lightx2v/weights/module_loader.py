@@ -15,14 +15,14 @@ from torch import nn
 from ..errors import CheckpointError, short_path
 from ..progress import UNWATCHED, LoadWatch
 from .checkpoint import Checkpoint
+from .host_writer import HostWriter
 from .tensor_file import FLOATS
 from .value_check import ValueCheck
 
 TensorStream = Iterable[tuple[str, torch.Tensor]]
 DtypeOf = Callable[[str], torch.dtype]
-InHost = Callable[[nn.Module, nn.ModuleList, DtypeOf], Callable[[torch.Tensor], None]]
-"""Gives a module on the meta device, with these blocks and dtypes, memory on the host. The result waits until a slot's
-memory is ready for copies from a device; reading into it may begin at once."""
+InHost = Callable[[nn.Module, nn.ModuleList, DtypeOf], None]
+"""Gives a module on the meta device, with these blocks and dtypes, memory on the host."""
 
 
 def load_into(
@@ -44,47 +44,48 @@ def load_into(
     shapes = {name: checkpoint.shapes[theirs] for theirs, name in names.items()}
     dtypes = {name: checkpoint.dtypes[theirs] for theirs, name in names.items()}
     check_fit(module, shapes, dtypes, source_name=source)
-    read = checkpoint.tensors(names, dtype_of=lambda theirs: dtype_of(names[theirs]), device=device, watch=watch)
+    check = ValueCheck(source)
+    read = checkpoint.tensors(
+        names,
+        dtype_of=lambda theirs: dtype_of(names[theirs]),
+        device=device,
+        look=lambda theirs, part: check.look(names[theirs], part),
+        watch=watch,
+    )
     tensors = ((names[theirs], tensor) for theirs, tensor in read)
-    stream_into(module, transform(tensors), dtype_of=dtype_of, device=device, source_name=source)
+    stream_into(module, transform(tensors), dtype_of=dtype_of, device=device, check=check)
 
 
 def stream_into(
-    module: nn.Module,
-    tensors: TensorStream,
-    *,
-    dtype_of: DtypeOf,
-    device: torch.device | str,
-    source_name: str,
-    before_copy: Callable[[torch.Tensor], None] = lambda _: None,
+    module: nn.Module, tensors: TensorStream, *, dtype_of: DtypeOf, device: torch.device | str, check: ValueCheck
 ) -> None:
-    """Fill `module` from `tensors`. One CheckpointError names all tensors that do not fit.
+    """Fill `module` from `tensors`. One CheckpointError names all tensors that do not fit, or a bad one of `check`.
 
     A module on the meta device gets its memory on `device`: ordinary floats become `dtype_of(name)`; float8 and integer
     tensors keep their dtype and need a slot of that dtype. A module that has memory keeps it, and what was not read
-    into its slots is copied there, each after a call of `before_copy`; after an error it is of no use.
+    into its slots is copied there; after an error it is of no use.
     """
     slots = slots_of(module)
     shapes: dict[str, tuple[int, ...]] = {}
     dtypes: dict[str, torch.dtype] = {}
     placed: dict[str, torch.Tensor] = {}
-    fits, check = True, ValueCheck(source_name)
-    for name, tensor in tensors:
-        if name in shapes:
-            raise CheckpointError(f"{source_name}: tensor {name} came twice.")
-        shapes[name], dtypes[name] = tuple(tensor.shape), tensor.dtype
-        fits = fits and name in slots and not _misfit(slots[name], shapes[name], tensor.dtype)
-        if fits:
-            check.see(name, tensor)
-        if fits and slots[name].is_meta:
-            placed[name] = _place(tensor, slots[name], dtype_of(name), device)
-        elif fits:
-            if tensor.data_ptr() != slots[name].data_ptr():
-                before_copy(slots[name])
-                slots[name].detach().copy_(tensor)
-        else:
-            placed.clear()  # the remaining tensors only complete the message
-        del tensor  # before the next one is read
+    fits, source_name = True, check.source
+    with HostWriter() as writer:
+        for name, tensor in tensors:
+            if name in shapes:
+                raise CheckpointError(f"{source_name}: tensor {name} came twice.")
+            shapes[name], dtypes[name] = tuple(tensor.shape), tensor.dtype
+            fits = fits and name in slots and not _misfit(slots[name], shapes[name], tensor.dtype)
+            if fits:
+                check.see(name, tensor)
+            if fits and slots[name].is_meta:
+                placed[name] = _place(tensor, slots[name], dtype_of(name), device)
+            elif fits:
+                _copy(slots[name].detach(), tensor, writer)
+            else:
+                placed.clear()  # the remaining tensors only complete the message
+            del tensor  # before the next one is read
+        writer.finish()
     check_fit(module, shapes, dtypes, source_name=source_name)
     check.finish()
     for name, tensor in placed.items():
@@ -139,6 +140,15 @@ def _name(dtype: torch.dtype) -> str:
 def _place(tensor: torch.Tensor, slot: torch.Tensor, dtype: torch.dtype, device: torch.device | str) -> torch.Tensor:
     moved = tensor.to(device)  # first, so that an accelerator does the cast
     return moved.to(dtype) if slot.dtype in FLOATS else moved
+
+
+def _copy(slot: torch.Tensor, tensor: torch.Tensor, writer: HostWriter) -> None:
+    if tensor.data_ptr() == slot.data_ptr():
+        return
+    if tensor.is_cuda and slot.is_cpu and tensor.dtype == slot.dtype and slot.is_contiguous():
+        writer.write(slot, tensor.contiguous())
+    else:
+        slot.copy_(tensor)
 
 
 def _assign(module: nn.Module, name: str, tensor: torch.Tensor) -> None:

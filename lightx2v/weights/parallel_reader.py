@@ -17,7 +17,7 @@ import math
 import os
 import threading
 from collections import deque
-from collections.abc import Generator, Iterable, Sequence
+from collections.abc import Callable, Generator, Iterable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -52,13 +52,16 @@ LARGE = 64 << 20
 
 NO_WAIT = getattr(os, "RWF_NOWAIT", None)
 
+Sources = tuple[int, int]
+"""How many bytes the page cache had and how many it had not; zeros where the system does not tell."""
+
 
 @dataclass(frozen=True, slots=True)
 class TensorPlace:
     """Where a tensor's bytes lie, and what it becomes: dtype `wanted`, in memory of its own or in `into`.
 
     `into` is contiguous, in host memory or on the GPU that is read to. Only ordinary floats are cast; bytes of any
-    other format are a tensor of uint8.
+    other format are a tensor of uint8. In host memory, the thread that has read a part calls `look` with it.
     """
 
     name: str
@@ -68,6 +71,7 @@ class TensorPlace:
     shape: tuple[int, ...]
     wanted: torch.dtype
     into: Tensor | None = None
+    look: Callable[[Tensor], None] | None = None
 
     @property
     def nbytes(self) -> int:
@@ -81,39 +85,36 @@ def read_tensors(
 
     CheckpointError where a file ends early or cannot be read, Cancelled soon after `watch` says so.
     """
-    every = list(places)
+    left = deque(places)
     device = torch.device(device)
     with ExitStack() as stack:
-        reading = stack.enter_context(_Reading(device, every))
-        waiting: deque[tuple[TensorPlace, _Target, list[Future[None]]]] = deque()
+        reading = stack.enter_context(_Reading(device, left))
+        waiting: deque[tuple[TensorPlace, _Target, list[Future[Sources]]]] = deque()
         under_way, limit = 0, AHEAD if reading.cuda is not None else HOST_AHEAD
-
-        def finish() -> tuple[str, Tensor]:
-            nonlocal under_way
-            place, target, pieces = waiting.popleft()
-            _await(pieces, watch)
-            under_way -= place.nbytes
-            watch.on_bytes(place.nbytes)
-            return place.name, reading.finish(target)
-
-        for place in every:
-            while waiting and under_way + place.nbytes > limit:
-                yield finish()
-            watch.check()
-            target = reading.target(place)
-            waiting.append((place, target, reading.submit(place, target)))
-            under_way += place.nbytes
-        while waiting:
-            yield finish()
+        refill = limit // 2 if reading.cuda is not None else limit  # for a GPU, starting many at once is cheaper
+        while left or waiting:
+            if waiting and not (left and under_way + left[0].nbytes <= refill):
+                place, target, pieces = waiting.popleft()
+                sources = _await(pieces, watch)
+                under_way -= place.nbytes
+                watch.on_bytes(place.nbytes)
+                watch.on_source(sum(cached for cached, _ in sources), sum(missed for _, missed in sources))
+                yield place.name, reading.finish(target)
+                continue
+            started: list[tuple[TensorPlace, _Target]] = []
+            while left and (not (waiting or started) or under_way + left[0].nbytes <= limit):
+                watch.check()
+                started.append((left[0], reading.target(left[0])))
+                under_way += left.popleft().nbytes
+            waiting += reading.start(started)
 
 
-def _await(pieces: list[Future[None]], watch: LoadWatch) -> None:
+def _await(pieces: list[Future[Sources]], watch: LoadWatch) -> list[Sources]:
     """Wait for the pieces and raise what stopped one of them. Cancelled at most a moment after `watch` says so."""
-    while wait(pieces, timeout=0.1).not_done:
+    while not all(piece.done() for piece in pieces) and wait(pieces, timeout=0.1).not_done:
         watch.check()
     watch.check()
-    for piece in pieces:
-        piece.result()
+    return [piece.result() for piece in pieces]
 
 
 class _Target:
@@ -129,15 +130,25 @@ class _Target:
 class _Lane(threading.local):
     """A thread's buffers and, for a GPU, its stream."""
 
-    buffers: deque[tuple[Tensor, torch.cuda.Event | None]] | None = None
+    buffers: deque[_Buffer] | None = None
     wide: Tensor | None = None
     stream: torch.cuda.Stream | None = None
+    ready: torch.cuda.Event | None = None
+    """The last event that the stream waits for."""
+
+
+@dataclass(eq=False)
+class _Buffer:
+    """`copied` is the end of the last copy from it to a GPU."""
+
+    memory: Tensor
+    copied: torch.cuda.Event | None = None
 
 
 class _Reading:
     """The threads, buffers and open files of one call of `read_tensors`."""
 
-    def __init__(self, device: torch.device, places: Sequence[TensorPlace]) -> None:
+    def __init__(self, device: torch.device, places: Iterable[TensorPlace]) -> None:
         self._device = device
         self.cuda = torch.empty(0, device=device).device if device.type == "cuda" else None  # with its index
         self._host = torch.device("cpu")
@@ -172,19 +183,30 @@ class _Reading:
             with torch.inference_mode(False):  # the tensor may be changed later, outside of inference mode
                 tensor = torch.empty(place.shape, dtype=place.wanted, device=self.cuda or self._host)
             use_huge_pages(tensor)
-        target = _Target(tensor)
-        if tensor.is_cuda:
-            target.ready = torch.cuda.Event()
-            target.ready.record(torch.cuda.current_stream(tensor.device))
-        return target
+        return _Target(tensor)
 
-    def submit(self, place: TensorPlace, target: _Target) -> list[Future[None]]:
+    def start(
+        self, targets: Sequence[tuple[TensorPlace, _Target]]
+    ) -> list[tuple[TensorPlace, _Target, list[Future[Sources]]]]:
+        """Begin to read these tensors, whose memory earlier work on the GPU may still use."""
+        ready = None
+        for _, target in targets:
+            if target.tensor.is_cuda:
+                if ready is None:
+                    ready = torch.cuda.Event()
+                    ready.record(torch.cuda.current_stream(target.tensor.device))
+                target.ready = ready
+        return [(place, target, self._submit(place, target)) for place, target in targets]
+
+    def _submit(self, place: TensorPlace, target: _Target) -> list[Future[Sources]]:
         pieces = [(at, min(PIECE, place.nbytes - at)) for at in range(0, place.nbytes, PIECE)]
         if self._pool is not None:
             return [self._pool.submit(self._read, place, target, *piece) for piece in pieces]
+        done: list[Future[Sources]] = []
         for piece in pieces:
-            self._read(place, target, *piece)
-        return []
+            done.append(Future())
+            done[-1].set_result(self._read(place, target, *piece))
+        return done
 
     def finish(self, target: _Target) -> Tensor:
         if target.copied:
@@ -194,36 +216,36 @@ class _Reading:
         tensor = target.tensor
         return tensor if self.cuda is not None or self._device.type == "cpu" else tensor.to(self._device)
 
-    def _read(self, place: TensorPlace, target: _Target, at: int, size: int) -> None:
+    def _read(self, place: TensorPlace, target: _Target, at: int, size: int) -> Sources:
         """One piece, `size` bytes from byte `at` of the tensor on."""
         if self._stop.is_set():
-            return
+            return 0, 0
         item = place.stored.itemsize
         part, cast = target.flat[at // item : (at + size) // item], place.stored != place.wanted
         file = self._file(place)
         with torch.inference_mode():  # a tensor of inference mode can be written in no other
             if target.ready is not None:
-                self._read_to_gpu(file, place, target, part, at, size)
-            elif cast:
-                buffer, _ = self._buffers()[0]
-                file.fill(buffer[:size], place, at)
-                part.copy_(buffer[:size].view(place.stored))
+                return self._read_to_gpu(file, place, target, part, at, size)
+            if cast:
+                raw = self._free_buffer().memory[:size]
+                sources = file.fill(raw, place, at)
+                part.copy_(raw.view(place.stored))
             else:
-                file.fill(part.view(torch.uint8), place, at)
+                sources = file.fill(part.view(torch.uint8), place, at)
+            if place.look is not None and not self._stop.is_set():
+                place.look(part)
+            return sources
 
     def _read_to_gpu(
         self, file: _OpenFile, place: TensorPlace, target: _Target, part: Tensor, at: int, size: int
-    ) -> None:
-        assert target.ready is not None
-        lane, buffers = self._lane, self._buffers()
-        assert lane.stream is not None
-        buffer, free = buffers[0]
-        buffers.rotate()
-        assert free is not None
-        free.synchronize()  # the last copy from this buffer has ended
-        raw = buffer[:size]
-        file.fill(raw, place, at)
-        lane.stream.wait_event(target.ready)
+    ) -> Sources:
+        lane, buffer = self._lane, self._free_buffer()
+        assert lane.stream is not None and target.ready is not None
+        raw = buffer.memory[:size]
+        sources = file.fill(raw, place, at)
+        if lane.ready is not target.ready:
+            lane.stream.wait_event(target.ready)
+            lane.ready = target.ready
         if place.stored == place.wanted:
             part.view(torch.uint8).copy_(raw, non_blocking=True)
         else:
@@ -231,17 +253,25 @@ class _Reading:
                 lane.wide = torch.empty(PIECE, dtype=torch.uint8, device=target.tensor.device)
             wide = lane.wide[:size]
             part.copy_(wide.copy_(raw, non_blocking=True).view(place.stored))
-        free.record(lane.stream)
-        done = torch.cuda.Event()
-        done.record(lane.stream)
-        target.copied.append(done)
+        buffer.copied = torch.cuda.Event()
+        buffer.copied.record(lane.stream)
+        target.copied.append(buffer.copied)
+        return sources
 
-    def _buffers(self) -> deque[tuple[Tensor, torch.cuda.Event | None]]:
+    def _free_buffer(self) -> _Buffer:
+        """The buffer of this thread that waits longest; nothing is copied from it any more."""
+        buffers = self._buffers()
+        buffers.rotate()
+        if buffers[0].copied is not None:
+            buffers[0].copied.synchronize()
+        return buffers[0]
+
+    def _buffers(self) -> deque[_Buffer]:
         """This thread's buffers; two for a GPU, whose stream becomes the thread's current one."""
         lane = self._lane
         if lane.buffers is None:
             if self.cuda is None:
-                lane.buffers = deque([(torch.empty(PIECE, dtype=torch.uint8), None)])
+                lane.buffers = deque([_Buffer(torch.empty(PIECE, dtype=torch.uint8))])
             else:
                 torch.cuda.set_device(self.cuda)
                 lane.stream = torch.cuda.Stream(self.cuda)
@@ -249,7 +279,7 @@ class _Reading:
                 self._streams.append(lane.stream)
                 # torch keeps pinned memory for the next time.
                 pinned = (torch.empty(PIECE, dtype=torch.uint8, pin_memory=True) for _ in range(2))
-                lane.buffers = deque((buffer, torch.cuda.Event()) for buffer in pinned)
+                lane.buffers = deque(map(_Buffer, pinned))
         return lane.buffers
 
     def _file(self, place: TensorPlace) -> _OpenFile:
@@ -264,6 +294,7 @@ class _OpenFile:
 
     def __init__(self, path: Path, let_go: bool, stop: threading.Event) -> None:
         self._path, self._let_go, self._stop = path, let_go, stop
+        self._tells = NO_WAIT is not None
         try:
             self._file = os.open(path, os.O_RDONLY)
         except OSError as error:
@@ -272,7 +303,7 @@ class _OpenFile:
     def close(self) -> None:
         os.close(self._file)
 
-    def fill(self, target: Tensor, place: TensorPlace, at: int) -> None:
+    def fill(self, target: Tensor, place: TensorPlace, at: int) -> Sources:
         """Fill `target` (bytes in host memory) from byte `at` of the tensor on."""
         view, start = target.numpy().data, place.start + at
         cached = done = self._read_cached(view, start)
@@ -294,6 +325,7 @@ class _OpenFile:
             done += got
         if self._let_go and done > cached:
             self._advise("POSIX_FADV_DONTNEED", start + cached, done - cached)
+        return (cached, done - cached) if self._tells else (0, 0)
 
     def _read_cached(self, view: memoryview, start: int) -> int:
         """Read what the page cache has of these bytes, without waiting for a disk. The number of bytes read."""
@@ -301,7 +333,10 @@ class _OpenFile:
             return 0
         try:
             return os.preadv(self._file, [view], start, NO_WAIT)
-        except OSError:  # nothing of it, or the file system cannot tell
+        except BlockingIOError:  # nothing of it
+            return 0
+        except OSError:  # the file system cannot tell
+            self._tells = False
             return 0
 
     def _advise(self, advice: str, start: int, size: int) -> None:

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from ..errors import CheckpointError
 from .checkpoint import Checkpoint
+from .device_checks import DeviceChecks
 from .quant_notes import QuantNote, check_known
 
 PLAIN = (torch.float8_e4m3fn, torch.float8_e5m2)
@@ -131,15 +132,24 @@ def _name(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
 
 
-def check_scale(scale: Tensor, rows: int, name: str, source: str) -> Tensor:
-    """The scale as float32 [rows, 1]. CheckpointError unless all values are finite and above zero."""
+def check_scale(scale: Tensor, rows: int, name: str, source: str, checks: DeviceChecks | None = None) -> Tensor:
+    """The scale as float32 [rows, 1]. CheckpointError, at once or from `checks`, unless all values are finite and above
+    zero."""
     scale_O1 = scale.float().reshape(-1, 1).expand(rows, 1)
     good = torch.isfinite(scale_O1) & (scale_O1 > 0)
-    if not bool(good.all()):
-        bad = scale_O1[~good][0].item()
-        raise CheckpointError(
-            f"{source}: {name} holds {bad}; scales are finite and above zero. The file is damaged: download it again."
-        )
+
+    def judge(all_good: list[float]) -> None:
+        if not all_good[0]:
+            bad = scale_O1[~good][0].item()
+            raise CheckpointError(
+                f"{source}: {name} holds {bad}; scales are finite and above zero. The file is damaged: download it "
+                "again."
+            )
+
+    asked = checks or DeviceChecks()
+    asked.ask((good.all(),), judge)
+    if checks is None:
+        asked.finish()
     return scale_O1.contiguous()
 
 

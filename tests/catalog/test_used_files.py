@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import threading
 from pathlib import Path
 
 import pytest
@@ -29,7 +30,7 @@ def test_a_hash_is_computed_once_and_again_after_a_change(tmp_path: Path, monkey
     assert known_hash(file) is None
     assert content_hash(file) == sha256(file) == known_hash(file)
     with monkeypatch.context() as patch:
-        patch.setattr(used_files.hashlib, "file_digest", None)
+        patch.setattr(used_files, "_remembered_hash", None)
         assert content_hash(file) == sha256(file)
     file.write_bytes(b"something else")
     assert known_hash(file) is None and content_hash(file) == sha256(file)
@@ -44,11 +45,18 @@ def test_the_hubs_cache_tells_the_hash_without_reading(tmp_path: Path) -> None:
     assert record == {"role": "VAE", "name": "vae.pth", "size": blob.stat().st_size, "sha256": "c" * 64}
 
 
+def test_hashing_stops_when_the_program_ends(tmp_path: Path) -> None:
+    file, stop = put(T2V / "Wan2.1_VAE.pth", tmp_path / "vae.pth"), threading.Event()
+    stop.set()
+    used_files._hash_all([file], stop)
+    assert known_hash(file) is None
+
+
 def test_files_are_hashed_in_the_background(tmp_path: Path) -> None:
     file = put(T2V / "Wan2.1_VAE.pth", tmp_path / "vae.pth")
     used = UsedFiles({"VAE": file})
     assert used.to_json()[0]["sha256"] is None
-    used_files._hash_all([file])
+    used_files._hash_all([file], threading.Event())
     used.hash_in_background()  # nothing is left to do
     assert used.to_json([file])[1] == {
         "role": "LoRA",

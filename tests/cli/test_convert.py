@@ -23,7 +23,7 @@ from lightx2v.loading.writer_lock import writer_lock
 from lightx2v.models.umt5 import TextEncoder
 from lightx2v.progress import CancelToken, Progress
 from lightx2v.weights.checkpoint import open_checkpoint
-from lightx2v.weights.lora import match_lora
+from lightx2v.weights.lora_match import match_lora
 from lightx2v.weights.model_weights import ModelWeights
 from lightx2v.weights.quantization import MIN_COSINE, dequantise
 from lightx2v.weights.tensor_file import CHUNK

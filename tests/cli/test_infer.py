@@ -26,7 +26,7 @@ from lightx2v.cost.machine import Machine
 from lightx2v.engine.result import Result
 from lightx2v.errors import Cancelled, CheckpointError, OutOfMemory
 from lightx2v.infer import main
-from lightx2v.progress import CancelToken, OnProgress, Peak, Progress, StepTime, Timings
+from lightx2v.progress import CancelToken, OnProgress, Peak, Progress, StepTime, Timings, WeightsRead
 from lightx2v.step_file import StepStore
 
 TUTORIAL = PROJECT / "tests" / "data" / "tutorial"
@@ -51,7 +51,7 @@ class Stage:
     arguments: dict[str, Any] = field(default_factory=dict)
     closed: int = 0
 
-    def open(self, config: EngineConfig, *, preset: str, on_progress: OnProgress, cancel: CancelToken) -> Stage:
+    def open(self, config: EngineConfig, *, preset: str, on_progress: OnProgress, **_: object) -> Stage:
         self.config, self.preset = config, preset
         on_progress(Progress(stage="load"))
         return self
@@ -97,6 +97,7 @@ class Stage:
                 },
             ),
             warnings=("the prompt is\nlong",),
+            load=WeightsRead(nbytes=68_400_000_000, seconds=4.0, known=68_400_000_000, cached=68_400_000_000),
         )
 
     def close(self) -> None:
@@ -149,6 +150,7 @@ def test_it_prints_the_path_first_and_then_what_it_took(infer: Infer, tmp_path: 
         str(tmp_path / "ball.mp4"),
         "96x96, 17 frames, 16 fps, seed 42, CPU",
         "2.75 s: text 0.50, denoise 2.00",
+        "weights: 68.4 GB in 4.0 s from the page cache, 17.1 GB/s",
         "peak 3.00 GiB of GPU memory (4.00 GiB reserved), 1.00 GiB of RAM",
         "LoRA a.safetensors: 49 of 50 layers on the high-noise expert, strength 0.5. Alpha from the header.",
         "warning: the prompt is\\nlong",
@@ -547,7 +549,7 @@ class Engine:
     def close(self):
         print("closed", flush=True)
 
-def open_engine(config, *, preset, on_progress, cancel):
+def open_engine(config, **_):
     if sys.argv[1] == "load":
         print("loading", flush=True)
         time.sleep(600)

@@ -116,13 +116,23 @@ class Counting:
         self.seen["exchange"] += same
         return same
 
+    def release(self) -> str:
+        self.seen["release"] += 1
+        return "parts"
+
     def close(self) -> None:
         self.seen["close"] += 1
 
 
 def test_the_slot_exchanges_before_it_loads(base: tuple[EngineConfig, Request], loras: tuple[LoraSpec, ...]) -> None:
     seen: Counter[str] = Counter()
-    slot = EngineSlot(lambda config, **_: Counting(seen, config))
+    given: list[object] = []
+
+    def open_engine(config: EngineConfig, *, kept: object, **_: object) -> Counting:
+        given.append(kept)
+        return Counting(seen, config)
+
+    slot = EngineSlot(open_engine)
     quiet: dict[str, Any] = {"on_progress": lambda _: None, "cancel": CancelToken()}
     distilled = replace(base[0], lora_configs=loras)
     for config in (base[0], base[0], distilled, base[0]):
@@ -130,4 +140,5 @@ def test_the_slot_exchanges_before_it_loads(base: tuple[EngineConfig, Request], 
         assert slot.loaded is not None and slot.loaded.config == config
     assert seen == Counter(open=1, exchange=2)
     slot.load(replace(base[0], text_len=256), preset="q", **quiet)
-    assert seen == Counter(open=2, exchange=2, close=1)
+    assert seen == Counter(open=2, exchange=2, release=1)
+    assert given == [None, "parts"]

@@ -3,24 +3,31 @@
 from __future__ import annotations
 
 import logging
+import os
 import re
 import struct
 import sys
 import threading
 from contextlib import nullcontext
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 from conftest import TinyModels
+from safetensors.torch import save_file
 
 from lightx2v.config.presets import resolve
 from lightx2v.engine import engine as engine_module
 from lightx2v.engine import load_progress
 from lightx2v.engine.load_progress import LoadProgress
 from lightx2v.errors import Cancelled
+from lightx2v.loading.model_files import locate
+from lightx2v.loading.networks import Precision
+from lightx2v.models.fused import Dims
 from lightx2v.pipeline import LightX2VPipeline
-from lightx2v.progress import CancelToken, Meter, Progress
+from lightx2v.progress import CancelToken, Meter, Progress, read_words
+from lightx2v.weights.checkpoint import open_checkpoint
 
 
 def tensor_bytes(path: Path) -> int:
@@ -46,7 +53,7 @@ def test_loading_counts_the_bytes_of_all_parts(
     assert counted[-1].step == counted[-1].total == experts + sum(sizes)
     assert [event.step for event in counted] == sorted({event.step for event in counted})
     assert re.fullmatch(r"\d\.\d\d of \d\.\d\d GB, \d+\.\d GB/s", counted[-1].message)
-    assert re.search(r"Read [\d.]+ MB in \d+\.\d s \(\d+\.\d GB/s\)", caplog.text)
+    assert re.search(r"Read [\d.]+ MB in \d+\.\d s( from the page cache|), \d+\.\d GB/s\.", caplog.text)
 
 
 def test_a_second_try_counts_from_zero(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -83,22 +90,79 @@ def test_threads_take_short_turns_while_a_model_loads(tiny: TinyModels, monkeypa
     assert max(seen) < usual / 5 and sys.getswitchinterval() == usual
 
 
-def test_kernels_are_compiled_on_the_device_of_the_model_while_it_loads(monkeypatch: pytest.MonkeyPatch) -> None:
-    seen: list[tuple[str, str]] = []
+def test_kernels_are_compiled_on_the_device_of_the_model_while_it_loads(
+    tiny: TinyModels, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: list[tuple[str, Dims, torch.dtype, str]] = []
     begun, loaded = threading.Event(), threading.Event()
 
-    def kernels_for(device: torch.device) -> None:
+    def compile_for(device: torch.device, dims: Dims, compute: torch.dtype, formats: set[torch.dtype]) -> None:
         begun.set()
         loaded.wait(10)
-        seen.append((str(device), threading.current_thread().name))
+        seen.append((str(device), dims, compute, threading.current_thread().name))
+        assert not formats
 
-    monkeypatch.setattr(engine_module, "kernels_for", kernels_for)
+    monkeypatch.setattr(engine_module, "compile_for", compile_for)
     monkeypatch.setattr(torch.cuda, "device", lambda _: nullcontext())
-    with engine_module.compiling(torch.device("cuda", 1)):
+    config = resolve({"model_path": str(tiny.t2v), "device": "cpu"}, {}).engine
+    on_cpu = Precision.of(config)
+    with engine_module.compiling(locate(config), config, replace(on_cpu, device=torch.device("cuda", 1))):
         assert begun.wait(10)
         assert not seen
         loaded.set()
-    assert seen == [("cuda:1", "lightx2v-kernels")]
-    with engine_module.compiling(torch.device("cpu")):
+    assert seen == [("cuda:1", Dims(2, 12, 48), on_cpu.compute, "lightx2v-kernels_0")]
+    with engine_module.compiling(locate(config), config, on_cpu):
         pass
     assert len(seen) == 1
+
+
+@pytest.mark.parametrize(
+    ("known", "cached", "fetched", "source"),
+    [
+        (100, 100, 0, "page cache"),
+        (100, 99, 1, "page cache"),
+        (100, 0, 100, "disk"),
+        (100, 0, 0, "disk"),  # of a network, perhaps
+        (100, 15, 101, "disk"),  # 15 were fetched ahead
+        (100, 40, 60, "both"),
+        (60, 60, 0, "unknown"),
+    ],
+)
+def test_the_report_says_where_the_weights_came_from(
+    known: int, cached: int, fetched: int, source: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    counts = iter([1000, 1000 + fetched])
+    monkeypatch.setattr(load_progress, "bytes_from_disk", lambda: next(counts))
+    progress = LoadProgress(Meter(), None)
+    progress.watch.on_total(100)
+    progress.watch.on_bytes(100)
+    progress.watch.on_source(cached, known - cached)
+    read = progress.result()
+    assert (read.nbytes, read.source) == (100, source)
+    assert read_words(read.to_json() | {"bytes": 68.4e9, "seconds": 4.0}).startswith(
+        {
+            "page cache": "68.4 GB in 4.0 s from the page cache, 17.1",
+            "disk": "68.4 GB in 4.0 s from the disk, 17.1",
+            "both": "68.4 GB in 4.0 s from page cache and disk, 17.1",
+            "unknown": "68.4 GB in 4.0 s, 17.1",
+        }[source]
+    )
+
+
+def test_a_model_that_was_just_written_comes_from_the_page_cache_and_then_from_the_disk(tmp_path: Path) -> None:
+    path = tmp_path / "w.safetensors"
+    save_file({f"w{n}": torch.randn(1 << 20) for n in range(16)}, path)
+    sources = []
+    for drop in (False, True):
+        if drop:
+            with path.open("rb") as file:
+                os.fsync(file.fileno())
+                os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+        progress = LoadProgress(Meter(), None)
+        progress.watch.on_total(64 << 20)
+        for _ in open_checkpoint(path).tensors(watch=progress.watch):
+            pass
+        sources.append(progress.result().source)
+    if sources[0] == "unknown":
+        pytest.skip("this file system does not tell")
+    assert sources == ["page cache", "disk"]

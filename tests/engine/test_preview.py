@@ -28,6 +28,10 @@ class MixingVAE(WanVAE):
         latents = torch.einsum("kc,cthw->kthw", self.mix, colours) + 0.3
         return latents + 0.01 * torch.randn(latents.shape, generator=self.generator)
 
+    def encode_clip(self, video_BCTHW):
+        latents_BCTHW = torch.stack([self.encode(video_CTHW) for video_CTHW in video_BCTHW])
+        return latents_BCTHW, latents_BCTHW
+
 
 def test_fit_finds_the_colours_back():
     vae = MixingVAE()

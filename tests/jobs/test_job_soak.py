@@ -30,7 +30,6 @@ from lightx2v.jobs.store import OVER, Job
 from lightx2v.media.mp4 import probe
 from lightx2v.models.dit import WanDiT
 from lightx2v.pipeline import LightX2VPipeline
-from lightx2v.progress import CancelToken, OnProgress
 
 
 @dataclass(frozen=True)
@@ -53,8 +52,8 @@ class RealQueue:
 
 @pytest.fixture
 def real(open_manager: Callable[..., JobManager], tiny: TinyModels) -> RealQueue:
-    def open_pipeline(config: EngineConfig, *, preset: str, on_progress: OnProgress, cancel: CancelToken) -> Engine:
-        return LightX2VPipeline.from_config(config, preset=preset, on_progress=on_progress)
+    def open_pipeline(config: EngineConfig, **more: Any) -> Engine:
+        return LightX2VPipeline.from_config(config, **more)
 
     manager = open_manager(garage=open_pipeline)
     size = {"height": 32, "width": 48, "frames": 5}

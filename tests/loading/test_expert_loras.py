@@ -28,7 +28,7 @@ from lightx2v.loading.model_files import locate
 from lightx2v.loading.networks import Precision, expert_weights, load_expert
 from lightx2v.models.dit import WanDiT
 from lightx2v.pipeline import LightX2VPipeline
-from lightx2v.weights.lora import match_lora
+from lightx2v.weights.lora_match import match_lora
 
 SMALL = {"height": 32, "width": 48, "frames": 5, "steps": 2, "text_len": 512}
 

@@ -42,7 +42,7 @@ from lightx2v.models.umt5 import TextEncoder
 from lightx2v.pipeline import LightX2VPipeline
 from lightx2v.weights.checkpoint import open_checkpoint
 from lightx2v.weights.gguf_blocks import FORMATS, BlockFormat, dequantise
-from lightx2v.weights.lora import match_lora
+from lightx2v.weights.lora_match import match_lora
 from lightx2v.weights.model_weights import ModelWeights
 
 SMALL = {"height": 32, "width": 48, "frames": 5, "steps": 2, "text_len": 512, "dtype": "fp32", "seed": 3}

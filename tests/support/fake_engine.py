@@ -89,7 +89,7 @@ class Garage:
     started: threading.Event = field(default_factory=threading.Event)
 
     def __call__(
-        self, config: EngineConfig, *, preset: str, on_progress: OnProgress, cancel: CancelToken
+        self, config: EngineConfig, *, preset: str, on_progress: OnProgress, cancel: CancelToken, **_: object
     ) -> FakeEngine:
         meter = Meter("cpu", on_progress)
         with meter.stage("load"):
@@ -173,6 +173,9 @@ class FakeEngine:
 
     def exchange(self, config: EngineConfig, **_: object) -> bool:
         return False
+
+    def release(self) -> None:
+        self.close()
 
     def close(self) -> None:
         assert not self.closed, "closed twice"

@@ -51,6 +51,7 @@ class Painter:
         preset: str,
         on_progress: OnProgress | None = None,
         cancel: CancelToken | None = None,
+        **_: object,
     ) -> PaintingEngine:
         if on_progress is not None:
             on_progress(Progress(stage="load", step=0, total=1))
@@ -138,6 +139,9 @@ class PaintingEngine:
 
     def exchange(self, config: EngineConfig, **_: object) -> bool:
         return False
+
+    def release(self) -> None:
+        self.close()
 
     def close(self) -> None:
         self.painter.note("close", preset=self.preset)

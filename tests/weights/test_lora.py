@@ -16,7 +16,8 @@ from lightx2v.config.lora_spec import LoraSpec
 from lightx2v.errors import BadRequest, LoraError
 from lightx2v.weights.checkpoint import open_checkpoint
 from lightx2v.weights.dit_names import wan_to_diffusers
-from lightx2v.weights.lora import add_loras, match_lora
+from lightx2v.weights.lora import add_loras
+from lightx2v.weights.lora_match import match_lora
 from lightx2v.weights.model_weights import ModelWeights
 
 

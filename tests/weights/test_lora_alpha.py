@@ -14,7 +14,8 @@ from torch import nn
 
 from lightx2v.errors import LoraError
 from lightx2v.weights.checkpoint import open_checkpoint
-from lightx2v.weights.lora import MatchedLora, add_loras, match_lora
+from lightx2v.weights.lora import MatchedLora, add_loras
+from lightx2v.weights.lora_match import match_lora
 
 WIDTH, INNER = 24, 48
 Tensors = dict[str, torch.Tensor]

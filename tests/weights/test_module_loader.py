@@ -16,6 +16,7 @@ from torch import nn
 from lightx2v.errors import CheckpointError
 from lightx2v.weights.checkpoint import open_checkpoint
 from lightx2v.weights.module_loader import check_fit, load_into, stream_into
+from lightx2v.weights.value_check import ValueCheck
 
 ROOT = Path(__file__).parents[2]
 Tensors = dict[str, torch.Tensor]
@@ -52,13 +53,13 @@ def tensors() -> Tensors:
 
 
 def fill(module: nn.Module, tensors: Tensors, dtype: torch.dtype = torch.float32) -> None:
-    stream_into(module, tensors.items(), dtype_of=lambda _: dtype, device="cpu", source_name="some/file")
+    stream_into(module, tensors.items(), dtype_of=lambda _: dtype, device="cpu", check=ValueCheck("some/file"))
 
 
 def test_values_arrive_in_the_dtype_asked_for_each(tensors: Tensors) -> None:
     net = on_meta()
     dtypes = {name: torch.float32 if "norm" in name else torch.bfloat16 for name in tensors}
-    stream_into(net, tensors.items(), dtype_of=dtypes.__getitem__, device="cpu", source_name="f")
+    stream_into(net, tensors.items(), dtype_of=dtypes.__getitem__, device="cpu", check=ValueCheck("f"))
     for name, tensor in net.state_dict().items():
         assert tensor.dtype == dtypes[name]
         assert torch.equal(tensor, tensors[name].to(dtypes[name]))
@@ -131,7 +132,7 @@ def test_a_tensor_that_comes_twice_is_an_error(tensors: Tensors) -> None:
             [*tensors.items(), ("norm.bias", tensors["norm.bias"])],
             dtype_of=lambda _: torch.float32,
             device="cpu",
-            source_name="f",
+            check=ValueCheck("f"),
         )
 
 
@@ -142,7 +143,7 @@ def test_a_stream_that_breaks_leaves_nothing_behind(tensors: Tensors) -> None:
 
     net = on_meta()
     with pytest.raises(CheckpointError, match="disk"):
-        stream_into(net, breaking(), dtype_of=lambda _: torch.float32, device="cpu", source_name="f")
+        stream_into(net, breaking(), dtype_of=lambda _: torch.float32, device="cpu", check=ValueCheck("f"))
     assert all(tensor.is_meta for tensor in net.state_dict().values())
 
 

@@ -93,7 +93,7 @@ def test_what_waits_to_be_used_is_bounded(bytes_: Path, monkeypatch: pytest.Monk
     made: list[TensorPlace] = []
     monkeypatch.setattr(
         parallel_reader._Reading,
-        "submit",
+        "_submit",
         lambda self, place, target: made.append(place) or [],  # type: ignore[func-returns-value]
     )
     reading = read_tensors([place(bytes_, 0, PIECE, torch.uint8)] * 50)
