@@ -12,10 +12,14 @@ from lightx2v.config.engine_config import EngineConfig, hub_name
 from lightx2v.errors import Cancelled, LightX2VError
 from lightx2v.hub import Hub, ensure, find_all, missing
 from lightx2v.hub.listing import HubFile, list_files
+from lightx2v.hub.page_cache import bytes_in_page_cache
 from lightx2v.hub.plan import disk_free, files_below, planned_file, size_on_disk
 from lightx2v.progress import CancelToken, Meter, Progress
 
 log = logging.getLogger("lightx2v.page")
+
+CACHED = 0.95
+"""The share of a model's bytes in memory from which on its files count as cached."""
 
 RETRY_SECONDS = 600.0
 """Seconds until a repository that could not be listed is listed again."""
@@ -23,12 +27,14 @@ RETRY_SECONDS = 600.0
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class FileState:
-    """A file or folder that a preset needs: `bytes` is its full size if known, `here` the bytes on this machine."""
+    """A file or folder that a preset needs: `bytes` is its full size if known, `here` the bytes on this machine, and
+    `cached` those of them that are in memory."""
 
     name: str
     ready: bool
     bytes: int | None = None
     here: int = 0
+    cached: int = 0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -54,6 +60,11 @@ class FilesStatus:
     @property
     def ready(self) -> bool:
         return all(file.ready for file in self.files)
+
+    @property
+    def cached(self) -> bool:
+        """Whether the system has nearly all of the files in memory, so that loading reads no disk."""
+        return 0 < CACHED * sum(file.here for file in self.files) <= sum(file.cached for file in self.files)
 
     @property
     def missing_bytes(self) -> int | None:
@@ -108,7 +119,7 @@ class HubFiles:
 
     def _state(self, name: str, place: Path | None, absent: Container[str]) -> FileState:
         if place is not None:
-            return FileState(name=name, ready=True, here=size_on_disk(place))
+            return FileState(name=name, ready=True, here=size_on_disk(place), cached=bytes_in_page_cache(place))
         repo, inside = hub_name(name) or ("", None)
         if name not in absent or inside is None:
             return FileState(name=name, ready=False)

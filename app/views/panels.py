@@ -264,7 +264,7 @@ def _time(words: Words, prediction: Prediction | None, count: int, unknown: Sequ
 
 def _download_size(words: Words, files: FilesStatus, *, short: bool = False) -> str:
     if files.ready:
-        return words("ready" if short else "cost_ready")
+        return words("ready" if short else "cost_cached" if files.cached else "cost_ready")
     if files.missing_bytes is None:
         return words("missing")
     size = numbers.size(files.missing_bytes)

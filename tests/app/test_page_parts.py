@@ -262,7 +262,10 @@ def test_the_cost_is_green_amber_or_red_and_says_so_in_words() -> None:
     for need, level, said in ((10, "ok", "10.0"), (18.5, "tight", "tight"), (30, "over", "turn offload on")):
         html = panels.cost_line(words, prediction, int(need * 2**30), here, room, 1)
         assert f'class="{level}"' in html and said in html
-    assert "98" in html and "nothing to download" in html
+    assert "98" in html and "nothing to download" in html and "cached" not in html
+    states = [FileState(name=name, ready=True, here=100, cached=cached) for name, cached in (("a", 100), ("b", 92))]
+    cached = FilesStatus(files=tuple(states), disk_free=1)
+    assert "nothing to download, files cached in memory" in panels.cost_line(words, prediction, 1, cached, room, 1)
     missing = FilesStatus(
         files=(FileState(name="a", ready=False, bytes=5_000_000_000, here=1_000_000_000),), disk_free=1
     )
