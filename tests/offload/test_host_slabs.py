@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import itertools
 import mmap
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -91,3 +94,26 @@ def test_a_module_is_filled_in_its_place(slabs: HostSlabs) -> None:
     packed.give_back(slabs)
     slabs.trim()
     assert not slabs._slabs and all(tensor.is_meta for tensor in module.state_dict().values())
+
+
+@pytest.mark.parametrize("sides", [(), (7,), (3, 4), (2, 1, 4, 5), (6, 1, 1, 3, 3), (16, 4, 3, 3, 3)])
+def test_packed_tensors_keep_the_order_of_their_dimensions(sides: tuple[int, ...]) -> None:
+    """As torch would lay out a copy; without asking torch, which imports its compiler for the answer."""
+    for order in itertools.permutations(range(len(sides))):
+        dense = torch.empty([sides[dim] for dim in order]).permute([order.index(dim) for dim in range(len(sides))])
+        gaps = torch.empty([2 * side for side in sides])[tuple(slice(None, None, 2) for _ in sides)]
+        for tensor in (dense, gaps):
+            module = nn.Module()
+            module.register_buffer("x", tensor)
+            [place] = PackedModule(module).parts[OUTSIDE].places
+            assert place.stride == torch.empty_like(tensor, device="meta").stride()
+
+
+def test_packing_imports_no_compiler() -> None:
+    program = (
+        "import sys, torch; from torch import nn; from lightx2v.offload.packed_weights import PackedModule;"
+        "before = set(sys.modules);"
+        "module = nn.Linear(4, 4, device='meta'); PackedModule(module);"
+        "assert not {'sympy', 'torch._inductor', 'torch._dynamo'} & (set(sys.modules) - before)"
+    )
+    subprocess.run([sys.executable, "-c", program], check=True)
