@@ -24,8 +24,8 @@ class Result:
     input image may have decided. `attention` tells which backend ran and why, `loras` what each LoRA file changed,
     `files` the model's files, `plan` where the weights lived (None where there was nothing to plan), `processes` what
     each of several took. An earlier process did the first `resumed_after` denoising steps: `timings` has only what
-    this one did. `forwards` counts those of the whole video that were computed and skipped. `load` tells how the weights
-    were read, also if that was for an earlier run.
+    this one did. `forwards` counts those of the whole video that were computed and skipped. `load` tells how the
+    weights were read, also if that was for an earlier run.
     """
 
     path: str | None
