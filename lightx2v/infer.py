@@ -113,8 +113,7 @@ def _run(options: argparse.Namespace, context: CommandContext, *, open_engine: O
         steps.remove()
     if is_rank0 and takes_lines(sys.stdout, PATIENCE):  # the video is there, whether or not anybody reads this
         report = result.report()
-        print(report["path"])
-        print(_summary(report))
+        print(report["path"], _summary(report), sep="\n")
     return 0
 
 

@@ -29,7 +29,7 @@ from .config.lora_spec import LoraSpec
 from .config.presets import resolve
 from .config.request import Request, check, draw_seed
 from .config.request_settings import SETTINGS, Guidance, RequestSettings
-from .engine.engine import LoadedEngine, load_engine, release_engine, with_other_loras
+from .engine.engine import LoadedEngine, LoadSettings, load_engine, release_engine, with_other_loras
 from .engine.memory_retry import within_memory
 from .engine.result import Result
 from .engine.run import Run
@@ -114,22 +114,11 @@ class LightX2VPipeline:
         return pipe
 
     @classmethod
-    def from_config(
-        cls,
-        config: EngineConfig,
-        *,
-        preset: str = "",
-        on_progress: OnProgress | None = None,
-        cancel: CancelToken | None = None,
-        prompts: Sequence[str] = (),
-        kept: KeptParts | None = None,
-    ) -> Self:
+    def from_config(cls, config: EngineConfig, **settings: Unpack[LoadSettings]) -> Self:
         """Load a pipeline. Reports and files carry the name `preset`. The `prompts` of its first request may be encoded
-        meanwhile. Of what the `release` of another pipeline has left, equal parts are used, and the rest is freed."""
+        meanwhile. Of what the `release` of another pipeline has `kept`, equal parts are used, and the rest is freed."""
         pipe = cls(config.model_path, config.model_cls, config.task)
-        pipe._engine = load_engine(
-            config, preset=preset, on_progress=on_progress, cancel=cancel, prompts=prompts, kept=kept
-        )
+        pipe._engine = load_engine(config, **settings)
         return pipe
 
     # ---- settings before loading --------------------------------------------------------------------------------

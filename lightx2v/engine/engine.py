@@ -7,6 +7,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing, contextmanager
 from dataclasses import dataclass, field, replace
 from functools import partial
+from typing import TypedDict
 
 import torch
 
@@ -70,6 +71,16 @@ class LoadedEngine:
     files: UsedFiles = field(default_factory=lambda: UsedFiles({}))
     prompts: PromptCache = field(default_factory=PromptCache)
     expert_order: ExpertOrder = field(default_factory=ExpertOrder)
+
+
+class LoadSettings(TypedDict, total=False):
+    """The keywords of `load_engine`."""
+
+    preset: str
+    on_progress: OnProgress | None
+    cancel: CancelToken | None
+    prompts: Sequence[str]
+    kept: KeptParts | None
 
 
 def load_engine(
