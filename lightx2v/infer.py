@@ -87,10 +87,8 @@ def _run(options: argparse.Namespace, context: CommandContext, *, open_engine: O
         request, steps = _output(options, resolved, request, folder)
     with log_duration("Total Cost"):
         # A signal during loading ends the process at once, so the token for it is never set.
-        name, prompts = resolved.preset.name, tuple(request.texts.values())
-        engine = open_engine(
-            resolved.engine, preset=name, on_progress=on_progress, cancel=CancelToken(), prompts=prompts
-        )
+        more = {"preset": resolved.preset.name, "prompts": tuple(request.texts.values())}
+        engine = open_engine(resolved.engine, on_progress=on_progress, cancel=CancelToken(), **more)
         try:
             with context.interrupts.cancelling() as token:
                 result = engine.run(

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 
+from lightx2v.attention import resolve_attention
 from lightx2v.config.engine_config import EngineConfig
 from lightx2v.config.presets import resolve
 from lightx2v.config.request import Request
@@ -20,6 +21,7 @@ from lightx2v.errors import ConfigError
 from lightx2v.loading.model_files import locate
 from lightx2v.loading.networks import Precision
 from lightx2v.offload.placement import limit_memory, planner_for
+from lightx2v.offload.resident import LoadInputs
 
 H200 = Machine(
     name="H200", cores=16, ram_free=500 * GIB, ram_total=512 * GIB, vram_free=139 * GIB, vram_total=140 * GIB
@@ -53,8 +55,10 @@ def test_the_engine_plans_for_the_limit_and_allocates_no_more(monkeypatch: pytes
     config = resolve("demo_t2v_base").engine
     device = torch.device("cuda")
     precision = Precision(device=device, compute=torch.bfloat16, vae=torch.bfloat16)
+    choice = resolve_attention("torch_sdpa", torch.device("cpu"), torch.bfloat16)
     for limit, expected in ((None, 100 * GIB), (8, 7 * GIB), (200, 100 * GIB)):
-        planner = planner_for(locate(config), replace(config, vram_gb=limit), precision)
+        inputs = LoadInputs(locate(config), replace(config, vram_gb=limit), precision, choice, choice)
+        planner = planner_for(inputs)
         assert planner is not None and planner.vram == expected
         limit_memory(device, limit)
     assert fractions == [1.0, 7 / 140, 1.0], "without a limit an earlier one is taken away"
