@@ -59,7 +59,7 @@ def media_routes(studio: Studio) -> list[BaseRoute]:
     return [
         route("examples/{name}.png", lambda request: file(picture(request.path_params["name"]), "image/png")),
         route("loras/{name:path}.jpg", thumbnail),
-        Route("/studio/alive", lambda request: Response(status_code=204, headers={"Cache-Control": "no-store"})),
+        route("alive", lambda request: Response(status_code=204, headers={"Cache-Control": "no-store"})),
         route("sample.mp4", lambda request: file(studio.sample, "video/mp4")),
         route("{id}/video.mp4", video),
         route("{id}/original.mp4", original),

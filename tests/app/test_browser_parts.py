@@ -47,7 +47,7 @@ def test_lines_become_jobs_that_can_be_moved_edited_and_cancelled(visitor: Perso
     visitor.settle("() => document.querySelectorAll('#queue .prompt')[1].innerText === 'second, edited'")
     tab.click("#queue li:nth-child(4) [data-act=cancel]")
     visitor.settle("() => document.querySelectorAll('#queue li').length === 3")
-    tab.click("#status [data-act=stop]")
+    visitor.stop("#status [data-act=stop]")
     visitor.settle("() => document.querySelectorAll('#history .run img').length === 2")
     assert prompts(visitor, "#history .run:has(img)") == ["fourth", "second, edited"]
 

@@ -95,7 +95,7 @@ def test_stop_ends_a_run_and_the_next_one_starts(visitor: Person) -> None:
         tab.wait_for_selector("#stage .stage[data-state=running], #stage .stage[data-state=queued]")
     visitor.settle("() => document.querySelector('#queue .queue li')")
     first = tab.get_attribute("#queue li.running [data-act=stop]", "data-id")
-    tab.click("#queue li.running [data-act=stop]")
+    visitor.stop(f"#queue [data-act=stop][data-id='{first}']")
     assert visitor.page.wait(str(first))["state"] == "cancelled"
     visitor.see("done")
     assert visitor.job != first

@@ -67,6 +67,13 @@ class Person:
         self.tab.fill("#prompt textarea", prompt)
         self.tab.click("#generate")
 
+    def stop(self, button: str) -> None:
+        """Presses a Stop button; says yes if the page asks, which it does once a run has taken a few seconds."""
+        self.tab.click(button)
+        self.tab.wait_for_selector(f"dialog.ask, body:not(:has({button}:not([disabled])))", state="attached")
+        if (yes := self.tab.query_selector("dialog.ask [value=yes]")) is not None:
+            yes.click()
+
     def see(self, state: str) -> None:
         """Waits until the stage shows a run in that state: running, done, failed, cancelled."""
         self.tab.wait_for_selector(f"#stage .stage[data-state={state}]")
