@@ -1,4 +1,4 @@
-"""The environment variables that this project reads."""
+"""The environment variables that this project reads, and the way to set those that others read."""
 
 from __future__ import annotations
 
@@ -119,3 +119,13 @@ def _whole_number(name: str, text: str) -> int:
             "Correct it, or unset it."
         )
     return number
+
+
+def set_variables(values: Mapping[str, str], *, replace: bool = True) -> None:
+    """Set variables that libraries and child processes read; without `replace` only those that are not set yet."""
+    os.environ.update({name: value for name, value in values.items() if replace or name not in os.environ})
+
+
+def with_variables(values: Mapping[str, str]) -> dict[str, str]:
+    """The variables of this process, with `values`: those of a process that it starts."""
+    return {**os.environ, **values}

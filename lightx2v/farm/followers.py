@@ -9,6 +9,8 @@ import socket
 import subprocess
 import sys
 
+from ..config.environment import set_variables, with_variables
+
 LOOPBACK = "127.0.0.1"
 
 
@@ -23,10 +25,10 @@ def start_followers(size: int) -> None:
     for rank in range(size):
         variables = {name: str(value) for name, value in ({"RANK": rank, "LOCAL_RANK": rank} | whole).items()}
         if rank == 0:
-            os.environ.update(variables)
+            set_variables(variables)
         else:
             subprocess.Popen(
                 [sys.executable, "-m", "lightx2v.farm.follower"],
-                env=os.environ | variables | {"PYTHONPATH": os.pathsep.join(filter(None, sys.path))},
+                env=with_variables(variables | {"PYTHONPATH": os.pathsep.join(filter(None, sys.path))}),
                 stdin=subprocess.PIPE,  # closes with this process
             )

@@ -1,7 +1,8 @@
 """The environment variables that Ray reads when it is imported."""
 
-import os
 import secrets
+
+from ..config.environment import set_variables
 
 
 def prepare(*, own: bool) -> None:
@@ -12,7 +13,6 @@ def prepare(*, own: bool) -> None:
         "RAY_USAGE_STATS_ENABLED": "0",
         "RAY_gcs_rpc_server_reconnect_timeout_s": "1000000",  # Ray would end this process where the head is gone
     }
-    for name, value in variables.items():
-        os.environ.setdefault(name, value)
+    set_variables(variables, replace=False)
     if own:
-        os.environ |= {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(32)}
+        set_variables({"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(32)})

@@ -24,6 +24,7 @@ from pathlib import Path
 from typing import NoReturn
 
 from ..config.engine_config import EngineConfig
+from ..config.environment import Environment, set_variables
 from ..config.request import Request
 from ..cost.machine import MachineReader
 from ..errors import LightX2VError
@@ -54,7 +55,7 @@ class Worker:
     def __init__(self, open_engine: OpenEngine, share: int, gpus: int) -> None:
         self._machine = MachineReader()
         threads = max(1, self._machine().cores // share)
-        os.environ["OMP_NUM_THREADS"] = str(threads)  # Ray has set one for its own count of CPUs
+        set_variables({"OMP_NUM_THREADS": str(threads)})  # Ray has set one for its own count of CPUs
         self._slot = EngineSlot(open_engine, platform.node())
         self._status = self._slot.status()
         self._engine_thread = ThreadPoolExecutor(1, thread_name_prefix="lightx2v-engine")
@@ -68,7 +69,7 @@ class Worker:
         ready.wait()
 
     def hello(self) -> Hello:
-        gpus = os.environ.get("CUDA_VISIBLE_DEVICES", "")
+        gpus = Environment.read().visible_gpus or ""
         return Hello(pid=os.getpid(), gpus=gpus, device=self._slot.device)
 
     def pulse(self) -> Pulse:

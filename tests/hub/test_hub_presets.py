@@ -36,6 +36,7 @@ def distilled() -> dict[str, int]:
     for which in ("high", "low"):
         files |= {DISTILLED.format(which, ""): 28_600_000_000, DISTILLED.format(which, "_int8"): 14_500_000_000}
         files |= {DISTILLED.format(which, "_scaled_fp8_e4m3"): 14_500_000_000}
+        files |= {DISTILLED.format(which, "_720p_260412"): 57_000_000_000}
         files |= {f"wan2.2_i2v_A14b_{which}_noise_lightx2v_4step_split/block_{i}.safetensors": GB for i in range(40)}
     return files | {"README.md": 5_000}
 
@@ -60,7 +61,7 @@ REPOS = {
     },
     "lightx2v/Encoders": {f"models_t5_umt5-xxl-enc-{kind}.pth": 6_700_000_000 for kind in ("fp8", "int8")},
 }
-SIZE = {"base": 114 * GB, "loras": 117 * GB, "merged": 57 * GB, "fp8": 29 * GB}
+SIZE = {"base": 114 * GB, "loras": 117 * GB, "merged": 57 * GB, "720p": 114 * GB, "fp8": 29 * GB}
 """Bytes of the experts, rounded, by where they come from."""
 
 
@@ -93,7 +94,8 @@ def test_a_preset_downloads_what_it_needs_and_nothing_else(preset: str, server: 
     if engine.lora_configs:
         kind, repos = "loras", {"lightx2v/Wan2.2-Distill-Loras"}
     elif "distill" in preset:
-        kind, repos = "fp8" if "fp8" in preset else "merged", {"lightx2v/Wan2.2-Distill-Models"}
+        kind = next(kind for kind in ("fp8", "720p", "merged") if kind in preset)
+        repos = {"lightx2v/Wan2.2-Distill-Models"}
     else:
         kind, repos = "base", set[str]()
     text, encoders = ("fp8", {"lightx2v/Encoders"}) if "fp8" in preset else ("bf16", set[str]())
