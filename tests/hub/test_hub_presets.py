@@ -36,7 +36,7 @@ def distilled() -> dict[str, int]:
     for which in ("high", "low"):
         files |= {DISTILLED.format(which, ""): 28_600_000_000, DISTILLED.format(which, "_int8"): 14_500_000_000}
         files |= {DISTILLED.format(which, "_scaled_fp8_e4m3"): 14_500_000_000}
-        files |= {DISTILLED.format(which, "_720p_260412"): 57_000_000_000}
+        files |= {f"wan2.2_i2v_A14b_{which}_noise_lightx2v_4step_720p_260412.safetensors": 57_000_000_000}
         files |= {f"wan2.2_i2v_A14b_{which}_noise_lightx2v_4step_split/block_{i}.safetensors": GB for i in range(40)}
     return files | {"README.md": 5_000}
 
