@@ -114,7 +114,9 @@ class ModelWeights:
         """The weights of a DiT checkpoint in any layout. CheckpointError names a model of another kind."""
         source = short_path(checkpoint.path)
         check_architecture(checkpoint.metadata, ("wan",), source)
-        require_expert({wan: checkpoint.shapes[name] for name, wan in wan_names(checkpoint.shapes).items()}, source)
+        require_expert(
+            {wan: checkpoint.shapes[name] for name, wan in wan_names(checkpoint.shapes, source).items()}, source
+        )
         return cls._of(checkpoint, wan_names, is_expert_matrix, quantise)
 
     @classmethod
