@@ -203,7 +203,7 @@ class PageEvent:
         if preset not in self.studio.tasks:
             absent.append(preset)
             preset = self.studio.default_for("t2v" if request.task == "t2v" else "i2v")
-        values = fields_of(preset, config, request, self.studio.offer) | (files or {})
+        values = fields_of(preset, config, request, self.studio.offer) | dict(files or {})
         for name in PICTURES:
             path = self.studio.folder / (values[name] or "")  # a video names its picture relative to itself
             here = existing(path, self.studio.folder)

@@ -185,7 +185,7 @@ def _advanced(inputs: Inputs, request: Mapping[str, Any], task: str, exposure: E
     """Everything else in a Request. The hint below a label is what the command line writes."""
     distilled = request["denoising_step_list"] is not None
     values = setting_fields(request)
-    hidden = {"motion_amplitude": {"visible": task == "i2v"}}
+    hidden: dict[str, dict[str, Any]] = {"motion_amplitude": {"visible": task == "i2v"}}
     paired = ("width", "height", "frames", "fps", "enable_cfg")
 
     # The fields have no bounds: a number that is half typed may be out of them. `submit_plan` checks the bounds.

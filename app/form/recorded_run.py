@@ -104,7 +104,7 @@ def loras_on_offer(loras: Iterable[LoraSpec], offer: Offer) -> Iterator[LoraSpec
             yield from offer.placed(replace(lora, path=str(place)))
 
 
-def _expanded(lora: LoraSpec) -> tuple[str, str, float]:
+def _expanded(lora: LoraSpec) -> tuple[str, str, float | tuple[float, ...]]:
     return lora.expert, str(expand(lora.path)), lora.strength
 
 

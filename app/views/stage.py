@@ -2,6 +2,7 @@
 
 import time
 from collections.abc import Mapping
+from typing import Any
 
 from lightx2v.config.magcache import forwards_of
 from lightx2v.config.request import Request
@@ -76,7 +77,7 @@ def status(
     return tag("div", _bar(words, job) + tag("div", line, class_="line"), class_="status")
 
 
-def stop_question(words: Words, job: Job) -> dict[str, str]:
+def stop_question(words: Words, job: Job) -> dict[str, Any]:
     """What the page asks before Stop ends a run that has taken more than a few seconds: data-* of the button."""
     if job.started is None:
         return {}

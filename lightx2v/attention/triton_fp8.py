@@ -6,7 +6,7 @@ module that imports this file and with it triton.
 Legend: B batch, L tokens, D width, N heads, H head dim, P = H/2 pairs.
 """
 
-# pyright: reportCallIssue=false, reportPossiblyUnbound=false
+# pyright: reportCallIssue=false, reportPossiblyUnboundVariable=false, reportGeneralTypeIssues=false
 # A launch takes compiler options (num_warps) beside the kernel's own arguments; triton.jit has no type for that. A
 # compile-time constant decides both where a name is bound and where it is used.
 
@@ -63,7 +63,7 @@ def _rotate_rows(
 
 def centred(v_BLNH: Tensor) -> CentredFp8:
     batch, length, heads, head_dim = v_BLNH.shape
-    width, chunks = heads * head_dim, triton.cdiv(length, CHUNK)
+    width, chunks = heads * head_dim, -(-length // CHUNK)
     sums, least, most = torch.empty(3, batch, chunks, width, dtype=torch.float32, device=v_BLNH.device)
     grid, strides = (triton.cdiv(width, COLUMNS), chunks, batch), v_BLNH.stride()[:3]
     sizes = {"CHUNK": CHUNK, "ROWS": ROWS, "COLUMNS": COLUMNS, "HEAD": head_dim, "num_warps": 4}

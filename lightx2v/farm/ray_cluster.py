@@ -192,13 +192,14 @@ def _start(place: Place, open_engine: OpenEngine) -> "RayWorker":
     options: dict[str, Any] = {kind: place.gpus if place.has_gpus else {SLOT: place.gpus}}
     group: PlacementGroup | None = None
     if place.gpus > 1:
-        bundle = {"GPU" if place.has_gpus else SLOT: place.gpus}
+        bundle: dict[str, float] = {"GPU" if place.has_gpus else SLOT: place.gpus}
         on_node = [{"ray.io/node-id": place.node.id}]
         group = placement_group([bundle], strategy="STRICT_PACK", bundle_label_selector=on_node)
         options["scheduling_strategy"] = PlacementGroupSchedulingStrategy(group)
     else:
         options["scheduling_strategy"] = NodeAffinitySchedulingStrategy(place.node.id, soft=False)
-    actor_class: Any = ray.remote(
+    remote: Any = ray.remote
+    actor_class = remote(
         num_cpus=0,
         max_restarts=0,  # the farm replaces workers itself
         max_task_retries=0,

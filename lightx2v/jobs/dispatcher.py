@@ -183,8 +183,9 @@ class Dispatcher:
         if key not in self._loads:
             job, whole = self._jobs[waiting.id][0], self._run_seconds(waiting, seat.device)
             with_load = self._predicted(job, seat.device, loaded=False)
-            known = whole is not None and with_load is not None
-            self._loads[key] = max(0.0, with_load - whole) if known else 0.0
+            self._loads[key] = 0.0
+            if whole is not None and with_load is not None:
+                self._loads[key] = max(0.0, with_load - whole)
         return self._loads[key] or ASSUMED_LOAD
 
     def _run(self, waiting: Waiting, seat: Seat) -> float:

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 from ..config.presets import list_presets, list_user_presets, resolve
 from ..config.request import IMAGES, Request
@@ -15,7 +16,7 @@ def preset_lines(folder: Path) -> Iterator[str]:
     for info in (*list_presets(), *list_user_presets()):
         resolved, seconds = resolve(info.name), None
         if info.gpus == 1:  # nothing measures several here
-            shown = dict.fromkeys(("prompt", *IMAGES[resolved.engine.task]), "…")
+            shown: dict[str, Any] = dict.fromkeys(("prompt", *IMAGES[resolved.engine.task]), "…")
             request = Request(**resolved.request, **shown)
             seconds = times.seconds(resolved.engine, request, device=device, loaded=True)
         yield f"{info.name:<32} {info.aim:<8} {_about(seconds):>8}  {info.title}"

@@ -29,7 +29,7 @@ from ..weights.quantization import FORMATS, MIN_COSINE
 from ..weights.safetensors_writer import write_safetensors
 from ..weights.tensor_file import FLOATS
 from ..weights.umt5_names import is_text_encoder
-from .lora_experts import lora_files
+from .lora_experts import LoraFile, lora_files
 from .model_files import ModelFiles
 from .networks import DTYPES
 from .writer_lock import writer_lock
@@ -215,6 +215,11 @@ def has_fingerprint(path: Path, expected: str) -> bool:
         return False
 
 
+def _constant(lora: LoraFile) -> float:
+    assert not isinstance(lora.strength, tuple), "an EngineConfig with `build` has no strengths that change"
+    return lora.strength
+
+
 def prebuilt_conversions(files: ModelFiles, config: EngineConfig, folder: Path, plain: str) -> dict[str, Conversion]:
     """The files that a configuration with "build" uses: "high", "low", and "t5" if that is to be quantised."""
     kind = "fp8" if config.build == "fp8" else plain
@@ -225,7 +230,7 @@ def prebuilt_conversions(files: ModelFiles, config: EngineConfig, folder: Path, 
             source=source,
             output=folder / f"{expert}_noise_{kind}.safetensors",
             format=kind,
-            loras=tuple((lora.path, lora.strength) for lora in lora_files(config.lora_configs, expert, config)),
+            loras=tuple((lora.path, _constant(lora)) for lora in lora_files(config.lora_configs, expert, config)),
             allow_partial=config.lora_allow_partial,
             plain=plain,
             expert=expert,

@@ -109,9 +109,9 @@ class Resident:
         # The text encoder comes first and the VAE second: threads work with them while the experts are read.
         with Beside(inputs.precision.device) as beside:
             if group.is_rank0:
-                self._load_text(inputs, kept["text"], slabs if in_host["text"] else None, in_host["text"])
+                text = self._load_text(inputs, kept["text"], slabs if in_host["text"] else None, in_host["text"])
                 if inputs.use_text is not None and not in_host["text"]:
-                    beside.start(partial(inputs.use_text, self._text))
+                    beside.start(partial(inputs.use_text, text))
             self._load_vae(inputs, vae, kept["vae"], beside)
             for expert in experts:
                 self._load_expert(inputs, expert, plan, slabs)
@@ -123,16 +123,17 @@ class Resident:
 
     def _load_text(
         self, inputs: LoadInputs, kept: KeptPart | None, slabs: HostSlabs | None, in_host_memory: bool
-    ) -> None:
+    ) -> TextEncoder:
         if kept is not None:
             assert isinstance(kept.module, TextEncoder)
             self._text = kept.module
             if kept.packed is not None:
                 self.packed["text"] = kept.packed
-            return
+            return self._text
         where = _on_host(inputs.precision) if in_host_memory else inputs.precision
         watch = replace(inputs.watch, cancel=inputs.group.local_cancel(inputs.watch.cancel))
         self._text = load_text_encoder(inputs.files, inputs.config, where, watch, self._in_host("text", slabs))
+        return self._text
 
     def _load_vae(self, inputs: LoadInputs, checkpoint: Checkpoint, kept: KeptPart | None, beside: Beside) -> None:
         if kept is not None:

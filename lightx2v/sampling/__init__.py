@@ -45,7 +45,7 @@ def solver_for(request: Request) -> Solver:
     Where phases name different samplers, each begins its part of the steps without history.
     """
     schedule = schedule_of(request)
-    names = {schedule.phase(step).sampler or request.solver for step in range(schedule.steps)}
+    names: set[Sampler] = {schedule.phase(step).sampler or request.solver for step in range(schedule.steps)}
     if len(names) > 1:
         return SolverTurns(schedule, request.seed, SAMPLERS)
     return SAMPLERS[names.pop()](schedule, request.seed, 0)

@@ -21,7 +21,11 @@ class SolverTurns:
         self.schedule = schedule
         self._turns: dict[int, Solver] = {}
         """First step -> the solver that takes over there."""
-        for name, steps in groupby(range(schedule.steps), lambda step: schedule.phase(step).sampler or "euler"):
+
+        def sampler(step: int) -> Sampler:
+            return schedule.phase(step).sampler or "euler"
+
+        for name, steps in groupby(range(schedule.steps), sampler):
             first = next(steps)
             self._turns[first] = samplers[name](schedule, seed, first)
         self._done = 0

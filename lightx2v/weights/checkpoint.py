@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable, Container, Iterator, Sequence
+from collections.abc import Callable, Container, Generator, Iterator, Sequence
 from contextlib import closing
 from dataclasses import dataclass, replace
 from functools import partial
@@ -168,7 +168,7 @@ class Wanted:
 
 def read_in_order(
     chosen: Sequence[Wanted], device: torch.device | str = "cpu", watch: LoadWatch = UNWATCHED
-) -> Iterator[tuple[str, torch.Tensor]]:
+) -> Generator[tuple[str, torch.Tensor], None, None]:
     """(name, tensor) of these tensors of any files, in their order; see `Checkpoint.tensors`."""
     places = [
         replace(_place(each.file, each.name, each.dtype), into=each.into, look=each.look)

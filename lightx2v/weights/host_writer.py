@@ -59,6 +59,6 @@ class HostWriter:
         self._free.append(buffer)
 
 
-def _write(place: np.ndarray, staged: np.ndarray, copied: torch.cuda.Event) -> None:
+def _write(place: np.ndarray, staged: np.ndarray, copied: torch.Event) -> None:
     copied.synchronize()
     np.copyto(place, staged)
