@@ -21,7 +21,7 @@ from typing import Any
 
 import yaml
 
-from ..errors import quoted, short_path
+from ..errors import short_path
 
 log = logging.getLogger("lightx2v.catalog")
 
@@ -58,18 +58,23 @@ def _read(file: Path) -> Iterator[Path]:
         if isinstance(section, dict):
             yield from _folders(section, file)
         elif section is not None:
-            log.warning("%s: %s is left out; expected folders by kind.", short_path(file, 2), quoted(section))
+            log.warning("%s: %s is left out; expected folders by kind.", short_path(file, 2), _said(section))
 
 
 def _folders(section: dict[Any, Any], file: Path) -> Iterator[Path]:
     base = section.get("base_path") or ""
-    root = file.parent.absolute() / os.path.expandvars(os.path.expanduser(str(base)))
+    root = file.parent.absolute() / os.path.expandvars(os.path.expanduser(_said(base)))
     for kind in KINDS:
         value = section.get(kind)
-        lines = value if isinstance(value, list) else str(value or "").split("\n")
-        for line in filter(None, map(str.strip, map(str, lines))):
+        lines = value if isinstance(value, list) else _said(value or "").split("\n")
+        for line in filter(None, map(str.strip, map(_said, lines))):
             folder = Path(os.path.normpath(root / line))
             if "\0" not in line and os.path.isdir(folder):
                 yield folder
             else:
                 log.warning("%s: there is no folder %s for %s.", short_path(file, 2), short_path(folder), kind)
+
+
+def _said(value: Any) -> str:
+    """A value as text. Of lists and mappings only what they are: with YAML's aliases a short file names huge ones."""
+    return f"a {type(value).__name__}" if isinstance(value, (list, dict, set, tuple)) else str(value)

@@ -188,6 +188,12 @@ def test_the_folders_of_comfyuis_extra_paths_are_looked_through(
     assert told / "mine" in model_folders([told / "models"]), "beside a told folder, too"
 
 
+ALIASES = b"z:\n  l0: &l0 [b]\n" + b"".join(
+    b"  l%d: &l%d [%s]\n" % (n, n, b",".join([b"*l%d" % (n - 1)] * 9)) for n in range(1, 13)
+)
+"""A few bytes that stand for 9 to the 12th values."""
+
+
 @pytest.mark.parametrize(
     "text",
     [
@@ -204,6 +210,9 @@ def test_the_folders_of_comfyuis_extra_paths_are_looked_through(
         b"[" * 5000,
         b"#" * (1 << 21),
         b'a: {loras: "x\\0y"}',
+        ALIASES + b"a: *l12",
+        ALIASES + b"a: {loras: [*l12]}",
+        ALIASES + b"a: {base_path: *l12, loras: x}",
     ],
 )
 def test_a_broken_file_of_extra_paths_is_named_and_left_out(
