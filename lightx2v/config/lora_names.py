@@ -20,14 +20,28 @@ _PHRASE = re.compile(
     r"(?:(?<![A-Za-z])(?i:high|low)|High|Low|(?<![A-Za-z0-9])[HhLl])(?=[ _.-]{0,3}(?i:noise))|[高低](?=噪)"
 )
 _TOKEN = re.compile(
-    r"(?<![A-Za-z])(?:high|low)(?![a-z])|(?:High|Low)(?![a-z])|(?<![A-Z])(?:HIGH|LOW)(?![A-Z])"
+    r"(?<![A-Za-z])(?:high|low)(?:(?![a-z])|(?=v[0-9]))|(?:High|Low)(?![a-z])|(?<![A-Z])(?:HIGH|LOW)(?![A-Z])"
+    r"|(?<![A-Za-z0-9])(?:hi|lo|HI|LO)(?![A-Za-z0-9])|(?<![A-Z0-9])(?:Hi|Lo)(?![A-Za-z0-9])"
     r"|(?<![A-Z])(?:HN|LN|H|L)(?![A-Za-z0-9])|(?<![A-Za-z0-9])(?:hn|ln|h|l)(?![A-Za-z0-9])|[高低]噪?"
 )
+_GLUED = re.compile(r"high|low", re.IGNORECASE)
+"""The words also inside of others, as in `stylehigh`: they count where two files are given that differ in it only."""
 _NEXT_WORD = re.compile(r"[ _.-]*([A-Za-z]+)(?![A-Za-z0-9])")
 _TECHNICAL = frozenset("noise lora lokr loha dora rank scaled model expert epoch step steps dit transformer".split())
 """Words after "high" or "low" that no subject begins with."""
 _TASK = re.compile(r"(?<![a-z0-9])(?:t2v|i2v|flf2v)(?![a-z])", re.IGNORECASE)
-_OPPOSITE = {"high": "low", "low": "high", "hn": "ln", "ln": "hn", "h": "l", "l": "h", "高": "低", "低": "高"}
+_OPPOSITE = {
+    "high": "low",
+    "low": "high",
+    "hi": "lo",
+    "lo": "hi",
+    "hn": "ln",
+    "ln": "hn",
+    "h": "l",
+    "l": "h",
+    "高": "低",
+    "低": "高",
+}
 _OPPOSITE |= {"高噪": "低噪", "低噪": "高噪"}
 TITLES = ("title", "name", "model", "base", "expert", "noise")
 """Parts of the names of metadata entries that say what a file is; others quote captions and folders."""
@@ -118,7 +132,12 @@ def pair_expert(path: str | PurePath, other: str | PurePath) -> Expert | None:
 
 
 def _difference(one: str, two: str) -> Expert | None:
-    pattern = _PHRASE if _PHRASE.search(one) and _PHRASE.search(two) else _TOKEN
+    if _PHRASE.search(one) and _PHRASE.search(two):
+        return _difference_in(_PHRASE, one, two)
+    return _difference_in(_TOKEN, one, two) or _difference_in(_GLUED, one, two)
+
+
+def _difference_in(pattern: re.Pattern[str], one: str, two: str) -> Expert | None:
     texts = [[re.sub(r"[0-9]+", "0", text) for text in pattern.split(name)] for name in (one, two)]
     words = [[_expert(word) for word in pattern.findall(name)] for name in (one, two)]
     if texts[0] != texts[1]:

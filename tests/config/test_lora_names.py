@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from lightx2v.config.lora_names import expert_in, expert_of, partner_names, task_of
+from lightx2v.config.lora_names import expert_in, expert_of, pair_expert, partner_names, task_of
 
 PAIRS = [
     # as published; each {} is "high" or "low" in the spelling of the second column
@@ -23,6 +23,9 @@ PAIRS = [
     ("style.{}.Noise.safetensors", "High"),
     ("high/Style-{}.safetensors", "HIGH"),
     ("me/{}.safetensors", "high"),
+    ("style_{}v2.safetensors", "high"),
+    ("style-{}.safetensors", "hi"),
+    ("Style{}_v1.safetensors", "Hi"),
     # the phrase decides; the word alone counts without one
     ("highres_{}_noise.safetensors", "high"),
     ("low_poly_{}_noise.safetensors", "high"),
@@ -32,9 +35,12 @@ PAIRS = [
 ]
 
 
+OTHER = {"high": "low", "High": "Low", "HIGH": "LOW", "hi": "lo", "Hi": "Lo"}
+
+
 @pytest.mark.parametrize(("name", "word"), PAIRS)
 def test_each_file_of_a_pair_names_its_expert_and_its_partner(name: str, word: str) -> None:
-    high, low = (name.format(spelled) for spelled in (word, {"high": "low", "High": "Low", "HIGH": "LOW"}[word]))
+    high, low = (name.format(spelled) for spelled in (word, OTHER[word]))
     assert (expert_of(high), expert_of(low)) == ("high", "low")
     assert (partner_names(high)[0], partner_names(low)[0]) == (low, high)
 
@@ -89,3 +95,16 @@ def test_metadata_names_an_expert_by_the_phrase_only(text: str, expert: str | No
 )
 def test_the_name_tells_the_task(name: str, task: str | None) -> None:
     assert task_of(name) == task
+
+
+@pytest.mark.parametrize(("high", "low"), [("stylehigh.pt", "stylelow.pt"), ("STYLEHIGH2.pt", "STYLELOW2.pt")])
+def test_two_files_that_differ_in_a_word_within_a_word_are_a_pair(high: str, low: str) -> None:
+    assert (pair_expert(high, low), pair_expert(low, high)) == ("high", "low")
+    assert expert_of(high) is None
+
+
+@pytest.mark.parametrize(
+    ("one", "other"), [("yellow.pt", "yellow2.pt"), ("highway.pt", "below.pt"), ("hi.pt", "hi2.pt")]
+)
+def test_two_names_that_differ_in_more_are_no_pair(one: str, other: str) -> None:
+    assert pair_expert(one, other) is None
