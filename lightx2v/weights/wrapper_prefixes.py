@@ -12,8 +12,10 @@ from ..errors import CheckpointError
 _WRAPPERS = re.compile(
     r"(?<![^.])_(?:orig_mod|fsdp_wrapped_module|fpw_module|checkpoint_wrapped_module|forward_module)\."
 )
-_ANYWHERE = "model|module|net|network|pipe|pipeline|base_model|state_dict"
-_DIT = f"{_ANYWHERE}|diffusion_model|transformer(?:_2)?|dit_?2?|unet|generator|(?:high|low)_noise(?:_model)?"
+_ANYWHERE = "model|module|net|network|pipe|pipeline|base_model|state_dict|ema|ema_model|student"
+_DIT = (
+    f"{_ANYWHERE}|diffusion_model|transformer(?:_2)?|dit_?2?|unet|generator(?:_ema)?|wan|(?:high|low)_noise(?:_model)?"
+)
 _VAE = f"{_ANYWHERE}|vae|first_stage_model"
 _TEXT = f"{_ANYWHERE}|text_encoders?|cond_stage_model|conditioner|t5|t5xxl|umt5|umt5xxl|transformer"
 _DIT_PREFIX, _VAE_PREFIX, _TEXT_PREFIX = (re.compile(rf"(?:(?:{parts})\.)+") for parts in (_DIT, _VAE, _TEXT))

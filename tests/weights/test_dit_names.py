@@ -33,6 +33,9 @@ def test_every_name_survives_the_way_there_and_back() -> None:
 PREFIXES = (
     *("", "model.diffusion_model.", "diffusion_model.", "model.", "transformer.", "_orig_mod.", "module.", "net."),
     *("dit.", "pipe.dit.", "_fsdp_wrapped_module.", "module._orig_mod.", "pipe.dit._orig_mod.", "transformer_2."),
+    "ema_model.",
+    "generator_ema.model.",
+    "student.",
     "module._fsdp_wrapped_module.model.diffusion_model._orig_mod.",
 )
 
