@@ -28,6 +28,8 @@ CONFIG = "adapter_config.json"
 _PEFT_TYPES = ("LORA", "LOKR", "LOHA")
 _OTHER_BASE = ("pissa", "olora", "loftq", "corda", "lora_ga", "loraga")
 """PEFT's ways to begin that change the base model's weights: the file fits only those."""
+_OWN_BASE = ("true", "false", "none", "gaussian", "eva", "orthogonal", "kaiming", "xavier", "normal", "default")
+"""Ways to begin that leave it as it is."""
 _OTHER_MATH = ("use_qalora", "use_bdlora", "layer_replication", "alora_invocation_tokens", "arrow_config")
 _COMPONENT = {"high": "transformer", "low": "transformer_2"}
 MAX_CONFIG, MAX_PATTERNS, MAX_PATTERN = 4 << 20, 2000, 200
@@ -128,6 +130,7 @@ def _header(metadata: Mapping[str, Any], source: str) -> Iterable[tuple[str, str
     """(component, word, value) of everything in a header that may be about alpha and rank."""
     for key, value in sorted(metadata.items()):  # safetensors writes them in an order of its own
         component, _, word = key.rpartition(".")
+        word = re.sub(r"(?<=[a-z])(?=[A-Z][a-z])", "_", word).lower()  # networkAlpha, LoRA_alpha
         if word in JSON_WORDS:
             yield from _entries(_json(value, f"{source}: {key:.60} in its header"))
         elif word in ALPHA | RANK | PATTERNS | _FLAGS.keys():
@@ -150,7 +153,7 @@ def _beside(path: Path, source: str) -> list[tuple[str, str, Any]] | None:
     try:
         if config.stat().st_size > MAX_CONFIG:
             raise ValueError(f"it has more than {MAX_CONFIG} bytes")
-        text = config.read_text("utf-8")
+        text = config.read_text("utf-8-sig")
     except (OSError, ValueError) as error:
         raise LoraError(f"{short_path(config)} cannot be read ({error!s:.100}). Get it again, or remove it.") from None
     words = _json(text, f"{source}: {CONFIG} beside it")
@@ -173,6 +176,8 @@ def _json(text: Any, what: str) -> dict[str, Any]:
 
 def _add(words: AdapterWords, word: str, value: Any, what: str) -> None:
     """One word of a source. LoraError where its value is none, or says that the tensors mean something else."""
+    if word in RANK and str(value).lower() == "dynamic":  # the tensors tell each layer's
+        return
     if word in ALPHA or word in RANK:
         number = _number(value, f"{what} has {word}")
         if number is not None:
@@ -186,6 +191,8 @@ def _add(words: AdapterWords, word: str, value: Any, what: str) -> None:
                 getattr(words, word)[_pattern(key, what)] = number
     elif word in _FLAGS:
         _FLAGS[word](words, word, value, what)
+    elif word.startswith("use_"):  # of a newer PEFT: it may change what the tensors mean
+        _math(words, word, value, what)
 
 
 def _rslora(words: AdapterWords, word: str, value: Any, what: str) -> None:
@@ -203,11 +210,14 @@ def _peft_type(words: AdapterWords, word: str, value: Any, what: str) -> None:
 
 
 def _init(words: AdapterWords, word: str, value: Any, what: str) -> None:
-    if isinstance(value, str) and value.lower().startswith(_OTHER_BASE):
+    begun = str(value).lower().replace("-", "_")
+    if begun.startswith(_OTHER_BASE):
         raise LoraError(
             f"{what} has {word} {quoted(value)}: the base model was changed before the training, so this LoRA does not "
             "fit the released one. Convert it with PEFT's path_initial_model_for_weight_conversion."
         )
+    if begun not in _OWN_BASE:
+        raise LoraError(f"{what} has {word} {quoted(value)}, which is not known here. It may need another base model.")
 
 
 def _math(words: AdapterWords, word: str, value: Any, what: str) -> None:

@@ -13,13 +13,13 @@ from typing import Literal
 from .dit_names import diffusers_to_wan, wan_to_diffusers
 from .wrapper_prefixes import unwrap_dit
 
-_ADAPTER = r"(?:\.(?!weight$|bias$)\w+)?"
+_ADAPTER = r"(?:\.(?!(?:weight|bias)(?:$|_)|alpha$)\w+)?"
 """PEFT's name for an adapter, as in `lora_A.default.weight`."""
 _PAIR = re.compile(
     r"(?P<stem>.+?)(?:"
     r"\.lora_(?P<a>up|down|mid)\.weight"
     r"|[._]lora(?:_linear_layer)?\.(?P<b>up|down)\.weight"
-    rf"|\.lora_(?P<c>[AB]){_ADAPTER}(?:\.weight)?"
+    rf"|\.lora_(?P<c>[AB])(?:{_ADAPTER}\.weight)?"
     rf"|\.lora_(?:B{_ADAPTER}|up)\.(?P<d>bias)"
     r")"
 )
@@ -27,7 +27,10 @@ _FACTOR = re.compile(
     rf"(?P<stem>.+)\.(?P<kind>lokr_w[12](?:_[ab])?|lokr_t2|hada_w[12]_[ab]|hada_t[12]){_ADAPTER}(?:\.weight)?"
 )
 _MAGNITUDE = re.compile(rf"(?P<stem>.+)\.(?P<kind>dora_scale|lora_magnitude_vector|magnitude){_ADAPTER}(?:\.weight)?")
-_PLAIN = re.compile(r"(?P<stem>.+)\.(?P<kind>alpha|diff|diff_b|diff_m|w_norm|b_norm)")
+_PLAIN = re.compile(
+    r"(?P<stem>.+?)(?:(?:[._]lora(?:_linear_layer)?|\.lora_(?:A|B|up|down))?\.(?P<alpha>alpha)"
+    r"|\.(?P<kind>diff|diff_b|diff_m|w_norm|b_norm))"
+)
 _KINDS = {"w_norm": "diff", "b_norm": "diff_b", "lora_magnitude_vector": "magnitude"}
 
 _FOREIGN = {
@@ -43,7 +46,7 @@ _HARMLESS = re.compile(
 )
 _FLAT_PREFIX = re.compile(
     r"_*(lora_unet|lora_transformer|lora_dit|lora|lycoris|base_model|diffusion_model|model|orig_mod"
-    r"|transformer_2|transformer|unet|dit_?2|dit|pipe|module|net|(?:high|low)_noise(?:_model)?)_+(?=[a-z])"
+    r"|transformer_2|transformer|unet|wan|dit_?2|dit|pipe|module|net|ema_model|ema|student|(?:high|low)_noise(?:_model)?)_+(?=[a-z])"
 )
 _LOW = re.compile(r"transformer_2|dit_?2|low_noise(?:_model)?")
 _HIGH = re.compile(r"high_noise(?:_model)?")
@@ -60,7 +63,7 @@ def parse_key(key: str) -> tuple[str, str] | None:
     if match := _PAIR.fullmatch(key):
         kind = match["a"] or match["b"] or {"A": "down", "B": "up", None: "up_bias"}[match["c"]]
     elif match := _FACTOR.fullmatch(key) or _MAGNITUDE.fullmatch(key) or _PLAIN.fullmatch(key):
-        kind = _KINDS.get(match["kind"], match["kind"])
+        kind = _KINDS.get(match["kind"], match["kind"] or "alpha")
     else:
         return None
     return match["stem"].replace(".processor.", "."), kind
@@ -115,6 +118,11 @@ class LayerFinder:
         if found is None and (known := self._by_kohya.get(_flat(layer)[0])) is not None:
             found = self._direct(known, part)
         return found
+
+    def holds(self, key: str) -> bool:
+        """Whether a file's key is about a layer of the model, whatever it says of it."""
+        parts = key.split(".")
+        return any(self.find(".".join(parts[:count]), "weight") for count in range(1, len(parts)))
 
     def _direct(self, layer: str, part: str) -> str | None:
         for wan in (layer, diffusers_to_wan(layer)):

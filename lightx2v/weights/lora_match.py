@@ -44,8 +44,10 @@ def match_lora(
     layers, unknown = _group_by_layer(checkpoint, source)
     layers = _one_half(layers, expert, source)
     finder, scales = LayerFinder(shapes), LoraScales(checkpoint, source, expert)
-    found = _Found(unmatched=[key for key in unknown if not _is_of_a_layer(key, finder)])
+    found = _Found(unmatched=[key for key in unknown if not finder.holds(key)])
     for layer, layer_keys in layers.items():
+        if layer_keys.keys() == {"alpha"}:
+            found.leave_alpha(finder.find(layer, "weight"), layer, layer_keys["alpha"])
         for part, form, keys in changes(layer_keys, layer, source):
             found.place(finder.find(layer, part), layer, form, keys, checkpoint.shapes, shapes, source)
     understood = [key for key in unknown if key not in found.unmatched]
@@ -115,11 +117,6 @@ def _one_half(layers: dict[str, Keys], expert: str | None, source: str) -> dict[
     return {layer: keys for layer, keys in layers.items() if halves.get(layer, expert) == expert}
 
 
-def _is_of_a_layer(key: str, finder: LayerFinder) -> bool:
-    """Whether the unknown kind of key belongs to a layer of this model, whose meaning it may change."""
-    return finder.find(key.rpartition(".")[0], "weight") is not None
-
-
 def _alphas(checkpoint: Checkpoint, layers: Iterable[Keys]) -> dict[str, float]:
     """The numbers in all tensors called alpha, by key; NaN for one that is no single number."""
     keys = [keys["alpha"] for keys in layers if "alpha" in keys]
@@ -160,6 +157,14 @@ class _Found:
         self.wrong_patch: list[str] = []
         self.harmless = 0
         self.fewer_channels = 0
+        self.lone_alphas = 0
+
+    def leave_alpha(self, name: str | None, layer: str, key: str) -> None:
+        """Note the alpha of a layer that does not change, or of no layer: whose it is then is not known."""
+        if name is None and not is_harmless(layer):
+            self.unmatched.append(key)
+        else:
+            self.lone_alphas += 1
 
     def place(
         self, name: str | None, layer: str, form: Form, keys: Keys, theirs: Shapes, ours: Shapes, source: str
@@ -193,6 +198,8 @@ def _notes(patches: Mapping[str, LoraPatch], found: _Found, scales: LoraScales) 
         notes.append(
             f"Its patch embedding is for {found.fewer_channels} input channels; the weights of the others stay."
         )
+    if found.lone_alphas:
+        notes.append(f"{found.lone_alphas} alphas are of layers that do not change, and are left out.")
     if found.harmless:
         notes.append(f"{found.harmless} layers for a CLIP image, which this model has not, are left out.")
     return tuple(notes)

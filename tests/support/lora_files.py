@@ -79,6 +79,8 @@ DIALECTS = {
     "data-parallel": lambda s: (f"module.{s}", PEFT),
     "sharded": lambda s: (f"_fsdp_wrapped_module.{s.replace('.', '._fsdp_wrapped_module.', 1)}", PEFT),
     "second-transformer": lambda s: (f"transformer_2.{s}", PEFT),
+    "average": lambda s: (f"ema_model.{s}", PEFT),
+    "kohya-wan": lambda s: (f"lora_wan_{s.replace('.', '_')}", STANDARD),
     "kohya-diffusers": lambda s: (f"lora_transformer_{wan_to_diffusers(s).replace('.', '_')}", STANDARD),
 }
 

@@ -181,6 +181,17 @@ def test_layers_for_a_clip_image_are_harmless(weights: ModelWeights, tmp_path: P
     assert (report.applied, report.total, report.harmless, report.unmatched) == (count, count, 3, ())
 
 
+def test_an_alpha_without_a_change_is_said_or_refused(weights: ModelWeights, tmp_path: Path) -> None:
+    path, change = tmp_path / "x.safetensors", {"blocks.1.ffn.0.diff_b": torch.ones(48)}
+    save_file({**change, "blocks.0.ffn.0.alpha": torch.tensor(8.0)}, path)
+    assert match_lora(path, weights.shapes).report.notes == (
+        "1 alphas are of layers that do not change, and are left out.",
+    )
+    save_file({**change, "blocks.0.ffn.0.other.alpha": torch.tensor(8.0)}, path)
+    with pytest.raises(LoraError, match=r"1 have none \(blocks\.0\.ffn\.0\.other\.alpha\)"):
+        match_lora(path, weights.shapes)
+
+
 @pytest.mark.parametrize(
     ("extra", "says"),
     [
@@ -190,6 +201,7 @@ def test_layers_for_a_clip_image_are_harmless(weights: ModelWeights, tmp_path: P
         ({"blocks.0.ffn.0.oft_blocks": torch.ones(4, 4)}, "belongs to OFT"),
         ({"blocks.0.ffn.0.a1.weight": torch.ones(4, 4)}, "belongs to GLoRA"),
         ({"blocks.0.ffn.0.reshape_weight": torch.ones(2)}, "reshape_weight, whose meaning is not known"),
+        ({"blocks.0.ffn.0.lora_A.weight_scale": torch.ones(1)}, "weight_scale, whose meaning is not known"),
         ({"blocks.0.ffn.0.diff_b": torch.ones(48), "model.blocks.0.ffn.0.diff_b": torch.ones(48)}, "twice"),
     ],
 )

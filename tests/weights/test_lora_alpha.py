@@ -146,6 +146,10 @@ def adapter_metadata(**words: Any) -> dict[str, str]:
         ({"lora_alpha": "16", "transformer.lora_alpha": "16"}, 4.0),
         ({"lora_config": '{"r": 4, "lora_alpha": 16}'}, 4.0),
         ({"lora_alpha": "0"}, 1.0),
+        ({"ss_network_alpha": "16", "ss_network_dim": "Dynamic"}, 4.0),
+        ({"networkAlpha": "16", "networkDim": "4"}, 4.0),
+        ({"LoRA_Alpha": "16"}, 4.0),
+        (adapter_metadata(r=4, lora_alpha=16, init_lora_weights="gaussian", use_newer=False), 4.0),
         (adapter_metadata(r=4, lora_alpha=16, rank_pattern={}, alpha_pattern={}, use_dora=False), 4.0),
         (adapter_metadata(r=4, lora_alpha=16, use_rslora=True), 8.0),
         (adapter_metadata(r=8, lora_alpha=16, rank_pattern={"blocks.0.self_attn.q": 4}), 4.0),
@@ -180,6 +184,9 @@ def test_an_alpha_tensor_counts_more_than_any_header(tmp_path: Path) -> None:
         (adapter_metadata(r=4, lora_alpha=16, peft_type="OFT"), "peft_type 'OFT'"),
         (adapter_metadata(r=4, lora_alpha=16, use_dora=True), "says that it is a DoRA, but holds no magnitudes"),
         (adapter_metadata(r=4, lora_alpha=16, init_lora_weights="pissa_niter_4"), "the base model was changed"),
+        (adapter_metadata(r=4, lora_alpha=16, init_lora_weights="LoRA-GA"), "the base model was changed"),
+        (adapter_metadata(r=4, lora_alpha=16, init_lora_weights="newer"), "'newer', which is not known here"),
+        (adapter_metadata(r=4, lora_alpha=16, use_newer=True), "use_newer True, which is not supported"),
         (adapter_metadata(r=4, lora_alpha=16, alora_invocation_tokens=[1]), "alora_invocation_tokens"),
         (adapter_metadata(r=4, lora_alpha=16, alpha_pattern={"(a+)+$": 2}), "pattern '(a+)+$', which is not supported"),
     ],
@@ -189,6 +196,20 @@ def test_what_leaves_the_scale_unclear_is_refused(tmp_path: Path, metadata: dict
     with pytest.raises(LoraError) as refused:
         match_lora(path, shapes_of(model))
     assert says in str(refused.value)
+
+
+def test_settings_beside_the_file_may_begin_with_a_byte_order_mark(tmp_path: Path) -> None:
+    path, model = written(tmp_path / "a.safetensors", {})
+    (tmp_path / "adapter_config.json").write_text('{"r": 4, "lora_alpha": 16}', "utf-8-sig")
+    assert scale_of(path, model) == {4.0}
+
+
+@pytest.mark.parametrize("name", ["lora.alpha", "lora_A.alpha", "lora_down.alpha", "lora_linear_layer.alpha"])
+def test_an_alpha_beside_either_half_is_the_layers(tmp_path: Path, name: str) -> None:
+    path, model = written(
+        tmp_path / "a.safetensors", {}, {f"transformer.blocks.0.self_attn.q.{name}": torch.tensor(2.0)}
+    )
+    assert scale_of(path, model) == {0.5}
 
 
 @pytest.mark.parametrize("content", ["{", "[]", '{"r": "x", "lora_alpha": 4}', "\xff" * 10])
