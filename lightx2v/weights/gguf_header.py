@@ -40,6 +40,8 @@ OTHER_FORMATS = {
 
 _NUMBERS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}
 _TEXT, _ARRAY = 8, 9
+QUANT_VERSION = 2
+"""The layout of ggml's blocks since 2023; before, a Q4_0 block had its values in another order."""
 _ORIGINAL_SHAPE = "comfy.gguf.orig_shape."
 
 
@@ -92,6 +94,12 @@ class _Parser:
             original = metadata.get(_ORIGINAL_SHAPE + name)
             tensors[name] = self._tensor(name, shape, original, number, data + offset)
         self._check_places(tensors, data)
+        version = metadata.get("general.quantization_version", QUANT_VERSION)
+        if version != QUANT_VERSION and any(tensor.blocks for tensor in tensors.values()):
+            raise CheckpointError(
+                f"{self.name} has blocks of general.quantization_version {quoted(version)}; {QUANT_VERSION} is "
+                "supported. Take a file of this version."
+            )
         return GGUFHeader(metadata, tensors)
 
     def _pairs(self, count: int) -> Iterator[tuple[str, Any]]:

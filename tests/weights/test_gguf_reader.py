@@ -87,6 +87,12 @@ def test_a_format_of_the_future_is_refused_by_its_number(tmp_path: Path) -> None
     refused(with_format(write(tmp_path / "a.gguf"), 99), "stored as number 99")
 
 
+@pytest.mark.parametrize("version", [1, 3, "new"])
+def test_blocks_of_another_layout_are_refused_by_their_version(tmp_path: Path, version: object) -> None:
+    path = write(tmp_path / "a.gguf", general__quantization_version=version)
+    refused(path, f"general.quantization_version {version!r}; 2 is supported")
+
+
 def test_rows_that_no_block_fits_are_refused(tmp_path: Path) -> None:
     refused(with_format(write(tmp_path / "a.gguf"), 12), "rows of 64, which Q4_K cannot hold")
 
