@@ -44,6 +44,10 @@ CONTROLS = {name: row for name, row in SETTINGS.items() if name not in OTHERS}
 `match_image` chooses the resize mode, and the choice `speed_up` all of MagCache."""
 
 
+ZERO_IS_NONE = ("boundary", "interpolated_fps")
+"""Numbers that a Request may lack. gradio's field shows 0 for them, and 0 stands for that."""
+
+
 class Unfilled(BadRequest):
     """A required field is empty. `key` names the message in assets/strings.json."""
 
@@ -58,6 +62,8 @@ def to_field(row: Setting, value: Any) -> Any:
         return ", ".join(map(str, value or ()))
     if row.type is PhaseList:
         return json.dumps([phase.to_json() for phase in phases_from(value) or ()]) if value else ""
+    if row.name in ZERO_IS_NONE:
+        return value or 0
     return value or "" if row.choices else value
 
 
@@ -67,6 +73,8 @@ def from_field(row: Setting, value: Any) -> Any:
         return _step_list(value or "")
     if row.type is PhaseList:
         return _phase_list(value or "")
+    if row.name in ZERO_IS_NONE:
+        return value or None
     return _whole(row.name, value) if row.type is int else value or None if row.choices else value
 
 
