@@ -99,7 +99,14 @@ window.studio = (() => {
     const show = (visible) => {
       list().hidden = !visible;
       button().setAttribute("aria-expanded", visible);
+      if (visible) fit();
       if (visible) mark(Math.max(0, options().findIndex((o) => o.getAttribute("aria-selected") === "true")));
+    };
+    // The list ends inside the window, whatever the place of its button, and scrolls.
+    const fit = () => {
+      const room = () => innerHeight - list().getBoundingClientRect().top - 12;
+      if (room() < 240) button().scrollIntoView({ block: "center" });
+      list().style.maxHeight = `${Math.max(160, Math.min(560, room()))}px`;
     };
     const mark = (index) => {
       options().forEach((option, i) => option.classList.toggle("at", i === index));
