@@ -20,6 +20,7 @@ from .checkpoint import Checkpoint
 
 NOTE, HEADER = ".comfy_quant", "_quantization_metadata"
 FORMATS = {"float8_e4m3fn": torch.float8_e4m3fn, "float8_e5m2": torch.float8_e5m2, "int8_tensorwise": torch.int8}
+_OTHER_HEADER = re.compile(r"(?!_quantization_metadata$)_?quanti[sz]ation(_\w+)?|quant_(config|method|format|type)")
 GROUPS = (4, 16, 64, 256)
 """Sizes of the rotations of ConvRot: powers of 4."""
 DEFAULT_GROUP = 256
@@ -71,6 +72,11 @@ def read_notes(
             if checkpoint.dtypes[name] is not torch.uint8 or len(shape) != 1 or not 0 < shape[0] < MAX_NOTE:
                 raise CheckpointError(f"{source}: {name:.80} must be a text in bytes. Download the file again.")
             notes[weight] = _note(bytes(checkpoint.tensor(name).tolist()), f"{source}: {name:.80}")
+    for word in checkpoint.metadata:
+        if _OTHER_HEADER.fullmatch(word):
+            raise CheckpointError(
+                f"{source}: the header's {word:.80} describes a quantisation in an unknown way. {_TAKE}"
+            )
     header = checkpoint.metadata.get(HEADER)
     if header is not None:
         for module, words in _layers(header, source).items():

@@ -66,7 +66,8 @@ def test_a_run_serves_its_video_and_poster(page: Page, result: str) -> None:
     for answer in (video, poster):
         assert answer.headers["x-content-type-options"] == "nosniff" and "private" in answer.headers["cache-control"]
     download = page.http.get(f"/studio/{result}/video.mp4?download")
-    assert f"lightx2v-{result[:8]}.mp4" in download.headers["content-disposition"]
+    name = download.headers["content-disposition"]
+    assert re.search(r'filename="\d{8}-\d{4}-demo_t2v_distill_lora-seed\d+-[a-z_]+\.mp4"', name), name
     assert page.http.get(f"/studio/{NOBODY}/preview.jpg").status_code == 204
 
 

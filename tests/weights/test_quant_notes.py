@@ -309,3 +309,10 @@ def test_a_file_that_holds_a_tensor_twice_is_named(tmp_path: Path) -> None:
         save_file({name: torch.ones(4, 2) for name in names}, tmp_path / f"{name}.safetensors")
         with pytest.raises(CheckpointError, match=rf"/{name}\.safetensors holds \S+ twice, as"):
             read(open_checkpoint(tmp_path / f"{name}.safetensors"))
+
+
+@pytest.mark.parametrize("word", ["quantization_config", "quantization", "quantization_metadata", "quant_method"])
+def test_another_word_about_quantisation_in_the_header_is_refused(tiny: TinyModels, tmp_path: Path, word: str) -> None:
+    save_file(plain(tiny), tmp_path / "x.safetensors", metadata={word: "{}"})
+    with pytest.raises(CheckpointError, match=f"the header's {word} describes a quantisation"):
+        read(tmp_path / "x.safetensors")
