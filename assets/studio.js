@@ -193,7 +193,7 @@ window.studio = (() => {
     const percent = $("#status [role=progressbar]")?.getAttribute("aria-valuenow");
     const ended = ["running", "queued"].includes(shown) && document.hidden && MARKS[state];
     if (ended) document.title = `${ended} ${plain}`;
-    else if (state === "running") document.title = `${percent}% · ${plain}`;
+    else if (state === "running" && percent) document.title = `${percent}% · ${plain}`;
     else if (!document.hidden) document.title = plain;
     shown = state;
   };
