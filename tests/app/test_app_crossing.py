@@ -104,7 +104,7 @@ def test_a_click_before_the_first_answer_counts(page: Page) -> None:
 def test_many_clicks_at_once_all_count(browser: Browser, page: Page) -> None:
     made = [page_run(browser, prompt) for prompt in ("one", "two")]
     clicks = [("history", {"act": "compare", "id": id}) for id in made] + [("top", {"act": "language", "name": "zh"})]
-    clicks.append(("history", {"act": "restore", "id": made[0]}))
+    clicks.append(("history", {"act": "show", "id": made[0]}))
     before = dict(browser.holds)
     with ThreadPoolExecutor(16) as pool:
         ticks = [pool.submit(browser.press, "timer", "tick", **before) for _ in range(6)]

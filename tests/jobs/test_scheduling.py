@@ -8,7 +8,7 @@ from dataclasses import replace
 from statistics import fmean
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from benchmarks.scheduling import LOAD, Arrival, arrivals, bursts, evening, in_turn, simulate
@@ -98,6 +98,7 @@ DAYS = st.lists(
 )
 
 
+@settings(deadline=None)
 @given(DAYS, st.integers(1, 5), st.sets(st.tuples(st.sampled_from(MODELS), st.sampled_from(["gpu-0", "gpu-1"]))))
 def test_every_job_runs_once_and_none_is_overtaken_more_often_than_that(
     jobs: list[tuple[float, str, float, float]], workers: int, unfit: set[tuple[str, str]]
@@ -111,7 +112,8 @@ def test_every_job_runs_once_and_none_is_overtaken_more_often_than_that(
     waited = simulate(day, workers, fits=lambda model, name: (model, name) not in unfit)
     assert sorted(waited.started) == sorted(it.job.id for it in day)
     assert waited.overtaken <= MOST_OVERTAKEN + workers - 1
-    if len({it.job.model for it in day}) <= 1:
+    # Of several workers, a cold one may take a later job of a model while an earlier one is left to a busy warm one.
+    if workers == 1 and len({it.job.model for it in day}) <= 1:
         assert waited.overtaken == 0
 
 
