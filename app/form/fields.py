@@ -122,7 +122,7 @@ class Form:
     files: Mapping[str, str] = field(default_factory=dict)
     """The names of single files, by the fields of FILE_FIELDS."""
     missing: str = ""
-    """What the run that was filled in used and the form cannot name; "" once the visitor goes on without."""
+    """Files of the restored run that the form cannot name; "" once the visitor goes on without them."""
 
     @classmethod
     def of(cls, values: Mapping[str, Any]) -> Self:

@@ -60,7 +60,7 @@ def _choice(component: Any, sent: Any) -> str | int | None:
 
 
 MOST_VRAM_GB = 48
-"""The end of the slider; whoever has a larger card has no need to go without."""
+"""The largest value of the slider. A larger card needs no limit."""
 
 Textbox = tolerant(gr.Textbox, lambda _, sent: text_of(sent))
 Dropdown = tolerant(gr.Dropdown, lambda _, sent: text_of(sent))

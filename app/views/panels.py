@@ -43,7 +43,7 @@ class PresetOption:
 
     @property
     def named(self) -> bool:
-        """Whether its title is a name that somebody gave it."""
+        """Whether a person named it."""
         return self.group in ("found", "own")
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 from collections.abc import Callable, Hashable, Sequence
 from dataclasses import replace
+from itertools import pairwise
 from statistics import fmean
 
 import pytest
@@ -112,9 +113,21 @@ def test_every_job_runs_once_and_none_is_overtaken_more_often_than_that(
     waited = simulate(day, workers, fits=lambda model, name: (model, name) not in unfit)
     assert sorted(waited.started) == sorted(it.job.id for it in day)
     assert waited.overtaken <= MOST_OVERTAKEN + workers - 1
-    # Of several workers, a cold one may take a later job of a model while an earlier one is left to a busy warm one.
     if workers == 1 and len({it.job.model for it in day}) <= 1:
         assert waited.overtaken == 0
+
+
+@settings(deadline=None)
+@given(st.lists(st.tuples(st.floats(0, 4000), st.floats(1, 300)), min_size=1, max_size=40), st.integers(1, 5))
+def test_runs_of_one_model_begin_in_order_where_predictions_are_right(
+    jobs: list[tuple[float, float]], workers: int
+) -> None:
+    """A cold worker may take a later job while an earlier one is left to a warm worker, which begins it no later."""
+    day = [Arrival(at, Waiting(str(n), "base"), seconds, seconds) for n, (at, seconds) in enumerate(sorted(jobs))]
+    waited = simulate(day, workers)
+    begins = {id: day[int(id)].at + wait for id, wait in zip(waited.started, waited.seconds, strict=True)}
+    ordered = [begins[it.job.id] for it in day]
+    assert all(later >= earlier - 1e-6 for earlier, later in pairwise(ordered))
 
 
 @pytest.mark.parametrize("traffic", [bursts, evening])

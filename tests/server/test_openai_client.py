@@ -62,7 +62,10 @@ def test_create_and_poll_then_download_each_variant_and_delete(client: openai.Op
     for variant in ("thumbnail", "spritesheet"):
         image = Image.open(io.BytesIO(client.videos.download_content(video.id, variant=variant).content))  # type: ignore[arg-type]
         assert image.format == "JPEG" and image.load()
-    with pytest.raises(openai.UnprocessableEntityError, match="variant is 'poster'; expected one of video, thumb"):
+    with pytest.raises(
+        openai.UnprocessableEntityError,
+        match="variant is 'poster'; expected one of video, original, thumbnail, spritesheet",
+    ):
         client.videos.download_content(video.id, variant="poster")  # type: ignore[arg-type]
 
     gone = client.videos.delete(video.id)
