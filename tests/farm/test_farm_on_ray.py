@@ -60,6 +60,8 @@ def machines() -> Iterator[Machines]:
     with pytest.MonkeyPatch.context() as patch, TemporaryDirectory(prefix="lx-", dir="/tmp") as folder:
         patch.setenv("OMP_NUM_THREADS", "1")
         patch.setenv("CUDA_VISIBLE_DEVICES", "")
+        patch.setenv("RAY_TMPDIR", folder)  # Cluster writes its address there, into a folder that it expects
+        Path(folder, "ray").mkdir()
         for name in ("RAY_ENABLE_AUTO_CONNECT", "RAY_USAGE_STATS_ENABLED", "RAY_gcs_rpc_server_reconnect_timeout_s"):
             patch.setenv(name, "0")
             patch.delenv(name)  # put back after the tests
